@@ -1,0 +1,172 @@
+"""The command ``keyd``: the daemon, on its own or started by titus-py, and its tools."""
+
+import argparse
+import datetime
+import grp
+import json
+import os
+import pwd
+import socket
+import sys
+from pathlib import Path
+
+from keyd.daemon import Confinement, Keyd, confine
+from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
+from keyd.linux.sealed import read_all
+from keyd.powers import PrivateKey, rehearse
+from keyd.protocol import Open, Operation, Refusal
+from keyd.provider import openssl_configuration
+from keyd.reference import UnsupportedKey, key_id, reference_pem
+
+__all__ = ["main"]
+
+#: Beside the cores, so that a slow key does not hold up the quick ones.
+_THREADS = (os.cpu_count() or 1) + 1
+
+
+def main() -> int:
+    """Run the command that ``sys.argv`` asks for; returns its exit code."""
+    arguments = _parser().parse_args()
+    try:
+        code: int = arguments.run(arguments)
+    except (UnusableKey, UnsupportedKey, OSError, LookupError) as error:
+        print(f"keyd: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keyd", description="Hold private keys; sign and decrypt what a TLS server may."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listen = commands.add_parser(
+        "listen",
+        help="serve keys on a unix socket, to any program that loads the provider",
+        description="Whoever may connect to the socket may have one TLS handshake signed per "
+        "connection: its mode and group decide who that is.",
+    )
+    listen.add_argument("--socket", required=True, metavar="PATH")
+    listen.add_argument("--key", required=True, action="append", metavar="FILE")
+    listen.add_argument("--passphrase-file", metavar="FILE", help="of every encrypted key")
+    listen.add_argument("--user", required=True, help="whom to become once the keys are loaded")
+    listen.add_argument("--group", help="who may connect (default: the group of the user)")
+    listen.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
+    listen.add_argument(
+        "--rsa-key-exchange", action="store_true", help="also decrypt, for TLS 1.2 without ECDHE"
+    )
+    listen.set_defaults(run=_listen)
+
+    reference = commands.add_parser(
+        "reference", help="write the reference file that stands for a certificate's key"
+    )
+    reference.add_argument("certificate", metavar="CERTIFICATE")
+    reference.set_defaults(run=_reference)
+
+    configuration = commands.add_parser(
+        "openssl-conf", help="write an OpenSSL configuration that loads the provider"
+    )
+    configuration.add_argument("--socket", required=True, metavar="PATH")
+    configuration.set_defaults(run=_openssl_conf)
+
+    check = commands.add_parser("check")  # titus-py's: JSON in, JSON out
+    check.set_defaults(run=_check)
+
+    serve = commands.add_parser("serve")  # titus-py's: on inherited descriptors
+    serve.add_argument("--settings-fd", type=int, required=True)
+    serve.add_argument("--parent-fd", type=int, required=True)
+    serve.add_argument("--supervisor-fd", type=int, required=True)
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Serve one parent, on the terms that it states."""
+    settings = json.loads(read_all(arguments.settings_fd))
+    supervisor = socket.socket(fileno=arguments.supervisor_fd)
+    parent = socket.socket(fileno=arguments.parent_fd)
+    for descriptor in (supervisor, parent):
+        descriptor.set_inheritable(False)
+
+    keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
+    confine(Confinement(settings["uid"], settings["gid"], settings["chroot"]))
+
+    def record(refusal: Refusal) -> None:
+        try:
+            parent.send(refusal.encode(), socket.MSG_DONTWAIT)
+        except OSError as error:
+            print(f"keyd: not recorded, {error.strerror}: {refusal}", file=sys.stderr)
+
+    keyd = Keyd(keys, record)
+    keyd.hear_parent(parent)
+    supervisor.send(json.dumps({"event": "ready", "keys": len(keys)}).encode())
+    keyd.serve(_THREADS)
+    return 0
+
+
+def _listen(arguments: argparse.Namespace) -> int:
+    """Serve whoever may connect to a socket of our own."""
+    user = pwd.getpwnam(arguments.user)
+    gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
+    keys = _load([(path, arguments.passphrase_file) for path in arguments.key])
+    Path(arguments.socket).unlink(missing_ok=True)
+    Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(arguments.socket)
+        os.chown(arguments.socket, user.pw_uid, gid)
+        os.chmod(arguments.socket, 0o660)
+        listener.listen(128)
+        confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot))
+        granted = {Operation.SIGN}
+        if arguments.rsa_key_exchange:
+            granted.add(Operation.DECRYPT)
+        grants = dict.fromkeys(keys, frozenset(granted))
+        keyd = Keyd(keys, lambda refusal: print(f"keyd: {refusal}", file=sys.stderr))
+        keyd.hear_listener(listener, Open(0, lifetime_ms=60_000, operations=1, grants=grants))
+        keyd.serve(_THREADS)
+    return 0
+
+
+def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
+    keys = {}
+    for path, passphrase_file in files:
+        key = load_private_key(path, passphrase_file)
+        rehearse(key)
+        keys[key_id(key.public_key())] = key
+    return keys
+
+
+def _reference(arguments: argparse.Namespace) -> int:
+    # Imported here: keyd itself has no use for certificates.
+    from cryptography import x509
+
+    certificate = x509.load_pem_x509_certificate(Path(arguments.certificate).read_bytes())
+    sys.stdout.write(reference_pem(certificate.public_key()).decode())
+    return 0
+
+
+def _openssl_conf(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(openssl_configuration(f"socket = {arguments.socket}"))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    del arguments
+    now = datetime.datetime.now(datetime.UTC)
+    findings = []
+    for entry in json.load(sys.stdin):
+        found = examine(KeyFiles(**entry), now)
+        findings.append(
+            found._asdict()
+            | {
+                "mistakes": [problem._asdict() for problem in found.mistakes],
+                "warnings": [problem._asdict() for problem in found.warnings],
+            }
+        )
+    json.dump(findings, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

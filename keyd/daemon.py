@@ -1,0 +1,236 @@
+"""keyd's life: load the keys, confine, serve.
+
+Runs as root until the keys are loaded, then as a user of its own in an empty
+root. Hears the parent (opening channels: trusted with the terms) and workers
+(requests: trusted with nothing). Never hears a byte from the network.
+
+Each of a few threads waits on the same epoll, takes one event and deals with it
+to the end, so that a slow RSA operation holds up nobody else's. A channel is armed
+for one event at a time (EPOLLONESHOT): no two threads ever serve the same one.
+"""
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+
+from cryptography.exceptions import InternalError
+
+from keyd.linux.credentials import become, enter_empty_root, forbid_core_dumps, hide_memory
+from keyd.powers import NotTLS, PrivateKey, perform
+from keyd.protocol import (
+    MAX_OPEN_OCTETS,
+    MAX_REQUEST_OCTETS,
+    Malformed,
+    Open,
+    Operation,
+    Refusal,
+    Reply,
+    Request,
+    Status,
+)
+
+__all__ = ["Confinement", "Keyd", "confine"]
+
+#: How often channels past their time are looked for, in seconds.
+_SWEEP_INTERVAL = 1.0
+_READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+
+
+class Confinement(NamedTuple):
+    """Where keyd withdraws to once the keys are loaded."""
+
+    uid: int
+    gid: int
+    chroot: str
+
+
+def confine(to: Confinement) -> None:
+    """Leave the file system and every privilege behind; raises OSError."""
+    forbid_core_dumps()
+    enter_empty_root(to.chroot)
+    become(to.uid, to.gid)
+    hide_memory()
+
+
+def _die(failed: threading.ExceptHookArgs) -> None:
+    """A thread that failed unforeseen ends keyd: whoever started it starts it anew."""
+    sys.excepthook(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+    os._exit(1)
+
+
+class _Channel:
+    """One connection's way to keyd, and what is left of its terms."""
+
+    __slots__ = ("connection", "deadline", "grants", "operations", "socket")
+
+    def __init__(self, terms: Open, endpoint: socket.socket) -> None:
+        self.socket = endpoint
+        self.connection = terms.connection
+        self.deadline = time.monotonic() + terms.lifetime_ms / 1000
+        self.operations = terms.operations
+        self.grants = terms.grants
+
+
+class _Refused(Exception):
+    def __init__(self, status: Status, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class Keyd:
+    """The keys, the channels to them, and the threads that serve them.
+
+    ``record`` is told of each refusal; it must not block.
+    """
+
+    def __init__(self, keys: Mapping[bytes, PrivateKey], record: Callable[[Refusal], None]) -> None:
+        self._keys = keys
+        self._record = record
+        self._epoll = select.epoll()
+        self._channels: dict[int, _Channel] = {}
+        self._sources: dict[int, Callable[[], None]] = {}
+        self._swept = time.monotonic()
+        self._stopped = threading.Event()
+
+    def serve(self, threads: int) -> None:
+        """Serve until ``stop``. All of ``threads`` take part, this one among them."""
+        threading.excepthook = _die
+        helpers = [threading.Thread(target=self._work) for _ in range(threads - 1)]
+        for helper in helpers:
+            helper.start()
+        self._work()
+        for helper in helpers:
+            helper.join()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def hear_parent(self, control: socket.socket) -> None:
+        """Open channels as the parent asks; stop when it is gone."""
+
+        def hear() -> None:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(
+                    control, MAX_OPEN_OCTETS + 1, 1, socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                message, descriptors = b"", []
+            if not message:
+                self.stop()
+                return
+            terms = Open.decode(message)
+            if not descriptors:
+                raise Malformed("an open without a channel")
+            kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
+            self.open(terms, socket.socket(*kind, fileno=descriptors[0]))
+
+        self._arm_source(control, hear)
+
+    def hear_listener(self, listener: socket.socket, terms: Open) -> None:
+        """Open a channel on the same terms to whoever may connect here."""
+        listener.setblocking(False)
+
+        def hear() -> None:
+            with suppress(BlockingIOError, ConnectionAbortedError):
+                endpoint, _ = listener.accept()
+                self.open(terms, endpoint)
+
+        self._arm_source(listener, hear)
+
+    def open(self, terms: Open, endpoint: socket.socket) -> None:
+        """Serve this channel from now on."""
+        endpoint.setblocking(False)
+        descriptor = endpoint.fileno()
+        self._channels[descriptor] = _Channel(terms, endpoint)
+        self._epoll.register(descriptor, _READABLE_ONCE)
+
+    def _arm_source(self, source: socket.socket, hear: Callable[[], None]) -> None:
+        self._sources[source.fileno()] = hear
+        self._epoll.register(source, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _work(self) -> None:
+        while not self._stopped.is_set():
+            for descriptor, _ in self._epoll.poll(_SWEEP_INTERVAL, 1):
+                source = self._sources.get(descriptor)
+                if source is not None:
+                    source()
+                    self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+                else:
+                    self._answer(descriptor, self._channels[descriptor])
+            self._sweep()
+
+    def _answer(self, descriptor: int, channel: _Channel) -> None:
+        try:
+            message = channel.socket.recv(MAX_REQUEST_OCTETS + 1)
+        except BlockingIOError:
+            self._epoll.modify(descriptor, _READABLE_ONCE)
+            return
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._close(descriptor, channel)
+            return
+        try:
+            reply = Reply(Status.DONE, self._grant(channel, message))
+        except _Refused as refused:
+            self._record(Refusal(channel.connection, refused.status, refused.detail))
+            reply = Reply(refused.status)
+        # A worker that does not take its answer, or is gone, loses it.
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            channel.socket.send(reply.encode())
+        if reply.status is Status.DONE:
+            self._epoll.modify(descriptor, _READABLE_ONCE)
+        else:
+            self._close(descriptor, channel)
+
+    def _grant(self, channel: _Channel, message: bytes) -> bytes:
+        """Hold a request against the channel's terms, count it, and do it."""
+        try:
+            request = Request.decode(message)
+        except Malformed as error:
+            raise _Refused(Status.MALFORMED, str(error)) from None
+        what = request.operation.name.lower()
+        if time.monotonic() > channel.deadline:
+            raise _Refused(Status.EXPIRED, f"{what} after the channel's time")
+        if channel.operations == 0:
+            raise _Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
+        channel.operations -= 1
+        if request.operation not in channel.grants.get(request.key, frozenset[Operation]()):
+            raise _Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}")
+        key = self._keys.get(request.key)
+        if key is None:
+            raise _Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+        try:
+            return perform(request.operation, key, request.parameter, request.payload)
+        except NotTLS as error:
+            raise _Refused(Status.NOT_TLS, f"{what} of {error}") from None
+        except InternalError as error:
+            raise _Refused(Status.FAILED, f"{what}: {error}") from None
+
+    def _close(self, descriptor: int, channel: _Channel) -> None:
+        # Forgotten before closed: the number may be another channel's at once.
+        del self._channels[descriptor]
+        channel.socket.close()
+
+    def _sweep(self) -> None:
+        """Hang up on channels past their time.
+
+        Only that: whoever serves the channel, now or woken by the hang-up, closes it.
+        """
+        now = time.monotonic()
+        if now - self._swept < _SWEEP_INTERVAL:
+            return
+        self._swept = now
+        for channel in list(self._channels.values()):
+            if channel.deadline < now:
+                with suppress(OSError):
+                    channel.socket.shutdown(socket.SHUT_RDWR)

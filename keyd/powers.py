@@ -1,0 +1,186 @@
+"""keyd's whole power, in one table: what it will do with a private key, and for what octets.
+
+Runs in keyd. Trusts nobody: a request comes from a worker that may have been
+taken over, so the octets to be signed are parsed here and whatever a TLS server
+would not sign is refused. Padding is chosen here, never by the worker.
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
+from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, SignatureScheme
+
+__all__ = ["POWERS", "NotTLS", "PrivateKey", "perform", "rehearse"]
+
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+class NotTLS(ValueError):
+    """Octets, or a scheme for them, that no TLS server would use this key for."""
+
+
+def perform(operation: Operation, key: PrivateKey, parameter: int, payload: bytes) -> bytes:
+    """Do the operation; raises NotTLS for whatever it is not meant for.
+
+    This may take milliseconds: the caller is one of several threads.
+    """
+    return POWERS[operation](key, parameter, payload)
+
+
+def rehearse(key: PrivateKey) -> None:
+    """Do with a key, once, what it will be asked for.
+
+    Shows that the key works before anybody depends on it, and loads whatever the
+    library loads late: in keyd's empty root there will be nothing to load it from.
+    """
+    octets = _TLS13_SERVER + bytes(32)
+    for name, scheme in _SCHEMES.items():
+        if scheme.tls13 and isinstance(key, scheme.key_type):
+            if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
+                continue
+            perform(Operation.SIGN, key, name, octets)
+    if isinstance(key, rsa.RSAPrivateKey):
+        perform(Operation.DECRYPT, key, 0x0303, b"\x01" * ((key.key_size + 7) // 8))
+
+
+# --- sign -----------------------------------------------------------------------
+
+#: RFC 8446 §4.4.3.
+_TLS13_SERVER = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00"
+#: The transcript hash is the cipher suite's, not the signature scheme's: SHA-256 or
+#: SHA-384 in every suite of RFC 8446 §B.4.
+_TRANSCRIPT_HASH_OCTETS = frozenset({32, 48})
+
+#: client_random and server_random, then ServerECDHParams (RFC 8422 §5.4).
+_RANDOMS_OCTETS = 64
+_NAMED_CURVE = 3
+#: NamedGroup -> octets of its point: the NIST curves uncompressed, X25519, X448.
+_POINT_OCTETS = {23: 65, 24: 97, 25: 133, 29: 32, 30: 56}
+_UNCOMPRESSED_GROUPS = frozenset({23, 24, 25})
+
+
+class _Scheme(NamedTuple):
+    key_type: type
+    sign: Callable[..., bytes]
+    curve: str | None = None
+    tls13: bool = True
+
+
+def _pkcs1(algorithm: hashes.HashAlgorithm) -> _Scheme:
+    def sign(key: rsa.RSAPrivateKey, octets: bytes) -> bytes:
+        return key.sign(octets, padding.PKCS1v15(), algorithm)
+
+    return _Scheme(rsa.RSAPrivateKey, sign, tls13=False)
+
+
+def _pss(algorithm: hashes.HashAlgorithm) -> _Scheme:
+    form = padding.PSS(padding.MGF1(algorithm), algorithm.digest_size)
+
+    def sign(key: rsa.RSAPrivateKey, octets: bytes) -> bytes:
+        return key.sign(octets, form, algorithm)
+
+    return _Scheme(rsa.RSAPrivateKey, sign)
+
+
+def _ecdsa(curve: str, algorithm: hashes.HashAlgorithm) -> _Scheme:
+    form = ec.ECDSA(algorithm)
+
+    def sign(key: ec.EllipticCurvePrivateKey, octets: bytes) -> bytes:
+        return key.sign(octets, form)
+
+    return _Scheme(ec.EllipticCurvePrivateKey, sign, curve)
+
+
+_SCHEMES = {
+    SignatureScheme.rsa_pkcs1_sha256: _pkcs1(hashes.SHA256()),
+    SignatureScheme.rsa_pkcs1_sha384: _pkcs1(hashes.SHA384()),
+    SignatureScheme.rsa_pkcs1_sha512: _pkcs1(hashes.SHA512()),
+    SignatureScheme.rsa_pss_rsae_sha256: _pss(hashes.SHA256()),
+    SignatureScheme.rsa_pss_rsae_sha384: _pss(hashes.SHA384()),
+    SignatureScheme.rsa_pss_rsae_sha512: _pss(hashes.SHA512()),
+    SignatureScheme.rsa_pss_pss_sha256: _pss(hashes.SHA256()),
+    SignatureScheme.rsa_pss_pss_sha384: _pss(hashes.SHA384()),
+    SignatureScheme.rsa_pss_pss_sha512: _pss(hashes.SHA512()),
+    SignatureScheme.ecdsa_secp256r1_sha256: _ecdsa("secp256r1", hashes.SHA256()),
+    SignatureScheme.ecdsa_secp384r1_sha384: _ecdsa("secp384r1", hashes.SHA384()),
+    SignatureScheme.ecdsa_secp521r1_sha512: _ecdsa("secp521r1", hashes.SHA512()),
+    SignatureScheme.ed25519: _Scheme(
+        ed25519.Ed25519PrivateKey, lambda key, octets: key.sign(octets)
+    ),
+}
+
+
+def _sign(key: PrivateKey, parameter: int, octets: bytes) -> bytes:
+    try:
+        name = SignatureScheme(parameter)
+    except ValueError:
+        raise NotTLS(f"signature scheme 0x{parameter:04x}") from None
+    scheme = _SCHEMES[name]
+    if not isinstance(key, scheme.key_type):
+        raise NotTLS(f"{name.name} with a key of another kind")
+    if octets.startswith(_TLS13_SERVER):
+        _check_certificate_verify(octets)
+        # TLS 1.3 ties the scheme to the curve, TLS 1.2 does not.
+        if not scheme.tls13:
+            raise NotTLS(f"{name.name} in TLS 1.3")
+        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
+            raise NotTLS(f"{name.name} in TLS 1.3 with a key on {key.curve.name}")
+    else:
+        _check_server_key_exchange(octets)
+    return scheme.sign(key, octets)
+
+
+def _check_certificate_verify(octets: bytes) -> None:
+    length = len(octets) - len(_TLS13_SERVER)
+    if length not in _TRANSCRIPT_HASH_OCTETS:
+        raise NotTLS(f"a transcript hash of {length} octets")
+
+
+def _check_server_key_exchange(octets: bytes) -> None:
+    params = octets[_RANDOMS_OCTETS:]
+    if len(params) < 4 or params[0] != _NAMED_CURVE:
+        raise NotTLS(f"{len(octets)} octets that no TLS server signs")
+    group, length = int.from_bytes(params[1:3], "big"), params[3]
+    point = params[4:]
+    if _POINT_OCTETS.get(group) != length or len(point) != length:
+        raise NotTLS(f"a ServerKeyExchange of {len(point)} octets in group {group}")
+    if group in _UNCOMPRESSED_GROUPS and point[0] != 4:
+        raise NotTLS("a ServerKeyExchange with a compressed point")
+
+
+# --- decrypt --------------------------------------------------------------------
+
+
+def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
+    """The premaster secret, or random octets, alike in length and time.
+
+    RFC 5246 §7.4.7.1: padding and version are checked without saying so. OpenSSL
+    answers bad padding with a pseudo-random message (implicit rejection), so that
+    what is left is to compare a length and a version and to choose between two
+    values, each computed in any case.
+    """
+    if not isinstance(key, rsa.RSAPrivateKey):
+        raise NotTLS("an RSA key exchange with a key of another kind")
+    if len(ciphertext) * 8 != (key.key_size + 7) // 8 * 8:
+        raise NotTLS(f"a ciphertext of {len(ciphertext)} octets")
+    substitute = secrets.token_bytes(PREMASTER_SECRET_OCTETS)
+    try:
+        secret = key.decrypt(ciphertext, padding.PKCS1v15())
+    except ValueError:
+        # A number above the modulus: that much the sender knows already.
+        return substitute
+    version = secret[:2].ljust(2, b"\0")
+    differences = len(secret) ^ PREMASTER_SECRET_OCTETS
+    differences |= int.from_bytes(version, "big") ^ parameter
+    candidate = secret[:PREMASTER_SECRET_OCTETS].ljust(PREMASTER_SECRET_OCTETS, b"\0")
+    return (substitute, candidate)[differences == 0]
+
+
+POWERS: dict[Operation, Callable[[PrivateKey, int, bytes], bytes]] = {
+    Operation.SIGN: _sign,
+    Operation.DECRYPT: _decrypt,
+}

@@ -1,0 +1,50 @@
+"""The OpenSSL provider (C, beside this file) and the configuration that loads it."""
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+__all__ = ["openssl_configuration", "provider_path"]
+
+_DIRECTORY = Path(__file__).parent
+
+
+def provider_path() -> Path:
+    """Where the package's build put the provider; raises FileNotFoundError."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = _DIRECTORY / f"keyd_provider{suffix}"
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"no provider in {_DIRECTORY}: install the package to build it")
+
+
+def openssl_configuration(channel: str, tls_commands: str = "") -> str:
+    """An OpenSSL configuration (config(5)) that loads the provider beside ``default``.
+
+    ``channel`` says how keyd is reached: ``socket = PATH`` or ``channel_fd = N``, one
+    setting a line. ``tls_commands`` are SSL_CONF_cmd(3) settings for every context.
+    """
+    return f"""\
+openssl_conf = openssl_init
+
+[openssl_init]
+providers = providers
+ssl_conf = tls
+
+[providers]
+default = default_provider
+keyd = keyd_provider
+
+[default_provider]
+activate = 1
+
+[keyd_provider]
+module = {provider_path()}
+activate = 1
+{channel}
+
+[tls]
+system_default = tls_commands
+
+[tls_commands]
+{tls_commands}
+"""

@@ -1,0 +1,186 @@
+/*
+ * One request to keyd, one reply from it, in bounded time (the format: protocol.py).
+ *
+ * Runs in the worker; its system calls are poll, sendmsg, recvmsg and clock_gettime, on
+ * failure shutdown, and with `socket` also socket, setsockopt, connect and close. Of
+ * keyd's reply it believes a form that it has checked, and a length that the caller set.
+ */
+#include "keyd_provider.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PROTOCOL_VERSION 1
+#define REQUEST_HEAD_OCTETS (4 + KEY_ID_OCTETS)
+#define REPLY_HEAD_OCTETS 2
+
+static int64_t now_ms(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static int too_slow(const struct provider *provider)
+{
+    RAISE(provider, REASON_SLOW, "keyd: no answer in %d ms", provider->timeout_ms);
+    return 0;
+}
+
+static int gone(const struct provider *provider, const char *how)
+{
+    RAISE(provider, REASON_GONE, "keyd: gone: %s", how);
+    return 0;
+}
+
+static int wait_for(const struct provider *provider, int fd, short event, int64_t deadline)
+{
+    for (;;) {
+        struct pollfd wanted = {.fd = fd, .events = event};
+        int64_t left = deadline - now_ms();
+        int ready = left > 0 ? poll(&wanted, 1, (int)left) : 0;
+
+        if (ready > 0)
+            return 1; /* for better or worse: the call that follows says which */
+        if (ready == 0 && left <= 0)
+            return too_slow(provider);
+        if (ready < 0 && errno != EINTR)
+            return gone(provider, strerror(errno));
+    }
+}
+
+/*
+ * connect(2) to a Unix socket waits while the listener's backlog is full, and poll cannot
+ * wait for it instead. SO_SNDTIMEO bounds it.
+ */
+static int connect_to_keyd(const struct provider *provider, int64_t deadline)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+    if (fd < 0) {
+        RAISE(provider, REASON_UNREACHABLE, "keyd: no socket: %s", strerror(errno));
+        return -1;
+    }
+    for (;;) {
+        int64_t left = deadline - now_ms();
+        struct timeval limit = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
+
+        if (left <= 0) {
+            too_slow(provider);
+            break;
+        }
+        if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) == 0
+            && connect(fd, (const struct sockaddr *)&provider->address,
+                       sizeof provider->address) == 0)
+            return fd;
+        if (errno != EINTR && errno != EAGAIN) {
+            RAISE(provider, REASON_UNREACHABLE, "keyd: cannot be reached at %s: %s",
+                  provider->address.sun_path, strerror(errno));
+            break;
+        }
+    }
+    close(fd);
+    return -1;
+}
+
+/* The descriptor may be blocking or not, and stays so: MSG_DONTWAIT, and poll to wait. */
+static int send_request(const struct provider *provider, int fd, const struct msghdr *request,
+                        int64_t deadline)
+{
+    for (;;) {
+        if (!wait_for(provider, fd, POLLOUT, deadline))
+            return 0;
+        if (sendmsg(fd, request, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+            return 1;
+        if (errno != EINTR && errno != EAGAIN)
+            return gone(provider, strerror(errno));
+    }
+}
+
+static int receive_reply(const struct provider *provider, int fd, struct msghdr *reply,
+                         ssize_t *length, int64_t deadline)
+{
+    for (;;) {
+        if (!wait_for(provider, fd, POLLIN, deadline))
+            return 0;
+        *length = recvmsg(fd, reply, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (*length > 0)
+            return 1;
+        if (*length == 0)
+            return gone(provider, "it closed the channel");
+        if (errno != EINTR && errno != EAGAIN)
+            return gone(provider, strerror(errno));
+    }
+}
+
+static ssize_t converse(const struct provider *provider, int fd, const struct msghdr *request,
+                        uint8_t *answer, size_t answer_size, int64_t deadline)
+{
+    uint8_t head[REPLY_HEAD_OCTETS];
+    struct iovec parts[] = {{head, sizeof head}, {answer, answer_size}};
+    struct msghdr reply = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t length;
+
+    if (!send_request(provider, fd, request, deadline)
+        || !receive_reply(provider, fd, &reply, &length, deadline))
+        return -1;
+    if (reply.msg_flags & MSG_TRUNC) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: an answer of more than %zu octets",
+              answer_size);
+        return -1;
+    }
+    if (length < REPLY_HEAD_OCTETS) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of %zd octets", length);
+        return -1;
+    }
+    if (head[0] != PROTOCOL_VERSION || head[1] > LAST_STATUS) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of version %d, status %d",
+              head[0], head[1]);
+        return -1;
+    }
+    if (head[1] != 0) {
+        RAISE(provider, REASON_REFUSED + head[1], "keyd: %s", refusal(head[1]));
+        return -1;
+    }
+    return length - REPLY_HEAD_OCTETS;
+}
+
+ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint16_t parameter,
+                 const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
+                 uint8_t *answer, size_t answer_size)
+{
+    int64_t deadline = now_ms() + provider->timeout_ms;
+    int fd = provider->channel_fd;
+    uint8_t head[REQUEST_HEAD_OCTETS] = {
+        PROTOCOL_VERSION,
+        (uint8_t)operation,
+        (uint8_t)(parameter >> 8),
+        (uint8_t)parameter,
+    };
+    struct iovec parts[] = {{head, sizeof head}, {(void *)payload, payload_length}};
+    struct msghdr request = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t length;
+
+    memcpy(head + 4, key_id, KEY_ID_OCTETS);
+    if (payload_length < 1 || payload_length > MAX_PAYLOAD_OCTETS) {
+        RAISE(provider, REASON_UNSUPPORTED, "keyd: not asked about %zu octets", payload_length);
+        return -1;
+    }
+    if (fd < 0 && provider->address.sun_path[0] == '\0') {
+        RAISE(provider, REASON_NO_CHANNEL, "keyd: neither channel_fd nor socket is set");
+        return -1;
+    }
+    if (fd < 0 && (fd = connect_to_keyd(provider, deadline)) < 0)
+        return -1;
+    length = converse(provider, fd, &request, answer, answer_size, deadline);
+    if (fd != provider->channel_fd)
+        close(fd);
+    else if (length < 0)
+        /* An answer that comes late must not be taken for the next request's. */
+        shutdown(fd, SHUT_RDWR);
+    return length;
+}

@@ -1,0 +1,128 @@
+/*
+ * The keyd provider: OpenSSL keys that are references to keys in keyd.
+ *
+ * Runs in the worker, or in whatever program loads it. Holds no private key: it names
+ * one, asks keyd to use it, and hands the answer on. Trusts the reference file and the
+ * configuration as far as the administrator wrote them (mistakes are named, never fatal
+ * to the process), and keyd's answers only as far as their form has been checked.
+ *
+ * One shared object may serve two copies of libcrypto in one process. So nothing here
+ * links against libcrypto, nothing is global and mutable, and every upcall goes through
+ * the provider's context. Nothing changes after loading, so forks and threads are free
+ * to share it; only `channel_fd` is one conversation, and belongs to one thread.
+ */
+#ifndef KEYD_PROVIDER_H
+#define KEYD_PROVIDER_H
+
+#define _DEFAULT_SOURCE
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/un.h>
+
+#include <openssl/core.h>
+#include <openssl/core_dispatch.h>
+#include <openssl/params.h>
+
+#define KEY_ID_OCTETS 32
+#define MAX_PAYLOAD_OCTETS 1024 /* of a request, as of a reply: RSA-8192 */
+#define PREMASTER_SECRET_OCTETS 48
+
+/* provider.c: the context, and errors */
+
+struct provider {
+    const OSSL_CORE_HANDLE *core;
+    OSSL_FUNC_core_new_error_fn *new_error;
+    OSSL_FUNC_core_set_error_debug_fn *set_error_debug;
+    OSSL_FUNC_core_vset_error_fn *vset_error;
+    OSSL_FUNC_BIO_read_ex_fn *bio_read_ex;
+    OSSL_FUNC_BIO_gets_fn *bio_gets;
+    int channel_fd;             /* -1: connect to `address` for each operation */
+    struct sockaddr_un address; /* an empty sun_path: none configured */
+    int timeout_ms;             /* for one operation, from connecting to the answer */
+};
+
+enum reason {
+    REASON_CONFIGURATION = 1,
+    REASON_MEMORY,
+    REASON_REFERENCE,
+    REASON_UNSUPPORTED,
+    REASON_NO_CHANNEL,
+    REASON_UNREACHABLE,
+    REASON_GONE,
+    REASON_SLOW,
+    REASON_NONSENSE,
+    REASON_REFUSED, /* plus keyd's status, 1 to LAST_STATUS */
+};
+#define LAST_STATUS 7
+
+__attribute__((format(printf, 5, 6))) void raise_at(const struct provider *provider, int line,
+                                                    const char *function, enum reason reason,
+                                                    const char *format, ...);
+
+/* Put an error in OpenSSL's queue: a reason of the list, and what exactly happened. */
+#define RAISE(provider, reason, ...) raise_at(provider, __LINE__, __func__, reason, __VA_ARGS__)
+
+/* The text of the reason that stands for keyd's status. */
+const char *refusal(int status);
+
+/* channel.c: one request, one reply */
+
+enum operation { OPERATION_SIGN = 1, OPERATION_DECRYPT = 2 };
+
+/* Returns the answer's length in octets, or -1 with an error raised. */
+ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint16_t parameter,
+                 const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
+                 uint8_t *answer, size_t answer_size);
+
+/* reference.c: keys from reference files */
+
+enum key_type { KEY_NONE, KEY_RSA, KEY_EC, KEY_ED25519, KEY_RSA_PSS };
+
+struct curve {
+    const char *name;
+    size_t point_length;   /* uncompressed */
+    size_t max_signature;  /* DER */
+    unsigned int bits, security_bits;
+};
+
+/* Flat, so that a copy is an assignment and nothing is shared. */
+struct key {
+    enum key_type type;
+    uint8_t id[KEY_ID_OCTETS];
+    uint8_t public_part[MAX_PAYLOAD_OCTETS]; /* modulus, point or key; most significant first */
+    size_t public_length;
+    uint8_t exponent[8];
+    size_t exponent_length;
+    const struct curve *curve;
+};
+
+extern const OSSL_ALGORITHM decoders[];
+
+/* key.c: what OpenSSL may know about a key */
+
+size_t max_signature_length(const struct key *key);
+
+extern const OSSL_ALGORITHM key_managers[];
+
+/* signature.c and cipher.c: what keyd does with a key */
+
+extern const OSSL_ALGORITHM signatures[];
+extern const OSSL_ALGORITHM ciphers[];
+
+/* params.c: OSSL_PARAM without libcrypto's helpers. Setting what was not asked for succeeds. */
+
+const OSSL_PARAM *find_param(const OSSL_PARAM *params, const char *name);
+int get_int(const OSSL_PARAM *param, int *value);
+int is_text(const OSSL_PARAM *param, const char *text);
+int set_uint(OSSL_PARAM *params, const char *name, uint64_t value);
+int set_text(OSSL_PARAM *params, const char *name, const char *text);
+int set_octets(OSSL_PARAM *params, const char *name, const uint8_t *octets, size_t length);
+int set_big(OSSL_PARAM *params, const char *name, const uint8_t *number, size_t length);
+
+/* Write a most-significant-first number as OSSL_PARAM wants it: native, `size` octets. */
+void native_order(const uint8_t *number, size_t length, uint8_t *native, size_t size);
+
+#endif

@@ -1,0 +1,148 @@
+/*
+ * OSSL_PARAM by hand. Runs in the worker; what it reads and fills comes from the
+ * libcrypto that calls, which is trusted.
+ *
+ * libcrypto has helpers for this, but calling them would mean linking against one
+ * particular libcrypto. OSSL_PARAM(3) is the contract that these few keep.
+ */
+#include "keyd_provider.h"
+
+#include <limits.h>
+#include <string.h>
+#include <strings.h>
+
+static OSSL_PARAM *locate(OSSL_PARAM *params, const char *name)
+{
+    for (; params != NULL && params->key != NULL; params++)
+        if (strcmp(params->key, name) == 0)
+            return params;
+    return NULL;
+}
+
+const OSSL_PARAM *find_param(const OSSL_PARAM *params, const char *name)
+{
+    for (; params != NULL && params->key != NULL; params++)
+        if (strcmp(params->key, name) == 0)
+            return params;
+    return NULL;
+}
+
+int get_int(const OSSL_PARAM *param, int *value)
+{
+    if (param->data == NULL)
+        return 0;
+    if (param->data_type == OSSL_PARAM_INTEGER && param->data_size == sizeof(int32_t)) {
+        int32_t number;
+        memcpy(&number, param->data, sizeof number);
+        *value = number;
+        return 1;
+    }
+    if (param->data_type == OSSL_PARAM_UNSIGNED_INTEGER && param->data_size == sizeof(uint32_t)) {
+        uint32_t number;
+        memcpy(&number, param->data, sizeof number);
+        if (number > INT_MAX)
+            return 0;
+        *value = (int)number;
+        return 1;
+    }
+    return 0;
+}
+
+int is_text(const OSSL_PARAM *param, const char *text)
+{
+    size_t length = strlen(text);
+
+    return param->data_type == OSSL_PARAM_UTF8_STRING && param->data != NULL
+        && strnlen(param->data, param->data_size) == length
+        && strncasecmp(param->data, text, length) == 0;
+}
+
+/* How much was, or would be, written. 1: go on and write it; 0: nothing to write to. */
+static int announce(OSSL_PARAM *param, size_t length)
+{
+    param->return_size = length;
+    return param->data != NULL;
+}
+
+int set_uint(OSSL_PARAM *params, const char *name, uint64_t value)
+{
+    uint8_t number[sizeof value];
+    OSSL_PARAM *param = locate(params, name);
+
+    if (param == NULL)
+        return 1;
+    if (param->data_type != OSSL_PARAM_INTEGER && param->data_type != OSSL_PARAM_UNSIGNED_INTEGER)
+        return 0;
+    if (param->data != NULL && param->data_size < sizeof(int32_t))
+        return 0;
+    if (!announce(param, param->data == NULL ? sizeof value : param->data_size))
+        return 1;
+    for (size_t i = 0; i < sizeof number; i++)
+        number[i] = (uint8_t)(value >> 8 * (sizeof number - 1 - i));
+    /* All that is ever set this way fits into 31 bits. */
+    native_order(number + 4, 4, param->data, param->data_size);
+    return 1;
+}
+
+int set_text(OSSL_PARAM *params, const char *name, const char *text)
+{
+    size_t length = strlen(text);
+    OSSL_PARAM *param = locate(params, name);
+
+    if (param == NULL)
+        return 1;
+    if (param->data_type != OSSL_PARAM_UTF8_STRING)
+        return 0;
+    if (!announce(param, length))
+        return 1;
+    if (param->data_size < length)
+        return 0;
+    memcpy(param->data, text, length);
+    if (param->data_size > length)
+        ((char *)param->data)[length] = '\0';
+    return 1;
+}
+
+int set_octets(OSSL_PARAM *params, const char *name, const uint8_t *octets, size_t length)
+{
+    OSSL_PARAM *param = locate(params, name);
+
+    if (param == NULL)
+        return 1;
+    if (param->data_type != OSSL_PARAM_OCTET_STRING)
+        return 0;
+    if (!announce(param, length))
+        return 1;
+    if (param->data_size < length)
+        return 0;
+    memcpy(param->data, octets, length);
+    return 1;
+}
+
+int set_big(OSSL_PARAM *params, const char *name, const uint8_t *number, size_t length)
+{
+    OSSL_PARAM *param = locate(params, name);
+
+    if (param == NULL)
+        return 1;
+    if (param->data_type != OSSL_PARAM_UNSIGNED_INTEGER)
+        return 0;
+    if (!announce(param, length))
+        return 1;
+    if (param->data_size < length)
+        return 0;
+    param->return_size = param->data_size;
+    native_order(number, length, param->data, param->data_size);
+    return 1;
+}
+
+void native_order(const uint8_t *number, size_t length, uint8_t *native, size_t size)
+{
+    memset(native, 0, size);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    memcpy(native + size - length, number, length);
+#else
+    for (size_t i = 0; i < length; i++)
+        native[i] = number[length - 1 - i];
+#endif
+}

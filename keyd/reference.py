@@ -1,0 +1,70 @@
+"""The reference file: a key by name, for the provider to stand in for.
+
+Written by whoever sets a TLS server up, read by the provider (``provider/``). It
+holds nothing secret: the public key and its SHA-256, PEM-like:
+
+    -----BEGIN KEYD KEY REFERENCE-----
+    base64 of: version(1) type(1) key(32) and then, each with a two-octet length,
+               RSA, RSA-PSS:  n, e      unsigned, most significant octet first
+               EC:            curve     OpenSSL's name of the group
+                              point     uncompressed (SEC 1 §2.3.3)
+               Ed25519:       key       RFC 8032 §5.1.5
+    -----END KEYD KEY REFERENCE-----
+"""
+
+import base64
+import hashlib
+import struct
+
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+__all__ = ["UnsupportedKey", "key_id", "reference_pem"]
+
+_VERSION = 1
+_RSA, _EC, _ED25519 = 1, 2, 3
+_GROUP_NAMES = {"secp256r1": "prime256v1", "secp384r1": "secp384r1", "secp521r1": "secp521r1"}
+
+
+class UnsupportedKey(ValueError):
+    """A key of a kind or size that keyd does not serve."""
+
+
+def key_id(key: PublicKeyTypes) -> bytes:
+    """The SHA-256 of the SubjectPublicKeyInfo: 32 octets."""
+    spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).digest()
+
+
+def reference_pem(key: PublicKeyTypes) -> bytes:
+    """The reference file for the private key that belongs to this public one.
+
+    Raises UnsupportedKey.
+    """
+    kind, fields = _fields(key)
+    content = bytes((_VERSION, kind)) + key_id(key)
+    content += b"".join(struct.pack("!H", len(field)) + field for field in fields)
+    text = base64.encodebytes(content)
+    return b"-----BEGIN KEYD KEY REFERENCE-----\n" + text + b"-----END KEYD KEY REFERENCE-----\n"
+
+
+def _fields(key: PublicKeyTypes) -> tuple[int, tuple[bytes, ...]]:
+    if isinstance(key, rsa.RSAPublicKey):
+        if not 2048 <= key.key_size <= 8192:
+            raise UnsupportedKey(f"an RSA key of {key.key_size} bits (2048 to 8192 are served)")
+        numbers = key.public_numbers()
+        return _RSA, (_unsigned(numbers.n), _unsigned(numbers.e))
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        group = _GROUP_NAMES.get(key.curve.name)
+        if group is None:
+            raise UnsupportedKey(f"an EC key on {key.curve.name} (P-256, P-384, P-521 are served)")
+        point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        return _EC, (group.encode(), point)
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return _ED25519, (key.public_bytes_raw(),)
+    raise UnsupportedKey(f"{type(key).__name__} (RSA, EC and Ed25519 are served)")
+
+
+def _unsigned(number: int) -> bytes:
+    return number.to_bytes((number.bit_length() + 7) // 8, "big")

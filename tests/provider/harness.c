@@ -1,0 +1,259 @@
+/*
+ * The provider under a sanitizer: libcrypto's own calls, one command a line on stdin, one
+ * line of outcome on stdout. Loads the provider as any program does, by OPENSSL_CONF.
+ *
+ *   pem HEX, store HEX              load a key from a file's content
+ *   sign DIGEST PADDING SALT MGF1 HEX      as libssl does; "-" leaves a parameter unset
+ *   decrypt PADDING VERSION HEX            as libssl does
+ *   copy                            go on with a copy of the key
+ *   private                         try to get the private part out
+ */
+#define _GNU_SOURCE
+#define OPENSSL_SUPPRESS_DEPRECATED /* EVP_PKEY_get0_RSA: one more way out to try */
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <openssl/core_names.h>
+#include <openssl/encoder.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/rsa.h>
+#include <openssl/store.h>
+
+static void fail(void)
+{
+    const char *data;
+    int flags;
+    unsigned long error;
+
+    printf("failed");
+    while ((error = ERR_get_error_all(NULL, NULL, NULL, &data, &flags)) != 0) {
+        const char *library = ERR_lib_error_string(error);
+        const char *reason = ERR_reason_error_string(error);
+
+        printf(" [%s|%s|%s]", library ? library : "", reason ? reason : "",
+               flags & ERR_TXT_STRING ? data : "");
+    }
+    printf("\n");
+}
+
+static void succeed(const unsigned char *octets, size_t length)
+{
+    printf("ok ");
+    for (size_t i = 0; i < length; i++)
+        printf("%02x", octets[i]);
+    /* What is left in the queue after a success makes SSL_get_error() lie. */
+    printf(ERR_peek_error() == 0 ? "\n" : " and an error\n");
+    ERR_clear_error();
+}
+
+static unsigned char *unhex(const char *text, size_t *length)
+{
+    size_t digits = strcmp(text, "-") == 0 ? 0 : strlen(text);
+    unsigned char *octets = malloc(digits / 2 + 1);
+
+    *length = digits / 2;
+    for (size_t i = 0; i < *length; i++) {
+        unsigned int octet;
+        sscanf(text + 2 * i, "%2x", &octet);
+        octets[i] = (unsigned char)octet;
+    }
+    return octets;
+}
+
+static EVP_PKEY *from_store(BIO *bio)
+{
+    EVP_PKEY *key = NULL;
+    OSSL_STORE_CTX *store = OSSL_STORE_attach(bio, "file", NULL, NULL, NULL, NULL, NULL, NULL,
+                                              NULL);
+
+    while (store != NULL && key == NULL && !OSSL_STORE_eof(store)) {
+        OSSL_STORE_INFO *info = OSSL_STORE_load(store);
+
+        if (info == NULL && OSSL_STORE_error(store))
+            break;
+        if (info != NULL && OSSL_STORE_INFO_get_type(info) == OSSL_STORE_INFO_PKEY)
+            key = OSSL_STORE_INFO_get1_PKEY(info);
+        OSSL_STORE_INFO_free(info);
+    }
+    OSSL_STORE_close(store);
+    return key;
+}
+
+static EVP_PKEY *load(int use_store, const char *hex)
+{
+    size_t length;
+    unsigned char *octets = unhex(hex, &length);
+    BIO *bio = BIO_new_mem_buf(octets, (int)length);
+    EVP_PKEY *key = use_store ? from_store(bio) : PEM_read_bio_PrivateKey(bio, NULL, NULL, "");
+
+    if (key == NULL)
+        fail();
+    else
+        printf("ok %s %d %d%s\n", EVP_PKEY_get0_type_name(key), EVP_PKEY_get_bits(key),
+               EVP_PKEY_get_size(key), use_store || ERR_peek_error() == 0 ? "" : " and an error");
+    ERR_clear_error();
+    BIO_free(bio);
+    free(octets);
+    return key;
+}
+
+static void sign(EVP_PKEY *key, char **save)
+{
+    const char *digest = strtok_r(NULL, " ", save), *padding = strtok_r(NULL, " ", save);
+    const char *salt = strtok_r(NULL, " ", save), *mgf1 = strtok_r(NULL, " ", save);
+    size_t length, signature_length = 0;
+    unsigned char *message = unhex(strtok_r(NULL, " ", save), &length), *signature = NULL;
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    EVP_PKEY_CTX *key_context;
+
+    if (EVP_DigestSignInit_ex(context, &key_context, *digest == '-' ? NULL : digest, NULL, NULL,
+                              key, NULL) == 1
+        && (*padding == '-' || EVP_PKEY_CTX_set_rsa_padding(key_context, atoi(padding)) > 0)
+        && (*salt == '-' || EVP_PKEY_CTX_set_rsa_pss_saltlen(key_context, atoi(salt)) > 0)
+        && (*mgf1 == '-' || EVP_PKEY_CTX_set_rsa_mgf1_md_name(key_context, mgf1, NULL) > 0)
+        && EVP_DigestSign(context, NULL, &signature_length, message, length) == 1
+        && (signature = malloc(signature_length)) != NULL
+        && EVP_DigestSign(context, signature, &signature_length, message, length) == 1)
+        succeed(signature, signature_length);
+    else
+        fail();
+    free(signature);
+    free(message);
+    EVP_MD_CTX_free(context);
+}
+
+static void decrypt(EVP_PKEY *key, char **save)
+{
+    const char *padding = strtok_r(NULL, " ", save);
+    unsigned int version = (unsigned int)strtoul(strtok_r(NULL, " ", save), NULL, 0);
+    size_t length, secret_length = 48;
+    unsigned char *message = unhex(strtok_r(NULL, " ", save), &length);
+    unsigned char *secret = malloc(secret_length);
+    EVP_PKEY_CTX *context = EVP_PKEY_CTX_new_from_pkey(NULL, key, NULL);
+    OSSL_PARAM params[] = {
+        OSSL_PARAM_construct_uint(OSSL_ASYM_CIPHER_PARAM_TLS_CLIENT_VERSION, &version),
+        OSSL_PARAM_construct_end(),
+    };
+
+    if (context != NULL && EVP_PKEY_decrypt_init(context) > 0
+        && (*padding == '-' || EVP_PKEY_CTX_set_rsa_padding(context, atoi(padding)) > 0)
+        && (version == 0 || EVP_PKEY_CTX_set_params(context, params) > 0)
+        && EVP_PKEY_decrypt(context, secret, &secret_length, message, length) > 0)
+        succeed(secret, secret_length);
+    else
+        fail();
+    free(secret);
+    free(message);
+    EVP_PKEY_CTX_free(context);
+}
+
+static void copy(EVP_PKEY **key)
+{
+    EVP_PKEY *duplicate = EVP_PKEY_dup(*key);
+
+    if (duplicate != NULL && EVP_PKEY_eq(*key, duplicate) == 1)
+        printf("ok\n");
+    else
+        fail();
+    EVP_PKEY_free(*key);
+    *key = duplicate;
+}
+
+static void try_private(EVP_PKEY *key)
+{
+    static const char *const formats[] = {"PEM", "DER", "TEXT"};
+    static const char *const structures[] = {"PrivateKeyInfo", "EncryptedPrivateKeyInfo",
+                                             "type-specific"};
+    static const char *const numbers[] = {"d", "p", "rsa-factor1", "priv"};
+    const char *leak = NULL;
+    unsigned char raw[64];
+    size_t raw_length = sizeof raw;
+    OSSL_PARAM *params = NULL;
+    BIO *bio = BIO_new(BIO_s_mem());
+
+    if (EVP_PKEY_todata(key, EVP_PKEY_KEYPAIR, &params) == 1)
+        leak = "EVP_PKEY_todata";
+    OSSL_PARAM_free(params);
+    if (EVP_PKEY_get_raw_private_key(key, raw, &raw_length) == 1)
+        leak = "EVP_PKEY_get_raw_private_key";
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        BIGNUM *number = NULL;
+
+        if (EVP_PKEY_get_bn_param(key, numbers[i], &number) == 1)
+            leak = numbers[i];
+        BN_free(number);
+    }
+    for (size_t i = 0; i < 3; i++) {
+        for (size_t j = 0; j < 3; j++) {
+            OSSL_ENCODER_CTX *encoder =
+                OSSL_ENCODER_CTX_new_for_pkey(key, EVP_PKEY_KEYPAIR, formats[i], structures[j],
+                                              NULL);
+            unsigned char *data = NULL;
+            size_t data_length;
+
+            if (OSSL_ENCODER_to_data(encoder, &data, &data_length) == 1)
+                leak = structures[j];
+            OPENSSL_free(data);
+            OSSL_ENCODER_CTX_free(encoder);
+        }
+    }
+    if (PEM_write_bio_PrivateKey(bio, key, NULL, NULL, 0, NULL, NULL) == 1)
+        leak = "PEM_write_bio_PrivateKey";
+    if (PEM_write_bio_PrivateKey_traditional(bio, key, NULL, NULL, 0, NULL, NULL) == 1)
+        leak = "PEM_write_bio_PrivateKey_traditional";
+    if (i2d_PrivateKey_bio(bio, key) == 1)
+        leak = "i2d_PrivateKey_bio";
+    if (EVP_PKEY_get0_RSA(key) != NULL || EVP_PKEY_get0_EC_KEY(key) != NULL)
+        leak = "EVP_PKEY_get0_";
+    if (BIO_pending(bio) != 0)
+        leak = "something written";
+    printf(leak == NULL ? "ok\n" : "leaked by %s\n", leak);
+    BIO_free(bio);
+    ERR_clear_error();
+}
+
+static void interrupted(int signal)
+{
+    (void)signal;
+}
+
+int main(void)
+{
+    struct sigaction action = {.sa_handler = interrupted}; /* without SA_RESTART */
+    char *line = NULL, *save;
+    size_t room = 0;
+    EVP_PKEY *key = NULL;
+
+    sigaction(SIGUSR1, &action, NULL);
+    if (!OPENSSL_init_crypto(OPENSSL_INIT_LOAD_CONFIG, NULL))
+        return 1;
+    ERR_clear_error();
+    while (getline(&line, &room, stdin) > 0) {
+        const char *command;
+
+        line[strcspn(line, "\n")] = '\0';
+        command = strtok_r(line, " ", &save);
+        if (strcmp(command, "pem") == 0 || strcmp(command, "store") == 0) {
+            EVP_PKEY_free(key);
+            key = load(*command == 's', strtok_r(NULL, " ", &save));
+        } else if (key == NULL)
+            printf("failed no key\n");
+        else if (strcmp(command, "sign") == 0)
+            sign(key, &save);
+        else if (strcmp(command, "decrypt") == 0)
+            decrypt(key, &save);
+        else if (strcmp(command, "copy") == 0)
+            copy(&key);
+        else
+            try_private(key);
+        fflush(stdout);
+    }
+    EVP_PKEY_free(key);
+    free(line);
+    return 0;
+}

@@ -1,0 +1,1 @@
+"""titus-py: a TLS-terminating proxy with a confined process for each connection."""

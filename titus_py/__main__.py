@@ -1,0 +1,87 @@
+"""The command ``titus-py``: reads its arguments, and hands over to what does the work.
+
+Each command's module is imported when it is asked for: the supervisor, which stays,
+has no use for what draws the demo's tables.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+_DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
+
+
+def main() -> int:
+    """Run the command that ``sys.argv`` asks for; returns its exit code (2: usage)."""
+    arguments = _parser().parse_args()
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titus-py",
+        description="Terminate TLS in front of a plaintext backend: a confined process for each "
+        "connection, the private key in a process of its own.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve", help="run the proxy", description="From a configuration file, or from options."
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE")
+    serve.add_argument("--listen", action="append", metavar="ADDR", help="may be repeated")
+    serve.add_argument("--backend", metavar="ADDR")
+    serve.add_argument("--cert", metavar="FILE", help="PEM, the chain included")
+    serve.add_argument("--key", metavar="FILE")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", help="name every mistake in a configuration")
+    check.add_argument("--config", type=Path, metavar="FILE", default=_DEFAULT_CONFIGURATION)
+    check.set_defaults(run=_check)
+
+    demo = commands.add_parser("demo", help="show a real request, and what protects the key")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from titus_py.check import check, report
+    from titus_py.configuration import from_options, load
+    from titus_py.supervisor import serve
+
+    options = (arguments.listen, arguments.backend, arguments.cert, arguments.key)
+    if any(options):
+        if arguments.config is not None or not all(options):
+            print(
+                "titus-py serve: either --config, or all of --listen, --backend, --cert and --key",
+                file=sys.stderr,
+            )
+            return 2
+        loaded = from_options(*options)
+    else:
+        loaded = load(arguments.config or _DEFAULT_CONFIGURATION)
+    checked = check(loaded)
+    if checked.mistakes:
+        report(checked)
+        return 2
+    return serve(checked)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from titus_py.check import check_main
+
+    return check_main(arguments.config)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from titus_py.demo import demo
+
+    del arguments
+    return demo()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

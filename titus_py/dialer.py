@@ -1,0 +1,121 @@
+"""Connecting to a backend on a worker's behalf, without waiting for it.
+
+Run by the parent. The addresses were resolved by the supervisor; which of them
+takes the connection is up to the backends, and so is how long that takes: nothing
+here blocks.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from titus_py.event_loop import READABLE, WRITABLE, EventLoop, Timer
+
+__all__ = ["Dialer", "ResolvedAddress"]
+
+#: A family and what connect(2) takes for it.
+ResolvedAddress = tuple[int, tuple[str, int] | tuple[str, int, int, int] | str]
+
+#: connect(2) on a unix socket whose queue is full fails at once: how soon to try again.
+_RETRY_SECONDS = 0.02
+
+
+class Dialer:
+    """One attempt to reach a backend: each of its addresses in turn, until one answers.
+
+    ``done`` is called once: with the connected socket, or with None and the reason.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        addresses: Sequence[ResolvedAddress],
+        timeout: float,
+        done: Callable[[socket.socket | None, str], None],
+    ) -> None:
+        self._loop = loop
+        self._left = list(addresses)
+        self._done = done
+        self._socket: socket.socket | None = None
+        self._watched = False
+        self._reason = "no address"
+        self._retry: Timer | None = None
+        self._timeout = loop.after(
+            timeout, lambda: self._finish(None, f"no answer in {timeout:g} s")
+        )
+
+    def start(self) -> None:
+        """Begin; ``done`` may be called before this returns."""
+        self._next()
+
+    def cancel(self) -> None:
+        """Forget about it: ``done`` is not called any more."""
+        self._timeout.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._drop()
+
+    def _next(self) -> None:
+        self._retry = None
+        while self._left:
+            family, address = self._left[0]
+            if self._socket is None:
+                self._socket = socket.socket(family, socket.SOCK_STREAM)
+                self._socket.setblocking(False)
+            try:
+                self._socket.connect(address)
+            except BlockingIOError as error:
+                if error.errno == errno.EAGAIN:
+                    self._retry = self._loop.after(_RETRY_SECONDS, self._next)
+                    return
+                self._watched = True
+                self._loop.watch(self._socket.fileno(), self._settled, READABLE | WRITABLE)
+                return
+            except OSError as error:
+                self._failed(error.errno)
+            else:
+                self._succeeded()
+                return
+        self._finish(None, self._reason)
+
+    def _settled(self) -> None:
+        if self._socket is None:
+            return
+        error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._failed(error)
+            self._next()
+        else:
+            self._succeeded()
+
+    def _failed(self, error: int | None) -> None:
+        address = self._left.pop(0)[1]
+        where = address if isinstance(address, str) else f"{address[0]} port {address[1]}"
+        self._reason = f"{where}: {os.strerror(error or errno.EIO)}"
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            if self._watched:
+                self._loop.unwatch(self._socket.fileno())
+                self._watched = False
+            self._socket.close()
+            self._socket = None
+
+    def _succeeded(self) -> None:
+        connected, self._socket = self._socket, None
+        if connected is None:
+            return
+        if self._watched:
+            self._loop.unwatch(connected.fileno())
+            self._watched = False
+        if connected.family != socket.AF_UNIX:
+            with suppress(OSError):
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._finish(connected, "")
+
+    def _finish(self, connected: socket.socket | None, reason: str) -> None:
+        self.cancel()
+        self._done(connected, reason)

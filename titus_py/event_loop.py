@@ -1,0 +1,74 @@
+"""Descriptors and timers: what the supervisor and the parent wait for.
+
+Run by both. Callbacks must not block, and there is nothing here that does.
+"""
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+
+__all__ = ["EventLoop", "Timer"]
+
+READABLE = select.EPOLLIN
+WRITABLE = select.EPOLLOUT
+
+
+class Timer:
+    """A call to come; ``cancel`` forgets it."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class EventLoop:
+    """One epoll(7) and a heap of timers, all on CLOCK_MONOTONIC."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+
+    def watch(self, descriptor: int, callback: Callable[[], None], events: int = READABLE) -> None:
+        """Call back whenever the descriptor is ready, until ``unwatch``."""
+        self._epoll.register(descriptor, events)
+        self._callbacks[descriptor] = callback
+
+    def unwatch(self, descriptor: int) -> None:
+        """To be called before the descriptor is closed."""
+        del self._callbacks[descriptor]
+        self._epoll.unregister(descriptor)
+
+    def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Call back once, that much later."""
+        timer = Timer(callback)
+        due = time.monotonic() + seconds
+        heapq.heappush(self._timers, (due, next(self._order), timer))
+        return timer
+
+    def run_once(self, wait: bool = True) -> None:
+        """Wait for what comes first (or for nothing), and call back all that is due."""
+        for descriptor, _ in self._epoll.poll(self._timeout() if wait else 0):
+            # An earlier callback of this round may have ended this one's interest.
+            callback = self._callbacks.get(descriptor)
+            if callback is not None:
+                callback()
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                callback()
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - time.monotonic())

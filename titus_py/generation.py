@@ -1,0 +1,114 @@
+"""A generation: one keyd and one parent, and the sockets between them.
+
+Run by the supervisor. Both are started with execve(2), so that each begins with a
+clean address space, and each gets exactly the descriptors that its arguments name.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from keyd.linux.sealed import sealed_file
+from keyd.provider import openssl_configuration
+from titus_py.confinement import KEYD_FD
+from titus_py.plan import Plan
+
+__all__ = ["Child", "start_keyd", "start_parent"]
+
+#: In the words of SSL_CONF_cmd(3), what pyOpenSSL has no call for: without resumption,
+#: a TLS 1.3 ticket is of no use.
+_TLS_COMMANDS = "NumTickets = 0"
+
+
+class Child:
+    """A process that the supervisor started, and its end of their socket."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[bytes]", end: socket.socket) -> None:
+        self.name = name
+        self.socket = end
+        self.pid = process.pid
+        self.pidfd = os.pidfd_open(process.pid)
+        self.started = time.monotonic()
+        self._process = process
+
+    def send(self, order: dict[str, object], descriptors: Sequence[int] = ()) -> None:
+        """Tell it something; a child that is gone or stuck is noticed otherwise."""
+        with suppress(OSError):
+            socket.send_fds(self.socket, [json.dumps(order).encode()], descriptors)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def bury(self) -> str:
+        """After its end: let go of it; returns how it ended, in words."""
+        code = self._process.wait()
+        os.close(self.pidfd)
+        self.socket.close()
+        return f"exited with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
+    """keyd, and the parent's end of its control socket. Raises OSError."""
+    parents_end, keyds_end = _socketpair()
+    settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
+    with keyds_end:
+        child = _start(
+            "keyd",
+            ["keyd", "serve"],
+            {"settings-fd": settings_fd, "parent-fd": keyds_end.fileno()},
+        )
+    return child, parents_end
+
+
+def start_parent(plan: Plan, keyd: socket.socket) -> Child:
+    """The parent of this plan; the socket is closed here, being the parent's. Raises OSError."""
+    milliseconds = int(plan.handshake_timeout * 1000)
+    channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
+    configuration_fd = sealed_file(
+        "openssl.cnf", openssl_configuration(channel, _TLS_COMMANDS).encode()
+    )
+    with keyd:
+        return _start(
+            "parent",
+            ["titus_py.parent"],
+            {"plan-fd": sealed_file("plan", plan.encode()), "keyd-fd": keyd.fileno()},
+            environment={"OPENSSL_CONF": f"/proc/self/fd/{configuration_fd}"},
+            also=(configuration_fd, *plan.listeners),
+        )
+
+
+def _start(
+    name: str,
+    module: list[str],
+    descriptors: dict[str, int],
+    environment: dict[str, str] | None = None,
+    also: Sequence[int] = (),
+) -> Child:
+    """Start ``python -m module``; sealed files among the descriptors are closed here."""
+    ours, theirs = _socketpair()
+    ours.setblocking(False)
+    descriptors = descriptors | {"supervisor-fd": theirs.fileno()}
+    arguments = [word for key, fd in descriptors.items() for word in (f"--{key}", str(fd))]
+    with theirs:
+        process = subprocess.Popen(
+            # Isolated (-I): no PYTHON* variable and no current directory has a say.
+            [sys.executable, "-I", "-m", *module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment or {},
+            pass_fds=(*descriptors.values(), *also),
+            # A session of its own: the terminal's Ctrl-C is for the supervisor.
+            start_new_session=True,
+        )
+    return Child(name, process, ours)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

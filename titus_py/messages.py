@@ -1,0 +1,77 @@
+"""What the parent and a worker say to each other: octets in, values out, and back.
+
+Used by both. One message is one SOCK_SEQPACKET packet. A worker has two things to
+say, each of one fixed size; the parent trusts neither.
+
+==============  ==============================================================
+worker: ready   'R'                    confined; may be given a client
+worker: dial    'D' vhost(2)           connect me to this virtual host's backend
+parent: client  'C' connection(8) vhosts(n × 2), with the client's socket and,
+                where there is a vhost at all, the channel to keyd
+parent: backend 'B', with the connected socket; or 'F' and why there is none
+==============  ==============================================================
+"""
+
+import struct
+from typing import NamedTuple
+
+__all__ = ["MAX_CLIENT_OCTETS", "Client", "Dial", "Malformed", "Ready", "decode_from_worker"]
+
+BACKEND = b"B"
+BACKEND_FAILED = b"F"
+#: An answer about a backend: the kind and a short reason.
+MAX_BACKEND_OCTETS = 256
+
+_DIAL = struct.Struct("!cH")
+_CLIENT = struct.Struct("!cQ")
+MAX_VHOSTS = 4096
+MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
+#: One more than the longest message, so that a longer one shows.
+WORKER_MESSAGE_OCTETS = _DIAL.size + 1
+
+
+class Malformed(ValueError):
+    """A message that no worker that runs our code would send."""
+
+
+class Ready(NamedTuple):
+    """The worker is confined."""
+
+    def encode(self) -> bytes:
+        return b"R"
+
+
+class Dial(NamedTuple):
+    """The worker wants this virtual host's backend."""
+
+    vhost: int
+
+    def encode(self) -> bytes:
+        return _DIAL.pack(b"D", self.vhost)
+
+
+class Client(NamedTuple):
+    """A connection to serve; ``vhosts`` are those that its local address allows."""
+
+    connection: int
+    vhosts: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        numbers = struct.pack(f"!{len(self.vhosts)}H", *self.vhosts)
+        return _CLIENT.pack(b"C", self.connection) + numbers
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Client":
+        """For the worker, which trusts the parent."""
+        _, connection = _CLIENT.unpack_from(message)
+        count = (len(message) - _CLIENT.size) // 2
+        return cls(connection, struct.unpack_from(f"!{count}H", message, _CLIENT.size))
+
+
+def decode_from_worker(message: bytes) -> Ready | Dial:
+    """Raise Malformed, saying what is wrong with the message."""
+    if message == b"R":
+        return Ready()
+    if len(message) == _DIAL.size and message[:1] == b"D":
+        return Dial(_DIAL.unpack(message)[1])
+    raise Malformed(f"{len(message)} octets, the first {message[:1]!r}")

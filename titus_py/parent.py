@@ -1,0 +1,607 @@
+"""The parent's life: load the certificates, fork workers, hand each a client.
+
+Started anew by the supervisor for each generation of the configuration, as root.
+It accepts, forks, connects to backends and notes how each worker ended. It never
+reads a client's octet, holds no private key and looks no name up. It trusts the
+supervisor and keyd, and of what workers say the little that ``messages`` decodes.
+What is imported here, every worker inherits.
+"""
+
+import argparse
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import prctl
+
+from keyd.linux.credentials import forbid_core_dumps, hide_memory
+from keyd.linux.process import clone
+from keyd.linux.sealed import read_all
+from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal
+from titus_py import messages
+from titus_py.confinement import WORKER_NAMESPACES, Descriptors
+from titus_py.dialer import Dialer
+from titus_py.event_loop import WRITABLE, EventLoop, Timer
+from titus_py.messages import Client, Dial, Ready
+from titus_py.plan import Plan, VirtualHost, resolved
+from titus_py.report import End, Report, State, make_report, read_report
+from titus_py.tls import Credentials, make_context
+from titus_py.virtual_host import applies_to
+from titus_py.worker import Site, Terms, live
+
+__all__ = ["main"]
+
+#: How much longer than its handshake timeout a worker may take to act on it itself.
+_GRACE = 2.0
+_FORK_PAUSE_SECONDS = (0.1, 5.0)
+#: How soon to look again for a keyd that could not take a message.
+_KEYD_PAUSE_SECONDS = 0.05
+#: Workers in a row that fail to confine themselves before the parent gives up.
+_MAX_FAILED_WORKERS = 5
+_SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
+_OUTBOX_EVENTS = 10_000
+
+
+class _Offer(NamedTuple):
+    """What a client that came to one local address may have."""
+
+    vhosts: tuple[int, ...]
+    grants: dict[bytes, frozenset[Operation]]
+
+
+class _Worker:
+    """The parent's end of one worker."""
+
+    __slots__ = (
+        "client", "connection", "deadline", "dialer", "failure", "killed_for", "local", "offer",
+        "pid", "pidfd", "ready", "report", "socket", "started", "uid",
+    )  # fmt: skip
+
+    def __init__(self, uid: int, pid: int, pidfd: int, report: int, end: socket.socket) -> None:
+        self.uid = uid
+        self.pid = pid
+        self.pidfd = pidfd
+        self.report = report
+        self.socket = end
+        self.ready = False
+        self.connection = 0
+        self.client = ""
+        self.local = ""
+        self.started = 0.0
+        self.offer: _Offer | None = None
+        self.deadline: Timer | None = None
+        self.dialer: Dialer | None = None
+        self.killed_for = ""
+
+
+class Parent:
+    """One generation's listening sockets, workers and way to keyd."""
+
+    def __init__(self, plan: Plan, supervisor: socket.socket, keyd: socket.socket) -> None:
+        self._plan = plan
+        self._loop = EventLoop()
+        self._supervisor = supervisor
+        self._outbox: deque[bytes] = deque()
+        self._lost_events = 0
+        self._sites = [_site(vhost) for vhost in plan.vhosts]
+        self._backends = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
+        self._listeners = {
+            descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
+        }
+        self._accepting = False
+        self._draining = False
+        self._stopped = False
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        # The uid that was freed longest ago is taken first.
+        self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
+        self._forming: set[int] = set()
+        self._spares: deque[_Worker] = deque()
+        self._workers: dict[int, _Worker] = {}
+        self._busy: dict[int, _Worker] = {}
+        self._failed_workers = 0
+        self._fork_pause = 0.0
+        self._fork_timer: Timer | None = None
+        self._full = False
+        # Unique for as long as the machine runs, whatever is restarted.
+        self._next_connection = time.time_ns() // 1000
+        self._held: tuple[socket.socket, object] | None = None
+        self._offer = lru_cache(maxsize=1024)(self._make_offer)
+        self._keyd: socket.socket | None = None
+        self._take_keyd(keyd)
+
+    # --- life -------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Serve until drained or told to stop."""
+        self._loop.watch(self._supervisor.fileno(), self._hear_supervisor)
+        for listener in self._listeners.values():
+            listener.setblocking(False)
+        gc.collect()
+        gc.freeze()
+        self._tell("serving", vhosts=len(self._sites))
+        while not self._stopped and not (self._draining and not self._workers):
+            # One fork between two looks at what has come in: nobody waits for more.
+            self._loop.run_once(wait=not self._fork_one())
+            self._retry_held()
+            self._adjust_accepting()
+        self._loop.run_once(wait=False)
+
+    def _hear_supervisor(self) -> None:
+        message, descriptors, _, _ = socket.recv_fds(
+            self._supervisor, _SUPERVISOR_MESSAGE_OCTETS, 1, socket.MSG_DONTWAIT
+        )
+        if not message:
+            # Without a supervisor nobody could stop or replace this parent.
+            self._close_all("the supervisor is gone")
+            return
+        order = json.loads(message)
+        match order["do"]:
+            case "use keyd":
+                self._take_keyd(socket.socket(fileno=descriptors[0]))
+            case "use backend":
+                self._backends[order["vhost"]] = resolved(order["addresses"])
+            case "drain":
+                self._drain(order["seconds"])
+            case "close":
+                self._close_all("closed at once")
+
+    def _drain(self, seconds: float) -> None:
+        """Accept no more; let connections end, for so long."""
+        self._draining = True
+        self._adjust_accepting()
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+        for worker in [self._workers[pidfd] for pidfd in self._workers if pidfd not in self._busy]:
+            worker.socket.shutdown(socket.SHUT_RDWR)
+        self._loop.after(seconds, lambda: self._close_all("drained"))
+
+    def _close_all(self, reason: str) -> None:
+        self._draining = True
+        self._adjust_accepting()
+        for worker in list(self._workers.values()):
+            self._kill(worker, reason)
+        if not self._workers:
+            self._stopped = True
+
+    def _tell(self, event: str, **fields: object) -> None:
+        """Have the supervisor log something; never waits for it."""
+        if len(self._outbox) >= _OUTBOX_EVENTS:
+            self._lost_events += 1
+            return
+        if self._lost_events:
+            lost = {"event": "events_lost", "level": "error", "count": self._lost_events}
+            self._lost_events = 0
+            self._outbox.append(json.dumps(lost).encode())
+        self._outbox.append(json.dumps({"event": event, **fields}).encode())
+        if len(self._outbox) == 1:
+            self._send_events()
+            if self._outbox:
+                # A second registration of the same socket: epoll takes a duplicate.
+                self._writer = self._supervisor.dup()
+                self._loop.watch(self._writer.fileno(), self._send_events_again, WRITABLE)
+
+    def _send_events(self) -> None:
+        try:
+            while self._outbox:
+                self._supervisor.send(self._outbox[0], socket.MSG_DONTWAIT)
+                self._outbox.popleft()
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            self._outbox.clear()
+
+    def _send_events_again(self) -> None:
+        self._send_events()
+        if not self._outbox:
+            self._loop.unwatch(self._writer.fileno())
+            self._writer.close()
+
+    # --- clients ----------------------------------------------------------------
+
+    def _adjust_accepting(self) -> None:
+        """Take clients exactly while there is somebody to serve them."""
+        full = len(self._busy) >= self._plan.max_workers
+        if full != self._full:
+            self._full = full
+            self._tell("full" if full else "not_full", level="warning", max=self._plan.max_workers)
+        wanted = bool(
+            self._spares and self._keyd and not full and not self._draining and not self._held
+        )
+        if wanted == self._accepting:
+            return
+        self._accepting = wanted
+        for descriptor, listener in self._listeners.items():
+            if wanted:
+                self._loop.watch(descriptor, partial(self._accept, listener))
+            else:
+                self._loop.unwatch(descriptor)
+
+    def _accept(self, listener: socket.socket) -> None:
+        if not self._spares or len(self._busy) >= self._plan.max_workers:
+            return
+        try:
+            client, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
+            self._tell("accept_failed", level="error", reason=error.strerror)
+            return
+        self._hand_over(client, address)
+
+    def _hand_over(self, client: socket.socket, address: object) -> None:
+        """Give a client to a spare worker, together with its channel to keyd."""
+        with suppress(OSError):
+            local = client.getsockname()
+            offer = self._offer(_plain(local[0]), local[1])
+            connection = self._next_connection
+            channel = None
+            if offer.vhosts:
+                channel = self._open_channel(connection, offer)
+                if channel is None:
+                    # keyd is gone: this client waits for the next one, as do those
+                    # who are still in the listen queue.
+                    self._held = client, address
+                    return
+            self._next_connection += 1
+            worker = self._spares.popleft()
+            # In this order: the first of them gets the number that the provider knows.
+            descriptors = [channel.fileno()] if channel else []
+            descriptors.append(client.fileno())
+            message = Client(connection, offer.vhosts).encode()
+            try:
+                socket.send_fds(worker.socket, [message], descriptors)
+            except OSError as error:
+                self._kill(worker, f"does not take a client: {error.strerror}")
+            finally:
+                client.close()
+                if channel:
+                    channel.close()
+            worker.connection = connection
+            worker.client = _text(address)
+            worker.local = _text(local)
+            worker.offer = offer
+            worker.started = time.monotonic()
+            worker.deadline = self._loop.after(
+                self._plan.handshake_timeout + _GRACE, lambda: self._overdue(worker)
+            )
+            self._busy[worker.pidfd] = worker
+            return
+        client.close()
+
+    def _make_offer(self, address: str, port: int) -> _Offer:
+        vhosts = tuple(
+            number
+            for number, vhost in enumerate(self._plan.vhosts)
+            if applies_to(vhost.local_address, vhost.local_port, address, port)
+        )
+        grants: dict[bytes, frozenset[Operation]] = {}
+        for number in vhosts:
+            vhost = self._plan.vhosts[number]
+            operations = {Operation.SIGN}
+            if vhost.rsa_key_exchange:
+                operations.add(Operation.DECRYPT)
+            key = bytes.fromhex(vhost.key)
+            grants[key] = grants.get(key, frozenset()) | operations
+        return _Offer(vhosts, grants)
+
+    def _overdue(self, worker: _Worker) -> None:
+        """A worker that has not finished its handshake by now is not going to."""
+        if read_report(worker.report).state < State.ESTABLISHED:
+            self._kill(worker, "did not keep to its handshake timeout")
+
+    # --- keyd -------------------------------------------------------------------
+
+    def _take_keyd(self, keyd: socket.socket) -> None:
+        self._lose_keyd()
+        keyd.setblocking(False)
+        self._keyd = keyd
+        self._loop.watch(keyd.fileno(), self._hear_keyd)
+
+    def _lose_keyd(self) -> None:
+        if self._keyd is not None:
+            self._loop.unwatch(self._keyd.fileno())
+            self._keyd.close()
+            self._keyd = None
+
+    def _hear_keyd(self) -> None:
+        if self._keyd is None:
+            return
+        try:
+            message = self._keyd.recv(MAX_REFUSAL_OCTETS + 1)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._lose_keyd()
+            return
+        refusal = Refusal.decode(message)
+        worker = next(
+            (worker for worker in self._busy.values() if worker.connection == refusal.connection),
+            None,
+        )
+        self._tell(
+            "keyd_refused",
+            level="alarm",
+            connection=refusal.connection,
+            client=worker.client if worker else None,
+            uid=worker.uid if worker else None,
+            status=refusal.status.name.lower(),
+            attempted=refusal.detail,
+        )
+
+    def _open_channel(self, connection: int, offer: _Offer) -> socket.socket | None:
+        """A worker's way to keyd, on these terms; None if keyd is gone."""
+        if self._keyd is None:
+            return None
+        lifetime = int(self._plan.handshake_timeout * 1000)
+        terms = Open(connection, lifetime, operations=1, grants=offer.grants)
+        ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with keyds:
+            try:
+                socket.send_fds(self._keyd, [terms.encode()], [keyds.fileno()])
+            except OSError:
+                # Full or gone. If it is alive, it will have caught up in a moment.
+                ours.close()
+                self._loop.after(_KEYD_PAUSE_SECONDS, lambda: None)
+                return None
+        return ours
+
+    def _retry_held(self) -> None:
+        """Serve the client that was accepted when keyd could not be reached."""
+        if self._held is not None and self._keyd is not None and self._spares:
+            held, self._held = self._held, None
+            self._hand_over(*held)
+
+    # --- workers ----------------------------------------------------------------
+
+    def _fork_one(self) -> bool:
+        """Fork a spare if one is missing; returns whether it did."""
+        spares = len(self._spares) + len(self._forming)
+        room = self._plan.max_workers + self._plan.spare_workers - len(self._workers)
+        if (
+            self._draining
+            or self._fork_timer is not None
+            or spares >= self._plan.spare_workers
+            or room <= 0
+            or not self._uids
+        ):
+            return False
+        try:
+            self._fork()
+        except OSError as error:
+            shortest, longest = _FORK_PAUSE_SECONDS
+            if not self._fork_pause:
+                self._tell("fork_failed", level="error", reason=error.strerror)
+            self._fork_pause = min(max(shortest, self._fork_pause * 2), longest)
+            self._fork_timer = self._loop.after(self._fork_pause, self._fork_again)
+            return False
+        if self._fork_pause:
+            self._fork_pause = 0.0
+            self._tell("fork_works_again", level="warning")
+        return True
+
+    def _fork_again(self) -> None:
+        self._fork_timer = None
+
+    def _fork(self) -> None:
+        ours, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        report = make_report()
+        uid = self._uids.popleft()
+        try:
+            terms = Terms(
+                uid,
+                self._plan.chroot,
+                self._plan.handshake_timeout,
+                self._sites,
+                report,
+                Descriptors(self._null, workers.fileno()),
+            )
+            pid, pidfd = clone(WORKER_NAMESPACES)
+            if not pid:
+                live(terms)
+        except OSError:
+            self._uids.appendleft(uid)
+            ours.close()
+            os.close(report)
+            raise
+        finally:
+            workers.close()
+        ours.setblocking(False)
+        worker = _Worker(uid, pid, pidfd, report, ours)
+        self._workers[pidfd] = worker
+        self._forming.add(pidfd)
+        self._loop.watch(pidfd, lambda: self._bury(worker))
+        self._loop.watch(ours.fileno(), lambda: self._hear_worker(worker))
+
+    def _hear_worker(self, worker: _Worker) -> None:
+        try:
+            octets = worker.socket.recv(messages.WORKER_MESSAGE_OCTETS)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            octets = b""
+        if not octets:
+            # It has hung up, or ended: the pidfd will tell.
+            self._loop.unwatch(worker.socket.fileno())
+            worker.socket.close()
+            return
+        try:
+            message = messages.decode_from_worker(octets)
+        except messages.Malformed as error:
+            self._alarm(worker, "malformed_message", str(error))
+            return
+        if isinstance(message, Ready) and not worker.ready:
+            worker.ready = True
+            self._failed_workers = 0
+            self._forming.discard(worker.pidfd)
+            if not self._draining:
+                self._spares.append(worker)
+        elif (
+            isinstance(message, Dial)
+            and worker.offer is not None
+            and worker.dialer is None
+            and message.vhost in worker.offer.vhosts
+        ):
+            self._dial(worker, message.vhost)
+        else:
+            self._alarm(worker, "unexpected_message", str(message))
+
+    def _alarm(self, worker: _Worker, event: str, attempted: str) -> None:
+        """A worker did what our code does not do: say so, and end it."""
+        self._tell(
+            event,
+            level="alarm",
+            connection=worker.connection,
+            client=worker.client,
+            uid=worker.uid,
+            attempted=attempted,
+        )
+        self._kill(worker, event)
+
+    def _dial(self, worker: _Worker, vhost: int) -> None:
+        def done(backend: socket.socket | None, reason: str) -> None:
+            # It may have gone in the meantime; then its end is on record already.
+            with suppress(OSError):
+                if backend is None:
+                    worker.socket.send(messages.BACKEND_FAILED + reason.encode()[:255])
+                else:
+                    socket.send_fds(worker.socket, [messages.BACKEND], [backend.fileno()])
+            if backend is None:
+                self._tell(
+                    "backend_unavailable",
+                    level="error",
+                    connection=worker.connection,
+                    backend=self._plan.vhosts[vhost].backend,
+                    reason=reason,
+                )
+            else:
+                backend.close()
+
+        timeout = self._plan.connect_timeout
+        worker.dialer = Dialer(self._loop, self._backends[vhost], timeout, done)
+        worker.dialer.start()
+
+    def _kill(self, worker: _Worker, reason: str) -> None:
+        worker.killed_for = worker.killed_for or reason
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+
+    def _bury(self, worker: _Worker) -> None:
+        """Note how a worker ended, and take back what it had."""
+        status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
+        report = read_report(worker.report)
+        self._loop.unwatch(worker.pidfd)
+        if worker.socket.fileno() >= 0:
+            self._loop.unwatch(worker.socket.fileno())
+            worker.socket.close()
+        os.close(worker.pidfd)
+        os.close(worker.report)
+        if worker.dialer is not None:
+            worker.dialer.cancel()
+        if worker.deadline is not None:
+            worker.deadline.cancel()
+        del self._workers[worker.pidfd]
+        self._forming.discard(worker.pidfd)
+        with suppress(ValueError):
+            self._spares.remove(worker)
+        # Its namespace ended with it: no process is left that could have this uid.
+        self._uids.append(worker.uid)
+        how = _how(status) if status is not None else "lost"
+        if self._busy.pop(worker.pidfd, None) is not None:
+            self._record(worker, report, how)
+        elif how and not self._draining:
+            self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=report.detail)
+            self._failed_workers += 1
+            if self._failed_workers >= _MAX_FAILED_WORKERS:
+                sys.exit("titus-py: workers cannot confine themselves: " + report.detail)
+            self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
+        if self._draining and not self._workers:
+            self._stopped = True
+
+    def _record(self, worker: _Worker, report: Report, how: str) -> None:
+        established = bool(report.tls_version)
+        end = report.end.name.lower() if report.end is not End.NONE else "killed"
+        level = "info"
+        if worker.killed_for:
+            end = worker.killed_for
+        elif how:
+            end, level = how, "alarm"
+        self._tell(
+            "connection_ended" if established else "handshake_failed",
+            level=level,
+            connection=worker.connection,
+            client=worker.client,
+            local=worker.local,
+            server_name=report.server_name or None,
+            tls_version=report.tls_version or None,
+            cipher_suite=report.cipher_suite or None,
+            group=report.group or None,
+            octets_from_client=report.octets_from_client,
+            octets_to_client=report.octets_to_client,
+            seconds=round(time.monotonic() - worker.started, 3),
+            end=end,
+            detail=report.detail or None,
+            uid=worker.uid,
+        )
+
+
+def _site(vhost: VirtualHost) -> Site:
+    context = make_context(
+        Credentials(vhost.certificate_chain, vhost.key_reference),
+        vhost.min_version,
+        vhost.max_version,
+        vhost.ciphers,
+        vhost.ciphersuites,
+        vhost.rsa_key_exchange,
+    )
+    names = tuple(vhost.server_names) if vhost.server_names is not None else None
+    return Site(names, context)
+
+
+def _how(status: os.waitid_result) -> str:
+    """How a process ended, or nothing where it exited as it should."""
+    if status.si_code == os.CLD_EXITED:
+        return f"exited with {status.si_status}" if status.si_status else ""
+    return f"killed by {signal.Signals(status.si_status).name}"
+
+
+def _plain(address: str) -> str:
+    """An IPv4 client of a dual-stack socket, by its own address (RFC 4291 §2.5.5.2)."""
+    return address.removeprefix("::ffff:") if "." in address else address
+
+
+def _text(address: object) -> str:
+    host, port = _plain(address[0]), address[1]  # type: ignore[index]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def main() -> int:
+    """``python -m titus_py.parent``: started by the supervisor, on inherited descriptors."""
+    parser = argparse.ArgumentParser(prog="titus_py.parent")
+    parser.add_argument("--plan-fd", type=int, required=True)
+    parser.add_argument("--supervisor-fd", type=int, required=True)
+    parser.add_argument("--keyd-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    prctl.set_pdeathsig(signal.SIGKILL)
+    forbid_core_dumps()
+    hide_memory()
+    plan = Plan.decode(read_all(arguments.plan_fd))
+    Parent(
+        plan, socket.socket(fileno=arguments.supervisor_fd), socket.socket(fileno=arguments.keyd_fd)
+    ).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

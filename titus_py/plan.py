@@ -1,0 +1,66 @@
+"""What a parent is to do: the configuration, boiled down by the supervisor.
+
+Written by the supervisor, read once by the parent: JSON in a sealed file. It holds
+what the parent cannot or shall not find out for itself: certificates and key
+references as text, addresses resolved, listening sockets open.
+"""
+
+import json
+from typing import NamedTuple
+
+from titus_py.dialer import ResolvedAddress
+
+__all__ = ["Plan", "VirtualHost"]
+
+
+class VirtualHost(NamedTuple):
+    """One [[vhost]]; ``key`` is the SHA-256 of the public key, in hexadecimal."""
+
+    server_names: tuple[str, ...] | None
+    local_address: str | None
+    local_port: int | None
+    certificate_chain: str
+    key_reference: str
+    key: str
+    backend: str
+    addresses: tuple[ResolvedAddress, ...]
+    min_version: str
+    max_version: str
+    ciphers: str | None
+    ciphersuites: str | None
+    rsa_key_exchange: bool
+
+
+class Plan(NamedTuple):
+    """All that a parent needs to know. Times are in seconds."""
+
+    listeners: tuple[int, ...]
+    vhosts: tuple[VirtualHost, ...]
+    first_uid: int
+    last_uid: int
+    max_workers: int
+    spare_workers: int
+    handshake_timeout: float
+    connect_timeout: float
+    chroot: str
+
+    def encode(self) -> bytes:
+        vhosts = [vhost._asdict() for vhost in self.vhosts]
+        return json.dumps(self._asdict() | {"vhosts": vhosts}).encode()
+
+    @classmethod
+    def decode(cls, octets: bytes) -> "Plan":
+        fields = json.loads(octets)
+        fields["vhosts"] = tuple(
+            VirtualHost(**vhost | {"addresses": resolved(vhost["addresses"])})
+            for vhost in fields["vhosts"]
+        )
+        return cls(**fields)
+
+
+def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:
+    """JSON's lists, as connect(2)'s tuples."""
+    return tuple(
+        (family, tuple(address) if isinstance(address, list) else address)  # type: ignore[misc]
+        for family, address in addresses
+    )

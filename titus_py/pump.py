@@ -1,0 +1,246 @@
+"""Octets in both directions between a TLS client and a plaintext backend.
+
+Run by the worker, once the handshake is done. What happens on one side is mirrored
+to the other: a clean end of one direction (close_notify, FIN) is passed on when
+all that came before it has been, and the other direction goes on; an unclean one
+(RST, a TLS stream without its close_notify) is passed on as a reset.
+
+A reset is what both sockets do by themselves when this process ends, however it
+ends: they were given SO_LINGER with a timeout of zero. Only a connection that
+came to a clean end in both directions has that taken off.
+"""
+
+import select
+import socket
+from collections.abc import Callable
+
+from OpenSSL import SSL
+
+from titus_py.report import End
+
+__all__ = ["Pump"]
+
+#: What is held at most for a direction, beside one TLS record within OpenSSL.
+_BUFFER_OCTETS = 128 * 1024
+#: A record's plaintext at most (RFC 8446 §5.1): a read of this size leaves nothing
+#: behind in OpenSSL, where poll(2) would not see it.
+_RECORD_OCTETS = 16 * 1024
+
+_Broken = (ConnectionResetError, BrokenPipeError, TimeoutError, ConnectionAbortedError)
+
+
+class _Ended(Exception):
+    """The connection is over, uncleanly; both sides are to be reset."""
+
+    def __init__(self, end: End, detail: str = "") -> None:
+        super().__init__(end, detail)
+        self.end = end
+        self.detail = detail
+
+
+class Pump:
+    """One connection. Both sockets are non-blocking.
+
+    ``count`` is told the octets from and to the client so far.
+    """
+
+    def __init__(
+        self,
+        client: SSL.Connection,
+        client_socket: socket.socket,
+        backend: socket.socket,
+        count: Callable[[int, int], None],
+    ) -> None:
+        self._client = client
+        self._client_socket = client_socket
+        self._backend = backend
+        self._count = count
+        self._to_backend = memoryview(b"")
+        self._to_client = memoryview(b"")
+        self._octets_from_client = 0
+        self._octets_to_client = 0
+        #: The direction has no more to come; then, that this was passed on.
+        self._client_ended = self._client_end_passed = False
+        self._backend_ended = self._backend_end_passed = False
+        self._backend_broken = False
+        #: TLS may need the opposite of what is being done (SSL_get_error(3)).
+        self._read_wants_write = False
+        self._write_wants_read = False
+
+    def run(self) -> tuple[End, str]:
+        """Pump until the end; returns how it ended and, where there is one, a detail."""
+        poll = select.poll()
+        client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
+        registered = {client_fd: 0, backend_fd: 0}
+        try:
+            while not (self._client_end_passed and self._backend_end_passed):
+                wanted = {client_fd: self._client_events(), backend_fd: self._backend_events()}
+                for descriptor, events in wanted.items():
+                    # Not registered at all where nothing is wanted: poll(2) reports a
+                    # hang-up unasked, and again and again.
+                    if events and events != registered[descriptor]:
+                        poll.register(descriptor, events)
+                    elif registered[descriptor] and not events:
+                        poll.unregister(descriptor)
+                registered = wanted
+                for descriptor, _ in poll.poll():
+                    if descriptor == client_fd:
+                        self._client_ready()
+                    else:
+                        self._backend_ready()
+                self._count(self._octets_from_client, self._octets_to_client)
+        except _Ended as ended:
+            return ended.end, ended.detail
+        finally:
+            self._count(self._octets_from_client, self._octets_to_client)
+        self._close_cleanly()
+        return End.CLEAN, ""
+
+    def _client_events(self) -> int:
+        events = 0
+        if not self._to_backend and not self._client_ended:
+            events |= select.POLLOUT if self._read_wants_write else select.POLLIN
+        if self._to_client or (self._backend_ended and not self._backend_end_passed):
+            events |= select.POLLIN if self._write_wants_read else select.POLLOUT
+        return events
+
+    def _backend_events(self) -> int:
+        events = 0
+        if not self._to_client and not self._backend_ended:
+            events |= select.POLLIN
+        if self._to_backend:
+            events |= select.POLLOUT
+        return events
+
+    def _client_ready(self) -> None:
+        if not self._to_backend and not self._client_ended:
+            self._read_client()
+        if self._to_client or self._backend_ended:
+            self._write_client()
+
+    def _backend_ready(self) -> None:
+        if self._to_backend:
+            self._write_backend()
+        if not self._to_client and not self._backend_ended:
+            self._read_backend()
+
+    def _read_client(self) -> None:
+        """Take what the client sent, as far as there is room, and pass it on."""
+        self._read_wants_write = False
+        received = []
+        room = _BUFFER_OCTETS
+        while room >= _RECORD_OCTETS:
+            try:
+                record = self._client.recv(_RECORD_OCTETS)
+            except SSL.WantReadError:
+                break
+            except SSL.WantWriteError:
+                self._read_wants_write = True
+                break
+            except SSL.ZeroReturnError:
+                self._client_ended = True
+                break
+            except SSL.SysCallError as error:
+                raise _Ended(*_client_failure(error)) from None
+            except SSL.Error as error:
+                raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
+            received.append(record)
+            room -= len(record)
+            # A short record is most often the last for now: to look would cost an exception.
+            if len(record) < _RECORD_OCTETS and not self._client.pending():
+                break
+        if received:
+            self._to_backend = memoryview(received[0] if len(received) == 1 else b"".join(received))
+            self._octets_from_client += len(self._to_backend)
+        self._write_backend()
+
+    def _write_backend(self) -> None:
+        if self._to_backend:
+            try:
+                sent = self._backend.send(self._to_backend)
+            except BlockingIOError:
+                return
+            except _Broken:
+                self._break_backend()
+                return
+            self._to_backend = self._to_backend[sent:]
+        if self._client_ended and not self._to_backend and not self._client_end_passed:
+            self._client_end_passed = True
+            try:
+                self._backend.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._break_backend()
+
+    def _break_backend(self) -> None:
+        """The backend takes no more; what it had sent before is still the client's."""
+        self._backend_broken = True
+        self._to_backend = memoryview(b"")
+        self._client_ended = self._client_end_passed = True
+        if self._backend_ended:
+            raise _Ended(End.BACKEND_RESET)
+
+    def _read_backend(self) -> None:
+        try:
+            received = self._backend.recv(_BUFFER_OCTETS)
+        except BlockingIOError:
+            return
+        except _Broken:
+            raise _Ended(End.BACKEND_RESET) from None
+        if received:
+            self._to_client = memoryview(received)
+        elif self._backend_broken:
+            raise _Ended(End.BACKEND_RESET)
+        else:
+            self._backend_ended = True
+        self._write_client()
+
+    def _write_client(self) -> None:
+        """Pass on what the backend sent, a TLS record at a time."""
+        self._write_wants_read = False
+        try:
+            while self._to_client:
+                sent = self._client.send(self._to_client[:_RECORD_OCTETS])
+                self._to_client = self._to_client[sent:]
+                self._octets_to_client += sent
+            if self._backend_ended and not self._backend_end_passed:
+                self._client.shutdown()
+                self._backend_end_passed = True
+        except SSL.WantWriteError:
+            pass
+        except SSL.WantReadError:
+            self._write_wants_read = True
+        except SSL.SysCallError as error:
+            if self._backend_ended and not self._to_client and self._client_ended:
+                # Nobody is left to hear the close_notify; nothing is lost by that.
+                self._backend_end_passed = True
+                return
+            raise _Ended(*_client_failure(error)) from None
+        except SSL.Error as error:
+            raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
+
+    def _close_cleanly(self) -> None:
+        for side in (self._client_socket, self._backend):
+            stop_resetting(side)
+            side.close()
+
+
+def _client_failure(error: SSL.SysCallError) -> tuple[End, str]:
+    if error.args[0] == -1:
+        return End.CLIENT_TRUNCATED, ""
+    return End.CLIENT_RESET, ""
+
+
+def reset_at_close(side: socket.socket) -> None:
+    """Make any end of this process a reset of the connection (socket(7), SO_LINGER)."""
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def stop_resetting(side: socket.socket) -> None:
+    """Let the connection be closed cleanly."""
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
+
+
+def describe(error: SSL.Error) -> str:
+    """OpenSSL's reasons, in its own words."""
+    reasons = [reason for _, _, reason in error.args[0]] if error.args else []
+    return "; ".join(dict.fromkeys(reasons)) or "unknown TLS error"

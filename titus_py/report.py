@@ -1,0 +1,116 @@
+"""What a worker says of its connection: a page that it writes and the parent reads.
+
+Shared by the parent, which makes it before the fork and reads it when the worker
+has ended, and the worker, which keeps it up to date by storing into memory: no
+message that could flood, none that a worker killed at any point could fail to
+send. The parent trusts none of it; it is for the record.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+__all__ = ["End", "Report", "ReportWriter", "State", "make_report", "read_report"]
+
+#: state, end, octets from the client, octets to the client, then text: TLS version,
+#: cipher suite, group, server name, detail.
+_LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s")
+_OCTETS = 1024
+_COUNTS = struct.Struct("=QQ")
+_COUNTS_OFFSET = 8
+
+
+class State(IntEnum):
+    """How far the worker has come."""
+
+    CONFINING = 0
+    WAITING = 1
+    HANDSHAKE = 2
+    ESTABLISHED = 3
+    ENDED = 4
+
+
+class End(IntEnum):
+    """How a connection ended, as the worker saw it."""
+
+    NONE = 0
+    CLEAN = 1
+    NOT_TLS = 2
+    PLAIN_HTTP = 3
+    BAD_CLIENT_HELLO = 4
+    NO_VIRTUAL_HOST = 5
+    HANDSHAKE_FAILED = 6
+    HANDSHAKE_TIMEOUT = 7
+    CLIENT_LEFT = 8
+    CLIENT_RESET = 9
+    CLIENT_TRUNCATED = 10
+    CLIENT_PROTOCOL_ERROR = 11
+    BACKEND_UNAVAILABLE = 12
+    BACKEND_RESET = 13
+    WORKER_FAILED = 14
+
+
+class Report(NamedTuple):
+    """One reading of a worker's page."""
+
+    state: State
+    end: End
+    octets_from_client: int
+    octets_to_client: int
+    tls_version: str
+    cipher_suite: str
+    group: str
+    server_name: str
+    detail: str
+
+
+class ReportWriter:
+    """The worker's side."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Map the page; the descriptor may be closed afterwards."""
+        self._page = mmap.mmap(descriptor, _OCTETS)
+        self._fields = Report(State.CONFINING, End.NONE, 0, 0, "", "", "", "", "")
+
+    def set(self, **fields: object) -> None:
+        """Store these fields of Report; octets are ``count``'s."""
+        self._fields = self._fields._replace(**fields)  # type: ignore[arg-type]
+        state, end, _, _, *texts = self._fields
+        counts = _COUNTS.unpack_from(self._page, _COUNTS_OFFSET)
+        octets = [str(text).encode("utf-8", "replace") for text in texts]
+        _LAYOUT.pack_into(self._page, 0, state, end, *counts, *octets)
+
+    def count(self, from_client: int, to_client: int) -> None:
+        """Store how many octets have passed, both ways, so far."""
+        _COUNTS.pack_into(self._page, _COUNTS_OFFSET, from_client, to_client)
+
+
+def make_report() -> int:
+    """A page of zeros for one worker: a sealed-size memory file, close-on-exec."""
+    descriptor = os.memfd_create("report", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, _OCTETS)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def read_report(descriptor: int) -> Report:
+    """Read what the worker wrote; whatever it wrote, this is a Report."""
+    state, end, *counts, version, suite, group, name, detail = _LAYOUT.unpack(
+        os.pread(descriptor, _LAYOUT.size, 0)
+    )
+    return Report(
+        State(state) if state in State._value2member_map_ else State.ENDED,
+        End(end) if end in End._value2member_map_ else End.NONE,
+        counts[0],
+        counts[1],
+        *(_text(octets) for octets in (version, suite, group, name, detail)),
+    )
+
+
+def _text(octets: bytes) -> str:
+    text = octets.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "?" for character in text)

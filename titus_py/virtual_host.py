@@ -1,0 +1,49 @@
+"""Which virtual host a client asked for: the first that matches, in the file's order.
+
+Used by the worker on a name that its client chose (unprivileged, the name not
+trusted), and by the supervisor to find virtual hosts that can never match.
+"""
+
+from collections.abc import Sequence
+
+__all__ = ["applies_to", "matches", "select"]
+
+
+def matches(pattern: str, server_name: str | None) -> bool:
+    """Whether a server name (RFC 6066 §3), or None where none was sent, fits a pattern.
+
+    A pattern is a name, ``*.`` and a name (exactly one label in the star's place), or
+    ``""``: no name sent. Case and a trailing dot in the server name do not matter.
+    """
+    if server_name is None:
+        return pattern == ""
+    # str.lower() takes some non-ASCII letters to ASCII ones, and no such name is ours.
+    if not server_name.isascii():
+        return False
+    name = server_name.removesuffix(".").lower()
+    if not name:
+        return False
+    if pattern.startswith("*."):
+        label, _, parent = name.partition(".")
+        return bool(label) and parent == pattern[2:].lower()
+    return name == pattern.lower()
+
+
+def select(patterns: Sequence[tuple[str, ...] | None], server_name: str | None) -> int | None:
+    """The index of the first virtual host that matches, None if none does.
+
+    ``patterns`` has one entry a virtual host: its patterns, or None where it takes any
+    name and none.
+    """
+    for index, names in enumerate(patterns):
+        if names is None or any(matches(name, server_name) for name in names):
+            return index
+    return None
+
+
+def applies_to(local_address: str | None, local_port: int | None, address: str, port: int) -> bool:
+    """Whether a virtual host with these settings serves what came to address and port.
+
+    Addresses are numeric, in the canonical form of RFC 5952.
+    """
+    return local_address in (None, address) and local_port in (None, port)

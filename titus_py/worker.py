@@ -1,0 +1,240 @@
+"""A worker's life: confine, wait, shake hands, pump, leave.
+
+Forked by the parent, one for each connection. Starts as root with what the parent
+holds, confines itself before it has a client, and then hears one client and one
+backend: hostile, both. Trusts the parent and keyd. Whatever a worker does to
+itself, only its own connection is affected.
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
+
+from OpenSSL import SSL
+
+from titus_py import messages
+from titus_py.client_hello import (
+    MAX_OCTETS,
+    Alert,
+    Incomplete,
+    InvalidClientHello,
+    fatal_alert,
+    parse_client_hello,
+)
+from titus_py.confinement import KEYD_FD, PARENT_FD, Descriptors, confine, keep_only
+from titus_py.messages import Client, Dial, Ready
+from titus_py.pump import Pump, describe, reset_at_close, stop_resetting
+from titus_py.report import End, ReportWriter, State
+from titus_py.tls import reseed
+from titus_py.virtual_host import select as select_virtual_host
+
+__all__ = ["Site", "Terms", "live"]
+
+#: How long a client that is being turned away has to read why, in seconds.
+_FAREWELL = 1.0
+_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This port speaks HTTPS, not HTTP.\r\n"
+)
+
+
+class Site(NamedTuple):
+    """A virtual host, as far as a worker knows it."""
+
+    server_names: tuple[str, ...] | None
+    context: SSL.Context
+
+
+class Terms(NamedTuple):
+    """What the parent decided for this worker before forking it."""
+
+    uid: int
+    chroot: str
+    handshake_timeout: float
+    sites: Sequence[Site]
+    report: int
+    descriptors: Descriptors
+
+
+class _Over(Exception):
+    """The connection ends here, for this reason.
+
+    ``farewell`` is what to send before a clean close, beside the alert that OpenSSL
+    may have sent; None is a reset.
+    """
+
+    def __init__(self, end: End, detail: str = "", farewell: bytes | None = None) -> None:
+        super().__init__(end, detail)
+        self.end = end
+        self.detail = detail
+        self.farewell = farewell
+
+
+def live(terms: Terms) -> NoReturn:
+    """Everything a worker does; ends the process, whatever happens."""
+    code = 70  # EX_SOFTWARE (sysexits.h), unless it comes to a good end
+    report = None
+    try:
+        reseed()
+        report = ReportWriter(terms.report)
+        keep_only(terms.descriptors)
+        confine(terms.uid, terms.chroot)
+        parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
+        report.set(state=State.WAITING)
+        parent.send(Ready().encode())
+        assigned = _wait_for_client(parent)
+        if assigned is not None:
+            end, detail = _serve(terms, report, parent, *assigned)
+            report.set(state=State.ENDED, end=end, detail=detail)
+        code = 0
+    finally:
+        error = sys.exception()
+        if error is not None and report is not None:
+            report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
+        os._exit(code)
+
+
+def _wait_for_client(parent: socket.socket) -> tuple[Client, socket.socket] | None:
+    """Be a spare, for as long as it takes; None if the parent has no use for one."""
+    message, descriptors, _, _ = socket.recv_fds(parent, messages.MAX_CLIENT_OCTETS, 2)
+    if not message:
+        return None
+    # The provider looks for keyd at a fixed number: the first that was free.
+    if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
+        raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
+    return Client.decode(message), socket.socket(fileno=descriptors[-1])
+
+
+def _serve(
+    terms: Terms, report: ReportWriter, parent: socket.socket, client: Client, peer: socket.socket
+) -> tuple[End, str]:
+    """One connection; returns how it ended and a detail for the record."""
+    deadline = time.monotonic() + terms.handshake_timeout
+    peer.setblocking(False)
+    reset_at_close(peer)
+    report.set(state=State.HANDSHAKE)
+    try:
+        vhost = _choose_site(terms, report, client, peer, deadline)
+        connection = SSL.Connection(terms.sites[vhost].context, peer)
+        _shake_hands(connection, peer, deadline)
+        os.close(KEYD_FD)
+        report.set(
+            state=State.ESTABLISHED,
+            tls_version=connection.get_protocol_version_name(),
+            cipher_suite=connection.get_cipher_name() or "",
+            group=connection.get_group_name() or "",
+        )
+        backend = _reach_backend(parent, vhost)
+    except _Over as over:
+        if over.farewell is not None:
+            _turn_away(peer, over.farewell)
+        return over.end, over.detail
+    return Pump(connection, peer, backend, report.count).run()
+
+
+def _choose_site(
+    terms: Terms, report: ReportWriter, client: Client, peer: socket.socket, deadline: float
+) -> int:
+    """Read the client's first message, without taking it, for the name in it."""
+    octets = b""
+    while True:
+        before = len(octets)
+        try:
+            octets = peer.recv(MAX_OCTETS, socket.MSG_PEEK)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _Over(End.CLIENT_LEFT, error.strerror or "") from None
+        else:
+            if len(octets) == before:
+                raise _Over(End.CLIENT_LEFT, f"after {before} octets")
+        try:
+            hello = parse_client_hello(octets)
+            break
+        except Incomplete:
+            # Wake when there is more than what was already looked at.
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(octets) + 1)
+            _await(peer, select.POLLIN, deadline)
+        except InvalidClientHello as error:
+            if error.http:
+                raise _Over(End.PLAIN_HTTP, str(error), _HTTP_ANSWER) from None
+            end = End.NOT_TLS if error.alert == Alert.UNEXPECTED_MESSAGE else End.BAD_CLIENT_HELLO
+            raise _Over(end, str(error), fatal_alert(error.alert)) from None
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    report.set(server_name=hello.server_name or "")
+    allowed = [terms.sites[vhost].server_names for vhost in client.vhosts]
+    chosen = select_virtual_host(allowed, hello.server_name)
+    if chosen is None:
+        name = hello.server_name or "no name"
+        raise _Over(End.NO_VIRTUAL_HOST, name, fatal_alert(Alert.UNRECOGNIZED_NAME))
+    return client.vhosts[chosen]
+
+
+def _shake_hands(connection: SSL.Connection, peer: socket.socket, deadline: float) -> None:
+    connection.set_accept_state()
+    while True:
+        try:
+            connection.do_handshake()
+            return
+        except SSL.WantReadError:
+            _await(peer, select.POLLIN, deadline)
+        except SSL.WantWriteError:
+            _await(peer, select.POLLOUT, deadline)
+        except SSL.SysCallError as error:
+            reason = "" if error.args[0] == -1 else str(error.args[1])
+            raise _Over(End.CLIENT_LEFT, f"within the handshake {reason}".strip()) from None
+        except SSL.Error as error:
+            raise _Over(End.HANDSHAKE_FAILED, describe(error), b"") from None
+
+
+def _await(peer: socket.socket, events: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(peer, events)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _Over(End.HANDSHAKE_TIMEOUT)
+
+
+def _reach_backend(parent: socket.socket, vhost: int) -> socket.socket:
+    """Have the parent connect: a worker cannot open a socket."""
+    parent.send(Dial(vhost).encode())
+    answer, descriptors, _, _ = socket.recv_fds(parent, messages.MAX_BACKEND_OCTETS, 1)
+    if answer[:1] != messages.BACKEND:
+        raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
+    backend = socket.socket(fileno=descriptors[0])
+    backend.setblocking(False)
+    reset_at_close(backend)
+    return backend
+
+
+def _turn_away(peer: socket.socket, farewell: bytes) -> None:
+    """Say why, in plain octets or in the alert that OpenSSL has sent, and close.
+
+    Without the wait, the client's own octets, unread, would make the close a reset,
+    and a reset would overtake the answer.
+    """
+    stop_resetting(peer)
+    with suppress(OSError):
+        if farewell:
+            peer.send(farewell)
+        peer.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + _FAREWELL
+        poll = select.poll()
+        poll.register(peer, select.POLLIN)
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not peer.recv(MAX_OCTETS):
+                break
+    peer.close()
+
+
+def _where(error: BaseException) -> str:
+    """The innermost frame of an unforeseen exception: no traceback can leave here."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
+    return f"{type(error).__name__}: {error} at {place}"
