@@ -12,11 +12,13 @@ from pathlib import Path
 
 from keyd.daemon import Confinement, Keyd, confine
 from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
+from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
 from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Open, Operation, Refusal
 from keyd.provider import openssl_configuration
 from keyd.reference import UnsupportedKey, key_id, reference_pem
+from keyd.system_calls import SERVING
 
 __all__ = ["main"]
 
@@ -90,7 +92,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         descriptor.set_inheritable(False)
 
     keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
-    confine(Confinement(settings["uid"], settings["gid"], settings["chroot"]))
+    program = bytes.fromhex(settings["filter"])
+    locked = confine(Confinement(settings["uid"], settings["gid"], settings["chroot"]))
 
     def record(refusal: Refusal) -> None:
         try:
@@ -100,8 +103,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     keyd = Keyd(keys, record)
     keyd.hear_parent(parent)
-    supervisor.send(json.dumps({"event": "ready", "keys": len(keys)}).encode())
-    keyd.serve(_THREADS)
+
+    def ready() -> None:
+        event = {"event": "ready", "keys": len(keys), "all_memory_locked": locked}
+        supervisor.send(json.dumps(event).encode())
+
+    keyd.serve(_THREADS, program, ready)
     return 0
 
 
@@ -117,6 +124,7 @@ def _listen(arguments: argparse.Namespace) -> int:
         os.chown(arguments.socket, user.pw_uid, gid)
         os.chmod(arguments.socket, 0o660)
         listener.listen(128)
+        program = seccomp.build(SERVING)
         confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot))
         granted = {Operation.SIGN}
         if arguments.rsa_key_exchange:
@@ -124,7 +132,7 @@ def _listen(arguments: argparse.Namespace) -> int:
         grants = dict.fromkeys(keys, frozenset(granted))
         keyd = Keyd(keys, lambda refusal: print(f"keyd: {refusal}", file=sys.stderr))
         keyd.hear_listener(listener, Open(0, lifetime_ms=60_000, operations=1, grants=grants))
-        keyd.serve(_THREADS)
+        keyd.serve(_THREADS, program, lambda: None)
     return 0
 
 

@@ -11,6 +11,7 @@ for one event at a time (EPOLLONESHOT): no two threads ever serve the same one.
 
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -19,9 +20,21 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
+import prctl
 from cryptography.exceptions import InternalError
 
-from keyd.linux.credentials import become, enter_empty_root, forbid_core_dumps, hide_memory
+from keyd.linux import seccomp
+from keyd.linux.credentials import (
+    become,
+    enter_empty_root,
+    forbid_core_dumps,
+    forbid_regaining,
+    hide_memory,
+    keep_capabilities,
+    lock_memory,
+)
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.powers import NotTLS, PrivateKey, perform
 from keyd.protocol import (
     MAX_OPEN_OCTETS,
@@ -39,6 +52,8 @@ __all__ = ["Confinement", "Keyd", "confine"]
 
 #: How often channels past their time are looked for, in seconds.
 _SWEEP_INTERVAL = 1.0
+#: Plenty for a signature; and all of it is locked into memory.
+_STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
@@ -50,12 +65,24 @@ class Confinement(NamedTuple):
     chroot: str
 
 
-def confine(to: Confinement) -> None:
-    """Leave the file system and every privilege behind; raises OSError."""
+def confine(to: Confinement) -> bool:
+    """Leave the network, the file system and every privilege behind; raises OSError.
+
+    All but the filter, which waits for the threads. Returns whether memory that is yet to
+    be used is locked, too.
+    """
+    leave_namespaces(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     forbid_core_dumps()
+    locked = lock_memory()
+    last_needed = {prctl.CAP_SYS_CHROOT, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
+    keep_capabilities(last_needed)
     enter_empty_root(to.chroot)
+    forbid_regaining(last_needed)
     become(to.uid, to.gid)
+    # Both after become(): a change of uid undoes them.
     hide_memory()
+    prctl.set_pdeathsig(signal.SIGKILL)
+    return locked
 
 
 def _die(failed: threading.ExceptHookArgs) -> None:
@@ -99,12 +126,26 @@ class Keyd:
         self._swept = time.monotonic()
         self._stopped = threading.Event()
 
-    def serve(self, threads: int) -> None:
-        """Serve until ``stop``. All of ``threads`` take part, this one among them."""
+    def serve(self, threads: int, program: bytes, ready: Callable[[], None]) -> None:
+        """Serve until ``stop``, behind this filter.
+
+        All of ``threads`` take part, this one among them; ``ready`` is called when
+        nothing is left to do but to serve. Raises OSError where the filter cannot be put on.
+        """
         threading.excepthook = _die
-        helpers = [threading.Thread(target=self._work) for _ in range(threads - 1)]
+        threading.stack_size(_STACK_OCTETS)
+        door = threading.Barrier(threads)
+
+        def help_out() -> None:
+            door.wait()
+            self._work()
+
+        helpers = [threading.Thread(target=help_out) for _ in range(threads - 1)]
         for helper in helpers:
             helper.start()
+        seccomp.install(program, seccomp.Flag.ALL_THREADS)
+        ready()
+        door.wait()
         self._work()
         for helper in helpers:
             helper.join()

@@ -11,7 +11,7 @@ byte order:
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
 reply      version(1) status(1) payload(0..1024)
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2)
-           grants(n × (operations_mask(1) key(32))), the channel by SCM_RIGHTS
+           grants(n x (operations_mask(1) key(32))), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
 =========  =======================================================================
 

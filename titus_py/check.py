@@ -1,7 +1,7 @@
 """Checking a configuration to the end: also what only the keys' own process may look at.
 
 Runs in the supervisor (root) and in ``titus-py check``. Neither may hold a private key or
-load OpenSSL, so a short-lived child of its own, ``keyd check``, reads the keys and
+load a TLS library, so a short-lived child, ``keyd check``, reads the keys and
 certificates. Its answer is trusted as keyd is, once it has the right form.
 """
 

@@ -41,6 +41,7 @@ from titus_py.address import (
     parse_listen,
     unix_address,
 )
+from titus_py.virtual_host import applies_to
 
 __all__ = [
     "Configuration",
@@ -352,6 +353,11 @@ class Worker(_Uids):
     drain: _Duration = Field(
         default=30.0, description="How long connections may go on when titus-py is told to stop."
     )
+    require: tuple[Literal["landlock", "speculation"], ...] = Field(
+        default=(),
+        description="Features that not every kernel has, and without which not to serve: "
+        '"landlock", "speculation" (turning indirect-branch and store-bypass speculation off).',
+    )
     chroot: Annotated[Path, PlainValidator(_empty_directory)] = Field(
         default=Path("/run/titus-py/empty"),
         validate_default=True,
@@ -404,9 +410,7 @@ class _Match(_Table):
 
     def receives(self, endpoint: IPAddress) -> bool:
         """Whether connections to this local address and port can be for this virtual host."""
-        return self.local_address in (None, endpoint.host) and (
-            self.local_port in (None, endpoint.port)
-        )
+        return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
 
 
 class _Credentials(_Table):
@@ -511,10 +515,11 @@ class Loaded(NamedTuple):
 
 def load(path: str | Path) -> Loaded:
     """The configuration in a TOML file. Raises nothing: what is wrong is in ``mistakes``."""
-    source = Source(str(path), Path(os.path.abspath(path)).parent)
+    source = Source(str(path), Path(path).parent)
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_FILE_OCTETS + 1)
+        source = source._replace(directory=Path(os.path.abspath(path)).parent)
     except OSError as error:
         return _failed(source, "", _os_reason(error))
     except ValueError:
@@ -539,7 +544,8 @@ def load(path: str | Path) -> Loaded:
 def from_options(listen: Sequence[str], backend: str, certificate: str, key: str) -> Loaded:
     """The configuration that a few command-line options stand for: one virtual host for all.
 
-    Relative paths are relative to the working directory. Raises nothing, as ``load``.
+    Relative paths are relative to the working directory. Raises FileNotFoundError where that
+    is gone, and nothing else: what is wrong is in ``mistakes``.
     """
     options = {
         "listen": "--listen",
@@ -730,7 +736,10 @@ def _exposed_files(
             if path is None or path in warned:
                 continue
             warned.add(path)
-            mode = stat.S_IMODE(path.stat().st_mode)
+            try:
+                mode = stat.S_IMODE(path.stat().st_mode)
+            except OSError:  # Gone since it was found. Whoever opens it will say so.
+                continue
             if mode & 0o066:
                 yield source.mistake(
                     f"{vhost}.{field}",
@@ -758,7 +767,10 @@ def _mistake(details: ErrorDetails, source: Source) -> Mistake:
 def _unknown_key(details: ErrorDetails) -> str:
     *path, key = map(str, details["loc"])
     table = _TABLES[path[0]] if path else Configuration
-    kind = "table" if isinstance(details["input"], dict | list) else "key"
+    is_table = isinstance(details["input"], dict) or (
+        isinstance(details["input"], list) and dict in map(type, details["input"])
+    )
+    kind = "table" if is_table else "key"
     nearest = _nearest(key.lower().replace("-", "_"), table.model_fields)
     homes = [_heading(name) for name, model in _TABLES.items() if key in model.model_fields]
     if homes and not (path and nearest):

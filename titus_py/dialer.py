@@ -8,12 +8,13 @@ here blocks.
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from titus_py.event_loop import READABLE, WRITABLE, EventLoop, Timer
 
-__all__ = ["Dialer", "ResolvedAddress"]
+__all__ = ["Dialer", "ResolvedAddress", "reset_at_close"]
 
 #: A family and what connect(2) takes for it.
 ResolvedAddress = tuple[int, tuple[str, int] | tuple[str, int, int, int] | str]
@@ -114,8 +115,17 @@ class Dialer:
         if connected.family != socket.AF_UNIX:
             with suppress(OSError):
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                reset_at_close(connected)
         self._finish(connected, "")
 
     def _finish(self, connected: socket.socket | None, reason: str) -> None:
         self.cancel()
         self._done(connected, reason)
+
+
+def reset_at_close(side: socket.socket) -> None:
+    """Make the end of whoever holds this a reset of the connection (socket(7), SO_LINGER).
+
+    A worker that is killed must not look like a client, or a backend, that was done.
+    """
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -6,7 +6,7 @@ say, each of one fixed size; the parent trusts neither.
 ==============  ==============================================================
 worker: ready   'R'                    confined; may be given a client
 worker: dial    'D' vhost(2)           connect me to this virtual host's backend
-parent: client  'C' connection(8) vhosts(n × 2), with the client's socket and,
+parent: client  'C' connection(8) vhosts(n x 2), with the client's socket and,
                 where there is a vhost at all, the channel to keyd
 parent: backend 'B', with the connected socket; or 'F' and why there is none
 ==============  ==============================================================

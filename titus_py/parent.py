@@ -22,12 +22,25 @@ from typing import NamedTuple
 
 import prctl
 
-from keyd.linux.credentials import forbid_core_dumps, hide_memory
+from keyd.linux import landlock
+from keyd.linux.credentials import (
+    controllable_speculation,
+    forbid_core_dumps,
+    hide_memory,
+    keep_capabilities,
+)
+from keyd.linux.namespaces import empty_network_namespace
 from keyd.linux.process import clone
 from keyd.linux.sealed import read_all
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal
 from titus_py import messages
-from titus_py.confinement import WORKER_NAMESPACES, Descriptors
+from titus_py.confinement import (
+    PARENT_CAPABILITIES,
+    WORKER_NAMESPACES,
+    Confinement,
+    memory_limit,
+    missing_features,
+)
 from titus_py.dialer import Dialer
 from titus_py.event_loop import WRITABLE, EventLoop, Timer
 from titus_py.messages import Client, Dial, Ready
@@ -100,6 +113,7 @@ class Parent:
         self._draining = False
         self._stopped = False
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._confinement = self._prepare_confinement()
         # The uid that was freed longest ago is taken first.
         self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
         self._forming: set[int] = set()
@@ -133,6 +147,37 @@ class Parent:
             self._retry_held()
             self._adjust_accepting()
         self._loop.run_once(wait=False)
+
+    def _prepare_confinement(self) -> Confinement:
+        """Make once what each worker's confinement needs; then keep only what that takes."""
+        version, speculation = landlock.version(), controllable_speculation()
+        missing = missing_features(version, speculation)
+        for feature in missing:
+            self._tell("not_available", level="warning", feature=feature)
+        lacking = sorted(set(missing) & set(self._plan.required))
+        if lacking:
+            sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
+        confinement = Confinement(
+            chroot=self._plan.chroot,
+            network=empty_network_namespace(),
+            landlock=landlock.make_ruleset() if version else None,
+            speculation=speculation,
+            memory=memory_limit(),
+            bounding=tuple(self._capabilities()),
+            handshake_filter=bytes.fromhex(self._plan.handshake_filter),
+            established_filter=bytes.fromhex(self._plan.established_filter),
+        )
+        keep_capabilities(confinement.bounding)
+        return confinement
+
+    def _capabilities(self) -> list[int]:
+        capabilities = list(PARENT_CAPABILITIES)
+        if any(
+            family == socket.AF_UNIX for vhost in self._plan.vhosts for family, _ in vhost.addresses
+        ):
+            # To connect to a socket whose owner and mode do not have root in mind.
+            capabilities.append(prctl.CAP_DAC_OVERRIDE)
+        return capabilities
 
     def _hear_supervisor(self) -> None:
         message, descriptors, _, _ = socket.recv_fds(
@@ -401,11 +446,12 @@ class Parent:
         try:
             terms = Terms(
                 uid,
-                self._plan.chroot,
+                self._confinement,
                 self._plan.handshake_timeout,
                 self._sites,
                 report,
-                Descriptors(self._null, workers.fileno()),
+                self._null,
+                workers.fileno(),
             )
             pid, pidfd = clone(WORKER_NAMESPACES)
             if not pid:

@@ -43,6 +43,11 @@ class Plan(NamedTuple):
     handshake_timeout: float
     connect_timeout: float
     chroot: str
+    #: Features of the kernel without which not to serve.
+    required: tuple[str, ...]
+    #: Programs for the workers' filters, as BPF in hexadecimal.
+    handshake_filter: str
+    established_filter: str
 
     def encode(self) -> bytes:
         vhosts = [vhost._asdict() for vhost in self.vhosts]

@@ -6,8 +6,8 @@ all that came before it has been, and the other direction goes on; an unclean on
 (RST, a TLS stream without its close_notify) is passed on as a reset.
 
 A reset is what both sockets do by themselves when this process ends, however it
-ends: they were given SO_LINGER with a timeout of zero. Only a connection that
-came to a clean end in both directions has that taken off.
+ends: they came with SO_LINGER and a timeout of zero (``reset_at_close``). Only a
+connection that came to a clean end in both directions has that taken off.
 """
 
 import select
@@ -230,14 +230,9 @@ def _client_failure(error: SSL.SysCallError) -> tuple[End, str]:
     return End.CLIENT_RESET, ""
 
 
-def reset_at_close(side: socket.socket) -> None:
-    """Make any end of this process a reset of the connection (socket(7), SO_LINGER)."""
-    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-
-
 def stop_resetting(side: socket.socket) -> None:
     """Let the connection be closed cleanly."""
-    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\0\0\0\0\0\0\0\0")
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
 
 
 def describe(error: SSL.Error) -> str:

@@ -14,19 +14,32 @@ import time
 from collections import deque
 from pathlib import Path
 
-from keyd.linux.credentials import forbid_core_dumps, hide_memory
+import prctl
+
+from keyd.linux import seccomp
+from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
+from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress
 from titus_py.check import Checked
 from titus_py.configuration import Configuration
-from titus_py.dialer import ResolvedAddress
+from titus_py.confinement import PARENT_CAPABILITIES
+from titus_py.dialer import ResolvedAddress, reset_at_close
 from titus_py.event_loop import EventLoop, Timer
 from titus_py.generation import Child, start_keyd, start_parent
 from titus_py.log import Log
 from titus_py.plan import Plan, VirtualHost
 from titus_py.resolver import Resolver
+from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
 __all__ = ["serve"]
 
+#: What the supervisor keeps, for itself or for what it starts, and what for.
+SUPERVISOR_CAPABILITIES = {
+    **PARENT_CAPABILITIES,
+    prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
+    prctl.CAP_IPC_LOCK: "keyd locks its memory",
+    prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
+}
 _BACKLOG = 4096
 #: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
@@ -72,6 +85,12 @@ class _Supervisor:
         self._log = Log(configuration.log.format)
         self._loop = EventLoop()
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
+        self._filters = {
+            "handshake": seccomp.build(HANDSHAKE).hex(),
+            "established": seccomp.build(ESTABLISHED).hex(),
+            "keyd": seccomp.build(SERVING).hex(),
+        }
+        keep_capabilities(SUPERVISOR_CAPABILITIES)
         self._resolver = Resolver([vhost.backend for vhost in configuration.vhost])
         self._children: list[Child] = []
         self._keyd: Child | None = None
@@ -166,6 +185,7 @@ class _Supervisor:
                 "uid": configuration.keyd.user.uid,
                 "gid": configuration.keyd.user.gid,
                 "chroot": str(configuration.worker.chroot),
+                "filter": self._filters["keyd"],
                 "keys": [
                     {"key": str(key), "passphrase_file": phrase and str(phrase)}
                     for key, phrase in files
@@ -280,6 +300,9 @@ class _Supervisor:
             handshake_timeout=worker.handshake_timeout,
             connect_timeout=worker.connect_timeout,
             chroot=str(worker.chroot),
+            required=worker.require,
+            handshake_filter=self._filters["handshake"],
+            established_filter=self._filters["established"],
         )
 
     def _take_addresses(
@@ -309,12 +332,13 @@ def _prepare_chroot(directory: Path) -> None:
 def _bind(address: IPAddress) -> socket.socket:
     """A listening socket; raises OSError.
 
-    Workers inherit TCP_NODELAY from it with the connections that it accepts.
+    The connections that it accepts inherit TCP_NODELAY and SO_LINGER from it.
     """
     listener = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reset_at_close(listener)
         if address.family == socket.AF_INET6:
             # "::" is every address of both families, any other one is itself.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")

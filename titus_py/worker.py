@@ -26,9 +26,9 @@ from titus_py.client_hello import (
     fatal_alert,
     parse_client_hello,
 )
-from titus_py.confinement import KEYD_FD, PARENT_FD, Descriptors, confine, keep_only
+from titus_py.confinement import KEYD_FD, PARENT_FD, Confinement, confine, narrow
 from titus_py.messages import Client, Dial, Ready
-from titus_py.pump import Pump, describe, reset_at_close, stop_resetting
+from titus_py.pump import Pump, describe, stop_resetting
 from titus_py.report import End, ReportWriter, State
 from titus_py.tls import reseed
 from titus_py.virtual_host import select as select_virtual_host
@@ -54,11 +54,13 @@ class Terms(NamedTuple):
     """What the parent decided for this worker before forking it."""
 
     uid: int
-    chroot: str
+    confinement: Confinement
     handshake_timeout: float
     sites: Sequence[Site]
+    #: Descriptors of the parent's: the report's page, /dev/null, our end of the socket.
     report: int
-    descriptors: Descriptors
+    null: int
+    parent: int
 
 
 class _Over(Exception):
@@ -82,8 +84,7 @@ def live(terms: Terms) -> NoReturn:
     try:
         reseed()
         report = ReportWriter(terms.report)
-        keep_only(terms.descriptors)
-        confine(terms.uid, terms.chroot)
+        confine(terms.confinement, terms.uid, terms.null, terms.parent)
         parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
@@ -116,13 +117,12 @@ def _serve(
     """One connection; returns how it ended and a detail for the record."""
     deadline = time.monotonic() + terms.handshake_timeout
     peer.setblocking(False)
-    reset_at_close(peer)
     report.set(state=State.HANDSHAKE)
     try:
         vhost = _choose_site(terms, report, client, peer, deadline)
         connection = SSL.Connection(terms.sites[vhost].context, peer)
         _shake_hands(connection, peer, deadline)
-        os.close(KEYD_FD)
+        narrow(terms.confinement)
         report.set(
             state=State.ESTABLISHED,
             tls_version=connection.get_protocol_version_name(),
@@ -205,10 +205,7 @@ def _reach_backend(parent: socket.socket, vhost: int) -> socket.socket:
     answer, descriptors, _, _ = socket.recv_fds(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
-    backend = socket.socket(fileno=descriptors[0])
-    backend.setblocking(False)
-    reset_at_close(backend)
-    return backend
+    return socket.socket(fileno=descriptors[0])
 
 
 def _turn_away(peer: socket.socket, farewell: bytes) -> None:

@@ -1,36 +1,107 @@
-"""Giving privileges up (credentials(7), capabilities(7), prctl(2)).
+"""Giving privileges up (credentials(7), capabilities(7), prctl(2), getrlimit(2)).
 
-Run once by each process that does not need them any more. Every function either
-does what it says or raises: the caller must not go on.
+Run by each process as it withdraws to what it needs. Every function either does
+what it says or raises OSError: the caller must not go on.
 """
 
+import ctypes
 import os
 import resource
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import prctl
 
-__all__ = ["become", "enter_empty_root", "forbid_core_dumps", "hide_memory"]
+__all__ = [
+    "become",
+    "controllable_speculation",
+    "enter_empty_root",
+    "forbid_core_dumps",
+    "forbid_regaining",
+    "hide_memory",
+    "keep_capabilities",
+    "limit",
+    "lock_memory",
+    "stop_speculation",
+]
+
+# python-prctl knows the capabilities and securebits of the day it was written.
+_PR_SET_SECUREBITS = 28
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_SECBIT_NO_CAP_AMBIENT_RAISE = 1 << 6
+_SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED = 1 << 7
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+#: capset(2): version 3, this process; effective, permitted, inheritable, low halves first.
+_CAPABILITY_VERSION_3 = 0x2008_0522
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_empty_root(directory: str) -> None:
     """chroot(2) into an empty directory, and stand in it."""
     os.chdir(directory)
+    if os.listdir("."):
+        raise PermissionError(f"{directory} is not empty")
     os.chroot(".")
     os.chdir("/")
+
+
+def keep_capabilities(kept: Iterable[int]) -> None:
+    """Have no other capabilities than these (by number), now and from now on.
+
+    Bounding, permitted and effective sets are cut down to them, the inheritable and
+    ambient sets emptied. One that this process did not have, it does not get. Needs
+    CAP_SETPCAP.
+    """
+    wanted = sum(1 << capability for capability in kept)
+    for capability in range(_last_capability() + 1):
+        if not wanted >> capability & 1:
+            _prctl(_PR_CAPBSET_DROP, capability)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, sets), "capget")
+    low, high = sets[1] & wanted & 0xFFFF_FFFF, sets[4] & wanted >> 32
+    sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    _check(_libc.capset(header, sets), "capset")
+
+
+def _last_capability() -> int:
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+
+
+def forbid_regaining(bounding: Iterable[int]) -> None:
+    """Close the ways back to a capability, before ``become`` gives the last one up.
+
+    The bounding set, which here holds at most ``bounding``, is emptied; uid 0 will mean
+    nothing, no capability can become ambient or outlast a change of uid, and none of
+    this can be undone (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
+    """
+    for capability in bounding:
+        _prctl(_PR_CAPBSET_DROP, capability)
+    _prctl(
+        _PR_SET_SECUREBITS,
+        prctl.SECBIT_NOROOT
+        | prctl.SECBIT_NOROOT_LOCKED
+        # Left off, and locked so: it is by this that become() drops all capabilities.
+        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        | prctl.SECBIT_KEEP_CAPS_LOCKED
+        | _SECBIT_NO_CAP_AMBIENT_RAISE
+        | _SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
+    )
 
 
 def become(uid: int, gid: int) -> None:
     """Be this user and this group alone, for good: real, effective and saved.
 
     Without any capability: those go with uid 0 (capabilities(7), "Effect of user ID
-    changes on capabilities"). Raises OSError or PermissionError.
+    changes on capabilities"). And no_new_privs.
     """
-    prctl.set_keepcaps(False)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3 or os.getgroups():
-        raise PermissionError(f"still {os.getresuid()}, {os.getresgid()}, {os.getgroups()}")
     prctl.set_no_new_privs(1)
 
 
@@ -40,10 +111,59 @@ def hide_memory() -> None:
     After the last change of uid, since that sets the flag again.
     """
     prctl.set_dumpable(False)
-    if prctl.get_dumpable():
-        raise PermissionError("still dumpable")
+
+
+def lock_memory() -> bool:
+    """Keep this process's memory from being swapped out: what there is and what is to come.
+
+    Needs CAP_IPC_LOCK. What is to come counts against RLIMIT_MEMLOCK once that is given
+    up, and to raise the limit takes CAP_SYS_RESOURCE; without it, what there is now is
+    locked, and the answer is False.
+    """
+    flags = _MCL_CURRENT | _MCL_ONFAULT
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+        flags |= _MCL_FUTURE
+    except (ValueError, OSError):
+        pass
+    _check(_libc.mlockall(flags), "mlockall")
+    return bool(flags & _MCL_FUTURE)
 
 
 def forbid_core_dumps() -> None:
-    """RLIMIT_CORE at zero, hard (getrlimit(2))."""
+    """RLIMIT_CORE at zero, hard."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit(limits: Mapping[int, int]) -> None:
+    """Set resource limits, soft and hard."""
+    for resource_number, value in limits.items():
+        resource.setrlimit(resource_number, (value, value))
+
+
+def controllable_speculation() -> tuple[int, ...]:
+    """The speculation features that this kernel and machine let a process turn off."""
+    found = []
+    for feature in (prctl.SPEC_STORE_BYPASS, prctl.SPEC_INDIRECT_BRANCH):
+        try:
+            if prctl.get_speculation_ctrl(feature) & prctl.SPEC_PRCTL:
+                found.append(feature)
+        except OSError:
+            continue  # this kernel does not know of it
+    return tuple(found)
+
+
+def stop_speculation(features: Iterable[int]) -> None:
+    """Turn these off for good (PR_SPEC_FORCE_DISABLE)."""
+    for feature in features:
+        prctl.set_speculation_ctrl(feature, prctl.SPEC_FORCE_DISABLE)
+
+
+def _prctl(option: int, argument: int) -> None:
+    _check(_libc.prctl(option, argument, 0, 0, 0), f"prctl({option}, {argument})")
+
+
+def _check(result: int, call: str) -> None:
+    if result:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{call}: {os.strerror(error)}")

@@ -42,6 +42,7 @@ struct provider {
     int channel_fd;             /* -1: connect to `address` for each operation */
     struct sockaddr_un address; /* an empty sun_path: none configured */
     int timeout_ms;             /* for one operation, from connecting to the answer */
+    const char *mistake;        /* in the configuration; NULL: none */
 };
 
 enum reason {

@@ -2,7 +2,8 @@
  * The provider's front door: configuration, context, errors, and what it offers.
  *
  * Runs in the worker, or in whatever program loads it. Trusts the OpenSSL configuration
- * that loads it; a mistake there keeps the provider from loading.
+ * that loads it. A mistake there is kept, and named as soon as a reference is to be read:
+ * OpenSSL says nothing about a provider that fails to load.
  */
 #include "keyd_provider.h"
 
@@ -75,7 +76,8 @@ static int decimal(const char *text, int least, int most)
     return number < least ? -1 : (int)number;
 }
 
-static int configure(struct provider *provider, OSSL_FUNC_core_get_params_fn *get_params)
+/* Returns NULL, or the mistake. */
+static const char *configure(struct provider *provider, OSSL_FUNC_core_get_params_fn *get_params)
 {
     char *fd = NULL, *path = NULL, *timeout = NULL;
     OSSL_PARAM wanted[] = {
@@ -89,30 +91,21 @@ static int configure(struct provider *provider, OSSL_FUNC_core_get_params_fn *ge
     provider->address.sun_family = AF_UNIX;
     provider->timeout_ms = DEFAULT_TIMEOUT_MS;
     if (!get_params(provider->core, wanted))
-        return 0;
-    if (fd != NULL && path != NULL) {
-        RAISE(provider, REASON_CONFIGURATION, "keyd: both channel_fd and socket are set");
-        return 0;
-    }
-    if (fd != NULL && (provider->channel_fd = decimal(fd, 0, INT_MAX)) < 0) {
-        RAISE(provider, REASON_CONFIGURATION, "keyd: channel_fd = %s is no file descriptor", fd);
-        return 0;
-    }
+        return "the configuration cannot be read";
+    if (fd != NULL && path != NULL)
+        return "channel_fd and socket are both set";
+    if (fd != NULL && (provider->channel_fd = decimal(fd, 0, INT_MAX)) < 0)
+        return "channel_fd is no file descriptor";
     if (path != NULL) {
         size_t length = strlen(path);
 
-        if (length == 0 || length >= sizeof provider->address.sun_path) {
-            RAISE(provider, REASON_CONFIGURATION, "keyd: socket = %s is empty or too long", path);
-            return 0;
-        }
+        if (length == 0 || length >= sizeof provider->address.sun_path)
+            return "socket is empty or too long a path";
         memcpy(provider->address.sun_path, path, length + 1);
     }
-    if (timeout != NULL && (provider->timeout_ms = decimal(timeout, 1, MAX_TIMEOUT_MS)) < 0) {
-        RAISE(provider, REASON_CONFIGURATION, "keyd: timeout_ms = %s is not within 1 to %d",
-              timeout, MAX_TIMEOUT_MS);
-        return 0;
-    }
-    return 1;
+    if (timeout != NULL && (provider->timeout_ms = decimal(timeout, 1, MAX_TIMEOUT_MS)) < 0)
+        return "timeout_ms is not within 1 to 3600000";
+    return NULL;
 }
 
 static void teardown(void *provider)
@@ -223,10 +216,11 @@ __attribute__((visibility("default"))) int OSSL_provider_init(const OSSL_CORE_HA
     }
     if (core_get_params == NULL || provider->new_error == NULL || provider->set_error_debug == NULL
         || provider->vset_error == NULL || provider->bio_read_ex == NULL
-        || provider->bio_gets == NULL || !configure(provider, core_get_params)) {
+        || provider->bio_gets == NULL) {
         free(provider);
         return 0;
     }
+    provider->mistake = configure(provider, core_get_params);
     *functions = provider_functions;
     *context = provider;
     return 1;

@@ -241,6 +241,10 @@ static int decode_pem(void *context, OSSL_CORE_BIO *in, int selection, OSSL_CALL
     (void)selection, (void)passphrase, (void)passphrase_arg;
     if (length == 0)
         return 1; /* another provider's: "nothing found" is no failure */
+    if (provider->mistake != NULL) {
+        RAISE(provider, REASON_CONFIGURATION, "keyd: bad configuration: %s", provider->mistake);
+        return 0;
+    }
     if (length > 0 && (length = decode_base64(text, (size_t)length, content)) > 0)
         wrong = parse(content, (size_t)length, &key);
     if (wrong != NULL) {

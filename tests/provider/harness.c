@@ -51,9 +51,14 @@ static void succeed(const unsigned char *octets, size_t length)
     ERR_clear_error();
 }
 
+static int unset(const char *text)
+{
+    return strcmp(text, "-") == 0;
+}
+
 static unsigned char *unhex(const char *text, size_t *length)
 {
-    size_t digits = strcmp(text, "-") == 0 ? 0 : strlen(text);
+    size_t digits = unset(text) ? 0 : strlen(text);
     unsigned char *octets = malloc(digits / 2 + 1);
 
     *length = digits / 2;
@@ -111,11 +116,11 @@ static void sign(EVP_PKEY *key, char **save)
     EVP_MD_CTX *context = EVP_MD_CTX_new();
     EVP_PKEY_CTX *key_context;
 
-    if (EVP_DigestSignInit_ex(context, &key_context, *digest == '-' ? NULL : digest, NULL, NULL,
+    if (EVP_DigestSignInit_ex(context, &key_context, unset(digest) ? NULL : digest, NULL, NULL,
                               key, NULL) == 1
-        && (*padding == '-' || EVP_PKEY_CTX_set_rsa_padding(key_context, atoi(padding)) > 0)
-        && (*salt == '-' || EVP_PKEY_CTX_set_rsa_pss_saltlen(key_context, atoi(salt)) > 0)
-        && (*mgf1 == '-' || EVP_PKEY_CTX_set_rsa_mgf1_md_name(key_context, mgf1, NULL) > 0)
+        && (unset(padding) || EVP_PKEY_CTX_set_rsa_padding(key_context, atoi(padding)) > 0)
+        && (unset(salt) || EVP_PKEY_CTX_set_rsa_pss_saltlen(key_context, atoi(salt)) > 0)
+        && (unset(mgf1) || EVP_PKEY_CTX_set_rsa_mgf1_md_name(key_context, mgf1, NULL) > 0)
         && EVP_DigestSign(context, NULL, &signature_length, message, length) == 1
         && (signature = malloc(signature_length)) != NULL
         && EVP_DigestSign(context, signature, &signature_length, message, length) == 1)
@@ -141,7 +146,7 @@ static void decrypt(EVP_PKEY *key, char **save)
     };
 
     if (context != NULL && EVP_PKEY_decrypt_init(context) > 0
-        && (*padding == '-' || EVP_PKEY_CTX_set_rsa_padding(context, atoi(padding)) > 0)
+        && (unset(padding) || EVP_PKEY_CTX_set_rsa_padding(context, atoi(padding)) > 0)
         && (version == 0 || EVP_PKEY_CTX_set_params(context, params) > 0)
         && EVP_PKEY_decrypt(context, secret, &secret_length, message, length) > 0)
         succeed(secret, secret_length);

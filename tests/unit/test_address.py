@@ -163,19 +163,18 @@ def test_names_print_as_they_parse(name: str, port: int) -> None:
 @example("\ud800:1")
 @example("unix:\ud800")
 @example("[%]:1")
-def test_any_text_is_an_address_or_a_reason(text: str) -> None:
+def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
     for parse in (parse_listen, parse_backend):
         try:
             address = parse(text)
-        except ValueError as error:
-            assert str(error)
-        else:
-            assert parse(str(address)) == address
+        except ValueError:
+            continue
+        assert parse(str(address)) == address
 
 
 @given(st.text(alphabet="0123456789abcdef:.[]%x-*", max_size=30))
 def test_what_looks_like_an_address_too(text: str) -> None:
-    test_any_text_is_an_address_or_a_reason.hypothesis.inner_test(text)  # type: ignore[attr-defined]
+    test_any_text_is_an_address_or_a_value_error.hypothesis.inner_test(text)  # type: ignore[attr-defined]
 
 
 def test_a_wildcard_covers_its_family_and_the_dual_stack_one_covers_all() -> None:
@@ -209,5 +208,5 @@ def test_sockaddr_finds_the_interface() -> None:
     assert IPAddress("::1", 1).sockaddr() == ("::1", 1, 0, 0)
     lo = socket.if_nametoindex("lo")
     assert IPAddress("fe80::1%lo", 1).sockaddr() == ("fe80::1", 1, 0, lo)
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match="interface"):
         IPAddress("fe80::1%nosuch0", 1).sockaddr()

@@ -2,7 +2,8 @@
 
 import itertools
 import os
-import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,20 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from titus_py.address import IPAddress, NameAddress, UnixAddress
-from titus_py.configuration import Configuration, Loaded, Source, from_options, load
+from titus_py.configuration import (
+    Configuration,
+    Keyd,
+    Listen,
+    Loaded,
+    Log,
+    Source,
+    VirtualHost,
+    Worker,
+    from_options,
+    load,
+)
 from titus_py.configuration import _duration as duration
 from titus_py.configuration import _duration_text as duration_text
 from titus_py.configuration import _server_name_pattern as server_name_pattern
@@ -111,7 +122,7 @@ def test_everything_said(load_text: Load) -> None:
         sni = ["WWW.Example.org.", "*.example.org", ""]
         local_address = "::ffff:192.0.2.5"
         local_port = 443
-        certificate = "{directory}/../x/site.crt"
+        certificate = "{directory}/site.crt"
         key = "site.key"
         passphrase_file = "site.key"
         backend = "app.example.org:80"
@@ -124,7 +135,7 @@ def test_everything_said(load_text: Load) -> None:
         key = "site.key"
         backend = "unix:app.sock"
         rsa_key_exchange = true
-        """.replace("{directory}/../x/", "")
+        """
     )
     assert told(loaded) == []
     configuration = loaded.configuration
@@ -151,15 +162,9 @@ def test_what_it_gives_can_be_written_back(load_text: Load) -> None:
 
 
 def test_every_key_is_described() -> None:
-    tables: list[Any] = [Configuration]
-    for table in tables:
+    for table in (Configuration, Worker, Keyd, Log, Listen, VirtualHost):
         for name, field in table.model_fields.items():
             assert field.description, (table, name)
-            annotation = field.annotation
-            inner = getattr(annotation, "__args__", [annotation])[0]
-            if hasattr(inner, "model_fields"):
-                tables.append(inner)
-    assert len(tables) == 6
 
 
 # --- mistakes -------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ def test_every_key_is_described() -> None:
         ("[worker]\nhandshake-timeout = 3\n", "did you mean handshake_timeout?"),
         ("[worker]\nformat = 3\n", "worker.format: unknown key: it belongs in [log]"),
         ("[log]\nsni = []\n", "log.sni: unknown key: it belongs in [[vhost]]"),
-        ("[log]\nzzz = []\n", "log.zzz: unknown table: known here are format"),
+        ("[log]\nzzz = {}\n", "log.zzz: unknown table: known here are format"),
         ('[log]\n"a\\nb" = 1\n', 'log."a\\nb": unknown key: known here are format'),
         ("[worker]\nmax = true\n", "worker.max: expected a whole number, not true"),
         ('[worker]\nmax = "9"\n', 'worker.max: expected a whole number, not "9"'),
@@ -370,8 +375,10 @@ def test_a_key_that_others_can_read_is_warned_of(load_text: Load, tmp_path: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the directory is to be root's")
-@pytest.mark.parametrize(("mode", "uid", "fine"), [(0o755, 0, True), (0o775, 0, False),
-                                                   (0o757, 0, False), (0o755, 9999, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "uid", "fine"),
+    [(0o755, 0, True), (0o775, 0, False), (0o757, 0, False), (0o755, 9999, False)],
+)
 def test_the_chroot_is_roots_alone(
     load_text: Load, tmp_path: Path, mode: int, uid: int, fine: bool
 ) -> None:
@@ -442,7 +449,8 @@ def test_the_first_that_matches_is_selected() -> None:
     assert select([], None) is None
 
 
-NAMES = ["a.x", "b.x", "c.x", "a.y", "other", "d.a.x", None]
+#: With a name for each pattern that no other of them has.
+NAMES = ["a.x", "b.x", "c.x", "a.y", "b.y", "a.a.x", "other", None]
 PATTERNS = ["a.x", "b.x", "*.x", "*.y", "a.y", "*.a.x", ""]
 HOSTS = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1", "2001:db8::2"]
 WILDCARDS = {"::": HOSTS, "0.0.0.0": HOSTS[:3]}
@@ -551,7 +559,7 @@ def test_a_server_name_pattern_matches_itself(text: str) -> None:
     assert server_name_pattern(pattern) == pattern
 
 
-KEYS = sorted({name for table in ("worker", "keyd", "log", "listen", "vhost") for name in [table]})
+KEYS = list(Configuration.model_fields)
 values: st.SearchStrategy[Any] = st.recursive(
     st.none().map(lambda _: True)
     | st.integers()
@@ -596,15 +604,9 @@ def test_any_file_is_a_configuration_or_mistakes(tmp_path: Path, content: bytes)
 
 def test_only_who_may_needs_pydantic() -> None:
     """The parent and the worker import these two, and so must get little with them."""
-    import subprocess
-    import sys
-
     names = subprocess.run(
         [sys.executable, "-c", "import sys, titus_py.address, titus_py.virtual_host\n"
          "print(*sys.modules)"],
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     ).stdout.split()  # fmt: skip
     assert not {"pydantic", "dataclasses", "ipaddress", "unicodedata", "inspect"} & set(names)
-
-
-assert TypeAdapter and stat

@@ -1,0 +1,53 @@
+"""The system calls that keyd may make once it serves: data for its filter.
+
+No file is opened, no socket made, no program started, no memory made executable.
+"""
+
+import mmap
+
+from keyd.linux.seccomp import Only, Rules
+
+__all__ = ["SERVING"]
+
+_ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
+_NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
+
+SERVING: Rules = {
+    # Channels: opened by the parent (recvmsg), or by whoever may connect (accept4).
+    "epoll_wait": _ANYHOW,
+    "epoll_pwait": _ANYHOW,
+    "epoll_ctl": _ANYHOW,
+    "recvmsg": _ANYHOW,
+    "accept4": _ANYHOW,
+    "recvfrom": _ANYHOW,
+    "sendto": _ANYHOW,
+    "shutdown": _ANYHOW,
+    "close": _ANYHOW,
+    "getsockname": _ANYHOW,
+    "getsockopt": _ANYHOW,
+    # FIONBIO.
+    "ioctl": ((Only(1, 0xFFFF_FFFF, 0x5421),),),
+    # Standard error.
+    "write": _ANYHOW,
+    # Memory, none of it executable.
+    "brk": _ANYHOW,
+    "mmap": _NOT_EXECUTABLE,
+    "mprotect": _NOT_EXECUTABLE,
+    "mremap": _ANYHOW,
+    "munmap": _ANYHOW,
+    "madvise": _ANYHOW,
+    # OpenSSL: have I been forked, and fresh entropy.
+    "getpid": _ANYHOW,
+    "getrandom": _ANYHOW,
+    # Threads and time.
+    "futex": _ANYHOW,
+    "sched_yield": _ANYHOW,
+    "clock_gettime": _ANYHOW,
+    "clock_nanosleep": _ANYHOW,
+    "restart_syscall": _ANYHOW,
+    "rt_sigreturn": _ANYHOW,
+    "rt_sigprocmask": _ANYHOW,
+    "rt_sigaction": _ANYHOW,
+    "exit": _ANYHOW,
+    "exit_group": _ANYHOW,
+}

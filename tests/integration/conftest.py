@@ -1,0 +1,188 @@
+"""What every integration test starts from."""
+
+import fcntl
+import os
+import resource
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from .certificates import Authority, Certificate
+from .instance import Instance, Table, eventually, free_port
+from .peers import Listener, connect, echo, served_by
+
+Certificates = Callable[..., Certificate]
+
+
+class Serve(Protocol):
+    """Starts an instance and waits until it listens; it is closed with the test."""
+
+    def __call__(self, backend: str | None = None, **tables: Any) -> Instance: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def many_descriptors() -> None:
+    """Hundreds of connections, both ends of each in this process."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """``certificates("RSA-2048", "www.example.org")``: made when first asked for."""
+    return Authority(tmp_path_factory.mktemp("authority")).issue
+
+
+def _factory(
+    certificates: Certificates, directories: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    instances: list[Instance] = []
+
+    def serve(backend: str | None = None, **tables: Any) -> Instance:
+        """One virtual host for all on 127.0.0.1, but for what ``tables`` say."""
+        vhost: list[Table] = tables.pop("vhost", [{}])
+        complete: Table = {
+            "listen": [{"address": f"127.0.0.1:{free_port()}"}],
+            "vhost": [
+                {
+                    "certificate": (issued := certificates()).certificate,
+                    "key": issued.key,
+                    "backend": backend,
+                    **table,
+                }
+                for table in vhost
+            ],
+            **tables,
+        }
+        instance = Instance.from_tables(directories.mktemp("instance"), complete)
+        instances.append(instance)
+        return instance.wait_until_listening()
+
+    yield serve
+    problems = []
+    for instance in instances:
+        try:
+            instance.close()
+        except AssertionError as error:
+            problems.append(str(error))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.fixture
+def serve(
+    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    yield from _factory(certificates, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def serve_all(
+    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    """As ``serve``, for a module's tests together."""
+    yield from _factory(certificates, tmp_path_factory)
+
+
+@pytest.fixture
+def backend() -> Iterator[Listener]:
+    """A backend on TCP in the test's own hands."""
+    with Listener.tcp() as listener:
+        yield listener
+
+
+@pytest.fixture(scope="module")
+def echoing() -> Iterator[Listener]:
+    """A backend that sends back what it gets, and ends when its client does."""
+    with Listener.tcp() as listener, served_by(listener, echo):
+        yield listener
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
+    """``titus-py serve`` with options alone: such instances share their uids, so one at a time."""
+    instances: list[Instance] = []
+
+    def serve(backend: str, certificate: Certificate) -> Instance:
+        port = free_port()
+        options = [f"--listen=127.0.0.1:{port}", f"--backend={backend}"]
+        options += [f"--cert={certificate.certificate}", f"--key={certificate.key}"]
+        instance = Instance(options, tmp_path / f"log-{port}", range(0), port)
+        instances.append(instance)
+        return instance.wait_until_listening()
+
+    with open(Path(tempfile.gettempdir()) / "titus-py-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield serve
+        for instance in instances:
+            instance.close()
+
+
+class Nginx:
+    """A stock nginx: files of a directory below /, PUT into it below /upload."""
+
+    def __init__(self, directory: Path) -> None:
+        self.files = directory / "files"
+        self.uploads = directory / "upload"
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        for path in (self.files, self.uploads):
+            path.mkdir()
+        (self.files / "index.html").write_text("It works.\n")
+        configuration = directory / "nginx.conf"
+        configuration.write_text(
+            f"""\
+            user root;
+            worker_processes 1;
+            error_log {directory}/error.log;
+            pid {directory}/nginx.pid;
+            events {{ worker_connections 1024; }}
+            http {{
+                access_log off;
+                client_max_body_size 0;
+                client_body_temp_path {directory}/body;
+                proxy_temp_path {directory}/proxy;
+                fastcgi_temp_path {directory}/fastcgi;
+                uwsgi_temp_path {directory}/uwsgi;
+                scgi_temp_path {directory}/scgi;
+                server {{
+                    listen 127.0.0.1:{self.port};
+                    root {self.files};
+                    location /upload/ {{ root {directory}; dav_methods PUT; }}
+                }}
+            }}
+            """
+        )
+        self._process = subprocess.Popen(
+            ["nginx", "-c", configuration, "-e", directory / "error.log", "-g", "daemon off;"],
+            start_new_session=True,
+        )
+        eventually(self._answers, "nginx listens")
+
+    def _answers(self) -> bool:
+        try:
+            connect(self.port).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    server = Nginx(tmp_path_factory.mktemp("nginx"))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def root() -> None:
+    assert os.geteuid() == 0, "these tests start the proxy as it is started: as root"

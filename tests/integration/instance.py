@@ -1,0 +1,330 @@
+"""A running ``titus-py serve``, seen from outside: its log, its processes, its end."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TITUS_PY = Path(sys.executable).parent / "titus-py"
+Event = dict[str, Any]
+Table = dict[str, Any]
+
+
+class Process(NamedTuple):
+    """One process, as /proc had it. ``started`` tells two with the same number apart."""
+
+    pid: int
+    parent: int
+    uid: int
+    started: int
+
+    @property
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    @property
+    def sockets(self) -> list[int]:
+        """The numbers of those of its descriptors that are sockets."""
+        directory = f"/proc/{self.pid}/fd"
+        return [
+            int(number)
+            for number in os.listdir(directory)
+            if os.readlink(f"{directory}/{number}").startswith("socket:")
+        ]
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+
+def all_processes() -> Iterator[Process]:
+    """Every process that is more than a zombie."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                uid = os.stat(f"/proc/{entry}").st_uid
+                status = Path(f"/proc/{entry}/status").read_text()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                # /proc/PID of a process that is not dumpable is root's: the status tells.
+                uid = int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
+                yield Process(int(entry), int(fields[1]), uid, int(fields[19]))
+
+
+def descendants(pid: int) -> list[Process]:
+    """A process and all that came of it."""
+    children: dict[int, list[Process]] = {}
+    found = []
+    for process in all_processes():
+        children.setdefault(process.parent, []).append(process)
+        if process.pid == pid:
+            found.append(process)
+    for process in found:
+        found += children.get(process.pid, [])
+    return found
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+    """Wait until this is true, and return what it is."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+    return result
+
+
+def free_port() -> int:
+    """A port on which nothing listens, outside what the kernel gives to clients."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        try:
+            with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
+                return port
+        except OSError:
+            continue
+
+
+def toml(tables: Mapping[str, Any]) -> str:
+    """As much TOML as a configuration needs."""
+    lines = []
+    for name, content in tables.items():
+        heading = f"[[{name}]]" if isinstance(content, list) else f"[{name}]"
+        for table in content if isinstance(content, list) else [content]:
+            lines.append(heading)
+            # JSON's strings, numbers, booleans and arrays of them are TOML's.
+            lines += [f"{key} = {json.dumps(value, default=str)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+class Uids:
+    """Ranges of uids that no other instance uses, on a machine where many tests may run."""
+
+    SIZE = 2000
+    _PER_TEST_PROCESS = 100_000
+
+    def __init__(self) -> None:
+        self._first = 10_000_000 + os.getpid() % 40_000 * self._PER_TEST_PROCESS
+        self._next = 0
+
+    def take(self) -> range:
+        offset = self._next % self._PER_TEST_PROCESS
+        self._next += self.SIZE
+        return range(self._first + offset, self._first + offset + self.SIZE)
+
+
+_uids = Uids()
+
+
+class Instance:
+    """``titus-py serve``, from its start until nothing is left of it.
+
+    ``expected_alarms`` are the events of level "alarm" that a test provokes: any other
+    one fails the test when the instance is closed.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, uids: range, port: int) -> None:
+        self.port = port
+        self.uids = uids
+        self.expected_alarms: set[str] = set()
+        self._log = log
+        self._offset = 0
+        self._events: list[Event] = []
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                [TITUS_PY, "serve", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        self._seen: set[Process] = set()
+
+    @classmethod
+    def from_tables(cls, directory: Path, tables: Table) -> "Instance":
+        """Serve these tables, with what they leave out of [worker], [keyd] and [log]."""
+        uids = _uids.take()
+        worker = {
+            "uids": f"{uids[0]}-{uids[-2]}",
+            "max": 500,
+            "spare": 4,
+            "chroot": directory / "empty",
+            **tables.get("worker", {}),
+        }
+        complete = {
+            "worker": worker,
+            "keyd": {"user": str(uids[-1])},
+            "log": {"format": "json"},
+            "listen": tables["listen"],
+            "vhost": tables["vhost"],
+        }
+        configuration = directory / "titus.toml"
+        configuration.write_text(toml(complete))
+        port = int(tables["listen"][0]["address"].rpartition(":")[2])
+        return cls(["--config", str(configuration)], directory / "log", uids, port)
+
+    # --- what it says -------------------------------------------------------------
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def events(self) -> list[Event]:
+        """All events so far. Lines that are no JSON are events named ``?``."""
+        with self._log.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.decode().splitlines():
+            try:
+                self._events.append(json.loads(line))
+            except ValueError:
+                self._events.append({"event": "?", "line": line})
+        return self._events
+
+    def events_named(self, name: str, **fields: object) -> list[Event]:
+        return [event for event in self.events() if _fits(event, name, fields)]
+
+    def wait_for_event(
+        self, name: str, seconds: float = 10.0, since: int = 0, **fields: object
+    ) -> Event:
+        """The first event with this name and these fields, from the one numbered ``since``."""
+
+        def found() -> list[Event]:
+            return [event for event in self.events()[since:] if _fits(event, name, fields)]
+
+        try:
+            events: list[Event] = eventually(found, f"event {name} {fields}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()[-8000:]}") from None
+        return events[0]
+
+    def wait_until_listening(self) -> "Instance":
+        """In either form of the log."""
+
+        def listening() -> bool:
+            assert self._process.poll() is None, f"it ended:\n{self.log()}"
+            return " listening " in self.log() or bool(self.events_named("listening"))
+
+        eventually(listening, "listening", 30)
+        return self
+
+    # --- what it consists of ------------------------------------------------------
+
+    def processes(self) -> list[Process]:
+        """The supervisor and all below it."""
+        found = descendants(self.pid)
+        self._seen.update(found)
+        return found
+
+    def parent(self) -> Process:
+        return self._started("parent_started")
+
+    def keyd(self) -> Process:
+        return self._started("keyd_started")
+
+    def _started(self, event: str) -> Process:
+        pid = self.events_named(event)[-1]["pid"]
+        return next(process for process in self.processes() if process.pid == pid)
+
+    def supervisor(self) -> Process:
+        return next(process for process in self.processes() if process.pid == self.pid)
+
+    def workers(self) -> list[Process]:
+        """All of them, the spare ones too."""
+        parent = self.parent().pid
+        return [process for process in self.processes() if process.parent == parent]
+
+    def worker_of(self, uid: int) -> Process:
+        return next(worker for worker in self.workers() if worker.uid == uid)
+
+    def counts(self) -> dict[str, int]:
+        """What must not grow: processes, and the descriptors of those that stay."""
+        return {
+            "processes": len(self.processes()),
+            "supervisor's descriptors": self.supervisor().descriptors,
+            "parent's descriptors": self.parent().descriptors,
+            "keyd's descriptors": self.keyd().descriptors,
+        }
+
+    def settled_counts(self, spare: int = 4) -> dict[str, int]:
+        """The counts, as soon as all spare workers wait and none serves."""
+        eventually(lambda: len(self.workers()) == spare, f"{spare} spare workers, no others")
+        # The last spare may still be on its way to say that it is ready.
+        eventually(lambda: self.counts() == self.counts(), "counts that stay")
+        return self.counts()
+
+    # --- its end ------------------------------------------------------------------
+
+    def signal(self, number: signal.Signals) -> None:
+        self.processes()
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 15.0) -> int:
+        """Its exit code, once it has ended."""
+        return self._process.wait(seconds)
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def left_behind(self) -> list[Process]:
+        """What there still is of it, one way or another."""
+        return [
+            process
+            for process in all_processes()
+            if process in self._seen or process.uid in self.uids
+        ]
+
+    def assert_nothing_is_left(self, seconds: float = 5.0) -> None:
+        eventually(
+            lambda: not self.left_behind(), f"no process left of {self.left_behind()}", seconds
+        )
+
+    def close(self) -> None:
+        """End it if it still runs; fail if anything is left or anything went unforeseen."""
+        problems = []
+        self.processes()
+        if self._process.poll() is None:
+            # The second one makes it leave at once.
+            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                problems.append("it did not end when told to")
+        try:
+            self.assert_nothing_is_left()
+        except AssertionError as error:
+            problems.append(str(error))
+        for process in [*self.left_behind(), *descendants(self.pid)]:
+            try:
+                process.kill()
+            except ProcessLookupError:
+                continue
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(5)
+        problems += [f"not foreseen: {event}" for event in self.events() if self._alarms(event)]
+        assert not problems, "\n".join([*problems, self.log()[-8000:]])
+
+    def _alarms(self, event: Event) -> bool:
+        if event["event"] == "?":
+            return not re.match(r"[0-9T:.-]+Z (info|warning) ", event["line"])
+        return event["level"] == "alarm" and event["event"] not in self.expected_alarms
+
+
+def _fits(event: Event, name: str, fields: Mapping[str, object]) -> bool:
+    return event["event"] == name and all(
+        event.get(field) == value for field, value in fields.items()
+    )

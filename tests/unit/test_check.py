@@ -1,0 +1,248 @@
+"""Certificates and keys held against each other, by the real ``keyd check``."""
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import NameOID
+
+from keyd.reference import key_id, reference_pem
+from titus_py.check import Checked, check, check_main
+from titus_py.configuration import from_options, load
+
+ROOT = Path(__file__).parents[2]
+#: From the source tree, so that these tests need no installed package.
+KEYD_CHECK = (sys.executable, "-m", "keyd", "check")
+_IN_SERVICE = (sys.executable, "-I", "-m", "keyd", "--help")
+KEYD_IS_INSTALLED = not subprocess.run(_IN_SERVICE, capture_output=True).returncode
+
+Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+LISTEN = '[[listen]]\naddress = "[::]:443"\n'
+
+
+@pytest.fixture(autouse=True)
+def _in_the_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, Key]:
+    return {
+        "rsa": rsa.generate_private_key(65537, 2048),
+        "ec": ec.generate_private_key(ec.SECP256R1()),
+        "ed25519": ed25519.Ed25519PrivateKey.generate(),
+    }
+
+
+def write_key(path: Path, key: Key, passphrase: bytes | None = None) -> None:
+    encryption = BestAvailableEncryption(passphrase) if passphrase else NoEncryption()
+    path.touch(mode=0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+
+
+def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> None:
+    """Self-signed, begun ``age`` days ago and ending ``days`` from now."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "www.example.org")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=age))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [x509.DNSName("www.example.org"), x509.DNSName("*.example.org")]
+            ),
+            critical=False,
+        )
+        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+    )
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+
+
+def vhost(directory: Path, name: str, more: str = "") -> str:
+    return (
+        f'[[vhost]]\nsni = ["{name}"]\ncertificate = "{directory}/site.crt"\n'
+        f'key = "{directory}/site.key"\nbackend = "127.0.0.1:80"\n{more}'
+    )
+
+
+def checked(directory: Path, text: str = "") -> Checked:
+    path = directory / "titus.toml"
+    path.write_text(LISTEN + (text or vhost(directory, "www.example.org")))
+    return check(load(path), KEYD_CHECK)
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ec", "ed25519"])
+def test_the_facts_of_a_good_certificate(tmp_path: Path, keys: dict[str, Key], kind: str) -> None:
+    public = keys[kind].public_key()
+    write_certificate(tmp_path / "site.crt", keys[kind])
+    write_key(tmp_path / "site.key", keys[kind])
+    result = checked(tmp_path)
+    assert (result.mistakes, result.warnings) == ([], [])
+    assert result.configuration is not None
+    facts = result.certificates[result.configuration.vhost[0].credential]
+    assert facts.key_id == key_id(public)
+    assert facts.reference.encode() == reference_pem(public)
+    assert facts.subject == "CN=www.example.org"
+    assert facts.names == ("www.example.org", "*.example.org")
+    days = (facts.not_after - datetime.datetime.now(datetime.UTC)).days
+    assert days in (89, 90)
+
+
+def test_one_question_for_the_same_files_and_all_who_use_them_named(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"])
+    write_key(tmp_path / "site.key", keys["rsa"])
+    result = checked(tmp_path, "".join(vhost(tmp_path, f"{name}.example") for name in "abc"))
+    assert result.configuration is None
+    (mistake,) = result.mistakes
+    assert mistake.key == "vhost[0].key"
+    assert str(tmp_path / "site.key") in mistake.reason
+    assert str(tmp_path / "site.crt") in mistake.reason
+    assert mistake.reason.endswith("(also vhost[1], vhost[2])")
+
+
+def test_certificates_are_looked_at_whatever_else_is_wrong(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"])
+    (tmp_path / "site.key").write_text("no key\n")
+    (tmp_path / "site.key").chmod(0o600)
+    result = checked(tmp_path, vhost(tmp_path, "a.example", "typo = 1\n"))
+    assert [mistake.key for mistake in result.mistakes] == ["vhost[0].typo", "vhost[0].key"]
+    assert result.certificates == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "field"), [(None, "key"), ("wrong", "passphrase_file"), ("right", None)]
+)
+def test_encrypted_keys(
+    tmp_path: Path, keys: dict[str, Key], given: str | None, field: str | None
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["rsa"])
+    write_key(tmp_path / "site.key", keys["rsa"], b"right")
+    more = ""
+    if given is not None:
+        (tmp_path / "pass").touch(mode=0o600)
+        (tmp_path / "pass").write_text(given + "\n")
+        more = f'passphrase_file = "{tmp_path}/pass"\n'
+    result = checked(tmp_path, vhost(tmp_path, "a.example", more))
+    assert [mistake.key for mistake in result.mistakes] == ([f"vhost[0].{field}"] if field else [])
+    assert len(result.certificates) == (field is None)
+
+
+@pytest.mark.parametrize(("days", "age"), [(-1, 30), (20, 30), (90, -1)])
+def test_certificates_out_of_date_are_warned_of(
+    tmp_path: Path, keys: dict[str, Key], days: int, age: int
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"], days, age)
+    write_key(tmp_path / "site.key", keys["ec"])
+    result = checked(tmp_path)
+    assert result.configuration is not None
+    assert [warning.key for warning in result.warnings] == ["vhost[0].certificate"]
+    assert len(result.certificates) == 1
+
+
+def test_options_are_named_as_options(tmp_path: Path, keys: dict[str, Key]) -> None:
+    certificate, key = tmp_path / "site.crt", tmp_path / "site.key"
+    write_certificate(certificate, keys["ec"])
+    write_key(key, keys["rsa"])
+    loaded = from_options([":443"], "127.0.0.1:80", str(certificate), str(key))
+    (mistake,) = check(loaded, KEYD_CHECK).mistakes
+    assert str(mistake).startswith("--key: ")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import time; time.sleep(60)", "no answer within 0.5 s"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9: no message"),
+        ("import sys; sys.exit('out of luck')", "exit code 1: out of luck"),
+        ("print('{')", "not an answer: "),
+        ("print('[]')", "0 answers to 1 questions"),
+        (
+            "print('[{\"mistakes\": [], \"warnings\": [], \"key_id\": null, \"reference\": null,"
+            " \"subject\": \"\", \"names\": [], \"not_after\": null}]')",
+            "neither mistakes nor facts",
+        ),
+    ],
+)  # fmt: skip
+def test_a_keyd_that_fails_is_a_mistake(tmp_path: Path, program: str, reason: str) -> None:
+    for name in ("site.crt", "site.key"):
+        (tmp_path / name).touch(mode=0o600)
+    path = tmp_path / "titus.toml"
+    path.write_text(LISTEN + vhost(tmp_path, "a.example"))
+    result = check(
+        load(path), (sys.executable, "-c", program), timeout=0.5 if "sleep" in program else 30
+    )
+    assert result.configuration is None
+    (mistake,) = result.mistakes
+    assert reason in str(mistake)
+
+
+def test_a_keyd_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+    for name in ("site.crt", "site.key"):
+        (tmp_path / name).touch(mode=0o600)
+    path = tmp_path / "titus.toml"
+    path.write_text(LISTEN + vhost(tmp_path, "a.example"))
+    (mistake,) = check(load(path), ("/no/python",)).mistakes
+    assert "/no/python: No such file or directory" in str(mistake)
+
+
+def test_the_environment_does_not_reach_the_child(
+    tmp_path: Path, keys: dict[str, Key], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openssl.cnf").write_text("openssl_conf = nonsense\n[nonsense]\nproviders = no\n")
+    monkeypatch.setenv("OPENSSL_CONF", str(tmp_path / "openssl.cnf"))
+    write_certificate(tmp_path / "site.crt", keys["rsa"])
+    write_key(tmp_path / "site.key", keys["rsa"])
+    assert checked(tmp_path).mistakes == []
+
+
+def test_no_tls_library_is_loaded_here() -> None:
+    names = subprocess.run(
+        [sys.executable, "-c", "import sys, titus_py.check\nprint(*sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert not {"cryptography", "OpenSSL", "ssl", "_ssl"} & set(names)
+
+
+@pytest.mark.skipif(not KEYD_IS_INSTALLED, reason="keyd is not installed in this environment")
+def test_the_command(
+    tmp_path: Path, keys: dict[str, Key], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"], days=3)
+    write_key(tmp_path / "site.key", keys["ec"])
+    path = tmp_path / "titus.toml"
+    path.write_text(LISTEN + vhost(tmp_path, "a.example"))
+    assert check_main(path) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{path}: configuration is fine\n"
+    assert printed.err.startswith(f"warning: {path}: vhost[0].certificate: ")
+
+    write_key(tmp_path / "site.key", keys["rsa"])
+    path.write_text("typo = 1\n" + LISTEN + vhost(tmp_path, "a.example"))
+    assert check_main(path) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    mistakes = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
+    assert [line.split(": ")[1] for line in mistakes] == ["typo", "vhost[0].key"]

@@ -1,0 +1,350 @@
+"""Looking for a private key in the memory of processes (/proc/PID/mem; proc(5)).
+
+Run as root by whoever checks a running instance: the demo, the tests. The searcher holds
+the key itself, and is not to search itself. It trusts the kernel, and nothing that the
+processes that it looks into say: it reads, and disturbs none of them.
+"""
+
+import base64
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from keyd.powers import PrivateKey
+
+__all__ = ["Hit", "Needle", "Search", "Skipped", "needles", "search", "search_all"]
+
+#: A shorter number is found by chance, and guessed more easily than stolen.
+_MIN_OCTETS = 16
+#: Of base64 text, per number: two windows this long, within this many characters.
+_WINDOW, _WINDOWS_SPAN = 24, 56
+#: A piece of memory that stays in the processor's cache while every needle is looked for.
+_PIECE_OCTETS = 512 * 1024
+#: Enough to make the point, whatever a process has filled its memory with.
+_MAX_HITS = 10_000
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+#: /proc/PID/pagemap: 8 octets a page, of which the last one's two highest bits say "present"
+#: and "swapped".
+_PAGEMAP_ENTRY = 8
+_PAGEMAP_BLOCK = 64 * 1024 * _PAGEMAP_ENTRY
+_IN_USE = bytes(entry >= 0x40 for entry in range(256))
+_IN_USE_RUN = re.compile(b"\x01+")
+_HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
+
+# memmem(3) is three times as fast as bytes.find here, and re far slower than either; and
+# while ctypes is in it, other threads run.
+_memmem = ctypes.CDLL(None).memmem
+_memmem.restype = ctypes.c_void_p
+_memmem.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
+
+
+class Needle(NamedTuple):
+    """Octets by which a private key is recognized, and what they are, in words."""
+
+    name: str
+    octets: bytes
+
+    def __repr__(self) -> str:
+        # Secret: not for a traceback, a log or a failed assertion.
+        return f"<Needle {self.name}, {len(self.octets)} octets>"
+
+
+class Hit(NamedTuple):
+    """A needle, and where it was. ``mapping`` is as in /proc/PID/maps."""
+
+    pid: int
+    mapping: str
+    address: int
+    needle: str
+
+    def __str__(self) -> str:
+        return f"{self.needle} in {self.mapping} at {self.address:#x} of process {self.pid}"
+
+
+class Skipped(NamedTuple):
+    """Memory that could not be read, and the kernel's reason."""
+
+    mapping: str
+    address: int
+    octets: int
+    reason: str
+
+
+class Search(NamedTuple):
+    """What was found in one process.
+
+    ``octets`` were read. ``ended`` is True where the process was gone before the search
+    was done: what it had not been asked for yet, nobody knows.
+    """
+
+    pid: int
+    hits: list[Hit]
+    skipped: list[Skipped]
+    octets: int
+    ended: bool
+
+
+class _Span(NamedTuple):
+    start: int
+    end: int
+    mapping: str
+
+
+# --- What to look for -----------------------------------------------------------------------
+
+
+def needles(key: PrivateKey) -> list[Needle]:
+    """What gives a private key away, wherever in memory it is.
+
+    Its secret numbers in either byte order and as Python's own integers, each by the half
+    that is later in memory: an allocator writes into the beginning of what was freed. The
+    same numbers in base64, at each of the three ways in which they may lie in a text: so a
+    PEM of any format is found by a part, with line breaks and without. And the whole DER.
+    """
+    found = []
+    for name, number in _secret_numbers(key).items():
+        length = (number.bit_length() + 7) // 8
+        if length < _MIN_OCTETS:
+            continue
+        big, little = number.to_bytes(length, "big"), number.to_bytes(length, "little")
+        found += [
+            Needle(f"{name}, big-endian", _later_half(big)),
+            Needle(f"{name}, little-endian", _later_half(little)),
+            Needle(f"{name}, Python integer", _later_half(_python_digits(number))),
+        ]
+        found += [Needle(f"{name}, in PEM", window) for window in _base64_windows(big)]
+    return found + _whole_encodings(key)
+
+
+def _secret_numbers(key: PrivateKey) -> dict[str, int]:
+    match key:
+        case rsa.RSAPrivateKey():
+            numbers = key.private_numbers()
+            return {
+                "d": numbers.d,
+                "p": numbers.p,
+                "q": numbers.q,
+                "dp": numbers.dmp1,
+                "dq": numbers.dmq1,
+                "qinv": numbers.iqmp,
+            }
+        case ec.EllipticCurvePrivateKey():
+            return {"scalar": key.private_numbers().private_value}
+        case ed25519.Ed25519PrivateKey():
+            seed = key.private_bytes_raw()
+            # What the seed becomes when it is used (RFC 8032 §5.1.5) signs just as well.
+            digest = hashlib.sha512(seed).digest()
+            scalar = int.from_bytes(digest[:32], "little")
+            scalar = scalar & ((1 << 254) - 8) | 1 << 254
+            return {
+                "seed": int.from_bytes(seed, "big"),
+                "scalar": scalar,
+                "prefix": int.from_bytes(digest[32:], "big"),
+            }
+
+
+def _later_half(octets: bytes) -> bytes:
+    return octets[-max(_MIN_OCTETS, len(octets) // 2) :]
+
+
+def _python_digits(number: int) -> bytes:
+    """An integer's digits as CPython keeps them (Include/cpython/longintrepr.h)."""
+    bits, size = sys.int_info.bits_per_digit, sys.int_info.sizeof_digit
+    digits = []
+    while number:
+        digits.append((number & ((1 << bits) - 1)).to_bytes(size, sys.byteorder))
+        number >>= bits
+    return b"".join(digits)
+
+
+def _base64_windows(octets: bytes) -> Iterator[bytes]:
+    """Parts of what these octets look like within a base64 text.
+
+    Lines are 64 characters or longer, so that a line break spoils one of two windows at most.
+    """
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + octets)
+        # Of the characters at both ends, some bits are the neighbours'.
+        inner = encoded[-(-before * 8 // 6) : (before + len(octets)) * 8 // 6]
+        start = max(0, (len(inner) - _WINDOWS_SPAN) // 2)
+        inner = inner[start : start + _WINDOWS_SPAN]
+        window = min(_WINDOW, len(inner) // 2)
+        yield inner[:window]
+        yield inner[-window:]
+
+
+def _whole_encodings(key: PrivateKey) -> list[Needle]:
+    formats = {"PKCS #8": PrivateFormat.PKCS8}
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        formats["traditional"] = PrivateFormat.TraditionalOpenSSL
+    return [
+        Needle(f"DER, {name}", key.private_bytes(Encoding.DER, form, NoEncryption()))
+        for name, form in formats.items()
+    ]
+
+
+# --- Where to look --------------------------------------------------------------------------
+
+
+def search_all(pids: Iterable[int], sought: Sequence[Needle]) -> list[Search]:
+    """``search`` each of these processes, as many at once as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pid: search(pid, sought), pids))
+
+
+def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Search:
+    """Look for needles in all memory of a process, ``piece`` octets at a time.
+
+    Read is what the process has in use (present or swapped pages, whatever their
+    protection) and all that it shares. A page that it never touched holds zeros or its
+    file's content, and reading it would bring it in. Raises PermissionError without
+    CAP_SYS_PTRACE, ValueError for a needle without octets.
+    """
+    if not all(needle.octets for needle in sought):
+        raise ValueError("an empty needle is everywhere")
+    with ExitStack() as stack:
+        try:
+            memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, memory)
+            pagemap = None
+            if _HAS_PAGEMAP:
+                pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, pagemap)
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+                mappings = file.read()
+        except (FileNotFoundError, ProcessLookupError):
+            return Search(pid, [], [], 0, ended=True)
+        reader = _Reader(pid, memory, sought, piece)
+        # Without mappings it is a zombie.
+        ended = not mappings
+        try:
+            for span in _spans(mappings, pagemap):
+                reader.read(span)
+        except (_Enough, ProcessLookupError) as error:
+            ended = not isinstance(error, _Enough)
+        return Search(pid, reader.hits, reader.skipped, reader.octets, ended)
+
+
+def _spans(mappings: str, pagemap: int | None) -> Iterator[_Span]:
+    """The parts of a process's memory that are worth reading, in ascending order."""
+    for line in mappings.splitlines():
+        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        whole = _Span(start, end, name[0].rstrip() if name else "[anonymous]")
+        # Beyond 2^63 ([vsyscall]) nothing is a process's own, and pagemap knows nothing.
+        if pagemap is None or permissions[3] == "s" or start >= 1 << 63:
+            yield whole
+        else:
+            yield from _in_use(whole, pagemap)
+
+
+def _in_use(mapping: _Span, pagemap: int) -> Iterator[_Span]:
+    entry = mapping.start // _PAGE * _PAGEMAP_ENTRY
+    last = mapping.end // _PAGE * _PAGEMAP_ENTRY
+    while entry < last:
+        entries = os.pread(pagemap, min(_PAGEMAP_BLOCK, last - entry), entry)
+        if not entries:
+            raise ProcessLookupError(errno.ESRCH, "ended")
+        first = entry // _PAGEMAP_ENTRY
+        for run in _IN_USE_RUN.finditer(entries[7::8].translate(_IN_USE)):
+            start, end = run.span()
+            yield _Span((first + start) * _PAGE, (first + end) * _PAGE, mapping.mapping)
+        entry += len(entries)
+
+
+class _Enough(Exception):
+    """So many hits that more would add nothing."""
+
+
+class _Reader:
+    """Reads spans in ascending order, and looks at each octet once for each needle.
+
+    The end of what was read is kept in front of what comes next, so that a needle may
+    lie across two pieces, or two mappings.
+    """
+
+    def __init__(self, pid: int, memory: int, sought: Sequence[Needle], piece: int) -> None:
+        self.hits: list[Hit] = []
+        self.skipped: list[Skipped] = []
+        self.octets = 0
+        self._pid = pid
+        self._memory = memory
+        self._sought = sought
+        self._piece = piece
+        self._overlap = max((len(needle.octets) for needle in sought), default=1) - 1
+        self._buffer = ctypes.create_string_buffer(self._overlap + piece)
+        self._base = ctypes.addressof(self._buffer)
+        self._view = memoryview(self._buffer).cast("B")
+        #: How many octets from before ``_next`` are at the buffer's beginning.
+        self._kept = 0
+        self._next = 0
+
+    def read(self, span: _Span) -> None:
+        """Raises ProcessLookupError if the process is gone, _Enough after too many hits."""
+        address = span.start
+        while address < span.end:
+            if address != self._next:
+                self._kept = 0
+            wanted = min(self._piece, span.end - address)
+            try:
+                count = os.preadv(
+                    self._memory, [self._view[self._kept : self._kept + wanted]], address
+                )
+            except (OSError, OverflowError) as error:
+                if isinstance(error, ProcessLookupError):
+                    raise
+                address = self._skip(span, address, error)
+                continue
+            if not count:
+                raise ProcessLookupError(errno.ESRCH, "ended")
+            self._look(span, address, count)
+            self.octets += count
+            address += count
+            self._keep(address, self._kept + count)
+
+    def _look(self, span: _Span, address: int, count: int) -> None:
+        for name, octets in self._sought:
+            # What is kept was looked at: only a needle that ends beyond it is new.
+            place = max(0, self._kept - len(octets) + 1)
+            filled = self._kept + count
+            while found := _memmem(self._base + place, filled - place, octets, len(octets)):
+                place = found - self._base + 1
+                where = address - self._kept + place - 1
+                self.hits.append(Hit(self._pid, span.mapping, where, name))
+                if len(self.hits) == _MAX_HITS:
+                    raise _Enough
+
+    def _keep(self, address: int, filled: int) -> None:
+        self._next = address
+        self._kept = min(self._overlap, filled)
+        self._view[: self._kept] = bytes(self._view[filled - self._kept : filled])
+
+    def _skip(self, span: _Span, address: int, error: OSError | OverflowError) -> int:
+        """Note that there is no reading here; returns where to go on."""
+        if isinstance(error, OverflowError):
+            # pread(2) has no offset for it: [vsyscall], the kernel's own page.
+            self.skipped.append(Skipped(span.mapping, address, span.end - address, "no offset"))
+            return span.end
+        reason = os.strerror(error.errno or errno.EIO)
+        if self.skipped:
+            last = self.skipped[-1]
+            if (last.mapping, last.address + last.octets, last.reason) == (
+                span.mapping,
+                address,
+                reason,
+            ):
+                self.skipped[-1] = last._replace(octets=last.octets + _PAGE)
+                return address + _PAGE
+        self.skipped.append(Skipped(span.mapping, address, _PAGE, reason))
+        return address + _PAGE

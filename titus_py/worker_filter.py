@@ -1,0 +1,75 @@
+"""The system calls that a worker may make: two lists, the second within the first.
+
+Data for the supervisor, which has the filters built, and for whoever wants to know.
+Nothing here opens, creates, connects or binds anything, starts or touches another
+process, or makes memory executable; whatever is not listed kills the worker.
+"""
+
+import mmap
+import socket
+
+from keyd.linux.seccomp import Only, Rules
+
+__all__ = ["ESTABLISHED", "HANDSHAKE"]
+
+_ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
+_ALL = 0xFFFF_FFFF
+_FIONBIO = 0x5421
+
+_NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
+
+
+def _option(level: int, option: int) -> tuple[Only, ...]:
+    return Only(1, _ALL, level), Only(2, _ALL, option)
+
+
+#: With the handshake done: the pump, and receiving the backend's socket before it.
+ESTABLISHED: Rules = {
+    # The client (by OpenSSL), and whatever the C library writes to standard error.
+    "read": _ANYHOW,
+    "write": _ANYHOW,
+    # The backend and the parent; recvmsg brings the backend's socket.
+    "recvfrom": _ANYHOW,
+    "sendto": _ANYHOW,
+    "recvmsg": _ANYHOW,
+    "poll": _ANYHOW,
+    "ppoll": _ANYHOW,
+    "shutdown": _ANYHOW,
+    "close": _ANYHOW,
+    # Python asks a received socket what it is.
+    "getsockname": _ANYHOW,
+    "getsockopt": _ANYHOW,
+    "setsockopt": (_option(socket.SOL_SOCKET, socket.SO_LINGER),),
+    # Memory, none of it executable.
+    "brk": _ANYHOW,
+    "mmap": _NOT_EXECUTABLE,
+    "mprotect": _NOT_EXECUTABLE,
+    "mremap": _ANYHOW,
+    "munmap": _ANYHOW,
+    "madvise": _ANYHOW,
+    # OpenSSL: have I been forked, and fresh entropy.
+    "getpid": _ANYHOW,
+    "getrandom": _ANYHOW,
+    # Where the vDSO does not do it.
+    "clock_gettime": _ANYHOW,
+    "futex": _ANYHOW,
+    "restart_syscall": _ANYHOW,
+    "rt_sigreturn": _ANYHOW,
+    "exit_group": _ANYHOW,
+}
+
+#: Before: the same, and what only the handshake needs.
+HANDSHAKE: Rules = {
+    **ESTABLISHED,
+    # The provider's request to keyd.
+    "sendmsg": _ANYHOW,
+    # The client's socket is made non-blocking.
+    "ioctl": ((Only(1, _ALL, _FIONBIO),),),
+    # Waiting for the rest of a ClientHello.
+    "setsockopt": (
+        *ESTABLISHED["setsockopt"],
+        _option(socket.SOL_SOCKET, socket.SO_RCVLOWAT),
+    ),
+    # To put the second filter on. Filters only ever take away.
+    "seccomp": _ANYHOW,
+}
