@@ -9,6 +9,7 @@ import pwd
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from keyd.daemon import Confinement, Keyd, confine
 from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def _serve(arguments: argparse.Namespace) -> NoReturn:
     """Serve one parent, on the terms that it states."""
     settings = json.loads(read_all(arguments.settings_fd))
     supervisor = socket.socket(fileno=arguments.supervisor_fd)
@@ -109,10 +110,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         supervisor.send(json.dumps(event).encode())
 
     keyd.serve(_THREADS, program, ready)
-    return 0
+    _leave()
 
 
-def _listen(arguments: argparse.Namespace) -> int:
+def _leave() -> NoReturn:
+    """End here and now: the filter has no calls for taking an interpreter down."""
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _listen(arguments: argparse.Namespace) -> NoReturn:
     """Serve whoever may connect to a socket of our own."""
     user = pwd.getpwnam(arguments.user)
     gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
@@ -133,7 +140,7 @@ def _listen(arguments: argparse.Namespace) -> int:
         keyd = Keyd(keys, lambda refusal: print(f"keyd: {refusal}", file=sys.stderr))
         keyd.hear_listener(listener, Open(0, lifetime_ms=60_000, operations=1, grants=grants))
         keyd.serve(_THREADS, program, lambda: None)
-    return 0
+    _leave()
 
 
 def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:

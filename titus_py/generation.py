@@ -21,6 +21,9 @@ from titus_py.plan import Plan
 
 __all__ = ["Child", "start_keyd", "start_parent"]
 
+#: What is started, as Python is to be told of it.
+_KEYD = ("-m", "keyd", "serve")
+_PARENT = ("-m", "titus_py.parent")
 #: In the words of SSL_CONF_cmd(3), what pyOpenSSL has no call for: without resumption,
 #: a TLS 1.3 ticket is of no use.
 _TLS_COMMANDS = "NumTickets = 0"
@@ -58,55 +61,50 @@ def start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
     """keyd, and the parent's end of its control socket. Raises OSError."""
     parents_end, keyds_end = _socketpair()
     settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
-    with keyds_end:
-        child = _start(
-            "keyd",
-            ["keyd", "serve"],
-            {"settings-fd": settings_fd, "parent-fd": keyds_end.fileno()},
-        )
-    return child, parents_end
+    given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
+    return _start("keyd", _KEYD, given), parents_end
 
 
 def start_parent(plan: Plan, keyd: socket.socket) -> Child:
-    """The parent of this plan; the socket is closed here, being the parent's. Raises OSError."""
+    """The parent of this plan; the socket becomes the parent's. Raises OSError."""
     milliseconds = int(plan.handshake_timeout * 1000)
     channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
-    configuration_fd = sealed_file(
-        "openssl.cnf", openssl_configuration(channel, _TLS_COMMANDS).encode()
-    )
-    with keyd:
-        return _start(
-            "parent",
-            ["titus_py.parent"],
-            {"plan-fd": sealed_file("plan", plan.encode()), "keyd-fd": keyd.fileno()},
-            environment={"OPENSSL_CONF": f"/proc/self/fd/{configuration_fd}"},
-            also=(configuration_fd, *plan.listeners),
-        )
+    configuration = openssl_configuration(channel, _TLS_COMMANDS)
+    given = {
+        "plan-fd": sealed_file("plan", plan.encode()),
+        "openssl-conf-fd": sealed_file("openssl.cnf", configuration.encode()),
+        "keyd-fd": keyd.detach(),
+    }
+    environment = {"OPENSSL_CONF": f"/proc/self/fd/{given['openssl-conf-fd']}"}
+    return _start("parent", _PARENT, given, environment, plan.listeners)
 
 
 def _start(
     name: str,
-    module: list[str],
-    descriptors: dict[str, int],
+    program: Sequence[str],
+    given: dict[str, int],
     environment: dict[str, str] | None = None,
-    also: Sequence[int] = (),
+    shared: Sequence[int] = (),
 ) -> Child:
-    """Start ``python -m module``; sealed files among the descriptors are closed here."""
+    """Start a Python program. What it is given it alone holds from now on."""
     ours, theirs = _socketpair()
     ours.setblocking(False)
-    descriptors = descriptors | {"supervisor-fd": theirs.fileno()}
-    arguments = [word for key, fd in descriptors.items() for word in (f"--{key}", str(fd))]
-    with theirs:
+    given = given | {"supervisor-fd": theirs.detach()}
+    arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
+    try:
         process = subprocess.Popen(
             # Isolated (-I): no PYTHON* variable and no current directory has a say.
-            [sys.executable, "-I", "-m", *module, *arguments],
+            [sys.executable, "-I", *program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=environment or {},
-            pass_fds=(*descriptors.values(), *also),
+            pass_fds=(*given.values(), *shared),
             # A session of its own: the terminal's Ctrl-C is for the supervisor.
             start_new_session=True,
         )
+    finally:
+        for descriptor in given.values():
+            os.close(descriptor)
     return Child(name, process, ours)
 
 

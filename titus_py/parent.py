@@ -638,10 +638,13 @@ def main() -> int:
     parser.add_argument("--plan-fd", type=int, required=True)
     parser.add_argument("--supervisor-fd", type=int, required=True)
     parser.add_argument("--keyd-fd", type=int, required=True)
+    # What OPENSSL_CONF names: the library has read it by now.
+    parser.add_argument("--openssl-conf-fd", type=int, required=True)
     arguments = parser.parse_args()
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()
+    os.close(arguments.openssl_conf_fd)
     plan = Plan.decode(read_all(arguments.plan_fd))
     Parent(
         plan, socket.socket(fileno=arguments.supervisor_fd), socket.socket(fileno=arguments.keyd_fd)

@@ -157,7 +157,7 @@ class _Supervisor:
         for child in self._children:
             child.kill()
         for child in self._children:
-            child.bury()
+            self._let_go(child)
         self._children.clear()
         self._exit_code = code
 
@@ -235,36 +235,39 @@ class _Supervisor:
         """A child has ended: as it was told to, or not."""
         if child.socket.fileno() >= 0:
             self._hear(child)
-        self._loop.unwatch(child.pidfd)
-        if child.socket.fileno() >= 0:
-            self._loop.unwatch(child.socket.fileno())
-        how = child.bury()
+        how = self._let_go(child)
         self._children.remove(child)
         starting = self._starting.pop(child.pid, None)
         if starting is not None:
             starting.cancel()
         if child not in (self._keyd, self._parent):
             return
-        if self._stops and child is self._parent:
-            self._finish(0)
+        if self._stops:
+            # What is being drained needs keyd no more, where it was established.
+            if child is self._parent:
+                self._finish(0)
             return
         self._log(f"{child.name}_died", level="alarm", pid=child.pid, how=how)
         now = time.monotonic()
         self._failures.append(now)
         if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
             self._give_up()
-        elif self._stops:
-            # Connections that are being drained need keyd no more, if they were established.
-            self._keyd = None
         elif child is self._keyd:
             control = self._start_keyd()
-            if self._parent is not None:
-                self._parent.send({"do": "use keyd"}, [control.fileno()])
-            control.close()
+            with control:
+                if self._parent is not None:
+                    self._parent.send({"do": "use keyd"}, [control.fileno()])
         else:
             if self._keyd is not None:
                 self._keyd.kill()
             self._start_generation()
+
+    def _let_go(self, child: Child) -> str:
+        """Of a child that has ended, or is about to; returns how."""
+        self._loop.unwatch(child.pidfd)
+        if child.socket.fileno() >= 0:
+            self._loop.unwatch(child.socket.fileno())
+        return child.bury()
 
     # --- what the parent needs to know ------------------------------------------
 
