@@ -106,7 +106,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     keyd.hear_parent(parent)
 
     def ready() -> None:
-        event = {"event": "ready", "keys": len(keys), "all_memory_locked": locked}
+        identities = [key.hex() for key in keys]
+        event = {"event": "ready", "keys": identities, "all_memory_locked": locked}
         supervisor.send(json.dumps(event).encode())
 
     keyd.serve(_THREADS, program, ready)

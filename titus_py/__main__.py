@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from titus_py.check import check, report
+    # The supervisor loads no OpenSSL, and hashlib would: it has implementations of its own.
+    sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    from titus_py.check import Checked, check, report
     from titus_py.configuration import from_options, load
     from titus_py.supervisor import serve
 
@@ -60,14 +62,19 @@ def _serve(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 2
-        loaded = from_options(*options)
+
+        def read() -> Checked:
+            return check(from_options(*options))
     else:
-        loaded = load(arguments.config or _DEFAULT_CONFIGURATION)
-    checked = check(loaded)
+
+        def read() -> Checked:
+            return check(load(arguments.config or _DEFAULT_CONFIGURATION))
+
+    checked = read()
     if checked.mistakes:
         report(checked)
         return 2
-    return serve(checked)
+    return serve(checked, read)
 
 
 def _check(arguments: argparse.Namespace) -> int:

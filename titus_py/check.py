@@ -21,6 +21,7 @@ __all__ = ["CertificateFacts", "Checked", "check", "check_main", "report"]
 
 #: Isolated: neither the working directory nor the environment decides what reads the keys.
 _KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
+_CIPHER_CHECK = (sys.executable, "-I", "-m", "titus_py.cipher_check")
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -75,6 +76,7 @@ class _Answer(BaseModel):
 
 
 _ANSWERS = TypeAdapter(list[_Answer])
+_PROBLEMS = TypeAdapter(list[tuple[str, str]])
 
 
 class _Unanswered(Exception):
@@ -109,6 +111,10 @@ def check(
     except _Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
+    try:
+        mistakes += [source.mistake(key, reason) for key, reason in _ask_ciphers(loaded, timeout)]
+    except _Unanswered as error:
+        mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
     configuration = None if mistakes else loaded.configuration
     return Checked(configuration, mistakes, warnings, certificates)
 
@@ -138,6 +144,37 @@ def _ask(credentials: list[Credential], command: Sequence[str], timeout: float) 
         {field: path and str(path) for field, path in credential._asdict().items()}
         for credential in credentials
     ]
+    octets = _ask_child(command, question, timeout)
+    try:
+        answers = _ANSWERS.validate_json(octets)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise _Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
+    if len(answers) != len(credentials):
+        raise _Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
+    return answers
+
+
+def _ask_ciphers(loaded: Loaded, timeout: float) -> list[tuple[str, str]]:
+    """Each setting of cipher suites that OpenSSL does not understand, and why."""
+    if loaded.configuration is None:
+        return []
+    question = [
+        (f"vhost[{number}].{key}", names)
+        for number, vhost in enumerate(loaded.configuration.vhost)
+        for key, names in (("ciphers", vhost.ciphers), ("ciphersuites", vhost.ciphersuites))
+        if names is not None
+    ]
+    if not question:
+        return []
+    try:
+        return _PROBLEMS.validate_json(_ask_child(_CIPHER_CHECK, question, timeout))
+    except ValidationError as error:
+        raise _Unanswered(f"not an answer: {error}") from None
+
+
+def _ask_child(command: Sequence[str], question: object, timeout: float) -> bytes:
+    """JSON to its standard input; what it writes to its standard output."""
     try:
         child = subprocess.run(
             command,
@@ -156,11 +193,4 @@ def _ask(credentials: list[Credential], command: Sequence[str], timeout: float) 
         code = child.returncode
         ending = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
         raise _Unanswered(f"{ending}: {last_words or 'no message'}")
-    try:
-        answers = _ANSWERS.validate_json(child.stdout)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise _Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
-    if len(answers) != len(credentials):
-        raise _Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
-    return answers
+    return child.stdout

@@ -1,4 +1,4 @@
-"""A generation: one keyd and one parent, and the sockets between them.
+"""A generation: one configuration, one parent and one keyd, and the sockets between them.
 
 Run by the supervisor. Both are started with execve(2), so that each begins with a
 clean address space, and each gets exactly the descriptors that its arguments name.
@@ -11,15 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
+from titus_py import configuration
+from titus_py.address import Address
+from titus_py.check import Checked
 from titus_py.confinement import KEYD_FD
-from titus_py.plan import Plan
+from titus_py.dialer import ResolvedAddress
+from titus_py.event_loop import Timer
+from titus_py.plan import Plan, VirtualHost
 
-__all__ = ["Child", "start_keyd", "start_parent"]
+__all__ = ["Child", "Generation", "any_process_has", "free_block"]
 
 #: What is started, as Python is to be told of it.
 _KEYD = ("-m", "keyd", "serve")
@@ -36,6 +42,8 @@ class Child:
         self.name = name
         self.socket = end
         self.pid = process.pid
+        #: While it is starting: what ends it if that takes too long.
+        self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(process.pid)
         self.started = time.monotonic()
         self._process = process
@@ -57,7 +65,142 @@ class Child:
         return f"exited with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
+class Generation:
+    """What a configuration came to when it was read, and the two processes that serve it.
+
+    Reads the certificates, and keeps their text: a parent that has to be started again
+    gets the same. Raises OSError where one cannot be read any more.
+    """
+
+    def __init__(self, number: int, checked: Checked, filters: Mapping[str, str]) -> None:
+        if checked.configuration is None:
+            raise ValueError("a configuration with mistakes")
+        self.number = number
+        self.configuration = checked.configuration
+        self.certificates = checked.certificates
+        self.keyd: Child | None = None
+        self.parent: Child | None = None
+        #: Replaced by a later one: it serves what it has, and takes no more.
+        self.retired = False
+        #: Said to be listening.
+        self.announced = False
+        #: Those of its children that are not ready yet.
+        self.starting: set[Child] = set()
+        #: The uids that its parent may give to workers.
+        self.uids = range(0)
+        self._filters = filters
+        self._chains = {
+            vhost.certificate: vhost.certificate.read_text() for vhost in self.configuration.vhost
+        }
+
+    @property
+    def children(self) -> list[Child]:
+        return [child for child in (self.keyd, self.parent) if child is not None]
+
+    @property
+    def uids_needed(self) -> int:
+        return self.configuration.worker.max + self.configuration.worker.spare
+
+    @property
+    def key_ids(self) -> set[str]:
+        """The keys that keyd is to have: SHA-256 of the public key, in hexadecimal."""
+        return {
+            self.certificates[vhost.credential].key_id.hex() for vhost in self.configuration.vhost
+        }
+
+    def start_keyd(self) -> socket.socket:
+        """Start keyd; returns the parent's end of its control socket. Raises OSError."""
+        keyd = self.configuration.keyd.user
+        files = dict.fromkeys(
+            (str(vhost.key), vhost.passphrase_file and str(vhost.passphrase_file))
+            for vhost in self.configuration.vhost
+        )
+        self.keyd, control = _start_keyd(
+            {
+                "uid": keyd.uid,
+                "gid": keyd.gid,
+                "chroot": str(self.configuration.worker.chroot),
+                "filter": self._filters["keyd"],
+                "keys": [{"key": key, "passphrase_file": phrase} for key, phrase in files],
+            }
+        )
+        self.starting.add(self.keyd)
+        return control
+
+    def start_parent(
+        self,
+        control: socket.socket,
+        uids: range,
+        listeners: Iterable[int],
+        addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
+    ) -> None:
+        """Start the parent, which gets the control socket. Raises OSError."""
+        self.uids = uids
+        worker = self.configuration.worker
+        plan = Plan(
+            listeners=tuple(listeners),
+            vhosts=tuple(
+                self._virtual_host(vhost, addresses.get(vhost.backend, ()))
+                for vhost in self.configuration.vhost
+            ),
+            first_uid=uids[0],
+            last_uid=uids[-1],
+            max_workers=worker.max,
+            spare_workers=worker.spare,
+            handshake_timeout=worker.handshake_timeout,
+            connect_timeout=worker.connect_timeout,
+            chroot=str(worker.chroot),
+            required=worker.require,
+            handshake_filter=self._filters["handshake"],
+            established_filter=self._filters["established"],
+        )
+        self.parent = _start_parent(plan, control)
+        self.starting.add(self.parent)
+
+    def _virtual_host(
+        self, vhost: configuration.VirtualHost, addresses: tuple[ResolvedAddress, ...]
+    ) -> VirtualHost:
+        facts = self.certificates[vhost.credential]
+        return VirtualHost(
+            server_names=vhost.sni,
+            local_address=vhost.local_address,
+            local_port=vhost.local_port,
+            certificate_chain=self._chains[vhost.certificate],
+            key_reference=facts.reference,
+            key=facts.key_id.hex(),
+            backend=str(vhost.backend),
+            addresses=addresses,
+            min_version=vhost.min_version,
+            max_version=vhost.max_version,
+            ciphers=vhost.ciphers,
+            ciphersuites=vhost.ciphersuites,
+            rsa_key_exchange=vhost.rsa_key_exchange,
+        )
+
+
+def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
+    """The first ``count`` uids in a row that none of ``taken`` overlaps; None if there are none."""
+    start = uids.start
+    for block in sorted(taken, key=lambda block: block.start):
+        if start + count <= block.start:
+            break
+        start = max(start, block.stop)
+    return range(start, start + count) if start + count <= uids.stop else None
+
+
+def any_process_has(uids: range) -> bool:
+    """Whether any process on this machine runs as one of these users."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            # A process may end while it is being looked at.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                status = (entry / "status").read_text()
+                if int(status.split("\nUid:\t", 1)[1].split("\t", 1)[0]) in uids:
+                    return True
+    return False
+
+
+def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
     """keyd, and the parent's end of its control socket. Raises OSError."""
     parents_end, keyds_end = _socketpair()
     settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
@@ -65,14 +208,14 @@ def start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
     return _start("keyd", _KEYD, given), parents_end
 
 
-def start_parent(plan: Plan, keyd: socket.socket) -> Child:
+def _start_parent(plan: Plan, keyd: socket.socket) -> Child:
     """The parent of this plan; the socket becomes the parent's. Raises OSError."""
     milliseconds = int(plan.handshake_timeout * 1000)
     channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
-    configuration = openssl_configuration(channel, _TLS_COMMANDS)
+    openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
     given = {
         "plan-fd": sealed_file("plan", plan.encode()),
-        "openssl-conf-fd": sealed_file("openssl.cnf", configuration.encode()),
+        "openssl-conf-fd": sealed_file("openssl.cnf", openssl_conf.encode()),
         "keyd-fd": keyd.detach(),
     }
     environment = {"OPENSSL_CONF": f"/proc/self/fd/{given['openssl-conf-fd']}"}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -34,11 +35,11 @@ _PIECE_OCTETS = 512 * 1024
 _MAX_HITS = 10_000
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-#: /proc/PID/pagemap: 8 octets a page, of which the last one's two highest bits say "present"
-#: and "swapped".
+#: /proc/PID/pagemap: 8 octets a page. Of the last one's bits, 0x80 says "present", 0x40
+#: "swapped", and 0x04 "guard": a page that nobody can read, and that is in use for that.
 _PAGEMAP_ENTRY = 8
 _PAGEMAP_BLOCK = 64 * 1024 * _PAGEMAP_ENTRY
-_IN_USE = bytes(entry >= 0x40 for entry in range(256))
+_IN_USE = bytes(bool(entry & 0xC0) and not entry & 0x04 for entry in range(256))
 _IN_USE_RUN = re.compile(b"\x01+")
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
 
@@ -221,35 +222,51 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
             if _HAS_PAGEMAP:
                 pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, pagemap)
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-                mappings = file.read()
+            mappings = _mappings(pid)
         except (FileNotFoundError, ProcessLookupError):
             return Search(pid, [], [], 0, ended=True)
         reader = _Reader(pid, memory, sought, piece)
         # Without mappings it is a zombie.
         ended = not mappings
+        skipped = []
         try:
-            for span in _spans(mappings, pagemap):
-                reader.read(span)
-        except (_Enough, ProcessLookupError) as error:
-            ended = not isinstance(error, _Enough)
-        return Search(pid, reader.hits, reader.skipped, reader.octets, ended)
+            for span, shared in mappings:
+                for part in _in_use(span, shared, pagemap):
+                    reader.read(part)
+            if reader.skipped:
+                # What the process has given back since is no memory of its any more.
+                left = [span for span, _ in _mappings(pid)]
+                skipped = [part for part in reader.skipped if _is_mapped(part, left)]
+        except _Enough:
+            skipped = reader.skipped
+        except (FileNotFoundError, ProcessLookupError):
+            ended = True
+        return Search(pid, reader.hits, skipped, reader.octets, ended)
 
 
-def _spans(mappings: str, pagemap: int | None) -> Iterator[_Span]:
-    """The parts of a process's memory that are worth reading, in ascending order."""
-    for line in mappings.splitlines():
+def _mappings(pid: int) -> list[tuple[_Span, bool]]:
+    """/proc/PID/maps, in ascending order: where, and whether it is shared."""
+    found = []
+    text = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
-        whole = _Span(start, end, name[0].rstrip() if name else "[anonymous]")
-        # Beyond 2^63 ([vsyscall]) nothing is a process's own, and pagemap knows nothing.
-        if pagemap is None or permissions[3] == "s" or start >= 1 << 63:
-            yield whole
-        else:
-            yield from _in_use(whole, pagemap)
+        span = _Span(start, end, name[0].rstrip() if name else "[anonymous]")
+        found.append((span, permissions[3] == "s"))
+    return found
 
 
-def _in_use(mapping: _Span, pagemap: int) -> Iterator[_Span]:
+def _is_mapped(part: Skipped, mappings: Iterable[_Span]) -> bool:
+    end = part.address + part.octets
+    return any(span.start < end and part.address < span.end for span in mappings)
+
+
+def _in_use(mapping: _Span, shared: bool, pagemap: int | None) -> Iterator[_Span]:
+    """The parts of a mapping that are worth reading."""
+    # Beyond 2^63 ([vsyscall]) nothing is a process's own, and pagemap knows nothing.
+    if pagemap is None or shared or mapping.start >= 1 << 63:
+        yield mapping
+        return
     entry = mapping.start // _PAGE * _PAGEMAP_ENTRY
     last = mapping.end // _PAGE * _PAGEMAP_ENTRY
     while entry < last:

@@ -20,7 +20,7 @@ class Log:
     """Where events go; ``form`` is "text" or "json"."""
 
     def __init__(self, form: str) -> None:
-        self._json = form == "json"
+        self.form = form
         self._lines: queue.Queue[str | None] = queue.Queue(_QUEUE_LINES)
         self._lost = 0
         self._writer = threading.Thread(target=self._write, daemon=True)
@@ -33,7 +33,11 @@ class Log:
             self("log_lines_lost", level="error", count=lost)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         known = {name: value for name, value in fields.items() if value is not None}
-        line = _json(now, level, event, known) if self._json else _text(now, level, event, known)
+        line = (
+            _json(now, level, event, known)
+            if self.form == "json"
+            else _text(now, level, event, known)
+        )
         try:
             self._lines.put_nowait(line)
         except queue.Full:

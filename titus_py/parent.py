@@ -140,7 +140,7 @@ class Parent:
             listener.setblocking(False)
         gc.collect()
         gc.freeze()
-        self._tell("serving", vhosts=len(self._sites))
+        self._tell("ready", vhosts=len(self._sites))
         while not self._stopped and not (self._draining and not self._workers):
             # One fork between two looks at what has come in: nobody waits for more.
             self._loop.run_once(wait=not self._fork_one())
@@ -193,13 +193,16 @@ class Parent:
                 self._take_keyd(socket.socket(fileno=descriptors[0]))
             case "use backend":
                 self._backends[order["vhost"]] = resolved(order["addresses"])
+            case "retire":
+                self._stop_accepting()
             case "drain":
-                self._drain(order["seconds"])
+                self._stop_accepting()
+                self._loop.after(order["seconds"], lambda: self._close_all("drained"))
             case "close":
                 self._close_all("closed at once")
 
-    def _drain(self, seconds: float) -> None:
-        """Accept no more; let connections end, for so long."""
+    def _stop_accepting(self) -> None:
+        """From now on let connections end: listening is others' business."""
         self._draining = True
         self._adjust_accepting()
         for listener in self._listeners.values():
@@ -207,7 +210,6 @@ class Parent:
         self._listeners.clear()
         for worker in [self._workers[pidfd] for pidfd in self._workers if pidfd not in self._busy]:
             worker.socket.shutdown(socket.SHUT_RDWR)
-        self._loop.after(seconds, lambda: self._close_all("drained"))
 
     def _close_all(self, reason: str) -> None:
         self._draining = True

@@ -90,10 +90,15 @@ class Pump:
                         self._backend_ready()
                 self._count(self._octets_from_client, self._octets_to_client)
         except _Ended as ended:
+            # Not left to Python: of a socket that it finds unclosed, it would first ask
+            # the peer's name, which is nothing that a worker may.
+            self._close()
             return ended.end, ended.detail
         finally:
             self._count(self._octets_from_client, self._octets_to_client)
-        self._close_cleanly()
+        for side in (self._client_socket, self._backend):
+            stop_resetting(side)
+        self._close()
         return End.CLEAN, ""
 
     def _client_events(self) -> int:
@@ -218,9 +223,8 @@ class Pump:
         except SSL.Error as error:
             raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
 
-    def _close_cleanly(self) -> None:
+    def _close(self) -> None:
         for side in (self._client_socket, self._backend):
-            stop_resetting(side)
             side.close()
 
 

@@ -6,7 +6,7 @@ Run by the supervisor, in a thread: a resolver may take as long as it likes.
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from titus_py.address import Address, IPAddress, NameAddress, UnixAddress
 from titus_py.dialer import ResolvedAddress
@@ -37,17 +37,24 @@ def resolve(backend: Address) -> tuple[ResolvedAddress, ...]:
 
 
 class Resolver:
-    """Looks each backend up at once and then every half minute.
+    """Looks backends up: each at once when it is asked to, and all of them every half minute.
 
     ``descriptor`` is readable when there is something to ``collect``.
     """
 
-    def __init__(self, backends: Sequence[Address]) -> None:
-        self._backends = list(dict.fromkeys(backends))
+    def __init__(self) -> None:
+        self._backends: list[Address] = []
+        self._changed = threading.Event()
         self._found: dict[Address, tuple[ResolvedAddress, ...] | OSError] = {}
         self._lock = threading.Lock()
         self.descriptor, self._signal = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         threading.Thread(target=self._run, daemon=True).start()
+
+    def resolve(self, backends: Iterable[Address]) -> None:
+        """Look these up from now on."""
+        with self._lock:
+            self._backends = list(dict.fromkeys((*backends, *self._backends)))
+        self._changed.set()
 
     def collect(
         self, take: Callable[[Address, "tuple[ResolvedAddress, ...] | OSError"], None]
@@ -60,10 +67,13 @@ class Resolver:
             take(backend, result)
 
     def _run(self) -> None:
-        pause = threading.Event()
         while True:
+            self._changed.wait(_INTERVAL_SECONDS)
+            self._changed.clear()
             found: dict[Address, tuple[ResolvedAddress, ...] | OSError] = {}
-            for backend in self._backends:
+            with self._lock:
+                backends = self._backends
+            for backend in backends:
                 try:
                     found[backend] = resolve(backend)
                 except OSError as error:
@@ -73,4 +83,3 @@ class Resolver:
                 self._found.update(found)
             if news:
                 os.write(self._signal, b"!")
-            pause.wait(_INTERVAL_SECONDS)

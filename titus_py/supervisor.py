@@ -1,18 +1,22 @@
-"""The supervisor's life: bind, start keyd and the parent, keep them running, stop them.
+"""The supervisor's life: bind, start keyd and the parent, keep them running, replace them, stop.
 
 Runs as root, from beginning to end. It hears signals and its own children; never a
 client's octet, never a private key, and it does not load OpenSSL. What its
 children say is trusted with the log, and with nothing else.
 """
 
+import errno
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import prctl
 
@@ -21,17 +25,15 @@ from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabili
 from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress
 from titus_py.check import Checked
-from titus_py.configuration import Configuration
 from titus_py.confinement import PARENT_CAPABILITIES
 from titus_py.dialer import ResolvedAddress, reset_at_close
-from titus_py.event_loop import EventLoop, Timer
-from titus_py.generation import Child, start_keyd, start_parent
+from titus_py.event_loop import EventLoop
+from titus_py.generation import Child, Generation, any_process_has, free_block
 from titus_py.log import Log
-from titus_py.plan import Plan, VirtualHost
 from titus_py.resolver import Resolver
 from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
-__all__ = ["serve"]
+__all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
 
 #: What the supervisor keeps, for itself or for what it starts, and what for.
 SUPERVISOR_CAPABILITIES = {
@@ -39,21 +41,28 @@ SUPERVISOR_CAPABILITIES = {
     prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
     prctl.CAP_IPC_LOCK: "keyd locks its memory",
     prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
+    prctl.CAP_NET_BIND_SERVICE: "listening addresses that a reload adds",
 }
 _BACKLOG = 4096
 #: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How long keyd may take to load its keys, and the parent its certificates.
 _START_SECONDS = 60.0
+#: How soon to try again what could not be done for now.
+_RETRY_SECONDS = 0.05
+#: How often to look whether uids have become free.
+_UIDS_SECONDS = 1.0
 #: How long beyond the drain time the parent has to end.
 _STOP_SECONDS = 5.0
 _EVENT_OCTETS = 64 * 1024
 
 
-def serve(checked: Checked) -> int:
-    """Serve a configuration without mistakes; returns the exit code."""
-    configuration = checked.configuration
-    if configuration is None:
+def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
+    """Serve a configuration without mistakes; returns the exit code.
+
+    ``read_again`` reads and checks it anew for a reload; it may take its time.
+    """
+    if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
     if os.geteuid() != 0:
         print(
@@ -64,41 +73,43 @@ def serve(checked: Checked) -> int:
         return 1
     forbid_core_dumps()
     hide_memory()
-    _prepare_chroot(configuration.worker.chroot)
-    listeners: list[socket.socket] = []
-    for listen in configuration.listen:
-        try:
-            listeners.append(_bind(listen.address))
-        except OSError as error:
-            print(f"titus-py: cannot listen on {listen.address}: {error.strerror}", file=sys.stderr)
-            return 1
-    return _Supervisor(checked, configuration, listeners).run()
+    try:
+        listeners = _bind_all(listen.address for listen in checked.configuration.listen)
+    except _CannotListen as error:
+        print(f"titus-py: {error}", file=sys.stderr)
+        return 1
+    return _Supervisor(checked, read_again, listeners).run()
 
 
 class _Supervisor:
     def __init__(
-        self, checked: Checked, configuration: Configuration, listeners: list[socket.socket]
+        self,
+        checked: Checked,
+        read_again: Callable[[], Checked],
+        listeners: dict[IPAddress, socket.socket],
     ) -> None:
         self._checked = checked
-        self._configuration = configuration
+        self._read_again = read_again
         self._listeners = listeners
-        self._log = Log(configuration.log.format)
+        self._log = Log("text")
         self._loop = EventLoop()
-        self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._filters = {
             "handshake": seccomp.build(HANDSHAKE).hex(),
             "established": seccomp.build(ESTABLISHED).hex(),
             "keyd": seccomp.build(SERVING).hex(),
         }
         keep_capabilities(SUPERVISOR_CAPABILITIES)
-        self._resolver = Resolver([vhost.backend for vhost in configuration.vhost])
-        self._children: list[Child] = []
-        self._keyd: Child | None = None
-        self._parent: Child | None = None
-        self._starting: dict[int, Timer] = {}
+        #: The last one is the one that serves, or is about to.
+        self._generations: list[Generation] = []
+        #: Uids that earlier parents' workers may still have.
+        self._used_uids: list[range] = []
+        self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
+        self._resolver = Resolver()
+        self._reloading = False
+        self._reload_asked_again = False
+        self._reread: Checked | None = None
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._stops = 0
-        self._listening_told = False
         self._exit_code: int | None = None
 
     # --- life -------------------------------------------------------------------
@@ -108,10 +119,10 @@ class _Supervisor:
         self._loop.watch(
             self._resolver.descriptor, lambda: self._resolver.collect(self._take_addresses)
         )
-        self._log("start", pid=os.getpid(), vhosts=len(self._configuration.vhost))
-        for warning in self._checked.warnings:
-            self._log("configuration", level="warning", problem=str(warning))
-        self._start_generation()
+        generation = self._prepare(self._checked)
+        self._log("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
+        self._generations.append(generation)
+        self._start(generation)
         while self._exit_code is None:
             self._loop.run_once()
         self._log("stop", code=self._exit_code)
@@ -129,80 +140,234 @@ class _Supervisor:
             for number in ours.recv(64):
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._stop(signal.Signals(number).name)
+                elif number == signal.SIGHUP:
+                    self._reload()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         self._loop.watch(ours.fileno(), hear)
 
     def _stop(self, reason: str) -> None:
         """Once: let connections end. Twice: end them."""
         self._stops += 1
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
-        if self._parent is None:
-            self._finish(0)
-        elif self._stops == 1:
-            drain = self._configuration.worker.drain
+        self._close_listeners(self._listeners.copy())
+        drain = self._serving.configuration.worker.drain
+        if self._stops == 1:
             self._log("stopping", reason=reason, drain=drain)
-            self._parent.send({"do": "drain", "seconds": drain})
-            self._loop.after(drain + _STOP_SECONDS, self._parent.kill)
+            order: dict[str, object] = {"do": "drain", "seconds": drain}
         else:
             self._log("stopping_at_once", level="warning", reason=reason)
-            self._parent.send({"do": "close"})
-            self._loop.after(_STOP_SECONDS, self._parent.kill)
+            order, drain = {"do": "close"}, 0.0
+        for parent in self._parents():
+            parent.send(order)
+            self._loop.after(drain + _STOP_SECONDS, parent.kill)
+        if not self._parents():
+            self._finish(0)
 
     def _finish(self, code: int) -> None:
         """Leave nothing behind, and leave."""
-        for child in self._children:
-            child.kill()
-        for child in self._children:
-            self._let_go(child)
-        self._children.clear()
+        for generation in self._generations:
+            for child in generation.children:
+                child.kill()
+            for child in generation.children:
+                self._let_go(generation, child)
         self._exit_code = code
 
-    def _give_up(self) -> None:
-        self._log(
-            "giving_up",
-            level="alarm",
-            reason=f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above",
+    @property
+    def _serving(self) -> Generation:
+        return self._generations[-1]
+
+    def _parents(self) -> list[Child]:
+        return [
+            generation.parent for generation in self._generations if generation.parent is not None
+        ]
+
+    # --- generations ------------------------------------------------------------
+
+    def _prepare(self, checked: Checked) -> Generation:
+        """A generation that has not been started. Raises OSError."""
+        number = self._generations[-1].number + 1 if self._generations else 1
+        generation = Generation(number, checked, self._filters)
+        _prepare_chroot(generation.configuration.worker.chroot)
+        self._log.form = generation.configuration.log.format
+        for warning in checked.warnings:
+            self._log("configuration", level="warning", problem=str(warning))
+        self._resolver.resolve(vhost.backend for vhost in generation.configuration.vhost)
+        return generation
+
+    def _start(self, generation: Generation) -> None:
+        """Start its keyd and its parent, as soon as there are uids for the workers."""
+        if self._stops or generation not in self._generations or generation.retired:
+            return
+        uids = self._free_uids(generation)
+        if uids is None:
+            # Its own last parent's workers are still ending.
+            self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
+            return
+        try:
+            control = generation.start_keyd()
+            self._watch(generation, generation.keyd)
+            listeners = [listener.fileno() for listener in self._listeners.values()]
+            generation.start_parent(control, uids, listeners, self._addresses)
+            self._watch(generation, generation.parent)
+        except OSError as error:
+            self._log("start_failed", level="error", reason=error.strerror)
+            self._fail()
+            self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
+
+    def _start_keyd_again(self, generation: Generation) -> None:
+        if self._stops or generation.retired or generation.parent is None:
+            return
+        try:
+            with generation.start_keyd() as control:
+                self._watch(generation, generation.keyd)
+                generation.parent.send({"do": "use keyd"}, [control.fileno()])
+        except OSError as error:
+            self._log("start_failed", level="error", reason=error.strerror)
+            self._fail()
+            self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
+
+    def _free_uids(self, generation: Generation) -> range | None:
+        taken = [*self._used_uids, *(other.uids for other in self._generations if other.uids)]
+        return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
+
+    def _release_uids(self, uids: range) -> None:
+        """Give uids back, once no process can have them any more."""
+        if any_process_has(uids):
+            self._loop.after(_UIDS_SECONDS, lambda: self._release_uids(uids))
+        else:
+            self._used_uids.remove(uids)
+
+    def _ready(self, generation: Generation) -> None:
+        """Both of its processes serve."""
+        if generation is not self._serving or self._stops:
+            return
+        if not generation.announced:
+            generation.announced = True
+            for address in self._listeners:
+                self._log("listening", address=str(address), generation=generation.number)
+        self._retire_all_but(generation)
+
+    def _fail(self) -> None:
+        """Count a failure, and give up where there have been too many."""
+        now = time.monotonic()
+        self._failures.append(now)
+        if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
+            self._log(
+                "giving_up",
+                level="alarm",
+                reason=f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above",
+            )
+            self._finish(1)
+
+    # --- reload -----------------------------------------------------------------
+
+    def _reload(self) -> None:
+        """Read the configuration anew, off this thread; the rest is ``_take_reread``'s."""
+        if self._stops:
+            return
+        if self._reloading:
+            self._reload_asked_again = True
+            return
+        self._reloading = True
+        self._log("reloading")
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+
+        def read() -> None:
+            try:
+                self._reread = self._read_again()
+            finally:
+                os.close(theirs)
+
+        def done() -> None:
+            self._loop.unwatch(ours)
+            os.close(ours)
+            checked, self._reread = self._reread, None
+            self._take_reread(checked)
+
+        self._loop.watch(ours, done)
+        threading.Thread(target=read, daemon=True).start()
+
+    def _take_reread(self, checked: Checked | None) -> None:
+        """A good configuration takes over; a bad one changes nothing."""
+        if self._stops:
+            return
+        if checked is None or checked.configuration is None:
+            problems = checked.mistakes if checked is not None else ["it could not be read"]
+            self._reload_failed([str(problem) for problem in problems])
+            return
+        wanted = [listen.address for listen in checked.configuration.listen]
+        try:
+            added = _bind_all(address for address in wanted if address not in self._listeners)
+            generation = self._prepare(checked)
+        except (_CannotListen, OSError) as error:
+            self._reload_failed([str(error)])
+            return
+        if self._free_uids(generation) is None:
+            self._close_listeners(added)
+            self._reload_failed(
+                [
+                    "worker.uids: connections of earlier generations still have too many of them: "
+                    "widen the range, or wait for those connections to end"
+                ]
+            )
+            return
+        self._listeners |= added
+        self._generations.append(generation)
+        self._start(generation)
+
+    def _reload_failed(self, problems: list[str]) -> None:
+        for problem in problems:
+            self._log("reload_failed", level="error", problem=problem)
+        self._reload_ended()
+
+    def _reload_ended(self) -> None:
+        self._reloading = False
+        if self._reload_asked_again:
+            self._reload_asked_again = False
+            self._reload()
+
+    def _retire_all_but(self, generation: Generation) -> None:
+        """Leave all new connections to this generation; the others serve what they have."""
+        wanted = {listen.address for listen in generation.configuration.listen}
+        gone = {key: value for key, value in self._listeners.items() if key not in wanted}
+        for other in self._generations:
+            if other is not generation and not other.retired:
+                other.retired = True
+                if other.parent is not None:
+                    other.parent.send({"do": "retire"})
+        self._close_listeners(gone)
+        if self._reloading:
+            self._log("reloaded", generation=generation.number)
+            self._reload_ended()
+
+    def _abandon(self, generation: Generation) -> None:
+        """A new generation could not be started: the one before goes on serving."""
+        self._generations.remove(generation)
+        for child in generation.children:
+            child.kill()
+            self._let_go(generation, child)
+        wanted = {listen.address for listen in self._serving.configuration.listen}
+        self._close_listeners(
+            {key: value for key, value in self._listeners.items() if key not in wanted}
         )
-        self._finish(1)
+        self._reload_failed(["keyd or the parent did not start: see the lines above"])
+
+    def _close_listeners(self, listeners: dict[IPAddress, socket.socket]) -> None:
+        for address, listener in listeners.items():
+            listener.close()
+            self._listeners.pop(address, None)
 
     # --- children ---------------------------------------------------------------
 
-    def _start_generation(self) -> None:
-        control = self._start_keyd()
-        parent = start_parent(self._plan(), control)
-        self._adopt(parent)
-        self._parent = parent
+    def _watch(self, generation: Generation, child: Child | None) -> None:
+        if child is None:
+            return
+        child.patience = self._loop.after(_START_SECONDS, child.kill)
+        self._loop.watch(child.pidfd, lambda: self._bury(generation, child))
+        self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
 
-    def _start_keyd(self) -> socket.socket:
-        configuration = self._configuration
-        files = dict.fromkeys((vhost.key, vhost.passphrase_file) for vhost in configuration.vhost)
-        keyd, control = start_keyd(
-            {
-                "uid": configuration.keyd.user.uid,
-                "gid": configuration.keyd.user.gid,
-                "chroot": str(configuration.worker.chroot),
-                "filter": self._filters["keyd"],
-                "keys": [
-                    {"key": str(key), "passphrase_file": phrase and str(phrase)}
-                    for key, phrase in files
-                ],
-            }
-        )
-        self._adopt(keyd)
-        self._keyd = keyd
-        return control
-
-    def _adopt(self, child: Child) -> None:
-        self._children.append(child)
-        self._starting[child.pid] = self._loop.after(_START_SECONDS, child.kill)
-        self._loop.watch(child.pidfd, lambda: self._bury(child))
-        self._loop.watch(child.socket.fileno(), lambda: self._hear(child))
-
-    def _hear(self, child: Child) -> None:
+    def _hear(self, generation: Generation, child: Child) -> None:
         """What a child has to say is an event for the log."""
         for _ in range(100):
             try:
@@ -217,96 +382,84 @@ class _Supervisor:
                 return
             event = json.loads(message)
             name = event.pop("event")
-            if name in ("ready", "serving"):
-                self._starting.pop(child.pid).cancel()
-                self._log(f"{child.name}_started", pid=child.pid, **event)
-                self._tell_listening()
+            if name == "ready":
+                self._started(generation, child, event)
             else:
                 self._log(name, **event)
 
-    def _tell_listening(self) -> None:
-        if self._listening_told or self._starting or self._stops:
-            return
-        self._listening_told = True
-        for listen in self._configuration.listen:
-            self._log("listening", address=str(listen.address))
+    def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
+        if child.patience is not None:
+            child.patience.cancel()
+        keys = event.pop("keys", None)
+        self._log(f"{child.name}_started", pid=child.pid, generation=generation.number, **event)
+        if isinstance(keys, list) and set(keys) != generation.key_ids:
+            # keyd was started again, and the files are not what they were.
+            self._log("keys_changed", level="warning", action="reloading")
+            self._reload()
+        generation.starting.discard(child)
+        if not generation.starting:
+            self._ready(generation)
 
-    def _bury(self, child: Child) -> None:
+    def _bury(self, generation: Generation, child: Child) -> None:
         """A child has ended: as it was told to, or not."""
         if child.socket.fileno() >= 0:
-            self._hear(child)
-        how = self._let_go(child)
-        self._children.remove(child)
-        starting = self._starting.pop(child.pid, None)
-        if starting is not None:
-            starting.cancel()
-        if child not in (self._keyd, self._parent):
-            return
+            self._hear(generation, child)
+        was_starting = child in generation.starting
+        how = self._let_go(generation, child)
+        expected = self._stops or generation.retired
+        if not expected or how != "exited with 0":
+            self._log(
+                f"{child.name}_died",
+                level="alarm",
+                pid=child.pid,
+                generation=generation.number,
+                how=how,
+            )
         if self._stops:
-            # What is being drained needs keyd no more, where it was established.
-            if child is self._parent:
+            if not self._parents():
                 self._finish(0)
-            return
-        self._log(f"{child.name}_died", level="alarm", pid=child.pid, how=how)
-        now = time.monotonic()
-        self._failures.append(now)
-        if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
-            self._give_up()
-        elif child is self._keyd:
-            control = self._start_keyd()
-            with control:
-                if self._parent is not None:
-                    self._parent.send({"do": "use keyd"}, [control.fileno()])
+        elif generation.retired:
+            if generation.parent is None:
+                self._generations.remove(generation)
+                for keyd in generation.children:
+                    keyd.kill()
+                    self._let_go(generation, keyd)
+        elif was_starting and len(self._generations) > 1 and generation is self._serving:
+            self._abandon(generation)
         else:
-            if self._keyd is not None:
-                self._keyd.kill()
-            self._start_generation()
+            self._restart(generation, child)
 
-    def _let_go(self, child: Child) -> str:
+    def _restart(self, generation: Generation, child: Child) -> None:
+        self._fail()
+        if self._exit_code is not None:
+            return
+        if child.name == "keyd":
+            self._start_keyd_again(generation)
+            return
+        # A new parent starts with a new keyd.
+        for keyd in generation.children:
+            keyd.kill()
+            self._let_go(generation, keyd)
+        self._start(generation)
+
+    def _let_go(self, generation: Generation, child: Child) -> str:
         """Of a child that has ended, or is about to; returns how."""
+        if child.patience is not None:
+            child.patience.cancel()
         self._loop.unwatch(child.pidfd)
         if child.socket.fileno() >= 0:
             self._loop.unwatch(child.socket.fileno())
+        generation.starting.discard(child)
+        if child is generation.keyd:
+            generation.keyd = None
+        elif child is generation.parent:
+            generation.parent = None
+            uids, generation.uids = generation.uids, range(0)
+            self._used_uids.append(uids)
+            self._loop.after(0, lambda: self._release_uids(uids))
         return child.bury()
 
-    # --- what the parent needs to know ------------------------------------------
-
-    def _plan(self) -> Plan:
-        worker = self._configuration.worker
-        vhosts = []
-        for vhost in self._configuration.vhost:
-            facts = self._checked.certificates[vhost.credential]
-            vhosts.append(
-                VirtualHost(
-                    server_names=vhost.sni,
-                    local_address=vhost.local_address,
-                    local_port=vhost.local_port,
-                    certificate_chain=vhost.certificate.read_text(),
-                    key_reference=facts.reference,
-                    key=facts.key_id.hex(),
-                    backend=str(vhost.backend),
-                    addresses=self._addresses.get(vhost.backend, ()),
-                    min_version=vhost.min_version,
-                    max_version=vhost.max_version,
-                    ciphers=vhost.ciphers,
-                    ciphersuites=vhost.ciphersuites,
-                    rsa_key_exchange=vhost.rsa_key_exchange,
-                )
-            )
-        return Plan(
-            listeners=tuple(listener.fileno() for listener in self._listeners),
-            vhosts=tuple(vhosts),
-            first_uid=worker.uids[0],
-            last_uid=worker.uids[-1],
-            max_workers=worker.max,
-            spare_workers=worker.spare,
-            handshake_timeout=worker.handshake_timeout,
-            connect_timeout=worker.connect_timeout,
-            chroot=str(worker.chroot),
-            required=worker.require,
-            handshake_filter=self._filters["handshake"],
-            established_filter=self._filters["established"],
-        )
+    # --- backends ---------------------------------------------------------------
 
     def _take_addresses(
         self, backend: Address, found: tuple[ResolvedAddress, ...] | OSError
@@ -322,9 +475,11 @@ class _Supervisor:
         if self._addresses.get(backend) == found:
             return
         self._addresses[backend] = found
-        for number, vhost in enumerate(self._configuration.vhost):
-            if vhost.backend == backend and self._parent is not None:
-                self._parent.send({"do": "use backend", "vhost": number, "addresses": found})
+        for generation in self._generations:
+            for number, vhost in enumerate(generation.configuration.vhost):
+                if vhost.backend == backend and generation.parent is not None:
+                    order = {"do": "use backend", "vhost": number, "addresses": found}
+                    generation.parent.send(order)
 
 
 def _prepare_chroot(directory: Path) -> None:
@@ -332,12 +487,35 @@ def _prepare_chroot(directory: Path) -> None:
     directory.mkdir(mode=0o555, parents=True, exist_ok=True)
 
 
+class _CannotListen(Exception):
+    """An address that cannot be bound: which, and why."""
+
+
+def _bind_all(addresses: Iterable[IPAddress]) -> dict[IPAddress, socket.socket]:
+    """Listening sockets at all of these addresses; raises _CannotListen, and keeps none."""
+    listeners: dict[IPAddress, socket.socket] = {}
+    for address in addresses:
+        try:
+            listeners[address] = _bind(address)
+        except OSError as error:
+            for listener in listeners.values():
+                listener.close()
+            raise _CannotListen(f"cannot listen on {address}: {error.strerror}") from None
+    return listeners
+
+
 def _bind(address: IPAddress) -> socket.socket:
     """A listening socket; raises OSError.
 
     The connections that it accepts inherit TCP_NODELAY and SO_LINGER from it.
     """
-    listener = socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        listener = socket.socket(address.family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT or address.host != "::":
+            raise
+        # "Every address", on a kernel without IPv6.
+        return _bind(IPAddress("0.0.0.0", address.port))
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -88,7 +88,12 @@ static int decrypt_init(void *context, void *key, const OSSL_PARAM params[])
     if (key != NULL)
         cipher->key = *(const struct key *)key;
     cipher->padding = cipher->client_version = 0;
-    return cipher->key.type == KEY_RSA && set_params(context, params);
+    if (cipher->key.type != KEY_RSA) {
+        RAISE(cipher->provider, REASON_UNSUPPORTED,
+              "keyd: not for keyd: decryption with a key that is not RSA");
+        return 0;
+    }
+    return set_params(context, params);
 }
 
 static int decrypt(void *context, unsigned char *secret, size_t *length, size_t size,

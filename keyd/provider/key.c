@@ -103,7 +103,7 @@ static int get_sizes(const struct key *key, OSSL_PARAM params[], unsigned int bi
 {
     return set_uint(params, OSSL_PKEY_PARAM_BITS, bits)
         && set_uint(params, OSSL_PKEY_PARAM_SECURITY_BITS, security_bits)
-        && set_uint(params, OSSL_PKEY_PARAM_MAX_SIZE, max_signature_length(key));
+        && set_uint(params, OSSL_PKEY_PARAM_MAX_SIZE, (uint32_t)max_signature_length(key));
 }
 
 static int get_params(void *data, OSSL_PARAM params[])

@@ -118,7 +118,7 @@ extern const OSSL_ALGORITHM ciphers[];
 const OSSL_PARAM *find_param(const OSSL_PARAM *params, const char *name);
 int get_int(const OSSL_PARAM *param, int *value);
 int is_text(const OSSL_PARAM *param, const char *text);
-int set_uint(OSSL_PARAM *params, const char *name, uint64_t value);
+int set_uint(OSSL_PARAM *params, const char *name, uint32_t value);
 int set_text(OSSL_PARAM *params, const char *name, const char *text);
 int set_octets(OSSL_PARAM *params, const char *name, const uint8_t *octets, size_t length);
 int set_big(OSSL_PARAM *params, const char *name, const uint8_t *number, size_t length);

@@ -64,23 +64,21 @@ static int announce(OSSL_PARAM *param, size_t length)
     return param->data != NULL;
 }
 
-int set_uint(OSSL_PARAM *params, const char *name, uint64_t value)
+int set_uint(OSSL_PARAM *params, const char *name, uint32_t value)
 {
-    uint8_t number[sizeof value];
+    const uint8_t number[] = {(uint8_t)(value >> 24), (uint8_t)(value >> 16),
+                              (uint8_t)(value >> 8), (uint8_t)value};
     OSSL_PARAM *param = locate(params, name);
 
     if (param == NULL)
         return 1;
     if (param->data_type != OSSL_PARAM_INTEGER && param->data_type != OSSL_PARAM_UNSIGNED_INTEGER)
         return 0;
-    if (param->data != NULL && param->data_size < sizeof(int32_t))
-        return 0;
-    if (!announce(param, param->data == NULL ? sizeof value : param->data_size))
+    if (!announce(param, param->data == NULL ? sizeof number : param->data_size))
         return 1;
-    for (size_t i = 0; i < sizeof number; i++)
-        number[i] = (uint8_t)(value >> 8 * (sizeof number - 1 - i));
-    /* All that is ever set this way fits into 31 bits. */
-    native_order(number + 4, 4, param->data, param->data_size);
+    if (param->data_size < sizeof number)
+        return 0;
+    native_order(number, sizeof number, param->data, param->data_size);
     return 1;
 }
 

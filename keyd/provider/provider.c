@@ -62,7 +62,7 @@ void raise_at(const struct provider *provider, int line, const char *function, e
 /* A decimal number and nothing else; -1 if it is none or out of bounds. */
 static int decimal(const char *text, int least, int most)
 {
-    long number = 0;
+    int64_t number = 0;
 
     if (*text == '\0')
         return -1;

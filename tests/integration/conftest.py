@@ -21,7 +21,9 @@ Certificates = Callable[..., Certificate]
 class Serve(Protocol):
     """Starts an instance and waits until it listens; it is closed with the test."""
 
-    def __call__(self, backend: str | None = None, **tables: Any) -> Instance: ...
+    def __call__(
+        self, backend: str | None = None, awaited: str = "listening", **tables: Any
+    ) -> Instance: ...
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,7 +44,9 @@ def _factory(
 ) -> Iterator[Serve]:
     instances: list[Instance] = []
 
-    def serve(backend: str | None = None, **tables: Any) -> Instance:
+    def serve(
+        backend: str | None = None, awaited: str = "listening", **tables: Any
+    ) -> Instance:
         """One virtual host for all on 127.0.0.1, but for what ``tables`` say."""
         vhost: list[Table] = tables.pop("vhost", [{}])
         complete: Table = {
@@ -60,7 +64,8 @@ def _factory(
         }
         instance = Instance.from_tables(directories.mktemp("instance"), complete)
         instances.append(instance)
-        return instance.wait_until_listening()
+        instance.wait_for_event(awaited)
+        return instance
 
     yield serve
     problems = []

@@ -200,12 +200,20 @@ class Instance:
         """The first event with this name and these fields, from the one numbered ``since``."""
 
         def found() -> list[Event]:
+            # Once it has ended, there is nothing to wait for.
+            ended = self._process.poll() is not None
+            events = fitting()
+            assert events or not ended, "it has ended"
+            return events
+
+        def fitting() -> list[Event]:
             return [event for event in self.events()[since:] if _fits(event, name, fields)]
 
         try:
             events: list[Event] = eventually(found, f"event {name} {fields}", seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log()[-8000:]}") from None
+            tail = self.log()[-8000:]
+            raise AssertionError(f"no event {name} {fields}: {error}\n{tail}") from None
         return events[0]
 
     def wait_until_listening(self) -> "Instance":

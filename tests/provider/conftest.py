@@ -18,21 +18,20 @@ from provider_support import (
     LEAKS_LOOKED_FOR,
     PROGRAMS,
     SANITIZE,
-    FakeKeyd,
     Harness,
-    KeydProcess,
+    Keyd,
     Site,
     build,
     configure,
     harness,
-    keyd_process,
+    keyds_answer,
+    preload_sanitizer,
     rsa_pss_reference,
     spki_hash,
 )
 
+from keyd.powers import PrivateKey
 from keyd.reference import reference_pem
-
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 
 @pytest.fixture(scope="session")
@@ -117,18 +116,19 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
 
 
 @pytest.fixture(scope="session")
-def keyd(
-    tmp_path_factory: pytest.TempPathFactory, sites: dict[str, Site]
-) -> Iterator[KeydProcess]:
-    with keyd_process(tmp_path_factory.mktemp("keyd"), list(sites.values())) as running:
-        yield running
+def keyd(tmp_path_factory: pytest.TempPathFactory, sites: dict[str, Site]) -> Iterator[Keyd]:
+    """One that answers as keyd does."""
+    running = Keyd(tmp_path_factory.mktemp("keyd") / "keyd.sock", keyds_answer(sites.values()))
+    yield running
+    running.close()
 
 
 @pytest.fixture
-def fake_keyd(tmp_path: Path) -> Iterator[FakeKeyd]:
-    fake = FakeKeyd(tmp_path / "fake.sock")
-    yield fake
-    fake.close()
+def bad_keyd(tmp_path: Path) -> Iterator[Keyd]:
+    """One that a test tells what to answer."""
+    running = Keyd(tmp_path / "bad.sock")
+    yield running
+    running.close()
 
 
 StartHarness = Callable[..., AbstractContextManager[Harness]]
@@ -157,12 +157,10 @@ def python_harness(
     configuration = configure(tmp_path / "python.cnf", sanitized_provider_path)
     command = [sys.executable, str(PROGRAMS / "harness.py")]
     report = tmp_path / "python.txt"
-    with harness(command, configuration, report, **sanitizer_preloaded) as running:
+    with harness(command, configuration, report, (), **sanitizer_preloaded) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def sanitizer_preloaded() -> dict[str, str]:
-    from provider_support import preload_sanitizer
-
     return preload_sanitizer()

@@ -63,9 +63,9 @@ static unsigned char *unhex(const char *text, size_t *length)
 
     *length = digits / 2;
     for (size_t i = 0; i < *length; i++) {
-        unsigned int octet;
-        sscanf(text + 2 * i, "%2x", &octet);
-        octets[i] = (unsigned char)octet;
+        const char pair[] = {text[2 * i], text[2 * i + 1], '\0'};
+
+        octets[i] = (unsigned char)strtoul(pair, NULL, 16);
     }
     return octets;
 }

@@ -1,27 +1,27 @@
-"""What the provider's tests run: compilers, keys, keyd and stand-ins for it, TLS peers."""
+"""What the provider's tests run: compilers, a stand-in for keyd, harnesses, TLS peers."""
 
+import base64
 import hashlib
 import os
 import re
 import select
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from keyd.protocol import MAX_REQUEST_OCTETS, Open, Operation
+from keyd.powers import NotTLS, PrivateKey, perform
+from keyd.protocol import MAX_REQUEST_OCTETS, Reply, Request, Status
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = sorted(REPOSITORY.glob("keyd/provider/*.c"))
@@ -97,13 +97,11 @@ class Site(NamedTuple):
 
 def rsa_pss_reference(spki_pem: bytes) -> bytes:
     """The reference of an RSA-PSS key, which ``keyd.reference`` has no way to tell from RSA."""
-    import base64
-    import struct
-
     key = load_pem_public_key(spki_pem)
-    numbers = key.public_numbers()  # type: ignore[union-attr]
+    assert isinstance(key, rsa.RSAPublicKey)
+    numbers = key.public_numbers()
     content = bytes((1, 4)) + spki_hash(spki_pem)
-    for number in (numbers.n, numbers.e):  # type: ignore[union-attr]
+    for number in (numbers.n, numbers.e):
         field = number.to_bytes((number.bit_length() + 7) // 8, "big")
         content += struct.pack("!H", len(field)) + field
     return reference_text(base64.encodebytes(content))
@@ -122,10 +120,6 @@ def spki_hash(spki_pem: bytes) -> bytes:
     command = ["openssl", "pkey", "-pubin", "-outform", "DER"]
     done = subprocess.run(command, check=True, capture_output=True, input=spki_pem)
     return hashlib.sha256(done.stdout).digest()
-
-
-def der_public_key(pem: bytes) -> bytes:
-    return load_pem_public_key(pem).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 @contextmanager
@@ -150,53 +144,42 @@ def read_line(stream: IO[bytes], patience: float = PATIENCE) -> str:
     return stream.readline().decode().rstrip("\n")
 
 
-# --- keyd, and those that pretend to be ------------------------------------------
+# --- in place of keyd ------------------------------------------------------------------
 
 
-class KeydProcess(NamedTuple):
-    """The real keyd, in a process of its own: by its socket, or by channels opened on terms."""
-
-    path: Path
-    control: socket.socket
-
-    def open(self, site: Site, operations: int = 1, blocking: bool = True) -> socket.socket:
-        """A channel for whoever uses the provider's ``channel_fd``."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(blocking)
-        terms = Open(7, 60_000, operations, {site.key_id: frozenset(Operation)})
-        with theirs:
-            socket.send_fds(self.control, [terms.encode()], [theirs.fileno()])
-        return ours
+Answer = Callable[[bytes], bytes | None]
 
 
-@contextmanager
-def keyd_process(directory: Path, sites: Sequence[Site]) -> Iterator[KeydProcess]:
-    path = directory / "keyd.sock"
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    program = str(PROGRAMS / "keyd_server.py")
-    keys = [f"{site.key_id.hex()}={site.key}" for site in sites]
-    with ours, running(
-        [sys.executable, program, str(path), str(theirs.fileno()), *keys],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment(None),
-        pass_fds=[theirs.fileno()],
-    ) as process:
-        theirs.close()
-        assert process.stdout is not None
-        assert read_line(process.stdout) == "ready"
-        yield KeydProcess(path, ours)
+def keyds_answer(sites: Iterable[Site]) -> Answer:
+    """keyd's own answers, from one that grants everything that it can do."""
+    keys: dict[bytes, PrivateKey] = {}
+    for site in sites:
+        key = load_pem_private_key(site.key.read_bytes(), None)
+        assert isinstance(key, PrivateKey)
+        keys[site.key_id] = key
+
+    def answer(message: bytes) -> bytes:
+        request = Request.decode(message)
+        try:
+            payload = perform(
+                request.operation, keys[request.key], request.parameter, request.payload
+            )
+        except NotTLS:
+            return Reply(Status.NOT_TLS).encode()
+        return Reply(Status.DONE, payload).encode()
+
+    return answer
 
 
-class FakeKeyd:
-    """Answers every request with what ``answer`` makes of it.
+class Keyd:
+    """Stands in for keyd: answers every request with what ``answer`` makes of it.
 
     Octets are sent, empty ones close the channel, None keeps it open in silence.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, answer: Answer = lambda _: b"") -> None:
         self.path = path
-        self.answer: Callable[[bytes], bytes | None] = lambda _: b""
+        self.answer = answer
         self.requests: list[bytes] = []
         self._held: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -211,17 +194,21 @@ class FakeKeyd:
                 channel, _ = self._listener.accept()
             except OSError:
                 return
-            channel.settimeout(PATIENCE)
-            request = channel.recv(2 * MAX_REQUEST_OCTETS)
-            self.requests.append(request)
-            reply = self.answer(request)
-            if reply is None:
+            if self.answer_one(channel):
+                channel.close()
+            else:
                 self._held.append(channel)
-                continue
-            if reply:
-                with suppress(BrokenPipeError):
-                    channel.send(reply)
-            channel.close()
+
+    def answer_one(self, channel: socket.socket) -> bool:
+        """Read a request and deal with it; false if it was left unanswered."""
+        channel.settimeout(PATIENCE)
+        request = channel.recv(2 * MAX_REQUEST_OCTETS)
+        self.requests.append(request)
+        reply = self.answer(request)
+        if reply:
+            with suppress(BrokenPipeError):
+                channel.send(reply)
+        return reply is not None
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -230,19 +217,6 @@ class FakeKeyd:
         for channel in self._held:
             channel.close()
         self.path.unlink(missing_ok=True)
-
-
-def forward_to(keyd: KeydProcess) -> Callable[[bytes], bytes]:
-    """A FakeKeyd's answer: the real one's."""
-
-    def answer(request: bytes) -> bytes:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
-            channel.settimeout(PATIENCE)
-            channel.connect(str(keyd.path))
-            channel.send(request)
-            return channel.recv(4096)
-
-    return answer
 
 
 # --- the provider's callers ---------------------------------------------------------
@@ -291,14 +265,17 @@ def harness(
     **more: str,
 ) -> Iterator[Harness]:
     """Run a harness to its end, which has to be a good one."""
-    with report.open("w") as errors, running(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        env=environment(configuration, **more),
-        pass_fds=pass_fds,
-    ) as process:
+    with (
+        report.open("w") as errors,
+        running(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment(configuration, **more),
+            pass_fds=pass_fds,
+        ) as process,
+    ):
         yield Harness(process, report)
         assert process.stdin is not None
         with suppress(BrokenPipeError):
@@ -381,9 +358,12 @@ def _s_servers(sites: Sequence[Site], log: Path, env: dict[str, str]) -> Iterato
     site = sites[0]
     command = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-www"]
     command += ["-cert", str(site.certificate), "-key", str(site.reference)]
-    with log.open("a") as errors, running(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env
-    ) as process:
+    with (
+        log.open("a") as errors,
+        running(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env
+        ) as process,
+    ):
         assert process.stdout is not None
         with _s_servers(sites[1:], log, env) as (others, ports):
             line = read_line(process.stdout)
@@ -395,14 +375,15 @@ def _s_servers(sites: Sequence[Site], log: Path, env: dict[str, str]) -> Iterato
 
 
 @contextmanager
-def _pyopenssl_server(
-    sites: Sequence[Site], log: Path, env: dict[str, str]
-) -> Iterator[_Running]:
+def _pyopenssl_server(sites: Sequence[Site], log: Path, env: dict[str, str]) -> Iterator[_Running]:
     files = [str(path) for site in sites for path in (site.certificate, site.reference)]
     command = [sys.executable, str(PROGRAMS / "tls_server.py"), *files]
-    with log.open("a") as errors, running(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env
-    ) as process:
+    with (
+        log.open("a") as errors,
+        running(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env
+        ) as process,
+    ):
         assert process.stdout is not None
         line = read_line(process.stdout)
         assert line, log.read_text()

@@ -8,7 +8,7 @@ import pytest
 from provider_support import (
     CFLAGS,
     SOURCES,
-    KeydProcess,
+    Keyd,
     Site,
     build,
     configure,
@@ -113,7 +113,7 @@ print(by_standard(), by_other(), by_standard(), by_other())
 def test_two_libcryptos_in_one_process(
     sanitized_provider_path: Path,
     sanitizer_preloaded: dict[str, str],
-    keyd: KeydProcess,
+    keyd: Keyd,
     sites: dict[str, Site],
     tmp_path: Path,
     name: str,

@@ -9,7 +9,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from provider_support import (
     CERTIFICATE_VERIFY,
-    FakeKeyd,
     Harness,
-    KeydProcess,
+    Keyd,
     Servers,
     Site,
     configure,
     connect,
-    forward_to,
+    keyds_answer,
     servers,
 )
 
@@ -45,10 +46,10 @@ TIMEOUT = 0.2
 
 
 @pytest.fixture
-def harness(start_harness: StartHarness, fake_keyd: FakeKeyd) -> Iterator[Harness]:
-    """A harness whose keyd is the fake one."""
+def harness(start_harness: StartHarness, bad_keyd: Keyd) -> Iterator[Harness]:
+    """A harness whose keyd is the bad one."""
     with start_harness(
-        f"socket = {fake_keyd.path}", f"timeout_ms = {round(TIMEOUT * 1000)}"
+        f"socket = {bad_keyd.path}", f"timeout_ms = {round(TIMEOUT * 1000)}"
     ) as running:
         yield running
 
@@ -76,7 +77,7 @@ def harness(start_harness: StartHarness, fake_keyd: FakeKeyd) -> Iterator[Harnes
 )
 def test_a_signing_request(
     harness: Harness,
-    fake_keyd: FakeKeyd,
+    bad_keyd: Keyd,
     sites: dict[str, Site],
     site_name: str,
     digest: str,
@@ -86,7 +87,7 @@ def test_a_signing_request(
 ) -> None:
     site = sites[site_name]
     signature = os.urandom(site.signature_octets)
-    fake_keyd.answer = lambda _: Reply(Status.DONE, signature).encode()
+    bad_keyd.answer = lambda _: Reply(Status.DONE, signature).encode()
     harness.load(site.reference.read_bytes())
 
     outcome = harness.sign(digest, CERTIFICATE_VERIFY, padding, salt)
@@ -94,20 +95,18 @@ def test_a_signing_request(
     assert outcome == f"ok {signature.hex()}"
     asked = SignatureScheme[scheme]
     expected = Request(Operation.SIGN, asked, site.key_id, CERTIFICATE_VERIFY)
-    assert [Request.decode(request) for request in fake_keyd.requests] == [expected]
+    assert [Request.decode(request) for request in bad_keyd.requests] == [expected]
 
 
-def test_a_decryption_request(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site]
-) -> None:
+def test_a_decryption_request(harness: Harness, bad_keyd: Keyd, sites: dict[str, Site]) -> None:
     secret = os.urandom(PREMASTER_SECRET_OCTETS)
-    fake_keyd.answer = lambda _: Reply(Status.DONE, secret).encode()
+    bad_keyd.answer = lambda _: Reply(Status.DONE, secret).encode()
     harness.load(sites["rsa"].reference.read_bytes())
 
     assert harness.decrypt(CIPHERTEXT, 0x0302) == f"ok {secret.hex()}"
 
     expected = Request(Operation.DECRYPT, 0x0302, sites["rsa"].key_id, CIPHERTEXT)
-    assert [Request.decode(request) for request in fake_keyd.requests] == [expected]
+    assert [Request.decode(request) for request in bad_keyd.requests] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -137,26 +136,26 @@ def test_a_decryption_request(
         ("rsa", "decrypt 7 0 00", "outside the TLS RSA key exchange"),
         ("rsa", "decrypt 7 0x10303 00", "a bad TLS version"),
         ("rsa", "decrypt 7 0xffffffff 00", "a bad TLS version"),
-        ("rsa-pss", "decrypt 7 0x303 00", ""),
+        ("rsa-pss", "decrypt 7 0x303 00", "a key that is not RSA"),
         ("p256", "decrypt 7 0x303 00", "not supported"),
     ],
 )
 def test_what_is_not_tls_is_not_even_asked(
     harness: Harness,
-    fake_keyd: FakeKeyd,
+    bad_keyd: Keyd,
     sites: dict[str, Site],
     site_name: str,
     command: str,
     reason: str,
 ) -> None:
-    fake_keyd.answer = lambda _: Reply(Status.DONE, bytes(256)).encode()
+    bad_keyd.answer = lambda _: Reply(Status.DONE, bytes(256)).encode()
     harness.load(sites[site_name].reference.read_bytes())
 
     outcome = harness.ask(command)
 
     assert outcome.startswith("failed")
     assert any(part in outcome for part in reason.split("|")), outcome
-    assert fake_keyd.requests == []
+    assert bad_keyd.requests == []
 
 
 # --- what is answered ----------------------------------------------------------------
@@ -164,9 +163,9 @@ def test_what_is_not_tls_is_not_even_asked(
 
 @pytest.mark.parametrize("status", [status for status in Status if status is not Status.DONE])
 def test_a_refusal_names_its_reason(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site], status: Status
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site], status: Status
 ) -> None:
-    fake_keyd.answer = lambda _: Reply(status).encode()
+    bad_keyd.answer = lambda _: Reply(status).encode()
     harness.load(sites["rsa"].reference.read_bytes())
     reason = {"not_tls": "not TLS"}.get(status.name.lower(), status.name.lower().replace("_", " "))
 
@@ -194,9 +193,9 @@ def test_a_refusal_names_its_reason(
     ],
 )
 def test_a_nonsensical_reply(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site], reply: bytes, complaint: str
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site], reply: bytes, complaint: str
 ) -> None:
-    fake_keyd.answer = lambda _: reply
+    bad_keyd.answer = lambda _: reply
     harness.load(sites["rsa"].reference.read_bytes())
 
     outcome = harness.sign("SHA256")
@@ -207,9 +206,9 @@ def test_a_nonsensical_reply(
 
 @pytest.mark.parametrize("length", [0, 1, 47, 49, 256, 1024])
 def test_a_premaster_secret_is_of_48_octets(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site], length: int
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site], length: int
 ) -> None:
-    fake_keyd.answer = lambda _: Reply(Status.DONE, bytes(length)).encode()
+    bad_keyd.answer = lambda _: Reply(Status.DONE, bytes(length)).encode()
     harness.load(sites["rsa"].reference.read_bytes())
 
     assert harness.decrypt(CIPHERTEXT).startswith("failed [keyd|nonsensical answer|")
@@ -235,11 +234,11 @@ REPLIES = st.one_of(
 @example(site_name="p256", reply=b"\x01\x00" + bytes(72))
 @example(site_name="p256", reply=b"\x01\x00" + bytes(7))
 def test_any_reply(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site], site_name: str, reply: bytes
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site], site_name: str, reply: bytes
 ) -> None:
     """Only what looks like an answer passes for one, whatever keyd sends."""
     site = sites[site_name]
-    fake_keyd.answer = lambda _: reply
+    bad_keyd.answer = lambda _: reply
     harness.load(site.reference.read_bytes())
 
     outcomes = {Operation.SIGN: harness.sign(DIGEST[site_name])}
@@ -283,12 +282,16 @@ def test_no_channel_configured(start_harness: StartHarness, sites: dict[str, Sit
 
 
 def test_silence_is_waited_for_only_so_long(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site]
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site]
 ) -> None:
-    fake_keyd.answer = lambda _: None
+    bad_keyd.answer = lambda _: None
     harness.load(sites["rsa"].reference.read_bytes())
 
-    for operation in (lambda: harness.sign("SHA256"), lambda: harness.decrypt(CIPHERTEXT)):
+    operations: list[Callable[[], str]] = [
+        lambda: harness.sign("SHA256"),
+        lambda: harness.decrypt(CIPHERTEXT),
+    ]
+    for operation in operations:
         started = time.monotonic()
         outcome = operation()
         waited = time.monotonic() - started
@@ -324,7 +327,7 @@ def test_sending_is_waited_for_only_so_long(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.setblocking(False)
-        with pytest.raises(BlockingIOError):
+        with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(1024))
         with start_harness(
@@ -334,9 +337,7 @@ def test_sending_is_waited_for_only_so_long(
             assert "keyd: no answer in 200 ms" in harness.sign("SHA256")
 
 
-def test_signals_do_not_disturb(
-    harness: Harness, fake_keyd: FakeKeyd, sites: dict[str, Site]
-) -> None:
+def test_signals_do_not_disturb(harness: Harness, bad_keyd: Keyd, sites: dict[str, Site]) -> None:
     """Nor do they prolong the wait."""
     signature = bytes(256)
     harness.load(sites["rsa"].reference.read_bytes())
@@ -353,9 +354,9 @@ def test_signals_do_not_disturb(
     disturber = threading.Thread(target=disturb)
     disturber.start()
     try:
-        fake_keyd.answer = answer_late
+        bad_keyd.answer = answer_late
         assert harness.sign("SHA256") == f"ok {signature.hex()}"
-        fake_keyd.answer = lambda _: None
+        bad_keyd.answer = lambda _: None
         started = time.monotonic()
         assert "keyd: no answer in 200 ms" in harness.sign("SHA256")
         assert time.monotonic() - started < 10 * TIMEOUT
@@ -369,23 +370,36 @@ def test_signals_do_not_disturb(
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
 def test_a_channel_is_used_and_left_alone(
-    start_harness: StartHarness, keyd: KeydProcess, sites: dict[str, Site], blocking: bool
+    start_harness: StartHarness, bad_keyd: Keyd, sites: dict[str, Site], blocking: bool
 ) -> None:
     site = sites["rsa"]
-    with keyd.open(site, operations=2, blocking=blocking) as channel:
-        number = channel.fileno()
+    replies = [Reply(Status.DONE, os.urandom(256)) for _ in range(2)] + [Reply(Status.EXHAUSTED)]
+    left = iter(replies)
+    bad_keyd.answer = lambda _: next(left).encode()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def serve() -> None:
+        for _ in replies:
+            bad_keyd.answer_one(theirs)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    ours.setblocking(blocking)
+    with ours, theirs:
+        number = ours.fileno()
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
         with start_harness(f"channel_fd = {number}", pass_fds=(number,)) as harness:
             harness.load(site.reference.read_bytes())
             inode = os.stat(f"/proc/{harness.process.pid}/fd/{number}").st_ino
-            outcomes = [harness.sign("SHA256", padding="6", salt="-1") for _ in range(4)]
+            outcomes = [harness.sign("SHA256") for _ in range(4)]
             # Still open, and still the same.
             assert os.stat(f"/proc/{harness.process.pid}/fd/{number}").st_ino == inode
         assert fcntl.fcntl(number, fcntl.F_GETFL) == flags
+        server.join()
 
-    assert [outcome.split()[0] for outcome in outcomes] == ["ok", "ok", "failed", "failed"]
-    assert outcomes[0] != outcomes[1]  # PSS is randomized
+    assert outcomes[:2] == [f"ok {reply.payload.hex()}" for reply in replies[:2]]
     assert "[keyd|refused: exhausted|keyd: refused: exhausted]" in outcomes[2]
+    # A refusal is the channel's end.
     assert "[keyd|keyd is gone|keyd: gone: " in outcomes[3]
 
 
@@ -393,9 +407,7 @@ def test_a_channel_closed_by_keyd(start_harness: StartHarness, sites: dict[str, 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         theirs.close()
-        with start_harness(
-            f"channel_fd = {ours.fileno()}", pass_fds=(ours.fileno(),)
-        ) as harness:
+        with start_harness(f"channel_fd = {ours.fileno()}", pass_fds=(ours.fileno(),)) as harness:
             harness.load(sites["rsa"].reference.read_bytes())
             assert "[keyd|keyd is gone|keyd: gone: Broken pipe]" in harness.sign("SHA256")
 
@@ -452,15 +464,19 @@ def test_a_mistaken_configuration(
 # --- in a handshake, by the OpenSSL within cryptography ----------------------------------
 
 
+def _always(reply: bytes | None, _: bytes) -> bytes | None:
+    return reply
+
+
 @pytest.fixture
 def failing_server(
     sanitized_provider_path: Path,
     sanitizer_preloaded: dict[str, str],
-    fake_keyd: FakeKeyd,
+    bad_keyd: Keyd,
     sites: dict[str, Site],
     tmp_path: Path,
 ) -> Iterator[Servers]:
-    channel = f"socket = {fake_keyd.path}", "timeout_ms = 200"
+    channel = f"socket = {bad_keyd.path}", "timeout_ms = 200"
     configuration = configure(tmp_path / "openssl.cnf", sanitized_provider_path, *channel)
     with servers(
         "pyopenssl", [sites["rsa"]], configuration, tmp_path / "log.txt", **sanitizer_preloaded
@@ -475,8 +491,7 @@ def failing_server(
 )
 def test_a_failed_handshake_says_why_and_the_next_one_works(
     failing_server: Servers,
-    fake_keyd: FakeKeyd,
-    keyd: KeydProcess,
+    bad_keyd: Keyd,
     sites: dict[str, Site],
     options: list[str],
 ) -> None:
@@ -489,11 +504,11 @@ def test_a_failed_handshake_says_why_and_the_next_one_works(
         "refused: exhausted": Reply(Status.EXHAUSTED).encode(),
     }
     for reason, reply in replies.items():
-        fake_keyd.answer = lambda _, reply=reply: reply  # type: ignore[misc]
+        bad_keyd.answer = partial(_always, reply)
         client = connect(port, site, *options)
 
         assert client.code != 0
         failing_server.wait_for(f"('keyd', '', '{reason}')")
 
-    fake_keyd.answer = forward_to(keyd)
+    bad_keyd.answer = keyds_answer([site])
     assert connect(port, site, *options).code == 0

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from provider_support import (
     Harness,
-    KeydProcess,
+    Keyd,
     Site,
     configure,
     connect,
@@ -359,7 +359,7 @@ def test_the_public_part_is_anyones(
 
 @pytest.mark.parametrize("program", ["openssl", "pyopenssl"])
 def test_a_server_with_an_ordinary_key(
-    provider_path: Path, keyd: KeydProcess, sites: dict[str, Site], tmp_path: Path, program: str
+    provider_path: Path, keyd: Keyd, sites: dict[str, Site], tmp_path: Path, program: str
 ) -> None:
     """The provider is loaded, and has no part in it."""
     site = sites["rsa"]._replace(reference=sites["rsa"].key)

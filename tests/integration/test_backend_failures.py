@@ -1,0 +1,153 @@
+"""Backends that refuse, do not answer or die."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .conftest import Serve
+from .instance import Instance, free_port
+from .peers import Listener, TlsClient, reset
+
+
+def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
+    """Connect, expect a reset; returns the backend's failure, and how long it took."""
+    since = len(instance.events())
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        started = time.monotonic()
+        with pytest.raises(ConnectionResetError):
+            client.receive()
+        taken = time.monotonic() - started
+        host, port = client.socket.getsockname()
+    failure = instance.wait_for_event("backend_unavailable", since=since)
+    assert failure["level"] == "error"
+    ended = instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+    assert ended["end"] == end
+    assert ended["connection"] == failure["connection"]
+    assert ended["detail"] == failure["reason"]
+    return failure["reason"], taken
+
+
+def is_served(instance: Instance, listener: Listener) -> None:
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with listener.accept() as backend:
+            backend.sendall(b"here I am")
+            assert client.receive_exactly(9) == b"here I am"
+
+
+@contextmanager
+def full_backlog(listener: Listener) -> Iterator[None]:
+    """Nobody more can connect to it for now."""
+    address = listener.socket.getsockname()
+    waiting = []
+    # The last of them is neither refused nor taken.
+    for _ in range(4):
+        waiting.append(socket.socket(listener.socket.family, socket.SOCK_STREAM))
+        waiting[-1].setblocking(False)
+        waiting[-1].connect_ex(address)
+    try:
+        yield
+    finally:
+        for client in waiting:
+            client.close()
+        listener.socket.setblocking(False)
+        try:
+            while True:
+                listener.socket.accept()[0].close()
+        except BlockingIOError:
+            pass
+        listener.socket.settimeout(10)
+
+
+def test_a_backend_that_refuses_is_tried_afresh_with_the_next_connection(serve: Serve) -> None:
+    port = free_port()
+    instance = serve(f"127.0.0.1:{port}")
+    reason, taken = is_reset_with_event(instance, "backend_unavailable")
+    assert reason == f"127.0.0.1 port {port}: Connection refused"
+    assert taken < 2
+    with Listener(socket.create_server(("127.0.0.1", port)), "") as listener:
+        is_served(instance, listener)
+    is_reset_with_event(instance, "backend_unavailable")
+
+
+def test_a_unix_socket_that_is_not_there_yet_is_tried_afresh(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "app.sock"
+    instance = serve(f"unix:{path}")
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
+    assert reason == f"{path}: No such file or directory"
+    with Listener.unix(path) as listener:
+        is_served(instance, listener)
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
+    assert reason == f"{path}: Connection refused"
+
+
+@pytest.mark.parametrize("kind", ["TCP", "unix"])
+def test_a_backend_that_does_not_answer_is_given_up_after_the_connect_timeout(
+    serve: Serve, tmp_path: Path, kind: str
+) -> None:
+    with (
+        Listener.tcp(backlog=0) if kind == "TCP" else Listener.unix(tmp_path / "app.sock", 0)
+    ) as listener:
+        instance = serve(listener.address, worker={"connect_timeout": "700ms"})
+        with full_backlog(listener):
+            reason, taken = is_reset_with_event(instance, "backend_unavailable")
+        assert reason == "no answer in 0.7 s"
+        assert 0.5 < taken < 3
+        is_served(instance, listener)
+
+
+def test_a_client_that_leaves_meanwhile_is_forgotten(serve: Serve) -> None:
+    with Listener.tcp(backlog=0) as listener:
+        instance = serve(listener.address, worker={"connect_timeout": "700ms"})
+        before = instance.settled_counts()
+        with full_backlog(listener):
+            TlsClient(instance.port).handshake().reset()
+            instance.wait_for_event("backend_unavailable")
+            instance.wait_for_event("connection_ended")
+        assert instance.settled_counts() == before
+
+
+def test_the_next_address_of_a_name_is_tried_where_one_refuses(serve: Serve) -> None:
+    """"localhost" may be ::1 first; only 127.0.0.1 listens."""
+    with Listener.tcp() as listener:
+        instance = serve(f"localhost:{listener.port}")
+        is_served(instance, listener)
+
+
+def test_a_backend_that_dies_in_mid_transfer_resets_its_client_alone(
+    serve: Serve, backend: Listener
+) -> None:
+    instance = serve(backend.address)
+    with TlsClient(instance.port) as dying, TlsClient(instance.port) as other:
+        dying.handshake()
+        died = backend.accept()
+        other.handshake()
+        with backend.accept() as alive:
+            died.sendall(b"x" * 100_000)
+            reset(died)
+            octets = b""
+            with pytest.raises(ConnectionResetError):
+                while piece := dying.receive():
+                    octets += piece
+            assert b"x" * len(octets) == octets
+            instance.wait_for_event("connection_ended", end="backend_reset")
+            alive.sendall(b"still")
+            assert other.receive_exactly(5) == b"still"
+    is_served(instance, backend)
+
+
+def test_a_name_that_cannot_be_resolved_is_an_error_in_the_log_and_no_more(
+    serve: Serve,
+) -> None:
+    instance = serve("nobody.invalid:80")
+    event = instance.wait_for_event("backend_unresolved")
+    assert (event["backend"], event["level"]) == ("nobody.invalid:80", "error")
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
+    assert reason == "no address"

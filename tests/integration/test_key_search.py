@@ -1,0 +1,464 @@
+"""The private key is in keyd's memory and in no other, and the search that says so works."""
+
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from keyd.powers import PrivateKey
+from titus_py.instance import Role, connections_to, instance_processes
+from titus_py.key_search import Needle, Search, needles, search, search_all
+
+from .certificates import KINDS
+from .conftest import Certificates, Serve
+from .instance import Instance, eventually
+from .peers import Listener, TlsClient
+
+PAGE = mmap.PAGESIZE
+
+# --- A running instance -----------------------------------------------------------------------
+
+#: Pages that the kernel puts into every process.
+KERNEL = {"[vvar]", "[vvar_vclock]", "[vsyscall]"}
+
+
+def assert_only_keyd_holds(sought: list[Needle], instance: Instance) -> dict[Role, int]:
+    """Returns how many processes of each role were searched to the end."""
+    processes = instance_processes(instance.pid)
+    searched: dict[Role, int] = {}
+    for process, found in zip(
+        processes, search_all([process.pid for process in processes], sought), strict=True
+    ):
+        assert {part.mapping for part in found.skipped} <= KERNEL
+        if process.role is Role.KEYD:
+            # The control: here, the same search does find it.
+            assert found.hits
+        else:
+            assert not found.hits, f"{process}: {[str(hit) for hit in found.hits]}"
+        if not found.ended:
+            assert found.octets > 5_000_000
+            searched[process.role] = searched.get(process.role, 0) + 1
+    return searched
+
+
+@contextlib.contextmanager
+def handshakes_all_the_time(port: int) -> Iterator[Callable[[], int]]:
+    """Yields how many there have been."""
+    enough = threading.Event()
+    count = 0
+
+    def shake_hands() -> None:
+        nonlocal count
+        while not enough.is_set():
+            with TlsClient(port).handshake():
+                count += 1
+
+    thread = threading.Thread(target=shake_hands)
+    thread.start()
+    try:
+        yield lambda: count
+    finally:
+        enough.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("kind", "encrypted"),
+    [("RSA-2048", False), ("P-256", False), ("Ed25519", False), ("P-256", True)],
+)
+def test_key_is_in_keyd_and_nowhere_else(
+    kind: str,
+    encrypted: bool,
+    serve: Serve,
+    echoing: Listener,
+    certificates: Certificates,
+    tmp_path: Path,
+) -> None:
+    issued = certificates(kind)
+    key = load_pem_private_key(issued.key.read_bytes(), None)
+    assert isinstance(
+        key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+    )
+    vhost = {"certificate": issued.certificate, "key": issued.key}
+    if encrypted:
+        vhost["key"] = tmp_path / "encrypted.key"
+        vhost["passphrase_file"] = tmp_path / "passphrase"
+        vhost["passphrase_file"].write_text("correct horse battery staple\n")
+        vhost["key"].write_bytes(
+            key.private_bytes(
+                Encoding.PEM,
+                PrivateFormat.PKCS8,
+                BestAvailableEncryption(b"correct horse battery staple"),
+            )
+        )
+    sought = needles(key)
+    instance = serve(echoing.address, vhost=[vhost])
+
+    idle = assert_only_keyd_holds(sought, instance)
+    assert idle[Role.SUPERVISOR] == idle[Role.PARENT] == idle[Role.KEYD] == 1
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(TlsClient(instance.port, authority=issued.authority))
+            client.handshake().send(b"something")
+            assert client.receive_exactly(9) == b"something"
+        count = stack.enter_context(handshakes_all_the_time(instance.port))
+        before = count()
+        busy = assert_only_keyd_holds(sought, instance)
+        assert count() > before
+        # The three, at least: others come and go.
+        assert busy[Role.WORKER] >= 3
+        assert busy[Role.SUPERVISOR] == busy[Role.PARENT] == busy[Role.KEYD] == 1
+
+    eventually(lambda: len(instance.workers()) == 4, "the workers have ended")
+    after = assert_only_keyd_holds(sought, instance)
+    assert after == {Role.SUPERVISOR: 1, Role.PARENT: 1, Role.KEYD: 1, Role.WORKER: 4}
+
+
+def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    with TlsClient(instance.port).handshake() as client:
+        client.send(b"x")
+        assert client.receive_exactly(1) == b"x"
+        eventually(lambda: len(instance.workers()) == 5, "a spare in the place of the worker")
+        eventually(lambda: all(found.uid for found in instance.workers()), "all confined")
+        processes = instance_processes(instance.pid)
+        assert {found.pid: (found.ppid, found.uid, found.started) for found in processes} == {
+            found.pid: (found.parent, found.uid, found.started) for found in instance.processes()
+        }
+        by_role: dict[Role, list[int]] = {}
+        for found in processes:
+            by_role.setdefault(found.role, []).append(found.pid)
+        assert by_role.pop(Role.SUPERVISOR) == [instance.pid]
+        assert by_role.pop(Role.PARENT) == [instance.parent().pid]
+        assert by_role.pop(Role.KEYD) == [instance.keyd().pid]
+        workers = by_role.pop(Role.WORKER)
+        assert sorted(workers) == sorted(found.pid for found in instance.workers())
+        assert not by_role
+
+        [(worker, connection)] = connections_to(instance.port, processes).items()
+        assert worker.pid in workers
+        assert connection.remote == client.socket.getsockname()
+        assert connection.local == client.socket.getpeername()
+    ended = instance.wait_for_event("connection_ended")
+    assert ended["uid"] == worker.uid
+
+
+# --- An ordinary process, in which something has been planted -----------------------------------
+
+#: Keeps what it is given, in hexadecimal, at an offset in memory of its own.
+HOLDER = """
+import ctypes, mmap, sys
+offset, octets = int(sys.argv[1]), bytes.fromhex(sys.stdin.readline())
+memory = mmap.mmap(-1, 64 * mmap.PAGESIZE, mmap.MAP_PRIVATE)
+memory[offset:offset + len(octets)] = octets
+del octets
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
+sys.stdin.read()
+"""
+
+#: Makes an integer of it, and keeps that.
+INTEGER_HOLDER = """
+import sys
+number = int(sys.stdin.readline(), 16)
+print(id(number), flush=True)
+sys.stdin.read()
+"""
+
+
+class Held(NamedTuple):
+    pid: int
+    address: int
+
+
+@contextlib.contextmanager
+def holder(octets: bytes, offset: int = 0, program: str = HOLDER) -> Iterator[Held]:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", program, str(offset)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(octets.hex() + "\n")
+        process.stdin.flush()
+        yield Held(process.pid, int(process.stdout.readline()) + offset)
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def rsa_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
+
+
+def octets_of(number: int) -> bytes:
+    return number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+
+def rsa_numbers(key: rsa.RSAPrivateKey) -> dict[str, int]:
+    numbers = key.private_numbers()
+    return {
+        "d": numbers.d,
+        "p": numbers.p,
+        "q": numbers.q,
+        "dp": numbers.dmp1,
+        "dq": numbers.dmq1,
+        "qinv": numbers.iqmp,
+    }
+
+
+def names_at(found: Search, address: int, length: int) -> set[str]:
+    return {hit.needle for hit in found.hits if address <= hit.address < address + length}
+
+
+@pytest.mark.parametrize("name", ["d", "p", "q", "dp", "dq", "qinv"])
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_finds_each_rsa_number_in_either_order(
+    name: str, order: str, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    octets = octets_of(rsa_numbers(rsa_key)[name])
+    octets = octets if order == "big" else octets[::-1]
+    with holder(octets, offset=12_345) as held:
+        found = search(held.pid, needles(rsa_key))
+        assert names_at(found, held.address, len(octets)) == {f"{name}, {order}-endian"}
+        assert all(hit.pid == held.pid and hit.mapping for hit in found.hits)
+
+
+@pytest.mark.parametrize("kind", ["P-256", "P-384", "P-521", "Ed25519"])
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_finds_the_scalar_or_seed_in_either_order(kind: str, order: str) -> None:
+    key = KINDS[kind]()
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        name, octets = "seed", key.private_bytes_raw()
+    else:
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        name, octets = "scalar", octets_of(key.private_numbers().private_value)
+    octets = octets if order == "big" else octets[::-1]
+    with holder(octets) as held:
+        found = search(held.pid, needles(key))
+        assert names_at(found, held.address, len(octets)) == {f"{name}, {order}-endian"}
+
+
+@pytest.mark.parametrize("before", [1, 64, 127])
+def test_finds_what_lies_across_two_pieces(before: int, rsa_key: rsa.RSAPrivateKey) -> None:
+    octets = octets_of(rsa_key.private_numbers().p)
+    with holder(octets, offset=9 * PAGE - before) as held:
+        # Wherever the first piece begins, no page lies in two of them.
+        for piece in (PAGE, 3 * PAGE, 512 * 1024):
+            found = search(held.pid, needles(rsa_key), piece)
+            at_place = [hit for hit in found.hits if hit.address == held.address + 64]
+            assert [hit.needle for hit in at_place] == ["p, big-endian"]
+
+
+def test_finds_each_place_once(rsa_key: rsa.RSAPrivateKey) -> None:
+    octets = octets_of(rsa_key.private_numbers().q) * 50
+    with holder(octets, offset=PAGE - 60) as held:
+        found = search(held.pid, needles(rsa_key), PAGE)
+        places = [hit.address for hit in found.hits if 0 <= hit.address - held.address < 6400]
+        assert places == [held.address + 64 + 128 * number for number in range(50)]
+
+
+@pytest.mark.parametrize("kind", ["RSA-2048", "P-256", "P-384", "P-521", "Ed25519"])
+@pytest.mark.parametrize("columns", [64, 76, 100_000])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    "form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL, PrivateFormat.OpenSSH]
+)
+def test_finds_pem_text_however_it_is_broken_into_lines(
+    kind: str, columns: int, end: bytes, form: PrivateFormat
+) -> None:
+    key = KINDS[kind]()
+    if form is PrivateFormat.TraditionalOpenSSL and isinstance(key, ed25519.Ed25519PrivateKey):
+        pytest.skip("Ed25519 keys have no traditional form")
+    pem = key.private_bytes(Encoding.PEM, form, NoEncryption())
+    body = b"".join(pem.splitlines()[1:-1])
+    lines = [body[start : start + columns] for start in range(0, len(body), columns)]
+    found = {needle.name for needle in needles(key) if needle.octets in end.join(lines)}
+    secret = {"RSA-2048": "d", "Ed25519": "seed"}.get(kind, "scalar")
+    assert f"{secret}, in PEM" in found
+
+
+def test_finds_pem_in_memory_and_by_a_fragment(rsa_key: rsa.RSAPrivateKey) -> None:
+    pem = rsa_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with holder(pem) as held:
+        found = search(held.pid, needles(rsa_key))
+        assert names_at(found, held.address, len(pem)) == {
+            f"{name}, in PEM" for name in rsa_numbers(rsa_key)
+        }
+    middle = pem[len(pem) // 2 - 150 : len(pem) // 2 + 150]
+    with holder(middle) as held:
+        assert names_at(search(held.pid, needles(rsa_key)), held.address, len(middle))
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_finds_der(form: PrivateFormat, rsa_key: rsa.RSAPrivateKey) -> None:
+    der = rsa_key.private_bytes(Encoding.DER, form, NoEncryption())
+    with holder(der) as held:
+        names = names_at(search(held.pid, needles(rsa_key)), held.address, len(der))
+        assert "DER, traditional" in names  # PKCS #8 wraps it
+        assert ("DER, PKCS #8" in names) == (form is PrivateFormat.PKCS8)
+        assert {f"{name}, big-endian" for name in rsa_numbers(rsa_key)} <= names
+
+
+@pytest.mark.parametrize("kind", ["RSA-2048", "P-256"])
+def test_finds_an_integer_of_python(kind: str) -> None:
+    key = KINDS[kind]()
+    if isinstance(key, rsa.RSAPrivateKey):
+        name, number = "qinv", key.private_numbers().iqmp
+    else:
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        name, number = "scalar", key.private_numbers().private_value
+    with holder(octets_of(number), program=INTEGER_HOLDER) as held:
+        size = sys.getsizeof(number)
+        names = names_at(search(held.pid, needles(key)), held.address, size)
+        assert names == {f"{name}, Python integer"}
+
+
+@pytest.mark.parametrize("kind", ["RSA-2048", "P-256", "Ed25519"])
+def test_does_not_find_what_is_public_or_another_key(kind: str) -> None:
+    key, other = KINDS[kind](), KINDS[kind]()
+    form = PublicFormat.SubjectPublicKeyInfo
+    public = key.public_key().public_bytes(Encoding.PEM, form)
+    public += key.public_key().public_bytes(Encoding.DER, form)
+    another = other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with holder(public + another) as held:
+        assert search(held.pid, needles(key)).hits == []
+        assert search(held.pid, needles(other)).hits != []
+
+
+# --- What can go wrong --------------------------------------------------------------------------
+
+#: Holds the octets twice: in a page that nothing may touch, and after one of a shared file's
+#: pages that is beyond its end.
+UNREADABLE = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+octets = bytes.fromhex(sys.stdin.readline())
+closed = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE)
+closed[:len(octets)] = octets
+address = ctypes.addressof(ctypes.c_char.from_buffer(closed))
+assert libc.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
+file = os.memfd_create("cut")
+os.ftruncate(file, 3 * mmap.PAGESIZE)
+cut = mmap.mmap(file, 3 * mmap.PAGESIZE)
+os.ftruncate(file, mmap.PAGESIZE)
+cut[:len(octets)] = octets
+del octets
+print(address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_says_what_it_could_not_read_and_goes_on(rsa_key: rsa.RSAPrivateKey) -> None:
+    octets = octets_of(rsa_key.private_numbers().d)
+    with holder(octets, program=UNREADABLE) as held:
+        found = search(held.pid, needles(rsa_key))
+        # Closed to the process itself, and not to us.
+        assert names_at(found, held.address, PAGE) == {"d, big-endian"}
+        [cut] = [part for part in found.skipped if "memfd:cut" in part.mapping]
+        assert (cut.octets, cut.reason) == (2 * PAGE, "Input/output error")
+        [hit] = [hit for hit in found.hits if "memfd:cut" in hit.mapping]
+        assert cut.address - PAGE <= hit.address < cut.address
+        others = {part.mapping for part in found.skipped} - {cut.mapping}
+        assert others <= KERNEL
+        assert ("[vsyscall]" in others) == (
+            "[vsyscall]" in Path(f"/proc/{held.pid}/maps").read_text()
+        )
+
+
+def test_reads_no_page_that_the_process_has_not_touched(rsa_key: rsa.RSAPrivateKey) -> None:
+    program = HOLDER.replace("64 * mmap.PAGESIZE", "1 << 34")
+    octets = octets_of(rsa_key.private_numbers().d)
+    with holder(octets, offset=1 << 33, program=program) as held:
+        status = Path(f"/proc/{held.pid}/smaps_rollup")
+        before = status.read_text()
+        found = search(held.pid, needles(rsa_key))
+        assert names_at(found, held.address, len(octets)) == {"d, big-endian"}
+        assert found.octets < 100_000_000
+        assert status.read_text().splitlines()[1] == before.splitlines()[1]
+
+
+def test_copes_with_a_process_that_is_gone(rsa_key: rsa.RSAPrivateKey) -> None:
+    sought = needles(rsa_key)
+    process = subprocess.Popen(["sleep", "60"])
+    assert not search(process.pid, sought).ended
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert search(process.pid, sought) == Search(process.pid, [], [], 0, ended=True)
+    process.wait()
+    assert search(process.pid, sought) == Search(process.pid, [], [], 0, ended=True)
+
+
+def test_copes_with_processes_that_end_meanwhile(rsa_key: rsa.RSAPrivateKey) -> None:
+    sought = needles(rsa_key)
+    program = "memory = bytearray(b'x') * 200_000_000; print(flush=True); input()"
+    ended = 0
+    for delay in (0.0, 0.01, 0.05, 0.1):
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            killer = threading.Timer(delay, process.kill)
+            killer.start()
+            found = search(process.pid, sought)
+            killer.join()
+            assert not found.hits
+            ended += found.ended
+    assert ended >= 3
+
+
+def test_a_number_too_short_to_be_recognized_is_left_out() -> None:
+    names = [needle.name for needle in needles(ec.derive_private_key(5, ec.SECP256R1()))]
+    assert names == ["DER, PKCS #8", "DER, traditional"]
+
+
+def test_needles_do_not_show_what_they_look_for(rsa_key: rsa.RSAPrivateKey) -> None:
+    sought = needles(rsa_key)
+    shown = f"{sought} {sought[0]} {search(os.getppid(), sought)}"
+    assert all(repr(needle.octets)[2:-1] not in shown for needle in sought)
+    with pytest.raises(ValueError, match="everywhere"):
+        search(1, [Needle("nothing", b"")])
+
+
+def test_too_many_hits_are_cut_off(rsa_key: rsa.RSAPrivateKey) -> None:
+    octets = octets_of(rsa_key.private_numbers().p) * 12_000
+    program = HOLDER.replace("64 * mmap", "400 * mmap")
+    with holder(octets, program=program) as held:
+        found = search(held.pid, needles(rsa_key))
+        assert len(found.hits) == 10_000
+        assert not found.ended
+
+
+def test_is_quick(rsa_key: rsa.RSAPrivateKey) -> None:
+    """60 MB of what is neither zeros nor text, in well under a second where nothing else runs."""
+    program = HOLDER.replace("64 * mmap.PAGESIZE", "60_000_000").replace(
+        "print(", "import os; memory[300:] = os.urandom(len(memory) - 300); print("
+    )
+    with holder(octets_of(rsa_key.private_numbers().d), program=program) as held:
+        sought = needles(rsa_key)
+        before = time.process_time()
+        found = search(held.pid, sought)
+        seconds = time.process_time() - before
+        assert found.octets > 60_000_000
+        assert names_at(found, held.address, 300)
+        # Of the processor's time; twice what is expected of a slow one.
+        assert seconds < 2

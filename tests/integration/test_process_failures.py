@@ -1,0 +1,335 @@
+"""keyd, the parent or the supervisor killed, stuck, or short of processes."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from OpenSSL import SSL
+
+from .conftest import Serve
+from .instance import Instance, Process, eventually
+from .peers import Listener, TlsClient, Truncated, connect, receive_exactly
+
+FAILS = (SSL.Error, Truncated, ConnectionResetError)
+
+
+def talk(client: TlsClient) -> bool:
+    client.send(b"ping")
+    return client.receive_exactly(4) == b"ping"
+
+
+def serves(instance: Instance) -> bool:
+    with TlsClient(instance.port) as client:
+        return talk(client.handshake())
+
+
+def kill_and_await(instance: Instance, process: Process, name: str) -> float:
+    """Kill it; how long it takes until the next one of its kind has started."""
+    since = len(instance.events())
+    started = time.monotonic()
+    process.kill()
+    died = instance.wait_for_event(f"{name}_died", since=since)
+    assert (died["pid"], died["how"]) == (process.pid, "killed by SIGKILL")
+    instance.wait_for_event(f"{name}_started", since=since)
+    return time.monotonic() - started
+
+
+# --- keyd ------------------------------------------------------------------------------
+
+
+def test_a_killed_keyd_is_replaced_and_established_connections_go_on(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("keyd_died")
+    with TlsClient(instance.port) as client:
+        talk(client.handshake())
+        before = instance.counts()
+        assert kill_and_await(instance, instance.keyd(), "keyd") < 3
+        assert talk(client)
+        assert serves(instance)
+        assert talk(client)
+        eventually(lambda: instance.counts() == before, f"{before} again")
+    assert len(instance.events_named("parent_started")) == 1
+
+
+def test_a_client_that_comes_while_keyd_is_gone_is_served_by_the_next(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("keyd_died")
+    instance.keyd().kill()
+    # Not all of them: one may have been let in to the keyd that was about to go.
+    results = []
+    for _ in range(3):
+        try:
+            results.append(serves(instance))
+        except FAILS:
+            results.append(False)
+    assert results[-1]
+
+
+def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"handshake_timeout": "1s"})
+    before = instance.settled_counts()
+    keyd = instance.keyd()
+    keyd.kill(signal.SIGSTOP)
+    try:
+        for version in (SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION):
+            with TlsClient(instance.port, versions=(version, version)) as client:
+                started = time.monotonic()
+                with pytest.raises(FAILS):
+                    client.handshake()
+                assert 0.5 < time.monotonic() - started < 3
+                host, port = client.socket.getsockname()
+            event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
+            assert event["end"] in ("handshake_failed", "handshake_timeout")
+    finally:
+        keyd.kill(signal.SIGCONT)
+    assert serves(instance)
+    assert instance.settled_counts() == before
+
+
+@pytest.mark.parametrize("which", ["keyd", "parent"])
+def test_three_failures_in_a_row_are_the_end(
+    serve: Serve, echoing: Listener, which: str
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"keyd_died", "parent_died", "giving_up"}
+    instance.expected_alarms.add("connection_ended")
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        for count in range(1, 4):
+            assert not instance.events_named("giving_up")
+            process = instance.keyd() if which == "keyd" else instance.parent()
+            process.kill()
+            instance.wait_for_event(f"{which}_died", pid=process.pid)
+            if count < 3:
+                eventually(
+                    lambda count=count: len(instance.events_named(f"{which}_started")) > count,
+                    f"another {which}",
+                )
+                assert serves(instance)
+    assert instance.wait() == 1
+    words = [event["event"] for event in instance.events()]
+    assert words[-2:] == ["giving_up", "stop"]
+    assert instance.events_named(f"{which}_died")[2]
+    instance.assert_nothing_is_left()
+
+
+# --- the parent ------------------------------------------------------------------------
+
+
+def test_a_killed_parent_is_replaced_and_takes_its_workers_along(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("parent_died")
+    before = instance.settled_counts()
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        workers = instance.workers()
+        assert kill_and_await(instance, instance.parent(), "parent") < 3
+        with pytest.raises(ConnectionResetError):
+            client.receive()
+        assert serves(instance)
+    eventually(lambda: not {*workers} & {*instance.processes()}, "no worker of the old parent")
+    assert instance.settled_counts() == before
+
+
+def test_a_killed_parent_counts_as_one_failure(serve: Serve, echoing: Listener) -> None:
+    """Its keyd goes with it, as it should: that is no failure of keyd's."""
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("parent_died")
+    for _ in range(2):
+        supervisor, parent, keyd = instance.supervisor(), instance.parent(), instance.keyd()
+        # It is to learn of both ends at the same time.
+        supervisor.kill(signal.SIGSTOP)
+        since = len(instance.events())
+        parent.kill()
+        eventually(lambda keyd=keyd: keyd not in instance.processes(), "keyd's end")
+        supervisor.kill(signal.SIGCONT)
+        instance.wait_for_event("parent_started", since=since)
+        assert serves(instance)
+    assert not instance.events_named("keyd_died")
+
+
+def test_connections_wait_in_the_listen_queue_while_there_is_no_parent(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("parent_died")
+    parent = instance.parent()
+    parent.kill(signal.SIGSTOP)
+    with TlsClient(instance.port) as client:
+        parent.kill()
+        assert talk(client.handshake())
+
+
+# --- the supervisor --------------------------------------------------------------------
+
+
+def test_nothing_survives_a_killed_supervisor(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        assert len(instance.processes()) >= 4
+        instance.signal(signal.SIGKILL)
+        instance.wait()
+        instance.assert_nothing_is_left()
+        with pytest.raises(ConnectionResetError):
+            client.receive()
+    with pytest.raises(ConnectionRefusedError):
+        connect(instance.port)
+
+
+# --- no more processes -----------------------------------------------------------------
+
+
+def test_more_clients_than_max_wait_and_are_served_later(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"max": 2, "spare": 2})
+    first, second, third, fourth = (TlsClient(instance.port) for _ in range(4))
+    try:
+        assert talk(first.handshake())
+        assert talk(second.handshake())
+        for waiting in (third, fourth):
+            waiting.socket.sendall(waiting.first_flight())
+        instance.wait_for_event("full", max=2)
+        third.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            third.handshake()
+        third.socket.settimeout(10)
+        assert talk(first)
+        assert talk(second)
+        assert len(instance.events_named("full")) == 1
+        first.socket.close()
+        assert talk(third.handshake())
+        second.socket.close()
+        assert talk(fourth.handshake())
+    finally:
+        for client in (first, second, third, fourth):
+            client.socket.close()
+    eventually(lambda: len(instance.events_named("connection_ended")) == 4, "four ends")
+    assert serves(instance)
+
+
+@contextmanager
+def a_limit_on_processes(process: Process, limit: int) -> Iterator[None]:
+    """A control group of its own for one process and its children to come (pids.max)."""
+    group = pids_hierarchy() / f"titus-py-test-{process.pid}"
+    home = group.parent
+    group.mkdir()
+    try:
+        (group / "pids.max").write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(process.pid))
+        yield
+        (group / "pids.max").write_text("max")
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            try:
+                (home / "cgroup.procs").write_text(pid)
+            except ProcessLookupError:
+                continue
+        eventually(lambda: remove(group), "an empty control group")
+
+
+def remove(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:
+        for pid in (group / "cgroup.procs").read_text().split():
+            try:
+                (group.parent / "cgroup.procs").write_text(pid)
+            except OSError:
+                continue
+        return False
+    return True
+
+
+def pids_hierarchy() -> Path:
+    """Where control groups that limit processes can be made; skips where nowhere."""
+    first, second = Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")
+    home = first if first.is_dir() else second
+    if home is second:
+        controllers = second / "cgroup.subtree_control"
+        try:
+            if "pids" not in controllers.read_text().split():
+                controllers.write_text("+pids")
+        except OSError as error:
+            pytest.skip(f"no control groups that limit processes: {error}")
+    if not os.access(home, os.W_OK):
+        pytest.skip(f"{home} cannot be written to")
+    return home
+
+
+def test_the_parent_goes_on_when_it_cannot_fork(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"spare": 2})
+    before = instance.settled_counts(spare=2)
+    parent = instance.parent()
+    with a_limit_on_processes(parent, 1):
+        with TlsClient(instance.port) as first, TlsClient(instance.port) as second:
+            # Those that wait already are not in the group.
+            assert talk(first.handshake())
+            assert talk(second.handshake())
+            event = instance.wait_for_event("fork_failed")
+            assert event["reason"].endswith("Resource temporarily unavailable")
+            third = TlsClient(instance.port)
+            third.socket.sendall(third.first_flight())
+            ticks = processor_ticks(parent)
+            time.sleep(1)
+            assert processor_ticks(parent) - ticks < 20, "it tries again and again"
+            assert talk(first)
+            assert len(instance.events_named("fork_failed")) == 1
+    with third:
+        instance.wait_for_event("fork_works_again")
+        assert talk(third.handshake())
+    assert serves(instance)
+    assert instance.settled_counts(spare=2) == before
+
+
+def processor_ticks(process: Process) -> int:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_worker_that_is_killed_as_a_spare_is_replaced(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("worker_failed")
+    before = instance.settled_counts()
+    victim = instance.workers()[0]
+    victim.kill()
+    instance.wait_for_event("worker_failed", uid=victim.uid)
+    assert instance.settled_counts() == before
+    assert serves(instance)
+
+
+def test_every_connection_has_a_uid_of_its_own(serve: Serve, backend: Listener) -> None:
+    instance = serve(backend.address)
+    clients: list[TlsClient] = []
+    backends: list[socket.socket] = []
+    for _ in range(10):
+        clients.append(TlsClient(instance.port).handshake())
+        backends.append(backend.accept())
+    workers = eventually(
+        lambda: found if len(found := instance.workers()) == 14 else None, "14 workers"
+    )
+    uids = {worker.uid for worker in workers}
+    assert len(uids) == 14
+    assert uids <= set(instance.uids[:-1])
+    assert instance.keyd().uid == instance.uids[-1]
+    for client, accepted in zip(clients, backends, strict=True):
+        client.send(b"x")
+        assert receive_exactly(accepted, 1) == b"x"
+        client.socket.close()
+        accepted.close()

@@ -1,0 +1,543 @@
+"""What happens on one side of a connection is what happens on the other."""
+
+import ctypes
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from OpenSSL import SSL
+
+from .conftest import Serve
+from .instance import Instance, Process, eventually
+from .peers import (
+    Listener,
+    TlsClient,
+    Truncated,
+    receive_all,
+    receive_exactly,
+    reset,
+    was_reset,
+)
+
+VERSIONS = pytest.mark.parametrize(
+    "version",
+    [SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION],
+    ids=["TLS 1.2", "TLS 1.3"],
+)
+MUCH = random.Random(1).randbytes(8 << 20)
+HELD_AT_MOST = 256 * 1024
+
+
+class Pair(NamedTuple):
+    """One established connection: the test is the client and the backend."""
+
+    instance: Instance
+    client: TlsClient
+    backend: socket.socket
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[Listener]:
+    with Listener.tcp() as listener:
+        yield listener
+
+
+@pytest.fixture(scope="module")
+def instance(serve_all: Serve, listener: Listener) -> Instance:
+    return serve_all(listener.address)
+
+
+@pytest.fixture
+def pair(instance: Instance, listener: Listener) -> Iterator[Pair]:
+    yield from connected(instance, listener, SSL.TLS1_3_VERSION)
+
+
+def connected(instance: Instance, listener: Listener, version: int) -> Iterator[Pair]:
+    with TlsClient(instance.port, versions=(version, version)) as client:
+        client.handshake()
+        with listener.accept() as backend:
+            yield Pair(instance, client, backend)
+
+
+def end_of(pair: Pair) -> str:
+    """How the log has it that this connection ended."""
+    host, port = pair.client.socket.getsockname()[:2]
+    event = pair.instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+    end: str = event["end"]
+    return end
+
+
+# --- a clean end of one direction ------------------------------------------------------
+
+
+@VERSIONS
+def test_a_client_that_has_said_all_still_hears_the_backend(
+    instance: Instance, listener: Listener, version: int
+) -> None:
+    for pair in connected(instance, listener, version):
+        pair.client.send(b"question")
+        pair.client.close_notify()
+        assert receive_all(pair.backend) == b"question"
+        # TLS 1.2 says that whoever gets a close_notify answers with one at once and drops
+        # what it had to send (RFC 5246 §7.2.1). Nobody does, and no data is lost here.
+        pair.backend.sendall(MUCH)
+        pair.backend.shutdown(socket.SHUT_WR)
+        assert pair.client.receive_all() == MUCH
+        assert end_of(pair) == "clean"
+
+
+@VERSIONS
+def test_a_backend_that_has_said_all_still_hears_the_client(
+    instance: Instance, listener: Listener, version: int
+) -> None:
+    for pair in connected(instance, listener, version):
+        pair.backend.sendall(b"banner")
+        pair.backend.shutdown(socket.SHUT_WR)
+        assert pair.client.receive_all() == b"banner"
+        sender = threading.Thread(target=pair.client.send, args=[MUCH])
+        sender.start()
+        assert receive_exactly(pair.backend, len(MUCH)) == MUCH
+        sender.join()
+        pair.client.close_notify()
+        assert receive_all(pair.backend) == b""
+        assert end_of(pair) == "clean"
+
+
+def test_what_a_backend_wrote_before_it_left_arrives(
+    instance: Instance, listener: Listener
+) -> None:
+    for size in (1, 16 * 1024, 300_001, len(MUCH)):
+        with TlsClient(instance.port) as client:
+            client.handshake()
+            backend = listener.accept()
+            backend.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(MUCH))
+
+            def write_and_leave(backend: socket.socket = backend, size: int = size) -> None:
+                backend.sendall(MUCH[:size])
+                backend.close()
+
+            writer = threading.Thread(target=write_and_leave)
+            writer.start()
+            assert client.receive_all() == MUCH[:size]
+            writer.join()
+
+
+def test_what_a_client_wrote_before_it_left_arrives(
+    instance: Instance, listener: Listener
+) -> None:
+    for size in (1, 16 * 1024, 300_001, len(MUCH)):
+        client = TlsClient(instance.port).handshake()
+        with listener.accept() as backend:
+
+            def write_and_leave(client: TlsClient = client, size: int = size) -> None:
+                client.send(MUCH[:size])
+                client.close_notify()
+                client.socket.close()
+
+            writer = threading.Thread(target=write_and_leave)
+            writer.start()
+            assert receive_all(backend) == MUCH[:size]
+            writer.join()
+
+
+def test_octets_are_counted_for_the_log(pair: Pair) -> None:
+    pair.client.send(b"x" * 1000)
+    receive_exactly(pair.backend, 1000)
+    pair.backend.sendall(b"y" * 300_000)
+    pair.client.receive_exactly(300_000)
+    pair.client.close_notify()
+    pair.backend.shutdown(socket.SHUT_WR)
+    assert end_of(pair) == "clean"
+    event = pair.instance.events_named("connection_ended")[-1]
+    assert (event["octets_from_client"], event["octets_to_client"]) == (1000, 300_000)
+
+
+# --- an unclean end --------------------------------------------------------------------
+
+
+def test_a_clients_reset_is_the_backends_reset(pair: Pair) -> None:
+    name = pair.client.socket.getsockname()
+    pair.client.send(b"half a requ")
+    assert receive_exactly(pair.backend, 11) == b"half a requ"
+    pair.client.reset()
+    assert was_reset(pair.backend)
+    event = pair.instance.wait_for_event("connection_ended", client=f"{name[0]}:{name[1]}")
+    assert event["end"] == "client_reset"
+
+
+@VERSIONS
+def test_a_stream_cut_off_without_close_notify_is_the_backends_reset(
+    instance: Instance, listener: Listener, version: int
+) -> None:
+    for pair in connected(instance, listener, version):
+        pair.client.send(b"DELETE /everything-befo")
+        pair.client.socket.shutdown(socket.SHUT_WR)
+        assert was_reset(pair.backend)
+        assert end_of(pair) == "client_truncated"
+
+
+def test_what_came_before_the_truncation_may_arrive_but_no_clean_end_does(
+    instance: Instance, listener: Listener
+) -> None:
+    client = TlsClient(instance.port).handshake()
+    with listener.accept() as backend:
+        sender = threading.Thread(target=client.send, args=[MUCH])
+        sender.start()
+        octets = receive_exactly(backend, 1 << 20)
+        assert octets == MUCH[: 1 << 20]
+
+        def leave_when_sent() -> None:
+            sender.join()
+            client.socket.close()
+
+        leaver = threading.Thread(target=leave_when_sent)
+        leaver.start()
+        assert was_reset(backend)
+        leaver.join()
+
+
+def test_a_backends_reset_is_the_clients_reset_and_no_close_notify(pair: Pair) -> None:
+    pair.backend.sendall(b"half an ans")
+    assert pair.client.receive_exactly(11) == b"half an ans"
+    reset(pair.backend)
+    with pytest.raises(ConnectionResetError):
+        pair.client.receive()
+    assert end_of(pair) == "backend_reset"
+
+
+def test_a_backends_reset_while_the_client_writes_is_the_clients_reset(pair: Pair) -> None:
+    def write_until_it_breaks() -> None:
+        while True:
+            pair.client.send(MUCH)
+
+    stopper = threading.Timer(0.1, reset, [pair.backend])
+    stopper.start()
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        write_until_it_breaks()
+    stopper.join()
+    assert end_of(pair) == "backend_reset"
+
+
+def test_a_backends_reset_after_the_clients_clean_end_is_the_clients_reset(pair: Pair) -> None:
+    pair.client.close_notify()
+    assert receive_all(pair.backend) == b""
+    pair.backend.sendall(b"half an ans")
+    assert pair.client.receive_exactly(11) == b"half an ans"
+    reset(pair.backend)
+    with pytest.raises(ConnectionResetError):
+        pair.client.receive()
+    assert end_of(pair) == "backend_reset"
+
+
+def test_a_killed_worker_is_a_reset_to_both_sides(serve: Serve, backend: Listener) -> None:
+    instance = serve(backend.address)
+    instance.expected_alarms.add("connection_ended")
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with backend.accept() as accepted:
+            client.send(b"hello")
+            assert receive_exactly(accepted, 5) == b"hello"
+            worker = the_busy_worker(instance)
+            worker.kill()
+            with pytest.raises(ConnectionResetError):
+                client.receive()
+            assert was_reset(accepted)
+    event = instance.wait_for_event("connection_ended", uid=worker.uid)
+    assert (event["end"], event["level"]) == ("killed by SIGKILL", "alarm")
+    assert event["octets_from_client"] == 5
+
+
+def test_a_damaged_record_is_the_backends_reset(pair: Pair) -> None:
+    pair.client.socket.sendall(b"\x17\x03\x03\x00\x20" + b"not what the key would make of it")
+    assert was_reset(pair.backend)
+    assert end_of(pair) == "client_protocol_error"
+
+
+# --- pressure --------------------------------------------------------------------------
+
+
+def tcp_queues(port: int, peer_port: int) -> tuple[int, int]:
+    """What waits in the kernel at this end of a connection: to be sent, to be read."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        ports = int(local.rpartition(":")[2], 16), int(remote.rpartition(":")[2], 16)
+        if ports == (port, peer_port):
+            sent, received = queues.split(":")
+            return int(sent, 16), int(received, 16)
+    raise AssertionError(f"no connection from port {port} to {peer_port}")
+
+
+def established_sockets(pid: int) -> int:
+    """How many TCP connections a process has; none where it has ended."""
+    inodes = {
+        line.split()[9]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "01"
+    }
+    count = 0
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            link = os.readlink(f"/proc/{pid}/fd/{number}")
+            count += link.removeprefix("socket:[").removesuffix("]") in inodes
+    except OSError:
+        return 0
+    return count
+
+
+def the_busy_worker(instance: Instance) -> Process:
+    """The one that has a client and a backend."""
+    (worker,) = eventually(
+        lambda: [w for w in instance.workers() if established_sockets(w.pid) == 2],
+        "a worker with two connections",
+    )
+    return worker
+
+
+def push_until_it_stands(side: socket.socket) -> int:
+    """Write until nothing more is taken for a while; returns how many octets were."""
+    side.setblocking(False)
+    pushed = 0
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < 0.5:
+        try:
+            pushed += side.send(MUCH[pushed % len(MUCH) :][: 1 << 18])
+            quiet_since = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.005)
+    side.settimeout(10)
+    return pushed
+
+
+def small_buffers(listener: Listener) -> None:
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+
+
+def test_a_client_that_does_not_read_stops_the_backend_with_little_held(
+    serve: Serve, backend: Listener
+) -> None:
+    instance = serve(backend.address)
+    with TlsClient(instance.port, receive_buffer=65536) as client:
+        client.handshake()
+        with backend.accept() as accepted:
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            pushed = push_until_it_stands(accepted)
+            _, backend_port = accepted.getsockname()
+            worker_port = accepted.getpeername()[1]
+            client_port = client.socket.getsockname()[1]
+            in_kernel = (
+                tcp_queues(backend_port, worker_port)[0]
+                + tcp_queues(worker_port, backend_port)[1]
+                # What was sent and not acknowledged has not been received.
+                + tcp_queues(instance.port, client_port)[0]
+                + tcp_queues(client_port, instance.port)[1]
+            )
+            held = pushed - in_kernel
+            # The kernel's share is encrypted: 22 octets more for each record of 16 KiB.
+            overhead = in_kernel // 16384 * 22 + 16384
+            assert -overhead <= held <= HELD_AT_MOST
+            # Nothing of it is lost.
+            assert client.receive_exactly(pushed)[: len(MUCH)] == MUCH[:pushed]
+
+
+def test_a_backend_that_does_not_read_stops_the_client_with_little_held(
+    serve: Serve, backend: Listener
+) -> None:
+    small_buffers(backend)
+    instance = serve(backend.address)
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        with backend.accept() as accepted:
+            # A thread that writes until the test reads: as many octets as were taken.
+            size = 64 << 20
+            writer = threading.Thread(
+                target=lambda: [client.send(MUCH) for _ in range(size // len(MUCH))]
+            )
+            writer.start()
+            client_port = client.socket.getsockname()[1]
+            worker_port = accepted.getpeername()[1]
+            _, backend_port = accepted.getsockname()
+
+            def memory() -> tuple[tuple[int, int], ...]:
+                return (
+                    tcp_queues(client_port, instance.port),
+                    tcp_queues(instance.port, client_port),
+                    tcp_queues(worker_port, backend_port),
+                    tcp_queues(backend_port, worker_port),
+                )
+
+            before = None
+            while before != (before := memory()):
+                time.sleep(0.5)
+            busy = the_busy_worker(instance)
+            anonymous = anonymous_memory(busy.pid)
+            received = bytearray()
+            while len(received) < size:
+                received += receive_exactly(accepted, min(1 << 20, size - len(received)))
+                assert anonymous_memory(busy.pid) < anonymous + HELD_AT_MOST
+            assert received == MUCH * (size // len(MUCH))
+            writer.join()
+
+
+def anonymous_memory(pid: int) -> int:
+    """What a process holds that is neither a file nor shared, in octets."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def test_both_sides_send_without_reading_and_lose_nothing_once_they_read(
+    serve: Serve, backend: Listener
+) -> None:
+    """Far more than all buffers hold, so that everything stands still both ways."""
+    small_buffers(backend)
+    instance = serve(backend.address)
+    times = 8
+    with TlsClient(instance.port, receive_buffer=65536) as client:
+        client.handshake()
+        client.socket.settimeout(60)
+        with backend.accept() as accepted:
+            accepted.settimeout(60)
+
+            def client_sends() -> None:
+                for _ in range(times):
+                    client.send(MUCH)
+
+            def backend_sends() -> None:
+                for _ in range(times):
+                    accepted.sendall(MUCH)
+
+            senders = [threading.Thread(target=send) for send in (client_sends, backend_sends)]
+            for sender in senders:
+                sender.start()
+            client_port = client.socket.getsockname()[1]
+            before = None
+            while before != (before := tcp_queues(client_port, instance.port)):
+                time.sleep(0.5)
+            assert all(sender.is_alive() for sender in senders), "it all fits into buffers"
+
+            assert receive_exactly(accepted, times * len(MUCH)) == MUCH * times
+            senders[0].join(10)
+            assert client.receive_exactly(times * len(MUCH)) == MUCH * times
+            senders[1].join(10)
+            assert not any(sender.is_alive() for sender in senders)
+
+
+# --- the rest --------------------------------------------------------------------------
+
+
+def test_keys_are_updated_in_mid_stream(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-tls1_3", "-msg"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        output = transcript = ""
+
+        def read_until(text: str) -> None:
+            nonlocal output
+            assert client.stdout is not None
+            while text not in output:
+                piece = os.read(client.stdout.fileno(), 65536).decode(errors="replace")
+                assert piece, output
+                output += piece
+
+        guard = threading.Timer(15, client.kill)
+        guard.start()
+        try:
+            # "K" updates the client's keys and asks the server for new ones.
+            for letter, line in (("", "before"), ("K", "between"), ("k", "after")):
+                for typed in filter(None, (letter, line)):
+                    output = ""
+                    client.stdin.write(typed.encode() + b"\n")
+                    client.stdin.flush()
+                    read_until("KeyUpdate\n" if typed == letter else f"\n{line}\n")
+                    transcript += output
+            client.stdin.close()
+            client.wait(10)
+        finally:
+            guard.cancel()
+            client.kill()
+    assert transcript.count(">>> TLS 1.3, Handshake [length 0005], KeyUpdate") == 2
+    assert transcript.count("<<< TLS 1.3, Handshake [length 0005], KeyUpdate") == 1
+    assert instance.wait_for_event("connection_ended")["end"] in ("clean", "client_truncated")
+
+
+def test_small_writes_are_not_delayed_on_either_side(serve: Serve, backend: Listener) -> None:
+    """TCP_NODELAY, as the kernel has it for the worker's own sockets."""
+    instance = serve(backend.address)
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with backend.accept():
+            worker = the_busy_worker(instance)
+            options = [
+                borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for borrowed in sockets_of(worker.pid)
+                if borrowed.family == socket.AF_INET
+            ]
+            assert [bool(option) for option in options] == [True, True]
+
+
+def sockets_of(pid: int) -> Iterator[socket.socket]:
+    """Another process's sockets, by pidfd_getfd(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        if os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+            borrowed = libc.syscall(438, pidfd, int(number), 0)
+            assert borrowed >= 0, os.strerror(ctypes.get_errno())
+            with socket.socket(fileno=borrowed) as side:
+                yield side
+    os.close(pidfd)
+
+
+def test_an_idle_connection_outlives_the_handshake_timeout(
+    serve: Serve, backend: Listener
+) -> None:
+    instance = serve(backend.address, worker={"handshake_timeout": "300ms"})
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with backend.accept() as accepted:
+            # The parent looks after workers that do not keep to the timeout, 2 s later.
+            time.sleep(2.6)
+            client.send(b"still there?")
+            assert receive_exactly(accepted, 12) == b"still there?"
+            accepted.sendall(b"yes")
+            assert client.receive_exactly(3) == b"yes"
+
+
+def test_a_worker_that_only_waits_uses_no_processor(pair: Pair) -> None:
+    """Half-closed both ways round: a hang-up must not wake the pump again and again."""
+    worker = the_busy_worker(pair.instance)
+    pair.client.close_notify()
+    pair.client.socket.shutdown(socket.SHUT_WR)
+    assert receive_all(pair.backend) == b""
+    before = processor_ticks(worker.pid)
+    time.sleep(0.5)
+    assert processor_ticks(worker.pid) - before <= 2
+
+
+def processor_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_a_truncated_client_can_tell(serve: Serve, backend: Listener) -> None:
+    """The control of all the above: TlsClient does tell a FIN from a close_notify."""
+    del serve
+    with TlsClient(backend.port) as client:
+        with backend.accept() as accepted:
+            accepted.shutdown(socket.SHUT_WR)
+            with pytest.raises(Truncated):
+                client.handshake()
