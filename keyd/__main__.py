@@ -6,10 +6,13 @@ import grp
 import json
 import os
 import pwd
+import signal
 import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+import prctl
 
 from keyd.daemon import Confinement, Keyd, confine
 from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
@@ -95,6 +98,9 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
     program = bytes.fromhex(settings["filter"])
     locked = confine(Confinement(settings["uid"], settings["gid"], settings["chroot"]))
+
+    # After confine(): a change of uid undoes it.
+    prctl.set_pdeathsig(signal.SIGKILL)
 
     def record(refusal: Refusal) -> None:
         try:

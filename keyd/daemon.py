@@ -11,7 +11,6 @@ for one event at a time (EPOLLONESHOT): no two threads ever serve the same one.
 
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -25,6 +24,7 @@ from cryptography.exceptions import InternalError
 
 from keyd.linux import seccomp
 from keyd.linux.credentials import (
+    allow_many_descriptors,
     become,
     enter_empty_root,
     forbid_core_dumps,
@@ -73,15 +73,15 @@ def confine(to: Confinement) -> bool:
     """
     leave_namespaces(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     forbid_core_dumps()
+    allow_many_descriptors()
     locked = lock_memory()
     last_needed = {prctl.CAP_SYS_CHROOT, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
     keep_capabilities(last_needed)
     enter_empty_root(to.chroot)
     forbid_regaining(last_needed)
     become(to.uid, to.gid)
-    # Both after become(): a change of uid undoes them.
+    # After become(): a change of uid undoes it.
     hide_memory()
-    prctl.set_pdeathsig(signal.SIGKILL)
     return locked
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, SignatureScheme
 
@@ -43,6 +44,10 @@ def rehearse(key: PrivateKey) -> None:
             if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
                 continue
             perform(Operation.SIGN, key, name, octets)
+    for curve in _CURVES.values():
+        one = ec.derive_private_key(1, curve).public_key()
+        point = one.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
     if isinstance(key, rsa.RSAPrivateKey):
         perform(Operation.DECRYPT, key, 0x0303, b"\x01" * ((key.key_size + 7) // 8))
 
@@ -60,7 +65,11 @@ _RANDOMS_OCTETS = 64
 _NAMED_CURVE = 3
 #: NamedGroup -> octets of its point: the NIST curves uncompressed, X25519, X448.
 _POINT_OCTETS = {23: 65, 24: 97, 25: 133, 29: 32, 30: 56}
-_UNCOMPRESSED_GROUPS = frozenset({23, 24, 25})
+_CURVES: dict[int, ec.EllipticCurve] = {
+    23: ec.SECP256R1(),
+    24: ec.SECP384R1(),
+    25: ec.SECP521R1(),
+}
 
 
 class _Scheme(NamedTuple):
@@ -148,8 +157,17 @@ def _check_server_key_exchange(octets: bytes) -> None:
     point = params[4:]
     if _POINT_OCTETS.get(group) != length or len(point) != length:
         raise NotTLS(f"a ServerKeyExchange of {len(point)} octets in group {group}")
-    if group in _UNCOMPRESSED_GROUPS and point[0] != 4:
+    curve = _CURVES.get(group)
+    if curve is None:
+        return
+    if point[0] != 4:
         raise NotTLS("a ServerKeyExchange with a compressed point")
+    # On the curve, one coordinate follows from the other. Were both free, a certificate
+    # could be put into the shape of a ServerKeyExchange (the randoms are free anyway).
+    try:
+        ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
+    except ValueError:
+        raise NotTLS(f"a ServerKeyExchange with a point off {curve.name}") from None
 
 
 # --- decrypt --------------------------------------------------------------------

@@ -366,6 +366,35 @@ class Worker(_Uids):
     )
 
 
+class Limits(_Table):
+    """[limits]: how much of the proxy a client may have. Each that was hit is counted."""
+
+    connections_per_address: Annotated[_Integer, Field(ge=1)] | None = Field(
+        default=None, description="How many connections one client address may have. Absent: any."
+    )
+    connections_per_prefix: Annotated[_Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: any.",
+    )
+    connections_per_second: Annotated[_Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many new connections are taken in a second; the others are reset. "
+        "Absent: any.",
+    )
+    handshakes: Annotated[_Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many connections may be within their handshake at once; one more, and "
+        "the one that has taken longest is ended. Absent: half of worker.max.",
+    )
+    idle_timeout: _Duration | None = Field(
+        default=3600.0,
+        description="How long a connection may stand still, in both directions.",
+    )
+    lifetime: _Duration | None = Field(
+        default=None, description="How long a connection may last altogether. Absent: as it likes."
+    )
+
+
 class Keyd(_Table):
     """[keyd]: the process that holds the private keys."""
 
@@ -485,6 +514,9 @@ class Configuration(_Table):
     """The whole file. Immutable for the life of the processes that are started with it."""
 
     worker: Worker = Field(default_factory=Worker, description="The processes for connections.")
+    limits: Limits = Field(
+        default_factory=Limits, description="How much of the proxy a client may have."
+    )
     keyd: Keyd = Field(default_factory=Keyd, description="The process that holds the keys.")
     log: Log = Field(default_factory=Log, description="What is written to standard error.")
     listen: Annotated[tuple[Listen, ...], AfterValidator(_not_empty)] = Field(
@@ -567,7 +599,7 @@ def _failed(source: Source, key: str, reason: str) -> Loaded:
 
 def _validated(content: dict[str, Any], source: Source) -> Loaded:
     # Their defaults too are to be validated, and in the same pass.
-    tables = {"worker": {}, "keyd": {}, "log": {}} | content
+    tables = {"worker": {}, "limits": {}, "keyd": {}, "log": {}} | content
     configuration = None
     mistakes = []
     try:

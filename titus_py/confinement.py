@@ -28,6 +28,7 @@ from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS
 __all__ = [
     "KEYD_FD",
     "LANDLOCK",
+    "MEMORY_OCTETS",
     "PARENT_CAPABILITIES",
     "PARENT_FD",
     "SPECULATION",
@@ -57,12 +58,13 @@ PARENT_CAPABILITIES = {
 #: Where a worker finds what it holds. 0 to 2 are /dev/null: whatever the C library has
 #: to say on standard error must not reach a client.
 PARENT_FD = 3
-KEYD_FD = 4
+#: The first number that is free while the pair that brought it (``hand_over``) is open.
+KEYD_FD = 5
 #: Those, keyd's channel, the client and the backend, and one to spare.
 _MAX_DESCRIPTORS = 8
 #: Address space beyond what the parent had when it forked, in octets: a connection takes
 #: about one MiB.
-_MEMORY_OCTETS = 64 * 1024 * 1024
+MEMORY_OCTETS = 64 * 1024 * 1024
 
 #: Features that not every kernel has.
 LANDLOCK = "landlock"
@@ -92,7 +94,7 @@ def memory_limit() -> int:
     """How much address space a worker forked from this process may have, in octets."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[0])
-    return pages * resource.getpagesize() + _MEMORY_OCTETS
+    return pages * resource.getpagesize() + MEMORY_OCTETS
 
 
 def confine(confinement: Confinement, uid: int, null: int, parent: int) -> None:

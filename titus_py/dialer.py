@@ -84,7 +84,12 @@ class Dialer:
     def _settled(self) -> None:
         if self._socket is None:
             return
-        error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # A second connect(2), and not SO_ERROR: it makes the kernel note that there is a
+        # connection. Until then, whoever holds the socket could connect it to elsewhere
+        # once it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
+        error = self._socket.connect_ex(self._left[0][1])
+        if error == errno.EALREADY:
+            return
         if error:
             self._failed(error)
             self._next()

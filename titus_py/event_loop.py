@@ -55,10 +55,12 @@ class EventLoop:
 
     def run_once(self, wait: bool = True) -> None:
         """Wait for what comes first (or for nothing), and call back all that is due."""
-        for descriptor, _ in self._epoll.poll(self._timeout() if wait else 0):
-            # An earlier callback of this round may have ended this one's interest.
-            callback = self._callbacks.get(descriptor)
-            if callback is not None:
+        ready = self._epoll.poll(self._timeout() if wait else 0)
+        due = [(descriptor, self._callbacks.get(descriptor)) for descriptor, _ in ready]
+        for descriptor, callback in due:
+            # An earlier callback of this round may have ended this one's interest, and what
+            # it opened since then may have this one's number.
+            if callback is not None and self._callbacks.get(descriptor) is callback:
                 callback()
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:

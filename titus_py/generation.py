@@ -23,6 +23,7 @@ from titus_py.check import Checked
 from titus_py.confinement import KEYD_FD
 from titus_py.dialer import ResolvedAddress
 from titus_py.event_loop import Timer
+from titus_py.limits import Limits
 from titus_py.plan import Plan, VirtualHost
 
 __all__ = ["Child", "Generation", "any_process_has", "free_block"]
@@ -136,7 +137,7 @@ class Generation:
     ) -> None:
         """Start the parent, which gets the control socket. Raises OSError."""
         self.uids = uids
-        worker = self.configuration.worker
+        worker, limits = self.configuration.worker, self.configuration.limits
         plan = Plan(
             listeners=tuple(listeners),
             vhosts=tuple(
@@ -149,6 +150,14 @@ class Generation:
             spare_workers=worker.spare,
             handshake_timeout=worker.handshake_timeout,
             connect_timeout=worker.connect_timeout,
+            limits=Limits(
+                limits.connections_per_address,
+                limits.connections_per_prefix,
+                limits.connections_per_second,
+                limits.handshakes or max(1, worker.max // 2),
+                limits.idle_timeout,
+                limits.lifetime,
+            ),
             chroot=str(worker.chroot),
             required=worker.require,
             handshake_filter=self._filters["handshake"],

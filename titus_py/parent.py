@@ -24,6 +24,7 @@ import prctl
 
 from keyd.linux import landlock
 from keyd.linux.credentials import (
+    allow_many_descriptors,
     controllable_speculation,
     forbid_core_dumps,
     hide_memory,
@@ -43,9 +44,11 @@ from titus_py.confinement import (
 )
 from titus_py.dialer import Dialer
 from titus_py.event_loop import WRITABLE, EventLoop, Timer
+from titus_py.hand_over import give
+from titus_py.limits import Admission
 from titus_py.messages import Client, Dial, Ready
 from titus_py.plan import Plan, VirtualHost, resolved
-from titus_py.report import End, Report, State, make_report, read_report
+from titus_py.report import End, Report, make_report, read_report
 from titus_py.tls import Credentials, make_context
 from titus_py.virtual_host import applies_to
 from titus_py.worker import Site, Terms, live
@@ -55,6 +58,8 @@ __all__ = ["main"]
 #: How much longer than its handshake timeout a worker may take to act on it itself.
 _GRACE = 2.0
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
+#: How often a limit that is being hit is spoken of.
+_LIMITS_SECONDS = 1.0
 #: How soon to look again for a keyd that could not take a message.
 _KEYD_PAUSE_SECONDS = 0.05
 #: Workers in a row that fail to confine themselves before the parent gives up.
@@ -70,13 +75,37 @@ class _Offer(NamedTuple):
     grants: dict[bytes, frozenset[Operation]]
 
 
+class _Arrival(NamedTuple):
+    """A client that nobody serves yet."""
+
+    client: socket.socket
+    address: str
+    port: int
+    local_address: str
+    local_port: int
+
+
 class _Worker:
     """The parent's end of one worker."""
 
     __slots__ = (
-        "client", "connection", "deadline", "dialer", "failure", "killed_for", "local", "offer",
-        "pid", "pidfd", "ready", "report", "socket", "started", "uid",
-    )  # fmt: skip
+        "address",
+        "client",
+        "connection",
+        "deadline",
+        "dialer",
+        "killed_for",
+        "local",
+        "offer",
+        "pid",
+        "pidfd",
+        "ready",
+        "report",
+        "socket",
+        "started",
+        "uid",
+        "vhost",
+    )
 
     def __init__(self, uid: int, pid: int, pidfd: int, report: int, end: socket.socket) -> None:
         self.uid = uid
@@ -86,6 +115,7 @@ class _Worker:
         self.socket = end
         self.ready = False
         self.connection = 0
+        self.address = ""
         self.client = ""
         self.local = ""
         self.started = 0.0
@@ -93,6 +123,7 @@ class _Worker:
         self.deadline: Timer | None = None
         self.dialer: Dialer | None = None
         self.killed_for = ""
+        self.vhost: int | None = None
 
 
 class Parent:
@@ -126,7 +157,12 @@ class Parent:
         self._full = False
         # Unique for as long as the machine runs, whatever is restarted.
         self._next_connection = time.time_ns() // 1000
-        self._held: tuple[socket.socket, object] | None = None
+        self._held: _Arrival | None = None
+        self._admission = Admission(plan.limits)
+        #: By limit: how often it was hit within this second, and by whom last.
+        self._limits_hit: dict[str, tuple[int, str]] = {}
+        #: Those whose handshake is not done, the longest-serving first.
+        self._handshaking: dict[int, _Worker] = {}
         self._offer = lru_cache(maxsize=1024)(self._make_offer)
         self._keyd: socket.socket | None = None
         self._take_keyd(keyd)
@@ -277,53 +313,73 @@ class Parent:
             return
         try:
             client, address = listener.accept()
+            local = client.getsockname()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
             # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
             self._tell("accept_failed", level="error", reason=error.strerror)
             return
-        self._hand_over(client, address)
+        arrival = _Arrival(client, _plain(address[0]), address[1], _plain(local[0]), local[1])
+        limit = self._admission.refuse(arrival.address)
+        if limit is None:
+            self._hand_over(arrival)
+        else:
+            client.close()
+            self._limited(limit, arrival.address)
 
-    def _hand_over(self, client: socket.socket, address: object) -> None:
+    def _limited(self, limit: str, address: str) -> None:
+        """Note that a limit was hit: once a second for each, however often it was."""
+        if limit not in self._limits_hit:
+            self._loop.after(_LIMITS_SECONDS, partial(self._tell_limited, limit))
+        count, _ = self._limits_hit.get(limit, (0, ""))
+        self._limits_hit[limit] = count + 1, address
+
+    def _tell_limited(self, limit: str) -> None:
+        count, address = self._limits_hit.pop(limit)
+        self._tell("limited", level="warning", limit=limit, count=count, last_client=address)
+
+    def _hand_over(self, arrival: "_Arrival") -> None:
         """Give a client to a spare worker, together with its channel to keyd."""
-        with suppress(OSError):
-            local = client.getsockname()
-            offer = self._offer(_plain(local[0]), local[1])
-            connection = self._next_connection
-            channel = None
-            if offer.vhosts:
-                channel = self._open_channel(connection, offer)
-                if channel is None:
-                    # keyd is gone: this client waits for the next one, as do those
-                    # who are still in the listen queue.
-                    self._held = client, address
-                    return
-            self._next_connection += 1
-            worker = self._spares.popleft()
+        offer = self._offer(arrival.local_address, arrival.local_port)
+        connection = self._next_connection
+        sockets = [arrival.client]
+        if offer.vhosts:
+            channel = self._open_channel(connection, offer)
+            if channel is None:
+                # keyd is gone, or busy: this client waits, as do those who are still in
+                # the listen queue.
+                self._held = arrival
+                return
             # In this order: the first of them gets the number that the provider knows.
-            descriptors = [channel.fileno()] if channel else []
-            descriptors.append(client.fileno())
-            message = Client(connection, offer.vhosts).encode()
-            try:
-                socket.send_fds(worker.socket, [message], descriptors)
-            except OSError as error:
-                self._kill(worker, f"does not take a client: {error.strerror}")
-            finally:
-                client.close()
-                if channel:
-                    channel.close()
-            worker.connection = connection
-            worker.client = _text(address)
-            worker.local = _text(local)
-            worker.offer = offer
-            worker.started = time.monotonic()
-            worker.deadline = self._loop.after(
-                self._plan.handshake_timeout + _GRACE, lambda: self._overdue(worker)
-            )
-            self._busy[worker.pidfd] = worker
-            return
-        client.close()
+            sockets.insert(0, channel)
+        self._next_connection += 1
+        if len(self._handshaking) >= self._plan.limits.handshakes:
+            slowest = next(iter(self._handshaking.values()))
+            self._kill(slowest, "handshakes_limit")
+            self._limited("handshakes", slowest.address)
+        worker = self._spares.popleft()
+        worker.connection = connection
+        worker.address = arrival.address
+        worker.client = _text(arrival.address, arrival.port)
+        worker.local = _text(arrival.local_address, arrival.local_port)
+        worker.offer = offer
+        worker.started = time.monotonic()
+        worker.deadline = self._loop.after(
+            self._plan.handshake_timeout + _GRACE, lambda: self._overdue(worker)
+        )
+        self._busy[worker.pidfd] = self._handshaking[worker.pidfd] = worker
+        self._tell(
+            "connection_begun",
+            connection=connection,
+            client=worker.client,
+            local=worker.local,
+            uid=worker.uid,
+        )
+        try:
+            give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
+        except OSError as error:
+            self._kill(worker, f"does not take a client: {error.strerror}")
 
     def _make_offer(self, address: str, port: int) -> _Offer:
         vhosts = tuple(
@@ -342,9 +398,8 @@ class Parent:
         return _Offer(vhosts, grants)
 
     def _overdue(self, worker: _Worker) -> None:
-        """A worker that has not finished its handshake by now is not going to."""
-        if read_report(worker.report).state < State.ESTABLISHED:
-            self._kill(worker, "did not keep to its handshake timeout")
+        """A worker that has not asked for its backend by now is not going to."""
+        self._kill(worker, "did not keep to its handshake timeout")
 
     # --- keyd -------------------------------------------------------------------
 
@@ -408,7 +463,7 @@ class Parent:
         """Serve the client that was accepted when keyd could not be reached."""
         if self._held is not None and self._keyd is not None and self._spares:
             held, self._held = self._held, None
-            self._hand_over(*held)
+            self._hand_over(held)
 
     # --- workers ----------------------------------------------------------------
 
@@ -450,6 +505,7 @@ class Parent:
                 uid,
                 self._confinement,
                 self._plan.handshake_timeout,
+                self._plan.limits.idle_timeout,
                 self._sites,
                 report,
                 self._null,
@@ -518,13 +574,22 @@ class Parent:
         self._kill(worker, event)
 
     def _dial(self, worker: _Worker, vhost: int) -> None:
+        worker.vhost = vhost
+        self._handshaking.pop(worker.pidfd, None)
+        if worker.deadline is not None:
+            worker.deadline.cancel()
+        if self._plan.limits.lifetime is not None:
+            worker.deadline = self._loop.after(
+                self._plan.limits.lifetime, lambda: self._kill(worker, "lifetime")
+            )
+
         def done(backend: socket.socket | None, reason: str) -> None:
             # It may have gone in the meantime; then its end is on record already.
             with suppress(OSError):
                 if backend is None:
                     worker.socket.send(messages.BACKEND_FAILED + reason.encode()[:255])
                 else:
-                    socket.send_fds(worker.socket, [messages.BACKEND], [backend.fileno()])
+                    give(worker.socket, messages.BACKEND, [backend])
             if backend is None:
                 self._tell(
                     "backend_unavailable",
@@ -533,8 +598,6 @@ class Parent:
                     backend=self._plan.vhosts[vhost].backend,
                     reason=reason,
                 )
-            else:
-                backend.close()
 
         timeout = self._plan.connect_timeout
         worker.dialer = Dialer(self._loop, self._backends[vhost], timeout, done)
@@ -566,7 +629,9 @@ class Parent:
         # Its namespace ended with it: no process is left that could have this uid.
         self._uids.append(worker.uid)
         how = _how(status) if status is not None else "lost"
+        self._handshaking.pop(worker.pidfd, None)
         if self._busy.pop(worker.pidfd, None) is not None:
+            self._admission.leave(worker.address)
             self._record(worker, report, how)
         elif how and not self._draining:
             self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=report.detail)
@@ -591,6 +656,7 @@ class Parent:
             connection=worker.connection,
             client=worker.client,
             local=worker.local,
+            vhost=worker.vhost,
             server_name=report.server_name or None,
             tls_version=report.tls_version or None,
             cipher_suite=report.cipher_suite or None,
@@ -629,8 +695,7 @@ def _plain(address: str) -> str:
     return address.removeprefix("::ffff:") if "." in address else address
 
 
-def _text(address: object) -> str:
-    host, port = _plain(address[0]), address[1]  # type: ignore[index]
+def _text(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -646,6 +711,7 @@ def main() -> int:
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()
+    allow_many_descriptors()
     os.close(arguments.openssl_conf_fd)
     plan = Plan.decode(read_all(arguments.plan_fd))
     Parent(

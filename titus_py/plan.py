@@ -9,6 +9,7 @@ import json
 from typing import NamedTuple
 
 from titus_py.dialer import ResolvedAddress
+from titus_py.limits import Limits
 
 __all__ = ["Plan", "VirtualHost"]
 
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     spare_workers: int
     handshake_timeout: float
     connect_timeout: float
+    limits: Limits
     chroot: str
     #: Features of the kernel without which not to serve.
     required: tuple[str, ...]
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     @classmethod
     def decode(cls, octets: bytes) -> "Plan":
         fields = json.loads(octets)
+        fields["limits"] = Limits(*fields["limits"])
         fields["vhosts"] = tuple(
             VirtualHost(**vhost | {"addresses": resolved(vhost["addresses"])})
             for vhost in fields["vhosts"]

@@ -41,7 +41,8 @@ class _Ended(Exception):
 class Pump:
     """One connection. Both sockets are non-blocking.
 
-    ``count`` is told the octets from and to the client so far.
+    ``count`` is told the octets from and to the client so far. A connection that
+    stands still for ``idle_timeout`` seconds is ended.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Pump:
         client_socket: socket.socket,
         backend: socket.socket,
         count: Callable[[int, int], None],
+        idle_timeout: float | None = None,
     ) -> None:
         self._client = client
         self._client_socket = client_socket
         self._backend = backend
         self._count = count
+        self._idle_ms = None if idle_timeout is None else idle_timeout * 1000
         self._to_backend = memoryview(b"")
         self._to_client = memoryview(b"")
         self._octets_from_client = 0
@@ -83,7 +86,10 @@ class Pump:
                     elif registered[descriptor] and not events:
                         poll.unregister(descriptor)
                 registered = wanted
-                for descriptor, _ in poll.poll():
+                ready = poll.poll(self._idle_ms)
+                if not ready:
+                    raise _Ended(End.IDLE)
+                for descriptor, _ in ready:
                     if descriptor == client_fd:
                         self._client_ready()
                     else:

@@ -51,6 +51,7 @@ class End(IntEnum):
     BACKEND_UNAVAILABLE = 12
     BACKEND_RESET = 13
     WORKER_FAILED = 14
+    IDLE = 15
 
 
 class Report(NamedTuple):

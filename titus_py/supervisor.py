@@ -216,7 +216,7 @@ class _Supervisor:
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
 
     def _start_keyd_again(self, generation: Generation) -> None:
-        if self._stops or generation.retired or generation.parent is None:
+        if self._stops or generation.retired or generation.parent is None or generation.keyd:
             return
         try:
             with generation.start_keyd() as control:
@@ -406,8 +406,9 @@ class _Supervisor:
             self._hear(generation, child)
         was_starting = child in generation.starting
         how = self._let_go(generation, child)
-        expected = self._stops or generation.retired
-        if not expected or how != "exited with 0":
+        # keyd leaves when its parent has: that end is about to be heard of.
+        hung_up = child.name == "keyd" and how == "exited with 0"
+        if not (self._stops or generation.retired or hung_up) or how != "exited with 0":
             self._log(
                 f"{child.name}_died",
                 level="alarm",
@@ -426,6 +427,8 @@ class _Supervisor:
                     self._let_go(generation, keyd)
         elif was_starting and len(self._generations) > 1 and generation is self._serving:
             self._abandon(generation)
+        elif hung_up:
+            self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
         else:
             self._restart(generation, child)
 

@@ -27,6 +27,7 @@ from titus_py.client_hello import (
     parse_client_hello,
 )
 from titus_py.confinement import KEYD_FD, PARENT_FD, Confinement, confine, narrow
+from titus_py.hand_over import take
 from titus_py.messages import Client, Dial, Ready
 from titus_py.pump import Pump, describe, stop_resetting
 from titus_py.report import End, ReportWriter, State
@@ -56,6 +57,7 @@ class Terms(NamedTuple):
     uid: int
     confinement: Confinement
     handshake_timeout: float
+    idle_timeout: float | None
     sites: Sequence[Site]
     #: Descriptors of the parent's: the report's page, /dev/null, our end of the socket.
     report: int
@@ -102,10 +104,10 @@ def live(terms: Terms) -> NoReturn:
 
 def _wait_for_client(parent: socket.socket) -> tuple[Client, socket.socket] | None:
     """Be a spare, for as long as it takes; None if the parent has no use for one."""
-    message, descriptors, _, _ = socket.recv_fds(parent, messages.MAX_CLIENT_OCTETS, 2)
+    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
     if not message:
         return None
-    # The provider looks for keyd at a fixed number: the first that was free.
+    # The provider looks for keyd at a fixed number.
     if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
         raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
     return Client.decode(message), socket.socket(fileno=descriptors[-1])
@@ -134,7 +136,7 @@ def _serve(
         if over.farewell is not None:
             _turn_away(peer, over.farewell)
         return over.end, over.detail
-    return Pump(connection, peer, backend, report.count).run()
+    return Pump(connection, peer, backend, report.count, terms.idle_timeout).run()
 
 
 def _choose_site(
@@ -202,7 +204,7 @@ def _await(peer: socket.socket, events: int, deadline: float) -> None:
 def _reach_backend(parent: socket.socket, vhost: int) -> socket.socket:
     """Have the parent connect: a worker cannot open a socket."""
     parent.send(Dial(vhost).encode())
-    answer, descriptors, _, _ = socket.recv_fds(parent, messages.MAX_BACKEND_OCTETS, 1)
+    answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
     return socket.socket(fileno=descriptors[0])

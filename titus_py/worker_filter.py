@@ -16,7 +16,14 @@ _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _ALL = 0xFFFF_FFFF
 _FIONBIO = 0x5421
 
+_ALL_64 = 0xFFFF_FFFF_FFFF_FFFF
+_MSG_FASTOPEN = 0x2000_0000
+
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
+#: As send(2), to where the socket is connected. With an address and MSG_FASTOPEN it is a
+#: connect(2), on a socket that belongs to the host's network: a backend that has reset
+#: the connection would be enough.
+_TO_ITS_PEER = ((Only(3, _MSG_FASTOPEN, 0), Only(4, _ALL_64, 0), Only(5, _ALL_64, 0)),)
 
 
 def _option(level: int, option: int) -> tuple[Only, ...]:
@@ -28,9 +35,11 @@ ESTABLISHED: Rules = {
     # The client (by OpenSSL), and whatever the C library writes to standard error.
     "read": _ANYHOW,
     "write": _ANYHOW,
-    # The backend and the parent; recvmsg brings the backend's socket.
+    # The backend, the parent, keyd; recvmsg brings the backend's socket. There is no
+    # sendmsg: it has an address, too, where no filter sees it, and it sends descriptors.
+    # One with SO_LINGER set makes wait whoever closes it last: the parent, or keyd.
     "recvfrom": _ANYHOW,
-    "sendto": _ANYHOW,
+    "sendto": _TO_ITS_PEER,
     "recvmsg": _ANYHOW,
     "poll": _ANYHOW,
     "ppoll": _ANYHOW,
@@ -61,8 +70,6 @@ ESTABLISHED: Rules = {
 #: Before: the same, and what only the handshake needs.
 HANDSHAKE: Rules = {
     **ESTABLISHED,
-    # The provider's request to keyd.
-    "sendmsg": _ANYHOW,
     # The client's socket is made non-blocking.
     "ioctl": ((Only(1, _ALL, _FIONBIO),),),
     # Waiting for the rest of a ClientHello.

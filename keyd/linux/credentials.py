@@ -13,6 +13,7 @@ from pathlib import Path
 import prctl
 
 __all__ = [
+    "allow_many_descriptors",
     "become",
     "controllable_speculation",
     "enter_empty_root",
@@ -133,6 +134,13 @@ def lock_memory() -> bool:
 def forbid_core_dumps() -> None:
     """RLIMIT_CORE at zero, hard."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def allow_many_descriptors() -> int:
+    """Raise RLIMIT_NOFILE as far as it goes; returns how far."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def limit(limits: Mapping[int, int]) -> None:

@@ -1,7 +1,7 @@
 /*
  * One request to keyd, one reply from it, in bounded time (the format: protocol.py).
  *
- * Runs in the worker; its system calls are poll, sendmsg, recvmsg and clock_gettime, on
+ * Runs in the worker; its system calls are poll, sendto, recvmsg and clock_gettime, on
  * failure shutdown, and with `socket` also socket, setsockopt, connect and close. Of
  * keyd's reply it believes a form that it has checked, and a length that the caller set.
  */
@@ -88,13 +88,14 @@ static int connect_to_keyd(const struct provider *provider, int64_t deadline)
 }
 
 /* The descriptor may be blocking or not, and stays so: MSG_DONTWAIT, and poll to wait. */
-static int send_request(const struct provider *provider, int fd, const struct msghdr *request,
-                        int64_t deadline)
+static int send_request(const struct provider *provider, int fd, const uint8_t *request,
+                        size_t length, int64_t deadline)
 {
     for (;;) {
         if (!wait_for(provider, fd, POLLOUT, deadline))
             return 0;
-        if (sendmsg(fd, request, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+        /* Not sendmsg(2), which could send descriptors, too: a worker has no use for it. */
+        if (send(fd, request, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
             return 1;
         if (errno != EINTR && errno != EAGAIN)
             return gone(provider, strerror(errno));
@@ -117,15 +118,16 @@ static int receive_reply(const struct provider *provider, int fd, struct msghdr 
     }
 }
 
-static ssize_t converse(const struct provider *provider, int fd, const struct msghdr *request,
-                        uint8_t *answer, size_t answer_size, int64_t deadline)
+static ssize_t converse(const struct provider *provider, int fd, const uint8_t *request,
+                        size_t request_length, uint8_t *answer, size_t answer_size,
+                        int64_t deadline)
 {
     uint8_t head[REPLY_HEAD_OCTETS];
     struct iovec parts[] = {{head, sizeof head}, {answer, answer_size}};
     struct msghdr reply = {.msg_iov = parts, .msg_iovlen = 2};
     ssize_t length;
 
-    if (!send_request(provider, fd, request, deadline)
+    if (!send_request(provider, fd, request, request_length, deadline)
         || !receive_reply(provider, fd, &reply, &length, deadline))
         return -1;
     if (reply.msg_flags & MSG_TRUNC) {
@@ -155,28 +157,28 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
 {
     int64_t deadline = now_ms() + provider->timeout_ms;
     int fd = provider->channel_fd;
-    uint8_t head[REQUEST_HEAD_OCTETS] = {
+    uint8_t request[REQUEST_HEAD_OCTETS + MAX_PAYLOAD_OCTETS] = {
         PROTOCOL_VERSION,
         (uint8_t)operation,
         (uint8_t)(parameter >> 8),
         (uint8_t)parameter,
     };
-    struct iovec parts[] = {{head, sizeof head}, {(void *)payload, payload_length}};
-    struct msghdr request = {.msg_iov = parts, .msg_iovlen = 2};
     ssize_t length;
 
-    memcpy(head + 4, key_id, KEY_ID_OCTETS);
+    memcpy(request + 4, key_id, KEY_ID_OCTETS);
     if (payload_length < 1 || payload_length > MAX_PAYLOAD_OCTETS) {
         RAISE(provider, REASON_UNSUPPORTED, "keyd: not asked about %zu octets", payload_length);
         return -1;
     }
+    memcpy(request + REQUEST_HEAD_OCTETS, payload, payload_length);
     if (fd < 0 && provider->address.sun_path[0] == '\0') {
         RAISE(provider, REASON_NO_CHANNEL, "keyd: neither channel_fd nor socket is set");
         return -1;
     }
     if (fd < 0 && (fd = connect_to_keyd(provider, deadline)) < 0)
         return -1;
-    length = converse(provider, fd, &request, answer, answer_size, deadline);
+    length = converse(provider, fd, request, REQUEST_HEAD_OCTETS + payload_length, answer,
+                      answer_size, deadline);
     if (fd != provider->channel_fd)
         close(fd);
     else if (length < 0)

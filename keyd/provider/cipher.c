@@ -52,11 +52,8 @@ static int set_params(void *context, const OSSL_PARAM params[])
     const OSSL_PARAM *param;
 
     if ((param = find_param(params, OSSL_ASYM_CIPHER_PARAM_PAD_MODE)) != NULL
-        && (!get_int(param, &cipher->padding) || cipher->padding != RSA_PKCS1_WITH_TLS_PADDING)) {
-        RAISE(cipher->provider, REASON_UNSUPPORTED,
-              "keyd: not for keyd: decryption outside the TLS RSA key exchange");
-        return 0;
-    }
+        && !get_int(param, &cipher->padding))
+        cipher->padding = 0; /* a name: TLS's padding has none */
     if ((param = find_param(params, OSSL_ASYM_CIPHER_PARAM_TLS_CLIENT_VERSION)) != NULL
         && (!get_int(param, &cipher->client_version) || cipher->client_version < 0
             || cipher->client_version > UINT16_MAX)) {
