@@ -9,6 +9,7 @@ import pwd
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -108,13 +109,21 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
         except OSError as error:
             print(f"keyd: not recorded, {error.strerror}: {refusal}", file=sys.stderr)
 
-    keyd = Keyd(keys, record)
-    keyd.hear_parent(parent)
+    def tell(event: str, **fields: object) -> None:
+        # A supervisor that does not keep up misses one; the next has the totals again.
+        with suppress(OSError):
+            supervisor.send(json.dumps({"event": event, **fields}).encode(), socket.MSG_DONTWAIT)
+
+    def tick() -> None:
+        tell("alive")
+        if (operations := keyd.tally.news()) is not None:
+            tell("operations", **operations)
 
     def ready() -> None:
-        identities = [key.hex() for key in keys]
-        event = {"event": "ready", "keys": identities, "all_memory_locked": locked}
-        supervisor.send(json.dumps(event).encode())
+        tell("ready", keys=[key.hex() for key in keys], all_memory_locked=locked)
+
+    keyd = Keyd(keys, record, tick)
+    keyd.hear_parent(parent)
 
     keyd.serve(_THREADS, program, ready)
     _leave()

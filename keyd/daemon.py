@@ -47,6 +47,7 @@ from keyd.protocol import (
     Request,
     Status,
 )
+from keyd.tally import Tally
 
 __all__ = ["Confinement", "Keyd", "confine"]
 
@@ -114,12 +115,20 @@ class _Refused(Exception):
 class Keyd:
     """The keys, the channels to them, and the threads that serve them.
 
-    ``record`` is told of each refusal; it must not block.
+    ``record`` is told of each refusal, ``tick`` is called about once a second; neither
+    may block.
     """
 
-    def __init__(self, keys: Mapping[bytes, PrivateKey], record: Callable[[Refusal], None]) -> None:
+    def __init__(
+        self,
+        keys: Mapping[bytes, PrivateKey],
+        record: Callable[[Refusal], None],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self._keys = keys
         self._record = record
+        self._tick = tick
+        self.tally = Tally()
         self._epoll = select.epoll()
         self._channels: dict[int, _Channel] = {}
         self._sources: dict[int, Callable[[], None]] = {}
@@ -223,6 +232,7 @@ class Keyd:
         try:
             reply = Reply(Status.DONE, self._grant(channel, message))
         except _Refused as refused:
+            self.tally.refused(refused.status)
             self._record(Refusal(channel.connection, refused.status, refused.detail))
             reply = Reply(refused.status)
         # A worker that does not take its answer, or is gone, loses it.
@@ -250,12 +260,15 @@ class Keyd:
         key = self._keys.get(request.key)
         if key is None:
             raise _Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+        started = time.monotonic()
         try:
-            return perform(request.operation, key, request.parameter, request.payload)
+            result = perform(request.operation, key, request.parameter, request.payload)
         except NotTLS as error:
             raise _Refused(Status.NOT_TLS, f"{what} of {error}") from None
         except InternalError as error:
             raise _Refused(Status.FAILED, f"{what}: {error}") from None
+        self.tally.done(request.operation, time.monotonic() - started)
+        return result
 
     def _close(self, descriptor: int, channel: _Channel) -> None:
         # Forgotten before closed: the number may be another channel's at once.
@@ -263,7 +276,7 @@ class Keyd:
         channel.socket.close()
 
     def _sweep(self) -> None:
-        """Hang up on channels past their time.
+        """Once in a while: tick, and hang up on channels past their time.
 
         Only that: whoever serves the channel, now or woken by the hang-up, closes it.
         """
@@ -271,6 +284,7 @@ class Keyd:
         if now - self._swept < _SWEEP_INTERVAL:
             return
         self._swept = now
+        self._tick()
         for channel in list(self._channels.values()):
             if channel.deadline < now:
                 with suppress(OSError):

@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
@@ -26,8 +28,10 @@ from titus_py.event_loop import Timer
 from titus_py.limits import Limits
 from titus_py.plan import Plan, VirtualHost
 
-__all__ = ["Child", "Generation", "any_process_has", "free_block"]
+__all__ = ["ALIVE_SECONDS", "Child", "Generation", "any_process_has", "free_block"]
 
+#: How often the parent and keyd say that they are alive.
+ALIVE_SECONDS = 3.0
 #: What is started, as Python is to be told of it.
 _KEYD = ("-m", "keyd", "serve")
 _PARENT = ("-m", "titus_py.parent")
@@ -46,7 +50,7 @@ class Child:
         #: While it is starting: what ends it if that takes too long.
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(process.pid)
-        self.started = time.monotonic()
+        self.started = self.last_heard = time.monotonic()
         self._process = process
 
     def send(self, order: dict[str, object], descriptors: Sequence[int] = ()) -> None:
@@ -87,12 +91,21 @@ class Generation:
         self.announced = False
         #: Those of its children that are not ready yet.
         self.starting: set[Child] = set()
+        #: The connections that its parent has, by number, as they were begun.
+        self.connections: dict[int, dict[str, Any]] = {}
+        self.started = datetime.now(UTC)
         #: The uids that its parent may give to workers.
         self.uids = range(0)
         self._filters = filters
         self._chains = {
             vhost.certificate: vhost.certificate.read_text() for vhost in self.configuration.vhost
         }
+
+    @property
+    def state(self) -> str:
+        if self.retired:
+            return "retired"
+        return "starting" if self.starting or not self.announced else "serving"
 
     @property
     def children(self) -> list[Child]:

@@ -58,6 +58,8 @@ __all__ = ["main"]
 #: How much longer than its handshake timeout a worker may take to act on it itself.
 _GRACE = 2.0
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
+#: How often to say to the supervisor that all is well.
+_ALIVE_SECONDS = 3.0
 #: How often a limit that is being hit is spoken of.
 _LIMITS_SECONDS = 1.0
 #: How soon to look again for a keyd that could not take a message.
@@ -177,6 +179,7 @@ class Parent:
         gc.collect()
         gc.freeze()
         self._tell("ready", vhosts=len(self._sites))
+        self._say_alive()
         while not self._stopped and not (self._draining and not self._workers):
             # One fork between two looks at what has come in: nobody waits for more.
             self._loop.run_once(wait=not self._fork_one())
@@ -254,6 +257,11 @@ class Parent:
             self._kill(worker, reason)
         if not self._workers:
             self._stopped = True
+
+    def _say_alive(self) -> None:
+        """To the supervisor, which ends a parent that hangs."""
+        self._tell("alive")
+        self._loop.after(_ALIVE_SECONDS, self._say_alive)
 
     def _tell(self, event: str, **fields: object) -> None:
         """Have the supervisor log something; never waits for it."""

@@ -5,7 +5,6 @@ client's octet, never a private key, and it does not load OpenSSL. What its
 children say is trusted with the log, and with nothing else.
 """
 
-import errno
 import json
 import os
 import signal
@@ -14,7 +13,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress
 from titus_py.check import Checked
 from titus_py.confinement import PARENT_CAPABILITIES
-from titus_py.dialer import ResolvedAddress, reset_at_close
+from titus_py.control import Answer, Control
+from titus_py.dialer import ResolvedAddress
 from titus_py.event_loop import EventLoop
-from titus_py.generation import Child, Generation, any_process_has, free_block
+from titus_py.generation import ALIVE_SECONDS, Child, Generation, any_process_has, free_block
+from titus_py.listeners import CannotListen, listen, passed_listeners
 from titus_py.log import Log
 from titus_py.resolver import Resolver
+from titus_py.systemd import Notifier, passed_sockets
 from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
 __all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
@@ -43,17 +47,22 @@ SUPERVISOR_CAPABILITIES = {
     prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
     prctl.CAP_NET_BIND_SERVICE: "listening addresses that a reload adds",
 }
-_BACKLOG = 4096
 #: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How long keyd may take to load its keys, and the parent its certificates.
 _START_SECONDS = 60.0
+#: How long a child may say nothing at all before it is taken to hang: it says that it is
+#: alive every few seconds.
+_QUIET_SECONDS = 15.0
 #: How soon to try again what could not be done for now.
 _RETRY_SECONDS = 0.05
 #: How often to look whether uids have become free.
 _UIDS_SECONDS = 1.0
 #: How long beyond the drain time the parent has to end.
 _STOP_SECONDS = 5.0
+#: What children say that is of no interest to a reader.
+_NOT_FOR_THE_LOG = frozenset({"alive", "operations"})
+_ENDS = frozenset({"connection_ended", "handshake_failed"})
 _EVENT_OCTETS = 64 * 1024
 
 
@@ -73,12 +82,20 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
         return 1
     forbid_core_dumps()
     hide_memory()
+    filters = {
+        "handshake": seccomp.build(HANDSHAKE).hex(),
+        "established": seccomp.build(ESTABLISHED).hex(),
+        "keyd": seccomp.build(SERVING).hex(),
+    }
+    passed = passed_listeners(passed_sockets())
     try:
-        listeners = _bind_all(listen.address for listen in checked.configuration.listen)
-    except _CannotListen as error:
+        listeners = listen((table.address for table in checked.configuration.listen), passed)
+    except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         return 1
-    return _Supervisor(checked, read_again, listeners).run()
+    # Before there is a second thread: capabilities are each thread's own.
+    keep_capabilities(SUPERVISOR_CAPABILITIES)
+    return _Supervisor(checked, read_again, filters, passed, listeners).run()
 
 
 class _Supervisor:
@@ -86,28 +103,32 @@ class _Supervisor:
         self,
         checked: Checked,
         read_again: Callable[[], Checked],
+        filters: Mapping[str, str],
+        passed: dict[IPAddress, socket.socket],
         listeners: dict[IPAddress, socket.socket],
     ) -> None:
         self._checked = checked
         self._read_again = read_again
+        self._filters = filters
+        #: Those that the service manager gave us: never closed, and used again if need be.
+        self._passed = passed
         self._listeners = listeners
         self._log = Log("text")
+        self._notify = Notifier()
         self._loop = EventLoop()
-        self._filters = {
-            "handshake": seccomp.build(HANDSHAKE).hex(),
-            "established": seccomp.build(ESTABLISHED).hex(),
-            "keyd": seccomp.build(SERVING).hex(),
-        }
-        keep_capabilities(SUPERVISOR_CAPABILITIES)
+        self._control: Control | None = None
         #: The last one is the one that serves, or is about to.
         self._generations: list[Generation] = []
         #: Uids that earlier parents' workers may still have.
         self._used_uids: list[range] = []
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._resolver = Resolver()
+        self._started_at = datetime.now(UTC)
         self._reloading = False
         self._reload_asked_again = False
         self._reread: Checked | None = None
+        #: Who waits for the outcome of a reload.
+        self._reload_answers: list[Answer] = []
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._stops = 0
         self._exit_code: int | None = None
@@ -119,12 +140,21 @@ class _Supervisor:
         self._loop.watch(
             self._resolver.descriptor, lambda: self._resolver.collect(self._take_addresses)
         )
+        handlers = {"status": self._answer_status, "reload": self._answer_reload}
+        try:
+            self._control = Control(self._loop, handlers)
+        except OSError as error:
+            self._log("no_control_socket", level="warning", reason=str(error))
         generation = self._prepare(self._checked)
         self._log("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
         self._generations.append(generation)
         self._start(generation)
+        self._look_after_children()
+        self._feed_watchdog()
         while self._exit_code is None:
             self._loop.run_once()
+        if self._control is not None:
+            self._control.close()
         self._log("stop", code=self._exit_code)
         self._log.close()
         return self._exit_code
@@ -152,6 +182,7 @@ class _Supervisor:
         self._stops += 1
         self._close_listeners(self._listeners.copy())
         drain = self._serving.configuration.worker.drain
+        self._notify(stopping=1)
         if self._stops == 1:
             self._log("stopping", reason=reason, drain=drain)
             order: dict[str, object] = {"do": "drain", "seconds": drain}
@@ -247,6 +278,7 @@ class _Supervisor:
             for address in self._listeners:
                 self._log("listening", address=str(address), generation=generation.number)
         self._retire_all_but(generation)
+        self._notify(ready=1, status=self._status_text())
 
     def _fail(self) -> None:
         """Count a failure, and give up where there have been too many."""
@@ -271,6 +303,7 @@ class _Supervisor:
             return
         self._reloading = True
         self._log("reloading")
+        self._notify.reloading()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
 
         def read() -> None:
@@ -296,11 +329,13 @@ class _Supervisor:
             problems = checked.mistakes if checked is not None else ["it could not be read"]
             self._reload_failed([str(problem) for problem in problems])
             return
-        wanted = [listen.address for listen in checked.configuration.listen]
+        wanted = [table.address for table in checked.configuration.listen]
         try:
-            added = _bind_all(address for address in wanted if address not in self._listeners)
             generation = self._prepare(checked)
-        except (_CannotListen, OSError) as error:
+            added = listen(
+                (address for address in wanted if address not in self._listeners), self._passed
+            )
+        except (CannotListen, OSError) as error:
             self._reload_failed([str(error)])
             return
         if self._free_uids(generation) is None:
@@ -319,17 +354,21 @@ class _Supervisor:
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
             self._log("reload_failed", level="error", problem=problem)
-        self._reload_ended()
+        self._notify(ready=1)
+        self._reload_ended({"reloaded": False, "problems": problems})
 
-    def _reload_ended(self) -> None:
+    def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
+        answers, self._reload_answers = self._reload_answers, []
+        for answer in answers:
+            answer(outcome)
         if self._reload_asked_again:
             self._reload_asked_again = False
             self._reload()
 
     def _retire_all_but(self, generation: Generation) -> None:
         """Leave all new connections to this generation; the others serve what they have."""
-        wanted = {listen.address for listen in generation.configuration.listen}
+        wanted = {table.address for table in generation.configuration.listen}
         gone = {key: value for key, value in self._listeners.items() if key not in wanted}
         for other in self._generations:
             if other is not generation and not other.retired:
@@ -339,7 +378,7 @@ class _Supervisor:
         self._close_listeners(gone)
         if self._reloading:
             self._log("reloaded", generation=generation.number)
-            self._reload_ended()
+            self._reload_ended({"reloaded": True, "generation": generation.number})
 
     def _abandon(self, generation: Generation) -> None:
         """A new generation could not be started: the one before goes on serving."""
@@ -347,7 +386,7 @@ class _Supervisor:
         for child in generation.children:
             child.kill()
             self._let_go(generation, child)
-        wanted = {listen.address for listen in self._serving.configuration.listen}
+        wanted = {table.address for table in self._serving.configuration.listen}
         self._close_listeners(
             {key: value for key, value in self._listeners.items() if key not in wanted}
         )
@@ -355,7 +394,8 @@ class _Supervisor:
 
     def _close_listeners(self, listeners: dict[IPAddress, socket.socket]) -> None:
         for address, listener in listeners.items():
-            listener.close()
+            if address not in self._passed or self._stops:
+                listener.close()
             self._listeners.pop(address, None)
 
     # --- children ---------------------------------------------------------------
@@ -380,12 +420,28 @@ class _Supervisor:
                 self._loop.unwatch(child.socket.fileno())
                 child.socket.close()
                 return
+            child.last_heard = time.monotonic()
             event = json.loads(message)
             name = event.pop("event")
             if name == "ready":
                 self._started(generation, child, event)
             else:
-                self._log(name, **event)
+                self._record(generation, name, event)
+
+    def _record(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
+        """Log what a child said, and keep count of the connections that there are."""
+        if name == "connection_begun":
+            generation.connections[event["connection"]] = event
+        elif name in _ENDS:
+            generation.connections.pop(event["connection"], None)
+        if name not in _NOT_FOR_THE_LOG:
+            self._log(name, **event)
+
+    def _record_lost(self, generation: Generation) -> None:
+        """A parent has ended, and with it the connections whose end it did not tell."""
+        lost, generation.connections = generation.connections, {}
+        for begun in lost.values():
+            self._log("connection_ended", **begun, end="the parent ended")
 
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:
@@ -457,10 +513,91 @@ class _Supervisor:
             generation.keyd = None
         elif child is generation.parent:
             generation.parent = None
+            self._record_lost(generation)
             uids, generation.uids = generation.uids, range(0)
             self._used_uids.append(uids)
             self._loop.after(0, lambda: self._release_uids(uids))
         return child.bury()
+
+    # --- being looked after, and looking after ----------------------------------
+
+    def _look_after_children(self) -> None:
+        """End a child that has gone quiet: its successor will serve."""
+        now = time.monotonic()
+        for generation in self._generations:
+            for child in generation.children:
+                if child not in generation.starting and now - child.last_heard > _QUIET_SECONDS:
+                    self._log(f"{child.name}_hangs", level="alarm", pid=child.pid)
+                    child.kill()
+        self._notify(status=self._status_text())
+        self._loop.after(ALIVE_SECONDS, self._look_after_children)
+
+    def _feed_watchdog(self) -> None:
+        if self._notify.watchdog is not None:
+            self._notify(watchdog=1)
+            self._loop.after(self._notify.watchdog, self._feed_watchdog)
+
+    def _status_text(self) -> str:
+        """One line, for ``systemctl status``."""
+        if self._stops:
+            return "stopping"
+        return f"generation {self._serving.number}, listening on {len(self._listeners)} addresses"
+
+    def _answer_status(self, answer: Answer) -> None:
+        answer(self._status())
+
+    def _status(self) -> dict[str, object]:
+        """What ``titus-py status`` shows, and the metrics are made of."""
+        serving = self._serving
+        now = datetime.now(UTC)
+        credentials = list(serving.certificates)
+        return {
+            "version": version("titus-py"),
+            "pid": os.getpid(),
+            "started": self._started_at.isoformat(),
+            "listeners": [str(address) for address in self._listeners],
+            "generations": [
+                {
+                    "number": generation.number,
+                    "state": generation.state,
+                    "since": generation.started.isoformat(),
+                    "parent": generation.parent and generation.parent.pid,
+                    "keyd": generation.keyd and generation.keyd.pid,
+                    "connections": len(generation.connections),
+                }
+                for generation in self._generations
+            ],
+            "vhosts": [
+                {
+                    "names": vhost.sni,
+                    "local_address": vhost.local_address,
+                    "local_port": vhost.local_port,
+                    "backend": str(vhost.backend),
+                    "addresses": [
+                        str(address) for _, address in self._addresses.get(vhost.backend, ())
+                    ],
+                    "certificate": credentials.index(vhost.credential),
+                }
+                for vhost in serving.configuration.vhost
+            ],
+            "certificates": [
+                {
+                    "file": str(credential.certificate),
+                    "subject": facts.subject,
+                    "names": facts.names,
+                    "not_after": facts.not_after.isoformat(),
+                    "days_left": (facts.not_after - now).days,
+                }
+                for credential, facts in serving.certificates.items()
+            ],
+        }
+
+    def _answer_reload(self, answer: Answer) -> None:
+        if self._stops:
+            answer({"reloaded": False, "problems": ["it is being stopped"]})
+            return
+        self._reload_answers.append(answer)
+        self._reload()
 
     # --- backends ---------------------------------------------------------------
 
@@ -488,47 +625,3 @@ class _Supervisor:
 def _prepare_chroot(directory: Path) -> None:
     """Make the empty directory; ``check`` has looked at one that was there already."""
     directory.mkdir(mode=0o555, parents=True, exist_ok=True)
-
-
-class _CannotListen(Exception):
-    """An address that cannot be bound: which, and why."""
-
-
-def _bind_all(addresses: Iterable[IPAddress]) -> dict[IPAddress, socket.socket]:
-    """Listening sockets at all of these addresses; raises _CannotListen, and keeps none."""
-    listeners: dict[IPAddress, socket.socket] = {}
-    for address in addresses:
-        try:
-            listeners[address] = _bind(address)
-        except OSError as error:
-            for listener in listeners.values():
-                listener.close()
-            raise _CannotListen(f"cannot listen on {address}: {error.strerror}") from None
-    return listeners
-
-
-def _bind(address: IPAddress) -> socket.socket:
-    """A listening socket; raises OSError.
-
-    The connections that it accepts inherit TCP_NODELAY and SO_LINGER from it.
-    """
-    try:
-        listener = socket.socket(address.family, socket.SOCK_STREAM)
-    except OSError as error:
-        if error.errno != errno.EAFNOSUPPORT or address.host != "::":
-            raise
-        # "Every address", on a kernel without IPv6.
-        return _bind(IPAddress("0.0.0.0", address.port))
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        reset_at_close(listener)
-        if address.family == socket.AF_INET6:
-            # "::" is every address of both families, any other one is itself.
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
-        listener.bind(address.sockaddr())
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -263,19 +263,16 @@ static int decode_pem(void *context, OSSL_CORE_BIO *in, int selection, OSSL_CALL
     return found(object, found_arg);
 }
 
-/* Any DER comes by here when its kind is not known yet: what is not a reference, passes. */
-static int decode_content(void *context, OSSL_CORE_BIO *in, int selection, OSSL_CALLBACK *found,
-                          void *found_arg, OSSL_PASSPHRASE_CALLBACK *passphrase,
-                          void *passphrase_arg)
+/* Any DER comes by here when its kind is not known yet: what is not such a key, passes. */
+static int decode_content(const struct provider *provider, enum key_type type, OSSL_CORE_BIO *in,
+                          OSSL_CALLBACK *found, void *found_arg)
 {
-    const struct provider *provider = context;
     uint8_t content[MAX_CONTENT_OCTETS + 1];
     size_t length = 0;
     struct key key, *loaded;
 
-    (void)selection, (void)passphrase, (void)passphrase_arg;
     if (!provider->bio_read_ex(in, content, sizeof content, &length)
-        || parse(content, length, &key) != NULL)
+        || parse(content, length, &key) != NULL || key.type != type)
         return 1;
     if ((loaded = malloc(sizeof *loaded)) == NULL) {
         RAISE(provider, REASON_MEMORY, "keyd: no memory for a key");
@@ -283,10 +280,10 @@ static int decode_content(void *context, OSSL_CORE_BIO *in, int selection, OSSL_
     }
     *loaded = key;
     int object_type = OSSL_OBJECT_PKEY, ok;
-    char *type = (char *)type_name(key.type);
+    char *name = (char *)type_name(type);
     OSSL_PARAM object[] = {
         OSSL_PARAM_int(OSSL_OBJECT_PARAM_TYPE, &object_type),
-        OSSL_PARAM_utf8_string(OSSL_OBJECT_PARAM_DATA_TYPE, type, strlen(type)),
+        OSSL_PARAM_utf8_string(OSSL_OBJECT_PARAM_DATA_TYPE, name, strlen(name)),
         /* key.c's `load` takes the key from the pointer, and leaves NULL there. */
         OSSL_PARAM_octet_string(OSSL_OBJECT_PARAM_REFERENCE, &loaded, sizeof loaded),
         OSSL_PARAM_END,
@@ -319,21 +316,34 @@ static const OSSL_DISPATCH pem_functions[] = {
     {0, NULL},
 };
 
-static const OSSL_DISPATCH content_functions[] = {
-    {OSSL_FUNC_DECODER_NEWCTX, (void (*)(void))new_decoder},
-    {OSSL_FUNC_DECODER_FREECTX, (void (*)(void))free_decoder},
-    {OSSL_FUNC_DECODER_DOES_SELECTION, (void (*)(void))does_selection},
-    {OSSL_FUNC_DECODER_DECODE, (void (*)(void))decode_content},
-    {0, NULL},
-};
+#define CONTENT_DECODER(name, type) \
+    static int decode_##name(void *context, OSSL_CORE_BIO *in, int selection, \
+                             OSSL_CALLBACK *found, void *found_arg, \
+                             OSSL_PASSPHRASE_CALLBACK *passphrase, void *passphrase_arg) \
+    { \
+        (void)selection, (void)passphrase, (void)passphrase_arg; \
+        return decode_content(context, type, in, found, found_arg); \
+    } \
+    static const OSSL_DISPATCH name##_functions[] = { \
+        {OSSL_FUNC_DECODER_NEWCTX, (void (*)(void))new_decoder}, \
+        {OSSL_FUNC_DECODER_FREECTX, (void (*)(void))free_decoder}, \
+        {OSSL_FUNC_DECODER_DOES_SELECTION, (void (*)(void))does_selection}, \
+        {OSSL_FUNC_DECODER_DECODE, (void (*)(void))decode_##name}, \
+        {0, NULL}, \
+    };
 
-#define FROM_CONTENT "provider=keyd,input=der,structure=" STRUCTURE
+CONTENT_DECODER(rsa, KEY_RSA)
+CONTENT_DECODER(rsa_pss, KEY_RSA_PSS)
+CONTENT_DECODER(ec, KEY_EC)
+CONTENT_DECODER(ed25519, KEY_ED25519)
+
+#define CONTENT "provider=keyd,input=der,structure=" STRUCTURE
 
 const OSSL_ALGORITHM decoders[] = {
     {"DER", "provider=keyd,input=pem", pem_functions, "keyd reference file"},
-    {"RSA:rsaEncryption:1.2.840.113549.1.1.1", FROM_CONTENT, content_functions, "keyd RSA"},
-    {"RSA-PSS:RSASSA-PSS:1.2.840.113549.1.1.10", FROM_CONTENT, content_functions, "keyd RSA-PSS"},
-    {"EC:id-ecPublicKey:1.2.840.10045.2.1", FROM_CONTENT, content_functions, "keyd EC"},
-    {"ED25519:1.3.101.112", FROM_CONTENT, content_functions, "keyd Ed25519"},
+    {"RSA:rsaEncryption:1.2.840.113549.1.1.1", CONTENT, rsa_functions, "keyd RSA"},
+    {"RSA-PSS:RSASSA-PSS:1.2.840.113549.1.1.10", CONTENT, rsa_pss_functions, "keyd RSA-PSS"},
+    {"EC:id-ecPublicKey:1.2.840.10045.2.1", CONTENT, ec_functions, "keyd EC"},
+    {"ED25519:1.3.101.112", CONTENT, ed25519_functions, "keyd Ed25519"},
     {NULL, NULL, NULL, NULL},
 };
