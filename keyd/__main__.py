@@ -15,18 +15,20 @@ from typing import NoReturn
 
 import prctl
 
-from keyd.daemon import Confinement, Keyd, confine
+from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
 from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
+from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.powers import PrivateKey, rehearse
-from keyd.protocol import Open, Operation, Refusal
+from keyd.protocol import Keys, Open, Operation, Refusal
 from keyd.provider import openssl_configuration
 from keyd.reference import UnsupportedKey, key_id, reference_pem
 from keyd.system_calls import SERVING
 
 __all__ = ["main"]
 
+_BACKLOG = 128
 #: Beside the cores, so that a slow key does not hold up the quick ones.
 _THREADS = (os.cpu_count() or 1) + 1
 
@@ -54,16 +56,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Whoever may connect to the socket may have one TLS handshake signed per "
         "connection: its mode and group decide who that is.",
     )
-    listen.add_argument("--socket", required=True, metavar="PATH")
-    listen.add_argument("--key", required=True, action="append", metavar="FILE")
-    listen.add_argument("--passphrase-file", metavar="FILE", help="of every encrypted key")
-    listen.add_argument("--user", required=True, help="whom to become once the keys are loaded")
+    _add_service_options(listen)
     listen.add_argument("--group", help="who may connect (default: the group of the user)")
-    listen.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
     listen.add_argument(
         "--rsa-key-exchange", action="store_true", help="also decrypt, for TLS 1.2 without ECDHE"
     )
     listen.set_defaults(run=_listen)
+
+    control = commands.add_parser(
+        "control",
+        help="serve titus-py from a unit of its own",
+        description="For a titus-py whose configuration names this socket: then it has no access "
+        "to the keys at all.",
+    )
+    _add_service_options(control)
+    control.set_defaults(run=_control)
 
     reference = commands.add_parser(
         "reference", help="write the reference file that stands for a certificate's key"
@@ -88,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_service_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--socket", metavar="PATH", help="where to listen, unless systemd passes a socket"
+    )
+    parser.add_argument("--key", required=True, action="append", metavar="FILE")
+    parser.add_argument("--passphrase-file", metavar="FILE", help="of those keys that have one")
+    parser.add_argument("--user", help="whom root becomes once the keys are loaded")
+    parser.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
+
+
 def _serve(arguments: argparse.Namespace) -> NoReturn:
     """Serve one parent, on the terms that it states."""
     settings = json.loads(read_all(arguments.settings_fd))
@@ -103,12 +120,6 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     # After confine(): a change of uid undoes it.
     prctl.set_pdeathsig(signal.SIGKILL)
 
-    def record(refusal: Refusal) -> None:
-        try:
-            parent.send(refusal.encode(), socket.MSG_DONTWAIT)
-        except OSError as error:
-            print(f"keyd: not recorded, {error.strerror}: {refusal}", file=sys.stderr)
-
     def tell(event: str, **fields: object) -> None:
         # A supervisor that does not keep up misses one; the next has the totals again.
         with suppress(OSError):
@@ -122,8 +133,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     def ready() -> None:
         tell("ready", keys=[key.hex() for key in keys], all_memory_locked=locked)
 
-    keyd = Keyd(keys, record, tick)
-    keyd.hear_parent(parent)
+    keyd = Keyd(keys, tick)
+    keyd.hear_parent(parent, gone=keyd.stop)
 
     keyd.serve(_THREADS, program, ready)
     _leave()
@@ -135,28 +146,94 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
+def _control(arguments: argparse.Namespace) -> NoReturn:
+    """Serve parents that connect, on the terms that each states."""
+    notify = Notifier()
+    keys = _load_some_encrypted(arguments)
+    # Whoever connects here states the terms: that is for root alone.
+    with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
+        program = _withdraw(arguments)
+        keyd = Keyd(keys)
+
+        def accepted(parent: socket.socket) -> None:
+            parent.setblocking(False)
+            with suppress(OSError):
+                parent.send(Keys(tuple(keys)).encode())
+            keyd.hear_parent(parent, gone=lambda: None)
+
+        keyd.hear_listener(listener, accepted)
+        keyd.serve(_THREADS, program, lambda: notify(ready=1))
+    _leave()
+
+
 def _listen(arguments: argparse.Namespace) -> NoReturn:
-    """Serve whoever may connect to a socket of our own."""
-    user = pwd.getpwnam(arguments.user)
+    """Serve whoever may connect to a socket of our own, an operation each."""
+    notify = Notifier()
+    user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
     gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
-    keys = _load([(path, arguments.passphrase_file) for path in arguments.key])
-    Path(arguments.socket).unlink(missing_ok=True)
-    Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(arguments.socket)
-        os.chown(arguments.socket, user.pw_uid, gid)
-        os.chmod(arguments.socket, 0o660)
-        listener.listen(128)
-        program = seccomp.build(SERVING)
-        confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot))
+    keys = _load_some_encrypted(arguments)
+    with _listener(arguments, user.pw_uid, gid, mode=0o660) as listener:
+        program = _withdraw(arguments)
         granted = {Operation.SIGN}
         if arguments.rsa_key_exchange:
             granted.add(Operation.DECRYPT)
         grants = dict.fromkeys(keys, frozenset(granted))
-        keyd = Keyd(keys, lambda refusal: print(f"keyd: {refusal}", file=sys.stderr))
-        keyd.hear_listener(listener, Open(0, lifetime_ms=60_000, operations=1, grants=grants))
-        keyd.serve(_THREADS, program, lambda: None)
+        terms = Open(0, lifetime_ms=60_000, operations=1, grants=grants)
+        keyd = Keyd(keys)
+
+        def record(refusal: Refusal) -> None:
+            print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)
+
+        keyd.hear_listener(listener, lambda client: keyd.open(terms, client, record))
+        keyd.serve(_THREADS, program, lambda: notify(ready=1))
     _leave()
+
+
+def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> socket.socket:
+    """The socket that systemd passed, or else a new one at the path that was asked for."""
+    passed = [one for sockets in passed_sockets().values() for one in sockets]
+    if passed:
+        return passed[0]
+    if arguments.socket is None:
+        raise LookupError("no --socket, and none was passed by systemd")
+    path = Path(arguments.socket)
+    if path.is_socket():
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = os.umask(0o777)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    if os.geteuid() == 0:
+        os.chown(path, uid, gid)
+    path.chmod(mode)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _withdraw(arguments: argparse.Namespace) -> bytes:
+    """Confine this process, all but for the filter, which is returned."""
+    program = seccomp.build(SERVING)
+    if os.geteuid() != 0:
+        confine_unprivileged()
+    elif arguments.user is None:
+        raise LookupError("started as root, and no --user to become")
+    else:
+        user = pwd.getpwnam(arguments.user)
+        Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
+        confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot))
+    return program
+
+
+def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKey]:
+    """Those keys of the command line that need the passphrase get it."""
+    return _load(
+        [
+            (path, arguments.passphrase_file if b"ENCRYPTED" in Path(path).read_bytes() else None)
+            for path in arguments.key
+        ]
+    )
 
 
 def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:

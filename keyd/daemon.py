@@ -49,7 +49,7 @@ from keyd.protocol import (
 )
 from keyd.tally import Tally
 
-__all__ = ["Confinement", "Keyd", "confine"]
+__all__ = ["Confinement", "Keyd", "confine", "confine_unprivileged"]
 
 #: How often channels past their time are looked for, in seconds.
 _SWEEP_INTERVAL = 1.0
@@ -64,6 +64,17 @@ class Confinement(NamedTuple):
     uid: int
     gid: int
     chroot: str
+
+
+def confine_unprivileged() -> None:
+    """What a keyd that was never root can still give up; raises OSError.
+
+    Network and files are then up to whoever started it: a service manager.
+    """
+    forbid_core_dumps()
+    allow_many_descriptors()
+    prctl.set_no_new_privs(1)
+    hide_memory()
 
 
 def confine(to: Confinement) -> bool:
@@ -95,10 +106,13 @@ def _die(failed: threading.ExceptHookArgs) -> None:
 class _Channel:
     """One connection's way to keyd, and what is left of its terms."""
 
-    __slots__ = ("connection", "deadline", "grants", "operations", "socket")
+    __slots__ = ("connection", "deadline", "grants", "operations", "record", "socket")
 
-    def __init__(self, terms: Open, endpoint: socket.socket) -> None:
+    def __init__(
+        self, terms: Open, endpoint: socket.socket, record: Callable[[Refusal], None]
+    ) -> None:
         self.socket = endpoint
+        self.record = record
         self.connection = terms.connection
         self.deadline = time.monotonic() + terms.lifetime_ms / 1000
         self.operations = terms.operations
@@ -115,18 +129,15 @@ class _Refused(Exception):
 class Keyd:
     """The keys, the channels to them, and the threads that serve them.
 
-    ``record`` is told of each refusal, ``tick`` is called about once a second; neither
-    may block.
+    ``tick`` is called about once a second; it must not block.
     """
 
     def __init__(
         self,
         keys: Mapping[bytes, PrivateKey],
-        record: Callable[[Refusal], None],
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = keys
-        self._record = record
         self._tick = tick
         self.tally = Tally()
         self._epoll = select.epoll()
@@ -162,8 +173,14 @@ class Keyd:
     def stop(self) -> None:
         self._stopped.set()
 
-    def hear_parent(self, control: socket.socket) -> None:
-        """Open channels as the parent asks; stop when it is gone."""
+    def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
+        """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
+
+        def record(refusal: Refusal) -> None:
+            try:
+                control.send(refusal.encode(), socket.MSG_DONTWAIT)
+            except OSError as error:
+                print(f"keyd: not recorded, {error.strerror}: {refusal}", file=sys.stderr)
 
         def hear() -> None:
             try:
@@ -175,32 +192,35 @@ class Keyd:
             except ConnectionResetError:
                 message, descriptors = b"", []
             if not message:
-                self.stop()
+                del self._sources[control.fileno()]
+                control.close()
+                gone()
                 return
             terms = Open.decode(message)
             if not descriptors:
                 raise Malformed("an open without a channel")
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
-            self.open(terms, socket.socket(*kind, fileno=descriptors[0]))
+            self.open(terms, socket.socket(*kind, fileno=descriptors[0]), record)
 
         self._arm_source(control, hear)
 
-    def hear_listener(self, listener: socket.socket, terms: Open) -> None:
-        """Open a channel on the same terms to whoever may connect here."""
+    def hear_listener(
+        self, listener: socket.socket, accepted: Callable[[socket.socket], None]
+    ) -> None:
+        """Hand everybody who connects here to ``accepted``."""
         listener.setblocking(False)
 
         def hear() -> None:
             with suppress(BlockingIOError, ConnectionAbortedError):
-                endpoint, _ = listener.accept()
-                self.open(terms, endpoint)
+                accepted(listener.accept()[0])
 
         self._arm_source(listener, hear)
 
-    def open(self, terms: Open, endpoint: socket.socket) -> None:
-        """Serve this channel from now on."""
+    def open(self, terms: Open, endpoint: socket.socket, record: Callable[[Refusal], None]) -> None:
+        """Serve this channel from now on; ``record`` is told of refusals, and must not block."""
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = _Channel(terms, endpoint)
+        self._channels[descriptor] = _Channel(terms, endpoint, record)
         self._epoll.register(descriptor, _READABLE_ONCE)
 
     def _arm_source(self, source: socket.socket, hear: Callable[[], None]) -> None:
@@ -213,7 +233,8 @@ class Keyd:
                 source = self._sources.get(descriptor)
                 if source is not None:
                     source()
-                    self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+                    if descriptor in self._sources:
+                        self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
                 else:
                     self._answer(descriptor, self._channels[descriptor])
             self._sweep()
@@ -233,7 +254,7 @@ class Keyd:
             reply = Reply(Status.DONE, self._grant(channel, message))
         except _Refused as refused:
             self.tally.refused(refused.status)
-            self._record(Refusal(channel.connection, refused.status, refused.detail))
+            channel.record(Refusal(channel.connection, refused.status, refused.detail))
             reply = Reply(refused.status)
         # A worker that does not take its answer, or is gone, loses it.
         with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):

@@ -36,7 +36,8 @@ class KeyFiles(NamedTuple):
     """The files of one virtual host."""
 
     certificate: str
-    key: str
+    #: None where the key is in another keyd: then there is nothing to hold it against.
+    key: str | None
     passphrase_file: str | None = None
 
 
@@ -60,7 +61,7 @@ class Findings(NamedTuple):
 
 
 def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
-    """Read a PEM private key; raises UnusableKey."""
+    """Read a PEM private key; raises UnusableKey, also for a passphrase that it has not."""
     passphrase = None
     if passphrase_file is not None:
         # One line, as `openssl -passin file:` has it; the newline is not part of it.
@@ -99,10 +100,11 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     mistakes: list[Problem] = []
     warnings: list[Problem] = []
     key = leaf = None
-    try:
-        key = load_private_key(files.key, files.passphrase_file)
-    except UnusableKey as error:
-        mistakes.append(Problem(error.field, error.reason))
+    if files.key is not None:
+        try:
+            key = load_private_key(files.key, files.passphrase_file)
+        except UnusableKey as error:
+            mistakes.append(Problem(error.field, error.reason))
     try:
         leaf = _load_leaf(files.certificate)
     except UnusableKey as error:
@@ -122,12 +124,17 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     elif ends < now + EXPIRY_WARNING:
         reason = f"{files.certificate} expires on {ends:%Y-%m-%d}: renew it"
         warnings.append(Problem("certificate", reason))
-    usable = key is not None and not mistakes
+    identity = reference = None
+    try:
+        public_key = leaf.public_key()
+        identity, reference = key_id(public_key).hex(), reference_pem(public_key).decode()
+    except (UnsupportedAlgorithm, UnsupportedKey, ValueError) as error:
+        mistakes.append(Problem("certificate", f"{files.certificate} is for {error}"))
     return Findings(
         mistakes,
         warnings,
-        key_id(key.public_key()).hex() if key is not None and usable else None,
-        reference_pem(key.public_key()).decode() if key is not None and usable else None,
+        identity,
+        reference,
         leaf.subject.rfc4514_string(),
         _names(leaf),
         ends.isoformat(),

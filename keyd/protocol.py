@@ -13,6 +13,7 @@ reply      version(1) status(1) payload(0..1024)
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2)
            grants(n x (operations_mask(1) key(32))), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
+keys       version(1) 'K'(1) n x key(32): keyd's first word to whom it did not start
 =========  =======================================================================
 
 ``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). The
@@ -27,12 +28,14 @@ from typing import NamedTuple
 
 __all__ = [
     "KEY_ID_OCTETS",
+    "MAX_KEYS_OCTETS",
     "MAX_OPEN_OCTETS",
     "MAX_PAYLOAD_OCTETS",
     "MAX_REFUSAL_OCTETS",
     "MAX_REPLY_OCTETS",
     "MAX_REQUEST_OCTETS",
     "PREMASTER_SECRET_OCTETS",
+    "Keys",
     "Malformed",
     "Open",
     "Operation",
@@ -58,6 +61,8 @@ _GRANT = struct.Struct("!B32s")
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
 MAX_REPLY_OCTETS = _REPLY.size + MAX_PAYLOAD_OCTETS
 MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
+#: Enough for some 2,000 keys.
+MAX_KEYS_OCTETS = 64 * 1024
 #: Enough for some 1,900 distinct keys behind one listening address.
 MAX_OPEN_OCTETS = 64 * 1024
 
@@ -219,6 +224,31 @@ class Refusal(NamedTuple):
         except ValueError:
             raise Malformed(f"a refusal of status {status}") from None
         return cls(connection, known, message[_REFUSAL.size :].decode(errors="replace"))
+
+
+class Keys(NamedTuple):
+    """keyd to a supervisor that did not start it: the keys that it has."""
+
+    keys: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """Raise Malformed where the keys do not fit into one message."""
+        message = bytes((VERSION,)) + b"K" + b"".join(self.keys)
+        if len(message) > MAX_KEYS_OCTETS:
+            raise Malformed(f"{len(self.keys)} keys in one keyd")
+        return message
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Keys":
+        """Raise Malformed, saying what is wrong with the message."""
+        keys = message[2:]
+        if message[:2] != bytes((VERSION,)) + b"K" or len(keys) % KEY_ID_OCTETS:
+            raise Malformed(f"{len(message)} octets that do not list keys")
+        return cls(
+            tuple(
+                keys[start : start + KEY_ID_OCTETS] for start in range(0, len(keys), KEY_ID_OCTETS)
+            )
+        )
 
 
 def _mask(operations: frozenset[Operation]) -> int:

@@ -44,6 +44,18 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="show a real request, and what protects the key")
     demo.set_defaults(run=_demo)
+
+    audit = commands.add_parser(
+        "audit",
+        help="hold a running instance against its promises",
+        description="From outside, as root. Exit code 0: all hold; 1: one does not; 2: there is "
+        "no instance, or no way to look. keyd is asked for what it must refuse, which the "
+        "instance's log has as keyd_refused of connection 0.",
+    )
+    audit.add_argument("--pid", type=int, help="the supervisor of one instance (default: all)")
+    audit.add_argument("--json", action="store_true", help="for machines")
+    audit.add_argument("--html", type=Path, metavar="FILE", help="also write a report to hand on")
+    audit.set_defaults(run=_audit)
     return parser
 
 
@@ -88,6 +100,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     del arguments
     return demo()
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from titus_py.audit.command import audit_main
+
+    return audit_main(arguments.pid, arguments.json, arguments.html)
 
 
 if __name__ == "__main__":

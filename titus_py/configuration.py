@@ -120,7 +120,8 @@ class Credential(NamedTuple):
     """The files of one certificate and its key: absolute paths."""
 
     certificate: Path
-    key: Path
+    #: None where a keyd that is not started by titus-py has it.
+    key: Path | None
     passphrase_file: Path | None
 
 
@@ -208,10 +209,25 @@ def _directory(info: ValidationInfo) -> Path:
 
 
 def _path(value: object, info: ValidationInfo) -> Path:
+    """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
     text = _text(value)
+    if text.startswith("credential:"):
+        return _credential_path(text.removeprefix("credential:"))
     if not text or "\0" in text:
         raise ValueError(f"expected a path, not {_described(value)}")
     return _directory(info) / text
+
+
+def _credential_path(name: str) -> Path:
+    """Where systemd has put a credential (systemd.exec(5), LoadCredential=)."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if directory is None:
+        raise ValueError(
+            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential="
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_.@:-]{1,255}", name) or name in (".", ".."):
+        raise ValueError(f"{_described(name)} is no credential's name")
+    return Path(directory, name)
 
 
 def _readable_file(path: Path) -> Path:
@@ -395,7 +411,18 @@ class Limits(_Table):
     )
 
 
-class Keyd(_Table):
+class _KeydSocket(_Table):
+    """The part of [keyd] that the virtual hosts' keys depend on."""
+
+    socket: Annotated[Path, PlainValidator(_path)] | None = Field(
+        default=None,
+        description="The control socket of a keyd that is a service of its own and has the keys "
+        "(keyd control). Absent: titus-py starts a keyd itself, and no [[vhost]] goes without "
+        "a key.",
+    )
+
+
+class Keyd(_KeydSocket):
     """[keyd]: the process that holds the private keys."""
 
     user: Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)] = Field(
@@ -448,7 +475,11 @@ class _Credentials(_Table):
     certificate: _File = Field(
         description="The certificate in PEM, followed by the rest of its chain."
     )
-    key: _File = Field(description="The certificate's private key in PEM. Only keyd reads it.")
+    key: _File | None = Field(
+        default=None,
+        description="The certificate's private key in PEM. Only keyd reads it. Absent where "
+        "keyd.socket names a keyd that has it already.",
+    )
     passphrase_file: _File | None = Field(
         default=None, description="A file whose first line is the passphrase of an encrypted key."
     )
@@ -611,6 +642,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     listeners = {i: table.address for i, table in _each(Listen, tables, "listen", source)}
     vhosts = dict(_each(_Match, tables, "vhost", source))
     mistakes += _uid_mistakes(tables, source)
+    mistakes += _key_mistakes(tables, source)
     mistakes += _overlaps(listeners, source)
     if listeners and len(listeners) == len(tables["listen"]):
         mistakes += _never_received(vhosts, listeners.values(), source)
@@ -665,6 +697,24 @@ def _uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
             "worker.uids",
             f"the range holds {keyd.user.uid}, which is keyd.user: no worker may run as keyd does",
         )
+
+
+def _key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """Either titus-py starts a keyd, which needs every key, or another keyd has them all."""
+    keyd = _part(_KeydSocket, tables["keyd"], source)
+    vhosts = tables.get("vhost")
+    if keyd is None or not isinstance(vhosts, list):
+        return
+    for i, vhost in enumerate(vhosts):
+        if isinstance(vhost, dict) and keyd.socket is None and "key" not in vhost:
+            yield source.mistake(f"vhost[{i}].key", "is missing")
+        elif isinstance(vhost, dict) and keyd.socket is not None:
+            for field in ("key", "passphrase_file"):
+                if field in vhost:
+                    yield source.mistake(
+                        f"vhost[{i}].{field}",
+                        f"is not for this program to read: the keyd at {keyd.socket} has the keys",
+                    )
 
 
 def _overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:
@@ -868,6 +918,7 @@ def _os_reason(error: OSError) -> str:
 
 _TABLES: Mapping[str, type[_Table]] = {
     "worker": Worker,
+    "limits": Limits,
     "keyd": Keyd,
     "log": Log,
     "listen": Listen,

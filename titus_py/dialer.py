@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from titus_py.event_loop import READABLE, WRITABLE, EventLoop, Timer
 
-__all__ = ["Dialer", "ResolvedAddress", "reset_at_close"]
+__all__ = ["Dialer", "ResolvedAddress", "address_text", "reset_at_close"]
 
 #: A family and what connect(2) takes for it.
 ResolvedAddress = tuple[int, tuple[str, int] | tuple[str, int, int, int] | str]
@@ -97,8 +97,7 @@ class Dialer:
             self._succeeded()
 
     def _failed(self, error: int | None) -> None:
-        address = self._left.pop(0)[1]
-        where = address if isinstance(address, str) else f"{address[0]} port {address[1]}"
+        where = address_text(self._left.pop(0)[1])
         self._reason = f"{where}: {os.strerror(error or errno.EIO)}"
         self._drop()
 
@@ -126,6 +125,13 @@ class Dialer:
     def _finish(self, connected: socket.socket | None, reason: str) -> None:
         self.cancel()
         self._done(connected, reason)
+
+
+def address_text(address: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
+    """What connect(2) takes, for people."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 def reset_at_close(side: socket.socket) -> None:

@@ -85,6 +85,9 @@ class Generation:
         self.certificates = checked.certificates
         self.keyd: Child | None = None
         self.parent: Child | None = None
+        #: A keyd that is a service of its own, and not connected to yet.
+        self.waits_for_keyd = self.configuration.keyd.socket is not None
+        self.keyd_missed = False
         #: Replaced by a later one: it serves what it has, and takes no more.
         self.retired = False
         #: Said to be listening.
@@ -105,7 +108,12 @@ class Generation:
     def state(self) -> str:
         if self.retired:
             return "retired"
-        return "starting" if self.starting or not self.announced else "serving"
+        return "serving" if self.ready and self.announced else "starting"
+
+    @property
+    def ready(self) -> bool:
+        """Whether both of its processes serve."""
+        return not self.starting and not self.waits_for_keyd
 
     @property
     def children(self) -> list[Child]:
@@ -128,6 +136,7 @@ class Generation:
         files = dict.fromkeys(
             (str(vhost.key), vhost.passphrase_file and str(vhost.passphrase_file))
             for vhost in self.configuration.vhost
+            if vhost.key is not None
         )
         self.keyd, control = _start_keyd(
             {
@@ -143,12 +152,12 @@ class Generation:
 
     def start_parent(
         self,
-        control: socket.socket,
+        control: socket.socket | None,
         uids: range,
         listeners: Iterable[int],
         addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
     ) -> None:
-        """Start the parent, which gets the control socket. Raises OSError."""
+        """Start the parent, which gets keyd's control socket now or later. Raises OSError."""
         self.uids = uids
         worker, limits = self.configuration.worker, self.configuration.limits
         plan = Plan(
@@ -230,7 +239,7 @@ def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
     return _start("keyd", _KEYD, given), parents_end
 
 
-def _start_parent(plan: Plan, keyd: socket.socket) -> Child:
+def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     """The parent of this plan; the socket becomes the parent's. Raises OSError."""
     milliseconds = int(plan.handshake_timeout * 1000)
     channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
@@ -238,8 +247,9 @@ def _start_parent(plan: Plan, keyd: socket.socket) -> Child:
     given = {
         "plan-fd": sealed_file("plan", plan.encode()),
         "openssl-conf-fd": sealed_file("openssl.cnf", openssl_conf.encode()),
-        "keyd-fd": keyd.detach(),
     }
+    if keyd is not None:
+        given["keyd-fd"] = keyd.detach()
     environment = {"OPENSSL_CONF": f"/proc/self/fd/{given['openssl-conf-fd']}"}
     return _start("parent", _PARENT, given, environment, plan.listeners)
 

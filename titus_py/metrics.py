@@ -16,14 +16,13 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from keyd.protocol import Status
+from keyd.tally import LATENCY_BOUNDS
 from titus_py.report import End
 
-__all__ = ["CONTENT_TYPE", "KEYD_BOUNDS", "Metrics"]
+__all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-#: The upper bounds, in seconds, of what keyd's ``operations`` counts; the last is infinity.
-KEYD_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 #: Of connections and of workers: from a health check to a day of WebSocket.
 _DURATION_BOUNDS = (
     0.01,
@@ -42,21 +41,19 @@ _DURATION_BOUNDS = (
 )
 
 _OTHER = "other"
-_VERSIONS = {name: name for name in ("TLSv1.2", "TLSv1.3")}
 _SUITES = {
-    "TLSv1.3": {
-        name: name
-        for name in (
+    "TLSv1.3": frozenset(
+        {
             "TLS_AES_256_GCM_SHA384",
             "TLS_CHACHA20_POLY1305_SHA256",
             "TLS_AES_128_GCM_SHA256",
             "TLS_AES_128_CCM_SHA256",
             "TLS_AES_128_CCM_8_SHA256",
-        )
-    },
+        }
+    ),
     # What keyd can be of use for: ECDHE, and the RSA key exchange.
-    "TLSv1.2": {
-        name: name
+    "TLSv1.2": frozenset(
+        exchange + cipher
         for exchange in ("ECDHE-ECDSA-", "ECDHE-RSA-", "")
         for cipher in (
             "AES256-GCM-SHA384",
@@ -70,8 +67,7 @@ _SUITES = {
             "AES256-SHA",
             "AES128-SHA",
         )
-        if (name := exchange + cipher) not in ("CHACHA20-POLY1305", "AES256-SHA384")
-    },
+    ),
 }
 #: By their names in lower case: OpenSSL's spelling has changed over time.
 _GROUPS = {
@@ -118,6 +114,8 @@ _ALARMS = (
     "handshake_failed",
     "keyd_died",
     "parent_died",
+    "keyd_hangs",
+    "parent_hangs",
     "giving_up",
 )
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
@@ -173,7 +171,7 @@ class _Operations(NamedTuple):
     signed: int = 0
     decrypted: int = 0
     refused: Mapping[str, int] = {}
-    buckets: Sequence[int] = (0,) * (len(KEYD_BOUNDS) + 1)
+    buckets: Sequence[int] = (0,) * (len(LATENCY_BOUNDS) + 1)
     seconds: float = 0.0
 
 
@@ -183,7 +181,6 @@ class Metrics:
     def __init__(self) -> None:
         self._started = time.time()
         self._accepted = 0
-        self._live: dict[int, int] = {}
         self._ended = _Tally(_ENDS)
         self._handshakes: dict[tuple[str, str, str], int] = {}
         self._failures = _Tally(_FAILURES)
@@ -194,7 +191,7 @@ class Metrics:
         self._signed = 0
         self._decrypted = 0
         self._refused = _Tally(_REFUSALS)
-        self._keyd_latency = _Histogram(KEYD_BOUNDS)
+        self._keyd_latency = _Histogram(LATENCY_BOUNDS)
         #: What each generation's keyd has last said.
         self._operations: dict[int, _Operations] = {}
         self._alarms = _Tally(_ALARMS)
@@ -232,27 +229,13 @@ class Metrics:
         if fields.get("level") == "alarm":
             self._alarms.add(_word(event))
 
-    def parent_gone(self, generation: int) -> None:
-        """Its workers have ended with it: so have the connections that had no end yet.
-
-        To be called when a generation's parent has ended, however it has, after the last
-        of its events; its keyd ends with it.
-        """
-        left = self._live.pop(generation, 0)
-        if left:
-            self._ended.add("parent_gone", left)
+    def forget(self, generation: int) -> None:
+        """A generation is gone, and what its keyd has said need not be remembered."""
         self._operations.pop(generation, None)
-
-    def live(self, generation: int | None = None) -> int:
-        """How many connections there are, in all or of one generation."""
-        if generation is None:
-            return sum(self._live.values())
-        return self._live.get(generation, 0)
 
     def counts(self) -> dict[str, Any]:
         """Counts for ``titus-py status``: what can be told in a few lines."""
         return {
-            "live": self.live(),
             "accepted": self._accepted,
             "handshakes": sum(self._handshakes.values()),
             "failed": self._failures.some(),
@@ -272,33 +255,39 @@ class Metrics:
     # --- events -----------------------------------------------------------------
 
     def _connection_begun(self, fields: Mapping[str, object], generation: int) -> None:
-        del fields
+        del fields, generation
         self._accepted += 1
-        self._live[generation] = self._live.get(generation, 0) + 1
 
     def _connection_ended(self, fields: Mapping[str, object], generation: int) -> None:
-        version = _VERSIONS.get(str(fields.get("tls_version")), _OTHER)
-        suites = _SUITES.get(version, {})
-        suite = suites.get(str(fields.get("cipher_suite")), _OTHER)
-        group = _GROUPS.get(str(fields.get("group") or "").lower(), _OTHER)
-        key = version, suite, group
-        self._handshakes[key] = self._handshakes.get(key, 0) + 1
-        self._over(fields, generation, _end(fields))
+        del generation
+        # There is none where the parent was killed: nobody knows how far that one had come.
+        if "tls_version" in fields:
+            version = str(fields["tls_version"])
+            suite = str(fields.get("cipher_suite"))
+            group = str(fields.get("group") or "").lower()
+            suites = _SUITES.get(version)
+            key = (
+                _OTHER if suites is None else version,
+                suite if suites is not None and suite in suites else _OTHER,
+                _GROUPS.get(group, _OTHER),
+            )
+            self._handshakes[key] = self._handshakes.get(key, 0) + 1
+        self._over(fields, _end(fields))
 
     def _handshake_failed(self, fields: Mapping[str, object], generation: int) -> None:
+        del generation
         end = _end(fields)
         self._failures.add(end)
-        self._over(fields, generation, end)
+        self._over(fields, end)
 
-    def _over(self, fields: Mapping[str, object], generation: int, end: str) -> None:
+    def _over(self, fields: Mapping[str, object], end: str) -> None:
         self._ended.add(end)
-        # An end whose beginning was lost does not make the count negative.
-        self._live[generation] = max(0, self._live.get(generation, 0) - 1)
-        seconds = _number(fields.get("seconds"))
-        self._durations.observe(seconds)
-        most = int((seconds + 1) * _PLAUSIBLE_RATE)
-        self._from_clients += min(most, _count(fields.get("octets_from_client")))
-        self._to_clients += min(most, _count(fields.get("octets_to_client")))
+        if "seconds" in fields:
+            seconds = _number(fields["seconds"])
+            self._durations.observe(seconds)
+            most = int((seconds + 1) * _PLAUSIBLE_RATE)
+            self._from_clients += min(most, _count(fields.get("octets_from_client")))
+            self._to_clients += min(most, _count(fields.get("octets_to_client")))
         if "worker_seconds" in fields:
             self._worker_lifetimes.observe(_number(fields["worker_seconds"]))
 
@@ -326,7 +315,7 @@ class Metrics:
         self._decrypted += now.decrypted - before.decrypted
         for status, count in now.refused.items():
             self._refused.add(_word(status), max(0, count - before.refused.get(status, 0)))
-        if len(now.buckets) == len(before.buckets) == len(KEYD_BOUNDS) + 1:
+        if len(now.buckets) == len(before.buckets) == len(LATENCY_BOUNDS) + 1:
             since = [new - old for new, old in zip(now.buckets, before.buckets, strict=True)]
             for number, (below, above) in enumerate(zip([0, *since], since, strict=False)):
                 self._keyd_latency.counts[number] += max(0, above - below)
@@ -355,14 +344,19 @@ class Metrics:
 
     def exposition(self, status: Mapping[str, Any]) -> bytes:
         """Everything as Prometheus reads it; ``status`` is what ``titus-py status`` gets."""
-        families = [*self._of_connections(), *self._of_keyd(), *self._of_the_service(status)]
+        families = [
+            *self._of_connections(status),
+            *self._of_keyd(),
+            *self._of_the_service(status),
+        ]
         return "".join(family.text() for family in families).encode("utf-8", "backslashreplace")
 
-    def _of_connections(self) -> Iterator["_Family"]:
+    def _of_connections(self, status: Mapping[str, Any]) -> Iterator["_Family"]:
+        live = sum(generation["connections"] for generation in status.get("generations", ()))
         yield _counter("connections_accepted", "Clients that were given a worker.").add(
             self._accepted
         )
-        yield _gauge("connections_live", "Connections that have not ended.").add(self.live())
+        yield _gauge("connections_live", "Connections that have not ended.").add(live)
         yield _counter("connections_ended", "Connections by how they ended.").by("end", self._ended)
         handshakes = _counter(
             "handshakes", "Completed handshakes, counted when their connection has ended."
@@ -527,7 +521,7 @@ def _end(fields: Mapping[str, object]) -> str:
 
 
 def _word(text: str) -> str:
-    if text.isidentifier() and text.islower() and len(text) <= _WORD_CHARACTERS:
+    if text.isascii() and text.isidentifier() and text.islower() and len(text) <= _WORD_CHARACTERS:
         return text
     return _NOT_A_WORD.sub("_", text.lower())[:_WORD_CHARACTERS].strip("_") or _OTHER
 

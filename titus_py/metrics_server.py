@@ -9,10 +9,9 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from functools import partial
 
 from titus_py.address import IPAddress, UnixAddress
-from titus_py.event_loop import WRITABLE, EventLoop
+from titus_py.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.metrics import CONTENT_TYPE
 
 __all__ = ["MetricsServer", "listen_at"]
@@ -168,11 +167,9 @@ class _Client:
         if self._heard > _REQUEST_OCTETS + _UNREAD_OCTETS and self._socket.fileno() >= 0:
             self.close()
 
-    def _then(self, callback: Callable[[], None], events: int | None = None) -> None:
-        descriptor = self._socket.fileno()
-        self._loop.unwatch(descriptor)
-        watch = partial(self._loop.watch, descriptor, callback)
-        watch(events) if events is not None else watch()
+    def _then(self, callback: Callable[[], None], events: int = READABLE) -> None:
+        self._loop.unwatch(self._socket.fileno())
+        self._loop.watch(self._socket.fileno(), callback, events)
 
 
 def listen_at(address: IPAddress | UnixAddress) -> socket.socket:

@@ -131,7 +131,7 @@ class _Worker:
 class Parent:
     """One generation's listening sockets, workers and way to keyd."""
 
-    def __init__(self, plan: Plan, supervisor: socket.socket, keyd: socket.socket) -> None:
+    def __init__(self, plan: Plan, supervisor: socket.socket, keyd: socket.socket | None) -> None:
         self._plan = plan
         self._loop = EventLoop()
         self._supervisor = supervisor
@@ -167,7 +167,8 @@ class Parent:
         self._handshaking: dict[int, _Worker] = {}
         self._offer = lru_cache(maxsize=1024)(self._make_offer)
         self._keyd: socket.socket | None = None
-        self._take_keyd(keyd)
+        if keyd is not None:
+            self._take_keyd(keyd)
 
     # --- life -------------------------------------------------------------------
 
@@ -434,6 +435,7 @@ class Parent:
             message = b""
         if not message:
             self._lose_keyd()
+            self._tell("keyd_lost", level="warning")
             return
         refusal = Refusal.decode(message)
         worker = next(
@@ -712,7 +714,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="titus_py.parent")
     parser.add_argument("--plan-fd", type=int, required=True)
     parser.add_argument("--supervisor-fd", type=int, required=True)
-    parser.add_argument("--keyd-fd", type=int, required=True)
+    parser.add_argument("--keyd-fd", type=int)
     # What OPENSSL_CONF names: the library has read it by now.
     parser.add_argument("--openssl-conf-fd", type=int, required=True)
     arguments = parser.parse_args()
@@ -722,9 +724,9 @@ def main() -> int:
     allow_many_descriptors()
     os.close(arguments.openssl_conf_fd)
     plan = Plan.decode(read_all(arguments.plan_fd))
-    Parent(
-        plan, socket.socket(fileno=arguments.supervisor_fd), socket.socket(fileno=arguments.keyd_fd)
-    ).serve()
+    supervisor = socket.socket(fileno=arguments.supervisor_fd)
+    keyd = socket.socket(fileno=arguments.keyd_fd) if arguments.keyd_fd is not None else None
+    Parent(plan, supervisor, keyd).serve()
     return 0
 
 

@@ -23,18 +23,19 @@ import prctl
 
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
+from keyd.linux.systemd import Notifier, passed_sockets
+from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
 from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress
 from titus_py.check import Checked
 from titus_py.confinement import PARENT_CAPABILITIES
 from titus_py.control import Answer, Control
-from titus_py.dialer import ResolvedAddress
+from titus_py.dialer import ResolvedAddress, address_text
 from titus_py.event_loop import EventLoop
 from titus_py.generation import ALIVE_SECONDS, Child, Generation, any_process_has, free_block
 from titus_py.listeners import CannotListen, listen, passed_listeners
 from titus_py.log import Log
 from titus_py.resolver import Resolver
-from titus_py.systemd import Notifier, passed_sockets
 from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
 __all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
@@ -54,6 +55,8 @@ _START_SECONDS = 60.0
 #: How long a child may say nothing at all before it is taken to hang: it says that it is
 #: alive every few seconds.
 _QUIET_SECONDS = 15.0
+#: How soon to look again for a keyd that is not there.
+_KEYD_SECONDS = 0.2
 #: How soon to try again what could not be done for now.
 _RETRY_SECONDS = 0.05
 #: How often to look whether uids have become free.
@@ -182,7 +185,9 @@ class _Supervisor:
         self._stops += 1
         self._close_listeners(self._listeners.copy())
         drain = self._serving.configuration.worker.drain
-        self._notify(stopping=1)
+        # A drain may take longer than the service manager has patience.
+        microseconds = int((drain + 2 * _STOP_SECONDS) * 1_000_000)
+        self._notify(stopping=1, extend_timeout_usec=microseconds)
         if self._stops == 1:
             self._log("stopping", reason=reason, drain=drain)
             order: dict[str, object] = {"do": "drain", "seconds": drain}
@@ -236,11 +241,15 @@ class _Supervisor:
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
             return
         try:
-            control = generation.start_keyd()
-            self._watch(generation, generation.keyd)
+            control = None
+            if generation.configuration.keyd.socket is None:
+                control = generation.start_keyd()
+                self._watch(generation, generation.keyd)
             listeners = [listener.fileno() for listener in self._listeners.values()]
             generation.start_parent(control, uids, listeners, self._addresses)
             self._watch(generation, generation.parent)
+            if generation.configuration.keyd.socket is not None:
+                self._connect_keyd(generation, generation.configuration.keyd.socket)
         except OSError as error:
             self._log("start_failed", level="error", reason=error.strerror)
             self._fail()
@@ -257,6 +266,45 @@ class _Supervisor:
             self._log("start_failed", level="error", reason=error.strerror)
             self._fail()
             self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
+
+    def _connect_keyd(self, generation: Generation, path: Path) -> None:
+        """Reach a keyd that somebody else started; again and again, until it is there."""
+        parent = generation.parent
+        if self._stops or generation.retired or parent is None:
+            return
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+
+        def again() -> None:
+            control.close()
+            self._loop.after(_KEYD_SECONDS, lambda: self._connect_keyd(generation, path))
+
+        def hear_keys() -> None:
+            self._loop.unwatch(control.fileno())
+            try:
+                keys = {key.hex() for key in Keys.decode(control.recv(MAX_KEYS_OCTETS)).keys}
+            except (OSError, Malformed) as error:
+                self._log("keyd_unreachable", level="error", socket=str(path), reason=str(error))
+                again()
+                return
+            for missing in generation.key_ids - keys:
+                self._log("keyd_lacks_key", level="error", socket=str(path), key=missing)
+            parent.send({"do": "use keyd"}, [control.fileno()])
+            control.close()
+            self._log("keyd_connected", socket=str(path), generation=generation.number)
+            generation.keyd_missed = generation.waits_for_keyd = False
+            if generation.ready:
+                self._ready(generation)
+
+        try:
+            control.connect(str(path))
+        except OSError as error:
+            if not generation.keyd_missed:
+                generation.keyd_missed = True
+                reason = error.strerror
+                self._log("keyd_unreachable", level="error", socket=str(path), reason=reason)
+            again()
+        else:
+            self._loop.watch(control.fileno(), hear_keys)
 
     def _free_uids(self, generation: Generation) -> range | None:
         taken = [*self._used_uids, *(other.uids for other in self._generations if other.uids)]
@@ -434,6 +482,8 @@ class _Supervisor:
             generation.connections[event["connection"]] = event
         elif name in _ENDS:
             generation.connections.pop(event["connection"], None)
+        elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
+            self._connect_keyd(generation, generation.configuration.keyd.socket)
         if name not in _NOT_FOR_THE_LOG:
             self._log(name, **event)
 
@@ -453,7 +503,7 @@ class _Supervisor:
             self._log("keys_changed", level="warning", action="reloading")
             self._reload()
         generation.starting.discard(child)
-        if not generation.starting:
+        if generation.ready:
             self._ready(generation)
 
     def _bury(self, generation: Generation, child: Child) -> None:
@@ -574,7 +624,8 @@ class _Supervisor:
                     "local_port": vhost.local_port,
                     "backend": str(vhost.backend),
                     "addresses": [
-                        str(address) for _, address in self._addresses.get(vhost.backend, ())
+                        address_text(address)
+                        for _, address in self._addresses.get(vhost.backend, ())
                     ],
                     "certificate": credentials.index(vhost.credential),
                 }

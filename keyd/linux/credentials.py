@@ -8,7 +8,6 @@ import ctypes
 import os
 import resource
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import prctl
 
@@ -28,6 +27,7 @@ __all__ = [
 
 # python-prctl knows the capabilities and securebits of the day it was written.
 _PR_SET_SECUREBITS = 28
+_PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -57,9 +57,11 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     CAP_SETPCAP.
     """
     wanted = sum(1 << capability for capability in kept)
-    for capability in range(_last_capability() + 1):
+    capability = 0
+    while _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # up to the kernel's last
         if not wanted >> capability & 1:
             _prctl(_PR_CAPBSET_DROP, capability)
+        capability += 1
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()
@@ -67,10 +69,6 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     low, high = sets[1] & wanted & 0xFFFF_FFFF, sets[4] & wanted >> 32
     sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     _check(_libc.capset(header, sets), "capset")
-
-
-def _last_capability() -> int:
-    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
 
 def forbid_regaining(bounding: Iterable[int]) -> None:

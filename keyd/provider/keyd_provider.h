@@ -84,8 +84,8 @@ enum key_type { KEY_NONE, KEY_RSA, KEY_EC, KEY_ED25519, KEY_RSA_PSS };
 
 struct curve {
     const char *name;
-    size_t point_length;   /* uncompressed */
-    size_t max_signature;  /* DER */
+    size_t point_length;  /* uncompressed */
+    size_t max_signature; /* DER */
     unsigned int bits, security_bits;
 };
 

@@ -21,10 +21,7 @@ static OSSL_PARAM *locate(OSSL_PARAM *params, const char *name)
 
 const OSSL_PARAM *find_param(const OSSL_PARAM *params, const char *name)
 {
-    for (; params != NULL && params->key != NULL; params++)
-        if (strcmp(params->key, name) == 0)
-            return params;
-    return NULL;
+    return locate((OSSL_PARAM *)params, name);
 }
 
 int get_int(const OSSL_PARAM *param, int *value)

@@ -1,0 +1,55 @@
+"""What systemd and a service say to each other (sd_notify(3), sd_listen_fds(3)).
+
+Run by the supervisor, and by a keyd on its own. Without systemd, nothing happens.
+"""
+
+import os
+import socket
+import time
+from contextlib import suppress
+
+__all__ = ["Notifier", "passed_sockets"]
+
+_FIRST_DESCRIPTOR = 3
+
+
+class Notifier:
+    """The way to the service manager, where there is one. Never blocks."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        #: How often a watchdog wants to hear from us, in seconds; None if there is none.
+        self.watchdog: float | None = None
+        watched_pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+        microseconds = os.environ.pop("WATCHDOG_USEC", "")
+        if microseconds.isdecimal() and watched_pid == str(os.getpid()):
+            # Half of it, as sd_watchdog_enabled(3) advises.
+            self.watchdog = int(microseconds) / 2_000_000
+
+    def __call__(self, **fields: object) -> None:
+        """Send variables such as READY=1; their names are given in lower case."""
+        if self._address:
+            text = "\n".join(f"{name.upper()}={value}" for name, value in fields.items())
+            address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+            # A manager that does not listen must not hold us up.
+            with suppress(OSError):
+                self._socket.sendto(text.encode(), address)
+
+    def reloading(self) -> None:
+        """RELOADING=1, with the time that Type=notify-reload asks for."""
+        self(reloading=1, monotonic_usec=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+
+
+def passed_sockets() -> dict[str, list[socket.socket]]:
+    """The listening sockets that we were started with, by name; forgets about them."""
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    found: dict[str, list[socket.socket]] = {}
+    if pid == str(os.getpid()) and count.isdecimal():
+        for index in range(int(count)):
+            one = socket.socket(fileno=_FIRST_DESCRIPTOR + index)
+            one.set_inheritable(False)
+            found.setdefault(names[index] if index < len(names) else "", []).append(one)
+    return found

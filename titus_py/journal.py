@@ -1,0 +1,97 @@
+"""systemd's journal, by its native protocol: an event's fields stay fields.
+
+Run by the supervisor, as root, on the log's own thread. The journal is trusted to keep what
+it is told; it may be slow, restarting or gone. Fields come from the parent, and some of
+them from workers: a value's length is stated, so that it cannot pass for another field.
+
+The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+"""
+
+import errno
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+
+from keyd.linux.sealed import sealed_file
+
+__all__ = ["PASSING", "SOCKET", "Journal", "entry", "is_standard_error"]
+
+SOCKET = "/run/systemd/journal/socket"
+#: What ``Journal.write`` raises where the journal is behind, or being restarted.
+PASSING = (BlockingIOError, ConnectionRefusedError, FileNotFoundError)
+_IDENTIFIER = "titus-py"
+#: As syslog numbers them (syslog(3)). An alarm is "action must be taken immediately", 1; an
+#: emergency, 0, would be written to every terminal (journald.conf(5), MaxLevelWall).
+_PRIORITIES = {"info": 6, "warning": 4, "error": 3, "alarm": 1}
+_UNKNOWN_PRIORITY = 5
+_LENGTH = struct.Struct("<Q")
+_NOT_IN_A_NAME = re.compile("[^A-Z0-9_]")
+_NAME_CHARACTERS = 64
+_STANDARD_ERROR = 2
+
+
+def is_standard_error() -> bool:
+    """Whether standard error goes to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(_STANDARD_ERROR)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def entry(line: str, level: str, event: str, fields: Mapping[str, object]) -> bytes:
+    """An event as one message to the journal.
+
+    ``line`` is what ``journalctl`` shows; ``connection=5`` becomes TITUS_CONNECTION=5.
+    """
+    return b"".join(_encoded(line, level, event, fields))
+
+
+def _encoded(line: str, level: str, event: str, fields: Mapping[str, object]) -> Iterator[bytes]:
+    yield _field("MESSAGE", line)
+    yield _field("PRIORITY", _PRIORITIES.get(level, _UNKNOWN_PRIORITY))
+    yield _field("SYSLOG_IDENTIFIER", _IDENTIFIER)
+    yield _field("TITUS_EVENT", event)
+    for name, value in fields.items():
+        if value is not None:
+            name = "TITUS_" + _NOT_IN_A_NAME.sub("_", name.upper())
+            yield _field(name[:_NAME_CHARACTERS], value)
+
+
+def _field(name: str, value: object) -> bytes:
+    octets = str(value).encode("utf-8", "backslashreplace")
+    if b"\n" in octets:
+        return name.encode() + b"\n" + _LENGTH.pack(len(octets)) + octets + b"\n"
+    return name.encode() + b"=" + octets + b"\n"
+
+
+class Journal:
+    """A way to the journal that survives its restart."""
+
+    def __init__(self, path: str = SOCKET) -> None:
+        """Connects to nothing yet: see ``write``."""
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def write(self, octets: bytes) -> None:
+        """Send one entry, or raise OSError: at once, either way."""
+        try:
+            # To the path, each time: there may be a new socket behind it.
+            self._socket.sendto(octets, self._path)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            self._write_as_file(octets)
+
+    def _write_as_file(self, octets: bytes) -> None:
+        """What is too long for a datagram goes as a sealed file."""
+        descriptor = sealed_file("journal-entry", octets)
+        try:
+            rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", descriptor)
+            # Not socket.send_fds, which has no regard for the address.
+            self._socket.sendmsg([], [rights], 0, self._path)
+        finally:
+            os.close(descriptor)

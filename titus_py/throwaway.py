@@ -1,0 +1,208 @@
+"""A throwaway instance: for tests of what is in front of it, behind it, or in it.
+
+Run as root by whoever tests (``pytest_plugin``). The instance is the real ``titus-py serve``,
+as a child, with a certificate and an authority that exist for as long as it does, and
+users that nobody else on the machine has.
+"""
+
+import datetime
+import ipaddress
+import json
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from keyd.powers import PrivateKey
+from titus_py.instance import all_processes
+
+__all__ = ["KEY_TYPES", "PROGRAM", "Event", "TitusInstance"]
+
+#: What is started, to be followed by the command's options.
+PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
+
+KEY_TYPES: dict[str, Callable[[], PrivateKey]] = {
+    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "RSA-2048": lambda: rsa.generate_private_key(65537, 2048),
+    "RSA-4096": lambda: rsa.generate_private_key(65537, 4096),
+    "Ed25519": ed25519.Ed25519PrivateKey.generate,
+}
+
+Event = dict[str, Any]
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+_MAX, _SPARE = 100, 2
+#: From where to take users: far beyond what anybody gives out.
+_FIRST_UID, _LAST_UID = 1_000_000_000, 2_000_000_000
+
+
+class TitusInstance:
+    """A running titus-py with a throwaway certificate.
+
+    ``port`` is where it listens, on 127.0.0.1; ``address`` is both. ``ca_file`` is what a
+    client has to trust, for the names that were asked for and for 127.0.0.1;
+    ``certificate_file`` and ``key_file`` are what it serves with; ``pid`` is its supervisor's.
+    """
+
+    def __init__(self, directory: Path, backend: str, key_type: str, names: Sequence[str]) -> None:
+        """Start it, and return when it listens. Raises RuntimeError if it does not."""
+        self.port = _free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.ca_file = directory / "ca.crt"
+        self.certificate_file = directory / "site.crt"
+        self.key_file = directory / "site.key"
+        self._log = directory / "log"
+        self._make_certificate(key_type, names)
+        configuration = directory / "titus.toml"
+        configuration.write_text(self._configuration(directory, backend))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*PROGRAM, "serve", "--config", configuration],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # The terminal's Ctrl-C is for the tests, which stop it in their own time.
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        self._wait_until_listening()
+
+    def events(self, name: str | None = None) -> list[Event]:
+        """What it has logged so far: all events, or those with this name."""
+        lines = self._log.read_text(errors="replace").split("\n")[:-1]
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+        return [event for event in found if name in (None, event["event"])]
+
+    def wait_for_event(self, name: str, seconds: float = 10.0) -> Event:
+        """The first event with this name. Raises TimeoutError if there is none in time."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.events(name)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {name!r} within {seconds:g} s:\n{self._last_words()}")
+            time.sleep(0.01)
+        return found[0]
+
+    def stop(self) -> None:
+        """End it, and every connection; done at the test's end in any case."""
+        # Once: let connections end. Twice: end them.
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                self._process.send_signal(number)
+                try:
+                    self._process.wait(0.2 if number is signal.SIGTERM else _STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        self._process.wait(_STOP_SECONDS)
+
+    def _wait_until_listening(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.events("listening"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"titus-py does not listen:\n{self._last_words()}")
+            time.sleep(0.01)
+
+    def _last_words(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) or "(no log)"
+
+    def _configuration(self, directory: Path, backend: str) -> str:
+        uids = _free_uids(_MAX + _SPARE + 1)
+        tables = {
+            "[worker]": {
+                "uids": f"{uids[0]}-{uids[-2]}",
+                "max": _MAX,
+                "spare": _SPARE,
+                "chroot": str(directory / "empty"),
+            },
+            "[keyd]": {"user": str(uids[-1])},
+            "[log]": {"format": "json"},
+            "[[listen]]": {"address": self.address},
+            "[[vhost]]": {
+                "certificate": str(self.certificate_file),
+                "key": str(self.key_file),
+                "backend": backend,
+            },
+        }
+        lines = []
+        for heading, table in tables.items():
+            lines.append(heading)
+            # JSON's strings and numbers are TOML's.
+            lines += [f"{name} = {json.dumps(value)}" for name, value in table.items()]
+        return "\n".join(lines) + "\n"
+
+    def _make_certificate(self, key_type: str, names: Sequence[str]) -> None:
+        """An authority that forgets its key at once, and what it issued."""
+        authority_key, key = ec.generate_private_key(ec.SECP256R1()), KEY_TYPES[key_type]()
+        authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "throwaway authority")])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
+        root = (
+            _builder(authority, authority)
+            .public_key(authority_key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(authority_key, hashes.SHA256())
+        )
+        alternatives = x509.SubjectAlternativeName(
+            [
+                *(x509.DNSName(name) for name in names),
+                x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
+            ]
+        )
+        leaf = (
+            _builder(authority, subject)
+            .public_key(key.public_key())
+            .add_extension(alternatives, critical=False)
+            .sign(authority_key, hashes.SHA256())
+        )
+        self.ca_file.write_bytes(root.public_bytes(Encoding.PEM))
+        self.certificate_file.write_bytes(leaf.public_bytes(Encoding.PEM))
+        self.key_file.touch(mode=0o600)
+        self.key_file.write_bytes(
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+
+
+def _builder(issuer: x509.Name, subject: x509.Name) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .issuer_name(issuer)
+        .subject_name(subject)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+    )
+
+
+def _free_port() -> int:
+    """A port outside what the kernel gives to clients, on which nothing listens now."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+
+
+def _free_uids(count: int) -> range:
+    """Users that no process has, at random: other tests look for some at the same time."""
+    taken = {process.uid for process in all_processes()}
+    while True:
+        first = _FIRST_UID + secrets.randbelow(_LAST_UID - _FIRST_UID - count)
+        uids = range(first, first + count)
+        if not taken & set(uids):
+            return uids
