@@ -440,6 +440,16 @@ class Log(_Table):
     )
 
 
+class Service(_Table):
+    """[service]: how titus-py itself is run."""
+
+    reload_on_change: _Boolean = Field(
+        default=False,
+        description="Reload by itself when a certificate or key file has changed, some seconds "
+        "after it last did.",
+    )
+
+
 class Listen(_Table):
     """[[listen]]: an address to accept connections on."""
 
@@ -550,6 +560,7 @@ class Configuration(_Table):
     )
     keyd: Keyd = Field(default_factory=Keyd, description="The process that holds the keys.")
     log: Log = Field(default_factory=Log, description="What is written to standard error.")
+    service: Service = Field(default_factory=Service, description="How titus-py itself is run.")
     listen: Annotated[tuple[Listen, ...], AfterValidator(_not_empty)] = Field(
         description="The addresses to accept connections on: one table each."
     )
@@ -630,7 +641,7 @@ def _failed(source: Source, key: str, reason: str) -> Loaded:
 
 def _validated(content: dict[str, Any], source: Source) -> Loaded:
     # Their defaults too are to be validated, and in the same pass.
-    tables = {"worker": {}, "limits": {}, "keyd": {}, "log": {}} | content
+    tables = {"worker": {}, "limits": {}, "keyd": {}, "log": {}, "service": {}} | content
     configuration = None
     mistakes = []
     try:
@@ -921,6 +932,7 @@ _TABLES: Mapping[str, type[_Table]] = {
     "limits": Limits,
     "keyd": Keyd,
     "log": Log,
+    "service": Service,
     "listen": Listen,
     "vhost": VirtualHost,
 }

@@ -25,6 +25,7 @@ from titus_py.check import Checked
 from titus_py.confinement import KEYD_FD
 from titus_py.dialer import ResolvedAddress
 from titus_py.event_loop import Timer
+from titus_py.file_watch import FileWatch
 from titus_py.limits import Limits
 from titus_py.plan import Plan, VirtualHost
 
@@ -99,6 +100,12 @@ class Generation:
         self.started = datetime.now(UTC)
         #: The uids that its parent may give to workers.
         self.uids = range(0)
+        self.files = FileWatch(
+            file
+            for vhost in self.configuration.vhost
+            for file in (vhost.certificate, vhost.key)
+            if file is not None
+        )
         self._filters = filters
         self._chains = {
             vhost.certificate: vhost.certificate.read_text() for vhost in self.configuration.vhost

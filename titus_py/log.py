@@ -135,9 +135,7 @@ def _octets(line: str) -> bytes:
 
 
 def _json(now: str, level: str, event: str, fields: dict[str, object]) -> str:
-    return json.dumps(
-        {"time": now, "level": level, "event": event, **fields}, ensure_ascii=False, default=str
-    )
+    return _dumped({"time": now, "level": level, "event": event, **fields})
 
 
 def _text(now: str, level: str, event: str, fields: dict[str, object]) -> str:
@@ -148,4 +146,10 @@ def _text(now: str, level: str, event: str, fields: dict[str, object]) -> str:
 def _quoted(value: object) -> str:
     text = str(value)
     plain = text and text.isprintable() and not any(character in text for character in ' "=\\')
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else _dumped(text)
+
+
+def _dumped(value: object) -> str:
+    """JSON that is one line to everybody, and steers no terminal (C1 controls, U+2028)."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else json.dumps(value, default=str)

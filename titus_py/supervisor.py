@@ -55,6 +55,8 @@ _START_SECONDS = 60.0
 #: How long a child may say nothing at all before it is taken to hang: it says that it is
 #: alive every few seconds.
 _QUIET_SECONDS = 15.0
+#: How often to look for changed certificates.
+_FILES_SECONDS = 3.0
 #: How soon to look again for a keyd that is not there.
 _KEYD_SECONDS = 0.2
 #: How soon to try again what could not be done for now.
@@ -154,6 +156,7 @@ class _Supervisor:
         self._start(generation)
         self._look_after_children()
         self._feed_watchdog()
+        self._look_at_files()
         while self._exit_code is None:
             self._loop.run_once()
         if self._control is not None:
@@ -581,6 +584,14 @@ class _Supervisor:
                     child.kill()
         self._notify(status=self._status_text())
         self._loop.after(ALIVE_SECONDS, self._look_after_children)
+
+    def _look_at_files(self) -> None:
+        """Reload where a certificate or key is not what it was."""
+        serving = self._serving
+        if serving.configuration.service.reload_on_change and serving.files.settled_change():
+            self._log("files_changed", action="reloading")
+            self._reload()
+        self._loop.after(_FILES_SECONDS, self._look_at_files)
 
     def _feed_watchdog(self) -> None:
         if self._notify.watchdog is not None:

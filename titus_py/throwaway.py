@@ -121,7 +121,7 @@ class TitusInstance:
 
     def _configuration(self, directory: Path, backend: str) -> str:
         uids = _free_uids(_MAX + _SPARE + 1)
-        tables = {
+        tables: dict[str, dict[str, object]] = {
             "[worker]": {
                 "uids": f"{uids[0]}-{uids[-2]}",
                 "max": _MAX,

@@ -68,9 +68,7 @@ class Authority:
         )
         files.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
         files.key.touch(mode=0o600)
-        files.key.write_bytes(
-            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        )
+        files.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return files
 
     def _builder(self, subject: x509.Name) -> x509.CertificateBuilder:

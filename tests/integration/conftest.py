@@ -39,14 +39,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Authority(tmp_path_factory.mktemp("authority")).issue
 
 
-def _factory(
-    certificates: Certificates, directories: pytest.TempPathFactory
-) -> Iterator[Serve]:
+def _factory(certificates: Certificates, directories: pytest.TempPathFactory) -> Iterator[Serve]:
     instances: list[Instance] = []
 
-    def serve(
-        backend: str | None = None, awaited: str = "listening", **tables: Any
-    ) -> Instance:
+    def serve(backend: str | None = None, awaited: str = "listening", **tables: Any) -> Instance:
         """One virtual host for all on 127.0.0.1, but for what ``tables`` say."""
         vhost: list[Table] = tables.pop("vhost", [{}])
         complete: Table = {
@@ -78,9 +74,7 @@ def _factory(
 
 
 @pytest.fixture
-def serve(
-    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Serve]:
+def serve(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     yield from _factory(certificates, tmp_path_factory)
 
 

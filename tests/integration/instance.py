@@ -135,6 +135,7 @@ class Instance:
         self.port = port
         self.uids = uids
         self.expected_alarms: set[str] = set()
+        self.directory = log.parent
         self._log = log
         self._offset = 0
         self._events: list[Event] = []
@@ -161,11 +162,10 @@ class Instance:
             **tables.get("worker", {}),
         }
         complete = {
-            "worker": worker,
             "keyd": {"user": str(uids[-1])},
             "log": {"format": "json"},
-            "listen": tables["listen"],
-            "vhost": tables["vhost"],
+            **tables,
+            "worker": worker,
         }
         configuration = directory / "titus.toml"
         configuration.write_text(toml(complete))
@@ -215,6 +215,16 @@ class Instance:
             tail = self.log()[-8000:]
             raise AssertionError(f"no event {name} {fields}: {error}\n{tail}") from None
         return events[0]
+
+    def wait_for_events(self, count: int, name: str, seconds: float = 10.0) -> list[Event]:
+        """All with this name, once there are so many."""
+        return list(
+            eventually(
+                lambda: found if len(found := self.events_named(name)) >= count else None,
+                f"{count} events {name}",
+                seconds,
+            )
+        )
 
     def wait_until_listening(self) -> "Instance":
         """In either form of the log."""

@@ -25,7 +25,8 @@ class TlsClient:
     """A TLS client on a plain socket, with nothing hidden between the two.
 
     ``received`` is what came over the wire until the handshake ended, in one way or the
-    other. Without an ``authority`` the server may show any certificate.
+    other; ``octets_sent`` is how many went the other way. Without an ``authority`` the
+    server may show any certificate.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TlsClient:
             self.tls.set_tlsext_host_name(server_name.encode())
         self.socket = source or connect(port, host, receive_buffer)
         self.received = b""
+        self.octets_sent = 0
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +129,9 @@ class TlsClient:
     def _flush(self) -> None:
         with contextlib.suppress(SSL.WantReadError):
             while True:
-                self.socket.sendall(self.tls.bio_read(65536))
+                octets = self.tls.bio_read(65536)
+                self.socket.sendall(octets)
+                self.octets_sent += len(octets)
 
     def _take_in(self) -> bytes:
         octets = self.socket.recv(65536)
@@ -137,9 +141,7 @@ class TlsClient:
         return octets
 
 
-def connect(
-    port: int, host: str = "127.0.0.1", receive_buffer: int | None = None
-) -> socket.socket:
+def connect(port: int, host: str = "127.0.0.1", receive_buffer: int | None = None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     client = socket.socket(family, socket.SOCK_STREAM)
     client.settimeout(TIMEOUT)
@@ -237,9 +239,7 @@ class Listener:
 
 
 @contextlib.contextmanager
-def served_by(
-    listener: Listener, handle: Callable[[socket.socket], None]
-) -> Iterator[Listener]:
+def served_by(listener: Listener, handle: Callable[[socket.socket], None]) -> Iterator[Listener]:
     """Let a function have each connection that comes to this backend, in threads."""
 
     def serve_one(connection: socket.socket) -> None:

@@ -211,14 +211,18 @@ def test_silence_after_a_beginning_ends_with_the_handshake_timeout(
     assert event["end"] == "handshake_timeout"
 
 
+def dribble(client: socket.socket, octets: bytes) -> None:
+    for octet in octets:
+        client.sendall(bytes((octet,)))
+        time.sleep(0.25)
+
+
 def test_an_octet_now_and_then_ends_with_the_handshake_timeout(impatient: Instance) -> None:
     with connect(impatient.port) as client:
         host, port = client.getsockname()
         started = time.monotonic()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            for octet in client_hello():
-                client.sendall(bytes((octet,)))
-                time.sleep(0.25)
+            dribble(client, client_hello())
         assert time.monotonic() - started < 3.0
     event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
@@ -344,11 +348,8 @@ def test_after_ten_thousand_of_these_everything_is_as_before(
         for _ in pool.map(misbehave, random.Random(1).sample(range(count), count)):
             pass
     assert done.total() == count
-    instance.wait_for_event("handshake_failed")
-    deadline = time.monotonic() + 30
-    while len(instance.events_named("handshake_failed")) < count and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ends = Counter(event["end"] for event in instance.events_named("handshake_failed"))
+    failed = instance.wait_for_events(count, "handshake_failed", 60)
+    ends = Counter(event["end"] for event in failed)
     assert ends.total() == count
     assert ends == done
     assert instance.settled_counts() == before

@@ -12,7 +12,7 @@ import pytest
 from OpenSSL import SSL
 
 from .conftest import Serve
-from .instance import Instance, Process, eventually
+from .instance import Instance, Process, all_processes, eventually
 from .peers import Listener, TlsClient, Truncated, connect, receive_exactly
 
 FAILS = (SSL.Error, Truncated, ConnectionResetError)
@@ -26,6 +26,10 @@ def talk(client: TlsClient) -> bool:
 def serves(instance: Instance) -> bool:
     with TlsClient(instance.port) as client:
         return talk(client.handshake())
+
+
+def await_end_of(process: Process) -> None:
+    eventually(lambda: process not in all_processes(), f"the end of {process}")
 
 
 def kill_and_await(instance: Instance, process: Process, name: str) -> float:
@@ -98,9 +102,7 @@ def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
 
 
 @pytest.mark.parametrize("which", ["keyd", "parent"])
-def test_three_failures_in_a_row_are_the_end(
-    serve: Serve, echoing: Listener, which: str
-) -> None:
+def test_three_failures_in_a_row_are_the_end(serve: Serve, echoing: Listener, which: str) -> None:
     instance = serve(echoing.address)
     instance.expected_alarms |= {"keyd_died", "parent_died", "giving_up"}
     instance.expected_alarms.add("connection_ended")
@@ -112,10 +114,7 @@ def test_three_failures_in_a_row_are_the_end(
             process.kill()
             instance.wait_for_event(f"{which}_died", pid=process.pid)
             if count < 3:
-                eventually(
-                    lambda count=count: len(instance.events_named(f"{which}_started")) > count,
-                    f"another {which}",
-                )
+                instance.wait_for_events(count + 1, f"{which}_started")
                 assert serves(instance)
     assert instance.wait() == 1
     words = [event["event"] for event in instance.events()]
@@ -154,7 +153,7 @@ def test_a_killed_parent_counts_as_one_failure(serve: Serve, echoing: Listener) 
         supervisor.kill(signal.SIGSTOP)
         since = len(instance.events())
         parent.kill()
-        eventually(lambda keyd=keyd: keyd not in instance.processes(), "keyd's end")
+        await_end_of(keyd)
         supervisor.kill(signal.SIGCONT)
         instance.wait_for_event("parent_started", since=since)
         assert serves(instance)
@@ -193,10 +192,9 @@ def test_nothing_survives_a_killed_supervisor(serve: Serve, echoing: Listener) -
 # --- no more processes -----------------------------------------------------------------
 
 
-def test_more_clients_than_max_wait_and_are_served_later(
-    serve: Serve, echoing: Listener
-) -> None:
-    instance = serve(echoing.address, worker={"max": 2, "spare": 2})
+def test_more_clients_than_max_wait_and_are_served_later(serve: Serve, echoing: Listener) -> None:
+    worker, limits = {"max": 2, "spare": 2}, {"handshakes": 2}
+    instance = serve(echoing.address, worker=worker, limits=limits)
     first, second, third, fourth = (TlsClient(instance.port) for _ in range(4))
     try:
         assert talk(first.handshake())
@@ -218,7 +216,7 @@ def test_more_clients_than_max_wait_and_are_served_later(
     finally:
         for client in (first, second, third, fourth):
             client.socket.close()
-    eventually(lambda: len(instance.events_named("connection_ended")) == 4, "four ends")
+    instance.wait_for_events(4, "connection_ended")
     assert serves(instance)
 
 
@@ -301,9 +299,7 @@ def processor_ticks(process: Process) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_a_worker_that_is_killed_as_a_spare_is_replaced(
-    serve: Serve, echoing: Listener
-) -> None:
+def test_a_worker_that_is_killed_as_a_spare_is_replaced(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     instance.expected_alarms.add("worker_failed")
     before = instance.settled_counts()

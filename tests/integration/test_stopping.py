@@ -136,9 +136,7 @@ def test_a_parent_killed_while_draining_is_the_end(serve: Serve, backend: Listen
     instance.assert_nothing_is_left()
 
 
-def test_an_instance_may_be_stopped_before_it_has_started(
-    serve: Serve, echoing: Listener
-) -> None:
+def test_an_instance_may_be_stopped_before_it_has_started(serve: Serve, echoing: Listener) -> None:
     """As early as its first word."""
     for _ in range(3):
         instance = serve(echoing.address, awaited="start")

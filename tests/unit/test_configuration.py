@@ -86,6 +86,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         },
         "keyd": {"socket": None, "user": "199999"},
         "log": {"format": "text"},
+        "service": {"reload_on_change": False},
         "listen": [{"address": "[::]:443"}],
         "vhost": [
             {

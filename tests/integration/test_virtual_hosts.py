@@ -1,0 +1,272 @@
+"""Virtual hosts, listening addresses and kinds of backends."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+
+from .conftest import Certificates, Serve
+from .instance import Instance, Table, free_port
+from .peers import Listener, TlsClient, alert_in, connect, served_by
+
+TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
+UNRECOGNIZED_NAME, PROTOCOL_VERSION, HANDSHAKE_FAILURE = 112, 70, 40
+
+Site = Callable[..., Table]
+
+
+@pytest.fixture(scope="module")
+def site(certificates: Certificates) -> Iterator[Site]:
+    """``site("a", sni=[...])``: a [[vhost]] whose certificate and backend both say "a"."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str, kind: str = "P-256", **settings: object) -> Table:
+            def say_the_name(connection: socket.socket) -> None:
+                connection.sendall(name.encode())
+
+            listener = stack.enter_context(Listener.tcp())
+            stack.enter_context(served_by(listener, say_the_name))
+            certificate = certificates(kind, name)
+            return {
+                "certificate": certificate.certificate,
+                "key": certificate.key,
+                "backend": listener.address,
+                **settings,
+            }
+
+        yield make
+
+
+def asked(
+    port: int, server_name: str | None, host: str = "127.0.0.1", newest: int = TLS13
+) -> tuple[str, str]:
+    """Whose certificate is shown, and who answers."""
+    with TlsClient(port, server_name, host=host, versions=(TLS12, newest)) as client:
+        client.handshake()
+        shown = client.tls.get_peer_certificate(as_cryptography=True)
+        assert isinstance(shown, x509.Certificate)
+        (name,) = shown.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return str(name.value), client.receive_all().decode()
+
+
+def refused(
+    port: int, server_name: str | None, versions: tuple[int, int] = (TLS12, TLS13)
+) -> int | None:
+    """The alert that ends the handshake."""
+    with TlsClient(port, server_name, versions=versions) as client:
+        with pytest.raises(SSL.Error):
+            client.handshake()
+        return alert_in(client.received)
+
+
+# --- by name ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(serve_all: Serve, site: Site) -> Instance:
+    return serve_all(
+        vhost=[
+            site("exact.example", sni=["exact.example", "also.example"]),
+            site("wildcard.example", "RSA-2048", sni=["*.Example.ORG"]),
+            site("nameless.example", "Ed25519", sni=[""]),
+            site("late.example", sni=["www.example.org", "late.example", "exact.example"]),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("server_name", "expected"),
+    [
+        ("exact.example", "exact.example"),
+        ("also.example", "exact.example"),
+        ("EXACT.Example", "exact.example"),
+        ("www.example.org", "wildcard.example"),
+        ("WWW.EXAMPLE.org", "wildcard.example"),
+        (None, "nameless.example"),
+        ("late.example", "late.example"),
+    ],
+)
+@pytest.mark.parametrize("newest", [TLS12, TLS13], ids=["TLS 1.2", "TLS 1.3"])
+def test_the_first_that_matches_the_name_serves_it(
+    named: Instance, server_name: str | None, expected: str, newest: int
+) -> None:
+    assert asked(named.port, server_name, newest=newest) == (expected, expected)
+
+
+@pytest.mark.parametrize("server_name", ["example.org", "a.b.example.org", "nowhere.example"])
+def test_a_name_that_none_matches_gets_unrecognized_name(named: Instance, server_name: str) -> None:
+    assert refused(named.port, server_name) == UNRECOGNIZED_NAME
+    event = named.wait_for_event("handshake_failed", server_name=server_name)
+    assert (event["end"], event["detail"]) == ("no_virtual_host", server_name)
+
+
+def test_a_client_without_a_name_gets_unrecognized_name_where_all_have_names(
+    serve: Serve, site: Site
+) -> None:
+    instance = serve(vhost=[site("exact.example", sni=["exact.example"])])
+    assert refused(instance.port, None) == UNRECOGNIZED_NAME
+    event = instance.wait_for_event("handshake_failed")
+    assert (event["end"], event["detail"]) == ("no_virtual_host", "no name")
+    assert "server_name" not in event
+
+
+def test_a_virtual_host_without_names_takes_what_is_left(serve: Serve, site: Site) -> None:
+    instance = serve(vhost=[site("first.example", sni=["first.example"]), site("rest.example")])
+    assert asked(instance.port, "first.example") == ("first.example", "first.example")
+    for name in ("anything.example", None, "127.0.0.1"):
+        assert asked(instance.port, name) == ("rest.example", "rest.example")
+
+
+# --- by address ------------------------------------------------------------------------
+
+
+def test_the_local_address_and_port_choose(serve: Serve, site: Site) -> None:
+    one, two = free_port(), free_port()
+    instance = serve(
+        listen=[{"address": f"[::]:{one}"}, {"address": f"127.0.0.1:{two}"}],
+        vhost=[
+            site("two.example", local_port=two),
+            site("v4.example", local_address="127.0.0.1"),
+            site("v6.example", local_address="::1", sni=["v6.example"]),
+            site("three.example", local_address="127.0.0.3", local_port=one),
+        ],
+    )
+    assert asked(two, "x.example") == ("two.example", "two.example")
+    # An IPv4 client of a dual-stack socket came to an IPv4 address.
+    assert asked(one, "x.example") == ("v4.example", "v4.example")
+    assert asked(one, "v6.example", "::1") == ("v6.example", "v6.example")
+    assert asked(one, "x.example", "127.0.0.3") == ("three.example", "three.example")
+    # Nobody serves this address: as little as a name that nobody serves.
+    with TlsClient(one, host="127.0.0.4") as client:
+        with pytest.raises(SSL.Error):
+            client.handshake()
+        assert alert_in(client.received) == UNRECOGNIZED_NAME
+    with TlsClient(one, "x.example", host="::1") as client:
+        with pytest.raises(SSL.Error):
+            client.handshake()
+        assert alert_in(client.received) == UNRECOGNIZED_NAME
+    ended = instance.wait_for_events(4, "connection_ended")
+    assert {event["local"] for event in ended} == {
+        f"127.0.0.1:{two}", f"127.0.0.1:{one}", f"[::1]:{one}", f"127.0.0.3:{one}",
+    }  # fmt: skip
+    for event in ended:
+        assert event["client"].startswith(event["local"].rpartition(":")[0].replace("0.3", "0.1"))
+
+
+# --- settings of its own ---------------------------------------------------------------
+
+
+def test_virtual_hosts_on_one_port_have_versions_of_their_own(serve: Serve, site: Site) -> None:
+    instance = serve(
+        vhost=[
+            site("old.example", sni=["old.example"], max_version="TLSv1.2"),
+            site("new.example", sni=["new.example"], min_version="TLSv1.3"),
+        ]
+    )
+    assert asked(instance.port, "old.example") == ("old.example", "old.example")
+    assert asked(instance.port, "new.example") == ("new.example", "new.example")
+    ended = instance.wait_for_events(2, "connection_ended")
+    versions = [event["tls_version"] for event in ended]
+    assert versions == ["TLSv1.2", "TLSv1.3"]
+    assert refused(instance.port, "old.example", versions=(TLS13, TLS13)) == PROTOCOL_VERSION
+    assert refused(instance.port, "new.example", versions=(TLS12, TLS12)) == PROTOCOL_VERSION
+    for event in instance.wait_for_events(2, "handshake_failed"):
+        assert event["end"] == "handshake_failed"
+        assert "unsupported protocol" in event["detail"]
+
+
+def test_virtual_hosts_on_one_port_have_suites_of_their_own(serve: Serve, site: Site) -> None:
+    chacha12, aes12 = "ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-GCM-SHA256"
+    chacha13, aes13 = "TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"
+    instance = serve(
+        vhost=[
+            site("a.example", sni=["a.example"], ciphers=chacha12, ciphersuites=chacha13),
+            site("b.example", sni=["b.example"], ciphers=aes12, ciphersuites=aes13),
+        ]
+    )
+    for newest in (TLS12, TLS13):
+        for name in ("a.example", "b.example"):
+            assert asked(instance.port, name, newest=newest) == (name, name)
+    ended = instance.wait_for_events(4, "connection_ended")
+    suites = [event["cipher_suite"] for event in ended]
+    assert suites == [chacha12, aes12, chacha13, aes13]
+    with TlsClient(instance.port, "a.example", versions=(TLS12, TLS12), ciphers=aes12) as client:
+        with pytest.raises(SSL.Error):
+            client.handshake()
+        assert alert_in(client.received) == HANDSHAKE_FAILURE
+
+
+# --- listening addresses ---------------------------------------------------------------
+
+
+def test_several_addresses_of_both_families_are_listened_on(serve: Serve, site: Site) -> None:
+    ports = [free_port() for _ in range(4)]
+    four, six, both, short = ports
+    serve(
+        listen=[
+            {"address": f"127.0.0.1:{four}"},
+            {"address": f"[::1]:{six}"},
+            {"address": f"[::]:{both}"},
+            {"address": f":{short}"},
+        ],
+        vhost=[site("any.example")],
+    )
+    answer = ("any.example", "any.example")
+    assert asked(four, None, "127.0.0.1") == answer
+    assert asked(six, None, "::1") == answer
+    for port in (both, short):
+        assert asked(port, None, "127.0.0.1") == answer
+        assert asked(port, None, "::1") == answer
+    with pytest.raises(ConnectionRefusedError):
+        connect(four, "::1")
+    with pytest.raises(ConnectionRefusedError):
+        connect(six, "127.0.0.1")
+
+
+def test_the_log_has_every_listening_address(serve: Serve, site: Site) -> None:
+    addresses = [f"127.0.0.1:{free_port()}", f"[::1]:{free_port()}", f"[::]:{free_port()}"]
+    instance = serve(
+        listen=[{"address": address} for address in addresses], vhost=[site("any.example")]
+    )
+    for address in addresses:
+        instance.wait_for_event("listening", address=address)
+
+
+# --- backends --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["IPv4", "IPv6", "name", "unix"])
+def test_a_backend_may_be_of_any_kind(serve: Serve, tmp_path: Path, kind: str) -> None:
+    if kind == "unix":
+        listener = Listener.unix(tmp_path / "app.sock")
+    else:
+        listener = Listener.tcp("::1" if kind == "IPv6" else "127.0.0.1")
+    with listener:
+        address = f"localhost:{listener.port}" if kind == "name" else listener.address
+        instance = serve(address)
+        for _ in range(3):
+            with TlsClient(instance.port) as client:
+                client.handshake()
+                client.send(b"question")
+                with listener.accept() as backend:
+                    assert backend.recv(100) == b"question"
+                    backend.sendall(b"answer")
+                    backend.shutdown(socket.SHUT_WR)
+                    assert client.receive_all() == b"answer"
+                    client.close_notify()
+        instance.wait_for_event("connection_ended", end="clean")
+
+
+def test_a_unix_socket_is_found_relative_to_the_configuration(serve: Serve) -> None:
+    instance = serve("unix:app.sock")
+    path = instance.directory / "app.sock"
+    with Listener.unix(path) as listener, TlsClient(instance.port) as client:
+        client.handshake()
+        with listener.accept() as backend:
+            backend.sendall(b"found")
+            assert client.receive_exactly(5) == b"found"

@@ -1,0 +1,189 @@
+"""keyd's messages: out and back, and whatever else may come."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyd.protocol import (
+    KEY_ID_OCTETS,
+    MAX_OPEN_OCTETS,
+    MAX_PAYLOAD_OCTETS,
+    MAX_REFUSAL_OCTETS,
+    MAX_REPLY_OCTETS,
+    MAX_REQUEST_OCTETS,
+    VERSION,
+    Malformed,
+    Open,
+    Operation,
+    Refusal,
+    Reply,
+    Request,
+    Status,
+)
+
+KEY = bytes(range(KEY_ID_OCTETS))
+keys = st.binary(min_size=KEY_ID_OCTETS, max_size=KEY_ID_OCTETS)
+payloads = st.binary(max_size=MAX_PAYLOAD_OCTETS)
+operations = st.frozensets(st.sampled_from(Operation), min_size=1)
+
+requests = st.builds(
+    Request,
+    st.sampled_from(Operation),
+    st.integers(0, 65535),
+    keys,
+    st.binary(min_size=1, max_size=MAX_PAYLOAD_OCTETS),
+)
+replies = st.builds(Reply, st.sampled_from(Status), payloads)
+opens = st.builds(
+    Open,
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 65535),
+    st.dictionaries(keys, operations, min_size=1, max_size=20),
+)
+refusals = st.builds(
+    Refusal, st.integers(0, 2**64 - 1), st.sampled_from(Status), st.text(max_size=50)
+)
+
+
+# --- out and back ----------------------------------------------------------------------
+
+
+@given(requests)
+def test_a_request_comes_back(request: Request) -> None:
+    assert Request.decode(request.encode()) == request
+
+
+@given(replies)
+def test_a_reply_comes_back(reply: Reply) -> None:
+    assert Reply.decode(reply.encode()) == reply
+
+
+@given(opens)
+def test_an_open_comes_back(terms: Open) -> None:
+    assert Open.decode(terms.encode()) == terms
+
+
+@given(refusals)
+def test_a_refusal_comes_back(refusal: Refusal) -> None:
+    assert Refusal.decode(refusal.encode()) == refusal
+
+
+def test_a_long_refusal_is_cut_and_still_one() -> None:
+    long = Refusal(1, Status.NOT_TLS, "é" * 300)
+    assert len(long.encode()) == MAX_REFUSAL_OCTETS
+    cut = Refusal.decode(long.encode())
+    assert long.detail.startswith(cut.detail.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
+    """Octet for octet: keyd/provider/channel.c knows no other."""
+    request = Request(Operation.SIGN, 0x0804, KEY, b"octets")
+    assert request.encode() == b"\1\1\x08\x04" + KEY + b"octets"
+    assert Request(Operation.DECRYPT, 0x0303, KEY, b"x").encode() == b"\1\2\3\3" + KEY + b"x"
+    assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
+    assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
+    terms = Open(7, 10_000, 1, {KEY: frozenset({Operation.SIGN, Operation.DECRYPT})})
+    assert terms.encode() == b"\1O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\6" + KEY
+
+
+# --- whatever else ---------------------------------------------------------------------
+
+
+@given(st.binary(max_size=MAX_REQUEST_OCTETS + 1))
+@pytest.mark.parametrize("kind", [Request, Reply, Open, Refusal])
+def test_any_octets_are_a_message_or_malformed(
+    kind: type[Request | Reply | Open | Refusal], octets: bytes
+) -> None:
+    for message in (octets, bytes((VERSION,)) + octets):
+        try:
+            decoded = kind.decode(message)
+        except Malformed:
+            continue
+        if isinstance(decoded, Request | Reply):
+            assert decoded.encode() == message
+
+
+@given(requests, st.data())
+def test_a_damaged_request_is_a_message_or_malformed(request: Request, data: st.DataObject) -> None:
+    octets = bytearray(request.encode())
+    octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert Request.decode(bytes(octets)).encode() == octets
+    except Malformed:
+        return
+
+
+def request(head: bytes = b"\1\1\0\0", payload: bytes = b"x") -> bytes:
+    return head + KEY + payload
+
+
+@pytest.mark.parametrize(
+    ("octets", "reason"),
+    [
+        (b"", "a request of 0 octets"),
+        (request(payload=b""), "a request of 36 octets"),
+        (request(payload=bytes(MAX_PAYLOAD_OCTETS + 1)), "a request of 1061 octets"),
+        (request(b"\0\1\0\0"), "a request of version 0"),
+        (request(b"\2\1\0\0"), "a request of version 2"),
+        (request(b"\1\0\0\0"), "a request for operation 0"),
+        (request(b"\1\3\0\0"), "a request for operation 3"),
+        (request(b"\1\xff\0\0"), "a request for operation 255"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(octets: bytes, reason: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        Request.decode(octets)
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [b"", b"\1", b"\2\0", b"\1\x08", b"\1\xff", b"\1\0" + bytes(MAX_PAYLOAD_OCTETS + 1)],
+)
+def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        Reply.decode(octets)
+
+
+def opening(kind: bytes = b"\1O", grants: bytes = b"\2" + KEY) -> bytes:
+    return kind + bytes(14) + grants
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"",
+        opening(grants=b""),
+        opening(grants=b"\2" + KEY[:-1]),
+        opening(grants=b"\2" + KEY + b"\2"),
+        opening(grants=b"\0" + KEY),
+        opening(grants=b"\1" + KEY),
+        opening(grants=b"\x08" + KEY),
+        opening(grants=b"\xff" + KEY),
+        opening(kind=b"\2O"),
+        opening(kind=b"\1R"),
+        opening(grants=(b"\2" + KEY) * 2000),
+    ],
+)
+def test_an_open_that_is_none_is_malformed(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        Open.decode(octets)
+
+
+def test_an_open_has_room_for_so_many_keys() -> None:
+    def terms(count: int) -> Open:
+        granted = frozenset({Operation.SIGN})
+        keys = (number.to_bytes(KEY_ID_OCTETS, "big") for number in range(count))
+        return Open(1, 1000, 1, dict.fromkeys(keys, granted))
+
+    assert len(terms(1900).encode()) <= MAX_OPEN_OCTETS
+    assert Open.decode(terms(1900).encode()) == terms(1900)
+    with pytest.raises(Malformed, match="2000 keys for one channel"):
+        terms(2000).encode()
+
+
+def test_the_longest_messages_fit_where_they_are_read() -> None:
+    longest = Request(Operation.SIGN, 0, KEY, bytes(MAX_PAYLOAD_OCTETS))
+    assert len(longest.encode()) == MAX_REQUEST_OCTETS
+    assert len(Reply(Status.DONE, bytes(MAX_PAYLOAD_OCTETS)).encode()) == MAX_REPLY_OCTETS
