@@ -34,6 +34,7 @@ from keyd.linux.namespaces import empty_network_namespace
 from keyd.linux.process import clone
 from keyd.linux.sealed import read_all
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal
+from keyd.protocol import Malformed as MalformedByKeyd
 from titus_py import messages
 from titus_py.confinement import (
     PARENT_CAPABILITIES,
@@ -67,6 +68,8 @@ _KEYD_PAUSE_SECONDS = 0.05
 #: Workers in a row that fail to confine themselves before the parent gives up.
 _MAX_FAILED_WORKERS = 5
 _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
+#: How long to wait for a supervisor that does not take the last events.
+_LAST_EVENTS_SECONDS = 5.0
 _OUTBOX_EVENTS = 10_000
 
 
@@ -186,7 +189,7 @@ class Parent:
             self._loop.run_once(wait=not self._fork_one())
             self._retry_held()
             self._adjust_accepting()
-        self._loop.run_once(wait=False)
+        self._send_last_events()
 
     def _prepare_confinement(self) -> Confinement:
         """Make once what each worker's confinement needs; then keep only what that takes."""
@@ -212,17 +215,20 @@ class Parent:
 
     def _capabilities(self) -> list[int]:
         capabilities = list(PARENT_CAPABILITIES)
-        if any(
-            family == socket.AF_UNIX for vhost in self._plan.vhosts for family, _ in vhost.addresses
-        ):
+        if any(vhost.backend.startswith("unix:") for vhost in self._plan.vhosts):
             # To connect to a socket whose owner and mode do not have root in mind.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
         return capabilities
 
     def _hear_supervisor(self) -> None:
-        message, descriptors, _, _ = socket.recv_fds(
-            self._supervisor, _SUPERVISOR_MESSAGE_OCTETS, 1, socket.MSG_DONTWAIT
-        )
+        try:
+            message, descriptors, _, _ = socket.recv_fds(
+                self._supervisor, _SUPERVISOR_MESSAGE_OCTETS, 1, socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message, descriptors = b"", []
         if not message:
             # Without a supervisor nobody could stop or replace this parent.
             self._close_all("the supervisor is gone")
@@ -290,6 +296,13 @@ class Parent:
             pass
         except (BrokenPipeError, ConnectionResetError):
             self._outbox.clear()
+
+    def _send_last_events(self) -> None:
+        """Nobody is left to be kept waiting, so this may take a moment."""
+        self._supervisor.settimeout(_LAST_EVENTS_SECONDS)
+        with suppress(OSError):
+            while self._outbox:
+                self._supervisor.send(self._outbox.popleft())
 
     def _send_events_again(self) -> None:
         self._send_events()
@@ -437,7 +450,11 @@ class Parent:
             self._lose_keyd()
             self._tell("keyd_lost", level="warning")
             return
-        refusal = Refusal.decode(message)
+        try:
+            refusal = Refusal.decode(message)
+        except MalformedByKeyd as error:
+            self._tell("keyd_incomprehensible", level="error", reason=str(error))
+            return
         worker = next(
             (worker for worker in self._busy.values() if worker.connection == refusal.connection),
             None,
