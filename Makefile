@@ -7,9 +7,23 @@ BIN := $(VENV)/bin
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
 # and what the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
-TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps
+TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus systemd-container
 
-.PHONY: demo test lint clean
+# Where `make install` puts things: the program, below PREFIX, knows where it is.
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+export DESTDIR PREFIX SYSCONFDIR
+# When what is built says that it was built: with the last commit.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+export SOURCE_DATE_EPOCH
+
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+REVISION ?= 1
+PACKAGED = $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
+    systemd/* packaging/*) docs/reference.py
+DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
+
+.PHONY: demo test lint clean install deb docs constraints
 
 demo: $(VENV)/built
 	$(BIN)/titus-py demo
@@ -21,6 +35,28 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+install: $(VENV)/built
+	packaging/install $(BIN)/python
+
+# The package is made from what this lays out. REVISION=2 makes a later one from the same.
+deb: $(DEB)
+
+$(DEB): build/stage packaging/deb $(wildcard packaging/debian/*)
+	packaging/deb $< $(VERSION)-$(REVISION) $@
+
+build/stage: $(VENV)/built $(PACKAGED)
+	rm -rf $@
+	mkdir -p build
+	DESTDIR=$(CURDIR)/$@ PREFIX=/usr SYSCONFDIR=/etc packaging/install $(BIN)/python
+	touch $@
+
+docs: $(VENV)/docs-packages
+	$(BIN)/mkdocs build --strict --quiet
+
+constraints: $(VENV)/built
+	$(BIN)/python packaging/constraints.py > packaging/constraints.new
+	mv packaging/constraints.new packaging/constraints.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info keyd/provider/*.so
@@ -34,6 +70,10 @@ $(VENV)/test-packages: $(VENV)/build-packages
 	.ci/apt-install $(TEST_PACKAGES)
 	touch $@
 
-$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard keyd/provider/*.[ch])
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py packaging/constraints.txt $(wildcard keyd/provider/*.[ch])
+	$(BIN)/python -m pip install --quiet --constraint packaging/constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/docs-packages: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

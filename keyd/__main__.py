@@ -153,7 +153,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     # Whoever connects here states the terms: that is for root alone.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
         program = _withdraw(arguments)
-        keyd = Keyd(keys)
+        keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
         def accepted(parent: socket.socket) -> None:
             parent.setblocking(False)
@@ -179,7 +179,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
             granted.add(Operation.DECRYPT)
         grants = dict.fromkeys(keys, frozenset(granted))
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=grants)
-        keyd = Keyd(keys)
+        keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
         def record(refusal: Refusal) -> None:
             print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)

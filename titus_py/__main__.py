@@ -42,6 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--config", type=Path, metavar="FILE", default=_DEFAULT_CONFIGURATION)
     check.set_defaults(run=_check)
 
+    status = commands.add_parser("status", help="show what is running, and how it is")
+    status.add_argument("--pid", type=int, help="the supervisor of one instance (default: all)")
+    status.add_argument("--json", action="store_true", help="for machines")
+    status.add_argument("--watch", action="store_true", help="again each second")
+    status.set_defaults(run=_status)
+
+    reload = commands.add_parser(
+        "reload",
+        help="have the configuration and the certificates read anew",
+        description="Exit code 0: they are served; 1: they are not, the old ones go on, and why.",
+    )
+    reload.add_argument("--pid", type=int, help="the supervisor of the instance, if several run")
+    reload.set_defaults(run=_reload)
+
     demo = commands.add_parser("demo", help="show a real request, and what protects the key")
     demo.set_defaults(run=_demo)
 
@@ -93,6 +107,18 @@ def _check(arguments: argparse.Namespace) -> int:
     from titus_py.check import check_main
 
     return check_main(arguments.config)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from titus_py.status import status
+
+    return status(arguments.json, arguments.watch, arguments.pid)
+
+
+def _reload(arguments: argparse.Namespace) -> int:
+    from titus_py.reload import reload
+
+    return reload(arguments.pid)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -264,6 +264,13 @@ def _listen_address(value: object) -> IPAddress:
     return parse_listen(_text(value))
 
 
+def _metrics_address(value: object, info: ValidationInfo) -> IPAddress | UnixAddress:
+    text = _text(value)
+    if text.startswith("unix:"):
+        return unix_address(str(_directory(info) / text.removeprefix("unix:")))
+    return parse_listen(text)
+
+
 def _backend_address(value: object, info: ValidationInfo) -> Address:
     address = parse_backend(_text(value))
     if isinstance(address, UnixAddress):
@@ -341,10 +348,11 @@ class _Uids(_Table):
         default=1000, ge=1, le=1_000_000, description="How many connections may live at once."
     )
     spare: _Integer = Field(
-        default=8,
+        default=16,
         ge=1,
         le=10_000,
-        description="How many workers wait, confined, for a client to come.",
+        description="How many workers wait, confined, for a client to come: at most, and at least "
+        "half as many.",
     )
     uids: Annotated[
         range, PlainValidator(_uids), PlainSerializer(lambda uids: f"{uids[0]}-{uids[-1]}")
@@ -437,6 +445,19 @@ class Log(_Table):
 
     format: Literal["text", "json"] = Field(
         default="text", description="One line an event, for people (text) or for programs (json)."
+    )
+
+
+class Metrics(_Table):
+    """[metrics]: numbers for Prometheus."""
+
+    address: (
+        Annotated[IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)]
+        | None
+    ) = Field(
+        default=None,
+        description="Where to serve them: 127.0.0.1:9443, or unix:/run/titus-py/metrics.sock. "
+        "Absent: nowhere.",
     )
 
 
@@ -560,6 +581,7 @@ class Configuration(_Table):
     )
     keyd: Keyd = Field(default_factory=Keyd, description="The process that holds the keys.")
     log: Log = Field(default_factory=Log, description="What is written to standard error.")
+    metrics: Metrics = Field(default_factory=Metrics, description="Numbers for Prometheus.")
     service: Service = Field(default_factory=Service, description="How titus-py itself is run.")
     listen: Annotated[tuple[Listen, ...], AfterValidator(_not_empty)] = Field(
         description="The addresses to accept connections on: one table each."
@@ -641,7 +663,14 @@ def _failed(source: Source, key: str, reason: str) -> Loaded:
 
 def _validated(content: dict[str, Any], source: Source) -> Loaded:
     # Their defaults too are to be validated, and in the same pass.
-    tables = {"worker": {}, "limits": {}, "keyd": {}, "log": {}, "service": {}} | content
+    tables = {
+        "worker": {},
+        "limits": {},
+        "keyd": {},
+        "log": {},
+        "metrics": {},
+        "service": {},
+    } | content
     configuration = None
     mistakes = []
     try:
@@ -932,6 +961,7 @@ _TABLES: Mapping[str, type[_Table]] = {
     "limits": Limits,
     "keyd": Keyd,
     "log": Log,
+    "metrics": Metrics,
     "service": Service,
     "listen": Listen,
     "vhost": VirtualHost,

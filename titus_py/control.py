@@ -105,5 +105,16 @@ def _wanted(request: bytes) -> str:
 def _remove_left_behind() -> None:
     """Sockets of supervisors that were killed."""
     for path in CONTROL_DIRECTORY.glob("*.control"):
-        if path.stem.isdecimal() and not Path("/proc", path.stem).exists():
+        if path.stem.isdecimal() and not _exists(int(path.stem)):
             path.unlink(missing_ok=True)
+
+
+def _exists(pid: int) -> bool:
+    """Not by looking into /proc, where a service manager may have hidden it (ProtectProc=)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

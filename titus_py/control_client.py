@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titus_py.control import CONTROL_DIRECTORY
+
 __all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
 
-DIRECTORY = Path("/run/titus-py")
+DIRECTORY = CONTROL_DIRECTORY
 _SUFFIX = ".control"
 _MAX_ANSWER_OCTETS = 4 * 1024 * 1024
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from keyd.linux.sealed import sealed_file
@@ -227,15 +226,20 @@ def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
 
 
 def any_process_has(uids: range) -> bool:
-    """Whether any process on this machine runs as one of these users."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            # A process may end while it is being looked at.
-            with suppress(FileNotFoundError, ProcessLookupError):
-                status = (entry / "status").read_text()
-                if int(status.split("\nUid:\t", 1)[1].split("\t", 1)[0]) in uids:
-                    return True
-    return False
+    """Whether any process that is to be seen from here runs as one of these users.
+
+    Asked by getpriority(2), which knows of each process of a user, and not of /proc,
+    where a service manager may have hidden others' processes (ProtectProc=).
+    """
+    return any(_has_processes(uid) for uid in uids)
+
+
+def _has_processes(uid: int) -> bool:
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:

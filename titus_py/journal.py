@@ -27,6 +27,8 @@ _IDENTIFIER = "titus-py"
 _PRIORITIES = {"info": 6, "warning": 4, "error": 3, "alarm": 1}
 _UNKNOWN_PRIORITY = 5
 _LENGTH = struct.Struct("<Q")
+#: How long to wait for room in the journal's queue: a struct timeval of 0.1 s.
+_WAIT = struct.pack("@ll", 0, 100_000)
 _NOT_IN_A_NAME = re.compile("[^A-Z0-9_]")
 _NAME_CHARACTERS = 64
 _STANDARD_ERROR = 2
@@ -74,10 +76,11 @@ class Journal:
         """Connects to nothing yet: see ``write``."""
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
+        # The kernel's own waiting: for a datagram socket without a peer, poll(2) does none.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _WAIT)
 
     def write(self, octets: bytes) -> None:
-        """Send one entry, or raise OSError: at once, either way."""
+        """Send one entry, or raise OSError: within a tenth of a second, either way."""
         try:
             # To the path, each time: there may be a new socket behind it.
             self._socket.sendto(octets, self._path)

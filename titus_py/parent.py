@@ -7,13 +7,19 @@ supervisor and keyd, and of what workers say the little that ``messages`` decode
 What is imported here, every worker inherits.
 """
 
+import sys
+
+# Python's hashlib would bring the system's OpenSSL along, beside the one that pyOpenSSL
+# has: megabytes and mappings for each worker, and code that none needs. It has
+# implementations of its own.
+sys.modules["_hashlib"] = None  # type: ignore[assignment]
+
 import argparse
 import gc
 import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -49,7 +55,7 @@ from titus_py.hand_over import give
 from titus_py.limits import Admission
 from titus_py.messages import Client, Dial, Ready
 from titus_py.plan import Plan, VirtualHost, resolved
-from titus_py.report import End, Report, make_report, read_report
+from titus_py.report import make_report, read_report
 from titus_py.tls import Credentials, make_context
 from titus_py.virtual_host import applies_to
 from titus_py.worker import Site, Terms, live
@@ -138,7 +144,7 @@ class Parent:
         self._plan = plan
         self._loop = EventLoop()
         self._supervisor = supervisor
-        self._outbox: deque[bytes] = deque()
+        self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._lost_events = 0
         self._sites = [_site(vhost) for vhost in plan.vhosts]
         self._backends = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
@@ -185,8 +191,8 @@ class Parent:
         self._tell("ready", vhosts=len(self._sites))
         self._say_alive()
         while not self._stopped and not (self._draining and not self._workers):
-            # One fork between two looks at what has come in: nobody waits for more.
-            self._loop.run_once(wait=not self._fork_one())
+            self._fork_spares()
+            self._loop.run_once()
             self._retry_held()
             self._adjust_accepting()
         self._send_last_events()
@@ -255,7 +261,9 @@ class Parent:
             listener.close()
         self._listeners.clear()
         for worker in [self._workers[pidfd] for pidfd in self._workers if pidfd not in self._busy]:
-            worker.socket.shutdown(socket.SHUT_RDWR)
+            # One that has just ended has hung up already.
+            with suppress(OSError):
+                worker.socket.shutdown(socket.SHUT_RDWR)
 
     def _close_all(self, reason: str) -> None:
         self._draining = True
@@ -270,16 +278,22 @@ class Parent:
         self._tell("alive")
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
 
-    def _tell(self, event: str, **fields: object) -> None:
-        """Have the supervisor log something; never waits for it."""
+    def _tell(self, event: str, report: int | None = None, **fields: object) -> None:
+        """Have the supervisor log something; never waits for it.
+
+        A worker's report goes along as it is, and is closed here: what it says of one client
+        would stay in this process's memory, which the next clients' workers inherit.
+        """
         if len(self._outbox) >= _OUTBOX_EVENTS:
             self._lost_events += 1
+            if report is not None:
+                os.close(report)
             return
         if self._lost_events:
             lost = {"event": "events_lost", "level": "error", "count": self._lost_events}
             self._lost_events = 0
-            self._outbox.append(json.dumps(lost).encode())
-        self._outbox.append(json.dumps({"event": event, **fields}).encode())
+            self._outbox.append((json.dumps(lost).encode(), None))
+        self._outbox.append((json.dumps({"event": event, **fields}).encode(), report))
         if len(self._outbox) == 1:
             self._send_events()
             if self._outbox:
@@ -290,19 +304,27 @@ class Parent:
     def _send_events(self) -> None:
         try:
             while self._outbox:
-                self._supervisor.send(self._outbox[0], socket.MSG_DONTWAIT)
-                self._outbox.popleft()
+                self._send_event(socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass
         except (BrokenPipeError, ConnectionResetError):
             self._outbox.clear()
+
+    def _send_event(self, flags: int) -> None:
+        octets, report = self._outbox[0]
+        if report is None:
+            self._supervisor.send(octets, flags)
+        else:
+            socket.send_fds(self._supervisor, [octets], [report], flags)
+            os.close(report)
+        self._outbox.popleft()
 
     def _send_last_events(self) -> None:
         """Nobody is left to be kept waiting, so this may take a moment."""
         self._supervisor.settimeout(_LAST_EVENTS_SECONDS)
         with suppress(OSError):
             while self._outbox:
-                self._supervisor.send(self._outbox.popleft())
+                self._send_event(0)
 
     def _send_events_again(self) -> None:
         self._send_events()
@@ -494,6 +516,17 @@ class Parent:
 
     # --- workers ----------------------------------------------------------------
 
+    def _fork_spares(self) -> None:
+        """Once half of the spares are used up, fork as many as are missing, in a row.
+
+        After each fork this process pays for every page that it writes to; in a row, it
+        pays for them once.
+        """
+        spares = len(self._spares) + len(self._forming)
+        if spares <= self._plan.spare_workers // 2:
+            while self._fork_one():
+                pass
+
     def _fork_one(self) -> bool:
         """Fork a spare if one is missing; returns whether it did."""
         spares = len(self._spares) + len(self._forming)
@@ -589,7 +622,9 @@ class Parent:
             self._alarm(worker, "unexpected_message", str(message))
 
     def _alarm(self, worker: _Worker, event: str, attempted: str) -> None:
-        """A worker did what our code does not do: say so, and end it."""
+        """A worker did what our code does not do: say so, once, and end it."""
+        if worker.killed_for:
+            return
         self._tell(
             event,
             level="alarm",
@@ -638,13 +673,11 @@ class Parent:
     def _bury(self, worker: _Worker) -> None:
         """Note how a worker ended, and take back what it had."""
         status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
-        report = read_report(worker.report)
         self._loop.unwatch(worker.pidfd)
         if worker.socket.fileno() >= 0:
             self._loop.unwatch(worker.socket.fileno())
             worker.socket.close()
         os.close(worker.pidfd)
-        os.close(worker.report)
         if worker.dialer is not None:
             worker.dialer.cancel()
         if worker.deadline is not None:
@@ -659,40 +692,35 @@ class Parent:
         self._handshaking.pop(worker.pidfd, None)
         if self._busy.pop(worker.pidfd, None) is not None:
             self._admission.leave(worker.address)
-            self._record(worker, report, how)
-        elif how and not self._draining:
-            self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=report.detail)
-            self._failed_workers += 1
-            if self._failed_workers >= _MAX_FAILED_WORKERS:
-                sys.exit("titus-py: workers cannot confine themselves: " + report.detail)
-            self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
+            self._record(worker, how)
+        else:
+            # It never had a client: what it says is our code's.
+            why = read_report(worker.report).detail
+            os.close(worker.report)
+            if how and not self._draining:
+                self._worker_failed(worker, how, why)
         if self._draining and not self._workers:
             self._stopped = True
 
-    def _record(self, worker: _Worker, report: Report, how: str) -> None:
-        established = bool(report.tls_version)
-        end = report.end.name.lower() if report.end is not End.NONE else "killed"
-        level = "info"
-        if worker.killed_for:
-            end = worker.killed_for
-        elif how:
-            end, level = how, "alarm"
+    def _worker_failed(self, worker: _Worker, how: str, why: str) -> None:
+        self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=why)
+        self._failed_workers += 1
+        if self._failed_workers >= _MAX_FAILED_WORKERS:
+            sys.exit("titus-py: workers cannot confine themselves: " + why)
+        self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
+
+    def _record(self, worker: _Worker, how: str) -> None:
+        """``how`` it ended where that was not by itself; the rest is in its report."""
         self._tell(
-            "connection_ended" if established else "handshake_failed",
-            level=level,
+            "connection_over",
+            report=worker.report,
+            level="alarm" if how and not worker.killed_for else "info",
             connection=worker.connection,
             client=worker.client,
             local=worker.local,
             vhost=worker.vhost,
-            server_name=report.server_name or None,
-            tls_version=report.tls_version or None,
-            cipher_suite=report.cipher_suite or None,
-            group=report.group or None,
-            octets_from_client=report.octets_from_client,
-            octets_to_client=report.octets_to_client,
             seconds=round(time.monotonic() - worker.started, 3),
-            end=end,
-            detail=report.detail or None,
+            end=worker.killed_for or how,
             uid=worker.uid,
         )
 

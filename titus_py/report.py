@@ -1,9 +1,10 @@
 """What a worker says of its connection: a page that it writes and the parent reads.
 
-Shared by the parent, which makes it before the fork and reads it when the worker
-has ended, and the worker, which keeps it up to date by storing into memory: no
-message that could flood, none that a worker killed at any point could fail to
-send. The parent trusts none of it; it is for the record.
+Shared by the parent, which makes it before the fork, the worker, which keeps it up to
+date by storing into memory (no message that could flood, none that a worker killed at
+any point could fail to send), and the supervisor, which reads it when the worker has
+ended and trusts none of it: it is for the record. The parent does not read what a
+client's worker wrote: later workers would inherit it.
 """
 
 import fcntl
@@ -11,9 +12,17 @@ import mmap
 import os
 import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["End", "Report", "ReportWriter", "State", "make_report", "read_report"]
+__all__ = [
+    "End",
+    "Report",
+    "ReportWriter",
+    "State",
+    "complete_record",
+    "make_report",
+    "read_report",
+]
 
 #: state, end, octets from the client, octets to the client, then text: TLS version,
 #: cipher suite, group, server name, detail.
@@ -110,6 +119,27 @@ def read_report(descriptor: int) -> Report:
         counts[1],
         *(_text(octets) for octets in (version, suite, group, name, detail)),
     )
+
+
+def complete_record(ended: dict[str, Any], report: Report) -> str:
+    """Add what a worker said to what the parent knows of a connection's end; returns the event.
+
+    ``end`` is empty where the worker ended by itself: then it has said why.
+    """
+    if not ended["end"] and report.end is End.NONE:
+        # Our code does say why. Whoever leaves like this has taken the worker over.
+        ended |= {"level": "alarm", "end": "exited without a word"}
+    ended |= {
+        "server_name": report.server_name or None,
+        "tls_version": report.tls_version or None,
+        "cipher_suite": report.cipher_suite or None,
+        "group": report.group or None,
+        "octets_from_client": report.octets_from_client,
+        "octets_to_client": report.octets_to_client,
+        "end": ended["end"] or report.end.name.lower(),
+        "detail": report.detail or None,
+    }
+    return "connection_ended" if report.tls_version else "handshake_failed"
 
 
 def _text(octets: bytes) -> str:

@@ -88,14 +88,19 @@ def _json(answers: Iterable[dict[str, Any] | NoAnswer]) -> str:
 
 
 def _shown(answers: Iterable[dict[str, Any] | NoAnswer]) -> RenderableType:
-    return Group(
-        *(
-            Text(f"titus-py: {answer}", style="bold red")
-            if isinstance(answer, NoAnswer)
-            else show(answer)
-            for answer in answers
-        )
-    )
+    return Group(*map(_one_shown, answers))
+
+
+def _one_shown(answer: dict[str, Any] | NoAnswer) -> RenderableType:
+    if isinstance(answer, NoAnswer):
+        return Text(f"titus-py: {answer}", style="bold red")
+    try:
+        return show(answer)
+    except (KeyError, TypeError, ValueError):
+        # While it is being upgraded, say.
+        version, pid = answer.get("version"), answer.get("pid")
+        problem = f"titus-py: process {pid} is of another version, {version}: --json shows it"
+        return Text(printable(problem), style="yellow")
 
 
 def show(answer: Mapping[str, Any]) -> RenderableType:
@@ -158,7 +163,7 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
         shown = "any name" if names is None else ", ".join(name or "no name" for name in names)
         table.add_row(
             _text(shown),
-            _text(f"{vhost['local_address'] or '*'}:{vhost['local_port'] or '*'}"),
+            _text(_at(vhost["local_address"], vhost["local_port"])),
             _text(vhost["backend"]),
             _text(", ".join(vhost["addresses"]))
             if vhost["addresses"]
@@ -212,6 +217,11 @@ def _listed(by: Mapping[str, int]) -> str:
 
 def _text(text: str) -> Text:
     return Text(printable(text))
+
+
+def _at(address: str | None, port: int | None) -> str:
+    host = f"[{address}]" if address and ":" in address else address or "*"
+    return f"{host}:{port or '*'}"
 
 
 def _or_dash(pid: int | None) -> str:

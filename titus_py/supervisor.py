@@ -26,7 +26,7 @@ from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabili
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
 from keyd.system_calls import SERVING
-from titus_py.address import Address, IPAddress
+from titus_py.address import Address, IPAddress, UnixAddress
 from titus_py.check import Checked
 from titus_py.confinement import PARENT_CAPABILITIES
 from titus_py.control import Answer, Control
@@ -35,6 +35,9 @@ from titus_py.event_loop import EventLoop
 from titus_py.generation import ALIVE_SECONDS, Child, Generation, any_process_has, free_block
 from titus_py.listeners import CannotListen, listen, passed_listeners
 from titus_py.log import Log
+from titus_py.metrics import Metrics
+from titus_py.metrics_server import MetricsServer, listen_at
+from titus_py.report import complete_record, read_report
 from titus_py.resolver import Resolver
 from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
@@ -119,6 +122,9 @@ class _Supervisor:
         self._passed = passed
         self._listeners = listeners
         self._log = Log("text")
+        self._metrics = Metrics()
+        self._metrics_server: MetricsServer | None = None
+        self._metrics_address: IPAddress | UnixAddress | None = None
         self._notify = Notifier()
         self._loop = EventLoop()
         self._control: Control | None = None
@@ -149,9 +155,9 @@ class _Supervisor:
         try:
             self._control = Control(self._loop, handlers)
         except OSError as error:
-            self._log("no_control_socket", level="warning", reason=str(error))
+            self._event("no_control_socket", level="warning", reason=str(error))
         generation = self._prepare(self._checked)
-        self._log("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
+        self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
         self._generations.append(generation)
         self._start(generation)
         self._look_after_children()
@@ -161,7 +167,7 @@ class _Supervisor:
             self._loop.run_once()
         if self._control is not None:
             self._control.close()
-        self._log("stop", code=self._exit_code)
+        self._event("stop", code=self._exit_code)
         self._log.close()
         return self._exit_code
 
@@ -192,10 +198,10 @@ class _Supervisor:
         microseconds = int((drain + 2 * _STOP_SECONDS) * 1_000_000)
         self._notify(stopping=1, extend_timeout_usec=microseconds)
         if self._stops == 1:
-            self._log("stopping", reason=reason, drain=drain)
+            self._event("stopping", reason=reason, drain=drain)
             order: dict[str, object] = {"do": "drain", "seconds": drain}
         else:
-            self._log("stopping_at_once", level="warning", reason=reason)
+            self._event("stopping_at_once", level="warning", reason=reason)
             order, drain = {"do": "close"}, 0.0
         for parent in self._parents():
             parent.send(order)
@@ -230,7 +236,8 @@ class _Supervisor:
         _prepare_chroot(generation.configuration.worker.chroot)
         self._log.form = generation.configuration.log.format
         for warning in checked.warnings:
-            self._log("configuration", level="warning", problem=str(warning))
+            self._event("configuration", level="warning", problem=str(warning))
+        self._serve_metrics(generation.configuration.metrics.address)
         self._resolver.resolve(vhost.backend for vhost in generation.configuration.vhost)
         return generation
 
@@ -254,7 +261,7 @@ class _Supervisor:
             if generation.configuration.keyd.socket is not None:
                 self._connect_keyd(generation, generation.configuration.keyd.socket)
         except OSError as error:
-            self._log("start_failed", level="error", reason=error.strerror)
+            self._event("start_failed", level="error", reason=error.strerror)
             self._fail()
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
 
@@ -266,7 +273,7 @@ class _Supervisor:
                 self._watch(generation, generation.keyd)
                 generation.parent.send({"do": "use keyd"}, [control.fileno()])
         except OSError as error:
-            self._log("start_failed", level="error", reason=error.strerror)
+            self._event("start_failed", level="error", reason=error.strerror)
             self._fail()
             self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
 
@@ -286,14 +293,14 @@ class _Supervisor:
             try:
                 keys = {key.hex() for key in Keys.decode(control.recv(MAX_KEYS_OCTETS)).keys}
             except (OSError, Malformed) as error:
-                self._log("keyd_unreachable", level="error", socket=str(path), reason=str(error))
+                self._event("keyd_unreachable", level="error", socket=str(path), reason=str(error))
                 again()
                 return
             for missing in generation.key_ids - keys:
-                self._log("keyd_lacks_key", level="error", socket=str(path), key=missing)
+                self._event("keyd_lacks_key", level="error", socket=str(path), key=missing)
             parent.send({"do": "use keyd"}, [control.fileno()])
             control.close()
-            self._log("keyd_connected", socket=str(path), generation=generation.number)
+            self._event("keyd_connected", socket=str(path), generation=generation.number)
             generation.keyd_missed = generation.waits_for_keyd = False
             if generation.ready:
                 self._ready(generation)
@@ -304,7 +311,7 @@ class _Supervisor:
             if not generation.keyd_missed:
                 generation.keyd_missed = True
                 reason = error.strerror
-                self._log("keyd_unreachable", level="error", socket=str(path), reason=reason)
+                self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
             again()
         else:
             self._loop.watch(control.fileno(), hear_keys)
@@ -327,7 +334,7 @@ class _Supervisor:
         if not generation.announced:
             generation.announced = True
             for address in self._listeners:
-                self._log("listening", address=str(address), generation=generation.number)
+                self._event("listening", address=str(address), generation=generation.number)
         self._retire_all_but(generation)
         self._notify(ready=1, status=self._status_text())
 
@@ -336,7 +343,7 @@ class _Supervisor:
         now = time.monotonic()
         self._failures.append(now)
         if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
-            self._log(
+            self._event(
                 "giving_up",
                 level="alarm",
                 reason=f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above",
@@ -353,7 +360,7 @@ class _Supervisor:
             self._reload_asked_again = True
             return
         self._reloading = True
-        self._log("reloading")
+        self._event("reloading")
         self._notify.reloading()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
 
@@ -404,7 +411,7 @@ class _Supervisor:
 
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
-            self._log("reload_failed", level="error", problem=problem)
+            self._event("reload_failed", level="error", problem=problem)
         self._notify(ready=1)
         self._reload_ended({"reloaded": False, "problems": problems})
 
@@ -428,12 +435,12 @@ class _Supervisor:
                     other.parent.send({"do": "retire"})
         self._close_listeners(gone)
         if self._reloading:
-            self._log("reloaded", generation=generation.number)
+            self._event("reloaded", generation=generation.number)
             self._reload_ended({"reloaded": True, "generation": generation.number})
 
     def _abandon(self, generation: Generation) -> None:
         """A new generation could not be started: the one before goes on serving."""
-        self._generations.remove(generation)
+        self._forget(generation)
         for child in generation.children:
             child.kill()
             self._let_go(generation, child)
@@ -442,6 +449,10 @@ class _Supervisor:
             {key: value for key, value in self._listeners.items() if key not in wanted}
         )
         self._reload_failed(["keyd or the parent did not start: see the lines above"])
+
+    def _forget(self, generation: Generation) -> None:
+        self._generations.remove(generation)
+        self._metrics.forget(generation.number)
 
     def _close_listeners(self, listeners: dict[IPAddress, socket.socket]) -> None:
         for address, listener in listeners.items():
@@ -462,11 +473,13 @@ class _Supervisor:
         """What a child has to say is an event for the log."""
         for _ in range(100):
             try:
-                message = child.socket.recv(_EVENT_OCTETS)
+                message, reports, _, _ = socket.recv_fds(
+                    child.socket, _EVENT_OCTETS, 1, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                message = b""
+                message, reports = b"", []
             if not message:
                 self._loop.unwatch(child.socket.fileno())
                 child.socket.close()
@@ -474,6 +487,9 @@ class _Supervisor:
             child.last_heard = time.monotonic()
             event = json.loads(message)
             name = event.pop("event")
+            for report in reports:
+                name = complete_record(event, read_report(report))
+                os.close(report)
             if name == "ready":
                 self._started(generation, child, event)
             else:
@@ -487,23 +503,34 @@ class _Supervisor:
             generation.connections.pop(event["connection"], None)
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._connect_keyd(generation, generation.configuration.keyd.socket)
+        self._event(name, generation.number, **event)
+
+    def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
+        """Something to count and, if it is of interest to a reader, to log."""
+        self._metrics.record(name, fields, of_generation)
         if name not in _NOT_FOR_THE_LOG:
-            self._log(name, **event)
+            self._log(name, **fields)
 
     def _record_lost(self, generation: Generation) -> None:
         """A parent has ended, and with it the connections whose end it did not tell."""
         lost, generation.connections = generation.connections, {}
         for begun in lost.values():
-            self._log("connection_ended", **begun, end="the parent ended")
+            self._event("connection_ended", **begun, end="the parent ended")
 
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:
             child.patience.cancel()
         keys = event.pop("keys", None)
-        self._log(f"{child.name}_started", pid=child.pid, generation=generation.number, **event)
+        self._event(
+            f"{child.name}_started",
+            generation.number,
+            pid=child.pid,
+            generation=generation.number,
+            **event,
+        )
         if isinstance(keys, list) and set(keys) != generation.key_ids:
             # keyd was started again, and the files are not what they were.
-            self._log("keys_changed", level="warning", action="reloading")
+            self._event("keys_changed", level="warning", action="reloading")
             self._reload()
         generation.starting.discard(child)
         if generation.ready:
@@ -518,7 +545,7 @@ class _Supervisor:
         # keyd leaves when its parent has: that end is about to be heard of.
         hung_up = child.name == "keyd" and how == "exited with 0"
         if not (self._stops or generation.retired or hung_up) or how != "exited with 0":
-            self._log(
+            self._event(
                 f"{child.name}_died",
                 level="alarm",
                 pid=child.pid,
@@ -530,7 +557,7 @@ class _Supervisor:
                 self._finish(0)
         elif generation.retired:
             if generation.parent is None:
-                self._generations.remove(generation)
+                self._forget(generation)
                 for keyd in generation.children:
                     keyd.kill()
                     self._let_go(generation, keyd)
@@ -572,6 +599,20 @@ class _Supervisor:
             self._loop.after(0, lambda: self._release_uids(uids))
         return child.bury()
 
+    def _serve_metrics(self, address: IPAddress | UnixAddress | None) -> None:
+        """Have the numbers there, and nowhere else. Raises OSError."""
+        if address == self._metrics_address:
+            return
+        listener = listen_at(address) if address is not None else None
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+            self._metrics_server = None
+        if listener is not None:
+            self._metrics_server = MetricsServer(
+                self._loop, listener, lambda: self._metrics.exposition(self._status())
+            )
+        self._metrics_address = address
+
     # --- being looked after, and looking after ----------------------------------
 
     def _look_after_children(self) -> None:
@@ -580,7 +621,7 @@ class _Supervisor:
         for generation in self._generations:
             for child in generation.children:
                 if child not in generation.starting and now - child.last_heard > _QUIET_SECONDS:
-                    self._log(f"{child.name}_hangs", level="alarm", pid=child.pid)
+                    self._event(f"{child.name}_hangs", level="alarm", pid=child.pid)
                     child.kill()
         self._notify(status=self._status_text())
         self._loop.after(ALIVE_SECONDS, self._look_after_children)
@@ -589,7 +630,7 @@ class _Supervisor:
         """Reload where a certificate or key is not what it was."""
         serving = self._serving
         if serving.configuration.service.reload_on_change and serving.files.settled_change():
-            self._log("files_changed", action="reloading")
+            self._event("files_changed", action="reloading")
             self._reload()
         self._loop.after(_FILES_SECONDS, self._look_at_files)
 
@@ -602,7 +643,12 @@ class _Supervisor:
         """One line, for ``systemctl status``."""
         if self._stops:
             return "stopping"
-        return f"generation {self._serving.number}, listening on {len(self._listeners)} addresses"
+        connections = sum(len(generation.connections) for generation in self._generations)
+        counts = self._metrics.counts()
+        return (
+            f"{connections} connections now, {counts['accepted']} so far; "
+            f"generation {self._serving.number}"
+        )
 
     def _answer_status(self, answer: Answer) -> None:
         answer(self._status())
@@ -652,6 +698,7 @@ class _Supervisor:
                 }
                 for credential, facts in serving.certificates.items()
             ],
+            "counts": self._metrics.counts(),
         }
 
     def _answer_reload(self, answer: Answer) -> None:
@@ -670,7 +717,7 @@ class _Supervisor:
         if isinstance(found, OSError):
             kept = len(self._addresses.get(backend, ()))
             reason = found.strerror
-            self._log(
+            self._event(
                 "backend_unresolved", level="error", backend=str(backend), reason=reason, kept=kept
             )
             return

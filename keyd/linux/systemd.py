@@ -14,11 +14,18 @@ _FIRST_DESCRIPTOR = 3
 
 
 class Notifier:
-    """The way to the service manager, where there is one. Never blocks."""
+    """The way to the service manager, where there is one. Never blocks.
+
+    Connected at once: from an empty root, the manager's socket could not be found.
+    """
 
     def __init__(self) -> None:
-        self._address = os.environ.pop("NOTIFY_SOCKET", "")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._socket: socket.socket | None = None
+        if address:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            with suppress(OSError):
+                self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
         #: How often a watchdog wants to hear from us, in seconds; None if there is none.
         self.watchdog: float | None = None
         watched_pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
@@ -29,12 +36,11 @@ class Notifier:
 
     def __call__(self, **fields: object) -> None:
         """Send variables such as READY=1; their names are given in lower case."""
-        if self._address:
+        if self._socket is not None:
             text = "\n".join(f"{name.upper()}={value}" for name, value in fields.items())
-            address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
             # A manager that does not listen must not hold us up.
             with suppress(OSError):
-                self._socket.sendto(text.encode(), address)
+                self._socket.send(text.encode())
 
     def reloading(self) -> None:
         """RELOADING=1, with the time that Type=notify-reload asks for."""

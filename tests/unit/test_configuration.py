@@ -69,7 +69,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         "worker": {
             "uids": "200000-265535",
             "max": 1000,
-            "spare": 8,
+            "spare": 16,
             "handshake_timeout": "10s",
             "connect_timeout": "5s",
             "drain": "30s",
@@ -86,6 +86,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         },
         "keyd": {"socket": None, "user": "199999"},
         "log": {"format": "text"},
+        "metrics": {"address": None},
         "service": {"reload_on_change": False},
         "listen": [{"address": "[::]:443"}],
         "vhost": [

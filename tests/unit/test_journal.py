@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titus_py.journal import Journal, entry, is_standard_error
@@ -83,6 +83,7 @@ def test_priorities(level: str, priority: bytes) -> None:
 VALUES = st.text() | st.text(st.sampled_from("\n=A\0é\ud800")) | st.integers() | st.floats()
 
 
+@settings(deadline=None)
 @given(
     st.text(),
     st.text(),
@@ -101,6 +102,7 @@ def test_a_value_cannot_pass_for_a_field(line: str, event: str, fields: dict[str
         assert parse(entry(line, "info", event, fields)) == expected
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1))
 def test_names_are_what_the_journal_takes(name: str) -> None:
     *_, last = parse(entry("", "info", "x", {name: 1}))

@@ -1,0 +1,36 @@
+# bash completion for titus-py(8)
+
+_titus_py() {
+    local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
+    local options=
+    COMPREPLY=()
+    case $previous in
+        --config | --cert | --key | --html)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            return
+            ;;
+        --listen | --backend)
+            return
+            ;;
+        --pid)
+            mapfile -t COMPREPLY < <(compgen -W "$(pgrep -f 'titus-py serve')" -- "$word")
+            return
+            ;;
+    esac
+    case ${COMP_WORDS[1]} in
+        serve) options='--config --listen --backend --cert --key' ;;
+        check) options='--config' ;;
+        audit) options='--pid --json --html' ;;
+        status) options='--pid --json --watch' ;;
+        reload) options='--pid' ;;
+    esac
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        options='serve check demo audit status reload --help'
+    else
+        options="$options --help"
+    fi
+    mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
+}
+
+complete -F _titus_py titus-py

@@ -1,0 +1,236 @@
+"""Checks: who a process is, and what it may do as that.
+
+Run by ``titus-py audit``. Credentials are a thread's own (credentials(7)): each thread
+of a process is looked at.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+import prctl
+
+from titus_py.address import UnixAddress
+from titus_py.audit.finding import Check, Seen, broken, holds
+from titus_py.audit.observation import Observation, Scene
+from titus_py.confinement import PARENT_CAPABILITIES
+from titus_py.instance import Role
+from titus_py.supervisor import SUPERVISOR_CAPABILITIES
+
+__all__ = ["CHECKS"]
+
+_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_NAMES_OF_SETS = ("CAP_EFFECTIVE", "CAP_PERMITTED", "CAP_INHERITABLE")
+_CAP_SYS_PTRACE = 19
+_CAPABILITY_VERSION_3 = 0x2008_0522
+
+
+def _uid(seen: Observation, scene: Scene) -> Seen:
+    threads = {
+        (name, number)
+        for thread in seen.threads
+        for name in ("Uid", "Gid")
+        for number in thread[name].split()
+    }
+    uids = sorted({number for name, number in threads if name == "Uid"})
+    gids = sorted({number for name, number in threads if name == "Gid"})
+    text = f"uid {' and '.join(uids)}, gid {' and '.join(gids)}"
+    others = [
+        f"{process.pid} (uid {process.uid})"
+        for process in scene.everyone
+        if process.uid == int(uids[0]) and process.pid != seen.pid
+    ]
+    if others:
+        return broken(f"{text}; also that of process {', '.join(others)}")
+    if len(uids) > 1 or len(gids) > 1:
+        return broken(text)
+    if seen.process.role is Role.KEYD:
+        user = scene.target.configuration.keyd.user
+        right = (int(uids[0]), int(gids[0])) == (user.uid, user.gid)
+        newest = scene.newest(Role.KEYD) is seen and scene.target.started(seen.process)
+    else:
+        right = int(uids[0]) in scene.target.configuration.worker.uids and uids == gids
+        parent = scene.newest(Role.PARENT)
+        newest = parent is not None and parent.pid == seen.process.ppid
+    # Those of an earlier configuration, still there after a reload, are as that one said; and
+    # a keyd that is a service of its own, as that says.
+    right = right or (not newest and "0" not in uids + gids)
+    if not right:
+        return broken(f"{text}: not what the configuration says")
+    return holds(f"{text}; no other of {len(scene.everyone)} processes in sight has it")
+
+
+def _groups(seen: Observation, _: Scene) -> Seen:
+    groups = sorted({group for thread in seen.threads for group in thread["Groups"].split()})
+    return broken(f"groups {', '.join(groups)}") if groups else holds("none")
+
+
+def _no_capabilities(seen: Observation, _: Scene) -> Seen:
+    return _at_most(seen, 0)
+
+
+def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
+    kept = set(PARENT_CAPABILITIES)
+    if seen.process.role is Role.SUPERVISOR:
+        kept = set(SUPERVISOR_CAPABILITIES)
+    elif any(isinstance(v.backend, UnixAddress) for v in scene.target.configuration.vhost):
+        kept.add(prctl.CAP_DAC_OVERRIDE)
+    return _at_most(seen, sum(1 << capability for capability in kept))
+
+
+def _at_most(seen: Observation, allowed: int) -> Seen:
+    # Neither set that execve(2) adds to may hold any.
+    masks = dict.fromkeys(_SETS, allowed) | {"CapInh": 0, "CapAmb": 0}
+    excess = {
+        f"{name} has {_names(beyond)}"
+        for thread in seen.threads
+        for name, mask in masks.items()
+        if (beyond := int(thread[name], 16) & ~mask)
+    }
+    if excess:
+        return broken(f"{'; '.join(sorted(excess))}{_of_threads(seen)}")
+    held = int(seen.threads[0]["CapPrm"], 16)
+    return holds(f"{_names(held) if held else 'all five sets empty'}{_of_threads(seen)}")
+
+
+def _names(mask: int) -> str:
+    known = {
+        number: name.lower()
+        for name, number in vars(prctl).items()
+        if name.startswith("CAP_") and name not in _NAMES_OF_SETS
+    }
+    numbers = [number for number in range(mask.bit_length()) if mask >> number & 1]
+    if len(numbers) > 10:
+        return f"{len(numbers)} capabilities"
+    return ", ".join(known.get(number, f"capability {number}") for number in numbers)
+
+
+def _of_threads(seen: Observation) -> str:
+    return f" ({len(seen.threads)} threads)" if len(seen.threads) > 1 else ""
+
+
+def _no_new_privs(seen: Observation, _: Scene) -> Seen:
+    values = {thread["NoNewPrivs"] for thread in seen.threads}
+    text = f"NoNewPrivs {' and '.join(sorted(values))}{_of_threads(seen)}"
+    return holds(text) if values == {"1"} else broken(text)
+
+
+def _hidden_by_owner(seen: Observation, _: Scene) -> Seen:
+    owner = seen.owner_of_proc
+    if owner == 0:
+        return holds(f"/proc/{seen.pid}/environ is root's, though the process is not")
+    return broken(f"/proc/{seen.pid}/environ is uid {owner}'s")
+
+
+def _hidden_by_attempt(seen: Observation, _: Scene) -> Seen:
+    if _can_look_into(seen.pid):
+        return broken("a root process without CAP_SYS_PTRACE can look into it")
+    if not _control():
+        return broken(
+            "a root process without CAP_SYS_PTRACE cannot look into a dumpable one either"
+        )
+    return holds("refused; at a dumpable process, the same succeeds")
+
+
+def _control() -> bool:
+    """Whether a process that is like a parent, but dumpable, can be looked into."""
+    program = (
+        "from keyd.linux.credentials import keep_capabilities\n"
+        "keep_capabilities([])\n"
+        "print(flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        result = _can_look_into(process.pid)
+        process.communicate(b"\n")
+    return result
+
+
+def _can_look_into(pid: int) -> bool:
+    """Whether a thread of root's without CAP_SYS_PTRACE may (ptrace(2), PTRACE_MODE_READ)."""
+    results = []
+
+    def attempt() -> None:
+        # Capabilities are a thread's own: only this one, which ends here, is without.
+        libc = ctypes.CDLL(None, use_errno=True)
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+        sets = (ctypes.c_uint32 * 6)()
+        if libc.capget(header, sets):
+            raise OSError(ctypes.get_errno(), "capget")
+        sets[0] &= ~(1 << _CAP_SYS_PTRACE)
+        if libc.capset(header, sets):
+            raise OSError(ctypes.get_errno(), "capset")
+        try:
+            os.readlink(f"/proc/{pid}/cwd")
+            results.append(True)
+        except PermissionError:
+            results.append(False)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return results == [True]
+
+
+_UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD})
+_PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT})
+_STATUS = "/proc/PID/task/*/status"
+
+CHECKS = (
+    Check(
+        "uid",
+        frozenset({Role.WORKER}),
+        "a uid and gid of its own, out of worker.uids",
+        f"{_STATUS}: Uid, Gid; those of all processes",
+        _uid,
+    ),
+    Check(
+        "uid",
+        frozenset({Role.KEYD}),
+        "keyd.user, which nothing else runs as",
+        f"{_STATUS}: Uid, Gid; those of all processes",
+        _uid,
+    ),
+    Check("groups", _UNPRIVILEGED, "no supplementary groups", f"{_STATUS}: Groups", _groups),
+    Check(
+        "capabilities",
+        _UNPRIVILEGED,
+        "no capability, nor a way to one",
+        f"{_STATUS}: {', '.join(_SETS)}",
+        _no_capabilities,
+    ),
+    Check(
+        "capabilities",
+        _PRIVILEGED,
+        "only the capabilities that it uses, none inheritable or ambient",
+        f"{_STATUS}: {', '.join(_SETS)}",
+        _few_capabilities,
+    ),
+    Check(
+        "no_new_privs",
+        _UNPRIVILEGED,
+        "no_new_privs: no program could give it more",
+        f"{_STATUS}: NoNewPrivs",
+        _no_new_privs,
+    ),
+    Check(
+        "hidden",
+        _UNPRIVILEGED,
+        "not dumpable: its memory is closed to its own uid",
+        "owner of /proc/PID/environ",
+        _hidden_by_owner,
+    ),
+    Check(
+        "hidden",
+        _PRIVILEGED,
+        "not dumpable: its memory takes CAP_SYS_PTRACE to see",
+        "attempt on /proc/PID/cwd as root without CAP_SYS_PTRACE",
+        _hidden_by_attempt,
+    ),
+)

@@ -1,0 +1,196 @@
+"""Checks: what a process holds open, each thing by its name.
+
+Run by ``titus-py audit``. A unix socket is what its other end makes it: which process of
+the instance holds that (sock_diag(7)).
+"""
+
+import os
+import re
+import socket
+from collections import Counter
+from collections.abc import Iterable
+
+from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.observation import Observation, Scene, Stage
+from titus_py.instance import Role
+
+__all__ = ["CHECKS", "names"]
+
+_NULL = "/dev/null"
+_CLIENT, _BACKEND, _LISTENER = "client", "backend", "listening socket"
+_CLOSED = "socket with no other end"
+_ERRORS = "standard error, the supervisor's"
+_OWN_ERRORS = "standard error"
+_KINDS = {
+    r"/dev/null": _NULL,
+    r"anon_inode:\[eventpoll\]": "epoll",
+    r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": "pidfd",
+    r"anon_inode:\[landlock-ruleset\]": "Landlock ruleset",
+    r"net:\[\d+\]": "network namespace",
+    r"/memfd:report \(deleted\)": "worker's report page",
+}
+
+#: What a process may hold, and how much of each (None: any number).
+_Allowed = dict[str, int | None]
+_SPARE: _Allowed = {_NULL: 3, "socket to the parent": 1}
+_HANDSHAKE: _Allowed = {**_SPARE, _CLIENT: 1, "socket to keyd": 1, _CLOSED: 1}
+_ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1}
+_KEYD: _Allowed = {
+    _NULL: 3,
+    _ERRORS: 1,
+    _OWN_ERRORS: 2,
+    "epoll": 1,
+    "socket to the parent": None,
+    "socket to the supervisor": 1,
+    "socket to worker": None,
+    _CLOSED: None,
+}
+_PARENT: _Allowed = {
+    _NULL: 4,
+    _ERRORS: 1,
+    "epoll": 1,
+    "pidfd": None,
+    "worker's report page": None,
+    "Landlock ruleset": 1,
+    "network namespace": 1,
+    _LISTENER: None,
+    "socket to the supervisor": 2,
+    "socket to worker": None,
+    "socket to keyd": None,
+    # On their way to a worker.
+    _CLIENT: None,
+    _BACKEND: None,
+    _CLOSED: None,
+}
+
+
+def names(seen: Observation, scene: Scene) -> dict[int, str]:
+    """What each of a process's descriptors is, in words; the kernel's where we have none."""
+    return {number: _name(seen, scene, number) for number in sorted(seen.descriptors)}
+
+
+def _name(seen: Observation, scene: Scene, number: int) -> str:
+    what = seen.descriptors[number]
+    for pattern, name in _KINDS.items():
+        if re.fullmatch(pattern, what):
+            return name
+    if (
+        number in (1, 2)
+        and seen.process.role is Role.KEYD
+        and not scene.target.started(seen.process)
+    ):
+        return _OWN_ERRORS
+    if number == 2 and seen.process.role is not Role.WORKER:
+        errors = {other.descriptors.get(2) for other in scene.of(Role.SUPERVISOR)}
+        if what in errors:
+            return _ERRORS
+    inode = seen.sockets.get(number)
+    return what if inode is None else _socket_name(scene, inode) or what
+
+
+def _socket_name(scene: Scene, inode: int) -> str:
+    tcp = scene.tcp(inode)
+    if tcp is not None:
+        if tcp.listening:
+            return _LISTENER
+        return _CLIENT if tcp.local in scene.listening_ports else _BACKEND
+    unix = scene.unix(inode)
+    if unix is None:
+        return ""
+    if unix.kind == socket.SOCK_STREAM:
+        return _BACKEND
+    if not unix.peer:
+        return _CLOSED
+    holders = {other.process.role for other in scene.holders.get(unix.peer, [])}
+    # A process forked meanwhile holds what its parent does, until it has closed it.
+    for role in (Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.WORKER):
+        if role in holders:
+            return f"socket to {'' if role is Role.WORKER else 'the '}{role}".replace(
+                "the keyd", "keyd"
+            )
+    return _CLOSED
+
+
+def _allowed(seen: Observation) -> _Allowed:
+    match seen.process.role:
+        case Role.PARENT:
+            return _PARENT
+        case Role.KEYD:
+            return _KEYD
+        case _ if seen.stage == Stage.ESTABLISHED:
+            return _ESTABLISHED
+        case _ if seen.stage == Stage.HANDSHAKE:
+            return _HANDSHAKE
+        case _:
+            return _SPARE
+
+
+def _descriptors(seen: Observation, scene: Scene) -> Seen:
+    if not scene.knows_peers:
+        return not_available("this kernel does not tell the other ends of unix sockets (unix_diag)")
+    named = names(seen, scene)
+    allowed = _allowed(seen)
+    counts = Counter(named.values())
+    excess = [
+        f"{number}: {name}"
+        for number, name in named.items()
+        if name not in allowed or counts[name] > (allowed[name] or counts[name])
+    ]
+    if excess:
+        return broken(f"more than it may hold: {', '.join(excess)}")
+    return holds(_list(counts.items()))
+
+
+def _list(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts)
+
+
+def _supervisor(seen: Observation, scene: Scene) -> Seen:
+    wrong = []
+    for number, what in sorted(seen.descriptors.items()):
+        try:
+            stat = os.stat(f"/proc/{seen.pid}/fd/{number}")
+        except FileNotFoundError:
+            continue
+        if path := scene.secret_files.get((stat.st_dev, stat.st_ino)):
+            wrong.append(f"{number}: {path}")
+        tcp = scene.tcp(seen.sockets.get(number, 0))
+        if tcp is not None and tcp.local in scene.listening_ports and not tcp.listening:
+            wrong.append(f"{number}: a client, {what}")
+    if wrong:
+        return broken(", ".join(wrong))
+    return holds(f"{len(seen.descriptors)} descriptors, none of them such")
+
+
+CHECKS = (
+    Check(
+        "descriptors",
+        frozenset({Role.WORKER}),
+        "nothing open but /dev/null, its socket to the parent, its client, its backend, and "
+        "until the handshake is done its channel to keyd",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
+        frozenset({Role.KEYD}),
+        "no file and no connection open: its sockets to parent, supervisor and workers",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
+        frozenset({Role.PARENT}),
+        "no file open: listening sockets, and what it shares with its workers, keyd and "
+        "the supervisor",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
+        frozenset({Role.SUPERVISOR}),
+        "no client and no key file open",
+        "/proc/PID/fd, each held against the key files' inodes and /proc/net/tcp",
+        _supervisor,
+    ),
+)

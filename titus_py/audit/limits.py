@@ -1,0 +1,157 @@
+"""Checks: what the kernel refuses a process: system calls, resources, speculation.
+
+Run by ``titus-py audit``. What a filter allows cannot be read from outside without
+stopping the process: its lists are in ``worker_filter`` and ``keyd.system_calls``.
+"""
+
+from keyd.linux import landlock
+from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.observation import Observation, Scene, Stage
+from titus_py.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
+from titus_py.instance import Role, status
+
+__all__ = ["CHECKS"]
+
+#: What a worker may have at most, in the words of /proc/PID/limits.
+_WORKER_LIMITS = {
+    "processes": 0,
+    "file size": 0,
+    "core file size": 0,
+    "open files": 8,
+    "locked memory": 0,
+    "pending signals": 0,
+    "msgqueue size": 0,
+    "nice priority": 0,
+    "realtime priority": 0,
+}
+_ADDRESS_SPACE = "address space"
+
+#: How /proc/PID/status says that there is nothing to turn off, that it is off for good, and
+#: that it cannot be turned off.
+_SAFE = {"not vulnerable", "not affected", "globally mitigated", "always disabled"}
+_OFF = {"thread force mitigated", "conditional force disabled"}
+_FIXED = {"vulnerable", "always enabled", "unknown", "unsupported"}
+
+
+def _filter(seen: Observation, scene: Scene) -> Seen:
+    modes = {thread["Seccomp"] for thread in seen.threads}
+    if modes != {"2"}:
+        return broken(f"{len(seen.threads)} threads, Seccomp {' and '.join(sorted(modes))}")
+    counts = {thread.get("Seccomp_filters") for thread in seen.threads}
+    if None in counts:
+        return not_available("Seccomp 2; this kernel does not say how many filters there are")
+    if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
+        # Whoever started it may have put some on before.
+        return holds(f"Seccomp 2, {' and '.join(map(str, counts))} filters")
+    expected = scene.inherited_filters + (2 if seen.stage == Stage.ESTABLISHED else 1)
+    threads = f"; {len(seen.threads)} threads" if len(seen.threads) > 1 else ""
+    text = f"Seccomp 2, {' and '.join(str(count) for count in counts)} filters{threads}"
+    if scene.inherited_filters:
+        text += f", {scene.inherited_filters} of them inherited by the supervisor"
+    if counts != {str(expected)}:
+        return broken(f"{text}; expected {expected}")
+    if seen.process.role is Role.WORKER:
+        text += ": both" if seen.stage == Stage.ESTABLISHED else ": the first"
+    return holds(text)
+
+
+def _worker_limits(seen: Observation, scene: Scene) -> Seen:
+    most: dict[str, int] = dict(_WORKER_LIMITS)
+    parents = scene.of(Role.PARENT)
+    peaks = [int(status(parent.pid)["VmPeak"].split()[0]) * 1024 for parent in parents]
+    if peaks:
+        most[_ADDRESS_SPACE] = max(peaks) + MEMORY_OCTETS
+    loose = [
+        f"{name}: {values[1]}"
+        for name, limit in most.items()
+        if (values := seen.limits.get(name)) and not _within(values[1], limit)
+    ]
+    if loose or seen.limits.get(_ADDRESS_SPACE, ("", "unlimited"))[1] == "unlimited":
+        return broken("; ".join(loose) or "address space: unlimited")
+    memory = int(seen.limits[_ADDRESS_SPACE][1]) >> 20
+    files = seen.limits["open files"][1]
+    return holds(f"{memory} MiB of address space, {files} descriptors; of all the rest 0")
+
+
+def _within(limit: str, most: int) -> bool:
+    return limit != "unlimited" and int(limit) <= most
+
+
+def _no_core(seen: Observation, _: Scene) -> Seen:
+    soft, hard = seen.limits["core file size"]
+    text = f"core file size: {soft}, hard {hard}"
+    return holds(text) if (soft, hard) == ("0", "0") else broken(text)
+
+
+def _speculation(seen: Observation, scene: Scene) -> Seen:
+    found, verdicts = [], set()
+    for name in ("Speculation_Store_Bypass", "SpeculationIndirectBranch"):
+        state = seen.threads[0].get(name, "unknown")
+        found.append(f"{name}: {state}")
+        known = state in _SAFE or state in _OFF
+        verdicts.add("off" if known else "fixed" if state in _FIXED else "on")
+    text = "; ".join(found)
+    if "on" in verdicts:
+        return broken(text)
+    if "fixed" in verdicts:
+        required = SPECULATION in scene.target.configuration.worker.require
+        return broken(f"{text}; required by worker.require") if required else not_available(text)
+    return holds(text)
+
+
+def _landlock(seen: Observation, scene: Scene) -> Seen:
+    version = landlock.version()
+    if not version:
+        text = "this kernel has no Landlock, or it is off"
+        required = LANDLOCK in scene.target.configuration.worker.require
+        return broken(f"{text}; required by worker.require") if required else not_available(text)
+    if "anon_inode:[landlock-ruleset]" in seen.descriptors.values():
+        return holds(f"Landlock, version {version} of its interface; the ruleset is there")
+    return broken(f"the kernel has Landlock, version {version}, and the parent no ruleset")
+
+
+CHECKS = (
+    Check(
+        "filter",
+        frozenset({Role.WORKER}),
+        "a seccomp filter, and a second, narrower one once the handshake is done",
+        "/proc/PID/status: Seccomp, Seccomp_filters",
+        _filter,
+    ),
+    Check(
+        "filter",
+        frozenset({Role.KEYD}),
+        "a seccomp filter on each of its threads",
+        "/proc/PID/task/*/status: Seccomp, Seccomp_filters",
+        _filter,
+    ),
+    Check(
+        "limits",
+        frozenset({Role.WORKER}),
+        "no processes, no files, no core dump; memory and descriptors bounded",
+        "/proc/PID/limits, hard limits",
+        _worker_limits,
+    ),
+    Check(
+        "limits",
+        frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD}),
+        "no core dump",
+        "/proc/PID/limits",
+        _no_core,
+    ),
+    Check(
+        "speculation",
+        frozenset({Role.WORKER}),
+        "indirect-branch and store-bypass speculation off for good, where it can be",
+        "/proc/PID/status: Speculation*",
+        _speculation,
+    ),
+    Check(
+        "landlock",
+        frozenset({Role.PARENT}),
+        "a Landlock ruleset that grants nothing, for each worker to put on",
+        "its descriptor in the parent; that a worker has put it on cannot be seen from "
+        "outside: one that could not does not serve",
+        _landlock,
+    ),
+)

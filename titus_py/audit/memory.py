@@ -1,0 +1,182 @@
+"""Checks: what is in a process's memory, and where the private keys are.
+
+Run by ``titus-py audit``, which reads the private keys itself, to know what to look for.
+It looks into everybody's memory and never into its own.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from keyd.keys import UnusableKey, load_private_key
+from titus_py.audit.finding import Check, Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.observation import Observation, Scene
+from titus_py.audit.target import CannotAudit, Target
+from titus_py.instance import Process, Role
+from titus_py.key_search import Hit, Needle, Search, needles, search_all
+
+__all__ = ["CHECKS", "key_needles", "look_for_keys"]
+
+_ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+")
+_ARGUMENTS = re.compile(rb"-I\0-m\0(titus_py\.parent|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+")
+
+
+def _mappings(seen: Observation, scene: Scene) -> Seen:
+    secret = {str(path) for path in scene.secret_files.values()}
+    wrong = [
+        f"{mapping.permissions} {mapping.name} at {mapping.start:#x}"
+        for mapping in seen.mappings
+        if ("w" in mapping.permissions and "x" in mapping.permissions)
+        # A file that was replaced since is "... (deleted)".
+        or mapping.name.removesuffix(" (deleted)") in secret
+    ]
+    if wrong:
+        return broken(", ".join(wrong))
+    return holds(f"{len(seen.mappings)} mappings, none of them such")
+
+
+def _environment(seen: Observation, scene: Scene) -> Seen:
+    if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
+        return not_available("a service of its own: both are what its administrator made them")
+    strange = [word for word in seen.environment if not _ENVIRONMENT.fullmatch(word)]
+    if strange:
+        variables = ", ".join(word.partition(b"=")[0].decode(errors="replace") for word in strange)
+        return broken(f"environment: {variables}")
+    if not _ARGUMENTS.fullmatch(b"\0".join(seen.arguments[1:])):
+        shown = b" ".join(seen.arguments).decode(errors="replace")
+        return broken(f"arguments: {shown[:200]}")
+    return holds(
+        f"{len(seen.arguments)} arguments: the program, and numbers of descriptors; "
+        + ("OPENSSL_CONF, which names one more" if seen.environment else "no environment")
+    )
+
+
+_EVERYBODY = frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.WORKER})
+
+CHECKS = (
+    Check(
+        "mappings",
+        _EVERYBODY,
+        "no memory both writable and executable, no key file mapped",
+        "/proc/PID/maps",
+        _mappings,
+    ),
+    Check(
+        "environment",
+        frozenset({Role.PARENT, Role.KEYD, Role.WORKER}),
+        "environment and arguments say nothing of use",
+        "/proc/PID/environ, /proc/PID/cmdline",
+        _environment,
+    ),
+)
+
+
+# --- the private keys -----------------------------------------------------------
+
+
+def key_needles(target: Target) -> list[Needle]:
+    """What to look for, of every key in the configuration. Raises CannotAudit."""
+    found = []
+    for path, passphrase_file in target.key_files():
+        try:
+            key = load_private_key(str(path), str(passphrase_file) if passphrase_file else None)
+        except UnusableKey as error:
+            raise CannotAudit(f"cannot tell what to look for in memory: {error.reason}") from None
+        found += [Needle(f"{path.name}: {needle.name}", needle.octets) for needle in needles(key)]
+    return found
+
+
+def look_for_keys(
+    processes: Sequence[Process], stages: dict[int, str], sought: Sequence[Needle]
+) -> Iterator[Finding]:
+    """Findings for each process that outlived the search; the newest keyd's are its control."""
+    keyds = [process for process in processes if process.role is Role.KEYD]
+    newest = max(keyds, key=lambda process: process.started, default=None)
+    how = f"/proc/PID/mem, searched for {len(sought)} forms of the keys' numbers"
+    for process, found in zip(
+        processes, search_all([process.pid for process in processes], sought), strict=True
+    ):
+        subject = Subject.of(process, stages.get(process.pid, ""))
+        if process.role is Role.KEYD:
+            seen = _control(found, sought)
+            if process is not newest:
+                seen = not_available("serves an earlier configuration, whose keys may be others")
+            yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
+            if not found.ended:
+                seen = _locked(process.pid, found.hits)
+                yield Finding(
+                    "locked",
+                    subject,
+                    "its memory is never swapped out",
+                    "VmFlags in /proc/PID/smaps of all that is writable, and of where the keys are",
+                    seen.text,
+                    seen.verdict,
+                )
+        elif not found.ended or found.hits:
+            seen = _nothing(found)
+            promised = "no private key, nor any number that makes one"
+            yield Finding("key", subject, promised, how, seen.text, seen.verdict)
+
+
+def _control(found: Search, sought: Sequence[Needle]) -> Seen:
+    """Without this, not to find the keys elsewhere would mean nothing."""
+    keys = {needle.name.partition(":")[0] for needle in sought}
+    missing = keys - {hit.needle.partition(":")[0] for hit in found.hits}
+    if found.ended or missing:
+        return broken(
+            f"not found: {', '.join(sorted(missing))}: is the file that keyd was started with "
+            "still the same?"
+        )
+    return holds(f"found in {len(found.hits)} places of {found.octets >> 20} MiB")
+
+
+def _nothing(found: Search) -> Seen:
+    if found.hits:
+        first, *others = found.hits
+        return broken(f"{first}" + (f", and {len(others)} more" if others else ""))
+    # The kernel's own page, which nobody can write, has no offset to read it at.
+    unread = [skipped for skipped in found.skipped if skipped.mapping not in _KERNELS]
+    if unread:
+        what = ", ".join(f"{skipped.mapping} ({skipped.reason})" for skipped in unread[:3])
+        return not_available(f"not all could be read: {what}")
+    return holds(f"{found.octets >> 20} MiB read, none found")
+
+
+_KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
+
+
+def _locked(pid: int, hits: Sequence[Hit]) -> Seen:
+    locked = loose = 0
+    exposed = []
+    for start, end, permissions, flags in _flagged_mappings(pid):
+        if "lo" in flags:
+            locked += end - start
+            continue
+        exposed += [hit for hit in hits if start <= hit.address < end]
+        if "w" in permissions:
+            loose += end - start
+    text = f"{locked >> 10} KiB locked"
+    if exposed:
+        return broken(f"{text}, but not {exposed[0].mapping}, where {exposed[0].needle} is")
+    if loose:
+        text += f", and all that has the keys; {loose >> 10} KiB that came later is not"
+        limit = re.search(
+            r"Max locked memory +(\S+) +(\S+)", Path(f"/proc/{pid}/limits").read_text()
+        )
+        if limit and limit[2] != "unlimited":
+            return not_available(
+                f"{text}: it was started without CAP_SYS_RESOURCE, which allows it"
+            )
+        return broken(text)
+    return holds(text)
+
+
+def _flagged_mappings(pid: int) -> Iterator[tuple[int, int, str, list[str]]]:
+    start = end = 0
+    permissions = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            addresses, permissions = line.split(maxsplit=2)[:2]
+            start, end = (int(address, 16) for address in addresses.split("-"))
+        elif line.startswith("VmFlags:"):
+            yield start, end, permissions, line.split()[1:]

@@ -1,0 +1,247 @@
+"""What /proc says of an instance at one time: a look at each process, and at all of them.
+
+Run by ``titus-py audit``, as root. It trusts the kernel. Processes come and go while they
+are looked at: one that went is left out, and what did not fit together is looked at again
+(``run``).
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets
+from titus_py.audit.target import Target
+from titus_py.instance import (
+    Process,
+    Role,
+    all_processes,
+    descriptors,
+    namespaces,
+    status,
+)
+
+__all__ = ["Mapping", "Observation", "Scene", "Stage", "stage_of"]
+
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+_LIMIT = re.compile(r"(.+?)  +(\S+) +(\S+) *(\S*)")
+
+
+class Stage(StrEnum):
+    """How far a worker has come."""
+
+    SPARE = "spare"
+    HANDSHAKE = "in its handshake"
+    ESTABLISHED = "established"
+
+
+class Mapping(NamedTuple):
+    """A line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    permissions: str
+    name: str
+
+
+class Observation(NamedTuple):
+    """One process, as /proc has it."""
+
+    process: Process
+    #: A worker's, else nothing; ``stage_of`` tells it from what the worker holds.
+    stage: str
+    #: /proc/PID/status of each thread, the main one first.
+    threads: tuple[dict[str, str], ...]
+    namespaces: dict[str, str]
+    root: str
+    #: What is in it, its owner and its mode.
+    root_content: tuple[str, ...]
+    root_owner: int
+    root_mode: int
+    #: Soft and hard.
+    limits: dict[str, tuple[str, str]]
+    descriptors: dict[int, str]
+    mappings: tuple[Mapping, ...]
+    arguments: tuple[bytes, ...]
+    environment: tuple[bytes, ...]
+    #: Whose /proc/PID/environ is: root's where the process is not dumpable.
+    owner_of_proc: int
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def filters(self) -> int | None:
+        """How many seccomp filters its main thread has; None where the kernel does not say."""
+        count = self.threads[0].get("Seccomp_filters")
+        return None if count is None else int(count)
+
+    @property
+    def sockets(self) -> dict[int, int]:
+        """Its descriptors that are sockets, with their inodes."""
+        found = {number: _SOCKET.fullmatch(what) for number, what in self.descriptors.items()}
+        return {number: int(match[1]) for number, match in found.items() if match}
+
+
+class Scene:
+    """All processes of an instance at one time, and what it takes to judge them."""
+
+    def __init__(self, target: Target, deadline: float = 0.0) -> None:
+        """``deadline`` (time.monotonic) is until when a worker may still be confining itself."""
+        self.target = target
+        self.inherited_filters = _filters(status(target.supervisor.pid))
+        self.observations: list[Observation] = []
+        for process in target.processes():
+            try:
+                if process.role is Role.WORKER:
+                    process = self._once_confined(process, deadline)
+                self.observations.append(_observe(process))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        # After the descriptors: a socket that is not here is one that was closed since.
+        self._unix = unix_sockets()
+        self._tcp = tcp_sockets()
+        self.everyone = all_processes()
+        self.observations = [
+            seen._replace(stage=stage_of(seen, self)) if seen.process.role is Role.WORKER else seen
+            for seen in self.observations
+        ]
+
+    def _once_confined(self, process: Process, deadline: float) -> Process:
+        """The worker, with the uid that it has then. Its filter is the last that it puts on."""
+        while True:
+            fields = status(process.pid)
+            if _filters(fields) > self.inherited_filters or time.monotonic() > deadline:
+                return process._replace(uid=int(fields["Uid"].split()[1]))
+            time.sleep(0.02)
+
+    def of(self, *roles: Role) -> list[Observation]:
+        return [seen for seen in self.observations if seen.process.role in roles]
+
+    def newest(self, role: Role) -> Observation | None:
+        """Of several generations' parents or keyds, the one that serves new clients."""
+        return max(self.of(role), key=lambda seen: seen.process.started, default=None)
+
+    @property
+    def knows_peers(self) -> bool:
+        """Whether the kernel tells the other ends of unix sockets."""
+        return self._unix is not None
+
+    def unix(self, inode: int) -> Unix | None:
+        return (self._unix or {}).get(inode)
+
+    def tcp(self, inode: int) -> Tcp | None:
+        return self._tcp.get(inode)
+
+    @cached_property
+    def holders(self) -> dict[int, list[Observation]]:
+        """Who of the instance holds a socket, by its inode."""
+        found: dict[int, list[Observation]] = {}
+        for seen in self.observations:
+            for inode in seen.sockets.values():
+                found.setdefault(inode, []).append(seen)
+        return found
+
+    @cached_property
+    def inhabitants(self) -> dict[str, set[int]]:
+        """Which processes of the machine, as far as in sight, are in a namespace."""
+        found: dict[str, set[int]] = {}
+        for process in self.everyone:
+            try:
+                kinds = namespaces(process.pid)
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                # Gone; or in a container's outer world, closed even to this root.
+                continue
+            for namespace in kinds.values():
+                found.setdefault(namespace, set()).add(process.pid)
+        return found
+
+    @cached_property
+    def listening_ports(self) -> frozenset[int]:
+        return frozenset(listen.address.port for listen in self.target.configuration.listen)
+
+    @cached_property
+    def secret_files(self) -> dict[tuple[int, int], Path]:
+        """Files of keys and passphrases, by device and inode."""
+        found = {}
+        for files in self.target.key_files():
+            for path in files:
+                if path is not None:
+                    found[(stat := path.stat()).st_dev, stat.st_ino] = path
+        return found
+
+
+def stage_of(worker: Observation, scene: Scene) -> Stage:
+    """From what it holds; the number of its filters only says that a handshake is done."""
+    client = backend = False
+    for inode in worker.sockets.values():
+        tcp, unix = scene.tcp(inode), scene.unix(inode)
+        if tcp is not None and tcp.local in scene.listening_ports:
+            client = True
+        elif tcp is not None or (unix is not None and unix.kind == _STREAM):
+            backend = True
+    if backend or (worker.filters or 0) > scene.inherited_filters + 1:
+        return Stage.ESTABLISHED
+    return Stage.HANDSHAKE if client else Stage.SPARE
+
+
+_STREAM = 1
+
+
+def _filters(fields: dict[str, str]) -> int:
+    """How many, or where the kernel does not say, whether there are any."""
+    return int(fields.get("Seccomp_filters", int(fields["Seccomp"] == "2")))
+
+
+def _observe(process: Process) -> Observation:
+    """Raises FileNotFoundError or ProcessLookupError if it has ended."""
+    proc = Path(f"/proc/{process.pid}")
+    root = proc / "root"
+    root_stat = root.stat()
+    return Observation(
+        process=process,
+        stage="",
+        threads=tuple(_threads(process.pid)),
+        namespaces=namespaces(process.pid),
+        root=os.readlink(root),
+        root_content=tuple(sorted(os.listdir(f"{root}/"))),
+        root_owner=root_stat.st_uid,
+        root_mode=root_stat.st_mode & 0o7777,
+        limits=dict(_limits((proc / "limits").read_text())),
+        descriptors=descriptors(process.pid),
+        mappings=tuple(_mappings((proc / "maps").read_text(errors="replace"))),
+        arguments=_words((proc / "cmdline").read_bytes()),
+        environment=_words((proc / "environ").read_bytes()),
+        owner_of_proc=(proc / "environ").stat().st_uid,
+    )
+
+
+def _threads(pid: int) -> Iterable[dict[str, str]]:
+    for thread in sorted(int(name) for name in os.listdir(f"/proc/{pid}/task")):
+        try:
+            yield status(thread)
+        except (FileNotFoundError, ProcessLookupError):
+            if thread == pid:
+                raise
+
+
+def _limits(text: str) -> Iterable[tuple[str, tuple[str, str]]]:
+    for line in text.splitlines()[1:]:
+        if match := _LIMIT.fullmatch(line.rstrip()):
+            yield match[1].removeprefix("Max "), (match[2], match[3])
+
+
+def _mappings(text: str) -> Iterable[Mapping]:
+    for line in text.splitlines():
+        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        yield Mapping(start, end, permissions, name[0].rstrip() if name else "[anonymous]")
+
+
+def _words(octets: bytes) -> tuple[bytes, ...]:
+    return tuple(octets.rstrip(b"\0").split(b"\0")) if octets.strip(b"\0") else ()

@@ -1,0 +1,218 @@
+"""The live probe: a connection like any client's, and the worker that serves it.
+
+Run by ``titus-py audit``. It sends a TLS handshake and not an octet more; the backend sees
+a connection come and go. Certificates are not verified: the one that is configured has to
+come, whoever signed it.
+"""
+
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from titus_py.address import IPAddress, canonical_ip
+from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.target import Target
+from titus_py.configuration import VirtualHost
+from titus_py.instance import Process, Role, connections_to
+from titus_py.virtual_host import select
+
+__all__ = ["Probe", "Unanswered"]
+
+_SECONDS = 5.0
+#: For a worker to end after its connection has; and between two looks at anything.
+_END_SECONDS = 5.0
+_PAUSE_SECONDS = 0.02
+
+
+class Unanswered(Exception):
+    """There was no connection, or no handshake; the text says why."""
+
+
+class _Place(NamedTuple):
+    """Where to connect to, with which server name, and which virtual host that is for."""
+
+    address: IPAddress
+    name: str | None
+    vhost: VirtualHost
+
+
+class Probe:
+    """One connection to an instance. Raises Unanswered where none can be made."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.place = _place(target)
+        host, port = self.place.address
+        try:
+            self._socket = socket.create_connection((host, port), _SECONDS)
+        except OSError as error:
+            raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
+        self._tls: ssl.SSLSocket | None = None
+        self.worker: Process | None = None
+        self.certificate: x509.Certificate | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """With a reset, after which there is nothing that a worker could still wait for."""
+        connection = self._tls or self._socket
+        if connection.fileno() >= 0:
+            reset = struct.pack("ii", 1, 0)
+            with suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            connection.close()
+
+    def find_worker(self) -> Finding:
+        """Before the handshake: who holds this connection's other end."""
+        ours = self._socket.getsockname()
+        holders: list[Process] = []
+
+        def served() -> bool:
+            serving = connections_to(self.place.address.port, self._target.processes())
+            holders[:] = [
+                process
+                for process, connection in serving.items()
+                if (connection.remote.host, connection.remote.port)
+                == (canonical_ip(ours[0]), ours[1])
+            ]
+            return [process.role for process in holders] == [Role.WORKER]
+
+        def settled() -> bool:
+            if not served():
+                return False
+            # On its way from the parent to the worker, both hold it.
+            time.sleep(_PAUSE_SECONDS)
+            return served()
+
+        seen = _eventually(settled)
+        workers = [process for process in holders if process.role is Role.WORKER]
+        self.worker = workers[0] if workers else None
+        named = ", ".join(f"{process.role} {process.pid}" for process in holders) or "no process"
+        text = f"the connection from port {ours[1]} is held by {named}"
+        return Finding(
+            "connection",
+            self._subject("before its handshake"),
+            "each connection is one worker's, and nobody else of the instance holds it",
+            f"a connection to {self.place.address}; its socket in everybody's /proc/PID/fd",
+            text,
+            (holds(text) if seen else broken(text)).verdict,
+        )
+
+    def shake_hands(self) -> Finding:
+        """Raises Unanswered."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        try:
+            self._tls = context.wrap_socket(self._socket, server_hostname=self.place.name)
+        except OSError as error:
+            raise Unanswered(f"no handshake with {self.place.address}: {error}") from None
+        self.certificate = x509.load_der_x509_certificate(self._tls.getpeercert(True) or b"")
+        configured = x509.load_pem_x509_certificates(self.place.vhost.certificate.read_bytes())[0]
+        text = f"{self._tls.version()}, {self.certificate.subject.rfc4514_string() or 'no subject'}"
+        same = self.certificate.public_bytes(Encoding.DER) == configured.public_bytes(Encoding.DER)
+        seen = holds(text) if same else broken(f"{text}: not {self.place.vhost.certificate}")
+        name = self.place.name or "no name"
+        return Finding(
+            "certificate",
+            self._subject("after its handshake"),
+            "clients are shown the certificate that is configured",
+            f"a handshake with {self.place.address}, {name} asked for",
+            seen.text,
+            seen.verdict,
+        )
+
+    def end(self) -> Finding:
+        """Close the connection, and see its worker go."""
+        worker = self.worker
+        self.close()
+        seen: Seen
+        if worker is None:
+            seen = not_available("its worker was not found")
+        else:
+            start = time.monotonic()
+            gone = _eventually(lambda: not _alive(self._target, worker), _END_SECONDS)
+            seconds = time.monotonic() - start
+            seen = (
+                holds(f"gone within {seconds:.2f} s")
+                if gone
+                else broken(f"there still, {seconds:.0f} s after the connection's end")
+            )
+        return Finding(
+            "end",
+            self._subject("after its connection"),
+            "a worker ends with its connection",
+            "the connection reset; the process looked for",
+            seen.text,
+            seen.verdict,
+        )
+
+    def _subject(self, stage: str) -> Subject:
+        if self.worker is None:
+            return Subject(Role.WORKER, 0, 0, stage)
+        return Subject.of(self.worker, stage)
+
+
+def _alive(target: Target, worker: Process) -> bool:
+    return any(
+        (process.pid, process.started) == (worker.pid, worker.started)
+        for process in target.processes()
+    )
+
+
+def _eventually(condition: Callable[[], bool], seconds: float = _SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE_SECONDS)
+    return True
+
+
+def _place(target: Target) -> _Place:
+    """The first virtual host that a client can come to: where, and by which name."""
+    configuration = target.configuration
+    for wanted in configuration.vhost:
+        for listen in configuration.listen:
+            for address in _addresses(listen.address, wanted):
+                if not wanted.receives(address):
+                    continue
+                name = _server_name(wanted)
+                offered = [vhost for vhost in configuration.vhost if vhost.receives(address)]
+                chosen = select([vhost.sni for vhost in offered], name)
+                if chosen is not None:
+                    return _Place(address, name, offered[chosen])
+    raise Unanswered("no virtual host can be reached from here")
+
+
+def _addresses(listener: IPAddress, vhost: VirtualHost) -> list[IPAddress]:
+    if not listener.is_wildcard:
+        return [listener]
+    hosts = [vhost.local_address] if vhost.local_address else ["127.0.0.1", "::1"]
+    candidates = [IPAddress(host, listener.port) for host in hosts]
+    return [address for address in candidates if listener.covers(address)]
+
+
+def _server_name(vhost: VirtualHost) -> str | None:
+    if vhost.sni is None or "" in vhost.sni:
+        return None
+    with suppress(StopIteration):
+        return next(name for name in vhost.sni if not name.startswith("*."))
+    return vhost.sni[0].replace("*", "audit", 1)

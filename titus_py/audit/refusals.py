@@ -1,0 +1,292 @@
+"""keyd asked for what it must refuse, and for the one thing that it is there for.
+
+Run by ``titus-py audit``, as root. It borrows the parent's socket to keyd
+(pidfd_getfd(2)) to open channels of its own, each for one signature with one key, and
+is on them what a worker that was taken over would be. Each refusal shows in the
+instance's log, as ``keyd_refused`` of connection 0, which no client ever has.
+"""
+
+import base64
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.x509 import Certificate
+
+from keyd.protocol import (
+    MAX_REPLY_OCTETS,
+    Malformed,
+    Open,
+    Operation,
+    Reply,
+    Request,
+    SignatureScheme,
+    Status,
+)
+from keyd.reference import key_id
+from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.observation import Observation, Scene
+from titus_py.instance import Role
+
+__all__ = ["CONNECTION", "ask_keyd"]
+
+#: Real connections are numbered from the time of day on.
+CONNECTION = 0
+_LIFETIME_MS = 10_000
+_TIMEOUT = 5.0
+_SYS_PIDFD_GETFD = 438
+
+_Key = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+
+
+class _Keyd:
+    """Our end of the parent's way to keyd."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+
+    def open(
+        self, grants: Mapping[bytes, frozenset[Operation]], lifetime_ms: int = _LIFETIME_MS
+    ) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_TIMEOUT)
+        terms = Open(CONNECTION, lifetime_ms, operations=1, grants=grants)
+        with theirs:
+            socket.send_fds(self._control, [terms.encode()], [theirs.fileno()])
+        return ours
+
+
+def ask_keyd(scene: Scene, certificate: Certificate) -> Iterator[Finding]:
+    """Findings about keyd's answers, for the key of this certificate."""
+    keyd = scene.newest(Role.KEYD)
+    key = certificate.public_key()
+    if keyd is None or not isinstance(key, _Key):
+        return
+    borrowed = _borrow_control(scene, keyd)
+    if borrowed is None:
+        for name, promised, *_ in _REFUSALS:
+            seen = not_available("the parent's socket to keyd was not to be had")
+            yield _finding(name, promised, keyd, seen)
+        return
+    with closing(borrowed):
+        way = _Keyd(borrowed)
+        yield from _sign_once(way, keyd, key)
+        for name, promised, operation, payload in _REFUSALS:
+            request = Request(operation, _parameter(operation, key), key_id(key), payload())
+            yield _finding(name, promised, keyd, _refused(way, key, request, Status.NOT_TLS))
+        yield from _other_terms(way, keyd, key)
+
+
+def _borrow_control(scene: Scene, keyd: Observation) -> socket.socket | None:
+    """The parent's socket to keyd: the one whose other end keyd holds, now and in a moment."""
+    held = set(keyd.sockets.values())
+    for parent in scene.of(Role.PARENT):
+        for number, inode in parent.sockets.items():
+            unix = scene.unix(inode)
+            # A channel on its way to a worker is gone by now.
+            if unix is None or unix.kind != socket.SOCK_SEQPACKET or unix.peer not in held:
+                continue
+            descriptor = _get_descriptor(parent.pid, number)
+            if descriptor is None:
+                continue
+            borrowed = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
+            if os.fstat(descriptor).st_ino == inode:
+                return borrowed
+            borrowed.close()
+    return None
+
+
+def _get_descriptor(pid: int, number: int) -> int | None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    try:
+        descriptor: int = libc.syscall(_SYS_PIDFD_GETFD, process, number, 0)
+    finally:
+        os.close(process)
+    return descriptor if descriptor >= 0 else None
+
+
+# --- what it is there for -------------------------------------------------------
+
+
+def _certificate_verify() -> bytes:
+    """What a TLS 1.3 server signs (RFC 8446 §4.4.3), of a handshake that never was."""
+    return b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + secrets.token_bytes(32)
+
+
+def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
+    """The control, and on the same channel a second operation."""
+    with closing(way.open(_sign_only(key))) as channel:
+        octets = _certificate_verify()
+        request = Request(Operation.SIGN, _scheme(key), key_id(key), octets)
+        reply = _ask(channel, request.encode())
+        done = isinstance(reply, Reply) and reply.status is Status.DONE
+        if isinstance(reply, Reply) and done and _verifies(key, reply.payload, octets):
+            signed = holds(f"signed ({_scheme(key).name}), and the certificate's key says so")
+        else:
+            signed = broken(f"no signature that verifies: {_words(reply)}")
+        yield _finding("signs", "signs a TLS 1.3 CertificateVerify (the control)", keyd, signed)
+        second = not_available("there was no first one")
+        if done:
+            reply = _ask(channel, request.encode())
+            second = _judge(reply, Status.EXHAUSTED)
+        yield _finding("refuses_second", "one operation for a connection, no more", keyd, second)
+
+
+def _scheme(key: _Key) -> SignatureScheme:
+    match key:
+        case rsa.RSAPublicKey():
+            return SignatureScheme.rsa_pss_rsae_sha256
+        case ec.EllipticCurvePublicKey():
+            return {
+                "secp256r1": SignatureScheme.ecdsa_secp256r1_sha256,
+                "secp384r1": SignatureScheme.ecdsa_secp384r1_sha384,
+                "secp521r1": SignatureScheme.ecdsa_secp521r1_sha512,
+            }[key.curve.name]
+        case ed25519.Ed25519PublicKey():
+            return SignatureScheme.ed25519
+
+
+def _verifies(key: _Key, signature: bytes, octets: bytes) -> bool:
+    try:
+        match key:
+            case rsa.RSAPublicKey():
+                digest = hashes.SHA256()
+                form = padding.PSS(padding.MGF1(digest), digest.digest_size)
+                key.verify(signature, octets, form, digest)
+            case ec.EllipticCurvePublicKey():
+                algorithms = {
+                    "secp256r1": hashes.SHA256(),
+                    "secp384r1": hashes.SHA384(),
+                    "secp521r1": hashes.SHA512(),
+                }
+                key.verify(signature, octets, ec.ECDSA(algorithms[key.curve.name]))
+            case ed25519.Ed25519PublicKey():
+                key.verify(signature, octets)
+    except InvalidSignature:
+        return False
+    return True
+
+
+# --- what it must refuse --------------------------------------------------------
+
+
+def _to_be_signed_certificate() -> bytes:
+    """The beginning of a TBSCertificate (RFC 5280 §4.1), in DER: version 3, a serial number."""
+    content = bytes.fromhex("a003020102") + b"\x02\x10\x01" + secrets.token_bytes(15)
+    content += bytes.fromhex("300a06082a8648ce3d040302") + b"\x30\x00" * 20
+    return b"\x30\x82" + len(content).to_bytes(2, "big") + content
+
+
+def _token() -> bytes:
+    """What is signed of a JSON Web Token (RFC 7515 §5.1)."""
+    parts = {"alg": "ES256", "typ": "JWT"}, {"sub": "administrator", "exp": 4_102_444_800}
+    texts = (base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in parts)
+    return b".".join(texts)
+
+
+def _ssh_exchange_hash() -> bytes:
+    """What an SSH server's key signs (RFC 4253 §8)."""
+    return hashlib.sha256(b"SSH-2.0-audit").digest()
+
+
+def _ciphertext() -> bytes:
+    return b"\x01" * 256
+
+
+#: What the terms of a channel allow as far as they know, and only the octets are wrong.
+_REFUSALS: tuple[tuple[str, str, Operation, Callable[[], bytes]], ...] = (
+    ("refuses_certificate", "does not sign a certificate", Operation.SIGN,
+     _to_be_signed_certificate),
+    ("refuses_token", "does not sign a JSON Web Token", Operation.SIGN, _token),
+    ("refuses_ssh", "does not sign an SSH exchange hash", Operation.SIGN, _ssh_exchange_hash),
+)  # fmt: skip
+
+
+def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
+    """What a channel's terms do not allow, and what is no request at all."""
+    sign = Request(Operation.SIGN, _scheme(key), key_id(key), _certificate_verify())
+    decrypt = Request(Operation.DECRYPT, 0x0303, key_id(key), _ciphertext())
+    yield _finding(
+        "refuses_decrypt",
+        "does not decrypt for a connection that may only have something signed",
+        keyd,
+        _refused(way, key, decrypt, Status.NOT_GRANTED),
+    )
+    with closing(way.open({secrets.token_bytes(32): frozenset({Operation.SIGN})})) as channel:
+        seen = _judge(_ask(channel, sign.encode()), Status.NOT_GRANTED)
+    yield _finding("refuses_other_key", "does not sign with a key of another listener", keyd, seen)
+    with closing(way.open(_sign_only(key))) as channel:
+        message = bytes([99]) + sign.encode()[1:]
+        seen = _judge(_ask(channel, message), Status.MALFORMED)
+    yield _finding("refuses_malformed", "answers nothing but requests", keyd, seen)
+    with closing(way.open(_sign_only(key), lifetime_ms=1)) as channel:
+        time.sleep(0.05)
+        seen = _judge(_ask(channel, sign.encode()), Status.EXPIRED)
+    yield _finding("refuses_late", "does nothing after the handshake's time is up", keyd, seen)
+
+
+def _parameter(operation: Operation, key: _Key) -> int:
+    del operation
+    return _scheme(key)
+
+
+def _sign_only(key: PublicKeyTypes) -> dict[bytes, frozenset[Operation]]:
+    return {key_id(key): frozenset({Operation.SIGN})}
+
+
+def _refused(way: _Keyd, key: _Key, request: Request, status: Status) -> Seen:
+    with closing(way.open(_sign_only(key))) as channel:
+        return _judge(_ask(channel, request.encode()), status)
+
+
+def _ask(channel: socket.socket, message: bytes) -> Reply | str:
+    """keyd's reply, or what came in its place."""
+    try:
+        channel.send(message)
+        answer = channel.recv(MAX_REPLY_OCTETS + 1)
+    except TimeoutError:
+        return "no answer"
+    except OSError as error:
+        # Hung up before we were done.
+        return error.strerror or "hung up"
+    if not answer:
+        return "hung up"
+    try:
+        return Reply.decode(answer)
+    except Malformed as error:
+        return str(error)
+
+
+def _judge(reply: Reply | str, status: Status) -> Seen:
+    if isinstance(reply, Reply):
+        refused = reply.status is status and not reply.payload
+        return holds(f"refused: {_words(reply)}") if refused else broken(_words(reply))
+    # Past its time a channel may be hung up on before it is asked anything.
+    return holds(reply) if status is Status.EXPIRED and reply != "no answer" else broken(reply)
+
+
+def _words(reply: Reply | str) -> str:
+    if isinstance(reply, str):
+        return reply
+    if reply.status is Status.DONE:
+        return f"done: {len(reply.payload)} octets came back"
+    return reply.status.name.lower().replace("_", " ")
+
+
+def _finding(name: str, promised: str, keyd: Observation, seen: Seen) -> Finding:
+    how = "asked, on a channel of our own that may sign once with one key"
+    return Finding(name, Subject.of(keyd.process), promised, how, seen.text, seen.verdict)

@@ -1,0 +1,214 @@
+"""An audit from beginning to end. Run by ``titus-py audit`` and the pytest plugin, as root."""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import NamedTuple
+
+from titus_py.audit import credentials, descriptors, limits, memory, surroundings
+from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
+from titus_py.audit.observation import Scene
+from titus_py.audit.probe import Probe, Unanswered
+from titus_py.audit.refusals import ask_keyd
+from titus_py.audit.target import Target
+from titus_py.instance import Process, Role
+
+__all__ = ["CHECKS", "UNSEEN", "Audit", "Host", "audit"]
+
+#: All that is looked at in a process, in this order.
+CHECKS: tuple[Check, ...] = (
+    *credentials.CHECKS,
+    *surroundings.CHECKS,
+    *limits.CHECKS,
+    *descriptors.CHECKS,
+    *memory.CHECKS,
+)
+
+#: What no audit from outside can show; each is tried by the attack suite instead.
+UNSEEN = (
+    "what a process's seccomp filter allows (that it has one is seen, and how many)",
+    "that a worker has put its Landlock ruleset on (that the parent has one for it is seen)",
+    "that a process is killed when its parent dies",
+    "a process's securebits",
+)
+
+#: So long a worker may take to confine itself; it has no client before.
+_CONFINING_SECONDS = 3.0
+#: Processes come, go and move on while they are looked at: what does not hold is looked at
+#: again, this often and after this long.
+_LOOKS, _PAUSE_SECONDS = 4, 0.15
+
+
+class Host(NamedTuple):
+    """Where the audit was made, and by what."""
+
+    name: str
+    kernel: str
+    machine: str
+    python: str
+    titus_py: str
+
+
+class Audit(NamedTuple):
+    """All findings about one instance."""
+
+    supervisor: int
+    source: str
+    listening: tuple[str, ...]
+    host: Host
+    at: datetime
+    seconds: float
+    findings: tuple[Finding, ...]
+
+    def having(self, verdict: Verdict) -> list[Finding]:
+        return [finding for finding in self.findings if finding.verdict is verdict]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no promise was found broken."""
+        return not self.having(Verdict.BROKEN)
+
+
+def audit(target: Target) -> Audit:
+    """Make all checks. Raises CannotAudit where the instance ends meanwhile."""
+    at, start = datetime.now(UTC), time.monotonic()
+    findings = list(_findings(target))
+    uname = platform.uname()
+    return Audit(
+        target.supervisor.pid,
+        target.source,
+        tuple(str(listen.address) for listen in target.configuration.listen),
+        Host(
+            uname.node,
+            f"{uname.system} {uname.release} {uname.version}",
+            uname.machine,
+            platform.python_version(),
+            version("titus-py"),
+        ),
+        at,
+        round(time.monotonic() - start, 3),
+        tuple(findings),
+    )
+
+
+def _findings(target: Target) -> Iterator[Finding]:
+    sought = memory.key_needles(target)
+    processes = target.processes()
+    yield _only_known(target)
+    yield from _examine(target, {process: "" for process in processes if process.role in _KNOWN})
+    stages: dict[int, str] = {}
+    try:
+        with Probe(target) as probe:
+            yield probe.find_worker()
+            if probe.worker is not None:
+                yield from _examine(target, {probe.worker: "before its handshake"})
+            yield probe.shake_hands()
+            if probe.worker is not None:
+                yield from _established(target, probe.worker)
+                stages[probe.worker.pid] = "after its handshake"
+            scene = Scene(target)
+            alive = [seen.process for seen in scene.observations]
+            for observed in scene.observations:
+                stages.setdefault(observed.pid, observed.stage)
+            yield from memory.look_for_keys(alive, stages, sought)
+            assert probe.certificate is not None
+            yield from ask_keyd(scene, probe.certificate)
+            yield probe.end()
+    except Unanswered as error:
+        seen = broken(str(error))
+        yield Finding(
+            "connection",
+            Subject(Role.WORKER, 0, 0),
+            "a client that comes is served",
+            "a connection like any client's",
+            seen.text,
+            seen.verdict,
+        )
+
+
+_IN_ORDER = (Role.SUPERVISOR, Role.KEYD, Role.PARENT, Role.WORKER)
+_KNOWN = frozenset(_IN_ORDER)
+
+
+def _only_known(target: Target) -> Finding:
+    for _ in range(_LOOKS):
+        processes = target.processes()
+        strangers = [process for process in processes if process.role not in _KNOWN]
+        if not strangers:
+            break
+        # A helper of the supervisor's that checks a new configuration is soon gone.
+        time.sleep(_PAUSE_SECONDS)
+    if strangers:
+        seen = broken(", ".join(f"{p.pid} (uid {p.uid}), a child of {p.ppid}" for p in strangers))
+    else:
+        counts = {role: sum(p.role is role for p in processes) for role in _IN_ORDER}
+        seen = holds(", ".join(f"{count} x {role}" for role, count in counts.items()))
+    return Finding(
+        "processes",
+        Subject.of(target.supervisor),
+        "no process below it but keyd, the parent and its workers",
+        "/proc/PID/stat of all processes",
+        seen.text,
+        seen.verdict,
+    )
+
+
+def _examine(target: Target, wanted: dict[Process, str]) -> Iterator[Finding]:
+    """What the checks say of these processes; of those that end meanwhile, nothing.
+
+    ``wanted`` says what to call a worker's stage, where it is not for ``Scene`` to tell.
+    """
+    keys = {(process.pid, process.started): stage for process, stage in wanted.items()}
+    latest: dict[tuple[int, int], list[Finding]] = {}
+    # The probe's worker has a client: it is confined, or never was.
+    has_client = any(wanted.values())
+    deadline = time.monotonic() + (0.0 if has_client else _CONFINING_SECONDS)
+    for look in range(_LOOKS):
+        scene = Scene(target, deadline)
+        pending = {}
+        for seen in scene.observations:
+            key = seen.process.pid, seen.process.started
+            if key not in keys or (key in latest and not _any_broken(latest[key])):
+                continue
+            found = [
+                check.find(seen, scene) for check in CHECKS if seen.process.role in check.roles
+            ]
+            if keys[key]:
+                found = [_called(finding, keys[key]) for finding in found]
+            latest[key] = pending[key] = found
+        for key in [key for key in latest if key not in pending and _any_broken(latest[key])]:
+            # It has ended: what did not hold may have been its end.
+            del latest[key]
+        if not any(map(_any_broken, latest.values())):
+            break
+        if look < _LOOKS - 1:
+            time.sleep(_PAUSE_SECONDS)
+    for found in latest.values():
+        yield from found
+
+
+def _any_broken(findings: Sequence[Finding]) -> bool:
+    return any(finding.verdict is Verdict.BROKEN for finding in findings)
+
+
+def _called(finding: Finding, stage: str) -> Finding:
+    return finding._replace(subject=finding.subject._replace(stage=stage))
+
+
+def _established(target: Target, worker: Process) -> Iterator[Finding]:
+    """What the checks say of the probe's worker once its handshake is done."""
+    found = list(_examine(target, {worker: "after its handshake"}))
+    if found:
+        yield from found
+        return
+    seen = not_available("it ended before it could be looked at: is there a backend?")
+    yield Finding(
+        "connection",
+        Subject.of(worker, "after its handshake"),
+        "confined all the more once its handshake is done",
+        "the same checks once more",
+        seen.text,
+        seen.verdict,
+    )

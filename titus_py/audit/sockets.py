@@ -1,0 +1,104 @@
+"""Whose sockets are whose: both ends of unix sockets, and TCP's addresses.
+
+Run by ``titus-py audit``, as root, in the instance's network namespace. It trusts the
+kernel (sock_diag(7), proc_net_tcp(5)).
+"""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Tcp", "Unix", "tcp_sockets", "unix_sockets"]
+
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST_DUMP = 0x1 | 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_UDIAG_SHOW_PEER = 0x4
+_UNIX_DIAG_PEER = 2
+_ALL = 0xFFFF_FFFF
+
+_HEADER = struct.Struct("=IHHII")
+#: struct unix_diag_req: family, protocol, pad, states, inode, show, cookie.
+_REQUEST = struct.Struct("=BBHIIIII")
+#: struct unix_diag_msg: family, type, state, pad, inode, cookie.
+_MESSAGE = struct.Struct("=BBBBIII")
+_ATTRIBUTE = struct.Struct("=HH")
+
+_LISTEN = "0A"
+
+
+class Unix(NamedTuple):
+    """A unix socket; ``peer`` is the other end's inode, 0 where there is none (any more)."""
+
+    kind: int
+    peer: int
+
+
+class Tcp(NamedTuple):
+    """A TCP socket, by its ports."""
+
+    listening: bool
+    local: int
+    remote: int
+
+
+def unix_sockets() -> dict[int, Unix] | None:
+    """All of this network namespace by inode; None where the kernel cannot tell (unix_diag)."""
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ALL, 0, _UDIAG_SHOW_PEER, _ALL, _ALL)
+            length = _HEADER.size + len(request)
+            netlink.send(
+                _HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0) + request
+            )
+            return dict(_answers(netlink))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+
+
+def _answers(netlink: socket.socket) -> Iterator[tuple[int, Unix]]:
+    while True:
+        octets = netlink.recv(1 << 18)
+        while octets:
+            length, kind, _, _, _ = _HEADER.unpack_from(octets)
+            content = octets[_HEADER.size : length]
+            if kind == _NLMSG_DONE:
+                return
+            if kind == _NLMSG_ERROR:
+                number = -struct.unpack_from("=i", content)[0]
+                raise OSError(number, os.strerror(number))
+            _, socket_kind, _, _, inode, _, _ = _MESSAGE.unpack_from(content)
+            yield inode, Unix(socket_kind, _peer(content[_MESSAGE.size :]))
+            octets = octets[length + 3 & ~3 :]
+
+
+def _peer(attributes: bytes) -> int:
+    while len(attributes) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(attributes)
+        if kind == _UNIX_DIAG_PEER:
+            peer: int = struct.unpack_from("=I", attributes, _ATTRIBUTE.size)[0]
+            return peer
+        attributes = attributes[max(length, _ATTRIBUTE.size) + 3 & ~3 :]
+    return 0
+
+
+def tcp_sockets() -> dict[int, Tcp]:
+    """All of this network namespace by inode, but for those that are not connected (any more)."""
+    found = {}
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+        for line in lines:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
+            found[int(inode)] = Tcp(state == _LISTEN, *ports)
+    return found

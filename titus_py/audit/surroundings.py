@@ -1,0 +1,131 @@
+"""Checks: what of the machine a process is in sight of: namespaces, network, root directory.
+
+Run by ``titus-py audit``. To see what is in a network namespace, a thread of the audit
+enters it, and ends there.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+from contextlib import suppress
+
+from keyd.linux.namespaces import enter_network_namespace
+from titus_py.audit.finding import Check, Seen, broken, holds
+from titus_py.audit.observation import Observation, Scene
+from titus_py.instance import Role
+
+__all__ = ["CHECKS"]
+
+_SIOCGIFFLAGS = 0x8913
+_IFF_UP = 1
+
+
+def _namespaces(kinds: tuple[str, ...]) -> "Check":
+    def look(seen: Observation, scene: Scene) -> Seen:
+        shared = []
+        for kind in kinds:
+            namespace = seen.namespaces[kind]
+            others = scene.inhabitants.get(namespace, set()) - {seen.pid}
+            if others:
+                examples = ", ".join(str(pid) for pid in sorted(others)[:3])
+                shared.append(f"{namespace} is also that of {len(others)} more, as {examples}")
+        if shared:
+            return broken("; ".join(shared))
+        return holds(f"{', '.join(kinds)}: nobody else is in them")
+
+    return Check(
+        "namespaces",
+        frozenset({Role.WORKER if "pid" in kinds else Role.KEYD}),
+        f"namespaces of its own: {', '.join(kinds)}",
+        "/proc/PID/ns of all processes",
+        look,
+    )
+
+
+def _network(seen: Observation, scene: Scene) -> Seen:
+    own = seen.namespaces["net"]
+    members = {other.process.role for other in scene.observations if other.namespaces["net"] == own}
+    if members != {seen.process.role}:
+        strangers = ", ".join(sorted(members - {seen.process.role}))
+        return broken(f"{own} is also the {strangers}'s")
+    # Workers share one among themselves, and with nobody else.
+    ours = {other.pid for other in scene.of(seen.process.role)}
+    everybody = {other.pid for other in scene.observations}
+    if outside := scene.inhabitants.get(own, set()) - ours - _descendants(scene, everybody):
+        return broken(f"{own} is also that of process {', '.join(map(str, sorted(outside)))}")
+    interfaces = _interfaces(seen.pid)
+    if interfaces != ["lo, down"]:
+        return broken(f"{own} has: {'; '.join(interfaces)}")
+    return holds(f"{own}: nothing but lo, and that is down")
+
+
+def _descendants(scene: Scene, of: set[int]) -> set[int]:
+    """What the instance started since it was looked at."""
+    return {process.pid for process in scene.everyone if process.ppid in of}
+
+
+def _interfaces(pid: int) -> list[str]:
+    """What interfaces the process's network namespace has, and whether they are up."""
+    found: list[str] = []
+
+    def look() -> None:
+        # The namespace is a thread's own: only this one, which ends there, goes.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                enter_network_namespace(descriptor)
+            finally:
+                os.close(descriptor)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                for _, name in socket.if_nameindex():
+                    request = struct.pack("16sH22x", name.encode(), 0)
+                    answer = fcntl.ioctl(control, _SIOCGIFFLAGS, request)
+                    up = struct.unpack_from("16sH", answer)[1] & _IFF_UP
+                    found.append(f"{name}, {'up' if up else 'down'}")
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found
+
+
+def _root(seen: Observation, scene: Scene) -> Seen:
+    chroot = str(scene.target.configuration.worker.chroot)
+    own = seen.process.role is Role.WORKER or scene.target.started(seen.process)
+    if seen.root == "/" or (own and seen.root != os.path.realpath(chroot)):
+        return broken(f"its root is {seen.root}")
+    if seen.root_content:
+        return broken(f"{seen.root} holds {', '.join(seen.root_content[:5])}")
+    text = f"{seen.root}: empty, uid {seen.root_owner}'s, mode {seen.root_mode:04o}"
+    if seen.root_owner == seen.process.uid or seen.root_mode & 0o022:
+        return broken(text)
+    return holds(text)
+
+
+CHECKS = (
+    _namespaces(("pid", "ipc", "uts")),
+    _namespaces(("ipc", "uts")),
+    Check(
+        "network",
+        frozenset({Role.WORKER}),
+        "an empty network namespace, the workers' own",
+        "/proc/PID/ns/net of all processes; entered, and its interfaces listed",
+        _network,
+    ),
+    Check(
+        "network",
+        frozenset({Role.KEYD}),
+        "an empty network namespace, keyd's own",
+        "/proc/PID/ns/net of all processes; entered, and its interfaces listed",
+        _network,
+    ),
+    Check(
+        "root",
+        frozenset({Role.WORKER, Role.KEYD}),
+        "an empty root directory that it cannot write",
+        "/proc/PID/root: where, what is in it, its owner and mode",
+        _root,
+    ),
+)

@@ -1,0 +1,87 @@
+"""An audit for people: a table on a terminal. Run by ``titus-py audit``."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from titus_py.audit.finding import Verdict
+from titus_py.audit.groups import Group, Row, grouped
+from titus_py.audit.run import UNSEEN, Audit
+
+__all__ = ["show"]
+
+_MARKS = {
+    Verdict.HOLDS: Text("holds", "green"),
+    Verdict.BROKEN: Text("BROKEN", "bold white on red"),
+    Verdict.NOT_AVAILABLE: Text("n/a", "yellow"),
+}
+
+
+def show(audit: Audit, console: Console) -> None:
+    """The summary comes last: that is where a terminal's reader is."""
+    console.print(f"[bold]titus-py audit[/] of supervisor {audit.supervisor}")
+    console.print(
+        Text(f"configuration {audit.source}; listening on {', '.join(audit.listening)}", "dim")
+    )
+    groups = grouped(audit.findings, by_stage=False)
+    for group in groups:
+        console.print()
+        console.print(_table(group))
+    console.print()
+    console.print(
+        Text("Not to be seen from outside, and tried by the attack suite instead:", "dim")
+    )
+    for thing in UNSEEN:
+        console.print(Text(f"  {thing}", "dim"))
+    console.print(
+        Text("keyd's refusals are in the instance's log as keyd_refused, connection=0.", "dim")
+    )
+    console.print()
+    for finding in audit.having(Verdict.BROKEN):
+        console.print(Text.assemble(_MARKS[Verdict.BROKEN], f" {finding}"))
+    console.print(_summary(audit))
+
+
+def _table(group: Group) -> Table:
+    table = Table(
+        title=Text(group.title, "bold red" if group.broken else "bold"),
+        title_justify="left",
+        box=box.HORIZONTALS,
+        pad_edge=False,
+        expand=True,
+        show_lines=False,
+    )
+    table.add_column("", no_wrap=True, min_width=6)
+    table.add_column("Promised", ratio=4, overflow="fold")
+    table.add_column("Seen", ratio=4, overflow="fold")
+    table.add_column("How", ratio=3, style="dim", overflow="fold")
+    for row in group.rows:
+        table.add_row(
+            _MARKS[row.finding.verdict],
+            Text(row.finding.promised),
+            Text(_seen(row)),
+            Text(row.finding.how),
+        )
+    return table
+
+
+def _seen(row: Row) -> str:
+    if row.processes > 1:
+        return f"{row.finding.seen} ({row.processes} workers alike)"
+    if row.finding.verdict is not Verdict.HOLDS:
+        return f"{row.finding.subject}: {row.finding.seen}"
+    return row.finding.seen
+
+
+def _summary(audit: Audit) -> Text:
+    counts = {verdict: len(audit.having(verdict)) for verdict in Verdict}
+    broken = counts[Verdict.BROKEN]
+    words = "All promises hold." if audit.holds else f"{broken} findings do not hold."
+    if broken == 1:
+        words = "1 finding does not hold."
+    return Text.assemble(
+        (words, "bold green" if audit.holds else "bold red"),
+        f" {counts[Verdict.HOLDS]} hold, {broken} broken, "
+        f"{counts[Verdict.NOT_AVAILABLE]} not available here; {audit.seconds:.1f} s.",
+    )

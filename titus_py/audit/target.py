@@ -1,0 +1,212 @@
+"""Finding what to audit: the running instances, and the configuration of one.
+
+Run by ``titus-py audit``, as root. A supervisor is trusted with saying where its
+configuration is, if it is root's: whoever could make one of those needs no audit to read
+files. A process of anybody else that looks like one is passed over.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from titus_py.audit.sockets import unix_sockets
+from titus_py.configuration import Configuration, Loaded, from_options, load
+from titus_py.instance import (
+    Process,
+    Role,
+    all_processes,
+    descriptors,
+    instance_processes,
+    namespaces,
+)
+
+__all__ = ["CannotAudit", "Target", "find_supervisors", "find_target"]
+
+_DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
+_CAP_SYS_PTRACE = 19
+
+
+class CannotAudit(Exception):
+    """There is nothing to audit, or no way to; the text says why."""
+
+
+class Target(NamedTuple):
+    """An instance to audit: its supervisor, and what it was started with."""
+
+    supervisor: Process
+    configuration: Configuration
+    #: Where the configuration came from: a file, or the command line.
+    source: str
+
+    def processes(self) -> list[Process]:
+        """Those of now, the supervisor first. Raises CannotAudit if it has ended."""
+        found = instance_processes(self.supervisor.pid)
+        if not found or found[0].started != self.supervisor.started:
+            raise CannotAudit("the instance ended while it was looked at")
+        if self.configuration.keyd.socket is not None:
+            found += _keyds_elsewhere([one for one in found if one.role is Role.PARENT])
+        return found
+
+    def key_files(self) -> list[tuple[Path, Path | None]]:
+        """The private keys, each with the file of its passphrase if it may need one."""
+        found = {
+            (vhost.key, vhost.passphrase_file)
+            for vhost in self.configuration.vhost
+            if vhost.key is not None
+        }
+        if self.configuration.keyd.socket is not None:
+            for process in self.processes():
+                if process.role is Role.KEYD:
+                    found |= set(_key_options(process.pid))
+        return sorted(found, key=str)
+
+    def started(self, process: Process) -> bool:
+        """Whether it is a child of the supervisor, and not a service of its own."""
+        return process.ppid == self.supervisor.pid
+
+
+def _keyds_elsewhere(parents: Sequence[Process]) -> list[Process]:
+    """Those who hold the other end of a parent's socket, and were started as ``keyd control``."""
+    unix = unix_sockets() or {}
+    peers = {unix[inode].peer for parent in parents for inode in _inodes(parent.pid) & set(unix)}
+    found = []
+    for process in all_processes():
+        words = _words(process.pid)
+        if b"control" in words and any(word.rpartition(b"/")[2] == b"keyd" for word in words):
+            try:
+                held = _inodes(process.pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if held & peers:
+                found.append(process._replace(role=Role.KEYD))
+    return found
+
+
+def _inodes(pid: int) -> set[int]:
+    matches = (re.fullmatch(r"socket:\[(\d+)\]", what) for what in descriptors(pid).values())
+    return {int(match[1]) for match in matches if match}
+
+
+def _key_options(pid: int) -> list[tuple[Path, Path | None]]:
+    """The keys that a ``keyd control`` was started with, as ``Target.key_files`` has them."""
+    parser = _Parser()
+    parser.add_argument("--key", action="append", type=Path)
+    parser.add_argument("--passphrase-file", type=Path)
+    words = [os.fsdecode(word) for word in _words(pid)]
+    options, _ = parser.parse_known_args(words[words.index("control") + 1 :])
+    found: list[tuple[Path, Path | None]] = []
+    for path in options.key or ():
+        try:
+            encrypted = path.is_absolute() and b"ENCRYPTED" in path.read_bytes()
+        except OSError as error:
+            raise CannotAudit(f"keyd's key {path} cannot be read: {error.strerror}") from None
+        if not path.is_absolute():
+            # Where it was relative to, nobody knows any more: keyd is in its empty root.
+            raise CannotAudit(f"keyd's key {path} cannot be found: start keyd with absolute paths")
+        found.append((path, options.passphrase_file if encrypted else None))
+    return found
+
+
+def _words(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def find_supervisors() -> list[Process]:
+    """The supervisors of all instances in sight: root's processes with a parent below them."""
+    processes = {process.pid: process for process in all_processes()}
+    parents = [
+        process for process in processes.values() if b"titus_py.parent" in _words(process.pid)
+    ]
+    # Workers are forked by a parent and so have its command line: theirs are below a parent.
+    pids = {process.pid for process in parents}
+    supervisors = {process.ppid for process in parents if process.ppid not in pids}
+    return [
+        processes[pid]._replace(role=Role.SUPERVISOR)
+        for pid in sorted(supervisors)
+        if pid in processes and processes[pid].uid == 0
+    ]
+
+
+def find_target(supervisor: int) -> Target:
+    """The instance with this supervisor. Raises CannotAudit."""
+    _require_privilege()
+    found = instance_processes(supervisor)
+    if not found or found[0].uid != 0:
+        raise CannotAudit(f"process {supervisor} is no supervisor of titus-py")
+    _require_same_view(supervisor)
+    loaded, source = _configuration(supervisor)
+    if loaded.configuration is None:
+        mistakes = "; ".join(str(mistake) for mistake in loaded.mistakes)
+        raise CannotAudit(f"the configuration of process {supervisor} is not readable: {mistakes}")
+    target = Target(found[0], loaded.configuration, source)
+    roles = {process.role for process in target.processes()}
+    if not {Role.PARENT, Role.KEYD} <= roles:
+        raise CannotAudit(
+            f"process {supervisor} has no parent and keyd below it (yet, or any more)"
+        )
+    return target
+
+
+def _require_privilege() -> None:
+    fields = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    if os.geteuid() != 0 or not int(fields["CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
+        raise CannotAudit("needs root with CAP_SYS_PTRACE, to look into other processes")
+
+
+def _require_same_view(supervisor: int) -> None:
+    """Addresses must mean to us what they mean to the instance."""
+    if namespaces("self")["net"] != namespaces(supervisor)["net"]:
+        raise _lives_elsewhere(supervisor)
+
+
+def _require_same_file(supervisor: int, path: Path) -> None:
+    """A mount namespace of its own (systemd's) does no harm, unless it hides this."""
+    try:
+        if os.path.samefile(path, f"/proc/{supervisor}/root{path}"):
+            return
+    except FileNotFoundError:
+        pass
+    raise _lives_elsewhere(supervisor)
+
+
+def _lives_elsewhere(supervisor: int) -> CannotAudit:
+    return CannotAudit(
+        f"process {supervisor} lives in a container of its own: audit it from inside, as with "
+        f"'nsenter --target {supervisor} --all titus-py audit'"
+    )
+
+
+def _configuration(supervisor: int) -> tuple[Loaded, str]:
+    words = [os.fsdecode(word) for word in _words(supervisor)]
+    cwd = Path(os.readlink(f"/proc/{supervisor}/cwd"))
+    if "serve" not in words:
+        raise CannotAudit(f"process {supervisor} was not started as 'titus-py serve'")
+    parser = _Parser(allow_abbrev=True)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--listen", action="append")
+    for option in ("--backend", "--cert", "--key"):
+        parser.add_argument(option)
+    options, _ = parser.parse_known_args(words[words.index("serve") + 1 :])
+    if options.listen is None:
+        path = cwd / (options.config or _DEFAULT_CONFIGURATION)
+        _require_same_file(supervisor, path)
+        return load(path), str(path)
+    backend = options.backend
+    if backend.startswith("unix:"):
+        backend = f"unix:{cwd / backend.removeprefix('unix:')}"
+    certificate, key = str(cwd / options.cert), str(cwd / options.key)
+    _require_same_file(supervisor, Path(certificate))
+    return from_options(options.listen, backend, certificate, key), "the command line"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CannotAudit(f"the supervisor's command line cannot be read: {message}")
