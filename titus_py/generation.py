@@ -96,6 +96,7 @@ class Generation:
         self.starting: set[Child] = set()
         #: The connections that its parent has, by number, as they were begun.
         self.connections: dict[int, dict[str, Any]] = {}
+        self.spares = 0
         self.started = datetime.now(UTC)
         #: The uids that its parent may give to workers.
         self.uids = range(0)
@@ -236,7 +237,8 @@ def any_process_has(uids: range) -> bool:
 
 def _has_processes(uid: int) -> bool:
     try:
-        os.getpriority(os.PRIO_USER, uid)
+        # Python takes a C int; to the kernel, the upper half of them are uids, too.
+        os.getpriority(os.PRIO_USER, uid if uid < 1 << 31 else uid - (1 << 32))
     except ProcessLookupError:
         return False
     return True

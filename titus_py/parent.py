@@ -105,6 +105,7 @@ class _Worker:
         "connection",
         "deadline",
         "dialer",
+        "forked",
         "killed_for",
         "local",
         "offer",
@@ -129,6 +130,7 @@ class _Worker:
         self.address = ""
         self.client = ""
         self.local = ""
+        self.forked = time.monotonic()
         self.started = 0.0
         self.offer: _Offer | None = None
         self.deadline: Timer | None = None
@@ -166,8 +168,9 @@ class Parent:
         self._fork_pause = 0.0
         self._fork_timer: Timer | None = None
         self._full = False
-        # Unique for as long as the machine runs, whatever is restarted.
-        self._next_connection = time.time_ns() // 1000
+        # Unique for as long as the machine runs, whatever is restarted and however the
+        # wall clock is set.
+        self._next_connection = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         self._held: _Arrival | None = None
         self._admission = Admission(plan.limits)
         #: By limit: how often it was hit within this second, and by whom last.
@@ -275,7 +278,7 @@ class Parent:
 
     def _say_alive(self) -> None:
         """To the supervisor, which ends a parent that hangs."""
-        self._tell("alive")
+        self._tell("alive", spares=len(self._spares))
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
 
     def _tell(self, event: str, report: int | None = None, **fields: object) -> None:
@@ -720,6 +723,7 @@ class Parent:
             local=worker.local,
             vhost=worker.vhost,
             seconds=round(time.monotonic() - worker.started, 3),
+            worker_seconds=round(time.monotonic() - worker.forked, 3),
             end=worker.killed_for or how,
             uid=worker.uid,
         )

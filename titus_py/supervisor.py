@@ -134,6 +134,7 @@ class _Supervisor:
         self._used_uids: list[range] = []
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._resolver = Resolver()
+        self._version = version("titus-py")
         self._started_at = datetime.now(UTC)
         self._reloading = False
         self._reload_asked_again = False
@@ -497,7 +498,9 @@ class _Supervisor:
 
     def _record(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
         """Log what a child said, and keep count of the connections that there are."""
-        if name == "connection_begun":
+        if name == "alive":
+            generation.spares = event.get("spares", generation.spares)
+        elif name == "connection_begun":
             generation.connections[event["connection"]] = event
         elif name in _ENDS:
             generation.connections.pop(event["connection"], None)
@@ -507,7 +510,7 @@ class _Supervisor:
 
     def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
         """Something to count and, if it is of interest to a reader, to log."""
-        self._metrics.record(name, fields, of_generation)
+        self._metrics.record(name, {"level": "info", **fields}, of_generation)
         if name not in _NOT_FOR_THE_LOG:
             self._log(name, **fields)
 
@@ -659,7 +662,7 @@ class _Supervisor:
         now = datetime.now(UTC)
         credentials = list(serving.certificates)
         return {
-            "version": version("titus-py"),
+            "version": self._version,
             "pid": os.getpid(),
             "started": self._started_at.isoformat(),
             "listeners": [str(address) for address in self._listeners],
@@ -671,6 +674,7 @@ class _Supervisor:
                     "parent": generation.parent and generation.parent.pid,
                     "keyd": generation.keyd and generation.keyd.pid,
                     "connections": len(generation.connections),
+                    "spares": generation.spares,
                 }
                 for generation in self._generations
             ],
@@ -698,6 +702,8 @@ class _Supervisor:
                 }
                 for credential, facts in serving.certificates.items()
             ],
+            "max_connections": serving.configuration.worker.max,
+            "log_lines_lost": self._log.lost,
             "counts": self._metrics.counts(),
         }
 
