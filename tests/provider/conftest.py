@@ -3,7 +3,7 @@
 import datetime
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -13,7 +13,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from provider_support import (
+
+from keyd.powers import PrivateKey
+from keyd.reference import reference_pem
+
+from .support import (
     CFLAGS,
     LEAKS_LOOKED_FOR,
     PROGRAMS,
@@ -21,6 +25,7 @@ from provider_support import (
     Harness,
     Keyd,
     Site,
+    StartHarness,
     build,
     configure,
     harness,
@@ -29,9 +34,6 @@ from provider_support import (
     rsa_pss_reference,
     spki_hash,
 )
-
-from keyd.powers import PrivateKey
-from keyd.reference import reference_pem
 
 
 @pytest.fixture(scope="session")
@@ -129,9 +131,6 @@ def bad_keyd(tmp_path: Path) -> Iterator[Keyd]:
     running = Keyd(tmp_path / "bad.sock")
     yield running
     running.close()
-
-
-StartHarness = Callable[..., AbstractContextManager[Harness]]
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@
  *   pem HEX, store HEX              load a key from a file's content
  *   sign DIGEST PADDING SALT MGF1 HEX      as libssl does; "-" leaves a parameter unset
  *   decrypt PADDING VERSION HEX            as libssl does
+ *   content TYPE HEX                look for a key of that type in a reference's content
+ *   equal HEX                       compare the key with the one in this PEM file
+ *   room                            ask for parameters with too little room, and enough
  *   copy                            go on with a copy of the key
  *   private                         try to get the private part out
  */
@@ -17,9 +20,11 @@
 #include <string.h>
 
 #include <openssl/core_names.h>
+#include <openssl/decoder.h>
 #include <openssl/encoder.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
+#include <openssl/params.h>
 #include <openssl/pem.h>
 #include <openssl/rsa.h>
 #include <openssl/store.h>
@@ -136,7 +141,7 @@ static void decrypt(EVP_PKEY *key, char **save)
 {
     const char *padding = strtok_r(NULL, " ", save);
     unsigned int version = (unsigned int)strtoul(strtok_r(NULL, " ", save), NULL, 0);
-    size_t length, secret_length = 48;
+    size_t length, secret_length = 64;
     unsigned char *message = unhex(strtok_r(NULL, " ", save), &length);
     unsigned char *secret = malloc(secret_length);
     EVP_PKEY_CTX *context = EVP_PKEY_CTX_new_from_pkey(NULL, key, NULL);
@@ -155,6 +160,80 @@ static void decrypt(EVP_PKEY *key, char **save)
     free(secret);
     free(message);
     EVP_PKEY_CTX_free(context);
+}
+
+static void decode_content(char **save)
+{
+    const char *type = strtok_r(NULL, " ", save);
+    size_t length, left;
+    unsigned char *content = unhex(strtok_r(NULL, " ", save), &length);
+    const unsigned char *rest = content;
+    EVP_PKEY *key = NULL;
+    OSSL_DECODER_CTX *decoder = OSSL_DECODER_CTX_new_for_pkey(&key, "DER", "keyd-reference", type,
+                                                              EVP_PKEY_KEYPAIR, NULL, NULL);
+
+    left = length;
+    if (OSSL_DECODER_from_data(decoder, &rest, &left) == 1 && key != NULL)
+        printf("ok %s\n", EVP_PKEY_get0_type_name(key));
+    else
+        fail();
+    EVP_PKEY_free(key);
+    OSSL_DECODER_CTX_free(decoder);
+    free(content);
+}
+
+static void give_room(EVP_PKEY *key)
+{
+    static const struct {
+        const char *name;
+        unsigned int type;
+    } all[] = {
+        {"bits", OSSL_PARAM_INTEGER},
+        {"max-size", OSSL_PARAM_UNSIGNED_INTEGER},
+        {"n", OSSL_PARAM_UNSIGNED_INTEGER},
+        {"e", OSSL_PARAM_UNSIGNED_INTEGER},
+        {"group", OSSL_PARAM_UTF8_STRING},
+        {"default-digest", OSSL_PARAM_UTF8_STRING},
+        {"mandatory-digest", OSSL_PARAM_UTF8_STRING},
+        {"pub", OSSL_PARAM_OCTET_STRING},
+    };
+
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        OSSL_PARAM params[2] = {{all[i].name, all[i].type, NULL, 0, 0}, {NULL, 0, NULL, 0, 0}};
+        size_t needed;
+
+        OSSL_PARAM_set_all_unmodified(params);
+        if (EVP_PKEY_get_params(key, params) != 1 || !OSSL_PARAM_modified(params))
+            continue;
+        needed = params->return_size;
+        for (size_t size = 0; size < needed + 9; size++) {
+            unsigned char *room = malloc(size + (size == 0));
+            int got;
+
+            params->data = room;
+            params->data_size = size;
+            got = EVP_PKEY_get_params(key, params);
+            if (got != (size >= needed))
+                printf("%s in %zu of %zu octets: %d ", all[i].name, size, needed, got);
+            free(room);
+        }
+    }
+    printf("ok\n");
+    ERR_clear_error();
+}
+
+static void compare(EVP_PKEY *key, char **save)
+{
+    size_t length;
+    unsigned char *octets = unhex(strtok_r(NULL, " ", save), &length);
+    BIO *bio = BIO_new_mem_buf(octets, (int)length);
+    EVP_PKEY *other = PEM_read_bio_PrivateKey(bio, NULL, NULL, "");
+
+    printf("ok %d\n", EVP_PKEY_eq(key, other));
+    ERR_clear_error();
+    EVP_PKEY_free(other);
+    BIO_free(bio);
+    free(octets);
 }
 
 static void copy(EVP_PKEY **key)
@@ -230,11 +309,16 @@ static void interrupted(int signal)
 int main(void)
 {
     struct sigaction action = {.sa_handler = interrupted}; /* without SA_RESTART */
+    sigset_t disturbing;
     char *line = NULL, *save;
     size_t room = 0;
     EVP_PKEY *key = NULL;
 
     sigaction(SIGUSR1, &action, NULL);
+    sigemptyset(&disturbing);
+    sigaddset(&disturbing, SIGUSR1);
+    /* It is meant for the provider, not for getline(). */
+    sigprocmask(SIG_BLOCK, &disturbing, NULL);
     if (!OPENSSL_init_crypto(OPENSSL_INIT_LOAD_CONFIG, NULL))
         return 1;
     ERR_clear_error();
@@ -243,19 +327,27 @@ int main(void)
 
         line[strcspn(line, "\n")] = '\0';
         command = strtok_r(line, " ", &save);
+        sigprocmask(SIG_UNBLOCK, &disturbing, NULL);
         if (strcmp(command, "pem") == 0 || strcmp(command, "store") == 0) {
             EVP_PKEY_free(key);
             key = load(*command == 's', strtok_r(NULL, " ", &save));
-        } else if (key == NULL)
+        } else if (strcmp(command, "content") == 0)
+            decode_content(&save);
+        else if (key == NULL)
             printf("failed no key\n");
         else if (strcmp(command, "sign") == 0)
             sign(key, &save);
         else if (strcmp(command, "decrypt") == 0)
             decrypt(key, &save);
+        else if (strcmp(command, "equal") == 0)
+            compare(key, &save);
+        else if (strcmp(command, "room") == 0)
+            give_room(key);
         else if (strcmp(command, "copy") == 0)
             copy(&key);
         else
             try_private(key);
+        sigprocmask(SIG_BLOCK, &disturbing, NULL);
         fflush(stdout);
     }
     EVP_PKEY_free(key);

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from provider_support import (
+
+from .support import (
     CFLAGS,
     SOURCES,
     Keyd,

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from provider_support import Keyd, Servers, Site, configure, connect, servers
+
+from .support import Keyd, Servers, Site, configure, connect, servers
 
 RSA_SITES = {"rsa": "rsa_pss_rsae", "rsa-pss": "rsa_pss_pss"}
 CURVES = {"p256": "secp256r1_sha256", "p384": "secp384r1_sha384", "p521": "secp521r1_sha512"}

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartHarness
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from provider_support import (
+
+from keyd.reference import reference_pem
+
+from .support import (
     Harness,
     Keyd,
     Site,
+    StartHarness,
     configure,
     connect,
     environment,
@@ -106,6 +110,37 @@ def test_other_keys_still_load(
         assert harness.load(form, how).startswith(f"ok {site.type} ")
 
 
+def test_a_key_is_itself_and_no_other(
+    harness: Harness, sites: dict[str, Site], tmp_path: Path
+) -> None:
+    """Whichever of the two is a reference, or both are."""
+    keys = [(name, path) for name in ALL for path in (sites[name].reference, sites[name].key)]
+    for number in range(2):
+        pem = tmp_path / f"{number}.ref"
+        pem.write_bytes(reference_pem(ec.generate_private_key(ec.SECP256R1()).public_key()))
+        keys.append((pem.name, pem))
+    for name, path in keys:
+        harness.load(path.read_bytes())
+        for other_name, other_path in keys:
+            outcome = harness.ask(f"equal {other_path.read_bytes().hex()}")
+            assert (outcome == "ok 1") == (name == other_name), (path, other_path)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_keep_to_their_room(harness: Harness, sites: dict[str, Site], name: str) -> None:
+    harness.load(sites[name].reference.read_bytes())
+
+    assert harness.ask("room") == "ok"
+
+
+def test_a_key_of_another_type_than_asked_for(harness: Harness, sites: dict[str, Site]) -> None:
+    for name in ALL:
+        content = content_of(sites[name].reference.read_bytes())
+        for kind in ("RSA", "RSA-PSS", "EC", "ED25519"):
+            outcome = harness.ask(f"content {kind} {content.hex()}")
+            assert outcome.startswith("ok" if kind == sites[name].type else "failed")
+
+
 @pytest.mark.parametrize("how", ["pem", "store"])
 @pytest.mark.parametrize(
     "content",
@@ -195,7 +230,7 @@ def test_a_malformed_reference_is_named(
     ids=lambda body: repr(body[:10]),
 )
 def test_base64_is_taken_strictly(harness: Harness, body: bytes) -> None:
-    assert "[keyd|malformed key reference|" in harness.load(reference_text(body))
+    assert "malformed reference: not a whole PEM block" in harness.load(reference_text(body))
 
 
 def test_an_unfinished_reference(harness: Harness, sites: dict[str, Site]) -> None:

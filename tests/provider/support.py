@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -283,6 +283,9 @@ def harness(
         code = process.wait(PATIENCE)
         check_sanitizer(report.read_text())
         assert code == 0, report.read_text()
+
+
+StartHarness = Callable[..., AbstractContextManager[Harness]]
 
 
 class Client(NamedTuple):

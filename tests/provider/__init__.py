@@ -1,0 +1,1 @@
+"""The provider in both OpenSSLs, and under sanitizers."""
