@@ -19,7 +19,7 @@ from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
 from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
-from keyd.linux.systemd import Notifier, passed_sockets
+from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Keys, Open, Operation, Refusal
 from keyd.provider import openssl_configuration
@@ -148,6 +148,7 @@ def _leave() -> NoReturn:
 
 def _control(arguments: argparse.Namespace) -> NoReturn:
     """Serve parents that connect, on the terms that each states."""
+    close_inherited()
     notify = Notifier()
     keys = _load_some_encrypted(arguments)
     # Whoever connects here states the terms: that is for root alone.
@@ -168,6 +169,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
 
 def _listen(arguments: argparse.Namespace) -> NoReturn:
     """Serve whoever may connect to a socket of our own, an operation each."""
+    close_inherited()
     notify = Notifier()
     user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
     gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid

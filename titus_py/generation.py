@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -90,12 +91,16 @@ class Generation:
         self.keyd_missed = False
         #: Replaced by a later one: it serves what it has, and takes no more.
         self.retired = False
+        #: Has been told so, and may not have heard it.
+        self.retiring = False
         #: Said to be listening.
         self.announced = False
         #: Those of its children that are not ready yet.
         self.starting: set[Child] = set()
         #: The connections that its parent has, by number, as they were begun.
         self.connections: dict[int, dict[str, Any]] = {}
+        #: The latest that are over: what keyd says may come later than their end.
+        self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
         self.spares = 0
         self.started = datetime.now(UTC)
         #: The uids that its parent may give to workers.

@@ -250,6 +250,7 @@ class Parent:
                 self._backends[order["vhost"]] = resolved(order["addresses"])
             case "retire":
                 self._stop_accepting()
+                self._tell("retired")
             case "drain":
                 self._stop_accepting()
                 self._loop.after(order["seconds"], lambda: self._close_all("drained"))

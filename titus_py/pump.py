@@ -74,23 +74,31 @@ class Pump:
         """Pump until the end; returns how it ended and, where there is one, a detail."""
         poll = select.poll()
         client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
-        registered = {client_fd: 0, backend_fd: 0}
+        registered: dict[int, int | None] = {client_fd: None, backend_fd: None}
         try:
             while not (self._client_end_passed and self._backend_end_passed):
-                wanted = {client_fd: self._client_events(), backend_fd: self._backend_events()}
+                # The client always, were it only for a reset, which poll(2) reports unasked.
+                # The backend not where nothing is wanted of it: what it had sent before a
+                # reset is still the client's.
+                wanted: dict[int, int | None] = {
+                    client_fd: self._client_events(),
+                    backend_fd: self._backend_events() or None,
+                }
                 for descriptor, events in wanted.items():
-                    # Not registered at all where nothing is wanted: poll(2) reports a
-                    # hang-up unasked, and again and again.
-                    if events and events != registered[descriptor]:
-                        poll.register(descriptor, events)
-                    elif registered[descriptor] and not events:
+                    if events == registered[descriptor]:
+                        continue
+                    if events is None:
                         poll.unregister(descriptor)
+                    else:
+                        poll.register(descriptor, events)
                 registered = wanted
                 ready = poll.poll(self._idle_ms)
                 if not ready:
                     raise _Ended(End.IDLE)
                 for descriptor, _ in ready:
                     if descriptor == client_fd:
+                        if not wanted[client_fd]:
+                            raise _Ended(End.CLIENT_RESET)
                         self._client_ready()
                     else:
                         self._backend_ready()

@@ -51,9 +51,9 @@ class Resolver:
         threading.Thread(target=self._run, daemon=True).start()
 
     def resolve(self, backends: Iterable[Address]) -> None:
-        """Look these up from now on."""
+        """Look these up from now on, and no others."""
         with self._lock:
-            self._backends = list(dict.fromkeys((*backends, *self._backends)))
+            self._backends = list(dict.fromkeys(backends))
         self._changed.set()
 
     def collect(

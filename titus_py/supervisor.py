@@ -69,7 +69,7 @@ _UIDS_SECONDS = 1.0
 #: How long beyond the drain time the parent has to end.
 _STOP_SECONDS = 5.0
 #: What children say that is of no interest to a reader.
-_NOT_FOR_THE_LOG = frozenset({"alive", "operations"})
+_NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations"})
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
 _EVENT_OCTETS = 64 * 1024
 
@@ -106,6 +106,16 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     return _Supervisor(checked, read_again, filters, passed, listeners).run()
 
 
+class _NoUids(Exception):
+    """There are none left for another generation's workers."""
+
+    def __str__(self) -> str:
+        return (
+            "worker.uids: connections of earlier generations still have too many of them: "
+            "widen the range, or wait for those connections to end"
+        )
+
+
 class _Supervisor:
     def __init__(
         self,
@@ -139,6 +149,8 @@ class _Supervisor:
         self._reloading = False
         self._reload_asked_again = False
         self._reread: Checked | None = None
+        #: The generation that the reload is to end with, once it has been started.
+        self._awaited: Generation | None = None
         #: Who waits for the outcome of a reload.
         self._reload_answers: list[Answer] = []
         self._failures: deque[float] = deque(maxlen=_FAILURES)
@@ -160,7 +172,13 @@ class _Supervisor:
         generation = self._prepare(self._checked)
         self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
         self._generations.append(generation)
-        self._start(generation)
+        try:
+            self._adopt(generation)
+        except OSError as error:
+            self._event("start_failed", level="error", reason=str(error))
+            self._finish(1)
+        else:
+            self._start(generation)
         self._look_after_children()
         self._feed_watchdog()
         self._look_at_files()
@@ -235,12 +253,23 @@ class _Supervisor:
         number = self._generations[-1].number + 1 if self._generations else 1
         generation = Generation(number, checked, self._filters)
         _prepare_chroot(generation.configuration.worker.chroot)
-        self._log.form = generation.configuration.log.format
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
-        self._serve_metrics(generation.configuration.metrics.address)
-        self._resolver.resolve(vhost.backend for vhost in generation.configuration.vhost)
         return generation
+
+    def _adopt(self, generation: Generation) -> None:
+        """Go by its configuration in what is the supervisor's own. Raises OSError, and then not."""
+        self._serve_metrics(generation.configuration.metrics.address)
+        self._log.form = generation.configuration.log.format
+        self._resolve()
+
+    def _resolve(self) -> None:
+        """Look up the backends of all generations, and no others."""
+        self._resolver.resolve(
+            vhost.backend
+            for generation in self._generations
+            for vhost in generation.configuration.vhost
+        )
 
     def _start(self, generation: Generation) -> None:
         """Start its keyd and its parent, as soon as there are uids for the workers."""
@@ -256,7 +285,10 @@ class _Supervisor:
             if generation.configuration.keyd.socket is None:
                 control = generation.start_keyd()
                 self._watch(generation, generation.keyd)
-            listeners = [listener.fileno() for listener in self._listeners.values()]
+            # Not those that only an earlier generation wants.
+            listeners = [
+                self._listeners[table.address].fileno() for table in generation.configuration.listen
+            ]
             generation.start_parent(control, uids, listeners, self._addresses)
             self._watch(generation, generation.parent)
             if generation.configuration.keyd.socket is not None:
@@ -336,8 +368,9 @@ class _Supervisor:
             generation.announced = True
             for address in self._listeners:
                 self._event("listening", address=str(address), generation=generation.number)
-        self._retire_all_but(generation)
-        self._notify(ready=1, status=self._status_text())
+            self._retire_all_but(generation)
+        if not self._reloading:
+            self._notify(ready=1, status=self._status_text())
 
     def _fail(self) -> None:
         """Count a failure, and give up where there have been too many."""
@@ -391,33 +424,35 @@ class _Supervisor:
         wanted = [table.address for table in checked.configuration.listen]
         try:
             generation = self._prepare(checked)
+            if self._free_uids(generation) is None:
+                raise _NoUids
             added = listen(
                 (address for address in wanted if address not in self._listeners), self._passed
             )
-        except (CannotListen, OSError) as error:
+        except (CannotListen, OSError, _NoUids) as error:
             self._reload_failed([str(error)])
             return
-        if self._free_uids(generation) is None:
+        self._generations.append(generation)
+        try:
+            self._adopt(generation)
+        except OSError as error:
             self._close_listeners(added)
-            self._reload_failed(
-                [
-                    "worker.uids: connections of earlier generations still have too many of them: "
-                    "widen the range, or wait for those connections to end"
-                ]
-            )
+            self._forget(generation)
+            self._reload_failed([str(error)])
             return
         self._listeners |= added
-        self._generations.append(generation)
+        self._awaited = generation
         self._start(generation)
 
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
             self._event("reload_failed", level="error", problem=problem)
-        self._notify(ready=1)
         self._reload_ended({"reloaded": False, "problems": problems})
 
     def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
+        self._awaited = None
+        self._notify(ready=1, status=self._status_text())
         answers, self._reload_answers = self._reload_answers, []
         for answer in answers:
             answer(outcome)
@@ -427,33 +462,53 @@ class _Supervisor:
 
     def _retire_all_but(self, generation: Generation) -> None:
         """Leave all new connections to this generation; the others serve what they have."""
-        wanted = {table.address for table in generation.configuration.listen}
-        gone = {key: value for key, value in self._listeners.items() if key not in wanted}
-        for other in self._generations:
+        for other in self._generations.copy():
             if other is not generation and not other.retired:
                 other.retired = True
-                if other.parent is not None:
+                if other.parent is None:
+                    self._end(other)
+                else:
+                    other.retiring = True
                     other.parent.send({"do": "retire"})
-        self._close_listeners(gone)
-        if self._reloading:
-            self._event("reloaded", generation=generation.number)
-            self._reload_ended({"reloaded": True, "generation": generation.number})
+        self._close_listeners(self._unwanted_listeners())
+        self._check_handed_over()
+
+    def _check_handed_over(self) -> None:
+        """A reload is done when nobody but the new generation takes connections."""
+        awaited = self._awaited
+        if awaited is None or not awaited.announced:
+            return
+        if not any(generation.retiring for generation in self._generations):
+            self._event("reloaded", generation=awaited.number)
+            self._reload_ended({"reloaded": True, "generation": awaited.number})
 
     def _abandon(self, generation: Generation) -> None:
         """A new generation could not be started: the one before goes on serving."""
-        self._forget(generation)
+        self._end(generation)
+        self._close_listeners(self._unwanted_listeners())
+        try:
+            self._adopt(self._serving)
+        except OSError as error:
+            self._event("start_failed", level="error", reason=str(error))
+        self._reload_failed(["keyd or the parent did not start: see the lines above"])
+        if self._serving.ready:
+            self._ready(self._serving)
+
+    def _unwanted_listeners(self) -> dict[IPAddress, socket.socket]:
+        wanted = {table.address for table in self._serving.configuration.listen}
+        return {key: value for key, value in self._listeners.items() if key not in wanted}
+
+    def _end(self, generation: Generation) -> None:
+        """Of a generation that nobody needs any more: end what is left of it."""
         for child in generation.children:
             child.kill()
             self._let_go(generation, child)
-        wanted = {table.address for table in self._serving.configuration.listen}
-        self._close_listeners(
-            {key: value for key, value in self._listeners.items() if key not in wanted}
-        )
-        self._reload_failed(["keyd or the parent did not start: see the lines above"])
+        self._forget(generation)
 
     def _forget(self, generation: Generation) -> None:
         self._generations.remove(generation)
         self._metrics.forget(generation.number)
+        self._resolve()
 
     def _close_listeners(self, listeners: dict[IPAddress, socket.socket]) -> None:
         for address, listener in listeners.items():
@@ -500,10 +555,15 @@ class _Supervisor:
         """Log what a child said, and keep count of the connections that there are."""
         if name == "alive":
             generation.spares = event.get("spares", generation.spares)
+        elif name == "retired":
+            generation.retiring = False
+            self._check_handed_over()
         elif name == "connection_begun":
             generation.connections[event["connection"]] = event
         elif name in _ENDS:
-            generation.connections.pop(event["connection"], None)
+            generation.ended.append(generation.connections.pop(event["connection"], {}))
+        elif name == "keyd_refused":
+            _complete_refusal(generation, event)
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._connect_keyd(generation, generation.configuration.keyd.socket)
         self._event(name, generation.number, **event)
@@ -543,7 +603,6 @@ class _Supervisor:
         """A child has ended: as it was told to, or not."""
         if child.socket.fileno() >= 0:
             self._hear(generation, child)
-        was_starting = child in generation.starting
         how = self._let_go(generation, child)
         # keyd leaves when its parent has: that end is about to be heard of.
         hung_up = child.name == "keyd" and how == "exited with 0"
@@ -560,11 +619,9 @@ class _Supervisor:
                 self._finish(0)
         elif generation.retired:
             if generation.parent is None:
-                self._forget(generation)
-                for keyd in generation.children:
-                    keyd.kill()
-                    self._let_go(generation, keyd)
-        elif was_starting and len(self._generations) > 1 and generation is self._serving:
+                self._end(generation)
+                self._check_handed_over()
+        elif generation is self._awaited and not generation.announced:
             self._abandon(generation)
         elif hung_up:
             self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
@@ -735,6 +792,15 @@ class _Supervisor:
                 if vhost.backend == backend and generation.parent is not None:
                     order = {"do": "use backend", "vhost": number, "addresses": found}
                     generation.parent.send(order)
+
+
+def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
+    """Add whose request it was: a worker may have ended before keyd came to it."""
+    connection = event["connection"]
+    for begun in (generation.connections.get(connection, {}), *reversed(generation.ended)):
+        if begun.get("connection") == connection:
+            event |= {"client": begun["client"], "uid": begun["uid"]}
+            return
 
 
 def _prepare_chroot(directory: Path) -> None:

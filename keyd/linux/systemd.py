@@ -8,7 +8,7 @@ import socket
 import time
 from contextlib import suppress
 
-__all__ = ["Notifier", "passed_sockets"]
+__all__ = ["Notifier", "close_inherited", "passed_sockets"]
 
 _FIRST_DESCRIPTOR = 3
 
@@ -45,6 +45,16 @@ class Notifier:
     def reloading(self) -> None:
         """RELOADING=1, with the time that Type=notify-reload asks for."""
         self(reloading=1, monotonic_usec=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
+
+
+def close_inherited() -> None:
+    """Close what whoever started us had open, but standard streams and sockets meant for us.
+
+    To be called first of all: it cannot tell what else has been opened since.
+    """
+    count = os.environ.get("LISTEN_FDS", "")
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
+    os.closerange(_FIRST_DESCRIPTOR + (int(count) if ours else 0), 1 << 20)
 
 
 def passed_sockets() -> dict[str, list[socket.socket]]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 
 from .certificates import Authority, Certificate
-from .instance import Instance, Table, eventually, free_port
+from .instance import Instance, Table, Uids, eventually, free_port
 from .peers import Listener, connect, echo, served_by
 
 Certificates = Callable[..., Certificate]
@@ -22,7 +22,11 @@ class Serve(Protocol):
     """Starts an instance and waits until it listens; it is closed with the test."""
 
     def __call__(
-        self, backend: str | None = None, awaited: str = "listening", **tables: Any
+        self,
+        backend: str | None = None,
+        awaited: str = "listening",
+        uids_count: int = Uids.SIZE,
+        **tables: Any,
     ) -> Instance: ...
 
 
@@ -42,7 +46,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def _factory(certificates: Certificates, directories: pytest.TempPathFactory) -> Iterator[Serve]:
     instances: list[Instance] = []
 
-    def serve(backend: str | None = None, awaited: str = "listening", **tables: Any) -> Instance:
+    def serve(
+        backend: str | None = None,
+        awaited: str = "listening",
+        uids_count: int = Uids.SIZE,
+        **tables: Any,
+    ) -> Instance:
         """One virtual host for all on 127.0.0.1, but for what ``tables`` say."""
         vhost: list[Table] = tables.pop("vhost", [{}])
         complete: Table = {
@@ -58,7 +67,7 @@ def _factory(certificates: Certificates, directories: pytest.TempPathFactory) ->
             ],
             **tables,
         }
-        instance = Instance.from_tables(directories.mktemp("instance"), complete)
+        instance = Instance.from_tables(directories.mktemp("instance"), complete, uids_count)
         instances.append(instance)
         instance.wait_for_event(awaited)
         return instance

@@ -106,19 +106,27 @@ def toml(tables: Mapping[str, Any]) -> str:
 
 
 class Uids:
-    """Ranges of uids that no other instance uses, on a machine where many tests may run."""
+    """Ranges of uids that no other instance uses, on a machine where many tests may run.
+
+    Every other one is from the upper half of all uids: no signed integer holds those.
+    """
 
     SIZE = 2000
     _PER_TEST_PROCESS = 100_000
+    _UPPER_HALF = 1 << 31
 
     def __init__(self) -> None:
-        self._first = 10_000_000 + os.getpid() % 40_000 * self._PER_TEST_PROCESS
+        self._first = 10_000_000 + os.getpid() % 20_000 * self._PER_TEST_PROCESS
         self._next = 0
+        self._upper = False
 
-    def take(self) -> range:
-        offset = self._next % self._PER_TEST_PROCESS
-        self._next += self.SIZE
-        return range(self._first + offset, self._first + offset + self.SIZE)
+    def take(self, count: int = SIZE) -> range:
+        if self._next + count > self._PER_TEST_PROCESS:
+            self._next = 0
+        first = self._first + self._next + self._upper * self._UPPER_HALF
+        self._next += count
+        self._upper = not self._upper
+        return range(first, first + count)
 
 
 _uids = Uids()
@@ -130,6 +138,9 @@ class Instance:
     ``expected_alarms`` are the events of level "alarm" that a test provokes: any other
     one fails the test when the instance is closed.
     """
+
+    #: The client that makes the parent fork.
+    _USES_SPARES_UP = "127.0.0.77"
 
     def __init__(self, arguments: Sequence[str], log: Path, uids: range, port: int) -> None:
         self.port = port
@@ -151,9 +162,9 @@ class Instance:
         self._seen: set[Process] = set()
 
     @classmethod
-    def from_tables(cls, directory: Path, tables: Table) -> "Instance":
+    def from_tables(cls, directory: Path, tables: Table, uids_count: int = Uids.SIZE) -> "Instance":
         """Serve these tables, with what they leave out of [worker], [keyd] and [log]."""
-        uids = _uids.take()
+        uids = _uids.take(uids_count)
         worker = {
             "uids": f"{uids[0]}-{uids[-2]}",
             "max": 500,
@@ -178,7 +189,10 @@ class Instance:
         return self._log.read_text()
 
     def events(self) -> list[Event]:
-        """All events so far. Lines that are no JSON are events named ``?``."""
+        """All events so far, but for what ``settled_counts`` made happen.
+
+        Lines that are no JSON are events named ``?``.
+        """
         with self._log.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
@@ -186,9 +200,11 @@ class Instance:
         self._offset += len(complete)
         for line in complete.decode().splitlines():
             try:
-                self._events.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
-                self._events.append({"event": "?", "line": line})
+                event = {"event": "?", "line": line}
+            if not event.get("client", "").startswith(f"{self._USES_SPARES_UP}:"):
+                self._events.append(event)
         return self._events
 
     def events_named(self, name: str, **fields: object) -> list[Event]:
@@ -275,8 +291,25 @@ class Instance:
         }
 
     def settled_counts(self, spare: int = 4) -> dict[str, int]:
-        """The counts, as soon as all spare workers wait and none serves."""
-        eventually(lambda: len(self.workers()) == spare, f"{spare} spare workers, no others")
+        """The counts with no connection, and with as many spare workers as there may be.
+
+        Spares are forked when half of them are used up: until then, some are used up.
+        """
+
+        def settled() -> bool:
+            missing = spare - len(self.workers())
+            if missing > 0:
+                use_one_up()
+            return not missing
+
+        def use_one_up() -> None:
+            here = self._USES_SPARES_UP, 0
+            socket.create_connection(("127.0.0.1", self.port), 10, here).close()
+
+        try:
+            eventually(settled, f"{spare} spare workers, no others", 20)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.workers()}\n{self.log()[-4000:]}") from None
         # The last spare may still be on its way to say that it is ready.
         eventually(lambda: self.counts() == self.counts(), "counts that stay")
         return self.counts()

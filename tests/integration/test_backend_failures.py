@@ -83,7 +83,7 @@ def test_a_unix_socket_that_is_not_there_yet_is_tried_afresh(serve: Serve, tmp_p
     with Listener.unix(path) as listener:
         is_served(instance, listener)
     reason, _ = is_reset_with_event(instance, "backend_unavailable")
-    assert reason == f"{path}: Connection refused"
+    assert reason == f"unix:{path}: Connection refused"
 
 
 @pytest.mark.parametrize("kind", ["TCP", "unix"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from keyd.linux.credentials import forbid_core_dumps, hide_memory
 from titus_py.audit import CannotAudit, audit, find_supervisors, find_target
 from titus_py.audit.machine import as_json
 from titus_py.audit.page import as_html
@@ -19,6 +20,9 @@ __all__ = ["audit_main"]
 
 def audit_main(pid: int | None, json: bool, html: Path | None) -> int:
     """Audit the instance with this supervisor, or all instances. Returns the exit code."""
+    # The private keys are read here, to be looked for elsewhere.
+    forbid_core_dumps()
+    hide_memory()
     try:
         audits = _audits(pid)
         if html is not None:

@@ -191,7 +191,8 @@ def _row(row: Row) -> str:
     finding = row.finding
     kind = finding.verdict.replace(" ", "-")
     seen = finding.seen + (f" ({row.processes} workers alike)" if row.processes > 1 else "")
-    if finding.verdict is not Verdict.HOLDS:
+    if finding.verdict is not Verdict.HOLDS and finding.subject.stage:
+        # The group is of several processes: which of them?
         seen = f"{finding.subject}: {seen}"
     return (
         f'<tr class="{kind}"><td class="verdict"><span class="mark {kind}">'

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from titus_py.address import IPAddress, canonical_ip
-from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.finding import Finding, Subject, broken, holds, not_available
 from titus_py.audit.target import Target
 from titus_py.configuration import VirtualHost
 from titus_py.instance import Process, Role, connections_to
@@ -30,6 +30,8 @@ _SECONDS = 5.0
 #: For a worker to end after its connection has; and between two looks at anything.
 _END_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
+#: For the other side to say goodbye as well.
+_FAREWELL_SECONDS = 1.0
 
 
 class Unanswered(Exception):
@@ -140,29 +142,43 @@ class Probe:
         )
 
     def end(self) -> Finding:
-        """Close the connection, and see its worker go."""
+        """Say goodbye, then leave, and see the worker go."""
         worker = self.worker
-        self.close()
-        seen: Seen
-        if worker is None:
-            seen = not_available("its worker was not found")
-        else:
+        seen = not_available("its worker was not found")
+        if worker is not None:
             start = time.monotonic()
-            gone = _eventually(lambda: not _alive(self._target, worker), _END_SECONDS)
+            gone = self._say_goodbye() and _eventually(
+                lambda: not _alive(self._target, worker), _FAREWELL_SECONDS
+            )
+            # A backend may go on after its client's last word, but not after a reset.
+            self.close()
+            gone = gone or _eventually(lambda: not _alive(self._target, worker), _END_SECONDS)
             seconds = time.monotonic() - start
             seen = (
                 holds(f"gone within {seconds:.2f} s")
                 if gone
                 else broken(f"there still, {seconds:.0f} s after the connection's end")
             )
+        self.close()
         return Finding(
             "end",
             self._subject("after its connection"),
             "a worker ends with its connection",
-            "the connection reset; the process looked for",
+            "the connection closed, and reset if need be; the process looked for",
             seen.text,
             seen.verdict,
         )
+
+    def _say_goodbye(self) -> bool:
+        """A close_notify; returns whether the other side had one, too."""
+        if self._tls is None:
+            return False
+        self._tls.settimeout(_FAREWELL_SECONDS)
+        try:
+            self._tls.unwrap().close()
+        except (OSError, ValueError):
+            return False
+        return True
 
     def _subject(self, stage: str) -> Subject:
         if self.worker is None:

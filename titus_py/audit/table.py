@@ -69,7 +69,8 @@ def _table(group: Group) -> Table:
 def _seen(row: Row) -> str:
     if row.processes > 1:
         return f"{row.finding.seen} ({row.processes} workers alike)"
-    if row.finding.verdict is not Verdict.HOLDS:
+    if row.finding.verdict is not Verdict.HOLDS and row.finding.subject.stage:
+        # The group is of several processes: which of them?
         return f"{row.finding.subject}: {row.finding.seen}"
     return row.finding.seen
 
