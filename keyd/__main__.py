@@ -218,7 +218,8 @@ def _withdraw(arguments: argparse.Namespace) -> bytes:
     """Confine this process, all but for the filter, which is returned."""
     program = seccomp.build(SERVING)
     if os.geteuid() != 0:
-        confine_unprivileged()
+        if not confine_unprivileged():
+            print("keyd: memory may be swapped out: raise RLIMIT_MEMLOCK", file=sys.stderr)
     elif arguments.user is None:
         raise LookupError("started as root, and no --user to become")
     else:

@@ -66,15 +66,20 @@ class Confinement(NamedTuple):
     chroot: str
 
 
-def confine_unprivileged() -> None:
+def confine_unprivileged() -> bool:
     """What a keyd that was never root can still give up; raises OSError.
 
-    Network and files are then up to whoever started it: a service manager.
+    Network and files are then up to whoever started it: a service manager. So is the
+    limit on locked memory (RLIMIT_MEMLOCK); returns whether that lets memory be locked.
     """
     forbid_core_dumps()
     allow_many_descriptors()
     prctl.set_no_new_privs(1)
     hide_memory()
+    try:
+        return lock_memory()
+    except OSError:
+        return False
 
 
 def confine(to: Confinement) -> bool:

@@ -38,9 +38,13 @@ class Control:
         self._loop = loop
         self._handlers = handlers
         self._clients: set[socket.socket] = set()
+        #: Those that have not asked anything yet, the first to come first.
+        self._silent: dict[socket.socket, None] = {}
         CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
         _remove_left_behind()
         self._path = control_path(os.getpid())
+        # Of one that had our process id, and was killed.
+        self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         mask = os.umask(0o177)
@@ -61,9 +65,13 @@ class Control:
             client, _ = self._listener.accept()
             client.setblocking(False)
             if len(self._clients) >= _MAX_CLIENTS:
-                client.close()
-                return
+                # In favour of who asks, against who only waits.
+                if not self._silent:
+                    client.close()
+                    return
+                self._drop(next(iter(self._silent)))
             self._clients.add(client)
+            self._silent[client] = None
             self._loop.watch(client.fileno(), lambda: self._hear(client))
 
     def _hear(self, client: socket.socket) -> None:
@@ -73,6 +81,7 @@ class Control:
             return
         except ConnectionResetError:
             request = b""
+        self._silent.pop(client, None)
         handler = self._handlers.get(_wanted(request))
         if handler is None:
             self._drop(client)
@@ -90,12 +99,14 @@ class Control:
     def _drop(self, client: socket.socket) -> None:
         if client in self._clients:
             self._clients.discard(client)
+            self._silent.pop(client, None)
             self._loop.unwatch(client.fileno())
             client.close()
 
 
 def _wanted(request: bytes) -> str:
-    with suppress(ValueError):
+    # RecursionError: arrays within arrays within arrays.
+    with suppress(ValueError, RecursionError):
         decoded = json.loads(request)
         if isinstance(decoded, dict):
             return str(decoded.get("do"))

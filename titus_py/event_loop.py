@@ -32,11 +32,13 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._callbacks: dict[int, Callable[[], object]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
 
-    def watch(self, descriptor: int, callback: Callable[[], None], events: int = READABLE) -> None:
+    def watch(
+        self, descriptor: int, callback: Callable[[], object], events: int = READABLE
+    ) -> None:
         """Call back whenever the descriptor is ready, until ``unwatch``."""
         self._epoll.register(descriptor, events)
         self._callbacks[descriptor] = callback

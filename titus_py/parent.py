@@ -198,6 +198,8 @@ class Parent:
             self._loop.run_once()
             self._retry_held()
             self._adjust_accepting()
+        for limit in list(self._limits_hit):
+            self._tell_limited(limit)
         self._send_last_events()
 
     def _prepare_confinement(self) -> Confinement:

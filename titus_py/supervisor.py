@@ -131,7 +131,8 @@ class _Supervisor:
         #: Those that the service manager gave us: never closed, and used again if need be.
         self._passed = passed
         self._listeners = listeners
-        self._log = Log("text")
+        configuration = checked.configuration
+        self._log = Log(configuration.log.format if configuration is not None else "text")
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._metrics_address: IPAddress | UnixAddress | None = None
@@ -525,21 +526,22 @@ class _Supervisor:
         self._loop.watch(child.pidfd, lambda: self._bury(generation, child))
         self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
 
-    def _hear(self, generation: Generation, child: Child) -> None:
-        """What a child has to say is an event for the log."""
+    def _hear(self, generation: Generation, child: Child) -> bool:
+        """What a child has to say is an event for the log; returns whether there may be more."""
         for _ in range(100):
             try:
                 message, reports, _, _ = socket.recv_fds(
                     child.socket, _EVENT_OCTETS, 1, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
-                return
+                return False
             except ConnectionResetError:
-                message, reports = b"", []
+                # It has ended without having heard everything. What it said is still there.
+                continue
             if not message:
                 self._loop.unwatch(child.socket.fileno())
                 child.socket.close()
-                return
+                return False
             child.last_heard = time.monotonic()
             event = json.loads(message)
             name = event.pop("event")
@@ -550,6 +552,7 @@ class _Supervisor:
                 self._started(generation, child, event)
             else:
                 self._record(generation, name, event)
+        return True
 
     def _record(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
         """Log what a child said, and keep count of the connections that there are."""
@@ -601,8 +604,8 @@ class _Supervisor:
 
     def _bury(self, generation: Generation, child: Child) -> None:
         """A child has ended: as it was told to, or not."""
-        if child.socket.fileno() >= 0:
-            self._hear(generation, child)
+        while child.socket.fileno() >= 0 and self._hear(generation, child):
+            continue
         how = self._let_go(generation, child)
         # keyd leaves when its parent has: that end is about to be heard of.
         hung_up = child.name == "keyd" and how == "exited with 0"

@@ -99,6 +99,8 @@ def tcp_sockets() -> dict[int, Tcp]:
             continue
         for line in lines:
             _, local, remote, state, *_, inode = line.split()[:10]
-            ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
-            found[int(inode)] = Tcp(state == _LISTEN, *ports)
+            # Nobody's: a connection that waits for the rest of its time has the inode 0.
+            if inode != "0":
+                ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
+                found[int(inode)] = Tcp(state == _LISTEN, *ports)
     return found
