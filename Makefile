@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
 # and what the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
-TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus systemd-container
+TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
 PREFIX ?= /usr/local

@@ -408,7 +408,7 @@ class Limits(_Table):
     handshakes: Annotated[_Integer, Field(ge=1)] | None = Field(
         default=None,
         description="How many connections may be within their handshake at once; one more, and "
-        "the one that has taken longest is ended. Absent: half of worker.max.",
+        "the one that has taken longest is ended. Absent: half of worker.max, but at least 64.",
     )
     idle_timeout: _Duration | None = Field(
         default=3600.0,

@@ -21,6 +21,7 @@ _REQUEST_OCTETS = 4096
 #: A status with many virtual hosts is long.
 _ANSWER_OCTETS = 4 * 1024 * 1024
 _MAX_CLIENTS = 16
+_BACKLOG = 128
 
 Answer = Callable[[dict[str, object]], None]
 
@@ -52,7 +53,7 @@ class Control:
             self._listener.bind(str(self._path))
         finally:
             os.umask(mask)
-        self._listener.listen(_MAX_CLIENTS)
+        self._listener.listen(_BACKLOG)
         loop.watch(self._listener.fileno(), self._accept)
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from titus_py.plan import Plan, VirtualHost
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation", "any_process_has", "free_block"]
 
+_FEW_HANDSHAKES = 64
 #: How often the parent and keyd say that they are alive.
 ALIVE_SECONDS = 3.0
 #: What is started, as Python is to be told of it.
@@ -188,7 +189,7 @@ class Generation:
                 limits.connections_per_address,
                 limits.connections_per_prefix,
                 limits.connections_per_second,
-                limits.handshakes or max(1, worker.max // 2),
+                limits.handshakes or default_handshakes(worker.max),
                 limits.idle_timeout,
                 limits.lifetime,
             ),
@@ -219,6 +220,11 @@ class Generation:
             ciphersuites=vhost.ciphersuites,
             rsa_key_exchange=vhost.rsa_key_exchange,
         )
+
+
+def default_handshakes(connections: int) -> int:
+    """How many of so many connections may be in their handshake: half, but a few at least."""
+    return max(min(connections, _FEW_HANDSHAKES), connections // 2)
 
 
 def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:

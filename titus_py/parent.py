@@ -39,7 +39,7 @@ from keyd.linux.credentials import (
 from keyd.linux.namespaces import empty_network_namespace
 from keyd.linux.process import clone
 from keyd.linux.sealed import read_all
-from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal
+from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal, Status
 from keyd.protocol import Malformed as MalformedByKeyd
 from titus_py import messages
 from titus_py.confinement import (
@@ -405,7 +405,8 @@ class Parent:
             sockets.insert(0, channel)
         self._next_connection += 1
         if len(self._handshaking) >= self._plan.limits.handshakes:
-            slowest = next(iter(self._handshaking.values()))
+            # Off the list now, and not when it has ended: the next newcomer ends the next one.
+            slowest = self._handshaking.pop(next(iter(self._handshaking)))
             self._kill(slowest, "handshakes_limit")
             self._limited("handshakes", slowest.address)
         worker = self._spares.popleft()
@@ -487,9 +488,11 @@ class Parent:
             (worker for worker in self._busy.values() if worker.connection == refusal.connection),
             None,
         )
+        # What comes too late may have come from an honest worker, of a keyd that was slow.
+        level = "error" if refusal.status is Status.EXPIRED else "alarm"
         self._tell(
             "keyd_refused",
-            level="alarm",
+            level=level,
             connection=refusal.connection,
             client=worker.client if worker else None,
             uid=worker.uid if worker else None,

@@ -297,10 +297,12 @@ class Instance:
         """
 
         def settled() -> bool:
-            missing = spare - len(self.workers())
-            if missing > 0:
+            workers = self.workers()
+            if len(workers) < spare:
                 use_one_up()
-            return not missing
+            # None of them may be one that has just got a client, and is about to end.
+            time.sleep(0.1)
+            return len(workers) == spare and self.workers() == workers
 
         def use_one_up() -> None:
             here = self._USES_SPARES_UP, 0

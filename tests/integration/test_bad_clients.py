@@ -306,6 +306,7 @@ def test_a_client_that_refuses_the_certificate_is_named_as_such(instance: Instan
 # --- all of it, many times -------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # three quarters of a minute, where nothing else runs
 def test_after_ten_thousand_of_these_everything_is_as_before(
     serve: Serve, echoing: Listener
 ) -> None:

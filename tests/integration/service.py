@@ -1,0 +1,97 @@
+"""What an administrator does to a running instance: edit its configuration, have it reload."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from OpenSSL import SSL
+
+from titus_py.control_client import ask
+
+from .certificates import Certificate
+from .instance import Instance, Table, toml
+from .peers import TlsClient, Truncated
+
+#: How a client learns that it is not served.
+FAILS = (SSL.Error, Truncated, ConnectionResetError, BrokenPipeError)
+#: For whatever has to wait for new processes, on a machine that is busy.
+PATIENCE = 60.0
+
+
+def edit(instance: Instance, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the configuration file, all at once."""
+    file = instance.directory / "titus.toml"
+    tables: dict[str, Table] = tomllib.loads(file.read_text())
+    change(tables)
+    replace(file, toml(tables).encode())
+
+
+def replace(file: Path, octets: bytes) -> None:
+    """At no time is there half a file, or none."""
+    new = file.with_name(f"{file.name}.new")
+    new.touch(mode=0o600)
+    new.write_bytes(octets)
+    new.replace(file)
+
+
+def install(certificate: Certificate, directory: Path) -> Certificate:
+    """Put a certificate and its key where the configuration looks for them."""
+    installed = Certificate(directory / "site.crt", directory / "site.key", certificate.authority)
+    replace(installed.key, certificate.key.read_bytes())
+    replace(installed.certificate, certificate.certificate.read_bytes())
+    return installed
+
+
+def reload(instance: Instance) -> dict[str, Any]:
+    """Over the control socket: the answer."""
+    return ask(instance.pid, {"do": "reload"}, PATIENCE)
+
+
+def status(instance: Instance) -> dict[str, Any]:
+    return ask(instance.pid, {"do": "status"}, PATIENCE)
+
+
+def problems(instance: Instance) -> list[str]:
+    """Of a reload that must fail: the reasons, which the log is to have as well."""
+    since = len(instance.events())
+    answer = reload(instance)
+    assert answer["reloaded"] is False
+    told: list[str] = answer["problems"]
+    instance.wait_for_event("reload_failed", since=since, problem=told[-1])
+    logged = [event for event in instance.events()[since:] if event["event"] == "reload_failed"]
+    assert [event["problem"] for event in logged] == told
+    assert {event["level"] for event in logged} == {"error"}
+    return told
+
+
+def talk(client: TlsClient) -> bool:
+    """A few octets to an echoing backend and back."""
+    client.send(b"ping")
+    return client.receive_exactly(4) == b"ping"
+
+
+def serves(instance: Instance, port: int | None = None) -> bool:
+    with TlsClient(port or instance.port) as client:
+        return talk(client.handshake())
+
+
+def name_shown(client: TlsClient) -> str:
+    """The first name in the certificate that this client was shown."""
+    certificate = client.tls.get_peer_certificate(as_cryptography=True)
+    assert certificate is not None
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return str(names.value.get_values_for_type(x509.DNSName)[0])
+
+
+def name_shown_to_a_new_client(instance: Instance) -> str:
+    with TlsClient(instance.port) as client:
+        return name_shown(client.handshake())
+
+
+def without_end(instance: Instance) -> set[int]:
+    """The connections that have begun, and of whose end nothing was said."""
+    events = instance.events()
+    begun = {event["connection"] for event in events if event["event"] == "connection_begun"}
+    return begun - {event["connection"] for event in events if "end" in event}

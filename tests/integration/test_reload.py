@@ -1,0 +1,516 @@
+"""A new configuration, or a new certificate, without anybody noticing who is being served."""
+
+import asyncio
+import random
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from .certificates import Certificate
+from .conftest import Certificates, Serve
+from .instance import Instance, Process, Uids, eventually, free_port
+from .peers import Listener, TlsClient, connect, echo_for_many
+from .service import (
+    PATIENCE,
+    edit,
+    install,
+    name_shown_to_a_new_client,
+    problems,
+    reload,
+    replace,
+    serves,
+    status,
+    talk,
+    without_end,
+)
+
+RELOADS = 50
+COMERS = 50
+STAYERS = 50
+#: A transfer goes on until it has seen so many reloads.
+SPANNED = 8
+OCTETS = random.Random(4).randbytes(1 << 20)
+
+
+def hang_up(instance: Instance) -> int:
+    """SIGHUP, and wait: which generation serves then."""
+    since = len(instance.events())
+    instance.signal(signal.SIGHUP)
+    return int(instance.wait_for_event("reloaded", PATIENCE, since)["generation"])
+
+
+def generation_processes(instance: Instance) -> list[Process]:
+    return [process for process in instance.processes() if process.parent == instance.pid]
+
+
+def no_earlier_generation(instance: Instance) -> None:
+    """Old parents and their keyds are gone: two processes are left, beside the workers."""
+    eventually(lambda: len(generation_processes(instance)) == 2, "one parent, one keyd")
+    eventually(lambda: len(status(instance)["generations"]) == 1, "one generation")
+
+
+# --- under load ------------------------------------------------------------------------
+
+
+class Load:
+    """Clients that come, say something and go; and clients that stay."""
+
+    def __init__(self, port: int, authority: Path) -> None:
+        self._port = port
+        self._context = ssl.create_default_context(cafile=str(authority))
+        self.reloads = 0
+        self.over = False
+        self.served = 0
+        self.octets = 0
+        self.transfers = 0
+        self.failures: list[str] = []
+        self.late: list[str] = []
+
+    async def come_and_go(self, number: int) -> None:
+        """New connections, one after the other; each has its octets to compare."""
+        chance = random.Random(number)
+        while not self.over:
+            reloads = self.reloads
+            reader, writer = await self._open()
+            shown = int(self._name(writer).partition(".")[0].removeprefix("reload-"))
+            if shown < reloads:
+                self.late.append(f"certificate {shown} after reload {reloads}")
+            await self._exchange(reader, writer, chance.randrange(len(OCTETS) - 5000), 5000)
+            await self._close(reader, writer)
+            self.served += 1
+            await asyncio.sleep(chance.uniform(0.5, 1.5))
+
+    async def stay(self, number: int) -> None:
+        """Transfers that span many reloads, slowly, each to its end."""
+        chance = random.Random(1000 + number)
+        while not self.over:
+            begun, steps = self.reloads, 0
+            reader, writer = await self._open()
+            name = self._name(writer)
+            while self.reloads < begun + SPANNED and not self.over:
+                steps += 1
+                await self._exchange(reader, writer, chance.randrange(len(OCTETS) - 40000), 40000)
+                await asyncio.sleep(chance.uniform(0.1, 0.3))
+            assert self._name(writer) == name
+            await self._close(reader, writer)
+            self.transfers += 1
+
+    async def noted(self, client: Callable[[int], Awaitable[None]], number: int) -> None:
+        while not self.over:
+            try:
+                await client(number)
+            except (OSError, EOFError, AssertionError) as error:
+                self.failures.append(f"{client.__name__} {number}: {error!r}")
+                await asyncio.sleep(1)
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(
+            "127.0.0.1", self._port, ssl=self._context, server_hostname="localhost",
+            ssl_handshake_timeout=PATIENCE,
+        )  # fmt: skip
+
+    def _name(self, writer: asyncio.StreamWriter) -> str:
+        certificate = writer.get_extra_info("peercert")
+        return str(certificate["subjectAltName"][1][1])
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, start: int, length: int
+    ) -> None:
+        octets = OCTETS[start : start + length]
+        writer.write(octets)
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(length) == octets, "other octets came back"
+        self.octets += length
+
+    async def _close(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        async with asyncio.timeout(PATIENCE):
+            await writer.wait_closed()
+
+
+def test_50_reloads_under_load_fail_nobody(
+    serve: Serve, certificates: Certificates, tmp_path: Path
+) -> None:
+    def certificate_of(number: int) -> Certificate:
+        return certificates("P-256", "localhost", f"reload-{number}.test")
+
+    site = install(certificate_of(0), tmp_path)
+    with echo_for_many() as address:
+        instance = serve(
+            address,
+            uids_count=6000,
+            vhost=[{"certificate": site.certificate, "key": site.key}],
+            worker={"max": 180, "spare": 8, "handshake_timeout": "60s"},
+            limits={"handshakes": 180},
+        )
+        before = instance.settled_counts(8)
+        load = Load(instance.port, site.authority)
+        durations: list[float] = []
+        most_generations = 0
+
+        async def reload_again_and_again() -> None:
+            nonlocal most_generations
+            for number in range(1, RELOADS + 1):
+                changed = number % 2 == 1
+                if changed:
+                    install(certificate_of(number), tmp_path)
+                started = time.monotonic()
+                if number % 4 < 2:
+                    generation = await asyncio.to_thread(hang_up, instance)
+                else:
+                    answer = await asyncio.to_thread(reload, instance)
+                    assert answer["reloaded"], answer
+                    generation = answer["generation"]
+                durations.append(time.monotonic() - started)
+                assert generation == number + 1
+                if changed:
+                    load.reloads = number
+                told = await asyncio.to_thread(status, instance)
+                most_generations = max(most_generations, len(told["generations"]))
+
+        async def everybody() -> None:
+            clients = [load.noted(load.come_and_go, number) for number in range(COMERS)]
+            clients += [load.noted(load.stay, number) for number in range(STAYERS)]
+            tasks = [asyncio.create_task(client) for client in clients]
+            try:
+                await reload_again_and_again()
+            finally:
+                load.over = True
+                await asyncio.wait(tasks, timeout=PATIENCE)
+            assert all(task.done() for task in tasks)
+
+        started = time.monotonic()
+        asyncio.run(everybody())
+        print(
+            f"{RELOADS} reloads in {time.monotonic() - started:.0f} s, the slowest "
+            f"{max(durations):.1f} s; up to {most_generations} generations at once; "
+            f"{load.served} connections, {load.transfers} long transfers, {load.octets} octets; "
+            f"{len(load.failures)} failures"
+        )
+        assert not load.failures
+        assert not load.late
+        assert load.served > COMERS
+        assert load.transfers >= STAYERS
+        assert most_generations > 3
+
+        no_earlier_generation(instance)
+        eventually(lambda: not without_end(instance), "an end of each connection")
+        assert {end["end"] for end in instance.events_named("connection_ended")} == {"clean"}
+        assert not instance.events_named("handshake_failed")
+        assert not instance.events_named("reload_failed")
+        assert instance.settled_counts(8) == before
+
+
+# --- what a reload takes over -------------------------------------------------------------
+
+
+def test_established_connections_go_on_and_new_ones_see_the_new_certificate(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
+    before = instance.settled_counts()
+    old = generation_processes(instance)
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        install(certificates("RSA-2048", "after.test"), tmp_path)
+        assert name_shown_to_a_new_client(instance) == "before.test"
+        answer = reload(instance)
+        assert answer == {"reloaded": True, "generation": 2}
+        assert name_shown_to_a_new_client(instance) == "after.test"
+        told = status(instance)
+        assert [generation["state"] for generation in told["generations"]] == ["retired", "serving"]
+        assert [certificate["names"] for certificate in told["certificates"]] == [["after.test"]]
+        assert talk(client)
+        assert {*old} < {*generation_processes(instance)}
+    no_earlier_generation(instance)
+    assert not {*old} & {*instance.processes()}
+    assert instance.settled_counts() == before
+
+
+def test_nothing_but_the_reason_comes_of_a_bad_configuration(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    processes = generation_processes(instance)
+    good = (instance.directory / "titus.toml").read_bytes()
+    descriptors = instance.supervisor().descriptors
+
+    def break_it(tables: dict[str, Any]) -> None:
+        tables["worker"]["maximum"] = 3
+        tables["listen"][0]["address"] = "localhost"
+        tables["vhost"][0]["certificate"] = "/nonexistent.crt"
+        tables["log"]["format"] = "text"
+
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        edit(instance, break_it)
+        reasons = problems(instance)
+        assert len(reasons) == 3
+        file = str(instance.directory / "titus.toml")
+        for reason, (key, word) in zip(
+            sorted(reasons),
+            [
+                ("listen[0].address", "localhost"),
+                ("vhost[0].certificate", "no such file"),
+                ("worker.maximum", "unknown key"),
+            ],
+            strict=True,
+        ):
+            assert reason.startswith(f"{file}: {key}: ")
+            assert word in reason
+        replace(instance.directory / "titus.toml", b"[worker\n")
+        assert "not valid TOML" in problems(instance)[0]
+        (instance.directory / "titus.toml").unlink()
+        assert problems(instance) == [f"{file}: no such file or directory"]
+        assert generation_processes(instance) == processes
+        assert serves(instance)
+        assert talk(client)
+        replace(instance.directory / "titus.toml", good)
+        assert reload(instance)["reloaded"]
+        assert talk(client)
+    no_earlier_generation(instance)
+    assert instance.supervisor().descriptors == descriptors
+
+
+def test_a_key_that_is_not_the_certificates_changes_nothing(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
+    replace(site.key, certificates("P-256", "after.test").key.read_bytes())
+    (reason,) = problems(instance)
+    assert "vhost[0].key" in reason
+    assert name_shown_to_a_new_client(instance) == "before.test"
+
+
+def test_addresses_come_and_go_with_a_reload(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    descriptors = instance.supervisor().descriptors
+    first, second, third = instance.port, free_port(), free_port()
+
+    def listen_on(*ports: int) -> None:
+        def change(tables: dict[str, Any]) -> None:
+            tables["listen"] = [{"address": f"127.0.0.1:{port}"} for port in ports]
+
+        edit(instance, change)
+        assert reload(instance)["reloaded"]
+
+    with TlsClient(first) as early:
+        assert talk(early.handshake())
+        listen_on(first, second, third)
+        assert all(serves(instance, port) for port in (first, second, third))
+        assert len(status(instance)["listeners"]) == 3
+        with TlsClient(second) as late:
+            assert talk(late.handshake())
+            listen_on(third)
+            assert refused(first)
+            assert refused(second)
+            assert serves(instance, third)
+            assert talk(early)
+            assert talk(late)
+    no_earlier_generation(instance)
+    assert instance.supervisor().descriptors == descriptors
+
+
+def refused(port: int) -> bool:
+    try:
+        connect(port).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_reload_is_refused_where_an_added_address_is_in_use(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    free, taken = free_port(), echoing.port
+    processes, descriptors = generation_processes(instance), instance.supervisor().descriptors
+
+    def add(tables: dict[str, Any]) -> None:
+        tables["listen"] += [{"address": f"127.0.0.1:{port}"} for port in (free, taken)]
+        tables["log"]["format"] = "text"
+
+    edit(instance, add)
+    assert problems(instance) == [f"cannot listen on 127.0.0.1:{taken}: Address already in use"]
+    assert refused(free)
+    assert generation_processes(instance) == processes
+    assert instance.supervisor().descriptors == descriptors
+    assert serves(instance)
+    assert status(instance)["listeners"] == [f"127.0.0.1:{instance.port}"]
+
+
+def test_a_reload_is_refused_where_earlier_connections_have_all_uids(
+    serve: Serve, echoing: Listener
+) -> None:
+    # Room for two parents and no more.
+    instance = serve(echoing.address, worker={"max": Uids.SIZE // 2 - 20, "spare": 4})
+    before = instance.settled_counts()
+    free = free_port()
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        assert reload(instance)["reloaded"]
+        edit(instance, lambda tables: tables["listen"].append({"address": f"127.0.0.1:{free}"}))
+        (reason,) = problems(instance)
+        assert reason.startswith("worker.uids: connections of earlier generations")
+        assert refused(free)
+        assert talk(client)
+        assert serves(instance)
+    no_earlier_generation(instance)
+    assert instance.settled_counts() == before
+
+    def succeeds() -> bool:
+        # The uids become free when no process has them: that is looked at once a second.
+        return bool(reload(instance)["reloaded"])
+
+    eventually(succeeds, "uids for a third generation")
+    assert serves(instance, free)
+
+
+def test_a_reload_that_is_asked_for_during_another_one_follows_it(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as impatient:
+        impatient.connect(f"/run/titus-py/{instance.pid}.control")
+        impatient.send(b'{"do": "reload"}')
+        instance.wait_for_event("reloading")
+        # Its certificate may have been read already.
+        install(certificates("P-256", "after.test"), tmp_path)
+        for _ in range(5):
+            instance.signal(signal.SIGHUP)
+        impatient.settimeout(PATIENCE)
+        assert b'"reloaded": true' in impatient.recv(4096)
+    eventually(lambda: len(instance.events_named("reloaded")) == 2, "two reloads", PATIENCE)
+    assert name_shown_to_a_new_client(instance) == "after.test"
+    time.sleep(0.5)
+    assert len(instance.events_named("reloading")) == 2, "as many as it takes, not one for each"
+    no_earlier_generation(instance)
+
+
+def new_keyd(instance: Instance) -> int | None:
+    """The latest generation's keyd, where there is more than one generation."""
+    generations = status(instance)["generations"]
+    return generations[-1]["keyd"] if len(generations) > 1 else None
+
+
+def test_a_new_generation_that_does_not_start_is_abandoned(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"keyd_died", "parent_died"}
+    processes = generation_processes(instance)
+    descriptors = instance.supervisor().descriptors
+    free = free_port()
+    edit(instance, lambda tables: tables["listen"].append({"address": f"127.0.0.1:{free}"}))
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        instance.signal(signal.SIGHUP)
+        keyd = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+        next(process for process in instance.processes() if process.pid == keyd).kill()
+        reason = instance.wait_for_event("reload_failed")["problem"]
+        assert reason == "keyd or the parent did not start: see the lines above"
+        assert refused(free)
+        assert generation_processes(instance) == processes
+        assert talk(client)
+        assert serves(instance)
+        assert instance.supervisor().descriptors == descriptors
+        assert reload(instance)["reloaded"]
+        assert serves(instance, free)
+
+
+def test_a_keyd_that_dies_while_it_starts_is_no_reason_to_abandon_who_serves(
+    serve: Serve, echoing: Listener
+) -> None:
+    """There is an earlier generation, with a connection: it has retired, and cannot serve."""
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"keyd_died"}
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        assert reload(instance)["reloaded"]
+        instance.keyd().kill()
+        died = instance.wait_for_event("keyd_died")["pid"]
+        second = eventually(lambda: {new_keyd(instance)} - {died, None}, "another keyd").pop()
+        next(process for process in instance.processes() if process.pid == second).kill()
+        instance.wait_for_event("keyd_died", pid=second)
+        assert serves(instance)
+        assert talk(client)
+        assert status(instance)["generations"][1]["state"] == "serving"
+        assert not instance.events_named("reload_failed")
+
+
+# --- by itself ----------------------------------------------------------------------------
+
+
+def test_a_keyd_that_finds_other_keys_leads_to_a_reload(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
+    instance.expected_alarms.add("keyd_died")
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        install(certificates("P-256", "after.test"), tmp_path)
+        assert name_shown_to_a_new_client(instance) == "before.test"
+        instance.keyd().kill()
+        instance.wait_for_event("keys_changed", action="reloading")
+        instance.wait_for_event("reloaded", PATIENCE)
+        assert name_shown_to_a_new_client(instance) == "after.test"
+        assert talk(client)
+    no_earlier_generation(instance)
+
+
+def test_a_renewed_certificate_is_noticed_once_all_of_it_is_there(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    """As certbot does it: numbered files in an archive, links to them that are swapped."""
+    archive, lives = tmp_path / "archive", tmp_path / "live"
+    archive.mkdir()
+    lives.mkdir()
+
+    def renew(number: int, certificate: Certificate) -> None:
+        for name, content in (
+            ("privkey", certificate.key),
+            ("cert", certificate.certificate),
+            ("fullchain", certificate.certificate),
+        ):
+            file = archive / f"{name}{number}.pem"
+            file.touch(mode=0o600)
+            file.write_bytes(content.read_bytes())
+        for name in ("cert", "privkey", "fullchain"):
+            link = lives / f"{name}.pem"
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"../archive/{name}{number}.pem")
+            # Slower than it would be: whoever looked in between would find a mistake.
+            time.sleep(0.3)
+
+    renew(1, certificates("P-256", "before.test"))
+    vhost = {"certificate": lives / "fullchain.pem", "key": lives / "privkey.pem"}
+    instance = serve(echoing.address, vhost=[vhost], service={"reload_on_change": True})
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        renew(2, certificates("P-256", "after.test"))
+        instance.wait_for_event("files_changed", 20, action="reloading")
+        instance.wait_for_event("reloaded", PATIENCE)
+        assert name_shown_to_a_new_client(instance) == "after.test"
+        assert talk(client)
+        time.sleep(4)
+    assert len(instance.events_named("files_changed")) == 1
+    assert len(instance.events_named("reloaded")) == 1
+    assert not instance.events_named("reload_failed")
+    no_earlier_generation(instance)
+
+
+def test_files_that_change_are_left_alone_unless_asked_for(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
+    install(certificates("P-256", "after.test"), tmp_path)
+    time.sleep(7)
+    assert name_shown_to_a_new_client(instance) == "before.test"
+    assert not instance.events_named("reloading")
