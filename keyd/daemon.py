@@ -195,14 +195,21 @@ class Keyd:
                 return
             except ConnectionResetError:
                 message, descriptors = b"", []
-            if not message:
+            try:
+                terms = Open.decode(message) if message else None
+                if terms is not None and not descriptors:
+                    raise Malformed("an open without a channel")
+            except Malformed as error:
+                # Of another version than ours, perhaps. Others may have to do with us, too.
+                print(f"keyd: hanging up on a parent: {error}", file=sys.stderr)
+                terms = None
+            if terms is None:
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 del self._sources[control.fileno()]
                 control.close()
                 gone()
                 return
-            terms = Open.decode(message)
-            if not descriptors:
-                raise Malformed("an open without a channel")
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
             self.open(terms, socket.socket(*kind, fileno=descriptors[0]), record)
 

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from keyd.linux.process import open_standard_streams
+
 __all__ = ["main"]
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
@@ -15,6 +17,7 @@ _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 
 def main() -> int:
     """Run the command that ``sys.argv`` asks for; returns its exit code (2: usage)."""
+    open_standard_streams()
     arguments = _parser().parse_args()
     code: int = arguments.run(arguments)
     return code

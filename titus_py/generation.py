@@ -54,11 +54,34 @@ class Child:
         self.pidfd = os.pidfd_open(process.pid)
         self.started = self.last_heard = time.monotonic()
         self._process = process
+        #: What it has not been told yet, with descriptors of our own.
+        self._orders: deque[tuple[bytes, list[int]]] = deque()
 
-    def send(self, order: dict[str, object], descriptors: Sequence[int] = ()) -> None:
-        """Tell it something; a child that is gone or stuck is noticed otherwise."""
-        with suppress(OSError):
-            socket.send_fds(self.socket, [json.dumps(order).encode()], descriptors)
+    def queue(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> bool:
+        """Have ``send_orders`` tell it something; returns whether nothing else waited for that."""
+        octets = json.dumps(order).encode()
+        self._orders.append((octets, [os.dup(descriptor) for descriptor in descriptors]))
+        return len(self._orders) == 1
+
+    def send_orders(self) -> bool:
+        """Send what it takes; returns whether that was all. Never waits for it.
+
+        A child that is gone or stuck is noticed otherwise.
+        """
+        while self._orders:
+            octets, descriptors = self._orders[0]
+            try:
+                socket.send_fds(self.socket, [octets], descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+            self._drop_order()
+        return True
+
+    def _drop_order(self) -> None:
+        for descriptor in self._orders.popleft()[1]:
+            os.close(descriptor)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -67,6 +90,8 @@ class Child:
     def bury(self) -> str:
         """After its end: let go of it; returns how it ended, in words."""
         code = self._process.wait()
+        while self._orders:
+            self._drop_order()
         os.close(self.pidfd)
         self.socket.close()
         return f"exited with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

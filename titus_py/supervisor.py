@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +65,7 @@ _FILES_SECONDS = 3.0
 _KEYD_SECONDS = 0.2
 #: How soon to try again what could not be done for now.
 _RETRY_SECONDS = 0.05
-#: How often to look whether uids have become free.
+#: How often, at the least, to look whether uids have become free.
 _UIDS_SECONDS = 1.0
 #: How long beyond the drain time the parent has to end.
 _STOP_SECONDS = 5.0
@@ -90,6 +91,8 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
         return 1
     forbid_core_dumps()
     hide_memory()
+    # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
+    prctl.set_child_subreaper(True)
     filters = {
         "handshake": seccomp.build(HANDSHAKE).hex(),
         "established": seccomp.build(ESTABLISHED).hex(),
@@ -154,6 +157,8 @@ class _Supervisor:
         self._awaited: Generation | None = None
         #: Who waits for the outcome of a reload.
         self._reload_answers: list[Answer] = []
+        #: When the children were last looked after.
+        self._looked = time.monotonic()
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._stops = 0
         self._exit_code: int | None = None
@@ -224,7 +229,7 @@ class _Supervisor:
             self._event("stopping_at_once", level="warning", reason=reason)
             order, drain = {"do": "close"}, 0.0
         for parent in self._parents():
-            parent.send(order)
+            self._order(parent, order)
             self._loop.after(drain + _STOP_SECONDS, parent.kill)
         if not self._parents():
             self._finish(0)
@@ -305,7 +310,7 @@ class _Supervisor:
         try:
             with generation.start_keyd() as control:
                 self._watch(generation, generation.keyd)
-                generation.parent.send({"do": "use keyd"}, [control.fileno()])
+                self._order(generation.parent, {"do": "use keyd"}, [control.fileno()])
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
             self._fail()
@@ -332,7 +337,7 @@ class _Supervisor:
                 return
             for missing in generation.key_ids - keys:
                 self._event("keyd_lacks_key", level="error", socket=str(path), key=missing)
-            parent.send({"do": "use keyd"}, [control.fileno()])
+            self._order(parent, {"do": "use keyd"}, [control.fileno()])
             control.close()
             self._event("keyd_connected", socket=str(path), generation=generation.number)
             generation.keyd_missed = generation.waits_for_keyd = False
@@ -354,10 +359,15 @@ class _Supervisor:
         taken = [*self._used_uids, *(other.uids for other in self._generations if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
-    def _release_uids(self, uids: range) -> None:
-        """Give uids back, once no process can have them any more."""
+    def _release_uids(self, uids: range, pause: float = _RETRY_SECONDS) -> None:
+        """Give uids back, once no process can have them any more.
+
+        Soon, since a new parent may wait for them; but it takes a look at all processes.
+        """
+        _reap_orphans(uids)
         if any_process_has(uids):
-            self._loop.after(_UIDS_SECONDS, lambda: self._release_uids(uids))
+            longer = min(2 * pause, _UIDS_SECONDS)
+            self._loop.after(pause, lambda: self._release_uids(uids, longer))
         else:
             self._used_uids.remove(uids)
 
@@ -470,7 +480,7 @@ class _Supervisor:
                     self._end(other)
                 else:
                     other.retiring = True
-                    other.parent.send({"do": "retire"})
+                    self._order(other.parent, {"do": "retire"})
         self._close_listeners(self._unwanted_listeners())
         self._check_handed_over()
 
@@ -644,6 +654,17 @@ class _Supervisor:
             self._let_go(generation, keyd)
         self._start(generation)
 
+    def _order(
+        self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()
+    ) -> None:
+        """Tell a child something: now, or as soon as it has heard what it was told before."""
+        if child.queue(order, descriptors):
+            self._send_orders(child)
+
+    def _send_orders(self, child: Child) -> None:
+        if not child.send_orders():
+            self._loop.after(_RETRY_SECONDS, lambda: self._send_orders(child))
+
     def _let_go(self, generation: Generation, child: Child) -> str:
         """Of a child that has ended, or is about to; returns how."""
         if child.patience is not None:
@@ -681,8 +702,13 @@ class _Supervisor:
     def _look_after_children(self) -> None:
         """End a child that has gone quiet: its successor will serve."""
         now = time.monotonic()
+        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        was_away = now - self._looked > 2 * ALIVE_SECONDS
+        self._looked = now
         for generation in self._generations:
             for child in generation.children:
+                if was_away:
+                    child.last_heard = now
                 if child not in generation.starting and now - child.last_heard > _QUIET_SECONDS:
                     self._event(f"{child.name}_hangs", level="alarm", pid=child.pid)
                     child.kill()
@@ -794,7 +820,7 @@ class _Supervisor:
             for number, vhost in enumerate(generation.configuration.vhost):
                 if vhost.backend == backend and generation.parent is not None:
                     order = {"do": "use backend", "vhost": number, "addresses": found}
-                    generation.parent.send(order)
+                    self._order(generation.parent, order)
 
 
 def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
@@ -804,6 +830,17 @@ def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
         if begun.get("connection") == connection:
             event |= {"client": begun["client"], "uid": begun["uid"]}
             return
+
+
+def _reap_orphans(uids: range) -> None:
+    """Take note of the end of workers whose parent has ended, and could not.
+
+    Of theirs alone: our own children are waited for elsewhere.
+    """
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, look)) is not None and ended.si_uid in uids:
+            os.waitid(os.P_PID, ended.si_pid, os.WEXITED)
 
 
 def _prepare_chroot(directory: Path) -> None:

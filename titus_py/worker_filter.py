@@ -40,7 +40,9 @@ ESTABLISHED: Rules = {
     # One with SO_LINGER set makes wait whoever closes it last: the parent, or keyd.
     "recvfrom": _ANYHOW,
     "sendto": _TO_ITS_PEER,
-    "recvmsg": _ANYHOW,
+    # Not a look ahead: what is on its way from the parent (``hand_over``) is the parent's
+    # until it has been taken.
+    "recvmsg": ((Only(2, socket.MSG_PEEK, 0),),),
     "poll": _ANYHOW,
     "ppoll": _ANYHOW,
     "shutdown": _ANYHOW,

@@ -1,12 +1,20 @@
 """Making a process, in new namespaces where asked (clone(2), namespaces(7), pidfd_open(2)).
 
-Run by the parent, which is root and has one thread.
+Run by the parent, which is root and has one thread; and, as they start, by the programs
+that an administrator or a service manager starts.
 """
 
 import ctypes
 import os
 
-__all__ = ["CLONE_NEWIPC", "CLONE_NEWNET", "CLONE_NEWPID", "CLONE_NEWUTS", "clone"]
+__all__ = [
+    "CLONE_NEWIPC",
+    "CLONE_NEWNET",
+    "CLONE_NEWPID",
+    "CLONE_NEWUTS",
+    "clone",
+    "open_standard_streams",
+]
 
 CLONE_PIDFD = 0x0000_1000
 CLONE_NEWUTS = 0x0400_0000
@@ -43,3 +51,17 @@ def clone(flags: int = 0) -> tuple[int, int]:
         error = ctypes.get_errno()
         raise OSError(error, f"clone: {os.strerror(error)}")
     return (pid, _pidfd.value) if pid else (0, -1)
+
+
+def open_standard_streams() -> None:
+    """Make sure that descriptors 0, 1 and 2 are taken, by /dev/null if need be.
+
+    Whoever was started without one of them would have a socket or a key file of its own
+    there, and then what is meant for standard error would go into that.
+    """
+    for _ in range(3):
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)

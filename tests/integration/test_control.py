@@ -165,6 +165,10 @@ def test_a_status_of_a_thousand_virtual_hosts_is_a_whole_one(
     names = [f"host-{number}.example.org" for number in range(1000)]
     instance = serve(echoing.address, vhost=[{"sni": [name]} for name in names])
     assert [vhost["names"] for vhost in status(instance)["vhosts"]] == [[name] for name in names]
+    # Each has its backend: the parent has been told all of them.
+    for name in (names[0], names[500], names[-1]):
+        with TlsClient(instance.port, name) as client:
+            assert talk(client.handshake())
 
 
 # --- who may ask -----------------------------------------------------------------------
@@ -217,7 +221,7 @@ def test_who_does_not_read_its_answer_holds_nobody_up(instance: Instance) -> Non
         for _ in range(40):
             stack.enter_context(connected(instance)).send(STATUS)
         assert answered(instance)
-        eventually(lambda: instance.supervisor().descriptors == before, "all are dropped")
+        eventually(lambda: instance.supervisor().descriptors <= before, "all are dropped")
 
 
 def test_who_comes_and_says_nothing_makes_room_for_others(instance: Instance) -> None:
@@ -229,7 +233,7 @@ def test_who_comes_and_says_nothing_makes_room_for_others(instance: Instance) ->
         with TlsClient(instance.port) as client:
             assert talk(client.handshake())
         assert instance.supervisor().descriptors <= before + 20
-    eventually(lambda: instance.supervisor().descriptors == before, "nothing is left of them")
+    eventually(lambda: instance.supervisor().descriptors <= before, "nothing is left of them")
 
 
 def test_who_comes_and_goes_leaves_nothing(instance: Instance) -> None:
@@ -239,7 +243,7 @@ def test_who_comes_and_goes_leaves_nothing(instance: Instance) -> None:
             if number % 2:
                 client.send(STATUS)
     assert answered(instance)
-    eventually(lambda: instance.supervisor().descriptors == before, "nothing is left of them")
+    eventually(lambda: instance.supervisor().descriptors <= before, "nothing is left of them")
 
 
 # --- what it leaves --------------------------------------------------------------------

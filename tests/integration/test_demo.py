@@ -94,7 +94,7 @@ def test_shows_a_request_the_processes_and_where_the_key_is(temporary: Path) -> 
     for shown in ("Root directory", "Namespaces apart", "Capabilities", "System calls"):
         assert shown in output
     log_line = " ".join(output[output.index("in the log") :].split())
-    assert re.search(r" connection_ended .*tls_version=TLSv1\.3 .*end=clean", log_line)
+    assert re.search(r" connection_ended .*end=clean .*tls_version=TLSv1\.3 ", log_line)
     assert "found in keyd and nowhere else" in output.splitlines()[-1]
     demo.assert_nothing_is_left(instance)
 

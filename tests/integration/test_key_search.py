@@ -125,9 +125,11 @@ def test_key_is_in_keyd_and_nowhere_else(
         assert busy[Role.WORKER] >= 3
         assert busy[Role.SUPERVISOR] == busy[Role.PARENT] == busy[Role.KEYD] == 1
 
-    eventually(lambda: len(instance.workers()) == 4, "the workers have ended")
+    # Spares alone: from half of them, when the next are forked, to all.
+    eventually(lambda: 2 <= len(instance.workers()) <= 4, "the workers have ended")
     after = assert_only_keyd_holds(sought, instance)
-    assert after == {Role.SUPERVISOR: 1, Role.PARENT: 1, Role.KEYD: 1, Role.WORKER: 4}
+    assert after[Role.WORKER] <= 4
+    assert after[Role.SUPERVISOR] == after[Role.PARENT] == after[Role.KEYD] == 1
 
 
 def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:
@@ -135,7 +137,7 @@ def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:
     with TlsClient(instance.port).handshake() as client:
         client.send(b"x")
         assert client.receive_exactly(1) == b"x"
-        eventually(lambda: len(instance.workers()) == 5, "a spare in the place of the worker")
+        eventually(lambda: len(instance.workers()) >= 3, "a worker, and spares")
         eventually(lambda: all(found.uid for found in instance.workers()), "all confined")
         processes = instance_processes(instance.pid)
         assert {found.pid: (found.ppid, found.uid, found.started) for found in processes} == {

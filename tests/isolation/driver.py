@@ -1,0 +1,14 @@
+"""``titus-py``, with a parent whose workers can be taken over: see ``infected_parent``.
+
+Its first argument is for that one; the others are the command line of ``titus-py``.
+"""
+
+import sys
+from pathlib import Path
+
+from titus_py import generation
+from titus_py.__main__ import main
+
+if __name__ == "__main__":
+    generation._PARENT = (str(Path(__file__).with_name("infected_parent.py")), sys.argv.pop(1))
+    sys.exit(main())

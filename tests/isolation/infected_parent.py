@@ -1,0 +1,415 @@
+"""The real parent, whose workers can be taken over: by the tests, and by nothing else.
+
+Started by ``driver`` in place of ``titus_py.parent``, with one more argument before the
+others: JSON that names which parts of the confinement to leave out. A client takes the worker
+over that it gets, with the server name that it asks for: ``STAGE.NUMBER.PARAMETER...``
+and ``.attack.test``, where NUMBER is an attempt's in ``attacks`` or a deed's name below, and
+STAGE is ``h`` (instead of the handshake: the answer goes out unencrypted) or ``e`` (instead of
+the pump). Everything else is the code that is served with.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import random
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from OpenSSL import SSL
+
+from isolation.attacks import ATTEMPTS, Place, outcome
+from isolation.memory import send_all_memory
+from keyd.linux.process import CLONE_NEWPID
+from titus_py import confinement, dialer, parent, worker
+from titus_py.client_hello import parse_client_hello
+from titus_py.confinement import KEYD_FD, PARENT_FD
+from titus_py.pump import stop_resetting
+from titus_py.report import End
+
+__all__ = ["DEEDS", "LAYERS"]
+
+DOMAIN = ".attack.test"
+
+
+class Taken:
+    """A worker that is taken over: what it holds, and a way to its client."""
+
+    def __init__(
+        self, place: Place, send: Callable[[bytes], None], receive: Callable[[], bytes]
+    ) -> None:
+        self.place = place
+        self.send = send
+        self.receive = receive
+
+
+# --- what a worker can be made to do --------------------------------------------------------
+
+
+def nothing(taken: Taken) -> str:
+    return "nothing"
+
+
+def relay(taken: Taken, seconds: str) -> str:
+    """After so long, the client's messages to keyd, one by one, and its answers back."""
+    stall(taken, seconds)
+    client, keyd = taken.place.client, taken.place.keyd
+    os.write(client, b"\0\0")
+    while True:
+        _wait(client, select.POLLIN)
+        request = os.read(client, 4096)
+        if not request:
+            return "over"
+        try:
+            os.write(keyd, request)
+            _wait(keyd, select.POLLIN)
+            answer = os.read(keyd, 4096)
+        except OSError as error:
+            answer = errno.errorcode[error.errno or 0].encode()
+        os.write(client, len(answer).to_bytes(2, "big") + answer)
+
+
+def fuzz(taken: Taken, to: str, seed: str, count: str) -> str:
+    """Random and mutated messages, until nobody takes them; counted in the record."""
+    descriptor = getattr(taken.place, to)
+    source = random.Random(int(seed))
+    messages = [random_message(source, to) for _ in range(int(count))]
+    for sent, message in enumerate(messages):
+        try:
+            os.write(descriptor, message)
+        except OSError:
+            break
+        _report.count(sent + 1, 0)
+    return "fuzzed"
+
+
+def ask_and_stall(taken: Taken, seconds: str) -> str:
+    """A request to keyd, whose answer is never read."""
+    os.write(taken.place.keyd, bytes((1, 1)) + bytes(100))
+    return stall(taken, seconds)
+
+
+def stall(taken: Taken, seconds: str) -> str:
+    """Do nothing at all."""
+    select.poll().poll(int(seconds) * 1000)
+    return "stalled"
+
+
+def memory(taken: Taken, own: str) -> str:
+    """Everything that can be read, as it is; after something of the client's own has come."""
+    held = b"" if taken.place.backend >= 0 else own.encode()
+    while own.encode() not in held:
+        _wait(taken.place.client, select.POLLIN)
+        with suppress(BlockingIOError, SSL.WantReadError):
+            held += taken.receive()
+    count = send_all_memory(_mappings, taken.place.client)
+    return f"memory: {count} octets"
+
+
+def mappings(taken: Taken) -> str:
+    return _mappings
+
+
+def crash(taken: Taken) -> str:
+    ctypes.string_at(8)
+    return "alive"
+
+
+def leave_silently(taken: Taken) -> str:
+    os._exit(0)
+
+
+def use_up_memory(taken: Taken) -> str:
+    held = []
+    while True:
+        held.append(bytearray(1 << 20))
+
+
+def leave_a_child(taken: Taken) -> str:
+    """A child that would live on: with the client's connection, whose end shows its own."""
+    if not os.fork():
+        os.setsid()
+        taken.send(b"a child is alive; ")
+        while True:
+            time.sleep(60)
+    time.sleep(0.2)
+    os._exit(0)
+
+
+def burst(taken: Taken, to: str, *parts: str) -> str:
+    """These messages (hexadecimal), one after the other, and what the answer is."""
+    for part in parts:
+        os.write(getattr(taken.place, to), bytes.fromhex(part))
+    stall(taken, "5")
+    return "alive"
+
+
+def _wait(descriptor: int, events: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, events)
+    poll.poll()
+
+
+DEEDS: dict[str, Callable[..., str]] = {
+    "nothing": nothing,
+    "relay": relay,
+    "fuzz": fuzz,
+    "stall": stall,
+    "ask": ask_and_stall,
+    "memory": memory,
+    "mappings": mappings,
+    "crash": crash,
+    "leave": leave_silently,
+    "useup": use_up_memory,
+    "child": leave_a_child,
+    "burst": burst,
+}
+
+
+def random_message(source: random.Random, to: str) -> bytes:
+    """Anything, or what looks like a message to begin with, changed here and there."""
+    if source.random() < 0.4:
+        return source.randbytes(source.choice([1, 2, 3, 4, 5, 36, 37, 100, 1060, 1061, 2000]))
+    if to == "parent":
+        message = bytearray(source.choice([b"R", b"D\0\0", b"D\0\1", b"D\xff\xff", b"C", b"B"]))
+    else:
+        scheme = source.choice([0x0403, 0x0804, 0x0401, 0x0807, 0x0303])
+        message = bytearray(
+            bytes((1, source.choice([1, 1, 1, 2, 0, 3])))
+            + scheme.to_bytes(2, "big")
+            + source.choice([_KEY, bytes(32)])
+            + source.choice(_PAYLOADS)
+        )
+    for _ in range(source.choice([0, 1, 1, 2, 8])):
+        at = source.randrange(len(message))
+        match source.randrange(4):
+            case 0:
+                message[at] = source.randrange(256)
+            case 1:
+                message[at] ^= 1 << source.randrange(8)
+            case 2:
+                del message[at:]
+                message += source.randbytes(source.randrange(1, 8))
+            case 3:
+                message[at:at] = source.randbytes(source.randrange(1, 64))
+    return bytes(message)
+
+
+_KEY = bytes(32)
+_PAYLOADS = [
+    b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32),
+    bytes(64) + b"\3\0\x1d\x20" + bytes(32),
+    bytes(64) + b"\3\0\x17\x41\4" + bytes(64),
+    bytes(256),
+]
+
+
+# --- the parts of the confinement that can be left out --------------------------------------
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def _without_filter() -> None:
+    confinement.seccomp.install = _nothing  # type: ignore[assignment]
+
+
+def _without_landlock() -> None:
+    confinement.landlock.restrict_self = _nothing
+
+
+def _without_chroot() -> None:
+    confinement.enter_empty_root = _nothing  # type: ignore[attr-defined]
+
+
+def _without_network() -> None:
+    confinement.enter_network_namespace = _nothing  # type: ignore[attr-defined]
+
+
+def _without_namespaces() -> None:
+    parent.WORKER_NAMESPACES = 0  # type: ignore[attr-defined]
+
+
+def _without_become() -> None:
+    """Still root, with what capabilities the emptied bounding set and the securebits leave."""
+    import prctl
+
+    confinement.become = lambda *_: prctl.set_no_new_privs(1)  # type: ignore[attr-defined]
+
+
+def _without_limit(name: str) -> Callable[[], None]:
+    import resource
+
+    number = getattr(resource, name)
+
+    def leave_out() -> None:
+        set_limits = confinement.limit  # type: ignore[attr-defined]
+
+        def limit(limits: dict[int, int]) -> None:
+            set_limits({which: most for which, most in limits.items() if which != number})
+
+        confinement.limit = limit  # type: ignore[attr-defined]
+
+    return leave_out
+
+
+def _without_dialer() -> None:
+    """The backend's socket as a non-blocking connect leaves it."""
+
+    def settled(self: dialer.Dialer) -> None:
+        self._succeeded()
+
+    dialer.Dialer._settled = settled  # type: ignore[method-assign]
+
+
+def _without_reseed() -> None:
+    worker.reseed = _nothing  # type: ignore[attr-defined]
+
+
+LAYERS: dict[str, Callable[[], None]] = {
+    "filter": _without_filter,
+    "landlock": _without_landlock,
+    "chroot": _without_chroot,
+    "network": _without_network,
+    "namespaces": _without_namespaces,
+    "become": _without_become,
+    "nproc": _without_limit("RLIMIT_NPROC"),
+    "as": _without_limit("RLIMIT_AS"),
+    "nofile": _without_limit("RLIMIT_NOFILE"),
+    "dialer": _without_dialer,
+    "reseed": _without_reseed,
+}
+
+
+# --- taking over ----------------------------------------------------------------------------
+
+_mappings = ""
+_report: Any = None
+
+
+def _ordered(name: str | None, stage: str) -> list[str] | None:
+    """The order in a server name, if there is one for this stage."""
+    if not name or not name.endswith(DOMAIN):
+        return None
+    words = name.removesuffix(DOMAIN).split(".")
+    return words[1:] if words[0] == stage else None
+
+
+def _obey(words: list[str], taken: Taken) -> str:
+    what, *parameters = words
+    if what.isdigit():
+        numbers = [int(word) for word in parameters]
+        return outcome(ATTEMPTS[int(what)].code, taken.place, numbers)
+    return DEEDS[what](taken, *parameters)
+
+
+def _infect() -> None:
+    confine, shake_hands, run = worker.confine, worker._shake_hands, worker.Pump.run  # type: ignore[attr-defined]
+
+    def confine_and_remember(*arguments: object) -> None:
+        global _mappings
+        # As an attacker could find out by probing (see ``memory``).
+        _mappings = Path("/proc/self/maps").read_text()
+        confine(*arguments)
+
+    def instead_of_handshake(connection: object, peer: socket.socket, deadline: float) -> None:
+        hello = parse_client_hello(peer.recv(65536, socket.MSG_PEEK))
+        words = _ordered(hello.server_name, "h")
+        if words is None:
+            shake_hands(connection, peer, deadline)
+            return
+        peer.recv(65536)
+        place = Place(PARENT_FD, KEYD_FD, peer.fileno())
+        taken = Taken(
+            place, lambda octets: _send(peer, peer.fileno(), octets), lambda: peer.recv(65536)
+        )
+        result = _obey(words, taken)
+        # To the client, or to whom it is connected now: so into the record, too.
+        raise worker._Over(End.HANDSHAKE_FAILED, f"taken over: {result}", result.encode())
+
+    def instead_of_pump(self: worker.Pump) -> tuple[End, str]:  # type: ignore[name-defined]
+        words = _ordered((self._client.get_servername() or b"").decode(), "e")
+        if words is None:
+            return run(self)
+        client = self._client_socket.fileno()
+        place = Place(PARENT_FD, client=client, backend=self._backend.fileno())
+
+        def send(octets: bytes) -> None:
+            _send(self._client, client, octets)
+
+        result = _obey(words, Taken(place, send, lambda: self._client.recv(65536)))
+        send(result.encode())
+        self._client.shutdown()
+        for side in (self._client_socket, self._backend):
+            stop_resetting(side)
+            side.close()
+        return End.CLEAN, f"taken over: {result}"
+
+    class Remembered(worker.ReportWriter):
+        def __init__(self, descriptor: int) -> None:
+            global _report
+            super().__init__(descriptor)
+            _report = self
+
+    worker.ReportWriter = Remembered
+    worker.confine = confine_and_remember  # type: ignore[attr-defined]
+    worker._shake_hands = instead_of_handshake  # type: ignore[assignment]
+    worker.Pump.run = instead_of_pump  # type: ignore[attr-defined, method-assign]
+
+
+def _send(way: socket.socket | SSL.Connection, descriptor: int, octets: bytes) -> None:
+    """All of it, on a socket that does not block."""
+    view = memoryview(octets)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    while view:
+        poll.poll()
+        try:
+            view = view[way.send(view[:16384]) :]
+        except (BlockingIOError, SSL.WantWriteError):
+            continue
+
+
+def _become_process_one() -> None:
+    """Process 1 of a pid namespace, as in a container; ends with it, and it with this one."""
+    import ctypes
+    import signal
+
+    import prctl
+
+    if ctypes.CDLL(None).unshare(CLONE_NEWPID):
+        raise OSError("unshare")
+    child = os.fork()
+    if not child:
+        prctl.set_pdeathsig(signal.SIGKILL)
+        return
+    # Nothing of what the real one holds is kept open here.
+    os.closerange(3, 1 << 20)
+    prctl.set_pdeathsig(signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def main() -> NoReturn:
+    without = json.loads(sys.argv.pop(1))
+    if "process one" in without:
+        without.remove("process one")
+        _become_process_one()
+    for layer in without:
+        LAYERS[layer]()
+    _infect()
+    sys.exit(parent.main())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""``titus-py audit``: that it passes where all holds, and for each check that it can fail.
+
+Protections are taken out one at a time by a driver of the tests' own (``breakages``);
+the audit has to fail on exactly the check that looks at it, of exactly those processes.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from keyd.linux.namespaces import enter_network_namespace
+from titus_py import throwaway
+from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target
+from titus_py.audit.run import CHECKS
+from titus_py.instance import Role, instance_processes
+from titus_py.throwaway import TitusInstance
+
+from . import breakages
+from .breakages import BREAKAGES
+
+TITUS_PY = Path(sys.executable).parent / "titus-py"
+SIOCSIFFLAGS = 0x8914
+
+
+@contextlib.contextmanager
+def accepting(listener: socket.socket) -> Iterator[None]:
+    """A backend: it accepts, and waits for the other side to close."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=wait, args=[connection], daemon=True).start()
+
+    def wait(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ConnectionResetError):
+            connection.recv(1)
+
+    listener.listen()
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, accepting(listener):
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def instance(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
+    """As it is by default."""
+    found = TitusInstance(tmp_path_factory.mktemp("instance"), backend, "RSA-2048", ["localhost"])
+    yield found
+    found.stop()
+
+
+def run_audit(*options: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [TITUS_PY, "audit", *options], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def broken(made: Audit) -> tuple[set[str], set[str]]:
+    """The checks that fail, and the roles of those that they fail for."""
+    findings = made.having(Verdict.BROKEN)
+    return {one.check for one in findings}, {one.subject.role for one in findings}
+
+
+# --- where all holds --------------------------------------------------------------
+
+
+def test_all_holds_on_a_default_instance(instance: TitusInstance, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    answer = run_audit("--pid", str(instance.pid), "--html", page)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "All promises hold." in answer.stdout
+    assert all(len(line) <= 80 for line in answer.stdout.splitlines())
+
+    html = page.read_text()
+    assert "All promises hold" in html
+    assert not re.search(r"(src|href)=|@import|url\(", html)
+
+
+def test_json_names_every_check_of_every_process(instance: TitusInstance) -> None:
+    answer = run_audit("--pid", str(instance.pid), "--json")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (made,) = json.loads(answer.stdout)
+    assert (made["format"], made["result"]) == (1, "holds")
+    assert made["instance"]["supervisor"] == instance.pid
+    assert made["instance"]["listening"] == [instance.address]
+    assert made["summary"]["broken"] == 0
+    fields = {"check", "process", "promised", "how", "seen", "verdict"}
+    assert all(finding.keys() == fields for finding in made["findings"])
+
+    found = {(one["check"], one["process"]["role"]) for one in made["findings"]}
+    assert {(check.name, role) for check in CHECKS for role in check.roles} <= found
+    stages = {one["process"]["stage"] for one in made["findings"]}
+    assert {"spare", "before its handshake", "after its handshake"} <= stages
+
+
+def test_refusals_are_in_the_log_as_those_of_connection_0(instance: TitusInstance) -> None:
+    assert audit(find_target(instance.pid)).holds
+    refusals = instance.events("keyd_refused")
+    assert {event["connection"] for event in refusals} == {0}
+    statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired"}
+    assert {event["status"] for event in refusals} == statuses
+    others = [one["event"] for one in instance.events() if one["level"] == "alarm"]
+    assert set(others) == {"keyd_refused"}
+
+
+def test_connections_of_others_are_audited_as_well(instance: TitusInstance) -> None:
+    with socket.create_connection(("127.0.0.1", instance.port)):
+        made = audit(find_target(instance.pid))
+    assert made.holds, broken(made)
+    assert "in its handshake" in {one.subject.stage for one in made.findings}
+
+
+def another(instance: TitusInstance, directory: Path, **changes: str) -> tuple[Path, int]:
+    """A configuration like this instance's, for one beside it: its file, and its port."""
+    port, uids = throwaway._free_port(), throwaway._free_uids(200)
+    text = (instance.key_file.parent / "titus.toml").read_text()
+    text = text.replace(str(instance.port), str(port))
+    text = re.sub(r'uids = "\d+-\d+"', f'uids = "{uids[0]}-{uids[-2]}"', text)
+    text = re.sub(r'user = "\d+"', f'user = "{uids[-1]}"', text)
+    text = text.replace(str(instance.key_file.parent / "empty"), str(directory / "empty"))
+    for name, line in changes.items():
+        text, count = re.subn(rf"^{name} = .*$", line, text, flags=re.M)
+        assert count == 1
+    (directory / "titus.toml").write_text(text)
+    return directory / "titus.toml", port
+
+
+def test_all_holds_in_a_pid_namespace_of_its_own(instance: TitusInstance, tmp_path: Path) -> None:
+    """The supervisor is one of the first processes of what looks like a container."""
+    configuration, port = another(instance, tmp_path)
+    script = f"""
+        {TITUS_PY} serve --config {configuration} 2> {tmp_path}/log &
+        for i in $(seq 100); do grep -q '"listening"' {tmp_path}/log && break; sleep 0.1; done
+        {TITUS_PY} audit --json
+    """
+    answer = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    # No other instance was in sight there.
+    (made,) = json.loads(answer.stdout)
+    assert made["instance"]["listening"] == [f"127.0.0.1:{port}"]
+    assert made["instance"]["supervisor"] < 10
+
+
+def test_all_holds_with_a_keyd_that_is_a_service_and_a_backend_on_a_unix_socket(
+    instance: TitusInstance, tmp_path: Path
+) -> None:
+    configuration, _ = another(
+        instance,
+        tmp_path,
+        user=f'socket = "{tmp_path}/keyd"',
+        key="",
+        backend=f'backend = "unix:{tmp_path}/backend"',
+    )
+    keyd = [TITUS_PY.with_name("keyd"), "control", "--socket", tmp_path / "keyd", "--user"]
+    # Of all users, one that no other test and nothing in Debian runs as.
+    keyd += ["games", "--chroot", tmp_path / "empty", "--key", instance.key_file]
+    titus_py = [TITUS_PY, "serve", "--config", configuration]
+    with socket.socket(socket.AF_UNIX) as listener, (tmp_path / "log").open("wb") as log:
+        listener.bind(f"{tmp_path}/backend")
+        with (
+            accepting(listener),
+            subprocess.Popen(keyd, stderr=subprocess.DEVNULL) as service,
+            subprocess.Popen(titus_py, stderr=log) as supervisor,
+        ):
+            try:
+                deadline = time.monotonic() + 30
+                while b'"listening"' not in (tmp_path / "log").read_bytes():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                made = audit(find_target(supervisor.pid))
+            finally:
+                supervisor.kill()
+                service.kill()
+    assert made.holds, made.having(Verdict.BROKEN)
+    (signed,) = (one for one in made.findings if one.check == "signs")
+    assert (signed.verdict, signed.subject.pid) == (Verdict.HOLDS, service.pid)
+
+
+# --- where there is nothing to audit ----------------------------------------------
+
+
+def test_without_an_instance_it_says_so(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", TITUS_PY, "audit"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert "no running instance" in answer.stderr
+
+
+def test_a_process_that_is_no_supervisor_is_not_audited() -> None:
+    answer = run_audit("--pid", str(os.getpid()))
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "'titus-py serve'" in answer.stderr or "no supervisor" in answer.stderr
+
+
+def test_it_takes_root(instance: TitusInstance) -> None:
+    program = shutil.which("setpriv")
+    assert program is not None
+    answer = subprocess.run(
+        [program, "--bounding-set", "-sys_ptrace", TITUS_PY, "audit", "--pid", str(instance.pid)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert "CAP_SYS_PTRACE" in answer.stderr
+
+
+def test_an_instance_that_ends_is_not_called_broken(
+    backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ended = TitusInstance(tmp_path_factory.mktemp("ended"), backend, "P-256", ["localhost"])
+    target = find_target(ended.pid)
+    ended.stop()
+    with pytest.raises(CannotAudit):
+        audit(target)
+
+
+# --- each check, with what it looks at taken out ----------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(BREAKAGES))
+def test_a_protection_taken_out_is_noticed(
+    name: str,
+    backend: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    breakage = BREAKAGES[name]
+    if name == "supervisor_core_dumps" and resource.getrlimit(resource.RLIMIT_CORE)[1] == 0:
+        pytest.skip("core dumps are forbidden to these tests, too")
+    directory = tmp_path_factory.mktemp(name)
+    driver = (sys.executable, "-I", breakages.__file__, "supervisor", name)
+    monkeypatch.setattr(throwaway, "PROGRAM", (*driver, str(directory / "site.key")))
+    found = TitusInstance(directory, backend, "P-256", ["localhost"])
+    try:
+        made = audit(find_target(found.pid))
+    finally:
+        found.stop()
+    if name == "worker_speculation" and not made.having(Verdict.BROKEN):
+        pytest.skip("this machine cannot turn speculation off")
+    checks, roles = broken(made)
+    assert (checks, roles) == ({breakage.check}, breakage.roles), made.having(Verdict.BROKEN)
+
+
+def test_a_uid_that_somebody_else_has_is_noticed(instance: TitusInstance) -> None:
+    worker = next(p for p in instance_processes(instance.pid) if p.role is Role.WORKER)
+    with subprocess.Popen(["sleep", "60"], user=worker.uid, group=worker.uid) as stranger:
+        try:
+            assert broken(audit(find_target(instance.pid))) == ({"uid"}, {"worker"})
+        finally:
+            stranger.kill()
+
+
+def test_an_interface_in_an_empty_network_is_noticed(instance: TitusInstance) -> None:
+    worker = next(p for p in instance_processes(instance.pid) if p.role is Role.WORKER)
+    # Held, since the worker may be the one that serves the probe, and end with it.
+    network = os.open(f"/proc/{worker.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    def bring_lo(flags: int) -> None:
+        """Up is 1, down is 0. A thread of its own goes there, and ends there."""
+
+        def bring() -> None:
+            enter_network_namespace(network)
+            with socket.socket() as control:
+                fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", flags))
+
+        thread = threading.Thread(target=bring)
+        thread.start()
+        thread.join()
+
+    try:
+        bring_lo(1)
+        assert broken(audit(find_target(instance.pid))) == ({"network"}, {"worker"})
+    finally:
+        bring_lo(0)
+        os.close(network)
+
+
+def test_another_certificate_than_the_configured_one_is_noticed(instance: TitusInstance) -> None:
+    right = instance.certificate_file.read_bytes()
+    try:
+        instance.certificate_file.write_bytes(instance.ca_file.read_bytes())
+        assert broken(audit(find_target(instance.pid))) == ({"certificate"}, {"worker"})
+    finally:
+        instance.certificate_file.write_bytes(right)
+
+
+def test_a_key_that_keyd_does_not_have_is_noticed(instance: TitusInstance) -> None:
+    """The search's control: a key that is nowhere would be found nowhere else, too."""
+    right = instance.key_file.read_bytes()
+    try:
+        subprocess.run(
+            ["openssl", "genrsa", "-out", instance.key_file, "2048"],
+            check=True,
+            capture_output=True,
+        )
+        assert broken(audit(find_target(instance.pid))) == ({"key"}, {"keyd"})
+    finally:
+        instance.key_file.write_bytes(right)
+
+
+def test_every_check_has_something_taken_out() -> None:
+    """A check that nobody has seen fail is none."""
+    tried = {breakage.check for breakage in BREAKAGES.values()}
+    tried |= {"uid", "certificate"}
+    assert {check.name for check in CHECKS} <= tried

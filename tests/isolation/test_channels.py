@@ -1,0 +1,232 @@
+"""The channels that a worker holds: fuzzed, flooded, left waiting. And how it may end."""
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from integration.certificates import Certificate
+from integration.instance import Instance, eventually
+from integration.peers import Listener, TlsClient, served_by, was_reset
+
+from keyd import protocol
+from titus_py import messages
+
+from . import infected_parent
+from .harness import infected, make_certificate, one_more_connection, patient_echo, take_over
+
+#: In sum; and so many at most from one worker, of which a channel's buffer takes a part.
+MESSAGES, FROM_ONE = 100_000, 400
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Listener]:
+    with Listener.tcp() as listener, served_by(listener, patient_echo):
+        yield listener
+
+
+@pytest.fixture
+def instance(certificate: Certificate, backend: Listener, tmp_path: Path) -> Iterator[Instance]:
+    with infected(tmp_path, certificate, backend.address) as instance:
+        yield instance
+
+
+def _order(instance: Instance, name: str) -> None:
+    """Take a worker over, and wait for nothing but its end."""
+    with TlsClient(instance.port, f"{name}.attack.test") as client:
+        client.socket.sendall(client.first_flight())
+        was_reset(client.socket)
+
+
+@pytest.mark.parametrize("to", ["parent", "keyd"])
+def test_fuzzing(instance: Instance, to: str) -> None:
+    """Through the real channels: nothing but the own connection ends."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    survivor = TlsClient(instance.port, "localhost").handshake()
+    survivor.send(b"x")
+    assert survivor.receive_exactly(1) == b"x"
+    eventually(lambda: len(instance.workers()) >= 4, "spare workers")
+    before, parent, keyd = instance.counts(), instance.parent(), instance.keyd()
+
+    sent = 0
+    with ThreadPoolExecutor(3) as pool:
+        while sent < MESSAGES // 2:
+            names = [f"h.fuzz.{to}.{seed + number}.{FROM_ONE}" for number in range(30)]
+            seed += len(names)
+            list(pool.map(lambda name: _order(instance, name), names))
+            events = instance.events_named("handshake_failed")
+            sent = sum(event["octets_from_client"] for event in events)
+    print(f"{sent} messages over {len(events)} channels")
+
+    survivor.send(b"unharmed")
+    assert survivor.receive_exactly(8) == b"unharmed"
+    survivor.socket.close()
+    one_more_connection(instance)
+    assert (instance.parent(), instance.keyd()) == (parent, keyd)
+    after = eventually(lambda: _not_more(instance, before), f"no more than {before}")
+    assert after
+    # Of what was sent, each worker was ended for the first message that made no sense.
+    names = {"parent": ("malformed_message", "unexpected_message"), "keyd": ("keyd_refused",)}
+    alarms = [event for name in names[to] for event in instance.events_named(name)]
+    assert alarms
+    assert all(event["client"] and event["uid"] and event["attempted"] for event in alarms)
+
+
+def _not_more(instance: Instance, before: dict[str, int]) -> dict[str, int] | None:
+    counts = instance.counts()
+    return counts if all(counts[name] <= before[name] for name in before) else None
+
+
+def test_fuzzing_the_decoders() -> None:
+    """Each message to its end, which no channel would live to see."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    source = random.Random(seed)
+    decoded = 0
+    for _ in range(MESSAGES // 2):
+        try:
+            messages.decode_from_worker(
+                infected_parent.random_message(source, "parent")[: messages.WORKER_MESSAGE_OCTETS]
+            )
+            decoded += 1
+        except messages.Malformed as error:
+            assert str(error).isprintable()  # noqa: PT017
+        try:
+            protocol.Request.decode(infected_parent.random_message(source, "keyd"))
+            decoded += 1
+        except protocol.Malformed as error:
+            assert str(error).isprintable()  # noqa: PT017
+    assert 0 < decoded < MESSAGES
+
+
+# --- the others are not slowed down ---------------------------------------------------------
+
+
+def _median_milliseconds(instance: Instance, count: int = 40) -> float:
+    durations = []
+    for _ in range(count):
+        begun = time.monotonic()
+        one_more_connection(instance)
+        durations.append(time.monotonic() - begun)
+    return statistics.median(durations) * 1000
+
+
+@pytest.mark.parametrize(
+    "deed", ["h.burst.parent." + ".".join(["44" * 3] * 10), "h.burst.keyd." + ".".join(["00"] * 10),
+             "h.ask.2", "h.stall.2"]
+)  # fmt: skip
+def test_others_are_not_slowed_down(instance: Instance, deed: str) -> None:
+    """One that floods, or stalls, all the time: the ratio of medians, in one run."""
+    ratios = []
+    for _ in range(3):
+        stop = threading.Event()
+
+        def attack(stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                _order(instance, deed)
+                # An attacker who comes again and again is the limits' business.
+                stop.wait(0.05)
+
+        quiet = _median_milliseconds(instance)
+        attacker = threading.Thread(target=attack)
+        attacker.start()
+        busy = _median_milliseconds(instance)
+        stop.set()
+        attacker.join()
+        ratios.append(busy / quiet)
+        if ratios[-1] < 2:
+            return
+    raise AssertionError(f"connections take longer, by these factors: {ratios}")
+
+
+# --- how a worker ends ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deed", "end"),
+    [("crash", "killed by SIGSEGV"), ("useup", "worker_failed"), ("burst.parent.58", None)],
+)
+@pytest.mark.parametrize("stage", ["h", "e"])
+def test_alarms(instance: Instance, stage: str, deed: str, end: str | None) -> None:
+    """Loud, and with all that is known: by whom, from where, what, and how it ended."""
+    result = take_over(instance, stage, deed)
+    assert result.alarms
+    for alarm in result.alarms:
+        assert alarm["client"]
+        assert alarm["uid"] in instance.uids
+    if end is None:
+        assert "malformed_message" in [alarm["event"] for alarm in result.alarms]
+        assert result.end["end"] == "malformed_message"
+    elif end in result.end["end"]:
+        assert result.end["level"] == "alarm"
+    else:
+        # Whatever it ran into at last: its own limits, or, trying to cope, the filter.
+        assert result.end["end"].startswith(("exited with", "killed by"))
+        assert result.end["level"] == "alarm"
+    one_more_connection(instance)
+
+
+@pytest.mark.parametrize(
+    ("message", "attempted"),
+    [("44ffff", "Dial(vhost=65535)"), ("52", "Ready()"), ("440001", "Dial(vhost=1)")],
+)
+def test_messages_out_of_place(instance: Instance, message: str, attempted: str) -> None:
+    """Well-formed, but not what a worker would say now, or may have."""
+    result = take_over(instance, "h", "burst", "parent", message)
+    [alarm] = [event for event in result.alarms if event["event"] == "unexpected_message"]
+    assert alarm["attempted"] == attempted
+    assert result.end["end"] == "unexpected_message"
+
+
+def test_nothing_outlives_its_connection(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    """Where fork is possible (no filter, no limit on processes): the namespace ends it all."""
+    with infected(
+        tmp_path, certificate, backend.address, ["filter", "nproc", "become"]
+    ) as instance:
+        since = {process.pid for process in instance.processes()}
+        result = take_over(instance, "h", "child")
+        assert "a child is alive" in result.outcome
+        eventually(
+            lambda: all(
+                worker.parent in (instance.parent().pid, instance.pid)
+                for worker in instance.processes()
+                if worker.pid not in since
+            ),
+            "no process but the instance's own",
+        )
+
+
+def test_without_the_namespace_it_would(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    """The control: the same child, with its worker gone, is still there."""
+    layers = ["filter", "nproc", "namespaces"]
+    with infected(tmp_path, certificate, backend.address, layers) as instance:
+        with TlsClient(instance.port, "h.child.attack.test") as client:
+            client.socket.sendall(client.first_flight())
+            assert client.socket.recv(100).startswith(b"a child is alive")
+            uid = instance.wait_for_event("handshake_failed")["uid"]
+            client.socket.settimeout(1)
+            # Its connection has not ended, though its worker has.
+            with pytest.raises(TimeoutError):
+                client.socket.recv(100)
+        _end_leftovers(instance, uid)
+
+
+def _end_leftovers(instance: Instance, uid: int) -> None:
+    """What the control left behind: the supervisor's now, with the uid that its worker had."""
+    for process in instance.processes():
+        if (process.parent, process.uid) == (instance.pid, uid):
+            process.kill()

@@ -1,0 +1,154 @@
+"""Randomness after fork, where it hurts: parent and workers are process 1, each of its own.
+
+OpenSSL knows a fork by a changed process id, and there is none. What is looked at is what a
+client sees without any key: randoms, key shares and session ids.
+"""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from integration.certificates import Certificate
+from integration.instance import Instance, descendants
+from integration.peers import Listener, connect, echo, served_by
+
+from .harness import infected, make_certificate
+
+CONNECTIONS = 2000
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Listener]:
+    with Listener.tcp() as listener, served_by(listener, echo):
+        yield listener
+
+
+class Seen(NamedTuple):
+    """What a server sends that must never come twice."""
+
+    random: bytes
+    share: bytes
+    session: bytes
+
+
+def _vector(size: int, *content: bytes) -> bytes:
+    octets = b"".join(content)
+    return len(octets).to_bytes(size, "big") + octets
+
+
+def client_hello(version: int) -> bytes:
+    """A ClientHello for X25519 and TLS 1.2 or 1.3 (RFC 8446 §4.1.2), always the same."""
+    extensions = {
+        10: _vector(2, b"\0\x1d\0\x17"),  # supported_groups
+        11: _vector(1, b"\0"),  # ec_point_formats
+        13: _vector(2, b"\4\3\x08\4"),  # signature_algorithms
+    }
+    if version == 0x0304:
+        extensions[43] = _vector(1, b"\3\4")  # supported_versions
+        extensions[51] = _vector(2, b"\0\x1d", _vector(2, b"\x09" + bytes(31)))  # key_share
+    encoded = b"".join(
+        number.to_bytes(2, "big") + _vector(2, content) for number, content in extensions.items()
+    )
+    suites = b"\x13\1" if version == 0x0304 else b"\xc0\x2b\0\xff"
+    body = b"\3\3" + bytes(32) + _vector(1) + _vector(2, suites) + b"\1\0" + _vector(2, encoded)
+    return b"\x16\3\1" + _vector(2, b"\1" + _vector(3, body))
+
+
+HELLOS = {0x0303: client_hello(0x0303), 0x0304: client_hello(0x0304)}
+
+
+def _messages(server: socket.socket, wanted: int) -> dict[int, bytes]:
+    """Handshake messages by their type, until the wanted one has come."""
+    stream, handshake, found = b"", b"", {}
+    while wanted not in found:
+        piece = server.recv(65536)
+        assert piece, "ended early"
+        stream += piece
+        while len(stream) >= 5 and len(stream) >= 5 + int.from_bytes(stream[3:5], "big"):
+            length = int.from_bytes(stream[3:5], "big")
+            assert stream[0] in (20, 22, 23), f"an alert: {stream[5:7].hex()}"
+            handshake += stream[5 : 5 + length] if stream[0] == 22 else b""
+            stream = stream[5 + length :]
+        while len(handshake) >= 4 and len(handshake) >= 4 + int.from_bytes(handshake[1:4], "big"):
+            length = int.from_bytes(handshake[1:4], "big")
+            found[handshake[0]] = handshake[4 : 4 + length]
+            handshake = handshake[4 + length :]
+    return found
+
+
+def hello_from(port: int, version: int) -> Seen:
+    """Connect, and read as far as the server's key share."""
+    with connect(port) as server:
+        server.sendall(HELLOS[version])
+        found = _messages(server, 2 if version == 0x0304 else 12)
+    hello = found[2]
+    session = hello[35 : 35 + hello[34]]
+    if version == 0x0303:
+        exchange = found[12]
+        assert exchange[:4] == b"\3\0\x1d\x20"
+        return Seen(hello[2:34], exchange[4:36], session)
+    extensions = hello[35 + hello[34] + 5 :]
+    while extensions[:2] != b"\0\x33":
+        extensions = extensions[4 + int.from_bytes(extensions[2:4], "big") :]
+    return Seen(hello[2:34], extensions[8:40], session)
+
+
+def duplicates(instance: Instance, connections: int) -> dict[str, int]:
+    """How many of what was seen had been seen before."""
+    versions = [0x0303, 0x0304] * (connections // 2)
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda version: hello_from(instance.port, version), versions))
+    columns = {
+        "randoms": [one.random for one in seen],
+        "key shares": [one.share for one in seen],
+        # Empty where the server does not resume: nothing to be distinct.
+        "session ids": [one.session for one in seen if one.session],
+    }
+    return {name: len(values) - len(set(values)) for name, values in columns.items()}
+
+
+def _process_ids(instance: Instance) -> set[str]:
+    """Of parent and workers, each in its own, innermost namespace."""
+    status = [
+        Path(f"/proc/{process.pid}/status").read_text()
+        for process in descendants(instance.parent().pid)[1:]
+    ]
+    ids = [text.partition("\nNSpid:")[2].partition("\n")[0].split() for text in status]
+    return {own[-1] for own in ids}
+
+
+@pytest.fixture
+def where_all_are_process_one(
+    request: pytest.FixtureRequest, certificate: Certificate, backend: Listener, tmp_path: Path
+) -> Iterator[Instance]:
+    without = ["process one", *request.param]
+    with infected(tmp_path, certificate, backend.address, without) as instance:
+        assert _process_ids(instance) == {"1"}
+        yield instance
+
+
+@pytest.mark.parametrize("where_all_are_process_one", [[]], indirect=True, ids=["as it is"])
+def test_nothing_random_comes_twice(where_all_are_process_one: Instance) -> None:
+    assert duplicates(where_all_are_process_one, CONNECTIONS) == {
+        "randoms": 0,
+        "key shares": 0,
+        "session ids": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "where_all_are_process_one", [["reseed"]], indirect=True, ids=["without reseed"]
+)
+def test_without_the_reseed_it_does(where_all_are_process_one: Instance) -> None:
+    """The control: it is the reseed that the other test depends on."""
+    found = duplicates(where_all_are_process_one, 100)
+    assert found["randoms"] > 50
+    assert found["key shares"] > 50

@@ -1,0 +1,173 @@
+"""A machine of its own for a test: systemd as process 1, over an overlay of this one's root."""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+_BOOT_SECONDS = 60.0
+
+
+class Machine:
+    """Boots when it is made; its network is a loopback interface that nobody else has.
+
+    What it writes is in a temporary directory, and gone when it is closed.
+    """
+
+    def __init__(self) -> None:
+        # Not below /tmp: that may be a small file system in memory, and here goes a whole package.
+        self._name = f"titus-py-{secrets.token_hex(4)}"
+        self._directory = Path("/var/tmp", self._name)
+        self._directory.mkdir(mode=0o700)
+        self.root = self._directory / "root"
+        upper, work = self._directory / "upper", self._directory / "work"
+        for path in (self.root, upper, work):
+            path.mkdir()
+        self._cgroups = _own_cgroups(self._name)
+        self._nspawn: subprocess.Popen[bytes] | None = None
+        try:
+            options = f"lowerdir=/,upperdir={upper},workdir={work}"
+            subprocess.run(
+                ["mount", "-t", "overlay", "-o", options, "overlay", self.root], check=True
+            )
+            self._prepare()
+            self._nspawn, self._leader = self._boot()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Leave this machine's identity behind, its journal, and what is enabled on it."""
+        (self.root / "etc/machine-id").write_text("")
+        # Where it says that packages are not to start services.
+        (self.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
+        for directory in ("etc/systemd/system", "var/log/journal"):
+            shutil.rmtree(self.root / directory, ignore_errors=True)
+        # Small images have dpkg leave manuals out.
+        for file in (self.root / "etc/dpkg/dpkg.cfg.d").glob("*"):
+            if "path-exclude" in file.read_text():
+                file.unlink()
+
+    def _boot(self) -> tuple["subprocess.Popen[bytes]", int]:
+        command = [
+            # It is not to outlive the test, however that ends.
+            *("setpriv", "--pdeathsig=TERM", "systemd-nspawn"),
+            *("--boot", "--quiet", "--register=no", "--keep-unit", "--private-network"),
+            *("--console=pipe", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
+            # What a machine has, and nspawn would keep from it.
+            "--capability=CAP_IPC_LOCK",
+            "--system-call-filter=landlock_create_ruleset landlock_restrict_self seccomp",
+            f"--directory={self.root}",
+            f"--machine={self._name}",
+            "systemd.unit=multi-user.target",
+        ]
+
+        def join() -> None:
+            for cgroup in self._cgroups:
+                (cgroup / "cgroup.procs").write_text("0")
+
+        with open(self._directory / "console", "wb") as log:
+            nspawn = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=join,
+            )
+        self._nspawn = nspawn
+        self._leader = 0
+        deadline = time.monotonic() + _BOOT_SECONDS
+        while time.monotonic() < deadline:
+            assert nspawn.poll() is None, self.console
+            self._leader = self._leader or _child(nspawn.pid)
+            if self._leader:
+                state = self.run("systemctl is-system-running", check=False).strip()
+                if state in ("running", "degraded"):
+                    return nspawn, self._leader
+            time.sleep(0.2)
+        raise AssertionError("the machine did not boot:\n" + self.console)
+
+    @property
+    def console(self) -> str:
+        return (self._directory / "console").read_text(errors="replace")
+
+    def run(self, command: str, check: bool = True, timeout: float = 120.0) -> str:
+        """Run a shell's command line there, as root; returns what it writes, errors included."""
+        done = subprocess.run(
+            ["nsenter", f"--target={self._leader}", "--all", "--wdns=/", "sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"},
+        )
+        assert not check or not done.returncode, f"{command}: {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def close(self) -> None:
+        if self._nspawn is not None:
+            # nspawn ends all of it when it is told to, and its process namespace ends the rest.
+            self._nspawn.terminate()
+            try:
+                self._nspawn.wait(3)
+            except subprocess.TimeoutExpired:
+                leader = _child(self._nspawn.pid)
+                if leader:
+                    os.kill(leader, signal.SIGKILL)
+                self._nspawn.kill()
+                self._nspawn.wait()
+        subprocess.run(["umount", "--lazy", self.root], check=False)
+        shutil.rmtree(self._directory, ignore_errors=True)
+        for cgroup in self._cgroups:
+            _remove_cgroup(cgroup)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _child(pid: int) -> int:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return 0
+    return int(children[0]) if children else 0
+
+
+def _own_cgroups(name: str) -> list[Path]:
+    """Control groups for one machine: what its systemd makes stays below them."""
+    found = []
+    for mount in ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"):
+        if Path(mount, "cgroup.procs").exists():
+            cgroup = Path(mount, name)
+            cgroup.mkdir()
+            found.append(cgroup)
+    return found
+
+
+def _remove_cgroup(cgroup: Path) -> None:
+    for directory, _, _ in os.walk(cgroup, topdown=False):
+        _remove_when_empty(Path(directory).rmdir)
+
+
+def _remove_when_empty(remove: Callable[[], None]) -> None:
+    """A control group is busy until its last process has been reaped."""
+    for _ in range(50):
+        try:
+            remove()
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return

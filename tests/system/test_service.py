@@ -1,0 +1,287 @@
+"""titus-py as a service, from its package, on a machine with systemd: an administrator's day.
+
+One test, in the order in which it is done; it prints what was typed and what was seen
+(``pytest -s tests/system``).
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .machine import Machine
+
+_REPOSITORY = Path(__file__).parents[2]
+_URL = "https://www.example.org/"
+_CONFIGURATION = """\
+[[listen]]
+address = "[::]:443"
+
+[[vhost]]
+certificate = "/etc/titus-py/www.crt"
+key = "/etc/titus-py/www.key"
+backend = "127.0.0.1:8080"
+
+[keyd]
+user = "titus-keyd"
+"""
+
+
+def _package(revision: int) -> Path:
+    """The Debian package; each revision has the same content."""
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    subprocess.run(
+        ["make", "--no-print-directory", "deb", f"REVISION={revision}"],
+        cwd=_REPOSITORY,
+        env=environment,
+        stdout=sys.stderr,
+        check=True,
+    )
+    (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
+    return built
+
+
+class Administrator:
+    """Types commands on the machine, and shows them with what came of them."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.etc = machine.root / "etc/titus-py"
+
+    def types(self, command: str, fails: bool = False) -> str:
+        print(f"\n# {command}", flush=True)
+        seen = self._machine.run(f"{command}\ncode=$?\necho\necho code=$code")
+        seen, _, code = seen.rpartition("\ncode=")
+        # Not the progress that dpkg shows.
+        seen = re.sub(r".*\r", "", seen)
+        print(seen.rstrip(), flush=True)
+        assert (code.strip() != "0") == fails, f"{command}: exit code {code.strip()}\n{seen}"
+        return seen
+
+    def writes(self, path: str, text: str) -> None:
+        print(f"\n# editor {path}\n{text.rstrip()}", flush=True)
+        file = self._machine.root / path.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def gets_a_certificate(self, name: str) -> None:
+        """One that says who issued it, with its key; a client is to trust it alone."""
+        self.types(
+            "umask 077; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+            f" -days 30 -subj '/O={name}/CN=www.example.org'"
+            " -addext subjectAltName=DNS:www.example.org"
+            " -keyout /etc/titus-py/www.key -out /etc/titus-py/www.crt 2>/dev/null"
+        )
+
+    def requests(self) -> None:
+        """A request, by a client that trusts the certificate that is there now."""
+        seen = self.types(
+            "curl --silent --show-error --max-time 20 --resolve www.example.org:443:127.0.0.1"
+            f" --cacert /etc/titus-py/www.crt {_URL}"
+        )
+        assert seen.strip() == "It works."
+
+    def property(self, unit: str, name: str) -> str:
+        return self._machine.run(f"systemctl show --property={name} --value {unit}").strip()
+
+    def processes(self) -> str:
+        """Those that are titus-py's, by the program and by whom they run as."""
+        seen = self._machine.run("ps -eo uid,pid,args --no-headers")
+        return "\n".join(
+            line
+            for line in seen.splitlines()
+            if "/usr/lib/titus-py" in line or 200_000 <= int(line.split()[0]) < 265_536
+        )
+
+
+@pytest.fixture
+def administrator() -> Iterator[Administrator]:
+    with Machine() as machine:
+        for revision in (1, 2):
+            package = _package(revision)
+            (machine.root / "root" / f"titus-py-{revision}.deb").write_bytes(package.read_bytes())
+        yield Administrator(machine)
+
+
+def test_an_administrators_day(administrator: Administrator) -> None:
+    admin = administrator
+    _installs(admin)
+    _starts(admin)
+    _reloads(admin)
+    _is_killed(admin)
+    _upgrades(admin)
+    _activates_by_socket(admin)
+    _encrypts_the_key(admin)
+    _runs_keyd_as_a_unit(admin)
+    _looks_at_exposure(admin)
+    _runs_two_instances(admin)
+    _removes(admin)
+
+
+def _installs(admin: Administrator) -> None:
+    admin.types("apt-get install --quiet --quiet --yes /root/titus-py-1.deb")
+    assert admin.property("titus-py", "ActiveState") == "inactive"
+    assert "titus-keyd" in admin.types("getent passwd titus-keyd")
+    units = (
+        "titus-py.service titus-py@x.service titus-py.socket titus-keyd.service titus-keyd.socket"
+    )
+    assert not admin.types(f"systemd-analyze verify {units}").strip()
+    for page in ("titus-py.8", "keyd.8", "titus.toml.5"):
+        admin.types(f"man {page} | head -n 4")
+    # As shipped, it lacks the certificate and nothing else.
+    seen = admin.types("titus-py check", fails=True)
+    assert set(re.findall(r"titus\.toml: ([^:]+)", seen)) == {
+        "vhost[0].certificate",
+        "vhost[0].key",
+    }
+
+
+def _starts(admin: Administrator) -> None:
+    admin.gets_a_certificate("the first one")
+    admin.types("mkdir /srv/www && echo It works. > /srv/www/index.html")
+    admin.types(
+        "systemd-run --unit=backend -p WorkingDirectory=/srv/www python3 -m http.server 8080"
+    )
+    admin.types("titus-py check")
+    admin.types("systemctl enable --now titus-py")
+    admin.requests()
+    seen = admin.types("systemctl status titus-py")
+    assert re.search(r'Status: "\d+ connections now', seen)
+    assert "connection_ended" in seen
+    admin.types("titus-py status")
+    admin.types("titus-py audit")
+
+
+def _reloads(admin: Administrator) -> None:
+    before = admin.property("titus-py", "MainPID")
+    admin.gets_a_certificate("the second one")
+    admin.types("systemctl reload titus-py")
+    admin.requests()
+
+    admin.types("sed -i 's/^backend/backed/' /etc/titus-py/titus.toml")
+    admin.types("systemctl reload titus-py", fails=True)
+    seen = admin.types("systemctl status titus-py")
+    assert "did you mean backend?" in seen
+    admin.requests()
+    admin.types("sed -i 's/^backed/backend/' /etc/titus-py/titus.toml")
+    admin.types("systemctl reload titus-py")
+    assert admin.property("titus-py", "MainPID") == before
+
+
+def _is_killed(admin: Administrator) -> None:
+    admin.types("systemctl kill --kill-whom=main --signal=KILL titus-py")
+    admin.types("time sh -c 'until systemctl --quiet is-active titus-py; do sleep 0.1; done'")
+    admin.requests()
+
+
+def _upgrades(admin: Administrator) -> None:
+    before = admin.property("titus-py", "MainPID")
+    admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
+    assert admin.property("titus-py", "ActiveState") == "active"
+    assert admin.property("titus-py", "MainPID") != before, "it runs the new program"
+    admin.requests()
+    admin.types("systemctl stop titus-py")
+    assert not admin.processes()
+
+
+def _activates_by_socket(admin: Administrator) -> None:
+    admin.types("systemctl enable --now titus-py.socket")
+    assert admin.property("titus-py", "ActiveState") == "inactive"
+    admin.requests()
+    admin.types("systemctl status titus-py.socket")
+    admin.types("systemctl restart titus-py")
+    admin.requests()
+    admin.types("systemctl disable --now titus-py.socket titus-py")
+    assert not admin.processes()
+
+
+def _encrypts_the_key(admin: Administrator) -> None:
+    admin.types(
+        "systemd-creds encrypt --with-key=host --name=www.key"
+        " /etc/titus-py/www.key /etc/titus-py/www.key.cred && rm /etc/titus-py/www.key"
+    )
+    admin.writes(
+        "/etc/systemd/system/titus-py.service.d/key.conf",
+        "[Service]\nLoadCredentialEncrypted=www.key:/etc/titus-py/www.key.cred\n",
+    )
+    admin.writes(
+        "/etc/titus-py/titus.toml",
+        _CONFIGURATION.replace("/etc/titus-py/www.key", "credential:www.key"),
+    )
+    admin.types("systemctl daemon-reload && systemctl start titus-py")
+    admin.requests()
+
+
+def _runs_keyd_as_a_unit(admin: Administrator) -> None:
+    admin.types("rm /etc/systemd/system/titus-py.service.d/key.conf")
+    admin.writes(
+        "/etc/systemd/system/titus-keyd.service.d/key.conf",
+        "[Service]\nLoadCredential=\nLoadCredentialEncrypted=www.key:/etc/titus-py/www.key.cred\n",
+    )
+    without_key = re.sub("key = .*\n", "", _CONFIGURATION)
+    admin.writes(
+        "/etc/titus-py/titus.toml",
+        without_key.replace('user = "titus-keyd"', 'socket = "/run/titus-keyd/keyd.sock"'),
+    )
+    admin.types("systemctl daemon-reload && systemctl enable --now titus-keyd.socket")
+    admin.types("systemctl restart titus-py")
+    admin.requests()
+    admin.types("systemctl status titus-keyd")
+    keyd = admin.property("titus-keyd", "MainPID")
+    admin.types("systemctl restart titus-py")
+    admin.requests()
+    assert admin.property("titus-keyd", "MainPID") == keyd
+    proxy = admin.property("titus-py", "MainPID")
+    admin.types("systemctl restart titus-keyd")
+    admin.requests()
+    assert admin.property("titus-py", "MainPID") == proxy
+    admin.types(f"cat /proc/{keyd}/environ > /dev/null", fails=True)
+
+
+def _looks_at_exposure(admin: Administrator) -> None:
+    """What the documentation says of it is so."""
+    documented = (_REPOSITORY / "docs/systemd.md").read_text()
+    for unit in ("titus-py", "titus-keyd"):
+        seen = admin.types(f"systemd-analyze security --no-pager {unit}.service | tail -n 1")
+        figure = re.search(r"level for \S+: ([\d.]+)", seen)
+        assert figure
+        assert f"| `{unit}.service` | {figure[1]} |" in documented
+
+
+def _runs_two_instances(admin: Administrator) -> None:
+    """Beside the one, another on an address of its own, with uids of its own."""
+    admin.types("openssl ecparam -name prime256v1 -genkey -noout -out /etc/titus-py/other.key")
+    admin.types(
+        "openssl req -x509 -key /etc/titus-py/other.key -subj /CN=other"
+        " -out /etc/titus-py/other.crt"
+    )
+    admin.types("chmod 600 /etc/titus-py/other.key")
+    other = _CONFIGURATION.replace("www.", "other.").replace("[::]:443", "127.0.0.1:8443")
+    admin.writes("/etc/titus-py/other.toml", other + '\n[worker]\nuids = "300000-301023"\n')
+    admin.types("systemctl start titus-py@other")
+    admin.types("curl --silent --show-error --insecure https://127.0.0.1:8443/")
+    admin.types("systemctl stop titus-py@other")
+    admin.requests()
+
+
+def _removes(admin: Administrator) -> None:
+    admin.types("systemctl start titus-py@other")
+    admin.types("apt-get remove --quiet --quiet --yes titus-py")
+    assert not admin.processes()
+    assert (admin.etc / "titus.toml").exists()
+    admin.types("systemctl daemon-reload; systemctl list-unit-files 'titus*'", fails=True)
+    # What the administrator made is the administrator's to remove.
+    admin.types("rm /etc/titus-py/www.* /etc/titus-py/other.*")
+    admin.types("rm -r /etc/systemd/system/titus-*.d")
+    admin.types("apt-get purge --quiet --quiet --yes titus-py")
+    admin.types("getent passwd titus-keyd", fails=True)
+    admin.types("getent group titus-keyd", fails=True)
+    left = admin.types(
+        "find /etc /usr /var/lib /var/cache /run -xdev ! -path '/var/cache/man/*'"
+        " '(' -iname '*titus*' -o -name '*keyd*' ')' -cnewer /root/titus-py-2.deb"
+    )
+    assert not left.strip()
