@@ -249,7 +249,8 @@ class Parent:
             case "use keyd":
                 self._take_keyd(socket.socket(fileno=descriptors[0]))
             case "use backend":
-                self._backends[order["vhost"]] = resolved(order["addresses"])
+                addresses = resolved(order["addresses"])
+                self._backends.update(dict.fromkeys(order["vhosts"], addresses))
             case "retire":
                 self._stop_accepting()
                 self._tell("retired")

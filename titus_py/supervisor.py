@@ -27,7 +27,7 @@ from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabili
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
 from keyd.system_calls import SERVING
-from titus_py.address import Address, IPAddress, UnixAddress
+from titus_py.address import Address, IPAddress, NameAddress, UnixAddress
 from titus_py.check import Checked
 from titus_py.confinement import PARENT_CAPABILITIES
 from titus_py.control import Answer, Control
@@ -39,7 +39,7 @@ from titus_py.log import Log
 from titus_py.metrics import Metrics
 from titus_py.metrics_server import MetricsServer, listen_at
 from titus_py.report import complete_record, read_report
-from titus_py.resolver import Resolver
+from titus_py.resolver import Resolver, resolve
 from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
 
 __all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
@@ -69,6 +69,8 @@ _RETRY_SECONDS = 0.05
 _UIDS_SECONDS = 1.0
 #: How long beyond the drain time the parent has to end.
 _STOP_SECONDS = 5.0
+#: How many virtual hosts one message to the parent may name.
+_ORDER_VHOSTS = 1000
 #: What children say that is of no interest to a reader.
 _NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations"})
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
@@ -271,11 +273,25 @@ class _Supervisor:
 
     def _resolve(self) -> None:
         """Look up the backends of all generations, and no others."""
-        self._resolver.resolve(
+        backends = {
             vhost.backend
             for generation in self._generations
             for vhost in generation.configuration.vhost
-        )
+        }
+        names = [backend for backend in backends if isinstance(backend, NameAddress)]
+        for backend in backends.difference(names):
+            # Known without looking it up, and so before any parent is started.
+            try:
+                self._addresses[backend] = resolve(backend)
+            except OSError as error:
+                self._event(
+                    "backend_unresolved",
+                    level="error",
+                    backend=str(backend),
+                    reason=error.strerror,
+                    kept=0,
+                )
+        self._resolver.resolve(names)
 
     def _start(self, generation: Generation) -> None:
         """Start its keyd and its parent, as soon as there are uids for the workers."""
@@ -817,9 +833,15 @@ class _Supervisor:
             return
         self._addresses[backend] = found
         for generation in self._generations:
-            for number, vhost in enumerate(generation.configuration.vhost):
-                if vhost.backend == backend and generation.parent is not None:
-                    order = {"do": "use backend", "vhost": number, "addresses": found}
+            numbers = [
+                number
+                for number, vhost in enumerate(generation.configuration.vhost)
+                if vhost.backend == backend
+            ]
+            for first in range(0, len(numbers), _ORDER_VHOSTS):
+                if generation.parent is not None:
+                    vhosts = numbers[first : first + _ORDER_VHOSTS]
+                    order = {"do": "use backend", "vhosts": vhosts, "addresses": found}
                     self._order(generation.parent, order)
 
 

@@ -329,7 +329,7 @@ def test_the_proxy_may_be_restarted_without_keyd(
     assert serves(instance)
     instance.terminate()
     assert keyd.process == process
-    eventually(lambda: process.descriptors == descriptors, "keyd has nothing left of them")
+    eventually(lambda: process.descriptors <= descriptors, "keyd has nothing left of them")
 
 
 def test_two_proxies_may_share_a_keyd(
@@ -501,8 +501,12 @@ def test_keyd_says_why_it_does_not_start(
 ) -> None:
     shutil.copy(certificates().key, tmp_path / "www.key")
     ended = subprocess.run(
-        [KEYD, "control", f"--chroot={tmp_path}/root"]
-        + [option.format(tmp_path) for option in options],
+        [
+            str(KEYD),
+            "control",
+            f"--chroot={tmp_path}/root",
+            *(option.format(tmp_path) for option in options),
+        ],
         capture_output=True,
         text=True,
         timeout=30,

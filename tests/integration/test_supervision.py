@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -268,7 +269,7 @@ def test_who_hangs_is_ended_and_replaced(impatient: None, serve: Serve, echoing:
             assert instance.wait_for_event(f"{name}_hangs", 30)["pid"] == stopped[name].pid
             died = instance.wait_for_event(f"{name}_died")
             assert (died["pid"], died["how"]) == (stopped[name].pid, "killed by SIGKILL")
-            eventually(lambda one=instance: serves(one), f"another {name}", PATIENCE)
+            eventually(partial(serves, instance), f"another {name}", PATIENCE)
         assert talk(established)
     assert len(with_keyd.events_named("parent_started")) == 1
 

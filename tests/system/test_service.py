@@ -4,6 +4,7 @@ One test, in the order in which it is done; it prints what was typed and what wa
 (``pytest -s tests/system``).
 """
 
+import json
 import os
 import re
 import subprocess
@@ -113,6 +114,8 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _starts(admin)
     _reloads(admin)
     _is_killed(admin)
+    _loses_a_process_and_the_journal(admin)
+    _hangs(admin)
     _upgrades(admin)
     _activates_by_socket(admin)
     _encrypts_the_key(admin)
@@ -176,6 +179,39 @@ def _is_killed(admin: Administrator) -> None:
     admin.types("systemctl kill --kill-whom=main --signal=KILL titus-py")
     admin.types("time sh -c 'until systemctl --quiet is-active titus-py; do sleep 0.1; done'")
     admin.requests()
+
+
+def _loses_a_process_and_the_journal(admin: Administrator) -> None:
+    admin.types("pkill --signal KILL --full '[t]itus_py.parent'")
+    admin.requests()
+    admin.types("systemctl restart systemd-journald")
+    admin.requests()
+    admin.types("journalctl --sync")
+    seen = admin.types("journalctl --unit titus-py --output json TITUS_EVENT=parent_died")
+    assert json.loads(seen.splitlines()[-1])["TITUS_HOW"] == "killed by SIGKILL"
+    seen = admin.types("journalctl --unit titus-py --output json TITUS_EVENT=connection_ended")
+    connection = json.loads(seen.splitlines()[-1])["TITUS_CONNECTION"]
+    seen = admin.types(f"journalctl --quiet --output cat TITUS_CONNECTION={connection}")
+    assert [line.split()[2] for line in seen.strip().splitlines()] == [
+        "connection_begun",
+        "connection_ended",
+    ]
+
+
+def _hangs(admin: Administrator) -> None:
+    """Its watchdog, of which the shipped unit is more patient, sees to it."""
+    drop_in = "/etc/systemd/system/titus-py.service.d/watchdog.conf"
+    admin.writes(drop_in, "[Service]\nWatchdogSec=2\n")
+    admin.types("systemctl daemon-reload && systemctl restart titus-py")
+    before = admin.property("titus-py", "MainPID")
+    admin.types("systemctl kill --kill-whom=main --signal=STOP titus-py")
+    admin.types(
+        f"time sh -c 'until systemctl --quiet is-active titus-py && test {before} !="
+        " $(systemctl show --property=MainPID --value titus-py); do sleep 0.1; done'"
+    )
+    admin.requests()
+    assert "watchdog" in admin.types("journalctl --unit titus-py --quiet --lines 400").lower()
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
 
 
 def _upgrades(admin: Administrator) -> None:
