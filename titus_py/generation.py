@@ -134,7 +134,7 @@ class Generation:
         self.files = FileWatch(
             file
             for vhost in self.configuration.vhost
-            for file in (vhost.certificate, vhost.key)
+            for file in (vhost.certificate, vhost.key, vhost.passphrase_file)
             if file is not None
         )
         self._filters = filters

@@ -167,7 +167,8 @@ class Parent:
         self._failed_workers = 0
         self._fork_pause = 0.0
         self._fork_timer: Timer | None = None
-        self._full = False
+        self._full_told = False
+        self._full_timer: Timer | None = None
         # Unique for as long as the machine runs, whatever is restarted and however the
         # wall clock is set.
         self._next_connection = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
@@ -344,9 +345,11 @@ class Parent:
     def _adjust_accepting(self) -> None:
         """Take clients exactly while there is somebody to serve them."""
         full = len(self._busy) >= self._plan.max_workers
-        if full != self._full:
-            self._full = full
-            self._tell("full" if full else "not_full", level="warning", max=self._plan.max_workers)
+        if full and not self._full_told:
+            self._full_told = True
+            self._tell("full", level="warning", max=self._plan.max_workers)
+        elif self._full_told and not full and self._full_timer is None:
+            self._full_timer = self._loop.after(_LIMITS_SECONDS, self._no_longer_full)
         wanted = bool(
             self._spares and self._keyd and not full and not self._draining and not self._held
         )
@@ -358,6 +361,13 @@ class Parent:
                 self._loop.watch(descriptor, partial(self._accept, listener))
             else:
                 self._loop.unwatch(descriptor)
+
+    def _no_longer_full(self) -> None:
+        """Say so only where it lasts: connections may come and go around the maximum."""
+        self._full_timer = None
+        if len(self._busy) < self._plan.max_workers:
+            self._full_told = False
+            self._tell("not_full", level="warning", max=self._plan.max_workers)
 
     def _accept(self, listener: socket.socket) -> None:
         if not self._spares or len(self._busy) >= self._plan.max_workers:
