@@ -201,13 +201,13 @@ def _loses_a_process_and_the_journal(admin: Administrator) -> None:
 def _hangs(admin: Administrator) -> None:
     """Its watchdog, of which the shipped unit is more patient, sees to it."""
     drop_in = "/etc/systemd/system/titus-py.service.d/watchdog.conf"
-    admin.writes(drop_in, "[Service]\nWatchdogSec=2\n")
+    admin.writes(drop_in, "[Service]\nWatchdogSec=5\n")
     admin.types("systemctl daemon-reload && systemctl restart titus-py")
     before = admin.property("titus-py", "MainPID")
     admin.types("systemctl kill --kill-whom=main --signal=STOP titus-py")
     admin.types(
-        f"time sh -c 'until systemctl --quiet is-active titus-py && test {before} !="
-        " $(systemctl show --property=MainPID --value titus-py); do sleep 0.1; done'"
+        f"time sh -c 'until test {before} != $(systemctl show --property=MainPID --value titus-py)"
+        " && systemctl --quiet is-active titus-py; do sleep 0.1; done'"
     )
     admin.requests()
     assert "watchdog" in admin.types("journalctl --unit titus-py --quiet --lines 400").lower()
