@@ -1,26 +1,32 @@
-"""The provider's build: all else is in pyproject.toml."""
+"""The builds in C: all else is in pyproject.toml."""
 
 from glob import glob
 
 from setuptools import Extension, setup
 
+
+def extension(name: str, *sources: str) -> Extension:
+    return Extension(
+        name,
+        sources=sorted(sources),
+        depends=glob("keyd/provider/*.h"),
+        extra_compile_args=[
+            "-std=c11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O2",
+            "-fvisibility=hidden",
+            "-fstack-protector-strong",
+            "-D_FORTIFY_SOURCE=2",
+        ],
+        extra_link_args=["-Wl,-z,relro,-z,now,-z,noexecstack"],
+    )
+
+
 setup(
     ext_modules=[
-        Extension(
-            "keyd.provider.keyd_provider",
-            sources=sorted(glob("keyd/provider/*.c")),
-            depends=glob("keyd/provider/*.h"),
-            extra_compile_args=[
-                "-std=c11",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-O2",
-                "-fvisibility=hidden",
-                "-fstack-protector-strong",
-                "-D_FORTIFY_SOURCE=2",
-            ],
-            extra_link_args=["-Wl,-z,relro,-z,now,-z,noexecstack"],
-        )
+        extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
+        extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
     ]
 )

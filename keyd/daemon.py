@@ -168,7 +168,7 @@ class Keyd:
         helpers = [threading.Thread(target=help_out) for _ in range(threads - 1)]
         for helper in helpers:
             helper.start()
-        seccomp.install(program, seccomp.Flag.ALL_THREADS)
+        seccomp.install(seccomp.Program(program), seccomp.Flag.ALL_THREADS)
         ready()
         door.wait()
         self._work()

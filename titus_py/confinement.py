@@ -1,10 +1,13 @@
-"""A worker's confinement, from root to next to nothing.
+"""A worker's confinement, from root to next to nothing, in two steps.
 
-``confine`` is run by the worker as soon as it is forked, before it has a client. Any
-step that fails raises, and then the worker does not serve. What the steps need is
-made once, by the supervisor and the parent, and inherited.
+What all workers have alike, the fork server puts on itself, once and for good, before it
+forks any: they inherit it (``confine_fork_server``). The rest each worker does as soon as
+it is forked (``worker_calls``), before any Python and before it has a client. Where any
+step fails, that process does not serve.
 """
 
+import ctypes
+import mmap
 import os
 import resource
 import signal
@@ -15,17 +18,19 @@ import prctl
 
 from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
-    become,
+    controllable_speculation,
     enter_empty_root,
     forbid_regaining,
-    hide_memory,
+    keep_capabilities,
     limit,
     stop_speculation,
 )
-from keyd.linux.namespaces import enter_network_namespace
-from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS, Call
 
 __all__ = [
+    "CONFINING_CAPABILITIES",
+    "FORK_SERVER_CAPABILITIES",
     "KEYD_FD",
     "LANDLOCK",
     "MEMORY_OCTETS",
@@ -33,110 +38,91 @@ __all__ = [
     "PARENT_FD",
     "SPECULATION",
     "WORKER_NAMESPACES",
-    "Confinement",
-    "confine",
+    "Given",
+    "confine_fork_server",
     "keep_only",
-    "memory_limit",
     "missing_features",
     "narrow",
+    "worker_calls",
 ]
 
 #: The namespaces that a worker is forked into: nobody else is in them. When the worker
 #: ends, being process 1 of its own, the kernel ends whatever it may have left behind.
 WORKER_NAMESPACES = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
 
-#: What the parent keeps, so that its workers can give it up.
+#: What the parent keeps.
 PARENT_CAPABILITIES = {
-    prctl.CAP_SYS_ADMIN: "clone(2) into namespaces, setns(2) into the empty network",
-    prctl.CAP_SYS_CHROOT: "chroot(2) into the empty directory",
-    prctl.CAP_SETUID: "a uid for each worker",
-    prctl.CAP_SETGID: "a gid for each worker, and no other groups",
-    prctl.CAP_SETPCAP: "emptying the bounding set, locking securebits",
     prctl.CAP_KILL: "ending a worker, which has another uid",
 }
 
-#: Where a worker finds what it holds. 0 to 2 are /dev/null: whatever the C library has
-#: to say on standard error must not reach a client.
+#: What the fork server keeps; a worker loses it with uid 0.
+FORK_SERVER_CAPABILITIES = {
+    prctl.CAP_SYS_ADMIN: "clone(2) into namespaces",
+    prctl.CAP_SETUID: "a uid for each worker",
+    prctl.CAP_SETGID: "a gid for each worker",
+}
+
+#: What it takes to get there: the supervisor has these for the others, which drop them.
+CONFINING_CAPABILITIES = {
+    prctl.CAP_SYS_CHROOT: "chroot(2) into the empty directory",
+    prctl.CAP_SETPCAP: "emptying bounding sets, locking securebits",
+}
+
+#: Where a worker, and the fork server, find the socket to the parent.
 PARENT_FD = 3
 #: The first number that is free while the pair that brought it (``hand_over``) is open.
 KEYD_FD = 5
-#: Those, keyd's channel, the client and the backend, and one to spare.
+#: Those, keyd's channel, the client and the backend, and one to spare. To the fork server:
+#: what comes with an order, and the new worker's pidfd.
 _MAX_DESCRIPTORS = 8
-#: Address space beyond what the parent had when it forked, in octets: a connection takes
-#: about one MiB.
+#: Address space beyond what the fork server had when it was confined, in octets: a
+#: connection takes about one MiB.
 MEMORY_OCTETS = 64 * 1024 * 1024
+
+_LAST_DESCRIPTOR = 0xFFFF_FFFF
+# prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_MAP_FIXED = 0x10
+#: A struct rlimit: none, soft and hard.
+_NONE = (ctypes.c_uint64 * 2)(0, 0)
 
 #: Features that not every kernel has.
 LANDLOCK = "landlock"
 SPECULATION = "speculation"
 
 
-class Confinement(NamedTuple):
-    """What a worker's confinement needs, beside a uid. Descriptors are the parent's."""
+class Given(NamedTuple):
+    """What one worker gets: its uid, and the descriptors of its report and of its socket."""
 
-    chroot: str
-    #: An empty network namespace, shared by all workers.
-    network: int
-    #: A ruleset that grants nothing; None where the kernel has no Landlock.
-    landlock: int | None
-    #: The kinds of speculation that can be turned off here.
-    speculation: tuple[int, ...]
-    #: RLIMIT_AS, in octets.
-    memory: int
-    #: The capabilities that the parent has left in its bounding set.
-    bounding: tuple[int, ...]
-    #: Filters, as BPF: until the handshake is done, and from then on.
-    handshake_filter: bytes
-    established_filter: bytes
+    uid: int
+    report: int
+    parent: int
 
 
-def memory_limit() -> int:
-    """How much address space a worker forked from this process may have, in octets."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[0])
-    return pages * resource.getpagesize() + MEMORY_OCTETS
+def confine_fork_server(chroot: str, parent: int) -> None:
+    """Everything that a process can inherit, in this order; ``parent`` is the socket to keep.
 
-
-def confine(confinement: Confinement, uid: int, null: int, parent: int) -> None:
-    """Everything, in this order; pid, ipc and uts namespaces are new since the fork.
-
-    ``null`` and ``parent`` are the descriptors to keep.
+    What is loaded and opened from a path must have been before. Of the privileges, those
+    are left that it takes to make processes of other users.
     """
-    enter_network_namespace(confinement.network)
-    enter_empty_root(confinement.chroot)
-    _limit_resources(confinement.memory)
-    stop_speculation(confinement.speculation)
-    forbid_regaining(confinement.bounding)
-    become(uid, uid)
-    # Both after become(): a change of uid undoes them.
-    hide_memory()
-    prctl.set_pdeathsig(signal.SIGKILL)
-    if confinement.landlock is not None:
-        landlock.restrict_self(confinement.landlock)
-    keep_only(null, parent)
-    seccomp.install(confinement.handshake_filter)
-
-
-def narrow(confinement: Confinement) -> None:
-    """With the handshake done: no keyd any more, and the calls that it needed gone."""
-    os.close(KEYD_FD)
-    seccomp.install(confinement.established_filter)
-
-
-def keep_only(null: int, parent: int) -> None:
-    """Move these to their places and close everything else."""
-    for place in (0, 1, 2):
-        os.dup2(null, place)
-    os.dup2(parent, PARENT_FD, inheritable=False)
-    os.closerange(PARENT_FD + 1, 1 << 20)
-
-
-def _limit_resources(memory: int) -> None:
+    memory = _memory_in_use() + MEMORY_OCTETS
+    ruleset = landlock.make_ruleset() if landlock.version() else None
+    leave_namespaces(CLONE_NEWNET)
+    enter_empty_root(chroot)
+    os.setgroups([])
+    stop_speculation(controllable_speculation())
+    # While it has the capability for it.
+    keep_capabilities([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
+    forbid_regaining([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
+    keep_capabilities(FORK_SERVER_CAPABILITIES)
+    prctl.set_no_new_privs(1)
+    if ruleset is not None:
+        landlock.restrict_self(ruleset)
+    keep_only(parent)
     limit(
         {
             resource.RLIMIT_AS: memory,
             resource.RLIMIT_NOFILE: _MAX_DESCRIPTORS,
-            resource.RLIMIT_NPROC: 0,
             resource.RLIMIT_FSIZE: 0,
             resource.RLIMIT_CORE: 0,
             resource.RLIMIT_MEMLOCK: 0,
@@ -146,6 +132,54 @@ def _limit_resources(memory: int) -> None:
             resource.RLIMIT_RTPRIO: 0,
         }
     )
+
+
+def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> list[Call]:
+    """The rest, as the system calls that a worker makes before anything else.
+
+    Namespaces are new since the fork. ``page`` is the address at which the worker's
+    report is to be: a page that the fork server has reserved.
+    """
+    shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    uid = given.uid
+    return [
+        Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
+        # Descriptor 0 is /dev/null. Whatever the C library has to say on standard error must
+        # not reach a client, nor fill a log.
+        Call("dup3", (0, 2, 0)),
+        Call("dup3", (given.parent, PARENT_FD, os.O_CLOEXEC)),
+        Call("close_range", (PARENT_FD + 1, _LAST_DESCRIPTOR, 0)),
+        Call("prlimit64", (0, resource.RLIMIT_NPROC, ctypes.addressof(_NONE), 0)),
+        Call("setgroups", (0, 0)),
+        Call("setresgid", (uid, uid, uid)),
+        # All capabilities go with uid 0 (capabilities(7), "Effect of user ID changes").
+        Call("setresuid", (uid, uid, uid)),
+        # Both after that: a change of uid undoes them.
+        Call("prctl", (_PR_SET_DUMPABLE, 0)),
+        Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
+        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, handshake_filter.address)),
+    ]
+
+
+def narrow(established_filter: seccomp.Program) -> None:
+    """With the handshake done: no keyd any more, and the calls that it needed gone."""
+    os.close(KEYD_FD)
+    seccomp.install(established_filter)
+
+
+def keep_only(parent: int) -> None:
+    """Have the standard streams, this descriptor at its place, and nothing else."""
+    if parent != PARENT_FD:
+        os.dup2(parent, PARENT_FD, inheritable=False)
+    os.closerange(PARENT_FD + 1, 1 << 20)
+
+
+def _memory_in_use() -> int:
+    """Address space, in octets."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    return pages * resource.getpagesize()
 
 
 def missing_features(landlock_version: int, speculation: Sequence[int]) -> list[str]:

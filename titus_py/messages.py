@@ -1,21 +1,35 @@
-"""What the parent and a worker say to each other: octets in, values out, and back.
+"""What the parent says to its fork server and to a worker, and they to it.
 
-Used by both. One message is one SOCK_SEQPACKET packet. A worker has two things to
-say, each of one fixed size; the parent trusts neither.
+Octets in, values out, and back. One message is one SOCK_SEQPACKET packet. A worker has
+two things to say, each of one fixed size; the parent trusts neither.
 
-==============  ==============================================================
-worker: ready   'R'                    confined; may be given a client
-worker: dial    'D' vhost(2)           connect me to this virtual host's backend
-parent: client  'C' connection(8) vhosts(n x 2), with the client's socket and,
-                where there is a vhost at all, the channel to keyd
-parent: backend 'B', with the connected socket; or 'F' and why there is none
-==============  ==============================================================
+===================  =========================================================
+worker: ready        'R'                    confined; may be given a client
+worker: dial         'D' vhost(2)           connect me to this one's backend
+parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
+                     and, where there is a vhost at all, the channel to keyd
+parent: backend      'B', with the connected socket; or 'F' and why there is none
+parent: fork         'W' uid(4), with the new worker's end of its socket and the
+                     descriptor of its report
+fork server: ready   'R'                    confined; may be asked for workers
+fork server: forked  'P' uid(4) pid(4), with the worker's pidfd
+fork server: failed  'E' uid(4) errno(4)
+===================  =========================================================
 """
 
 import struct
 from typing import NamedTuple
 
-__all__ = ["MAX_CLIENT_OCTETS", "Client", "Dial", "Malformed", "Ready", "decode_from_worker"]
+__all__ = [
+    "MAX_CLIENT_OCTETS",
+    "Client",
+    "Dial",
+    "Fork",
+    "Forked",
+    "Malformed",
+    "Ready",
+    "decode_from_worker",
+]
 
 BACKEND = b"B"
 BACKEND_FAILED = b"F"
@@ -23,11 +37,15 @@ BACKEND_FAILED = b"F"
 MAX_BACKEND_OCTETS = 256
 
 _DIAL = struct.Struct("!cH")
+_FORK = struct.Struct("!cI")
+_FORKED = struct.Struct("!cII")
 _CLIENT = struct.Struct("!cQ")
 MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than the longest message, so that a longer one shows.
 WORKER_MESSAGE_OCTETS = _DIAL.size + 1
+FORK_OCTETS = _FORK.size
+FORKED_OCTETS = _FORKED.size
 
 
 class Malformed(ValueError):
@@ -66,6 +84,37 @@ class Client(NamedTuple):
         _, connection = _CLIENT.unpack_from(message)
         count = (len(message) - _CLIENT.size) // 2
         return cls(connection, struct.unpack_from(f"!{count}H", message, _CLIENT.size))
+
+
+class Fork(NamedTuple):
+    """An order to the fork server: a worker with this uid."""
+
+    uid: int
+
+    def encode(self) -> bytes:
+        return _FORK.pack(b"W", self.uid)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Fork":
+        """For the fork server, which trusts the parent."""
+        return cls(_FORK.unpack(message)[1])
+
+
+class Forked(NamedTuple):
+    """What came of an order: the worker's pid, or the errno that there is none for."""
+
+    uid: int
+    pid: int
+    error: int = 0
+
+    def encode(self) -> bytes:
+        return _FORKED.pack(b"E" if self.error else b"P", self.uid, self.error or self.pid)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Forked":
+        """For the parent, which trusts the fork server."""
+        kind, uid, number = _FORKED.unpack(message)
+        return cls(uid, 0, number) if kind == b"E" else cls(uid, number)
 
 
 def decode_from_worker(message: bytes) -> Ready | Dial:

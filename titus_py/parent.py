@@ -1,25 +1,18 @@
-"""The parent's life: load the certificates, fork workers, hand each a client.
+"""The parent's life: accept clients, have workers forked, hand each a client.
 
 Started anew by the supervisor for each generation of the configuration, as root.
-It accepts, forks, connects to backends and notes how each worker ended. It never
-reads a client's octet, holds no private key and looks no name up. It trusts the
-supervisor and keyd, and of what workers say the little that ``messages`` decodes.
-What is imported here, every worker inherits.
+It accepts, connects to backends and notes how each worker ended; its fork server makes
+the workers, which are the parent's children. It never reads a client's octet, holds no
+key and no certificate, and looks no name up. It trusts the supervisor, the fork server
+and keyd, and of what workers say the little that ``messages`` decodes.
 """
 
-import sys
-
-# Python's hashlib would bring the system's OpenSSL along, beside the one that pyOpenSSL
-# has: megabytes and mappings for each worker, and code that none needs. It has
-# implementations of its own.
-sys.modules["_hashlib"] = None  # type: ignore[assignment]
-
 import argparse
-import gc
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from contextlib import suppress
@@ -36,29 +29,20 @@ from keyd.linux.credentials import (
     hide_memory,
     keep_capabilities,
 )
-from keyd.linux.namespaces import empty_network_namespace
-from keyd.linux.process import clone
 from keyd.linux.sealed import read_all
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal, Status
 from keyd.protocol import Malformed as MalformedByKeyd
 from titus_py import messages
-from titus_py.confinement import (
-    PARENT_CAPABILITIES,
-    WORKER_NAMESPACES,
-    Confinement,
-    memory_limit,
-    missing_features,
-)
+from titus_py.confinement import PARENT_CAPABILITIES, missing_features
 from titus_py.dialer import Dialer
 from titus_py.event_loop import WRITABLE, EventLoop, Timer
+from titus_py.forks import Forks
 from titus_py.hand_over import give
 from titus_py.limits import Admission
-from titus_py.messages import Client, Dial, Ready
-from titus_py.plan import Plan, VirtualHost, resolved
+from titus_py.messages import Client, Dial, Forked, Ready
+from titus_py.plan import Plan, resolved
 from titus_py.report import make_report, read_report
-from titus_py.tls import Credentials, make_context
 from titus_py.virtual_host import applies_to
-from titus_py.worker import Site, Terms, live
 
 __all__ = ["main"]
 
@@ -109,7 +93,6 @@ class _Worker:
         "killed_for",
         "local",
         "offer",
-        "pid",
         "pidfd",
         "ready",
         "report",
@@ -119,10 +102,10 @@ class _Worker:
         "vhost",
     )
 
-    def __init__(self, uid: int, pid: int, pidfd: int, report: int, end: socket.socket) -> None:
+    def __init__(self, uid: int, report: int, end: socket.socket) -> None:
         self.uid = uid
-        self.pid = pid
-        self.pidfd = pidfd
+        #: -1 until it has been forked.
+        self.pidfd = -1
         self.report = report
         self.socket = end
         self.ready = False
@@ -142,13 +125,15 @@ class _Worker:
 class Parent:
     """One generation's listening sockets, workers and way to keyd."""
 
-    def __init__(self, plan: Plan, supervisor: socket.socket, keyd: socket.socket | None) -> None:
+    def __init__(
+        self, plan: Plan, forks: Forks, supervisor: socket.socket, keyd: socket.socket | None
+    ) -> None:
         self._plan = plan
+        self._forks = forks
         self._loop = EventLoop()
         self._supervisor = supervisor
         self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._lost_events = 0
-        self._sites = [_site(vhost) for vhost in plan.vhosts]
         self._backends = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
         self._listeners = {
             descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
@@ -156,14 +141,13 @@ class Parent:
         self._accepting = False
         self._draining = False
         self._stopped = False
-        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self._confinement = self._prepare_confinement()
         # The uid that was freed longest ago is taken first.
         self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
-        self._forming: set[int] = set()
-        self._spares: deque[_Worker] = deque()
+        #: By uid: all of them; those that are not ready yet; those that have a client.
         self._workers: dict[int, _Worker] = {}
+        self._forming: set[int] = set()
         self._busy: dict[int, _Worker] = {}
+        self._spares: deque[_Worker] = deque()
         self._failed_workers = 0
         self._fork_pause = 0.0
         self._fork_timer: Timer | None = None
@@ -188,11 +172,10 @@ class Parent:
     def serve(self) -> None:
         """Serve until drained or told to stop."""
         self._loop.watch(self._supervisor.fileno(), self._hear_supervisor)
+        self._forks.watch(self._loop, self._forked, self._cannot_fork)
         for listener in self._listeners.values():
             listener.setblocking(False)
-        gc.collect()
-        gc.freeze()
-        self._tell("ready", vhosts=len(self._sites))
+        self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
         while not self._stopped and not (self._draining and not self._workers):
             self._fork_spares()
@@ -203,34 +186,19 @@ class Parent:
             self._tell_limited(limit)
         self._send_last_events()
 
-    def _prepare_confinement(self) -> Confinement:
-        """Make once what each worker's confinement needs; then keep only what that takes."""
-        version, speculation = landlock.version(), controllable_speculation()
-        missing = missing_features(version, speculation)
+    def withdraw(self) -> None:
+        """Say what this kernel cannot do for workers, and keep only what serving takes."""
+        missing = missing_features(landlock.version(), controllable_speculation())
         for feature in missing:
             self._tell("not_available", level="warning", feature=feature)
         lacking = sorted(set(missing) & set(self._plan.required))
         if lacking:
             sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
-        confinement = Confinement(
-            chroot=self._plan.chroot,
-            network=empty_network_namespace(),
-            landlock=landlock.make_ruleset() if version else None,
-            speculation=speculation,
-            memory=memory_limit(),
-            bounding=tuple(self._capabilities()),
-            handshake_filter=bytes.fromhex(self._plan.handshake_filter),
-            established_filter=bytes.fromhex(self._plan.established_filter),
-        )
-        keep_capabilities(confinement.bounding)
-        return confinement
-
-    def _capabilities(self) -> list[int]:
         capabilities = list(PARENT_CAPABILITIES)
         if any(vhost.backend.startswith("unix:") for vhost in self._plan.vhosts):
             # To connect to a socket whose owner and mode do not have root in mind.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
-        return capabilities
+        keep_capabilities(capabilities)
 
     def _hear_supervisor(self) -> None:
         try:
@@ -268,10 +236,11 @@ class Parent:
         for listener in self._listeners.values():
             listener.close()
         self._listeners.clear()
-        for worker in [self._workers[pidfd] for pidfd in self._workers if pidfd not in self._busy]:
-            # One that has just ended has hung up already.
-            with suppress(OSError):
-                worker.socket.shutdown(socket.SHUT_RDWR)
+        for uid, worker in self._workers.items():
+            if uid not in self._busy:
+                # One that has just ended has hung up already.
+                with suppress(OSError):
+                    worker.socket.shutdown(socket.SHUT_RDWR)
 
     def _close_all(self, reason: str) -> None:
         self._draining = True
@@ -430,7 +399,7 @@ class Parent:
         worker.deadline = self._loop.after(
             self._plan.handshake_timeout + _GRACE, lambda: self._overdue(worker)
         )
-        self._busy[worker.pidfd] = self._handshaking[worker.pidfd] = worker
+        self._busy[worker.uid] = self._handshaking[worker.uid] = worker
         self._tell(
             "connection_begun",
             connection=connection,
@@ -537,10 +506,10 @@ class Parent:
     # --- workers ----------------------------------------------------------------
 
     def _fork_spares(self) -> None:
-        """Once half of the spares are used up, fork as many as are missing, in a row.
+        """Once half of the spares are used up, have as many forked as are missing, in a row.
 
-        After each fork this process pays for every page that it writes to; in a row, it
-        pays for them once.
+        After each fork the fork server pays for every page that it writes to: in a row, and
+        undisturbed, it writes to few.
         """
         spares = len(self._spares) + len(self._forming)
         if spares <= self._plan.spare_workers // 2:
@@ -557,56 +526,75 @@ class Parent:
             or spares >= self._plan.spare_workers
             or room <= 0
             or not self._uids
+            or self._forks.busy
         ):
             return False
         try:
             self._fork()
         except OSError as error:
-            shortest, longest = _FORK_PAUSE_SECONDS
-            if not self._fork_pause:
-                self._tell("fork_failed", level="error", reason=error.strerror)
-            self._fork_pause = min(max(shortest, self._fork_pause * 2), longest)
-            self._fork_timer = self._loop.after(self._fork_pause, self._fork_again)
+            self._fork_failed(str(error.strerror))
             return False
-        if self._fork_pause:
-            self._fork_pause = 0.0
-            self._tell("fork_works_again", level="warning")
         return True
+
+    def _fork_failed(self, reason: str) -> None:
+        shortest, longest = _FORK_PAUSE_SECONDS
+        if not self._fork_pause:
+            self._tell("fork_failed", level="error", reason=reason)
+        self._fork_pause = min(max(shortest, self._fork_pause * 2), longest)
+        if self._fork_timer is None:
+            self._fork_timer = self._loop.after(self._fork_pause, self._fork_again)
 
     def _fork_again(self) -> None:
         self._fork_timer = None
 
     def _fork(self) -> None:
+        """Have a worker forked; ``_forked`` will hear of it. Raises OSError."""
         ours, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        report = make_report()
-        uid = self._uids.popleft()
-        try:
-            terms = Terms(
-                uid,
-                self._confinement,
-                self._plan.handshake_timeout,
-                self._plan.limits.idle_timeout,
-                self._sites,
-                report,
-                self._null,
-                workers.fileno(),
-            )
-            pid, pidfd = clone(WORKER_NAMESPACES)
-            if not pid:
-                live(terms)
-        except OSError:
-            self._uids.appendleft(uid)
-            ours.close()
-            os.close(report)
-            raise
-        finally:
-            workers.close()
+        with workers:
+            report = make_report()
+            uid = self._uids.popleft()
+            try:
+                self._forks.order(uid, workers.fileno(), report)
+            except OSError:
+                self._uids.appendleft(uid)
+                ours.close()
+                os.close(report)
+                raise
         ours.setblocking(False)
-        worker = _Worker(uid, pid, pidfd, report, ours)
-        self._workers[pidfd] = worker
-        self._forming.add(pidfd)
-        self._loop.watch(pidfd, lambda: self._bury(worker))
+        worker = _Worker(uid, report, ours)
+        self._workers[uid] = worker
+        self._forming.add(uid)
         self._loop.watch(ours.fileno(), lambda: self._hear_worker(worker))
+
+    def _forked(self, forked: Forked, pidfd: int) -> None:
+        worker = self._workers[forked.uid]
+        if forked.error:
+            self._forget(worker)
+            os.close(worker.report)
+            self._fork_failed(os.strerror(forked.error))
+            return
+        if self._fork_pause:
+            self._fork_pause = 0.0
+            self._tell("fork_works_again", level="warning")
+        worker.pidfd = pidfd
+        self._loop.watch(pidfd, lambda: self._bury(worker))
+        self._may_serve(worker)
+
+    def _cannot_fork(self, how: str) -> None:
+        """The fork server has ended: whoever is here is served, and others take over."""
+        for worker in [one for one in self._workers.values() if one.pidfd < 0]:
+            self._forget(worker)
+            os.close(worker.report)
+        if not self._draining:
+            self._tell("fork_server_died", level="alarm", how=how)
+
+    def _may_serve(self, worker: _Worker) -> None:
+        """Once it has been forked, and has said that it is confined, in whatever order."""
+        if worker.ready and worker.pidfd >= 0:
+            self._failed_workers = 0
+            self._forming.discard(worker.uid)
+            if not self._draining:
+                self._spares.append(worker)
 
     def _hear_worker(self, worker: _Worker) -> None:
         try:
@@ -627,10 +615,7 @@ class Parent:
             return
         if isinstance(message, Ready) and not worker.ready:
             worker.ready = True
-            self._failed_workers = 0
-            self._forming.discard(worker.pidfd)
-            if not self._draining:
-                self._spares.append(worker)
+            self._may_serve(worker)
         elif (
             isinstance(message, Dial)
             and worker.offer is not None
@@ -657,7 +642,7 @@ class Parent:
 
     def _dial(self, worker: _Worker, vhost: int) -> None:
         worker.vhost = vhost
-        self._handshaking.pop(worker.pidfd, None)
+        self._handshaking.pop(worker.uid, None)
         if worker.deadline is not None:
             worker.deadline.cancel()
         if self._plan.limits.lifetime is not None:
@@ -687,6 +672,11 @@ class Parent:
 
     def _kill(self, worker: _Worker, reason: str) -> None:
         worker.killed_for = worker.killed_for or reason
+        if worker.pidfd < 0:
+            # Nobody may have forked it yet; when somebody does, it finds that we hung up.
+            with suppress(OSError):
+                worker.socket.shutdown(socket.SHUT_RDWR)
+            return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
@@ -694,23 +684,17 @@ class Parent:
         """Note how a worker ended, and take back what it had."""
         status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
         self._loop.unwatch(worker.pidfd)
-        if worker.socket.fileno() >= 0:
-            self._loop.unwatch(worker.socket.fileno())
-            worker.socket.close()
         os.close(worker.pidfd)
         if worker.dialer is not None:
             worker.dialer.cancel()
         if worker.deadline is not None:
             worker.deadline.cancel()
-        del self._workers[worker.pidfd]
-        self._forming.discard(worker.pidfd)
+        self._forget(worker)
         with suppress(ValueError):
             self._spares.remove(worker)
-        # Its namespace ended with it: no process is left that could have this uid.
-        self._uids.append(worker.uid)
         how = _how(status) if status is not None else "lost"
-        self._handshaking.pop(worker.pidfd, None)
-        if self._busy.pop(worker.pidfd, None) is not None:
+        self._handshaking.pop(worker.uid, None)
+        if self._busy.pop(worker.uid, None) is not None:
             self._admission.leave(worker.address)
             self._record(worker, how)
         else:
@@ -721,6 +705,15 @@ class Parent:
                 self._worker_failed(worker, how, why)
         if self._draining and not self._workers:
             self._stopped = True
+
+    def _forget(self, worker: _Worker) -> None:
+        """It has ended, or never began; its namespace ended with it: nobody has its uid."""
+        if worker.socket.fileno() >= 0:
+            self._loop.unwatch(worker.socket.fileno())
+            worker.socket.close()
+        del self._workers[worker.uid]
+        self._forming.discard(worker.uid)
+        self._uids.append(worker.uid)
 
     def _worker_failed(self, worker: _Worker, how: str, why: str) -> None:
         self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=why)
@@ -746,19 +739,6 @@ class Parent:
         )
 
 
-def _site(vhost: VirtualHost) -> Site:
-    context = make_context(
-        Credentials(vhost.certificate_chain, vhost.key_reference),
-        vhost.min_version,
-        vhost.max_version,
-        vhost.ciphers,
-        vhost.ciphersuites,
-        vhost.rsa_key_exchange,
-    )
-    names = tuple(vhost.server_names) if vhost.server_names is not None else None
-    return Site(names, context)
-
-
 def _how(status: os.waitid_result) -> str:
     """How a process ended, or nothing where it exited as it should."""
     if status.si_code == os.CLD_EXITED:
@@ -781,18 +761,25 @@ def main() -> int:
     parser.add_argument("--plan-fd", type=int, required=True)
     parser.add_argument("--supervisor-fd", type=int, required=True)
     parser.add_argument("--keyd-fd", type=int)
-    # What OPENSSL_CONF names: the library has read it by now.
+    # For the fork server, which has OpenSSL.
     parser.add_argument("--openssl-conf-fd", type=int, required=True)
     arguments = parser.parse_args()
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()
     allow_many_descriptors()
-    os.close(arguments.openssl_conf_fd)
-    plan = Plan.decode(read_all(arguments.plan_fd))
+    for descriptor in (arguments.supervisor_fd, arguments.keyd_fd):
+        if descriptor is not None:
+            os.set_inheritable(descriptor, False)
+    plan = Plan.decode(read_all(os.dup(arguments.plan_fd)))
+    forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd)
     supervisor = socket.socket(fileno=arguments.supervisor_fd)
     keyd = socket.socket(fileno=arguments.keyd_fd) if arguments.keyd_fd is not None else None
-    Parent(plan, supervisor, keyd).serve()
+    parent = Parent(plan, forks, supervisor, keyd)
+    parent.withdraw()
+    if not forks.wait_until_ready():
+        sys.exit("titus-py: the fork server did not start: see above")
+    parent.serve()
     return 0
 
 

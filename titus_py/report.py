@@ -1,12 +1,14 @@
 """What a worker says of its connection: a page that it writes and the parent reads.
 
-Shared by the parent, which makes it before the fork, the worker, which keeps it up to
+Shared by the parent, which makes it before the fork, the worker, which finds it at an
+address that the fork server has reserved, and the supervisor. The worker keeps it up to
 date by storing into memory (no message that could flood, none that a worker killed at
-any point could fail to send), and the supervisor, which reads it when the worker has
-ended and trusts none of it: it is for the record. The parent does not read what a
-client's worker wrote: later workers would inherit it.
+any point could fail to send). The supervisor reads it when the worker has ended and trusts
+none of it: it is for the record. The parent, which knows of all connections, does not read
+what a client's worker wrote.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -80,9 +82,11 @@ class Report(NamedTuple):
 class ReportWriter:
     """The worker's side."""
 
-    def __init__(self, descriptor: int) -> None:
-        """Map the page; the descriptor may be closed afterwards."""
-        self._page = mmap.mmap(descriptor, _OCTETS)
+    def __init__(self) -> None:
+        """Made by the fork server, over a page of its own: in a worker, the report is there."""
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        #: Where that page is.
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
         self._fields = Report(State.CONFINING, End.NONE, 0, 0, "", "", "", "", "")
 
     def set(self, **fields: object) -> None:

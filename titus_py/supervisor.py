@@ -29,7 +29,11 @@ from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
 from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress, NameAddress, UnixAddress
 from titus_py.check import Checked
-from titus_py.confinement import PARENT_CAPABILITIES
+from titus_py.confinement import (
+    CONFINING_CAPABILITIES,
+    FORK_SERVER_CAPABILITIES,
+    PARENT_CAPABILITIES,
+)
 from titus_py.control import Answer, Control
 from titus_py.dialer import ResolvedAddress, address_text
 from titus_py.event_loop import EventLoop
@@ -47,6 +51,8 @@ __all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
 #: What the supervisor keeps, for itself or for what it starts, and what for.
 SUPERVISOR_CAPABILITIES = {
     **PARENT_CAPABILITIES,
+    **FORK_SERVER_CAPABILITIES,
+    **CONFINING_CAPABILITIES,
     prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
     prctl.CAP_IPC_LOCK: "keyd locks its memory",
     prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",

@@ -1,7 +1,7 @@
-"""A worker's life: confine, wait, shake hands, pump, leave.
+"""A worker's life: wait, shake hands, pump, leave.
 
-Forked by the parent, one for each connection. Starts as root with what the parent
-holds, confines itself before it has a client, and then hears one client and one
+Forked by the fork server, one for each connection. Starts as root with what that one
+holds, is confined before it runs any of this, and then hears one client and one
 backend: hostile, both. Trusts the parent and keyd. Whatever a worker does to
 itself, only its own connection is affected.
 """
@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from OpenSSL import SSL
 
+from keyd.linux.seccomp import Program
 from titus_py import messages
 from titus_py.client_hello import (
     MAX_OCTETS,
@@ -26,7 +27,7 @@ from titus_py.client_hello import (
     fatal_alert,
     parse_client_hello,
 )
-from titus_py.confinement import KEYD_FD, PARENT_FD, Confinement, confine, narrow
+from titus_py.confinement import KEYD_FD, PARENT_FD, narrow
 from titus_py.hand_over import take
 from titus_py.messages import Client, Dial, Ready
 from titus_py.pump import Pump, describe, stop_resetting
@@ -52,17 +53,13 @@ class Site(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the parent decided for this worker before forking it."""
+    """What all workers inherit. Times are in seconds."""
 
-    uid: int
-    confinement: Confinement
     handshake_timeout: float
     idle_timeout: float | None
     sites: Sequence[Site]
-    #: Descriptors of the parent's: the report's page, /dev/null, our end of the socket.
-    report: int
-    null: int
-    parent: int
+    established_filter: Program
+    report: ReportWriter
 
 
 class _Over(Exception):
@@ -79,14 +76,17 @@ class _Over(Exception):
         self.farewell = farewell
 
 
-def live(terms: Terms) -> NoReturn:
-    """Everything a worker does; ends the process, whatever happens."""
+def live(terms: Terms, failed: str) -> NoReturn:
+    """Everything a worker does once it is confined; ends the process, whatever happens.
+
+    ``failed`` says that it could not be confined, and why.
+    """
     code = 70  # EX_SOFTWARE (sysexits.h), unless it comes to a good end
-    report = None
+    report = terms.report
     try:
+        if failed:
+            raise OSError(f"not confined: {failed}")
         reseed()
-        report = ReportWriter(terms.report)
-        confine(terms.confinement, terms.uid, terms.null, terms.parent)
         parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
@@ -97,7 +97,7 @@ def live(terms: Terms) -> NoReturn:
         code = 0
     finally:
         error = sys.exception()
-        if error is not None and report is not None:
+        if error is not None:
             report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
         os._exit(code)
 
@@ -124,7 +124,7 @@ def _serve(
         vhost = _choose_site(terms, report, client, peer, deadline)
         connection = SSL.Connection(terms.sites[vhost].context, peer)
         _shake_hands(connection, peer, deadline)
-        narrow(terms.confinement)
+        narrow(terms.established_filter)
         report.set(
             state=State.ESTABLISHED,
             tls_version=connection.get_protocol_version_name(),

@@ -10,7 +10,7 @@ __all__ = ["read_all", "sealed_file"]
 
 
 def sealed_file(name: str, content: bytes) -> int:
-    """A descriptor of a memory file with this content, close-on-exec, read from its start.
+    """A descriptor of a memory file with this content, close-on-exec.
 
     ``name`` shows in /proc/PID/fd and serves no other purpose.
     """
@@ -19,11 +19,11 @@ def sealed_file(name: str, content: bytes) -> int:
         file.write(content)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
 
 def read_all(descriptor: int) -> bytes:
-    """Read a sealed file whole and close it."""
+    """Read a sealed file whole, from its start, and close it."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
     with open(descriptor, "rb") as file:
         return file.read()

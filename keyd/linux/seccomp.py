@@ -7,14 +7,13 @@ that the filter is for. That process only runs ``install``.
 
 import ctypes
 import os
-import tempfile
 from collections.abc import Mapping
 from enum import IntFlag
 from typing import NamedTuple
 
-__all__ = ["Flag", "Only", "Rules", "build", "install"]
+__all__ = ["SET_MODE_FILTER", "Flag", "Only", "Program", "Rules", "build", "install"]
 
-_SET_MODE_FILTER = 1
+SET_MODE_FILTER = 1
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
 
 
@@ -44,7 +43,10 @@ def build(rules: Rules) -> bytes:
     So it does for a call of another architecture's (the 32-bit ones). Raises OSError or
     RuntimeError where libseccomp is missing or does not know a call.
     """
-    # Here and nowhere else: it loads libseccomp.
+    # Here and nowhere else: the processes that a filter is for do without these, and without
+    # the libraries that they load.
+    import tempfile
+
     import pyseccomp
 
     program = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
@@ -66,13 +68,22 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
+class Program:
+    """A filter as the kernel takes it: ``address`` is that of its struct sock_fprog."""
+
+    def __init__(self, bpf: bytes) -> None:
+        self._fprog = _SockFprog(len(bpf) // 8, bpf)
+        self.address = ctypes.addressof(self._fprog)
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def install(program: bytes, flag: Flag = Flag.ONE_THREAD) -> None:
+def install(program: Program, flag: Flag = Flag.ONE_THREAD) -> None:
     """Put a filter on, for good; filters add up. Needs no_new_privs. Raises OSError."""
-    fprog = _SockFprog(len(program) // 8, program)
-    result = _libc.syscall(_SYS_SECCOMP, _SET_MODE_FILTER, int(flag), ctypes.byref(fprog))
+    result = _libc.syscall(
+        _SYS_SECCOMP, SET_MODE_FILTER, int(flag), ctypes.c_void_p(program.address)
+    )
     if result:
         # With TSYNC, a positive result is a thread that could not be brought along.
         error = ctypes.get_errno()

@@ -1,0 +1,111 @@
+/*
+ * One function: clone(2), and in the child a list of system calls before anything else.
+ *
+ * Run by the fork server. Between its birth and the last of the calls the child runs nothing
+ * but this: no Python, whose objects it would first have to copy, page by page. What is
+ * called is written down, in order, in Python (titus_py/confinement.py).
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x00001000
+#endif
+
+/* A system call: its number and its arguments. Packed by keyd/linux/process.py. */
+struct call {
+	int64_t number;
+	int64_t arguments[6];
+};
+
+static PyObject *spawn(PyObject *module, PyObject *args)
+{
+	unsigned long flags;
+	const char *octets;
+	Py_ssize_t length;
+	(void)module;
+	if (!PyArg_ParseTuple(args, "ky#", &flags, &octets, &length))
+		return NULL;
+	if (length % (Py_ssize_t)sizeof(struct call) != 0) {
+		PyErr_SetString(PyExc_ValueError, "not a whole number of calls");
+		return NULL;
+	}
+	const struct call *calls = (const struct call *)(const void *)octets;
+	const Py_ssize_t count = length / (Py_ssize_t)sizeof(struct call);
+
+	/*
+	 * clone(2) and not clone3(2): a service manager's filter on namespaces sees only the
+	 * flags of the former (systemd.exec(5), RestrictNamespaces=). No stack: the child goes
+	 * on with its copy of ours. The pidfd is stored where CLONE_PARENT_SETTID would store
+	 * the child's id.
+	 */
+	int pidfd = -1;
+	const long pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, 0UL, &pidfd, 0UL, 0UL);
+	if (pid < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	if (pid > 0)
+		return Py_BuildValue("liii", pid, pidfd, -1, 0);
+	for (Py_ssize_t at = 0; at < count; at++) {
+		const int64_t *argument = calls[at].arguments;
+		if (syscall(calls[at].number, argument[0], argument[1], argument[2], argument[3],
+		            argument[4], argument[5]) == -1)
+			return Py_BuildValue("liii", 0L, -1, (int)at, errno);
+	}
+	return Py_BuildValue("liii", 0L, -1, -1, 0);
+}
+
+static PyMethodDef methods[] = {
+	{"spawn", spawn, METH_VARARGS,
+	 "spawn(flags, calls): clone(2); returns (pid, pidfd, failed, errno). In the child, where\n"
+	 "pid is 0, the calls have been made, or all before the failed one (else -1) and no more."},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+	.m_base = PyModuleDef_HEAD_INIT,
+	.m_name = "keyd.linux.spawn",
+	.m_size = 0,
+	.m_methods = methods,
+};
+
+/* This machine's numbers for the calls that are of use here. */
+static const struct {
+	const char *name;
+	int number;
+} numbers[] = {
+	{"close_range", SYS_close_range}, {"dup3", SYS_dup3},           {"mmap", SYS_mmap},
+	{"prctl", SYS_prctl},             {"prlimit64", SYS_prlimit64}, {"seccomp", SYS_seccomp},
+	{"setgroups", SYS_setgroups},     {"setresgid", SYS_setresgid}, {"setresuid", SYS_setresuid},
+};
+
+PyMODINIT_FUNC PyInit_spawn(void);
+PyMODINIT_FUNC PyInit_spawn(void)
+{
+	PyObject *module = PyModule_Create(&definition);
+	PyObject *table = module != NULL ? PyDict_New() : NULL;
+	if (table == NULL)
+		goto failed;
+	for (size_t at = 0; at < sizeof(numbers) / sizeof(numbers[0]); at++) {
+		PyObject *number = PyLong_FromLong(numbers[at].number);
+		const int result =
+			number != NULL ? PyDict_SetItemString(table, numbers[at].name, number) : -1;
+		Py_XDECREF(number);
+		if (result < 0)
+			goto failed;
+	}
+	if (PyModule_AddObjectRef(module, "NUMBERS", table) < 0)
+		goto failed;
+	Py_DECREF(table);
+	return module;
+failed:
+	Py_XDECREF(table);
+	Py_XDECREF(module);
+	return NULL;
+}

@@ -1,0 +1,95 @@
+"""The parent's side of its fork server: starting it, orders, and what came of them.
+
+Run by the parent, which trusts the fork server and never waits for it once it is there.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+from titus_py.event_loop import EventLoop
+from titus_py.messages import FORKED_OCTETS, Fork, Forked, Ready
+
+__all__ = ["Forks"]
+
+#: What is started, as Python is to be told of it.
+_PROGRAM = ("-m", "titus_py.fork_server")
+#: Orders on their way at a time: a socket does not hold any number of them.
+_MAX_ORDERS = 64
+
+
+class Forks:
+    """One fork server, started with the plan that the parent has.
+
+    ``done`` is called back with what came of each order and the worker's pidfd (-1 where
+    there is none), ``lost`` once, with how the fork server ended.
+    """
+
+    def __init__(self, plan_fd: int, openssl_conf_fd: int) -> None:
+        """Start it; takes the descriptors over. Raises OSError."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = {
+            "plan-fd": plan_fd,
+            "openssl-conf-fd": openssl_conf_fd,
+            "parent-fd": theirs.detach(),
+        }
+        arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", *_PROGRAM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={"OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}"},
+                pass_fds=tuple(given.values()),
+            )
+        finally:
+            for descriptor in given.values():
+                os.close(descriptor)
+        self._orders = 0
+
+    def wait_until_ready(self) -> bool:
+        """Once, before there is anybody to serve; False if it could not confine itself."""
+        return self._socket.recv(len(Ready().encode()) + 1) == Ready().encode()
+
+    def watch(
+        self, loop: EventLoop, done: Callable[[Forked, int], None], lost: Callable[[str], None]
+    ) -> None:
+        self._socket.setblocking(False)
+        self._loop = loop
+        self._done = done
+        self._lost = lost
+        loop.watch(self._socket.fileno(), self._hear)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has as many orders as it is given at a time, or is gone."""
+        return self._orders >= _MAX_ORDERS or self._socket.fileno() < 0
+
+    def order(self, uid: int, end: int, report: int) -> None:
+        """Have a worker forked. Raises OSError."""
+        socket.send_fds(self._socket, [Fork(uid).encode()], [end, report])
+        self._orders += 1
+
+    def close(self) -> None:
+        """No more orders: it leaves. Once."""
+        if self._socket.fileno() >= 0:
+            self._loop.unwatch(self._socket.fileno())
+            self._socket.close()
+
+    def _hear(self) -> None:
+        while self._socket.fileno() >= 0:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._socket, FORKED_OCTETS, 1)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                message, descriptors = b"", []
+            if not message:
+                self.close()
+                code = self._process.wait()
+                self._lost(f"exited with {code}" if code >= 0 else f"killed by signal {-code}")
+                return
+            self._orders -= 1
+            self._done(Forked.decode(message), descriptors[0] if descriptors else -1)
