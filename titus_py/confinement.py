@@ -33,6 +33,7 @@ __all__ = [
     "FORK_SERVER_CAPABILITIES",
     "KEYD_FD",
     "LANDLOCK",
+    "MAX_ORDERS",
     "MEMORY_OCTETS",
     "PARENT_CAPABILITIES",
     "PARENT_FD",
@@ -72,9 +73,12 @@ CONFINING_CAPABILITIES = {
 PARENT_FD = 3
 #: The first number that is free while the pair that brought it (``hand_over``) is open.
 KEYD_FD = 5
-#: Those, keyd's channel, the client and the backend, and one to spare. To the fork server:
-#: what comes with an order, and the new worker's pidfd.
+#: Those, keyd's channel, the client and the backend, and one to spare.
 _MAX_DESCRIPTORS = 8
+#: How many workers the fork server forks in a row.
+MAX_ORDERS = 16
+#: To the fork server: what comes with each order, the pidfds, and as many as a worker.
+_FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
 #: connection takes about one MiB.
 MEMORY_OCTETS = 64 * 1024 * 1024
@@ -83,8 +87,9 @@ _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAP_FIXED = 0x10
-#: A struct rlimit: none, soft and hard.
+#: Each a struct rlimit: soft and hard.
 _NONE = (ctypes.c_uint64 * 2)(0, 0)
+_FEW = (ctypes.c_uint64 * 2)(_MAX_DESCRIPTORS, _MAX_DESCRIPTORS)
 
 #: Features that not every kernel has.
 LANDLOCK = "landlock"
@@ -122,7 +127,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     limit(
         {
             resource.RLIMIT_AS: memory,
-            resource.RLIMIT_NOFILE: _MAX_DESCRIPTORS,
+            resource.RLIMIT_NOFILE: _FORK_SERVER_DESCRIPTORS,
             resource.RLIMIT_FSIZE: 0,
             resource.RLIMIT_CORE: 0,
             resource.RLIMIT_MEMLOCK: 0,
@@ -150,6 +155,7 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
         Call("dup3", (0, 2, 0)),
         Call("dup3", (given.parent, PARENT_FD, os.O_CLOEXEC)),
         Call("close_range", (PARENT_FD + 1, _LAST_DESCRIPTOR, 0)),
+        Call("prlimit64", (0, resource.RLIMIT_NOFILE, ctypes.addressof(_FEW), 0)),
         Call("prlimit64", (0, resource.RLIMIT_NPROC, ctypes.addressof(_NONE), 0)),
         Call("setgroups", (0, 0)),
         Call("setresgid", (uid, uid, uid)),

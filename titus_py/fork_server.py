@@ -23,10 +23,11 @@ import socket
 import prctl
 
 from keyd.linux.credentials import hide_memory
-from keyd.linux.process import CLONE_PARENT, clone
+from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from titus_py.confinement import (
+    MAX_ORDERS,
     PARENT_FD,
     WORKER_NAMESPACES,
     Given,
@@ -85,25 +86,50 @@ def _site(vhost: VirtualHost) -> Site:
 
 
 def _serve(parent: socket.socket, terms: Terms, handshake_filter: Program) -> None:
-    """Fork as ordered, until the parent hangs up."""
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(parent, FORK_OCTETS, 2)
-        if not message:
-            return
-        end, report = descriptors
-        uid = Fork.decode(message).uid
-        calls = worker_calls(handshake_filter, terms.report.address, Given(uid, report, end))
-        try:
-            child = clone(WORKER_NAMESPACES | CLONE_PARENT, calls)
-        except OSError as error:
-            parent.send(Forked(uid, 0, error.errno or 0).encode())
-        else:
+    """Fork as ordered, until the parent hangs up.
+
+    After each fork this process has to copy every page that it writes to: so it takes all
+    orders that there are, and forks in a row.
+    """
+    while orders := _take_orders(parent):
+        flags = WORKER_NAMESPACES | CLONE_PARENT
+        page = terms.report.address
+        calls = [worker_calls(handshake_filter, page, given) for given in orders]
+        children: list[Child] = []
+        for encoded in [encode(own) for own in calls]:
+            child = clone(flags, encoded)
             if not child.pid:
-                live(terms, child.failed)
-            socket.send_fds(parent, [Forked(uid, child.pid).encode()], [child.pidfd])
-            os.close(child.pidfd)
-        os.close(end)
-        os.close(report)
+                live(terms, why_failed(child, calls[len(children)]))
+            children.append(child)
+        for given, child in zip(orders, children, strict=True):
+            _answer(parent, given, child)
+
+
+def _take_orders(parent: socket.socket) -> list[Given]:
+    """Wait for an order, and take those that are there; none if the parent has hung up."""
+    orders: list[Given] = []
+    flags = 0
+    while len(orders) < MAX_ORDERS:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(parent, FORK_OCTETS, 2, flags)
+        except BlockingIOError:
+            break
+        if not message:
+            return []
+        report, end = descriptors
+        orders.append(Given(Fork.decode(message).uid, report, end))
+        flags = socket.MSG_DONTWAIT
+    return orders
+
+
+def _answer(parent: socket.socket, given: Given, child: Child) -> None:
+    os.close(given.parent)
+    os.close(given.report)
+    if child.error:
+        parent.send(Forked(given.uid, 0, child.error).encode())
+        return
+    socket.send_fds(parent, [Forked(given.uid, child.pid).encode()], [child.pidfd])
+    os.close(child.pidfd)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from titus_py.confinement import MAX_ORDERS
 from titus_py.event_loop import EventLoop
 from titus_py.messages import FORKED_OCTETS, Fork, Forked, Ready
 
@@ -17,7 +18,7 @@ __all__ = ["Forks"]
 #: What is started, as Python is to be told of it.
 _PROGRAM = ("-m", "titus_py.fork_server")
 #: Orders on their way at a time: a socket does not hold any number of them.
-_MAX_ORDERS = 64
+_MAX_ORDERS = 4 * MAX_ORDERS
 
 
 class Forks:
@@ -41,7 +42,11 @@ class Forks:
                 [sys.executable, "-I", *_PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={"OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}"},
+                env={
+                    "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
+                    # Each symbol that is bound later is bound by every worker anew.
+                    "LD_BIND_NOW": "1",
+                },
                 pass_fds=tuple(given.values()),
             )
         finally:
@@ -67,9 +72,9 @@ class Forks:
         """Whether it has as many orders as it is given at a time, or is gone."""
         return self._orders >= _MAX_ORDERS or self._socket.fileno() < 0
 
-    def order(self, uid: int, end: int, report: int) -> None:
+    def order(self, uid: int, report: int, end: int) -> None:
         """Have a worker forked. Raises OSError."""
-        socket.send_fds(self._socket, [Fork(uid).encode()], [end, report])
+        socket.send_fds(self._socket, [Fork(uid).encode()], [report, end])
         self._orders += 1
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ worker: dial         'D' vhost(2)           connect me to this one's backend
 parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
                      and, where there is a vhost at all, the channel to keyd
 parent: backend      'B', with the connected socket; or 'F' and why there is none
-parent: fork         'W' uid(4), with the new worker's end of its socket and the
-                     descriptor of its report
+parent: fork         'W' uid(4), with the descriptor of the new worker's report and
+                     its end of its socket
 fork server: ready   'R'                    confined; may be asked for workers
 fork server: forked  'P' uid(4) pid(4), with the worker's pidfd
 fork server: failed  'E' uid(4) errno(4)

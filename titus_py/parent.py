@@ -554,7 +554,7 @@ class Parent:
             report = make_report()
             uid = self._uids.popleft()
             try:
-                self._forks.order(uid, workers.fileno(), report)
+                self._forks.order(uid, report, workers.fileno())
             except OSError:
                 self._uids.appendleft(uid)
                 ours.close()

@@ -6,7 +6,7 @@ programs that an administrator or a service manager starts.
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from keyd.linux.spawn import NUMBERS, spawn
@@ -20,7 +20,9 @@ __all__ = [
     "Call",
     "Child",
     "clone",
+    "encode",
     "open_standard_streams",
+    "why_failed",
 ]
 
 #: The child's parent is the caller's; what a process that is process 1 of its pid
@@ -32,6 +34,7 @@ CLONE_NEWPID = 0x2000_0000
 CLONE_NEWNET = 0x4000_0000
 
 _CALL = struct.Struct("=7q")
+_ZEROS = (0,) * 6
 
 
 class Call(NamedTuple):
@@ -43,36 +46,49 @@ class Call(NamedTuple):
     name: str
     arguments: tuple[int, ...]
 
-    def encode(self) -> bytes:
-        return _CALL.pack(NUMBERS[self.name], *self.arguments, *(0,) * (6 - len(self.arguments)))
-
 
 class Child(NamedTuple):
-    """A new process to its maker; in itself, ``pid`` is 0 and ``failed`` may say why."""
+    """What came of ``clone``.
+
+    To the caller, the child's pid and a pidfd (close-on-exec), or the errno for which there
+    is no child: EAGAIN where a limit on processes is reached, ENOMEM, EPERM without
+    CAP_SYS_ADMIN (clone(2)). In the child, ``pid`` is 0, and ``failed`` the number of the
+    call that failed, with its errno; -1 if none did.
+    """
 
     pid: int
     pidfd: int
-    failed: str
+    failed: int
+    error: int
 
 
-def clone(flags: int = 0, calls: Iterable[Call] = ()) -> Child:
+def encode(calls: Iterable[Call]) -> bytes:
+    """As ``clone`` takes them."""
+    return b"".join(
+        _CALL.pack(NUMBERS[name], *arguments, *_ZEROS[len(arguments) :])
+        for name, arguments in calls
+    )
+
+
+def clone(flags: int = 0, calls: bytes = b"") -> Child:
     """Fork this process, its child in the namespaces that ``flags`` names.
 
-    In the child the calls are made, in order, before it returns; at the first that fails
-    it returns with that one's name and reason. The pidfd is close-on-exec. Raises OSError,
-    and there is no child, as clone(2) does: EAGAIN where a limit on processes is reached,
-    ENOMEM, EPERM without CAP_SYS_ADMIN.
+    In the child the calls (``encode``) are made, in order, before it returns; none is made
+    after one that fails. Raises ValueError where they are not whole.
 
     The system call is made directly: neither Python's nor libc's after-fork hooks
     run. They mend what other threads may have held locked, and there are none;
     what they touch costs some 180 page faults in each child. What the child must
     renew is its randomness, before it draws any.
     """
-    calls = list(calls)
-    pid, pidfd, failed, error = spawn(flags, b"".join(call.encode() for call in calls))
-    if failed < 0:
-        return Child(pid, pidfd, "")
-    return Child(pid, pidfd, f"{calls[failed].name}: {os.strerror(error)}")
+    return Child(*spawn(flags, calls))
+
+
+def why_failed(child: Child, calls: Sequence[Call]) -> str:
+    """In the child: which call failed and why; nothing if none did."""
+    if child.failed < 0:
+        return ""
+    return f"{calls[child.failed].name}: {os.strerror(child.error)}"
 
 
 def open_standard_streams() -> None:

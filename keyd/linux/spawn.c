@@ -49,7 +49,7 @@ static PyObject *spawn(PyObject *module, PyObject *args)
 	int pidfd = -1;
 	const long pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, 0UL, &pidfd, 0UL, 0UL);
 	if (pid < 0)
-		return PyErr_SetFromErrno(PyExc_OSError);
+		return Py_BuildValue("liii", -1L, -1, -1, errno);
 	if (pid > 0)
 		return Py_BuildValue("liii", pid, pidfd, -1, 0);
 	for (Py_ssize_t at = 0; at < count; at++) {
@@ -63,8 +63,7 @@ static PyObject *spawn(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
 	{"spawn", spawn, METH_VARARGS,
-	 "spawn(flags, calls): clone(2); returns (pid, pidfd, failed, errno). In the child, where\n"
-	 "pid is 0, the calls have been made, or all before the failed one (else -1) and no more."},
+	 "spawn(flags, calls): clone(2); returns (pid, pidfd, failed, errno): see process.Child."},
 	{NULL, NULL, 0, NULL},
 };
 
