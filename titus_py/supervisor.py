@@ -389,6 +389,9 @@ class _Supervisor:
 
     def _ready(self, generation: Generation) -> None:
         """Both of its processes serve."""
+        if generation.parent is not None and not generation.retired:
+            # Not before: whom it has accepted is lost with a generation that is abandoned.
+            self._order(generation.parent, {"do": "accept"})
         if generation is not self._serving or self._stops:
             return
         if not generation.announced:
