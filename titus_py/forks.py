@@ -4,6 +4,7 @@ Run by the parent, which trusts the fork server and never waits for it once it i
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +53,9 @@ class Forks:
         finally:
             for descriptor in given.values():
                 os.close(descriptor)
+        self._pidfd = os.pidfd_open(self._process.pid)
         self._orders = 0
+        self._finishing = False
 
     def wait_until_ready(self) -> bool:
         """Once, before there is anybody to serve; False if it could not confine itself."""
@@ -66,19 +69,25 @@ class Forks:
         self._done = done
         self._lost = lost
         loop.watch(self._socket.fileno(), self._hear)
+        loop.watch(self._pidfd, self._ended)
 
     @property
     def busy(self) -> bool:
-        """Whether it has as many orders as it is given at a time, or is gone."""
-        return self._orders >= _MAX_ORDERS or self._socket.fileno() < 0
+        """Whether it has as many orders as it is given at a time, or takes no more."""
+        return self._orders >= _MAX_ORDERS or self._finishing
 
     def order(self, uid: int, report: int, end: int) -> None:
         """Have a worker forked. Raises OSError."""
         socket.send_fds(self._socket, [Fork(uid).encode()], [report, end])
         self._orders += 1
 
-    def close(self) -> None:
-        """No more orders: it leaves. Once."""
+    def finish(self) -> None:
+        """No more orders: it leaves when it has answered those that it has."""
+        self._finishing = True
+        if not self._orders:
+            self._close()
+
+    def _close(self) -> None:
         if self._socket.fileno() >= 0:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
@@ -92,9 +101,24 @@ class Forks:
             except ConnectionResetError:
                 message, descriptors = b"", []
             if not message:
-                self.close()
-                code = self._process.wait()
-                self._lost(f"exited with {code}" if code >= 0 else f"killed by signal {-code}")
+                # It has ended, or is about to: the pidfd will tell.
+                self._close()
                 return
             self._orders -= 1
             self._done(Forked.decode(message), descriptors[0] if descriptors else -1)
+            if self._finishing and not self._orders:
+                self._close()
+
+    def _ended(self) -> None:
+        self._hear()
+        self._close()
+        self._loop.unwatch(self._pidfd)
+        os.close(self._pidfd)
+        finished, self._finishing = self._finishing, True
+        code = self._process.wait()
+        if not finished:
+            self._lost(f"exited with {code}" if code >= 0 else _killed_by(-code))
+
+
+def _killed_by(number: int) -> str:
+    return f"killed by {signal.Signals(number).name}"

@@ -108,6 +108,7 @@ class Generation:
         if checked.configuration is None:
             raise ValueError("a configuration with mistakes")
         self.number = number
+        self.checked = checked
         self.configuration = checked.configuration
         self.certificates = checked.certificates
         self.keyd: Child | None = None

@@ -61,6 +61,8 @@ _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
 #: How long to wait for a supervisor that does not take the last events.
 _LAST_EVENTS_SECONDS = 5.0
 _OUTBOX_EVENTS = 10_000
+#: How many clients to accept at once from one address before looking after all else again.
+_ACCEPT_AT_ONCE = 256
 
 
 class _Offer(NamedTuple):
@@ -78,6 +80,7 @@ class _Arrival(NamedTuple):
     port: int
     local_address: str
     local_port: int
+    accepted: float
 
 
 class _Worker:
@@ -138,9 +141,9 @@ class Parent:
         self._listeners = {
             descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
         }
+        self._may_accept = False
         self._accepting = False
         self._draining = False
-        self._stopped = False
         # The uid that was freed longest ago is taken first.
         self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
         #: By uid: all of them; those that are not ready yet; those that have a client.
@@ -156,7 +159,10 @@ class Parent:
         # Unique for as long as the machine runs, whatever is restarted and however the
         # wall clock is set.
         self._next_connection = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
-        self._held: _Arrival | None = None
+        #: Those who wait for a worker, the latest last.
+        self._waiting: deque[_Arrival] = deque()
+        self._waiting_timer: Timer | None = None
+        self._last_first = True
         self._admission = Admission(plan.limits)
         #: By limit: how often it was hit within this second, and by whom last.
         self._limits_hit: dict[str, tuple[int, str]] = {}
@@ -170,17 +176,17 @@ class Parent:
     # --- life -------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Serve until drained or told to stop."""
+        """Serve until told to stop, and everybody is gone."""
         self._loop.watch(self._supervisor.fileno(), self._hear_supervisor)
         self._forks.watch(self._loop, self._forked, self._cannot_fork)
         for listener in self._listeners.values():
             listener.setblocking(False)
         self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
-        while not self._stopped and not (self._draining and not self._workers):
+        while not self._draining or self._workers or self._waiting:
             self._fork_spares()
             self._loop.run_once()
-            self._retry_held()
+            self._serve_waiting()
             self._adjust_accepting()
         for limit in list(self._limits_hit):
             self._tell_limited(limit)
@@ -215,6 +221,8 @@ class Parent:
             return
         order = json.loads(message)
         match order["do"]:
+            case "accept":
+                self._may_accept = True
             case "use keyd":
                 self._take_keyd(socket.socket(fileno=descriptors[0]))
             case "use backend":
@@ -236,19 +244,24 @@ class Parent:
         for listener in self._listeners.values():
             listener.close()
         self._listeners.clear()
+
+    def _dismiss_spares(self) -> None:
+        """Nobody is left whom they could serve."""
+        self._spares.clear()
         for uid, worker in self._workers.items():
             if uid not in self._busy:
                 # One that has just ended has hung up already.
                 with suppress(OSError):
                     worker.socket.shutdown(socket.SHUT_RDWR)
+        self._forks.finish()
 
     def _close_all(self, reason: str) -> None:
         self._draining = True
         self._adjust_accepting()
+        while self._waiting:
+            self._turn_away(self._waiting.popleft())
         for worker in list(self._workers.values()):
             self._kill(worker, reason)
-        if not self._workers:
-            self._stopped = True
 
     def _say_alive(self) -> None:
         """To the supervisor, which ends a parent that hangs."""
@@ -312,16 +325,14 @@ class Parent:
     # --- clients ----------------------------------------------------------------
 
     def _adjust_accepting(self) -> None:
-        """Take clients exactly while there is somebody to serve them."""
+        """Take clients exactly while there is, or soon will be, somebody to serve them."""
         full = len(self._busy) >= self._plan.max_workers
         if full and not self._full_told:
             self._full_told = True
             self._tell("full", level="warning", max=self._plan.max_workers)
         elif self._full_told and not full and self._full_timer is None:
             self._full_timer = self._loop.after(_LIMITS_SECONDS, self._no_longer_full)
-        wanted = bool(
-            self._spares and self._keyd and not full and not self._draining and not self._held
-        )
+        wanted = bool(self._may_accept and self._keyd and not self._draining and self._has_room())
         if wanted == self._accepting:
             return
         self._accepting = wanted
@@ -338,25 +349,85 @@ class Parent:
             self._full_told = False
             self._tell("not_full", level="warning", max=self._plan.max_workers)
 
+    def _has_room(self) -> bool:
+        """Beyond the maximum, clients wait in the listen queue."""
+        return len(self._busy) + len(self._waiting) < self._plan.max_workers
+
     def _accept(self, listener: socket.socket) -> None:
-        if not self._spares or len(self._busy) >= self._plan.max_workers:
-            return
-        try:
-            client, address = listener.accept()
-            local = client.getsockname()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
-            self._tell("accept_failed", level="error", reason=error.strerror)
-            return
-        arrival = _Arrival(client, _plain(address[0]), address[1], _plain(local[0]), local[1])
-        limit = self._admission.refuse(arrival.address)
-        if limit is None:
-            self._hand_over(arrival)
-        else:
-            client.close()
-            self._limited(limit, arrival.address)
+        """Take who has come: faster than workers can be forked, so that a surge is soon past."""
+        for _ in range(_ACCEPT_AT_ONCE):
+            if not self._has_room():
+                return
+            try:
+                client, address = listener.accept()
+                local = client.getsockname()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
+                self._tell("accept_failed", level="error", reason=error.strerror)
+                return
+            host, port = _plain(address[0]), address[1]
+            limit = self._admission.refuse(host)
+            if limit is None:
+                now = time.monotonic()
+                self._wait(_Arrival(client, host, port, _plain(local[0]), local[1], now))
+            else:
+                client.close()
+                self._limited(limit, host)
+
+    def _wait(self, arrival: _Arrival) -> None:
+        """Have it wait for a worker. With too many, who has waited longest has to leave.
+
+        Those in their handshake count as well, but are not displaced here: only who gets
+        a worker ends another's handshake, and so that takes as long as workers take to fork.
+        """
+        self._waiting.append(arrival)
+        room = self._plan.limits.handshakes - len(self._handshaking)
+        if len(self._waiting) > max(room, self._plan.spare_workers):
+            oldest = self._waiting.popleft()
+            self._turn_away(oldest)
+            self._limited("handshakes", oldest.address)
+        if self._waiting_timer is None:
+            self._waiting_timer = self._loop.after(
+                self._plan.handshake_timeout, self._end_long_waits
+            )
+
+    def _turn_away(self, arrival: _Arrival) -> None:
+        """Reset a connection that has no worker yet."""
+        arrival.client.close()
+        self._admission.leave(arrival.address)
+
+    def _end_long_waits(self) -> None:
+        """Turn away whose handshake cannot be in time any more: keyd may be gone."""
+        self._waiting_timer = None
+        long_ago = time.monotonic() - self._plan.handshake_timeout
+        while self._waiting and self._waiting[0].accepted <= long_ago:
+            late = self._waiting.popleft()
+            self._turn_away(late)
+            self._limited("handshake_timeout", late.address)
+        if self._waiting:
+            self._waiting_timer = self._loop.after(
+                self._waiting[0].accepted - long_ago, self._end_long_waits
+            )
+
+    def _serve_waiting(self) -> None:
+        """Give the spares to who came last and to who came first, in turn.
+
+        In a surge the last is who still waits for an answer, or was turned away and tries
+        again. The others get on as well: nobody waits for as long as others keep coming.
+        Without a surge there is a spare for all.
+        """
+        while self._spares and self._waiting:
+            served = -1 if self._last_first else 0
+            if not self._hand_over(self._waiting[served]):
+                break
+            del self._waiting[served]
+            self._last_first = not self._last_first
+        if self._draining and not self._waiting and (self._spares or self._forming):
+            self._dismiss_spares()
 
     def _limited(self, limit: str, address: str) -> None:
         """Note that a limit was hit: once a second for each, however often it was."""
@@ -369,18 +440,16 @@ class Parent:
         count, address = self._limits_hit.pop(limit)
         self._tell("limited", level="warning", limit=limit, count=count, last_client=address)
 
-    def _hand_over(self, arrival: "_Arrival") -> None:
-        """Give a client to a spare worker, together with its channel to keyd."""
+    def _hand_over(self, arrival: _Arrival) -> bool:
+        """Give a client to a spare worker, together with its channel to keyd, if keyd is there."""
         offer = self._offer(arrival.local_address, arrival.local_port)
         connection = self._next_connection
         sockets = [arrival.client]
         if offer.vhosts:
             channel = self._open_channel(connection, offer)
             if channel is None:
-                # keyd is gone, or busy: this client waits, as do those who are still in
-                # the listen queue.
-                self._held = arrival
-                return
+                # keyd is gone, or busy: this client waits.
+                return False
             # In this order: the first of them gets the number that the provider knows.
             sockets.insert(0, channel)
         self._next_connection += 1
@@ -411,6 +480,7 @@ class Parent:
             give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
         except OSError as error:
             self._kill(worker, f"does not take a client: {error.strerror}")
+        return True
 
     def _make_offer(self, address: str, port: int) -> _Offer:
         vhosts = tuple(
@@ -497,12 +567,6 @@ class Parent:
                 return None
         return ours
 
-    def _retry_held(self) -> None:
-        """Serve the client that was accepted when keyd could not be reached."""
-        if self._held is not None and self._keyd is not None and self._spares:
-            held, self._held = self._held, None
-            self._hand_over(held)
-
     # --- workers ----------------------------------------------------------------
 
     def _fork_spares(self) -> None:
@@ -521,7 +585,7 @@ class Parent:
         spares = len(self._spares) + len(self._forming)
         room = self._plan.max_workers + self._plan.spare_workers - len(self._workers)
         if (
-            self._draining
+            (self._draining and not self._waiting)
             or self._fork_timer is not None
             or spares >= self._plan.spare_workers
             or room <= 0
@@ -581,20 +645,24 @@ class Parent:
         self._may_serve(worker)
 
     def _cannot_fork(self, how: str) -> None:
-        """The fork server has ended: whoever is here is served, and others take over."""
+        """The fork server has ended: take nobody any more, and serve whom there is a worker for.
+
+        Who is in the listen queue is for the generation that takes over.
+        """
+        self._may_accept = False
         for worker in [one for one in self._workers.values() if one.pidfd < 0]:
             self._forget(worker)
             os.close(worker.report)
-        if not self._draining:
-            self._tell("fork_server_died", level="alarm", how=how)
+        while len(self._waiting) > len(self._spares) + len(self._forming):
+            self._turn_away(self._waiting.popleft())
+        self._tell("fork_server_died", level="alarm", how=how)
 
     def _may_serve(self, worker: _Worker) -> None:
         """Once it has been forked, and has said that it is confined, in whatever order."""
         if worker.ready and worker.pidfd >= 0:
             self._failed_workers = 0
             self._forming.discard(worker.uid)
-            if not self._draining:
-                self._spares.append(worker)
+            self._spares.append(worker)
 
     def _hear_worker(self, worker: _Worker) -> None:
         try:
@@ -703,8 +771,6 @@ class Parent:
             os.close(worker.report)
             if how and not self._draining:
                 self._worker_failed(worker, how, why)
-        if self._draining and not self._workers:
-            self._stopped = True
 
     def _forget(self, worker: _Worker) -> None:
         """It has ended, or never began; its namespace ended with it: nobody has its uid."""

@@ -163,6 +163,8 @@ class _Supervisor:
         self._reread: Checked | None = None
         #: The generation that the reload is to end with, once it has been started.
         self._awaited: Generation | None = None
+        #: A generation that cannot make workers any more, and is to be replaced.
+        self._crippled: Generation | None = None
         #: Who waits for the outcome of a reload.
         self._reload_answers: list[Answer] = []
         #: When the children were last looked after.
@@ -395,6 +397,9 @@ class _Supervisor:
 
     def _ready(self, generation: Generation) -> None:
         """Both of its processes serve."""
+        if generation.parent is not None and not generation.retired:
+            # Not before: whom it has accepted is lost with a generation that is abandoned.
+            self._order(generation.parent, {"do": "accept"})
         if generation is not self._serving or self._stops:
             return
         if not generation.announced:
@@ -477,6 +482,19 @@ class _Supervisor:
         self._awaited = generation
         self._start(generation)
 
+    def _renew(self, generation: Generation) -> None:
+        """Replace a generation that can make no more workers by another of the same.
+
+        Its connections go on, as in a reload; where there can be no other, they end.
+        """
+        self._fail()
+        if self._exit_code is not None:
+            return
+        self._crippled = generation
+        if not self._reloading:
+            self._reloading = True
+            self._take_reread(generation.checked)
+
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
             self._event("reload_failed", level="error", problem=problem)
@@ -485,6 +503,9 @@ class _Supervisor:
     def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
         self._awaited = None
+        crippled, self._crippled = self._crippled, None
+        if crippled is self._serving and crippled is not None and crippled.parent is not None:
+            crippled.parent.kill()
         self._notify(ready=1, status=self._status_text())
         answers, self._reload_answers = self._reload_answers, []
         for answer in answers:
@@ -602,6 +623,8 @@ class _Supervisor:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._connect_keyd(generation, generation.configuration.keyd.socket)
         self._event(name, generation.number, **event)
+        if name == "fork_server_died" and generation is self._serving and not self._stops:
+            self._renew(generation)
 
     def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
         """Something to count and, if it is of interest to a reader, to log."""

@@ -4,7 +4,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from statistics import median
 
 import pytest
 from OpenSSL import SSL
@@ -12,7 +13,7 @@ from OpenSSL import SSL
 from .conftest import Serve
 from .instance import Event, Instance, eventually, free_port
 from .peers import TIMEOUT, Listener, TlsClient, Truncated
-from .service import serves, talk
+from .service import serves, status, talk, without_end
 
 REFUSED = (ConnectionResetError, BrokenPipeError, SSL.Error, Truncated)
 HALF_OPEN = 2000
@@ -211,36 +212,65 @@ def instance_side(others: list[socket.socket], end: Event) -> tuple[str, str]:
     return host, port
 
 
+def come_half_open(source: str, port: int) -> socket.socket | None:
+    """One that connects, says half of what it should, and then nothing more.
+
+    None if it was turned away before it knew that it was connected.
+    """
+    with suppress(ConnectionResetError):
+        one = connect_from(source, port)
+        with suppress(ConnectionResetError, BrokenPipeError):
+            one.sendall(b"\x16\x03\x01\x02\x00\x01")
+        return one
+    return None
+
+
 @contextmanager
-def half_open(port: int, sources: list[str]) -> Iterator[list[socket.socket]]:
-    """Clients that connect, say half of what they should, and then nothing more."""
-    flood: list[socket.socket] = []
-
-    def come() -> None:
-        for source in sources:
-            one = connect_from(source, port)
-            flood.append(one)
-            with suppress(ConnectionResetError, BrokenPipeError):
-                one.sendall(b"\x16\x03\x01\x02\x00\x01")
-
-    thread = threading.Thread(target=come)
+def half_open(port: int, sources: list[str]) -> Iterator[threading.Thread]:
+    """Half-open clients; the thread ends when all have come, and they stay."""
+    flood = []
+    thread = threading.Thread(
+        target=lambda: flood.extend([come_half_open(source, port) for source in sources])
+    )
     thread.start()
     try:
-        yield flood
+        yield thread
     finally:
         thread.join()
         for one in flood:
-            one.close()
+            if one is not None:
+                one.close()
 
 
-def patiently(instance: Instance) -> float:
-    """How long it takes a client to be served who tries again when it is turned away."""
-    started = time.monotonic()
-    while True:
-        with suppress(*REFUSED):
-            assert serves(instance)
-            return time.monotonic() - started
+class Waits(list[float]):
+    """How long clients took to be served who try again when they are turned away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts = 0
+
+    def come(self, port: int) -> None:
+        started = time.monotonic()
+        while not self._served(port):
+            time.sleep(0.05)
+        self.append(time.monotonic() - started)
         time.sleep(0.05)
+
+    def _served(self, port: int) -> bool:
+        self.attempts += 1
+        with suppress(*REFUSED), TlsClient(port) as client:
+            return talk(client.handshake())
+        return False
+
+    def assert_within_a_second(self) -> None:
+        """Each, that is; but a test's machine may be busy with other tests."""
+        late = [seconds for seconds in self if seconds > 1]
+        print(
+            f"\n{len(self)} served in {self.attempts} attempts: median "
+            f"{median(self):.3f} s, slowest {max(self):.3f} s, {len(late)} after a second"
+        )
+        assert len(late) <= len(self) // 10
+        assert max(self) < 5
 
 
 def test_half_open_clients_from_one_address_leave_the_others_served(
@@ -248,36 +278,85 @@ def test_half_open_clients_from_one_address_leave_the_others_served(
 ) -> None:
     worker = {"max": 1000, "handshake_timeout": "60s"}
     instance = serve(echoing.address, worker=worker, limits={"connections_per_address": 50})
-    waits = []
+    before = instance.settled_counts()
+    waits = Waits()
     with half_open(instance.port, ["127.9.9.9"] * HALF_OPEN) as flood:
         started = time.monotonic()
-        while time.monotonic() < started + 3 or len(flood) < HALF_OPEN:
-            waits.append(patiently(instance))
-            time.sleep(0.1)
-        print(f"\n{len(waits)} others served, the slowest after {max(waits):.2f} s")
+        while time.monotonic() < started + 3 or flood.is_alive():
+            waits.come(instance.port)
         limited(instance, "connections_per_address", HALF_OPEN - 50)
-    assert max(waits) < 3
+    waits.assert_within_a_second()
+    assert instance.settled_counts() == before
 
 
 def test_half_open_clients_from_many_addresses_leave_the_others_served(
     serve: Serve, echoing: Listener
 ) -> None:
-    """As soon as all have got through the queue: each costs the start of a process."""
+    """Most of them are turned away without a process of their own, which is what takes time."""
     worker = {"max": 400, "handshake_timeout": "120s"}
     instance = serve(echoing.address, worker=worker, limits={"handshakes": 100})
-    sources = [f"127.{9 + n % 100}.{n // 100}.{1 + n % 200}" for n in range(HALF_OPEN)]
-    started = time.monotonic()
-    with half_open(instance.port, sources):
-        instance.wait_for_events(HALF_OPEN, "connection_begun", 120)
-        digested = time.monotonic() - started
+    before = instance.settled_counts()
+    served_before = len(instance.events_named("connection_begun"))
+    waits = Waits()
+    with half_open(instance.port, many_addresses(HALF_OPEN)) as flood:
+        started = time.monotonic()
+        while time.monotonic() < started + 3 or flood.is_alive():
+            waits.come(instance.port)
         assert len(instance.workers()) < 200
-        waits = [patiently(instance) for _ in range(10)]
-        print(
-            f"\n{HALF_OPEN} let in within {digested:.1f} s; "
-            f"the slowest of {len(waits)} others was served after {max(waits):.2f} s"
-        )
-    assert max(waits) < 3
-    ended = len(instance.events_named("handshake_failed", end="handshakes_limit"))
-    assert HALF_OPEN - 100 < ended <= HALF_OPEN - 100 + 10
-    limited(instance, "handshakes", ended)
+
+        def unaccounted() -> int:
+            """Who waits, after all those who were given a worker or turned away."""
+            given = len(instance.events_named("connection_begun")) - served_before
+            return HALF_OPEN + waits.attempts - given - (handshakes_hit(instance) - ended())
+
+        def ended() -> int:
+            return len(instance.events_named("handshake_failed", end="handshakes_limit"))
+
+        eventually(lambda: unaccounted() == 0, "everybody is accounted for")
+        turned_away = handshakes_hit(instance) - ended()
+        assert status(instance)["counts"]["limited"] == {"handshakes": turned_away + ended()}
+        assert 90 < len(without_end(instance)) <= 100
+        print(f"\n{turned_away} turned away at once, {ended()} for another client")
+    waits.assert_within_a_second()
+    assert turned_away > HALF_OPEN // 2
     assert not instance.events_named("full")
+    assert instance.settled_counts() == before
+
+
+def handshakes_hit(instance: Instance) -> int:
+    return sum(event["count"] for event in instance.events_named("limited", limit="handshakes"))
+
+
+def many_addresses(count: int) -> list[str]:
+    """No two in the same /24."""
+    return [f"127.{9 + n % 100}.{n // 100}.{1 + n % 200}" for n in range(count)]
+
+
+def test_one_who_comes_within_a_surge_waits_for_no_more_than_the_limit(
+    serve: Serve, echoing: Listener
+) -> None:
+    """With as many again behind as in front; and, for comparison, where any number may wait."""
+    worker = {"max": 1000, "handshake_timeout": "60s"}
+
+    def seconds(handshakes: int) -> float:
+        instance = serve(echoing.address, worker=worker, limits={"handshakes": handshakes})
+        waits = Waits()
+        with ExitStack() as stack:
+
+            def come() -> None:
+                for source in many_addresses(300):
+                    stack.enter_context(come_half_open(source, instance.port) or nullcontext())
+
+            come()
+            started = time.monotonic()
+            with suppress(*REFUSED), TlsClient(instance.port) as client:
+                come()
+                assert talk(client.handshake())
+                return time.monotonic() - started
+            waits.come(instance.port)
+            return time.monotonic() - started
+
+    limit, without = seconds(50), seconds(1000)
+    print(f"\nserved after {limit:.2f} s; where any number may wait, {without:.2f} s")
+    assert limit < 3
+    assert limit < without

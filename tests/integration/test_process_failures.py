@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from OpenSSL import SSL
 from .conftest import Serve
 from .instance import Instance, Process, all_processes, eventually
 from .peers import Listener, TlsClient, Truncated, connect, receive_exactly
+from .service import reload, status
 
 FAILS = (SSL.Error, Truncated, ConnectionResetError)
 
@@ -224,15 +225,18 @@ def test_more_clients_than_max_wait_and_are_served_later(serve: Serve, echoing: 
 
 
 @contextmanager
-def a_limit_on_processes(process: Process, limit: int) -> Iterator[None]:
-    """A control group of its own for one process and its children to come (pids.max)."""
+def a_limit_on_processes(process: Process, limit: int) -> Iterator[Callable[[], object]]:
+    """A control group of its own for one process and its children to come (pids.max).
+
+    What it yields lifts the limit.
+    """
     group = pids_hierarchy() / f"titus-py-test-{process.pid}"
     home = group.parent
     group.mkdir()
     try:
         (group / "pids.max").write_text(str(limit))
         (group / "cgroup.procs").write_text(str(process.pid))
-        yield
+        yield lambda: (group / "pids.max").write_text("max")
         (group / "pids.max").write_text("max")
     finally:
         for pid in (group / "cgroup.procs").read_text().split():
@@ -295,6 +299,61 @@ def test_the_parent_goes_on_when_it_cannot_fork(serve: Serve, echoing: Listener)
         assert talk(third.handshake())
     assert serves(instance)
     assert instance.settled_counts(spare=2) == before
+
+
+@contextmanager
+def waiting_for_a_worker(instance: Instance) -> Iterator[TlsClient]:
+    """A client whom nobody can be forked for; the two spare workers have others."""
+    with TlsClient(instance.port) as first, TlsClient(instance.port) as second:
+        assert talk(first.handshake())
+        assert talk(second.handshake())
+        instance.wait_for_event("fork_failed")
+        with TlsClient(instance.port) as third:
+            third.socket.sendall(third.first_flight())
+            time.sleep(0.2)
+            yield third
+
+
+def test_who_waits_for_a_worker_gets_one_after_a_reload(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "60s"})
+    before = instance.settled_counts(spare=2)
+    old = instance.parent()
+    with a_limit_on_processes(old, 1) as lift, waiting_for_a_worker(instance) as client:
+        assert reload(instance)["reloaded"]
+        assert serves(instance)
+        client.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.handshake()
+        lift()
+        client.socket.settimeout(10)
+        assert talk(client.handshake())
+    eventually(lambda: len(status(instance)["generations"]) == 1, "one generation")
+    assert instance.settled_counts(spare=2) == before
+
+
+def test_who_waits_for_a_worker_is_reset_at_the_end(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"spare": 2, "drain": "1s"})
+    instance.settled_counts(spare=2)
+    with a_limit_on_processes(instance.parent(), 1), waiting_for_a_worker(instance) as client:
+        assert instance.terminate() == 0
+        with pytest.raises(ConnectionResetError):
+            client.handshake()
+
+
+def test_who_waits_for_a_worker_does_so_for_the_handshake_timeout(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "1s"})
+    instance.settled_counts(spare=2)
+    with a_limit_on_processes(instance.parent(), 1), waiting_for_a_worker(instance) as client:
+        started = time.monotonic()
+        with pytest.raises(ConnectionResetError):
+            client.handshake()
+        assert time.monotonic() - started < 3
+        event = instance.wait_for_event("limited", limit="handshake_timeout")
+        assert (event["count"], event["last_client"]) == (1, "127.0.0.1")
+    instance.wait_for_event("fork_works_again")
+    assert serves(instance)
 
 
 def processor_ticks(process: Process) -> int:

@@ -442,6 +442,29 @@ def test_a_keyd_that_dies_while_it_starts_is_no_reason_to_abandon_who_serves(
         assert not instance.events_named("reload_failed")
 
 
+def test_nobody_comes_to_a_generation_that_is_not_ready(serve: Serve, echoing: Listener) -> None:
+    """Or they would be lost with it, should it be abandoned."""
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"keyd_died", "parent_died"}
+    instance.signal(signal.SIGHUP)
+    pid = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+    keyd = next(process for process in instance.processes() if process.pid == pid)
+    keyd.kill(signal.SIGSTOP)
+    instance.wait_for_event("parent_started", PATIENCE, generation=2)
+    # As long as it takes to have workers who could take a client.
+    time.sleep(0.5)
+    clients = [TlsClient(instance.port) for _ in range(20)]
+    try:
+        assert all(talk(client.handshake()) for client in clients)
+        keyd.kill()
+        instance.wait_for_event("reload_failed")
+        assert all(talk(client) for client in clients)
+    finally:
+        for client in clients:
+            client.socket.close()
+    assert serves(instance)
+
+
 # --- by itself ----------------------------------------------------------------------------
 
 
