@@ -43,7 +43,7 @@ __all__ = [
     "confine_fork_server",
     "keep_only",
     "missing_features",
-    "narrow",
+    "narrowing_calls",
     "worker_calls",
 ]
 
@@ -168,10 +168,12 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
     ]
 
 
-def narrow(established_filter: seccomp.Program) -> None:
+def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
     """With the handshake done: no keyd any more, and the calls that it needed gone."""
-    os.close(KEYD_FD)
-    seccomp.install(established_filter)
+    return [
+        Call("close", (KEYD_FD,)),
+        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, established_filter.address)),
+    ]
 
 
 def keep_only(parent: int) -> None:

@@ -32,6 +32,7 @@ from titus_py.confinement import (
     WORKER_NAMESPACES,
     Given,
     confine_fork_server,
+    narrowing_calls,
     worker_calls,
 )
 from titus_py.messages import FORK_OCTETS, Fork, Forked, Ready
@@ -54,11 +55,12 @@ def main() -> int:
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
     plan = Plan.decode(read_all(arguments.plan_fd))
+    established_filter = Program(bytes.fromhex(plan.established_filter))
     terms = Terms(
         plan.handshake_timeout,
         plan.limits.idle_timeout,
         [_site(vhost) for vhost in plan.vhosts],
-        Program(bytes.fromhex(plan.established_filter)),
+        encode(narrowing_calls(established_filter)),
         ReportWriter(),
     )
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))

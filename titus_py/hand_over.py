@@ -9,9 +9,13 @@ yet, and from then on the parent holds nothing.
 """
 
 import socket
+import struct
 from collections.abc import Sequence
+from socket import SocketType
 
 __all__ = ["give", "take"]
+
+_INT = struct.Struct("=i")
 
 
 def give(to: socket.socket, message: bytes, sockets: Sequence[socket.socket]) -> None:
@@ -27,13 +31,23 @@ def give(to: socket.socket, message: bytes, sockets: Sequence[socket.socket]) ->
         socket.send_fds(to, [message], [theirs.fileno()])
 
 
-def take(giver: socket.socket, octets: int, count: int) -> tuple[bytes, list[int]]:
+def take(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:
     """Receive a message of at most so many octets and up to ``count`` descriptors.
 
     An empty message says that the other side is gone.
     """
-    message, pair, _, _ = socket.recv_fds(giver, octets, 1)
+    message, pair = _receive(giver, octets, 1)
     if not pair:
         return message, []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=pair[0]) as inner:
-        return message, socket.recv_fds(inner, 1, count)[1]
+    inner = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, pair[0])
+    try:
+        return message, _receive(inner, 1, count)[1]
+    finally:
+        inner.close()
+
+
+def _receive(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:
+    """socket.recv_fds for a socket as the C library has it: a worker has no others."""
+    message, ancillary, _, _ = giver.recvmsg(octets, socket.CMSG_SPACE(count * _INT.size))
+    descriptors = [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]
+    return message, descriptors

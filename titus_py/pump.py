@@ -13,6 +13,7 @@ connection that came to a clean end in both directions has that taken off.
 import select
 import socket
 from collections.abc import Callable
+from socket import SocketType
 
 from OpenSSL import SSL
 
@@ -48,8 +49,8 @@ class Pump:
     def __init__(
         self,
         client: SSL.Connection,
-        client_socket: socket.socket,
-        backend: socket.socket,
+        client_socket: SocketType,
+        backend: SocketType,
         count: Callable[[int, int], None],
         idle_timeout: float | None = None,
     ) -> None:
@@ -248,7 +249,7 @@ def _client_failure(error: SSL.SysCallError) -> tuple[End, str]:
     return End.CLIENT_RESET, ""
 
 
-def stop_resetting(side: socket.socket) -> None:
+def stop_resetting(side: SocketType) -> None:
     """Let the connection be closed cleanly."""
     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
 

@@ -30,6 +30,16 @@ __all__ = [
 #: cipher suite, group, server name, detail.
 _LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s")
 _OCTETS = 1024
+#: Where each of them is.
+_PLACES = {
+    "state": slice(0, 1),
+    "end": slice(1, 2),
+    "tls_version": slice(24, 40),
+    "cipher_suite": slice(40, 104),
+    "group": slice(104, 152),
+    "server_name": slice(152, 408),
+    "detail": slice(408, 664),
+}
 _COUNTS = struct.Struct("=QQ")
 _COUNTS_OFFSET = 8
 
@@ -87,15 +97,16 @@ class ReportWriter:
         self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         #: Where that page is.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        self._fields = Report(State.CONFINING, End.NONE, 0, 0, "", "", "", "", "")
 
-    def set(self, **fields: object) -> None:
+    def set(self, **fields: int | str) -> None:
         """Store these fields of Report; octets are ``count``'s."""
-        self._fields = self._fields._replace(**fields)  # type: ignore[arg-type]
-        state, end, _, _, *texts = self._fields
-        counts = _COUNTS.unpack_from(self._page, _COUNTS_OFFSET)
-        octets = [str(text).encode("utf-8", "replace") for text in texts]
-        _LAYOUT.pack_into(self._page, 0, state, end, *counts, *octets)
+        for name, value in fields.items():
+            place = _PLACES[name]
+            if isinstance(value, str):
+                length = place.stop - place.start
+                self._page[place] = value.encode("utf-8", "replace")[:length].ljust(length, b"\0")
+            else:
+                self._page[place.start] = value
 
     def count(self, from_client: int, to_client: int) -> None:
         """Store how many octets have passed, both ways, so far."""

@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from socket import SocketType
 from typing import NamedTuple, NoReturn
 
 from OpenSSL import SSL
 
-from keyd.linux.seccomp import Program
+from keyd.linux.process import make
 from titus_py import messages
 from titus_py.client_hello import (
     MAX_OCTETS,
@@ -27,7 +28,7 @@ from titus_py.client_hello import (
     fatal_alert,
     parse_client_hello,
 )
-from titus_py.confinement import KEYD_FD, PARENT_FD, narrow
+from titus_py.confinement import KEYD_FD, PARENT_FD
 from titus_py.hand_over import take
 from titus_py.messages import Client, Dial, Ready
 from titus_py.pump import Pump, describe, stop_resetting
@@ -58,7 +59,8 @@ class Terms(NamedTuple):
     handshake_timeout: float
     idle_timeout: float | None
     sites: Sequence[Site]
-    established_filter: Program
+    #: System calls (``confinement.narrowing_calls``), encoded.
+    narrowing: bytes
     report: ReportWriter
 
 
@@ -87,7 +89,7 @@ def live(terms: Terms, failed: str) -> NoReturn:
         if failed:
             raise OSError(f"not confined: {failed}")
         reseed()
-        parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
+        parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
         assigned = _wait_for_client(parent)
@@ -102,7 +104,7 @@ def live(terms: Terms, failed: str) -> NoReturn:
         os._exit(code)
 
 
-def _wait_for_client(parent: socket.socket) -> tuple[Client, socket.socket] | None:
+def _wait_for_client(parent: SocketType) -> tuple[Client, SocketType] | None:
     """Be a spare, for as long as it takes; None if the parent has no use for one."""
     message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
     if not message:
@@ -110,11 +112,11 @@ def _wait_for_client(parent: socket.socket) -> tuple[Client, socket.socket] | No
     # The provider looks for keyd at a fixed number.
     if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
         raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
-    return Client.decode(message), socket.socket(fileno=descriptors[-1])
+    return Client.decode(message), SocketType(fileno=descriptors[-1])
 
 
 def _serve(
-    terms: Terms, report: ReportWriter, parent: socket.socket, client: Client, peer: socket.socket
+    terms: Terms, report: ReportWriter, parent: SocketType, client: Client, peer: SocketType
 ) -> tuple[End, str]:
     """One connection; returns how it ended and a detail for the record."""
     deadline = time.monotonic() + terms.handshake_timeout
@@ -122,9 +124,10 @@ def _serve(
     report.set(state=State.HANDSHAKE)
     try:
         vhost = _choose_site(terms, report, client, peer, deadline)
-        connection = SSL.Connection(terms.sites[vhost].context, peer)
+        # All that it asks of the socket is its descriptor.
+        connection = SSL.Connection(terms.sites[vhost].context, peer)  # type: ignore[arg-type]
         _shake_hands(connection, peer, deadline)
-        narrow(terms.established_filter)
+        make(terms.narrowing)
         report.set(
             state=State.ESTABLISHED,
             tls_version=connection.get_protocol_version_name(),
@@ -140,7 +143,7 @@ def _serve(
 
 
 def _choose_site(
-    terms: Terms, report: ReportWriter, client: Client, peer: socket.socket, deadline: float
+    terms: Terms, report: ReportWriter, client: Client, peer: SocketType, deadline: float
 ) -> int:
     """Read the client's first message, without taking it, for the name in it."""
     octets = b""
@@ -177,7 +180,7 @@ def _choose_site(
     return client.vhosts[chosen]
 
 
-def _shake_hands(connection: SSL.Connection, peer: socket.socket, deadline: float) -> None:
+def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) -> None:
     connection.set_accept_state()
     while True:
         try:
@@ -194,23 +197,23 @@ def _shake_hands(connection: SSL.Connection, peer: socket.socket, deadline: floa
             raise _Over(End.HANDSHAKE_FAILED, describe(error), b"") from None
 
 
-def _await(peer: socket.socket, events: int, deadline: float) -> None:
+def _await(peer: SocketType, events: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(peer, events)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
         raise _Over(End.HANDSHAKE_TIMEOUT)
 
 
-def _reach_backend(parent: socket.socket, vhost: int) -> socket.socket:
+def _reach_backend(parent: SocketType, vhost: int) -> SocketType:
     """Have the parent connect: a worker cannot open a socket."""
     parent.send(Dial(vhost).encode())
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
-    return socket.socket(fileno=descriptors[0])
+    return SocketType(fileno=descriptors[0])
 
 
-def _turn_away(peer: socket.socket, farewell: bytes) -> None:
+def _turn_away(peer: SocketType, farewell: bytes) -> None:
     """Say why, in plain octets or in the alert that OpenSSL has sent, and close.
 
     Without the wait, the client's own octets, unread, would make the close a reset,

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from keyd.linux.spawn import NUMBERS, spawn
+from keyd.linux.spawn import NUMBERS, make, spawn
 
 __all__ = [
     "CLONE_NEWIPC",
@@ -21,6 +21,7 @@ __all__ = [
     "Child",
     "clone",
     "encode",
+    "make",
     "open_standard_streams",
     "why_failed",
 ]
@@ -63,7 +64,7 @@ class Child(NamedTuple):
 
 
 def encode(calls: Iterable[Call]) -> bytes:
-    """As ``clone`` takes them."""
+    """As ``clone`` and ``make`` take them."""
     return b"".join(
         _CALL.pack(NUMBERS[name], *arguments, *_ZEROS[len(arguments) :])
         for name, arguments in calls

@@ -1,9 +1,9 @@
 /*
- * One function: clone(2), and in the child a list of system calls before anything else.
+ * A list of system calls, made in order: at once, or by a child of clone(2) before anything else.
  *
- * Run by the fork server. Between its birth and the last of the calls the child runs nothing
- * but this: no Python, whose objects it would first have to copy, page by page. What is
- * called is written down, in order, in Python (titus_py/confinement.py).
+ * Run by the fork server and by workers. Between its birth and the last of the calls the child
+ * runs nothing but this: no Python, whose objects it would first have to copy, page by page.
+ * What is called is written down, in order, in Python (titus_py/confinement.py).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -25,20 +25,58 @@ struct call {
 	int64_t arguments[6];
 };
 
+struct calls {
+	const struct call *first;
+	Py_ssize_t count;
+};
+
+static int take_calls(const char *octets, Py_ssize_t length, struct calls *calls)
+{
+	if (length % (Py_ssize_t)sizeof(struct call) != 0) {
+		PyErr_SetString(PyExc_ValueError, "not a whole number of calls");
+		return -1;
+	}
+	calls->first = (const struct call *)(const void *)octets;
+	calls->count = length / (Py_ssize_t)sizeof(struct call);
+	return 0;
+}
+
+/* Returns the number of the call that failed, with errno, and makes none after it; or -1. */
+static int make_all(struct calls calls)
+{
+	for (Py_ssize_t at = 0; at < calls.count; at++) {
+		const int64_t *argument = calls.first[at].arguments;
+		if (syscall(calls.first[at].number, argument[0], argument[1], argument[2], argument[3],
+		            argument[4], argument[5]) == -1)
+			return (int)at;
+	}
+	return -1;
+}
+
+static PyObject *make(PyObject *module, PyObject *args)
+{
+	const char *octets;
+	Py_ssize_t length;
+	struct calls calls;
+	(void)module;
+	if (!PyArg_ParseTuple(args, "y#", &octets, &length) ||
+	    take_calls(octets, length, &calls) < 0)
+		return NULL;
+	if (make_all(calls) >= 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
 static PyObject *spawn(PyObject *module, PyObject *args)
 {
 	unsigned long flags;
 	const char *octets;
 	Py_ssize_t length;
+	struct calls calls;
 	(void)module;
-	if (!PyArg_ParseTuple(args, "ky#", &flags, &octets, &length))
+	if (!PyArg_ParseTuple(args, "ky#", &flags, &octets, &length) ||
+	    take_calls(octets, length, &calls) < 0)
 		return NULL;
-	if (length % (Py_ssize_t)sizeof(struct call) != 0) {
-		PyErr_SetString(PyExc_ValueError, "not a whole number of calls");
-		return NULL;
-	}
-	const struct call *calls = (const struct call *)(const void *)octets;
-	const Py_ssize_t count = length / (Py_ssize_t)sizeof(struct call);
 
 	/*
 	 * clone(2) and not clone3(2): a service manager's filter on namespaces sees only the
@@ -52,16 +90,13 @@ static PyObject *spawn(PyObject *module, PyObject *args)
 		return Py_BuildValue("liii", -1L, -1, -1, errno);
 	if (pid > 0)
 		return Py_BuildValue("liii", pid, pidfd, -1, 0);
-	for (Py_ssize_t at = 0; at < count; at++) {
-		const int64_t *argument = calls[at].arguments;
-		if (syscall(calls[at].number, argument[0], argument[1], argument[2], argument[3],
-		            argument[4], argument[5]) == -1)
-			return Py_BuildValue("liii", 0L, -1, (int)at, errno);
-	}
-	return Py_BuildValue("liii", 0L, -1, -1, 0);
+	const int failed = make_all(calls);
+	return Py_BuildValue("liii", 0L, -1, failed, failed < 0 ? 0 : errno);
 }
 
 static PyMethodDef methods[] = {
+	{"make", make, METH_VARARGS,
+	 "make(calls): make them, in order; raises OSError for the first that fails."},
 	{"spawn", spawn, METH_VARARGS,
 	 "spawn(flags, calls): clone(2); returns (pid, pidfd, failed, errno): see process.Child."},
 	{NULL, NULL, 0, NULL},
@@ -79,9 +114,10 @@ static const struct {
 	const char *name;
 	int number;
 } numbers[] = {
-	{"close_range", SYS_close_range}, {"dup3", SYS_dup3},           {"mmap", SYS_mmap},
-	{"prctl", SYS_prctl},             {"prlimit64", SYS_prlimit64}, {"seccomp", SYS_seccomp},
-	{"setgroups", SYS_setgroups},     {"setresgid", SYS_setresgid}, {"setresuid", SYS_setresuid},
+	{"close", SYS_close},         {"close_range", SYS_close_range}, {"dup3", SYS_dup3},
+	{"mmap", SYS_mmap},           {"prctl", SYS_prctl},             {"prlimit64", SYS_prlimit64},
+	{"seccomp", SYS_seccomp},     {"setgroups", SYS_setgroups},     {"setresgid", SYS_setresgid},
+	{"setresuid", SYS_setresuid},
 };
 
 PyMODINIT_FUNC PyInit_spawn(void);
