@@ -33,6 +33,7 @@ from keyd.linux.credentials import (
     keep_capabilities,
     lock_memory,
 )
+from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.powers import NotTLS, PrivateKey, perform
@@ -188,7 +189,7 @@ class Keyd:
 
         def hear() -> None:
             try:
-                message, descriptors, _, _ = socket.recv_fds(
+                message, descriptors = receive_descriptors(
                     control, MAX_OPEN_OCTETS + 1, 1, socket.MSG_DONTWAIT
                 )
             except BlockingIOError:

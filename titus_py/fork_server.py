@@ -23,6 +23,7 @@ import socket
 import prctl
 
 from keyd.linux.credentials import hide_memory
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
@@ -113,7 +114,7 @@ def _take_orders(parent: socket.socket) -> list[Given]:
     flags = 0
     while len(orders) < MAX_ORDERS:
         try:
-            message, descriptors, _, _ = socket.recv_fds(parent, FORK_OCTETS, 2, flags)
+            message, descriptors = receive_descriptors(parent, FORK_OCTETS, 2, flags)
         except BlockingIOError:
             break
         if not message:
@@ -130,7 +131,7 @@ def _answer(parent: socket.socket, given: Given, child: Child) -> None:
     if child.error:
         parent.send(Forked(given.uid, 0, child.error).encode())
         return
-    socket.send_fds(parent, [Forked(given.uid, child.pid).encode()], [child.pidfd])
+    send_descriptors(parent, Forked(given.uid, child.pid).encode(), [child.pidfd])
     os.close(child.pidfd)
 
 

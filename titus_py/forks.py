@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from titus_py.confinement import MAX_ORDERS
 from titus_py.event_loop import EventLoop
 from titus_py.messages import FORKED_OCTETS, Fork, Forked, Ready
@@ -78,7 +79,7 @@ class Forks:
 
     def order(self, uid: int, report: int, end: int) -> None:
         """Have a worker forked. Raises OSError."""
-        socket.send_fds(self._socket, [Fork(uid).encode()], [report, end])
+        send_descriptors(self._socket, Fork(uid).encode(), [report, end])
         self._orders += 1
 
     def finish(self) -> None:
@@ -95,7 +96,7 @@ class Forks:
     def _hear(self) -> None:
         while self._socket.fileno() >= 0:
             try:
-                message, descriptors, _, _ = socket.recv_fds(self._socket, FORKED_OCTETS, 1)
+                message, descriptors = receive_descriptors(self._socket, FORKED_OCTETS, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:

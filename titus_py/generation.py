@@ -17,6 +17,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from keyd.linux.descriptors import send_descriptors
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py import configuration
@@ -71,7 +72,7 @@ class Child:
         while self._orders:
             octets, descriptors = self._orders[0]
             try:
-                socket.send_fds(self.socket, [octets], descriptors)
+                send_descriptors(self.socket, octets, descriptors)
             except BlockingIOError:
                 return False
             except OSError:

@@ -9,13 +9,12 @@ yet, and from then on the parent holds nothing.
 """
 
 import socket
-import struct
 from collections.abc import Sequence
 from socket import SocketType
 
-__all__ = ["give", "take"]
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
 
-_INT = struct.Struct("=i")
+__all__ = ["give", "take"]
 
 
 def give(to: socket.socket, message: bytes, sockets: Sequence[socket.socket]) -> None:
@@ -24,11 +23,11 @@ def give(to: socket.socket, message: bytes, sockets: Sequence[socket.socket]) ->
     with theirs:
         try:
             with ours:
-                socket.send_fds(ours, [b"\0"], [one.fileno() for one in sockets])
+                send_descriptors(ours, b"\0", [one.fileno() for one in sockets])
         finally:
             for one in sockets:
                 one.close()
-        socket.send_fds(to, [message], [theirs.fileno()])
+        send_descriptors(to, message, [theirs.fileno()])
 
 
 def take(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:
@@ -36,18 +35,11 @@ def take(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:
 
     An empty message says that the other side is gone.
     """
-    message, pair = _receive(giver, octets, 1)
+    message, pair = receive_descriptors(giver, octets, 1)
     if not pair:
         return message, []
     inner = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, pair[0])
     try:
-        return message, _receive(inner, 1, count)[1]
+        return message, receive_descriptors(inner, 1, count)[1]
     finally:
         inner.close()
-
-
-def _receive(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:
-    """socket.recv_fds for a socket as the C library has it: a worker has no others."""
-    message, ancillary, _, _ = giver.recvmsg(octets, socket.CMSG_SPACE(count * _INT.size))
-    descriptors = [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]
-    return message, descriptors

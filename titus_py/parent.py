@@ -29,6 +29,7 @@ from keyd.linux.credentials import (
     hide_memory,
     keep_capabilities,
 )
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.sealed import read_all
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal, Status
 from keyd.protocol import Malformed as MalformedByKeyd
@@ -208,7 +209,7 @@ class Parent:
 
     def _hear_supervisor(self) -> None:
         try:
-            message, descriptors, _, _ = socket.recv_fds(
+            message, descriptors = receive_descriptors(
                 self._supervisor, _SUPERVISOR_MESSAGE_OCTETS, 1, socket.MSG_DONTWAIT
             )
         except BlockingIOError:
@@ -305,7 +306,7 @@ class Parent:
         if report is None:
             self._supervisor.send(octets, flags)
         else:
-            socket.send_fds(self._supervisor, [octets], [report], flags)
+            send_descriptors(self._supervisor, octets, [report], flags)
             os.close(report)
         self._outbox.popleft()
 
@@ -559,7 +560,7 @@ class Parent:
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with keyds:
             try:
-                socket.send_fds(self._keyd, [terms.encode()], [keyds.fileno()])
+                send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
             except OSError:
                 # Full or gone. If it is alive, it will have caught up in a moment.
                 ours.close()

@@ -24,6 +24,7 @@ import prctl
 
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
+from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
 from keyd.system_calls import SERVING
@@ -583,9 +584,7 @@ class _Supervisor:
         """What a child has to say is an event for the log; returns whether there may be more."""
         for _ in range(100):
             try:
-                message, reports, _, _ = socket.recv_fds(
-                    child.socket, _EVENT_OCTETS, 1, socket.MSG_CMSG_CLOEXEC
-                )
+                message, reports = receive_descriptors(child.socket, _EVENT_OCTETS, 1)
             except BlockingIOError:
                 return False
             except ConnectionResetError:
