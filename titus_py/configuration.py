@@ -407,8 +407,10 @@ class Limits(_Table):
     )
     handshakes: Annotated[_Integer, Field(ge=1)] | None = Field(
         default=None,
-        description="How many connections may be within their handshake at once; one more, and "
-        "the one that has taken longest is ended. Absent: half of worker.max, but at least 64.",
+        description="How many connections may wait for a worker or be within their handshake at "
+        "once. With one more, who has waited longest is reset; and with so many within their "
+        "handshake, a newcomer's worker takes the place of the slowest one. As many as "
+        "worker.spare may wait in any case. Absent: half of worker.max, but at least 64.",
     )
     idle_timeout: _Duration | None = Field(
         default=3600.0,

@@ -86,17 +86,20 @@ class Load:
     async def stay(self, number: int) -> None:
         """Transfers that span many reloads, slowly, each to its end."""
         chance = random.Random(1000 + number)
+        # Not all of them leave with the same reload.
+        spanned = 1 + number % SPANNED
         while not self.over:
             begun, steps = self.reloads, 0
             reader, writer = await self._open()
             name = self._name(writer)
-            while self.reloads < begun + SPANNED and not self.over:
+            while self.reloads < begun + spanned and not self.over:
                 steps += 1
                 await self._exchange(reader, writer, chance.randrange(len(OCTETS) - 40000), 40000)
                 await asyncio.sleep(chance.uniform(0.1, 0.3))
             assert self._name(writer) == name
             await self._close(reader, writer)
             self.transfers += 1
+            spanned = SPANNED
 
     async def noted(self, client: Callable[[int], Awaitable[None]], number: int) -> None:
         while not self.over:
