@@ -25,20 +25,23 @@ from bench.stage import FULL, QUICK, Stage
 from keyd.linux.credentials import allow_many_descriptors
 
 _HERE = Path(__file__).parent
-_PROGRAMS = _HERE.parent / "build"
+_RESULTS = _HERE / "results"
+_BUILD = _HERE.parent / "build"
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    raw = arguments.results / "results.json"
+    directory = arguments.results or (_BUILD / "bench-quick" if arguments.quick else _RESULTS)
+    raw = directory / "results.json"
     if arguments.render:
-        _write(Results.load(raw), arguments.results)
+        _write(Results.load(raw), directory)
         return 0
     if os.geteuid() != 0:
         print("bench: titus-py has to be started as root", file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    for number in _STOPPING:
+        signal.signal(number, _interrupt)
     allow_many_descriptors()
     try:
         results = _measure(arguments)
@@ -48,10 +51,17 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nbench: interrupted; nothing is left behind", file=sys.stderr)
         return 130
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     results.save(raw)
-    _write(results, arguments.results)
+    _write(results, directory)
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    """Once: what is left to be done then is to stop all that runs."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=MEASUREMENTS, metavar="MEASUREMENT")
     parser.add_argument("--peer", action="append", choices=[peer.name for peer in PEERS])
     parser.add_argument("--render", action="store_true", help="only write the tables and pictures")
-    parser.add_argument("--results", type=Path, default=_HERE / "results", metavar="DIRECTORY")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where to (default: bench/results, of the quick one build/bench-quick)",
+    )
     return parser
 
 
@@ -77,7 +92,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
         directory = Path(name)
         # The proxies' own users read their files here; the keys are closed to them.
         directory.chmod(0o755)
-        stage = Stage(directory, Load(_PROGRAMS / "load"), there, scope, results)
+        stage = Stage(directory, Load(_BUILD / "load"), there, scope, results)
         for measurement in arguments.only or MEASUREMENTS:
             stage.say(measurement)
             MEASUREMENTS[measurement](stage)
@@ -85,13 +100,17 @@ def _measure(arguments: argparse.Namespace) -> Results:
 
 
 def _write(results: Results, directory: Path) -> None:
-    write_report(results, directory)
+    for picture in (*directory.glob("*.svg"), *directory.glob("*.png")):
+        picture.unlink()
     try:
         from bench.pictures import draw
     except ImportError as error:
         print(f"bench: no pictures: {error}", file=sys.stderr)
-        return
-    draw(results, directory)
+    else:
+        draw(results, directory)
+    report = write_report(results, directory)
+    print(report.read_text())
+    print(f"This is {report}; beside it are the raw numbers and the pictures.")
 
 
 if __name__ == "__main__":

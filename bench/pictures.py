@@ -87,7 +87,7 @@ def _bars(
             axes.bar(at, median, width * 0.92, color=colours[peer], label=peer, yerr=span)
             if peer == TITUS_PY:
                 axes.annotate(
-                    f"{median:,.0f}" if median >= 10 else f"{median:.2g}",
+                    f"{median:,.0f}" if median >= 10 else f"{median:.2f}",
                     (at, summary.high * scale),
                     (0, 2),
                     textcoords="offset points",

@@ -79,14 +79,16 @@ def _tail(log: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    """It is asked to; then it and whatever of its session is left is killed."""
+    if process.returncode is not None:
+        return
     process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    # Children that did not end with it: the session's number is not given anew before they do.
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _STOP_SECONDS
+    # Not reaped yet: as long as it is not, nobody else gets its number.
+    unreaped = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while not os.waitid(os.P_PID, process.pid, unreaped) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -47,13 +47,17 @@ class _Table(NamedTuple):
     note: str
     measurement: str
     rows: Callable[[Results], Iterable[_Row]]
+    picture: str
 
 
-def write_report(results: Results, directory: Path) -> None:
-    (directory / "results.md").write_text("\n".join(_report(results)) + "\n")
+def write_report(results: Results, directory: Path) -> Path:
+    """Write it beside the pictures, which it shows; returns where."""
+    path = directory / "results.md"
+    path.write_text("\n".join(_report(results, directory)) + "\n")
+    return path
 
 
-def _report(results: Results) -> Iterable[str]:
+def _report(results: Results, directory: Path) -> Iterable[str]:
     machine = results.machine
     yield "# titus-py and its peers"
     yield ""
@@ -67,7 +71,9 @@ def _report(results: Results) -> Iterable[str]:
     yield from (f"- **{name}: not measured**: {why}" for name, why in results.missing.items())
     for table in _TABLES:
         yield from _render(table, results)
+        yield from _picture(table.picture, directory)
     yield from _signatures(results)
+    yield from _picture("signatures", directory)
     yield from _failures(results)
 
 
@@ -93,6 +99,13 @@ def _render(table: _Table, results: Results) -> Iterable[str]:
         own = medians.get(TITUS_PY)
         ratios = [_ratio(own, medians[peer]) for peer in against]
         yield _line([row.label, *cells, *ratios])
+
+
+def _picture(name: str, directory: Path) -> Iterable[str]:
+    """Where it was drawn."""
+    if name and (directory / f"{name}.svg").exists():
+        yield ""
+        yield f"![{name}]({name}.svg)"
 
 
 def _median(results: Results, measurement: str, peer: str, row: _Row) -> float | None:
@@ -194,30 +207,35 @@ _TABLES = (
         "nearly all of its one processor, so that the proxy may be able to do more.",
         "handshakes",
         _handshake_rows,
+        "",
     ),
     _Table(
         "The processor's time for one of them, ms",
         "Of all processes of the proxy, user and system; less is better.",
         "handshakes",
         _handshake_cpu_rows,
+        "handshakes",
     ),
     _Table(
         "Handshakes a second on one processor",
         "32 clients; the proxy has one processor, load and backend have the others.",
         "one-core",
         _one_core_rows,
+        "one-core",
     ),
     _Table(
         "Time to the first octet of the answer, ms",
         "From connecting, at a fixed rate of new clients; less is better.",
         "latency",
         _latency_rows,
+        "latency",
     ),
     _Table(
         "Long transfers",
         "All of them together. The processor's time is that of the proxy alone.",
         "transfers",
         _transfer_rows,
+        "transfers",
     ),
     _Table(
         "Idle connections",
@@ -225,6 +243,7 @@ _TABLES = (
         "kernel's own memory on the whole machine, both ends' sockets included.",
         "idle",
         _idle_rows,
+        "idle",
     ),
     _Table(
         "Bursts",
@@ -232,6 +251,7 @@ _TABLES = (
         f"burst, {LIGHT_RATE:.0f} newcomers a second.",
         "burst",
         _burst_rows,
+        "burst",
     ),
 )
 
