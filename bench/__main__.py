@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bench.load import Load
-from bench.machine import describe_machine, describe_versions
+from bench.machine import describe_machine, describe_versions, watch_others
 from bench.measurements import MEASUREMENTS
 from bench.peers import PEERS
 from bench.processes import Failed
@@ -88,6 +88,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
     results.missing = {
         peer.name: f"{peer.program} is not installed" for peer in peers if peer not in there
     }
+    others = watch_others()
     with tempfile.TemporaryDirectory(prefix="titus-py-bench-") as name:
         directory = Path(name)
         # The proxies' own users read their files here; the keys are closed to them.
@@ -96,6 +97,7 @@ def _measure(arguments: argparse.Namespace) -> Results:
         for measurement in arguments.only or MEASUREMENTS:
             stage.say(measurement)
             MEASUREMENTS[measurement](stage)
+    results.machine["others"] = others()
     return results
 
 

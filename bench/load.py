@@ -4,10 +4,10 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.processes import Failed
 
@@ -52,18 +52,16 @@ class Load:
     def on(self, cpus: set[int]) -> "Load":
         return Load(self.program, cpus)
 
-    def run(self, mode: str, port: int, seconds: float = 0, **options: object) -> Outcome:
+    def run(self, mode: str, port: int, **options: str | float) -> Outcome:
         """Raises Failed."""
-        if seconds:
-            options["seconds"] = seconds
-        command = self._command(mode, port, options)
+        patience = float(options.get("seconds", 0)) + float(options.get("timeout", 10))
         try:
             result = subprocess.run(
-                command,
+                self._command(mode, port, options),
                 check=True,
                 capture_output=True,
                 text=True,
-                timeout=seconds + float(str(options.get("timeout", 10))) + _SPARE_SECONDS,
+                timeout=patience + _SPARE_SECONDS,
                 preexec_fn=self._prepare(),
             )
         except subprocess.TimeoutExpired as error:
@@ -88,8 +86,11 @@ class Load:
             def hold(count: int) -> None:
                 assert process.stdin is not None
                 assert process.stdout is not None
-                process.stdin.write(f"{count}\n")
-                process.stdin.flush()
+                try:
+                    process.stdin.write(f"{count}\n")
+                    process.stdin.flush()
+                except BrokenPipeError as error:
+                    raise Failed("the load has ended") from error
                 answer = json.loads(process.stdout.readline() or "{}")
                 if answer.get("held") != count:
                     raise Failed(f"of {count} idle connections: {answer}")
@@ -99,7 +100,7 @@ class Load:
             finally:
                 process.kill()
 
-    def _command(self, mode: str, port: int, options: dict[str, Any]) -> Sequence[str]:
+    def _command(self, mode: str, port: int, options: Mapping[str, object]) -> Sequence[str]:
         words = [str(self.program), mode, str(port)]
         for name, value in options.items():
             words += [f"--{name}", str(value)]

@@ -2,17 +2,18 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from OpenSSL import SSL
 
 from bench.peers import Peer, version_of_package
 
-__all__ = ["describe_machine", "describe_versions"]
+__all__ = ["describe_machine", "describe_versions", "watch_others"]
 
 
 def describe_machine() -> dict[str, str]:
@@ -45,3 +46,31 @@ def describe_versions(peers: Sequence[Peer]) -> dict[str, str]:
     versions["libssl3 (the others, and the load)"] = version_of_package("libssl3")
     versions["backend"] = f"nginx {version_of_package('nginx-light')}"
     return versions
+
+
+def watch_others() -> Callable[[], str]:
+    """What to call at the end, to learn how much of the processors others had in between.
+
+    Figures of a machine that was busy otherwise are worth less, and have to say so.
+    """
+    begun, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+
+    def others() -> str:
+        seconds = len(os.sched_getaffinity(0)) * (time.monotonic() - begun)
+        share = (_busy_seconds() - busy - (_own_seconds() - own)) / seconds
+        return f"{100 * max(0, share):.0f} %"
+
+    return others
+
+
+def _busy_seconds() -> float:
+    """Of all processors since boot: everything but idle and waiting for disks."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Of this process and of all that it has started and that has ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

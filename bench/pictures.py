@@ -58,11 +58,13 @@ def _proxies(results: Results, measurement: str) -> list[str]:
 
 
 def _panels(count: int, title: str, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    figure, grid = plt.subplots(
-        1, count, figsize=(max(6.0, 4.2 * count), height), squeeze=False, layout="constrained"
-    )
+    """At most two side by side."""
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    size = max(6.0, 4.2 * columns), height * rows
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(title, fontweight="bold")
-    return figure, list(grid[0])
+    return figure, list(grid.flat[:count])
 
 
 def _bars(
@@ -136,7 +138,7 @@ def _latency(results: Results) -> Figure:
     settings = results.settings("latency", "key", "load")
     peers = _proxies(results, "latency")
     colours = _colours(peers)
-    figure, panels = _panels(len(settings), "Time to the first octet, ms: median, and 99 %", 2.6)
+    figure, panels = _panels(len(settings), "Time to the first octet, ms: median, and 99 %", 2.4)
     for axes, setting in zip(panels, settings, strict=True):
         for place, peer in enumerate(peers):
             times = [time / 1000 for time in results.times("latency", peer, **setting)]

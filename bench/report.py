@@ -64,7 +64,8 @@ def _report(results: Results, directory: Path) -> Iterable[str]:
     yield (
         f"{machine['date']}: {machine['processor']}, {machine['processors']} processors, "
         f"{machine['memory']}, {machine['kernel']}, {machine['system']}. The load and the "
-        "backend ran on the same machine. Medians, with the lowest and the highest round."
+        "backend ran on the same machine, of whose processors others meanwhile had "
+        f"{machine['others']}. Medians, with the lowest and the highest round."
     )
     yield ""
     yield from (f"- {name}: {version}" for name, version in results.versions.items())

@@ -16,7 +16,7 @@ from bench.samples import Results, Sample
 __all__ = ["FULL", "QUICK", "Proxy", "Scope", "Stage"]
 
 #: So that what one run left to be done is done before the next.
-_REST_SECONDS = 0.1
+_REST_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scope:
 FULL = Scope(
     rounds=3,
     handshakes=1.5,
-    light=4.0,
+    light=3.0,
     half=2.0,
     transfer_octets=512 << 20,
     idle_rounds=2,
@@ -54,9 +54,9 @@ FULL = Scope(
 QUICK = Scope(
     rounds=1,
     handshakes=0.5,
-    light=1.5,
+    light=1.0,
     half=1.0,
-    transfer_octets=256 << 20,
+    transfer_octets=128 << 20,
     idle_rounds=1,
     idle_counts=(100, 1000),
     idle_cpu=0.5,
@@ -145,8 +145,8 @@ class Stage:
 
     def small(self, mode: str, proxy: Proxy, load: Load | None = None, **options: float) -> Outcome:
         """The load, with the small answer."""
-        wanted = {"path": SMALL, "length": SMALL_OCTETS}
-        return (load or self.load).run(mode, proxy.port, **wanted, **options)  # type: ignore[arg-type]
+        load = load or self.load
+        return load.run(mode, proxy.port, path=SMALL, length=SMALL_OCTETS, **options)
 
     def say(self, what: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)

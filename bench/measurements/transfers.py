@@ -44,9 +44,9 @@ def _round(stage: Stage, proxy: Proxy, direction: str, streams: int) -> None:
 
 
 def _transfer(stage: Stage, proxy: Proxy, direction: str, streams: int, octets: int) -> Outcome:
-    wanted: dict[str, object] = {"clients": streams, "timeout": _TIMEOUT_SECONDS}
+    wanted: dict[str, str | float] = {"clients": streams, "timeout": _TIMEOUT_SECONDS}
     if direction == "down":
         wanted |= {"path": large(octets), "length": octets}
     else:
         wanted |= {"path": "/", "upload": octets}
-    return stage.load.run("once", proxy.port, **wanted)  # type: ignore[arg-type]
+    return stage.load.run("once", proxy.port, **wanted)

@@ -58,7 +58,7 @@ def test_the_report_says_what_was_found_what_failed_and_who_was_missing(tmp_path
         return Sample("handshakes", peer, {"key": "P-256", "clients": 4}, values, failed=failed)
 
     machine = dict.fromkeys(
-        ("date", "processor", "processors", "memory", "kernel", "system"), "a machine"
+        ("date", "processor", "processors", "memory", "kernel", "system", "others"), "a machine"
     )
     results = Results(machine, {"nginx": "1.2.3"}, {"hitch": "hitch is not installed"})
     for rate in (100.0, 150.0, 120.0):
