@@ -142,8 +142,10 @@ def _latency(results: Results) -> Figure:
     for axes, setting in zip(panels, settings, strict=True):
         for place, peer in enumerate(peers):
             times = [time / 1000 for time in results.times("latency", peer, **setting)]
-            if times:
-                ends = quantile(times, 0.5), quantile(times, 0.99)
+            summary = results.summary("latency", peer, "median_ms", **setting)
+            if times and summary is not None:
+                # As in the table: the rounds' median, and 99 % of all.
+                ends = summary.median, quantile(times, 0.99)
                 axes.plot(ends, (place, place), color=colours[peer], linewidth=3)
                 axes.plot(ends[0], place, "o", color=colours[peer], markersize=8)
                 axes.annotate(f"{ends[0]:.1f}", (ends[0], place), (0, 7), ha="center",
