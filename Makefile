@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
 # and what the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
+PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
 TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
@@ -23,13 +24,19 @@ PACKAGED = $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*
     systemd/* packaging/*) docs/reference.py
 DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
 
-.PHONY: demo test lint clean install deb docs constraints
+.PHONY: demo test bench bench-quick peers lint clean install deb docs constraints
 
 demo: $(VENV)/built
 	$(BIN)/titus-py demo
 
 test: $(VENV)/built $(VENV)/test-packages
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGUMENTS)
+
+bench: peers $(VENV)/pictures build/load build/sign
+	$(BIN)/python -m bench $(BENCH_ARGUMENTS)
+
+bench-quick: peers $(VENV)/pictures build/load build/sign
+	$(BIN)/python -m bench --quick $(BENCH_ARGUMENTS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -73,6 +80,18 @@ $(VENV)/test-packages: $(VENV)/build-packages
 $(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py packaging/constraints.txt $(wildcard keyd/*/*.[ch])
 	$(BIN)/python -m pip install --quiet --constraint packaging/constraints.txt --editable '.[test]'
 	touch $@
+
+# One that cannot be installed is missing from the results, which then say so.
+peers: $(VENV)/built
+	for package in $(PEER_PACKAGES); do .ci/apt-install $$package || echo "bench: no $$package" >&2; done
+
+$(VENV)/pictures: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+build/%: bench/%.c
+	mkdir -p build
+	$(CC) -std=c11 -O2 -Wall -Wextra -Werror -o $@ $< -lssl -lcrypto
 
 $(VENV)/docs-packages: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

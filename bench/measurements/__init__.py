@@ -1,0 +1,19 @@
+"""What is measured, one module each: a function that fills a stage's results."""
+
+from collections.abc import Callable
+
+from bench.measurements import burst, handshakes, idle, latency, signatures, transfers
+from bench.stage import Stage
+
+__all__ = ["MEASUREMENTS"]
+
+#: In the order in which they run: latency needs to know what handshakes found.
+MEASUREMENTS: dict[str, Callable[[Stage], None]] = {
+    "handshakes": handshakes.measure,
+    "one-core": handshakes.measure_one_core,
+    "latency": latency.measure,
+    "transfers": transfers.measure,
+    "idle": idle.measure,
+    "burst": burst.measure,
+    "signatures": signatures.measure,
+}

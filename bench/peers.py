@@ -1,0 +1,231 @@
+"""The proxies: how each is configured, all alike, and which Debian packages bring it.
+
+TLS 1.3 only, no tickets and no resumption, the same certificate and backend, two workers
+where a proxy has such a knob, a user of its own for those, the largest backlog, room for a
+few thousand connections. titus-py keeps its defaults beside that: its full confinement.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["PEERS", "TITUS_PY", "Peer", "Setting", "Site", "make_site", "version_of_package"]
+
+TITUS_PY = "titus-py"
+_WORKERS = 2
+_BACKLOG = 4096
+_CONNECTIONS = 4096
+_IDLE_SECONDS = 600
+#: titus-py's users: far beyond what anybody gives out.
+_FIRST_UID = 1_500_000_000 + os.getpid() % 20_000 * 10_000
+
+_KEYS = {
+    "RSA-2048": ["-newkey", "rsa:2048"],
+    "P-256": ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
+}
+
+
+#: For every context: what "tickets off" leaves in TLS 1.3 are tickets that name a session.
+_NO_TICKETS = """\
+openssl_conf = init
+[init]
+ssl_conf = tls
+[tls]
+system_default = defaults
+[defaults]
+NumTickets = 0
+"""
+
+
+class Site(NamedTuple):
+    """A certificate for ``localhost``, and its key; ``both`` is one after the other."""
+
+    key_type: str
+    certificate: Path
+    key: Path
+    both: Path
+
+
+class Setting(NamedTuple):
+    """What one proxy is started with; ``directory`` is its own."""
+
+    directory: Path
+    site: Site
+    port: int
+    backend_port: int
+
+
+class Peer(NamedTuple):
+    """One kind of proxy; ``configure`` returns the command that runs it in the foreground."""
+
+    name: str
+    program: str
+    packages: tuple[str, ...]
+    configure: Callable[[Setting], list[str]]
+
+    def environment(self, setting: Setting) -> dict[str, str] | None:
+        """Without tickets, also where a proxy has no way to say so; titus-py sends none."""
+        if self.name == TITUS_PY:
+            return None
+        path = setting.directory / "openssl.cnf"
+        path.write_text(_NO_TICKETS)
+        return os.environ | {"OPENSSL_CONF": str(path)}
+
+    @property
+    def is_installed(self) -> bool:
+        return shutil.which(self.program) is not None
+
+
+def make_site(directory: Path, key_type: str) -> Site:
+    site = Site(key_type, *(directory / f"{key_type}.{end}" for end in ("crt", "key", "pem")))
+    command = ["openssl", "req", "-x509", *_KEYS[key_type], "-nodes", "-days", "30"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command += ["-keyout", str(site.key), "-out", str(site.certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    site.both.touch(0o600)
+    site.both.write_bytes(site.key.read_bytes() + site.certificate.read_bytes())
+    return site
+
+
+def version_of_package(package: str) -> str:
+    query = ["dpkg-query", "--show", "--showformat=${Version}", package]
+    return subprocess.run(query, check=False, capture_output=True, text=True).stdout
+
+
+def _titus_py(setting: Setting) -> list[str]:
+    tables: dict[str, dict[str, object]] = {
+        "[worker]": {
+            "uids": f"{_FIRST_UID}-{_FIRST_UID + 9_998}",
+            "max": _CONNECTIONS,
+            "chroot": str(setting.directory / "empty"),
+        },
+        "[keyd]": {"user": str(_FIRST_UID + 9_999)},
+        "[[listen]]": {"address": f"127.0.0.1:{setting.port}"},
+        "[[vhost]]": {
+            "certificate": str(setting.site.certificate),
+            "key": str(setting.site.key),
+            "backend": f"127.0.0.1:{setting.backend_port}",
+            "min_version": "TLSv1.3",
+        },
+    }
+    lines = []
+    for heading, table in tables.items():
+        # JSON's strings and numbers are TOML's.
+        lines += [heading, *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    configuration = _write(setting, "\n".join(lines) + "\n")
+    return [sys.executable, "-I", "-m", "titus_py", "serve", "--config", configuration]
+
+
+def _nginx(setting: Setting) -> list[str]:
+    configuration = _write(
+        setting,
+        f"""\
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+user nobody nogroup;
+worker_processes {_WORKERS};
+pid {setting.directory}/pid;
+error_log {setting.directory}/log error;
+events {{ worker_connections {2 * _CONNECTIONS}; }}
+stream {{
+    server {{
+        listen 127.0.0.1:{setting.port} ssl backlog={_BACKLOG};
+        ssl_certificate {setting.site.certificate};
+        ssl_certificate_key {setting.site.key};
+        ssl_protocols TLSv1.3;
+        ssl_session_cache off;
+        ssl_session_tickets off;
+        proxy_timeout {_IDLE_SECONDS}s;
+        proxy_pass 127.0.0.1:{setting.backend_port};
+    }}
+}}
+""",
+    )
+    return ["nginx", "-c", configuration, "-e", f"{setting.directory}/log", "-g", "daemon off;"]
+
+
+def _haproxy(setting: Setting) -> list[str]:
+    configuration = _write(
+        setting,
+        f"""\
+global
+    nbthread {_WORKERS}
+    maxconn {_CONNECTIONS}
+    user nobody
+    group nogroup
+    tune.ssl.cachesize 0
+defaults
+    mode tcp
+    backlog {_BACKLOG}
+    timeout connect 10s
+    timeout client {_IDLE_SECONDS}s
+    timeout server {_IDLE_SECONDS}s
+listen tls
+    bind 127.0.0.1:{setting.port} ssl crt {setting.site.both} ssl-min-ver TLSv1.3 no-tls-tickets
+    server backend 127.0.0.1:{setting.backend_port}
+""",
+    )
+    return ["haproxy", "-db", "-f", configuration]
+
+
+def _stunnel(setting: Setting) -> list[str]:
+    # A thread for each connection: it has no number of workers.
+    configuration = _write(
+        setting,
+        f"""\
+foreground = yes
+pid =
+syslog = no
+debug = err
+setuid = nobody
+setgid = nogroup
+[tls]
+accept = 127.0.0.1:{setting.port}
+connect = 127.0.0.1:{setting.backend_port}
+cert = {setting.site.certificate}
+key = {setting.site.key}
+sslVersion = TLSv1.3
+sessionResume = no
+options = NO_TICKET
+TIMEOUTidle = {_IDLE_SECONDS}
+""",
+    )
+    return ["stunnel4", configuration]
+
+
+def _hitch(setting: Setting) -> list[str]:
+    configuration = _write(
+        setting,
+        f"""\
+frontend = "[127.0.0.1]:{setting.port}"
+backend = "[127.0.0.1]:{setting.backend_port}"
+pem-file = "{setting.site.both}"
+tls-protos = TLSv1.3
+workers = {_WORKERS}
+backlog = {_BACKLOG}
+user = "nobody"
+group = "nogroup"
+daemon = off
+log-level = 0
+""",
+    )
+    return ["hitch", f"--config={configuration}"]
+
+
+def _write(setting: Setting, text: str) -> str:
+    path = setting.directory / "configuration"
+    path.write_text(text)
+    return str(path)
+
+
+PEERS = (
+    Peer(TITUS_PY, sys.executable, (), _titus_py),
+    Peer("nginx", "nginx", ("nginx-light", "libnginx-mod-stream"), _nginx),
+    Peer("haproxy", "haproxy", ("haproxy",), _haproxy),
+    Peer("stunnel", "stunnel4", ("stunnel4",), _stunnel),
+    Peer("hitch", "hitch", ("hitch",), _hitch),
+)

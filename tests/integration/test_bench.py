@@ -1,0 +1,71 @@
+"""The bench's machinery, not how fast anything is."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from bench.peers import PEERS, TITUS_PY
+from bench.report import write_report
+from bench.samples import Results, Sample
+from bench.stage import QUICK, Stage
+
+SOURCE = Path(__file__).parents[2] / "bench" / "load.c"
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    program = tmp_path / "load"
+    command = ["gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, SOURCE]
+    subprocess.run([*command, "-lssl", "-lcrypto"], check=True)
+    directory = tmp_path / "stage"
+    directory.mkdir()
+    return Stage(directory, Load(program), PEERS[:1], QUICK, Results())
+
+
+def test_every_answer_is_whole_and_counted(stage: Stage) -> None:
+    with stage.backend() as backend, stage.proxy(PEERS[0], "P-256", backend.port) as proxy:
+        before = proxy.cpu()
+        closed = stage.small("closed", proxy, clients=2, seconds=1)
+        once = stage.small("once", proxy, clients=5, rate=20)
+        rate = stage.small("rate", proxy, rate=10, seconds=0.5)
+        used = proxy.cpu() - before
+    assert closed.clients.done > 5
+    assert (once.clients.done, rate.clients.done) == (5, 5)
+    for outcome in (closed, once, rate):
+        for group in (outcome.clients, outcome.newcomers):
+            assert group.failed == group.unclean == 0, group.failures
+            assert len(group.first_us) == len(group.end_us) == group.done
+        assert outcome.tickets == 0
+    # Workers that have ended are counted, too.
+    assert used > 0
+
+
+def test_an_answer_of_another_length_is_a_failure(stage: Stage) -> None:
+    with stage.backend() as backend, stage.proxy(PEERS[0], "P-256", backend.port) as proxy:
+        outcome = stage.load.run("once", proxy.port, clients=2, path="/small", length=99)
+        upload = stage.load.run("once", backend.sink_port, clients=1, upload=1, timeout=1)
+    assert outcome.clients.done == 0
+    assert outcome.clients.failures["answer"] == 2
+    # The sink speaks no TLS.
+    assert upload.clients.failed == 1
+
+
+def test_the_report_says_what_was_found_what_failed_and_who_was_missing(tmp_path: Path) -> None:
+    def sample(peer: str, rate: float, failed: str = "") -> Sample:
+        values = {} if failed else {"rate": rate, "failed": 0}
+        return Sample("handshakes", peer, {"key": "P-256", "clients": 4}, values, failed=failed)
+
+    machine = dict.fromkeys(
+        ("date", "processor", "processors", "memory", "kernel", "system", "others"), "a machine"
+    )
+    results = Results(machine, {"nginx": "1.2.3"}, {"hitch": "hitch is not installed"})
+    for rate in (100.0, 150.0, 120.0):
+        results.samples += [sample(TITUS_PY, rate), sample("nginx", 2 * rate)]
+    results.samples.append(sample("stunnel", 0, "ended at once"))
+    results.save(tmp_path / "results.json")
+    report = write_report(Results.load(tmp_path / "results.json"), tmp_path).read_text()
+    assert "| P-256, 4 clients | 120 (100 to 150) | 240 (200 to 300) | — | 0.50 | — |" in report
+    assert "**hitch: not measured**: hitch is not installed" in report
+    assert "handshakes (key P-256, clients 4), stunnel: ended at once" in report
