@@ -128,7 +128,7 @@ class Generation:
         #: The latest that are over: what keyd says may come later than their end.
         self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
         self.spares = 0
-        self.started = datetime.now(UTC)
+        self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
         self.uids = range(0)
         self.files = FileWatch(

@@ -151,7 +151,7 @@ class _Supervisor:
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._resolver = Resolver()
         self._version = version("titus-py")
-        self._started_at = datetime.now(UTC)
+        self._started_at, self._begun = datetime.now(UTC), time.monotonic()
         self._reloading = False
         self._reload_asked_again = False
         self._reread: Checked | None = None
@@ -767,12 +767,14 @@ class _Supervisor:
             "version": self._version,
             "pid": os.getpid(),
             "started": self._started_at.isoformat(),
+            "seconds_up": round(time.monotonic() - self._begun),
             "listeners": [str(address) for address in self._listeners],
             "generations": [
                 {
                     "number": generation.number,
                     "state": generation.state,
                     "since": generation.started.isoformat(),
+                    "seconds": round(time.monotonic() - generation.begun),
                     "parent": generation.parent and generation.parent.pid,
                     "keyd": generation.keyd and generation.keyd.pid,
                     "connections": len(generation.connections),
