@@ -115,6 +115,8 @@ class Generation:
         #: A keyd that is a service of its own, and not connected to yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
         self.keyd_missed = False
+        #: The keys that it had when it was last connected to.
+        self.keyds_keys: set[str] | None = None
         #: Replaced by a later one: it serves what it has, and takes no more.
         self.retired = False
         #: Has been told so, and may not have heard it.

@@ -357,8 +357,11 @@ class _Supervisor:
             control.close()
             self._event("keyd_connected", socket=str(path), generation=generation.number)
             generation.keyd_missed = generation.waits_for_keyd = False
+            before, generation.keyds_keys = generation.keyds_keys, keys
             if generation.ready:
                 self._ready(generation)
+            if before not in (None, keys) and generation is self._serving:
+                self._reload_for_keys()
 
         try:
             control.connect(str(path))
@@ -439,6 +442,11 @@ class _Supervisor:
 
         self._loop.watch(ours, done)
         threading.Thread(target=read, daemon=True).start()
+
+    def _reload_for_keys(self) -> None:
+        """keyd was started again, and its keys are not what they were: nor may certificates be."""
+        self._event("keys_changed", level="warning", action="reloading")
+        self._reload()
 
     def _take_reread(self, checked: Checked | None) -> None:
         """A good configuration takes over; a bad one changes nothing."""
@@ -621,9 +629,7 @@ class _Supervisor:
             **event,
         )
         if isinstance(keys, list) and set(keys) != generation.key_ids:
-            # keyd was started again, and the files are not what they were.
-            self._event("keys_changed", level="warning", action="reloading")
-            self._reload()
+            self._reload_for_keys()
         generation.starting.discard(child)
         if generation.ready:
             self._ready(generation)

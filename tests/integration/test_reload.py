@@ -10,6 +10,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
 from .certificates import Certificate
 from .conftest import Certificates, Serve
 from .instance import Instance, Process, Uids, eventually, free_port
@@ -502,6 +509,31 @@ def test_a_renewed_certificate_is_noticed_once_all_of_it_is_there(
     assert len(instance.events_named("reloaded")) == 1
     assert not instance.events_named("reload_failed")
     no_earlier_generation(instance)
+
+
+def test_a_new_passphrase_is_a_change(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256"), tmp_path)
+    passphrase = tmp_path / "passphrase"
+
+    def encrypt(words: bytes) -> None:
+        key = load_pem_private_key(certificates("P-256").key.read_bytes(), None)
+        encryption = BestAvailableEncryption(words)
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+        replace(passphrase, words)
+        replace(site.key, pem)
+
+    encrypt(b"the first")
+    vhost = {"certificate": site.certificate, "key": site.key, "passphrase_file": passphrase}
+    instance = serve(echoing.address, vhost=[vhost], service={"reload_on_change": True})
+    encrypt(b"the second")
+    instance.wait_for_event("reloaded", PATIENCE)
+    since = len(instance.events())
+    # The file alone.
+    replace(passphrase, b"the second\n")
+    instance.wait_for_event("reloaded", PATIENCE, since)
+    assert serves(instance)
 
 
 def test_files_that_change_are_left_alone_unless_asked_for(
