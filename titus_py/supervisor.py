@@ -307,9 +307,8 @@ class _Supervisor:
             if generation.configuration.keyd.socket is None:
                 control = generation.start_keyd()
                 self._watch(generation, generation.keyd)
-            # Not those that only an earlier generation wants.
             listeners = [
-                self._listeners[table.address].fileno() for table in generation.configuration.listen
+                listener.fileno() for listener in self._wanted_listeners(generation).values()
             ]
             generation.start_parent(control, uids, listeners, self._addresses)
             self._watch(generation, generation.parent)
@@ -462,7 +461,9 @@ class _Supervisor:
             if self._free_uids(generation) is None:
                 raise _NoUids
             added = listen(
-                (address for address in wanted if address not in self._listeners), self._passed
+                (address for address in wanted if address not in self._listeners),
+                self._passed,
+                self._listeners,
             )
         except (CannotListen, OSError, _NoUids) as error:
             self._reload_failed([str(error)])
@@ -529,8 +530,20 @@ class _Supervisor:
         if self._serving.ready:
             self._ready(self._serving)
 
+    def _wanted_listeners(self, generation: Generation) -> dict[IPAddress, socket.socket]:
+        """Those on its addresses, not those that only an earlier generation wants.
+
+        One within a wider address stays: to close it would reset who is in its queue.
+        """
+        addresses = [table.address for table in generation.configuration.listen]
+        return {
+            address: listener
+            for address, listener in self._listeners.items()
+            if any(wanted.covers(address) for wanted in addresses)
+        }
+
     def _unwanted_listeners(self) -> dict[IPAddress, socket.socket]:
-        wanted = {table.address for table in self._serving.configuration.listen}
+        wanted = self._wanted_listeners(self._serving)
         return {key: value for key, value in self._listeners.items() if key not in wanted}
 
     def _end(self, generation: Generation) -> None:

@@ -5,11 +5,14 @@ import random
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -321,9 +324,44 @@ def test_addresses_come_and_go_with_a_reload(serve: Serve, echoing: Listener) ->
     eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
 
 
-def refused(port: int) -> bool:
+def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: Listener) -> None:
+    """Nobody who connects meanwhile, to what is served before and after, is turned away."""
+    instance = serve(echoing.address)
+    descriptors = instance.supervisor().descriptors
+    narrow = f"127.0.0.1:{instance.port}"
+    done = threading.Event()
+
+    def come_again_and_again() -> int:
+        served = 0
+        while not done.is_set():
+            assert serves(instance)
+            served += 1
+        return served
+
+    with ThreadPoolExecutor(2) as pool, TlsClient(instance.port) as stayer:
+        assert talk(stayer.handshake())
+        comers = [pool.submit(come_again_and_again) for _ in range(2)]
+        try:
+            for host in ("0.0.0.0", "[::]", "127.0.0.1", "[::]", "0.0.0.0", "127.0.0.1"):
+                address = f"{host}:{instance.port}"
+                edit(instance, lambda tables, to=address: tables["listen"][0].update(address=to))
+                assert reload(instance)["reloaded"]
+                assert address in status(instance)["listeners"]
+                assert refused(instance.port, "127.0.0.2") == (address == narrow)
+                with socket.socket() as another, pytest.raises(OSError, match="in use"):
+                    another.bind(("127.0.0.1", instance.port))
+        finally:
+            done.set()
+        assert all(comer.result() for comer in comers)
+        assert talk(stayer)
+    assert status(instance)["listeners"] == [narrow]
+    no_earlier_generation(instance)
+    eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
+
+
+def refused(port: int, host: str = "127.0.0.1") -> bool:
     try:
-        connect(port).close()
+        connect(port, host).close()
     except ConnectionRefusedError:
         return True
     return False
