@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # and what the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
+LINT_PACKAGES := shellcheck
+SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install \
+    $(addprefix packaging/debian/,postinst postrm prerm)
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
 PREFIX ?= /usr/local
@@ -31,10 +34,12 @@ demo: $(VENV)/built
 test: $(VENV)/built $(VENV)/test-packages
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGUMENTS)
 
-lint: $(VENV)/built
+lint: $(VENV)/built $(VENV)/lint-packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	shellcheck $(SCRIPTS)
+	shellcheck --shell=bash completion/titus-py.bash
 
 install: $(VENV)/built
 	packaging/install $(BIN)/python
@@ -64,6 +69,10 @@ clean:
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/lint-packages: $(VENV)/build-packages
+	.ci/apt-install $(LINT_PACKAGES)
 	touch $@
 
 $(VENV)/test-packages: $(VENV)/build-packages
