@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
 TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
+LINT_PACKAGES := shellcheck
+SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install \
+    $(addprefix packaging/debian/,postinst postrm prerm)
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
 PREFIX ?= /usr/local
@@ -38,10 +41,12 @@ bench: peers $(VENV)/pictures build/load build/sign
 bench-quick: peers $(VENV)/pictures build/load build/sign
 	$(BIN)/python -m bench --quick $(BENCH_ARGUMENTS)
 
-lint: $(VENV)/built
+lint: $(VENV)/built $(VENV)/lint-packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	shellcheck $(SCRIPTS)
+	shellcheck --shell=bash completion/titus-py.bash
 
 install: $(VENV)/built
 	packaging/install $(BIN)/python
@@ -71,6 +76,10 @@ clean:
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/lint-packages: $(VENV)/build-packages
+	.ci/apt-install $(LINT_PACKAGES)
 	touch $@
 
 $(VENV)/test-packages: $(VENV)/build-packages

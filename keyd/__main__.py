@@ -16,7 +16,7 @@ from typing import NoReturn
 import prctl
 
 from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
-from keyd.keys import KeyFiles, UnusableKey, examine, load_private_key
+from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.process import open_standard_streams
 from keyd.linux.sealed import read_all
@@ -265,6 +265,9 @@ def _openssl_conf(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    # Imported here, as above.
+    from keyd.certificates import KeyFiles, examine
+
     del arguments
     now = datetime.datetime.now(datetime.UTC)
     findings = []

@@ -77,33 +77,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    options = (arguments.listen, arguments.backend, arguments.cert, arguments.key)
+    if any(options) and (arguments.config is not None or not all(options)):
+        print(
+            "titus-py serve: either --config, or all of --listen, --backend, --cert and --key",
+            file=sys.stderr,
+        )
+        return 2
+
     # The supervisor loads no OpenSSL, and hashlib would: it has implementations of its own.
     sys.modules["_hashlib"] = None  # type: ignore[assignment]
-    from titus_py.check import Checked, check, report
-    from titus_py.configuration import from_options, load
+    from titus_py.helper import KEYD_CHECK, Helper
+
+    # What it has to load takes as long as what we have to: side by side.
+    keyd_check = Helper(KEYD_CHECK)
+    from titus_py.check import check, report
+    from titus_py.configuration import Loaded, from_options, load
     from titus_py.supervisor import serve
 
-    options = (arguments.listen, arguments.backend, arguments.cert, arguments.key)
-    if any(options):
-        if arguments.config is not None or not all(options):
-            print(
-                "titus-py serve: either --config, or all of --listen, --backend, --cert and --key",
-                file=sys.stderr,
-            )
-            return 2
+    def read() -> Loaded:
+        if any(options):
+            return from_options(*options)
+        return load(arguments.config or _DEFAULT_CONFIGURATION)
 
-        def read() -> Checked:
-            return check(from_options(*options))
-    else:
-
-        def read() -> Checked:
-            return check(load(arguments.config or _DEFAULT_CONFIGURATION))
-
-    checked = read()
+    checked = check(read(), keyd_check)
     if checked.mistakes:
         report(checked)
         return 2
-    return serve(checked, read)
+    return serve(checked, lambda: check(read()))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -5,10 +5,7 @@ load a TLS library, so a short-lived child, ``keyd check``, reads the keys and
 certificates. Its answer is trusted as keyd is, once it has the right form.
 """
 
-import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
@@ -16,12 +13,10 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, load, printable
+from titus_py.helper import CIPHER_CHECK, KEYD_CHECK, Helper, Unanswered
 
 __all__ = ["CertificateFacts", "Checked", "check", "check_main", "report"]
 
-#: Isolated: neither the working directory nor the environment decides what reads the keys.
-_KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
-_CIPHER_CHECK = (sys.executable, "-I", "-m", "titus_py.cipher_check")
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -79,25 +74,22 @@ _ANSWERS = TypeAdapter(list[_Answer])
 _PROBLEMS = TypeAdapter(list[tuple[str, str]])
 
 
-class _Unanswered(Exception):
-    """keyd's child failed; the text says how."""
-
-
 def check(
-    loaded: Loaded,
-    command: Sequence[str] = _KEYD_CHECK,
-    timeout: float = _TIMEOUT_SECONDS,
+    loaded: Loaded, keyd_check: Helper | None = None, timeout: float = _TIMEOUT_SECONDS
 ) -> Checked:
     """Hold every certificate and key of a configuration against each other and the clock.
 
-    Asks a child process, and waits for it for up to ``timeout`` seconds. Raises nothing: a
-    child that fails is a mistake too.
+    Asks helpers, one of which may have been started ahead, and waits for each for up to
+    ``timeout`` seconds. Raises nothing: a helper that fails is a mistake too.
     """
+    keyd_check = keyd_check or Helper(KEYD_CHECK)
+    ciphers = _cipher_question(loaded)
+    cipher_check = Helper(CIPHER_CHECK) if ciphers else None
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates = {}
     try:
-        answers = _ask(list(loaded.credentials), command, timeout)
+        answers = _ask(keyd_check, list(loaded.credentials), timeout)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts
             also = f" (also {', '.join(others)})" if others else ""
@@ -108,13 +100,15 @@ def check(
                 ]
             if (facts := answer.facts()) is not None:
                 certificates[credential] = facts
-    except _Unanswered as error:
+    except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
-    try:
-        mistakes += [source.mistake(key, reason) for key, reason in _ask_ciphers(loaded, timeout)]
-    except _Unanswered as error:
-        mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
+    if cipher_check is not None:
+        try:
+            unknown = _PROBLEMS.validate_json(cipher_check.ask(ciphers, timeout))
+            mistakes += [source.mistake(key, reason) for key, reason in unknown]
+        except (Unanswered, ValidationError) as error:
+            mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
     configuration = None if mistakes else loaded.configuration
     return Checked(configuration, mistakes, warnings, certificates)
 
@@ -137,60 +131,32 @@ def check_main(path: str | Path) -> int:
     return 0
 
 
-def _ask(credentials: list[Credential], command: Sequence[str], timeout: float) -> list[_Answer]:
+def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[_Answer]:
     if not credentials:
+        helper.dismiss()
         return []
     question = [
         {field: path and str(path) for field, path in credential._asdict().items()}
         for credential in credentials
     ]
-    octets = _ask_child(command, question, timeout)
+    octets = helper.ask(question, timeout)
     try:
         answers = _ANSWERS.validate_json(octets)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise _Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
+        raise Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
     if len(answers) != len(credentials):
-        raise _Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
+        raise Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
     return answers
 
 
-def _ask_ciphers(loaded: Loaded, timeout: float) -> list[tuple[str, str]]:
-    """Each setting of cipher suites that OpenSSL does not understand, and why."""
+def _cipher_question(loaded: Loaded) -> list[tuple[str, str]]:
+    """Each setting of cipher suites that there is, for OpenSSL to say whether it knows it."""
     if loaded.configuration is None:
         return []
-    question = [
+    return [
         (f"vhost[{number}].{key}", names)
         for number, vhost in enumerate(loaded.configuration.vhost)
         for key, names in (("ciphers", vhost.ciphers), ("ciphersuites", vhost.ciphersuites))
         if names is not None
     ]
-    if not question:
-        return []
-    try:
-        return _PROBLEMS.validate_json(_ask_child(_CIPHER_CHECK, question, timeout))
-    except ValidationError as error:
-        raise _Unanswered(f"not an answer: {error}") from None
-
-
-def _ask_child(command: Sequence[str], question: object, timeout: float) -> bytes:
-    """JSON to its standard input; what it writes to its standard output."""
-    try:
-        child = subprocess.run(
-            command,
-            input=json.dumps(question).encode(),
-            capture_output=True,
-            timeout=timeout,
-            env={},  # Above all no OPENSSL_CONF, which could have it load anything.
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise _Unanswered(f"no answer within {timeout:g} s") from None
-    except OSError as error:
-        raise _Unanswered(f"{command[0]}: {error.strerror}") from None
-    if child.returncode:
-        last_words = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        code = child.returncode
-        ending = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise _Unanswered(f"{ending}: {last_words or 'no message'}")
-    return child.stdout

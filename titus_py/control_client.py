@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ __all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
 DIRECTORY = CONTROL_DIRECTORY
 _SUFFIX = ".control"
 _MAX_ANSWER_OCTETS = 4 * 1024 * 1024
+#: How soon to try again where too many others wait.
+_QUEUE_SECONDS = 0.02
 
 
 class NoAnswer(Exception):
@@ -63,9 +66,9 @@ def ask(
 ) -> dict[str, Any]:
     """Put a question to an instance, and wait so long for its answer. Raises NoAnswer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(seconds)
         try:
-            connection.connect(_path(pid, directory))
+            _connect(connection, _path(pid, directory), time.monotonic() + seconds)
+            connection.settimeout(seconds)
             connection.send(json.dumps(question).encode())
             octets = connection.recv(_MAX_ANSWER_OCTETS)
         except TimeoutError:
@@ -81,6 +84,19 @@ def ask(
     if not isinstance(answer, dict):
         raise NoAnswer(f"process {pid} has answered what is no object")
     return answer
+
+
+def _connect(connection: socket.socket, path: str, deadline: float) -> None:
+    """Wait for a place in the queue of who listens. Raises OSError."""
+    connection.setblocking(False)
+    while True:
+        try:
+            connection.connect(path)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(_QUEUE_SECONDS)
 
 
 def _path(pid: int, directory: Path) -> str:

@@ -117,6 +117,8 @@ class Generation:
         #: A keyd that is a service of its own, and not connected to yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
         self.keyd_missed = False
+        #: The keys that it had when it was last connected to.
+        self.keyds_keys: set[str] | None = None
         #: Replaced by a later one: it serves what it has, and takes no more.
         self.retired = False
         #: Has been told so, and may not have heard it.
@@ -130,7 +132,7 @@ class Generation:
         #: The latest that are over: what keyd says may come later than their end.
         self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
         self.spares = 0
-        self.started = datetime.now(UTC)
+        self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
         self.uids = range(0)
         self.files = FileWatch(

@@ -5,7 +5,8 @@ Run by the supervisor, whose they are for as long as it runs.
 
 import errno
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from titus_py.address import IPAddress, canonical_ip
 from titus_py.dialer import reset_at_close
@@ -20,16 +21,19 @@ class CannotListen(Exception):
 
 
 def listen(
-    addresses: Iterable[IPAddress], passed: Mapping[IPAddress, socket.socket]
+    addresses: Iterable[IPAddress],
+    passed: Mapping[IPAddress, socket.socket],
+    own: Mapping[IPAddress, socket.socket] | None = None,
 ) -> dict[IPAddress, socket.socket]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
+    ``own`` are those that listen already, and may be on wider or narrower addresses.
     Raises CannotListen, and then keeps none of the new ones.
     """
     listeners: dict[IPAddress, socket.socket] = {}
     for address in addresses:
         try:
-            listeners[address] = passed.get(address) or _bind(address)
+            listeners[address] = passed.get(address) or _bind(address, own or {})
             _prepare(listeners[address])
         except OSError as error:
             for bound, listener in listeners.items():
@@ -52,21 +56,42 @@ def passed_listeners(
     return found
 
 
-def _bind(address: IPAddress) -> socket.socket:
+@contextmanager
+def _sharing(listeners: list[socket.socket]) -> Iterator[None]:
+    """Meanwhile, these let another one on their port that wants to share it (socket(7)).
+
+    The kernel keeps it in mind, and lets no user but ours, which is root, on that port.
+    """
+    for listener in listeners:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.socket:
     try:
         listener = socket.socket(address.family, socket.SOCK_STREAM)
     except OSError as error:
         if error.errno != errno.EAFNOSUPPORT or address.host != "::":
             raise
         # "Every address", on a kernel without IPv6.
-        return _bind(IPAddress("0.0.0.0", address.port))
+        return _bind(IPAddress("0.0.0.0", address.port), own)
+    overlapping = [
+        listening
+        for other, listening in own.items()
+        if other.covers(address) or address.covers(other)
+    ]
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
             # "::" is every address of both families, any other one is itself.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
-        listener.bind(address.sockaddr())
-        listener.listen(_BACKLOG)
+        with _sharing([listener, *overlapping] if overlapping else []):
+            listener.bind(address.sockaddr())
+            listener.listen(_BACKLOG)
     except OSError:
         listener.close()
         raise

@@ -7,7 +7,6 @@ trusted; names and certificates are shown as text that cannot steer a terminal.
 import json
 import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +115,11 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
 
 
 def _headline(answer: Mapping[str, Any]) -> Text:
-    since = _ago(answer["started"])
     listeners = ", ".join(answer["listeners"]) or "nothing"
     return Text.assemble(
         ("titus-py ", "bold"),
         (printable(answer["version"]), "bold"),
-        f", process {answer['pid']}, up {since}, listening on ",
+        f", process {answer['pid']}, up {_long(answer['seconds_up'])}, listening on ",
         (printable(listeners), "bold"),
     )
 
@@ -133,7 +131,7 @@ def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
         table.add_row(
             str(generation["number"]),
             Text(printable(state), style=_STATE_STYLES.get(state, "")),
-            _ago(generation["since"]),
+            _long(generation["seconds"]),
             _or_dash(generation["parent"]),
             _or_dash(generation["keyd"]),
             str(generation["connections"]),
@@ -236,10 +234,8 @@ def _short(octets: float) -> str:
     return f"{octets:.3g} {unit}B"
 
 
-def _ago(moment: str) -> str:
-    """How long ago that was, to the second, for as long as seconds matter."""
-    passed = datetime.now(UTC) - datetime.fromisoformat(moment)
-    seconds = max(0, int(passed / timedelta(seconds=1)))
+def _long(seconds: int) -> str:
+    """How long that is, to the second, for as long as seconds matter."""
     days, rest = divmod(seconds, 86_400)
     hours, rest = divmod(rest, 3600)
     minutes, seconds = divmod(rest, 60)

@@ -158,7 +158,7 @@ class _Supervisor:
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._resolver = Resolver()
         self._version = version("titus-py")
-        self._started_at = datetime.now(UTC)
+        self._started_at, self._begun = datetime.now(UTC), time.monotonic()
         self._reloading = False
         self._reload_asked_again = False
         self._reread: Checked | None = None
@@ -316,9 +316,8 @@ class _Supervisor:
             if generation.configuration.keyd.socket is None:
                 control = generation.start_keyd()
                 self._watch(generation, generation.keyd)
-            # Not those that only an earlier generation wants.
             listeners = [
-                self._listeners[table.address].fileno() for table in generation.configuration.listen
+                listener.fileno() for listener in self._wanted_listeners(generation).values()
             ]
             generation.start_parent(control, uids, listeners, self._addresses)
             self._watch(generation, generation.parent)
@@ -366,8 +365,11 @@ class _Supervisor:
             control.close()
             self._event("keyd_connected", socket=str(path), generation=generation.number)
             generation.keyd_missed = generation.waits_for_keyd = False
+            before, generation.keyds_keys = generation.keyds_keys, keys
             if generation.ready:
                 self._ready(generation)
+            if before not in (None, keys) and generation is self._serving:
+                self._reload_for_keys()
 
         try:
             control.connect(str(path))
@@ -452,6 +454,11 @@ class _Supervisor:
         self._loop.watch(ours, done)
         threading.Thread(target=read, daemon=True).start()
 
+    def _reload_for_keys(self) -> None:
+        """keyd was started again, and its keys are not what they were: nor may certificates be."""
+        self._event("keys_changed", level="warning", action="reloading")
+        self._reload()
+
     def _take_reread(self, checked: Checked | None) -> None:
         """A good configuration takes over; a bad one changes nothing."""
         if self._stops:
@@ -466,7 +473,9 @@ class _Supervisor:
             if self._free_uids(generation) is None:
                 raise _NoUids
             added = listen(
-                (address for address in wanted if address not in self._listeners), self._passed
+                (address for address in wanted if address not in self._listeners),
+                self._passed,
+                self._listeners,
             )
         except (CannotListen, OSError, _NoUids) as error:
             self._reload_failed([str(error)])
@@ -549,8 +558,20 @@ class _Supervisor:
         if self._serving.ready:
             self._ready(self._serving)
 
+    def _wanted_listeners(self, generation: Generation) -> dict[IPAddress, socket.socket]:
+        """Those on its addresses, not those that only an earlier generation wants.
+
+        One within a wider address stays: to close it would reset who is in its queue.
+        """
+        addresses = [table.address for table in generation.configuration.listen]
+        return {
+            address: listener
+            for address, listener in self._listeners.items()
+            if any(wanted.covers(address) for wanted in addresses)
+        }
+
     def _unwanted_listeners(self) -> dict[IPAddress, socket.socket]:
-        wanted = {table.address for table in self._serving.configuration.listen}
+        wanted = self._wanted_listeners(self._serving)
         return {key: value for key, value in self._listeners.items() if key not in wanted}
 
     def _end(self, generation: Generation) -> None:
@@ -649,9 +670,7 @@ class _Supervisor:
             **event,
         )
         if isinstance(keys, list) and set(keys) != generation.key_ids:
-            # keyd was started again, and the files are not what they were.
-            self._event("keys_changed", level="warning", action="reloading")
-            self._reload()
+            self._reload_for_keys()
         generation.starting.discard(child)
         if generation.ready:
             self._ready(generation)
@@ -795,12 +814,14 @@ class _Supervisor:
             "version": self._version,
             "pid": os.getpid(),
             "started": self._started_at.isoformat(),
+            "seconds_up": round(time.monotonic() - self._begun),
             "listeners": [str(address) for address in self._listeners],
             "generations": [
                 {
                     "number": generation.number,
                     "state": generation.state,
                     "since": generation.started.isoformat(),
+                    "seconds": round(time.monotonic() - generation.begun),
                     "parent": generation.parent and generation.parent.pid,
                     "keyd": generation.keyd and generation.keyd.pid,
                     "connections": len(generation.connections),

@@ -24,6 +24,7 @@ from .service import (
     install,
     name_shown_to_a_new_client,
     reload,
+    replace,
     serves,
     status,
     talk,
@@ -401,6 +402,42 @@ def test_a_new_key_and_its_certificate_come_by_a_restart_and_a_reload(
         assert reload(instance)["reloaded"]
         assert name_shown_to_a_new_client(instance) == "after.test"
         assert talk(established)
+
+
+def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
+    start_keyd: Start,
+    start_proxy: Callable[..., Instance],
+    certificates: Certificates,
+    echoing: Listener,
+    tmp_path: Path,
+) -> None:
+    """One for each change: not for the same keys, and not for keys that serve no certificate."""
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    keyd = start_keyd(site.key)
+    instance = start_proxy(echoing.address, site, keyd=keyd)
+    instance.expected_alarms |= {"keyd_refused"}
+
+    def reloads_after_a_restart() -> int:
+        since = len(instance.events())
+        keyd.end()
+        keyd.start()
+        instance.wait_for_event("keyd_connected", PATIENCE, since)
+        # A loop would go on meanwhile.
+        time.sleep(2)
+        return sum(event["event"] == "reloaded" for event in instance.events()[since:])
+
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        assert reloads_after_a_restart() == 0
+        install(certificates("P-256", "after.test"), tmp_path)
+        assert reloads_after_a_restart() == 1
+        assert name_shown_to_a_new_client(instance) == "after.test"
+        assert serves(instance)
+        assert reloads_after_a_restart() == 0
+        replace(site.key, certificates("P-256", "no-certificate.test").key.read_bytes())
+        assert reloads_after_a_restart() == 1
+        assert talk(established)
+    assert len(instance.events_named("keys_changed")) == 2
 
 
 # --- configuration ---------------------------------------------------------------------

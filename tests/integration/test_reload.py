@@ -5,10 +5,20 @@ import random
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from .certificates import Certificate
 from .conftest import Certificates, Serve
@@ -317,9 +327,44 @@ def test_addresses_come_and_go_with_a_reload(serve: Serve, echoing: Listener) ->
     eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
 
 
-def refused(port: int) -> bool:
+def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: Listener) -> None:
+    """Nobody who connects meanwhile, to what is served before and after, is turned away."""
+    instance = serve(echoing.address)
+    descriptors = instance.supervisor().descriptors
+    narrow = f"127.0.0.1:{instance.port}"
+    done = threading.Event()
+
+    def come_again_and_again() -> int:
+        served = 0
+        while not done.is_set():
+            assert serves(instance)
+            served += 1
+        return served
+
+    with ThreadPoolExecutor(2) as pool, TlsClient(instance.port) as stayer:
+        assert talk(stayer.handshake())
+        comers = [pool.submit(come_again_and_again) for _ in range(2)]
+        try:
+            for host in ("0.0.0.0", "[::]", "127.0.0.1", "[::]", "0.0.0.0", "127.0.0.1"):
+                address = f"{host}:{instance.port}"
+                edit(instance, lambda tables, to=address: tables["listen"][0].update(address=to))
+                assert reload(instance)["reloaded"]
+                assert address in status(instance)["listeners"]
+                assert refused(instance.port, "127.0.0.2") == (address == narrow)
+                with socket.socket() as another, pytest.raises(OSError, match="in use"):
+                    another.bind(("127.0.0.1", instance.port))
+        finally:
+            done.set()
+        assert all(comer.result() for comer in comers)
+        assert talk(stayer)
+    assert status(instance)["listeners"] == [narrow]
+    no_earlier_generation(instance)
+    eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
+
+
+def refused(port: int, host: str = "127.0.0.1") -> bool:
     try:
-        connect(port).close()
+        connect(port, host).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -528,6 +573,31 @@ def test_a_renewed_certificate_is_noticed_once_all_of_it_is_there(
     assert len(instance.events_named("reloaded")) == 1
     assert not instance.events_named("reload_failed")
     no_earlier_generation(instance)
+
+
+def test_a_new_passphrase_is_a_change(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    site = install(certificates("P-256"), tmp_path)
+    passphrase = tmp_path / "passphrase"
+
+    def encrypt(words: bytes) -> None:
+        key = load_pem_private_key(certificates("P-256").key.read_bytes(), None)
+        encryption = BestAvailableEncryption(words)
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+        replace(passphrase, words)
+        replace(site.key, pem)
+
+    encrypt(b"the first")
+    vhost = {"certificate": site.certificate, "key": site.key, "passphrase_file": passphrase}
+    instance = serve(echoing.address, vhost=[vhost], service={"reload_on_change": True})
+    encrypt(b"the second")
+    instance.wait_for_event("reloaded", PATIENCE)
+    since = len(instance.events())
+    # The file alone.
+    replace(passphrase, b"the second\n")
+    instance.wait_for_event("reloaded", PATIENCE, since)
+    assert serves(instance)
 
 
 def test_files_that_change_are_left_alone_unless_asked_for(

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from .clock import SteppedClock
 from .machine import Machine
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -50,12 +52,12 @@ class Administrator:
     """Types commands on the machine, and shows them with what came of them."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        self.machine = machine
         self.etc = machine.root / "etc/titus-py"
 
     def types(self, command: str, fails: bool = False) -> str:
         print(f"\n# {command}", flush=True)
-        seen = self._machine.run(f"{command}\ncode=$?\necho\necho code=$code")
+        seen = self.machine.run(f"{command}\ncode=$?\necho\necho code=$code")
         seen, _, code = seen.rpartition("\ncode=")
         # Not the progress that dpkg shows.
         seen = re.sub(r".*\r", "", seen)
@@ -65,7 +67,7 @@ class Administrator:
 
     def writes(self, path: str, text: str) -> None:
         print(f"\n# editor {path}\n{text.rstrip()}", flush=True)
-        file = self._machine.root / path.lstrip("/")
+        file = self.machine.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
@@ -87,11 +89,11 @@ class Administrator:
         assert seen.strip() == "It works."
 
     def property(self, unit: str, name: str) -> str:
-        return self._machine.run(f"systemctl show --property={name} --value {unit}").strip()
+        return self.machine.run(f"systemctl show --property={name} --value {unit}").strip()
 
     def processes(self) -> str:
         """Those that are titus-py's, by the program and by whom they run as."""
-        seen = self._machine.run("ps -eo uid,pid,args --no-headers")
+        seen = self.machine.run("ps -eo uid,pid,args --no-headers")
         return "\n".join(
             line
             for line in seen.splitlines()
@@ -116,6 +118,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _is_killed(admin)
     _loses_a_process_and_the_journal(admin)
     _hangs(admin)
+    _has_its_clock_stepped(admin)
     _upgrades(admin)
     _activates_by_socket(admin)
     _encrypts_the_key(admin)
@@ -211,6 +214,39 @@ def _hangs(admin: Administrator) -> None:
     )
     admin.requests()
     assert "watchdog" in admin.types("journalctl --unit titus-py --quiet --lines 400").lower()
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
+
+
+def _has_its_clock_stepped(admin: Administrator) -> None:
+    """By a day, forward and back: nothing ends sooner for it, or later, or is restarted."""
+    timeout, day = 4, 86_400
+    clock = SteppedClock(admin.machine)
+    drop_in = "/etc/systemd/system/titus-py.service.d/watchdog.conf"
+    admin.writes(drop_in, "[Service]\nWatchdogSec=5\n")
+    configuration = (admin.etc / "titus.toml").read_text()
+    limits = f'[worker]\nhandshake_timeout = "{timeout}s"\n[limits]\nidle_timeout = "{timeout}s"\n'
+    admin.writes("/etc/titus-py/titus.toml", f"{_CONFIGURATION}\n{limits}")
+    admin.types("systemctl daemon-reload && systemctl restart titus-py")
+    pid = admin.property("titus-py", "MainPID")
+    # Keyd, the parent and its workers are among them.
+    for process in admin.processes().splitlines():
+        admin.machine.run(f"grep --quiet clock.so /proc/{process.split()[1]}/maps")
+    client = (_REPOSITORY / "tests/system/across_a_step.py").read_text()
+    admin.writes("/root/across_a_step.py", client)
+    for offset in (day, 0):
+        admin.types(f"python3 /root/across_a_step.py {clock.offset_file} {offset} {timeout}")
+        admin.requests()
+        # The supervisor itself has the new time of day, and has not been up for a day.
+        (seen,) = json.loads(admin.types("titus-py status --json"))
+        expires = datetime.fromisoformat(seen["certificates"][0]["not_after"])
+        expected = (expires - datetime.now(UTC)).days - offset // day
+        assert seen["certificates"][0]["days_left"] == expected
+        assert re.search(r"up \d+ (min|s)", admin.types("titus-py status"))
+        admin.types("systemctl reload titus-py")
+    assert admin.property("titus-py", "MainPID") == pid
+    assert not admin.types(f"journalctl --quiet --priority=alert _PID={pid}").strip()
+    clock.remove()
+    admin.writes("/etc/titus-py/titus.toml", configuration)
     admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
 
 

@@ -20,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from keyd.reference import key_id, reference_pem
 from titus_py.check import Checked, check, check_main
 from titus_py.configuration import from_options, load
+from titus_py.helper import Helper
 
 ROOT = Path(__file__).parents[2]
 #: From the source tree, so that these tests need no installed package.
@@ -85,7 +86,7 @@ def vhost(directory: Path, name: str, more: str = "") -> str:
 def checked(directory: Path, text: str = "") -> Checked:
     path = directory / "titus.toml"
     path.write_text(LISTEN + (text or vhost(directory, "www.example.org")))
-    return check(load(path), KEYD_CHECK)
+    return check(load(path), Helper(KEYD_CHECK))
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ec", "ed25519"])
@@ -165,7 +166,7 @@ def test_options_are_named_as_options(tmp_path: Path, keys: dict[str, Key]) -> N
     write_certificate(certificate, keys["ec"])
     write_key(key, keys["rsa"])
     loaded = from_options([":443"], "127.0.0.1:80", str(certificate), str(key))
-    (mistake,) = check(loaded, KEYD_CHECK).mistakes
+    (mistake,) = check(loaded, Helper(KEYD_CHECK)).mistakes
     assert str(mistake).startswith("--key: ")
 
 
@@ -189,9 +190,8 @@ def test_a_keyd_that_fails_is_a_mistake(tmp_path: Path, program: str, reason: st
         (tmp_path / name).touch(mode=0o600)
     path = tmp_path / "titus.toml"
     path.write_text(LISTEN + vhost(tmp_path, "a.example"))
-    result = check(
-        load(path), (sys.executable, "-c", program), timeout=0.5 if "sleep" in program else 30
-    )
+    keyd_check = Helper((sys.executable, "-c", program))
+    result = check(load(path), keyd_check, timeout=0.5 if "sleep" in program else 30)
     assert result.configuration is None
     (mistake,) = result.mistakes
     assert reason in str(mistake)
@@ -202,7 +202,7 @@ def test_a_keyd_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
         (tmp_path / name).touch(mode=0o600)
     path = tmp_path / "titus.toml"
     path.write_text(LISTEN + vhost(tmp_path, "a.example"))
-    (mistake,) = check(load(path), ("/no/python",)).mistakes
+    (mistake,) = check(load(path), Helper(("/no/python",))).mistakes
     assert "/no/python: No such file or directory" in str(mistake)
 
 

@@ -38,12 +38,14 @@ def make_status() -> dict[str, Any]:
         "version": "0.1.0",
         "pid": 17,
         "started": (now - timedelta(days=3, hours=2)).isoformat(),
+        "seconds_up": (3 * 24 + 2) * 3600,
         "listeners": ["[::]:443"],
         "generations": [
             {
                 "number": 2,
                 "state": "retired",
                 "since": (now - timedelta(minutes=5, seconds=3)).isoformat(),
+                "seconds": 303,
                 "parent": 20,
                 "keyd": 21,
                 "connections": 2,
@@ -52,6 +54,7 @@ def make_status() -> dict[str, Any]:
                 "number": 3,
                 "state": "serving",
                 "since": now.isoformat(),
+                "seconds": 0,
                 "parent": 30,
                 "keyd": None,
                 "connections": 1,

@@ -1,0 +1,119 @@
+"""Certificates, and whether a key is theirs.
+
+Runs in the short-lived ``keyd check`` alone: keyd itself has no use for certificates, nor
+for the time that it takes to load what reads them.
+"""
+
+import datetime
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from keyd.keys import UnusableKey, load_private_key, read
+from keyd.reference import UnsupportedKey, key_id, reference_pem
+
+__all__ = ["Findings", "KeyFiles", "Problem", "examine"]
+
+#: Certificates that end sooner than this are warned of.
+EXPIRY_WARNING = datetime.timedelta(days=21)
+
+
+class KeyFiles(NamedTuple):
+    """The files of one virtual host."""
+
+    certificate: str
+    #: None where the key is in another keyd: then there is nothing to hold it against.
+    key: str | None
+    passphrase_file: str | None = None
+
+
+class Problem(NamedTuple):
+    """Something wrong with one of the files; ``field`` is a field of KeyFiles."""
+
+    field: str
+    reason: str
+
+
+class Findings(NamedTuple):
+    """What ``keyd check`` has to say of one KeyFiles."""
+
+    mistakes: list[Problem]
+    warnings: list[Problem]
+    key_id: str | None = None
+    reference: str | None = None
+    subject: str = ""
+    names: tuple[str, ...] = ()
+    not_after: str | None = None
+
+
+def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
+    """Hold certificate and key against each other and against the clock."""
+    mistakes: list[Problem] = []
+    warnings: list[Problem] = []
+    key = leaf = None
+    if files.key is not None:
+        try:
+            key = load_private_key(files.key, files.passphrase_file)
+        except UnusableKey as error:
+            mistakes.append(Problem(error.field, error.reason))
+    try:
+        leaf = _load_leaf(files.certificate)
+    except UnusableKey as error:
+        mistakes.append(Problem(error.field, error.reason))
+    if leaf is None:
+        return Findings(mistakes, warnings)
+    if key is not None and _certified_key_id(leaf) != key_id(key.public_key()):
+        reason = f"{files.key} is not the key of certificate {files.certificate}"
+        mistakes.append(Problem("key", reason))
+    ends = leaf.not_valid_after_utc
+    if leaf.not_valid_before_utc > now:
+        reason = f"{files.certificate} is not valid before {leaf.not_valid_before_utc:%Y-%m-%d}"
+        warnings.append(Problem("certificate", reason))
+    if ends < now:
+        reason = f"{files.certificate} expired on {ends:%Y-%m-%d}: renew it"
+        warnings.append(Problem("certificate", reason))
+    elif ends < now + EXPIRY_WARNING:
+        reason = f"{files.certificate} expires on {ends:%Y-%m-%d}: renew it"
+        warnings.append(Problem("certificate", reason))
+    identity = reference = None
+    try:
+        public_key = leaf.public_key()
+        identity, reference = key_id(public_key).hex(), reference_pem(public_key).decode()
+    except (UnsupportedAlgorithm, UnsupportedKey, ValueError) as error:
+        mistakes.append(Problem("certificate", f"{files.certificate} is for {error}"))
+    return Findings(
+        mistakes,
+        warnings,
+        identity,
+        reference,
+        leaf.subject.rfc4514_string(),
+        _names(leaf),
+        ends.isoformat(),
+    )
+
+
+def _load_leaf(path: str) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificates(read(path, "certificate"))[0]
+    except ValueError:
+        raise UnusableKey("certificate", f"{path} holds no PEM certificate") from None
+
+
+def _certified_key_id(leaf: x509.Certificate) -> bytes | None:
+    try:
+        return key_id(leaf.public_key())
+    except (UnsupportedAlgorithm, ValueError):
+        return None
+
+
+def _names(leaf: x509.Certificate) -> tuple[str, ...]:
+    try:
+        extension = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (x509.ExtensionNotFound, ValueError):
+        return ()
+    names = extension.value
+    return (
+        *names.get_values_for_type(x509.DNSName),
+        *(str(address) for address in names.get_values_for_type(x509.IPAddress)),
+    )
