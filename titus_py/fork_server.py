@@ -14,7 +14,6 @@ import sys
 # implementations of its own.
 sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
-import argparse
 import gc
 import os
 import signal
@@ -46,16 +45,16 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """``python -m titus_py.fork_server``: started by the parent, on inherited descriptors."""
-    parser = argparse.ArgumentParser(prog="titus_py.fork_server")
-    parser.add_argument("--plan-fd", type=int, required=True)
-    parser.add_argument("--parent-fd", type=int, required=True)
-    # What OPENSSL_CONF names: the library has read it by now.
-    parser.add_argument("--openssl-conf-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    """``python -m titus_py.fork_server``: started by the parent, on inherited descriptors.
+
+    ``--plan-fd``, ``--parent-fd``, and ``--openssl-conf-fd``, which the library has read by now
+    (OPENSSL_CONF names it).
+    """
+    # Not argparse: it, and the libraries that it loads, would be in every worker.
+    given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
-    plan = Plan.decode(read_all(arguments.plan_fd))
+    plan = Plan.decode(read_all(given["--plan-fd"]))
     established_filter = Program(bytes.fromhex(plan.established_filter))
     terms = Terms(
         plan.handshake_timeout,
@@ -65,7 +64,7 @@ def main() -> int:
         ReportWriter(),
     )
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
-    confine_fork_server(plan.chroot, arguments.parent_fd)
+    confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
     gc.collect()
     # What there is now stays: a worker's garbage collector has no business with it.
