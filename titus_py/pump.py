@@ -59,8 +59,12 @@ class Pump:
         self._backend = backend
         self._count = count
         self._idle_ms = None if idle_timeout is None else idle_timeout * 1000
-        self._to_backend = memoryview(b"")
-        self._to_client = memoryview(b"")
+        # Memory that is not written to takes none.
+        self._from_client = memoryview(bytearray(_BUFFER_OCTETS))
+        self._from_backend = memoryview(bytearray(_BUFFER_OCTETS))
+        #: What of it is still to be passed on.
+        self._to_backend = self._from_client[:0]
+        self._to_client = self._from_backend[:0]
         self._octets_from_client = 0
         self._octets_to_client = 0
         #: The direction has no more to come; then, that this was passed on.
@@ -147,11 +151,10 @@ class Pump:
     def _read_client(self) -> None:
         """Take what the client sent, as far as there is room, and pass it on."""
         self._read_wants_write = False
-        received = []
-        room = _BUFFER_OCTETS
-        while room >= _RECORD_OCTETS:
+        received = 0
+        while received <= _BUFFER_OCTETS - _RECORD_OCTETS:
             try:
-                record = self._client.recv(_RECORD_OCTETS)
+                octets = self._client.recv_into(self._from_client[received:], _RECORD_OCTETS)
             except SSL.WantReadError:
                 break
             except SSL.WantWriteError:
@@ -164,14 +167,12 @@ class Pump:
                 raise _Ended(*_client_failure(error)) from None
             except SSL.Error as error:
                 raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
-            received.append(record)
-            room -= len(record)
+            received += octets
             # A short record is most often the last for now: to look would cost an exception.
-            if len(record) < _RECORD_OCTETS and not self._client.pending():
+            if octets < _RECORD_OCTETS and not self._client.pending():
                 break
-        if received:
-            self._to_backend = memoryview(received[0] if len(received) == 1 else b"".join(received))
-            self._octets_from_client += len(self._to_backend)
+        self._to_backend = self._from_client[:received]
+        self._octets_from_client += received
         self._write_backend()
 
     def _write_backend(self) -> None:
@@ -194,20 +195,20 @@ class Pump:
     def _break_backend(self) -> None:
         """The backend takes no more; what it had sent before is still the client's."""
         self._backend_broken = True
-        self._to_backend = memoryview(b"")
+        self._to_backend = self._from_client[:0]
         self._client_ended = self._client_end_passed = True
         if self._backend_ended:
             raise _Ended(End.BACKEND_RESET)
 
     def _read_backend(self) -> None:
         try:
-            received = self._backend.recv(_BUFFER_OCTETS)
+            received = self._backend.recv_into(self._from_backend)
         except BlockingIOError:
             return
         except _Broken:
             raise _Ended(End.BACKEND_RESET) from None
         if received:
-            self._to_client = memoryview(received)
+            self._to_client = self._from_backend[:received]
         elif self._backend_broken:
             raise _Ended(End.BACKEND_RESET)
         else:
