@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
@@ -21,6 +22,8 @@ __all__ = ["Forks"]
 _PROGRAM = ("-m", "titus_py.fork_server")
 #: Orders on their way at a time: a socket does not hold any number of them.
 _MAX_ORDERS = 4 * MAX_ORDERS
+#: How long it may leave an order unanswered before it is taken to hang.
+_QUIET_SECONDS = 10.0
 
 
 class Forks:
@@ -57,6 +60,8 @@ class Forks:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._orders = 0
         self._finishing = False
+        #: When it was last seen to be at work, or had nothing to do.
+        self._last_seen = time.monotonic()
 
     def wait_until_ready(self) -> bool:
         """Once, before there is anybody to serve; False if it could not confine itself."""
@@ -79,8 +84,15 @@ class Forks:
 
     def order(self, uid: int, report: int, end: int) -> None:
         """Have a worker forked. Raises OSError."""
+        if not self._orders:
+            self._last_seen = time.monotonic()
         send_descriptors(self._socket, Fork(uid).encode(), [report, end])
         self._orders += 1
+
+    def look_after(self) -> None:
+        """End it where it has had orders for too long, and answered none: it hangs."""
+        if self._orders and time.monotonic() - self._last_seen > _QUIET_SECONDS:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def finish(self) -> None:
         """No more orders: it leaves when it has answered those that it has."""
@@ -106,6 +118,7 @@ class Forks:
                 self._close()
                 return
             self._orders -= 1
+            self._last_seen = time.monotonic()
             self._done(Forked.decode(message), descriptors[0] if descriptors else -1)
             if self._finishing and not self._orders:
                 self._close()
