@@ -265,7 +265,7 @@ class Parent:
             self._kill(worker, reason)
 
     def _say_alive(self) -> None:
-        """To the supervisor, which ends a parent that hangs; and see that the fork server does not."""
+        """To the supervisor, which ends a parent that hangs, as this ends a fork server."""
         self._forks.look_after()
         self._tell("alive", spares=len(self._spares))
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
