@@ -14,7 +14,7 @@ from pathlib import Path
 
 from titus_py.event_loop import EventLoop
 
-__all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path"]
+__all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path", "listens"]
 
 CONTROL_DIRECTORY = Path("/run/titus-py")
 _REQUEST_OCTETS = 4096
@@ -115,10 +115,26 @@ def _wanted(request: bytes) -> str:
 
 
 def _remove_left_behind() -> None:
-    """Sockets of supervisors that were killed."""
+    """Sockets of supervisors that were killed.
+
+    One that listens is alive, though in a process namespace that is not ours.
+    """
     for path in CONTROL_DIRECTORY.glob("*.control"):
-        if path.stem.isdecimal() and not _exists(int(path.stem)):
+        if path.stem.isdecimal() and not _exists(int(path.stem)) and not listens(path):
             path.unlink(missing_ok=True)
+
+
+def listens(path: Path) -> bool:
+    """Whether there is anybody behind this control socket. Raises PermissionError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # It is there, and behind.
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
 
 
 def _exists(pid: int) -> bool:

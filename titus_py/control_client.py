@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from titus_py.control import CONTROL_DIRECTORY
+from titus_py.control import CONTROL_DIRECTORY, listens
 
 __all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
 
@@ -42,7 +42,7 @@ def find_instances(directory: Path = DIRECTORY) -> list[int]:
     return [
         pid
         for pid in sorted(int(pid) for pid in pids if pid.isdecimal())
-        if _listens(pid, directory)
+        if listens(Path(_path(pid, directory)))
     ]
 
 
@@ -101,15 +101,3 @@ def _connect(connection: socket.socket, path: str, deadline: float) -> None:
 
 def _path(pid: int, directory: Path) -> str:
     return str(directory / f"{pid}{_SUFFIX}")
-
-
-def _listens(pid: int, directory: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(_path(pid, directory))
-        except BlockingIOError:
-            return True  # It is there, and behind.
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        return True

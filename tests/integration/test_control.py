@@ -292,9 +292,14 @@ def test_sockets_of_those_who_live_are_left_alone(directory: Path) -> None:
     for pid in [*others, 2**22 + 1, "other"]:
         bound(directory / f"{pid}.control")
     (directory / "empty").mkdir()
-    control.Control(EventLoop(), {}).close()
-    left = {file.name for file in directory.iterdir()}
+    elsewhere = directory / f"{2**22 + 2}.control"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as in_another_namespace:
+        in_another_namespace.bind(str(elsewhere))
+        in_another_namespace.listen()
+        control.Control(EventLoop(), {}).close()
+    left = {file.name for file in directory.iterdir()} - {elsewhere.name}
     assert left == {"1.control", f"{os.getppid()}.control", "other.control", "empty"}
+    assert elsewhere.exists()
 
 
 def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(

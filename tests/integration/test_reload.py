@@ -350,7 +350,11 @@ def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: L
                 edit(instance, lambda tables, to=address: tables["listen"][0].update(address=to))
                 assert reload(instance)["reloaded"]
                 assert address in status(instance)["listeners"]
-                assert refused(instance.port, "127.0.0.2") == (address == narrow)
+                if address == narrow:
+                    # A spare of the former parent may have had no time to close its copy.
+                    eventually(lambda: refused(instance.port, "127.0.0.2"), "refused elsewhere")
+                else:
+                    assert not refused(instance.port, "127.0.0.2")
                 with socket.socket() as another, pytest.raises(OSError, match="in use"):
                     another.bind(("127.0.0.1", instance.port))
         finally:
