@@ -262,21 +262,21 @@ class Keyd:
         if not message:
             self._close(descriptor, channel)
             return
+        started = time.monotonic()
         try:
-            reply = Reply(Status.DONE, self._grant(channel, message))
+            operation, result = self._grant(channel, message)
         except _Refused as refused:
             self.tally.refused(refused.status)
             channel.record(Refusal(channel.connection, refused.status, refused.detail))
-            reply = Reply(refused.status)
-        # A worker that does not take its answer, or is gone, loses it.
-        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            channel.socket.send(reply.encode())
-        if reply.status is Status.DONE:
-            self._epoll.modify(descriptor, _READABLE_ONCE)
-        else:
+            _reply(channel, Reply(refused.status))
             self._close(descriptor, channel)
+            return
+        _reply(channel, Reply(Status.DONE, result))
+        # Afterwards: nobody needs to wait for that.
+        self.tally.done(operation, time.monotonic() - started)
+        self._epoll.modify(descriptor, _READABLE_ONCE)
 
-    def _grant(self, channel: _Channel, message: bytes) -> bytes:
+    def _grant(self, channel: _Channel, message: bytes) -> tuple[Operation, bytes]:
         """Hold a request against the channel's terms, count it, and do it."""
         try:
             request = Request.decode(message)
@@ -293,15 +293,13 @@ class Keyd:
         key = self._keys.get(request.key)
         if key is None:
             raise _Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
-        started = time.monotonic()
         try:
             result = perform(request.operation, key, request.parameter, request.payload)
         except NotTLS as error:
             raise _Refused(Status.NOT_TLS, f"{what} of {error}") from None
         except InternalError as error:
             raise _Refused(Status.FAILED, f"{what}: {error}") from None
-        self.tally.done(request.operation, time.monotonic() - started)
-        return result
+        return request.operation, result
 
     def _close(self, descriptor: int, channel: _Channel) -> None:
         # Forgotten before closed: the number may be another channel's at once.
@@ -322,3 +320,9 @@ class Keyd:
             if channel.deadline < now:
                 with suppress(OSError):
                     channel.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _reply(channel: _Channel, reply: Reply) -> None:
+    """A worker that does not take its answer, or is gone, loses it."""
+    with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+        channel.socket.send(reply.encode())
