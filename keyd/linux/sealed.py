@@ -10,7 +10,7 @@ __all__ = ["read_all", "sealed_file"]
 
 
 def sealed_file(name: str, content: bytes) -> int:
-    """A descriptor of a memory file with this content, close-on-exec.
+    """A descriptor of a memory file with this content, close-on-exec, to be read from its start.
 
     ``name`` shows in /proc/PID/fd and serves no other purpose.
     """
@@ -19,6 +19,7 @@ def sealed_file(name: str, content: bytes) -> int:
         file.write(content)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
 
