@@ -275,7 +275,7 @@ def test_a_protection_taken_out_is_noticed(
         made = audit(find_target(found.pid))
     finally:
         found.stop()
-    if name == "worker_speculation" and not made.having(Verdict.BROKEN):
+    if name == "fork_server_speculation" and not made.having(Verdict.BROKEN):
         pytest.skip("this machine cannot turn speculation off")
     checks, roles = broken(made)
     assert (checks, roles) == ({breakage.check}, breakage.roles), made.having(Verdict.BROKEN)
@@ -309,7 +309,7 @@ def test_an_interface_in_an_empty_network_is_noticed(instance: TitusInstance) ->
 
     try:
         bring_lo(1)
-        assert broken(audit(find_target(instance.pid))) == ({"network"}, {"worker"})
+        assert broken(audit(find_target(instance.pid))) == ({"network"}, {"fork server", "worker"})
     finally:
         bring_lo(0)
         os.close(network)

@@ -123,7 +123,7 @@ def find_supervisors() -> list[Process]:
     parents = [
         process for process in processes.values() if b"titus_py.parent" in _words(process.pid)
     ]
-    # Workers are forked by a parent and so have its command line: theirs are below a parent.
+    # What a parent starts has its command line, until it has executed a program of its own.
     pids = {process.pid for process in parents}
     supervisors = {process.ppid for process in parents if process.ppid not in pids}
     return [
