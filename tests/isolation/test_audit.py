@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -252,6 +253,23 @@ def test_an_instance_that_ends_is_not_called_broken(
     ended.stop()
     with pytest.raises(CannotAudit):
         audit(target)
+
+
+def test_an_instance_without_its_fork_server_is_not_called_sound(
+    backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nobody would be there to be held to its promises."""
+    found = TitusInstance(tmp_path_factory.mktemp("crippled"), backend, "P-256", ["localhost"])
+    pids = {process.role: process.pid for process in instance_processes(found.pid)}
+    # Or else the parent might have another one before it is looked at.
+    os.kill(pids[Role.PARENT], signal.SIGSTOP)
+    try:
+        os.kill(pids[Role.FORK_SERVER], signal.SIGKILL)
+        with pytest.raises(CannotAudit, match="no fork server"):
+            find_target(found.pid)
+    finally:
+        os.kill(pids[Role.PARENT], signal.SIGCONT)
+        found.stop()
 
 
 # --- each check, with what it looks at taken out ----------------------------------
