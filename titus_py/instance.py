@@ -2,7 +2,7 @@
 
 Run as root by whoever looks at an instance: the demo, the tests. It trusts the kernel.
 What a process says of itself (its command line) decides only which of the supervisor's
-children is which: a worker is known by whose child it is.
+children is which: workers and the fork server are known by whose children they are.
 """
 
 import os
@@ -34,6 +34,7 @@ class Role(StrEnum):
 
     SUPERVISOR = "supervisor"
     PARENT = "parent"
+    FORK_SERVER = "fork server"
     KEYD = "keyd"
     WORKER = "worker"
     CHECK = "keyd check"  #: short-lived: holds keys and certificates against each other
@@ -88,11 +89,38 @@ def instance_processes(supervisor: int) -> list[Process]:
     for process in processes:
         children.setdefault(process.ppid, []).append(process)
     for above in found:
+        below = children.get(above.pid, [])
+        fork_server = _fork_server(above.pid, below) if above.role is Role.PARENT else None
         found += [
-            process._replace(role=_role(above.role, process.pid))
-            for process in children.get(above.pid, ())
+            process._replace(
+                role=Role.FORK_SERVER if process is fork_server else _role(above.role, process.pid)
+            )
+            for process in below
         ]
     return found
+
+
+def _fork_server(parent: int, children: Iterable[Process]) -> Process | None:
+    """Which of a parent's children that is: root's, and in the parent's own pid namespace.
+
+    A worker that has just been forked has its command line, and is root's, too, but is in
+    a pid namespace of its own from the first. The oldest, if something is so wrong that
+    there are several: the others then are workers that are not what they should be.
+    """
+    candidates = [
+        process
+        for process in children
+        if process.uid == 0 and _depth(process.pid) == _depth(parent)
+    ]
+    return min(candidates, key=lambda process: process.started, default=None)
+
+
+def _depth(pid: int) -> int:
+    """In how many pid namespaces it is, counted from ours (proc(5)); 0 if it is gone."""
+    try:
+        return len(status(pid)["NSpid"].split())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _process(pid: int) -> Process | None:

@@ -273,8 +273,17 @@ class Instance:
     def supervisor(self) -> Process:
         return next(process for process in self.processes() if process.pid == self.pid)
 
+    def fork_server(self) -> Process:
+        """The oldest of the parent's children: it was there before any worker."""
+        return min(self._forked(), key=lambda process: process.started)
+
     def workers(self) -> list[Process]:
         """All of them, the spare ones too."""
+        forked = self._forked()
+        oldest = min(forked, key=lambda process: process.started, default=None)
+        return [process for process in forked if process != oldest or process.uid]
+
+    def _forked(self) -> list[Process]:
         parent = self.parent().pid
         return [process for process in self.processes() if process.parent == parent]
 
@@ -287,6 +296,7 @@ class Instance:
             "processes": len(self.processes()),
             "supervisor's descriptors": self.supervisor().descriptors,
             "parent's descriptors": self.parent().descriptors,
+            "fork server's descriptors": self.fork_server().descriptors,
             "keyd's descriptors": self.keyd().descriptors,
         }
 

@@ -66,7 +66,7 @@ def temporary(tmp_path: Path) -> Path:
 def test_shows_a_request_the_processes_and_where_the_key_is(temporary: Path) -> None:
     demo = Demo(temporary, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     instance: list[Process] = eventually(
-        lambda: len(found := demo.instance()) >= 6 and found, "an instance with live workers"
+        lambda: len(found := demo.instance()) >= 7 and found, "an instance with live workers"
     )
     output, errors = demo.process.communicate(timeout=60)
     assert (demo.process.returncode, errors) == (0, ""), output
@@ -81,13 +81,13 @@ def test_shows_a_request_the_processes_and_where_the_key_is(temporary: Path) -> 
     roles = [row[0] for row in rows]
     assert roles.count("worker: this connection") == 1
     assert roles.count("worker: waiting for a client") == 2
-    assert {"supervisor", "parent", "keyd"} <= set(roles)
+    assert {"supervisor", "parent", "fork server", "keyd"} <= set(roles)
     seen = {(process.pid, process.uid) for process in instance}
     for role, pid, uid, key in rows:
         assert key.startswith("yes: d, dp, dq, p, q, qinv" if role == "keyd" else "no ("), role
-        if role in ("supervisor", "parent", "keyd"):
+        if role in ("supervisor", "parent", "fork server", "keyd"):
             assert (int(pid), int(uid)) in seen
-    uids = [int(row[2]) for row in rows if row[0] not in ("supervisor", "parent")]
+    uids = [int(row[2]) for row in rows if row[0] not in ("supervisor", "parent", "fork server")]
     assert 0 not in uids
     assert len(set(uids)) == len(uids)
 
@@ -123,7 +123,7 @@ def test_leaves_nothing_behind_when_interrupted(
     number: signal.Signals, moment: str, temporary: Path
 ) -> None:
     demo = Demo(temporary, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wanted = 1 if moment == "at the start" else 6
+    wanted = 1 if moment == "at the start" else 7
     instance: list[Process] = eventually(
         lambda: len(found := demo.instance()) >= wanted and found, "an instance"
     )

@@ -36,8 +36,8 @@ def test_the_documented_example_passes(project: Path) -> None:
     assert "3 passed" in answer.stdout
 
 
-def test_a_key_in_the_parent_is_found_and_its_place_is_said(project: Path) -> None:
-    """The parent is made to load the key, by the driver of the audit's own tests."""
+def test_a_key_in_the_fork_server_is_found_and_its_place_is_said(project: Path) -> None:
+    """The fork server is made to load the key, by the driver of the audit's own tests."""
     (project / "conftest.py").write_text(
         f"""\
 import sys
@@ -46,12 +46,12 @@ from titus_py import throwaway
 
 
 @pytest.fixture(autouse=True)
-def parent_loads_the_key(tmp_path_factory, monkeypatch):
+def fork_server_loads_the_key(tmp_path_factory, monkeypatch):
     mktemp = tmp_path_factory.mktemp
 
     def make(name):
         directory = mktemp(name)
-        driver = [sys.executable, "-I", {str(DRIVER)!r}, "supervisor", "parent_loads_the_key"]
+        driver = [sys.executable, "-I", {str(DRIVER)!r}, "supervisor", "fork_server_loads_the_key"]
         monkeypatch.setattr(throwaway, "PROGRAM", (*driver, str(directory / "site.key")))
         return directory
 
@@ -67,7 +67,7 @@ def parent_loads_the_key(tmp_path_factory, monkeypatch):
     places = [
         line
         for line in errors
-        if re.match(r"parent \d+: key: .* seen: .* in \S+ at 0x[0-9a-f]+ of process \d+", line)
+        if re.match(r"fork server \d+: key: .* seen: .* in \S+ at 0x[0-9a-f]+ of process \d+", line)
     ]
     assert len(places) == 2, "\n".join(errors)
     assert any(re.match(r"worker \d+.*: key: ", line) for line in errors)

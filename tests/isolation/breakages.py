@@ -2,20 +2,26 @@
 
 Started as ``python -I breakages.py supervisor NAME FILE serve ...``. It is the tests' own:
 no configuration and no environment of the program's reaches it. What the supervisor
-starts is this file again, as the parent or as keyd; each takes its one step out, gives
-itself the command line that it would have, and goes on as the real one. ``FILE`` is a
-file that a breakage may need, such as the private key's.
+starts is this file again, as the parent or as keyd, and so is what the parent starts, as
+the fork server; each takes its one step out, gives itself the command line that it would
+have, and goes on as the real one. ``FILE`` is a file that a breakage may need, such as the
+private key's.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+if TYPE_CHECKING:
+    from keyd.linux.process import Call
+
+# prctl(2)
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
 #: Whatever has to stay until the process ends.
 KEPT: list[Any] = []
 
@@ -46,202 +52,128 @@ def nothing(*_: object) -> None:
     pass
 
 
-# --- workers, by way of the parent that forks them --------------------------------
+# --- workers, by way of the fork server: the calls that each of them makes ------------
 
 
-@breaks("groups", "worker", within="parent")
+def change_calls(change: Callable[["list[Call]"], "list[Call]"]) -> None:
+    """Have new workers make other calls than they should."""
+    from titus_py import fork_server
+
+    real = fork_server.worker_calls
+    fork_server.worker_calls = lambda *arguments: change(real(*arguments))
+
+
+def prctl_of(option: int, *arguments: int) -> "Call":
+    from keyd.linux.process import Call
+
+    return Call("prctl", (option, *arguments))
+
+
+@breaks("groups", "worker", within="fork_server")
 def worker_groups(_: str) -> None:
-    from titus_py import confinement
+    from keyd.linux.process import Call
 
-    real = confinement.become
-
-    def become(uid: int, gid: int) -> None:
-        real_setgroups = os.setgroups
-        os.setgroups = lambda groups: real_setgroups([4242])
-        real(uid, gid)
-
-    confinement.become = become
+    KEPT.append(groups := (ctypes.c_uint32 * 1)(4242))
+    theirs = Call("setgroups", (1, ctypes.addressof(groups)))
+    change_calls(lambda calls: [theirs if call.name == "setgroups" else call for call in calls])
 
 
-@breaks("capabilities", "worker", within="parent")
-def worker_bounding_set(_: str) -> None:
-    from titus_py import confinement
-
-    confinement.forbid_regaining = nothing
-
-
-@breaks("no_new_privs", "worker", within="both")
-def worker_no_new_privs(_: str) -> None:
-    """The filter goes on while it is still root, and so does without no_new_privs."""
+@breaks("capabilities", "worker", within="fork_server")
+def worker_capabilities(_: str) -> None:
+    """It keeps them beyond its change of uid."""
     import prctl
 
-    from keyd.linux import landlock, seccomp
-    from titus_py import confinement, worker
+    from titus_py import confinement
 
-    def confine(to: Any, uid: int, null: int, parent: int) -> None:
-        confinement.enter_network_namespace(to.network)
-        confinement.enter_empty_root(to.chroot)
-        confinement._limit_resources(to.memory)
-        confinement.stop_speculation(to.speculation)
-        confinement.forbid_regaining(to.bounding)
-        if to.landlock is not None:
-            landlock.restrict_self(to.landlock)
-        confinement.keep_only(null, parent)
-        seccomp.install(to.handshake_filter)
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        confinement.hide_memory()
-        prctl.set_pdeathsig(signal.SIGKILL)
+    def forbid_regaining(bounding: Any) -> None:
+        for capability in bounding:
+            prctl.capbset_drop(capability)
+        prctl.set_securebits(prctl.SECBIT_NO_SETUID_FIXUP)
 
-    def narrow(to: Any) -> None:
-        prctl.set_no_new_privs(1)
-        confinement.narrow(to)
-
-    worker.confine, worker.narrow = confine, narrow
+    confinement.forbid_regaining = forbid_regaining
 
 
-def worker_no_new_privs_supervisor() -> None:
-    from titus_py import worker_filter
-
-    for call in ("prctl", "setgroups", "setresgid", "setresuid"):
-        worker_filter.HANDSHAKE[call] = ((),)
-
-
-@breaks("hidden", "worker", within="parent")
+@breaks("hidden", "worker", within="fork_server")
 def worker_dumpable(_: str) -> None:
-    import prctl
-
-    from titus_py import confinement
-
-    confinement.hide_memory = lambda: prctl.set_dumpable(True)
+    hide, show = prctl_of(PR_SET_DUMPABLE, 0), prctl_of(PR_SET_DUMPABLE, 1)
+    change_calls(lambda calls: [show if call == hide else call for call in calls])
 
 
-@breaks("namespaces", "worker", within="parent")
+@breaks("namespaces", "worker", within="fork_server")
 def worker_uts_namespace(_: str) -> None:
     from keyd.linux.process import CLONE_NEWUTS
-    from titus_py import parent
+    from titus_py import fork_server
 
-    parent.WORKER_NAMESPACES &= ~CLONE_NEWUTS
-
-
-@breaks("network", "worker", within="parent")
-def worker_network_of_the_host(_: str) -> None:
-    from titus_py import confinement
-
-    confinement.enter_network_namespace = nothing
+    fork_server.WORKER_NAMESPACES &= ~CLONE_NEWUTS
 
 
-@breaks("root", "worker", within="parent")
-def worker_root(_: str) -> None:
-    from titus_py import confinement
+@breaks("namespaces", "worker", within="fork_server")
+def worker_pid_namespace(_: str) -> None:
+    from keyd.linux.process import CLONE_NEWPID
+    from titus_py import fork_server
 
-    confinement.enter_empty_root = nothing
+    fork_server.WORKER_NAMESPACES &= ~CLONE_NEWPID
 
 
-@breaks("filter", "worker", within="parent")
+@breaks("filter", "worker", within="fork_server")
 def worker_second_filter(_: str) -> None:
     from titus_py import worker
 
     worker.narrow = lambda _: os.close(worker.KEYD_FD)
 
 
-@breaks("filter", "worker", within="parent")
+@breaks("filter", "worker", within="fork_server")
 def worker_first_filter(_: str) -> None:
-    from titus_py import confinement
-
-    real, calls = confinement.seccomp.install, iter("12")
-    confinement.seccomp = type("", (), {"install": lambda p: next(calls) == "2" and real(p)})
+    change_calls(lambda calls: [call for call in calls if call.name != "seccomp"])
 
 
-@breaks("limits", "worker", within="parent")
+@breaks("limits", "worker", within="fork_server")
+def worker_process_limit(_: str) -> None:
+    import resource
+
+    change_calls(lambda calls: [call for call in calls if not limits(call, resource.RLIMIT_NPROC)])
+
+
+@breaks("limits", "worker", within="fork_server")
 def worker_descriptor_limit(_: str) -> None:
+    """It has what the fork server may have."""
     import resource
 
-    from titus_py import confinement
-
-    real = confinement.limit
-    confinement.limit = lambda limits: real(
-        {name: most for name, most in limits.items() if name != resource.RLIMIT_NOFILE}
-    )
+    change_limits(lambda limits: {**limits, resource.RLIMIT_NOFILE: 64})
+    change_calls(lambda calls: [call for call in calls if not limits(call, resource.RLIMIT_NOFILE)])
 
 
-@breaks("limits", "worker", within="parent")
-def worker_memory_limit(_: str) -> None:
-    import resource
-
-    from titus_py import confinement
-
-    real = confinement.limit
-    confinement.limit = lambda limits: real(
-        {name: most for name, most in limits.items() if name != resource.RLIMIT_AS}
-    )
+def limits(call: "Call", what: int) -> bool:
+    return call.name == "prlimit64" and call.arguments[1] == what
 
 
-@breaks("speculation", "worker", within="parent")
-def worker_speculation(_: str) -> None:
-    from titus_py import confinement
-
-    confinement.stop_speculation = nothing
-
-
-@breaks("landlock", "parent", within="parent")
-def worker_landlock(_: str) -> None:
-    from titus_py import parent
-
-    parent.landlock.version = lambda: 0
-
-
-@breaks("descriptors", "worker", within="parent")
+@breaks("descriptors", "worker", within="fork_server")
 def worker_one_more_descriptor(_: str) -> None:
-    from titus_py import confinement
+    from keyd.linux.process import Call
 
-    real = confinement.keep_only
-
-    def keep_only(null: int, parent: int) -> None:
-        real(null, parent)
-        # Where nothing that the worker is given later will be.
-        os.dup2(0, 7)
-
-    confinement.keep_only = keep_only
+    # Where nothing that the worker is given later will be.
+    more = Call("dup3", (0, 7, 0))
+    change_calls(lambda calls: [*calls[:-1], more, calls[-1]])
 
 
-@breaks("descriptors", "worker", within="parent")
+@breaks("descriptors", "worker", within="fork_server")
 def worker_keeps_keyd(_: str) -> None:
     from keyd.linux import seccomp
     from titus_py import worker
 
-    worker.narrow = lambda to: seccomp.install(to.established_filter)
+    worker.narrow = seccomp.install
 
 
-@breaks("mappings", "worker", within="parent")
+@breaks("mappings", "worker", within="fork_server")
 def worker_writable_code(_: str) -> None:
-    from titus_py import confinement
+    from keyd.linux.process import Call
 
-    real = confinement.hide_memory
-
-    def hide_memory() -> None:
-        protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-        KEPT.append(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, protection))
-        real()
-
-    confinement.hide_memory = hide_memory
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    more = Call("mmap", (0, mmap.PAGESIZE, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1))
+    change_calls(lambda calls: [*calls[:-1], more, calls[-1]])
 
 
-@breaks("connection", "worker", within="parent")
-def parent_keeps_the_client(_: str) -> None:
-    from titus_py.parent import Parent
-
-    real = Parent._hand_over
-
-    def hand_over(self: Parent, arrival: Any) -> None:
-        KEPT.append(arrival.client.dup())
-        real(self, arrival)
-
-    Parent._hand_over = hand_over
-
-
-@breaks("end", "worker", within="parent")
+@breaks("end", "worker", within="fork_server")
 def worker_outlives_its_connection(_: str) -> None:
     import select
 
@@ -257,12 +189,195 @@ def worker_outlives_its_connection(_: str) -> None:
     Pump.run = run
 
 
+# --- the fork server, and what its workers have from it -----------------------------
+
+
+@breaks("groups", "fork server", within="fork_server")
+def fork_server_groups(_: str) -> None:
+    real = os.setgroups
+    os.setgroups = lambda _: real([4242])
+
+
+@breaks("capabilities", "fork server", within="fork_server")
+def fork_server_capabilities(_: str) -> None:
+    import prctl
+
+    from titus_py import confinement
+
+    real = confinement.keep_capabilities
+    confinement.keep_capabilities = lambda kept: real({*kept, prctl.CAP_SETPCAP})
+
+
+@breaks("capabilities", "fork server", "worker", within="fork_server")
+def fork_server_bounding_set(_: str) -> None:
+    from titus_py import confinement
+
+    confinement.forbid_regaining = nothing
+
+
+@breaks("no_new_privs", "fork server", within="fork_server")
+def fork_server_no_new_privs(_: str) -> None:
+    """What it leaves out, its workers do."""
+    import prctl
+
+    prctl.set_no_new_privs = nothing
+    change_calls(lambda calls: [prctl_of(PR_SET_NO_NEW_PRIVS, 1), *calls])
+
+
+@breaks("no_new_privs", "fork server", "worker", within="fork_server")
+def worker_no_new_privs(_: str) -> None:
+    """The filter goes on while it is still root, and so does without no_new_privs."""
+    import prctl
+
+    from titus_py import confinement, worker
+
+    forbid = prctl.set_no_new_privs
+    prctl.set_no_new_privs = nothing
+
+    def change(calls: "list[Call]") -> "list[Call]":
+        at = next(at for at, call in enumerate(calls) if call.name == "setresuid")
+        return [*calls[:at], calls[-1], *calls[at:-1]]
+
+    def narrow(established_filter: Any) -> None:
+        forbid(1)
+        confinement.narrow(established_filter)
+
+    change_calls(change)
+    worker.narrow = narrow
+
+
+def worker_no_new_privs_supervisor() -> None:
+    from titus_py import worker_filter
+
+    for call in ("prctl", "setresuid"):
+        worker_filter.HANDSHAKE[call] = ((),)
+
+
+@breaks("hidden", "fork server", within="fork_server")
+def fork_server_dumpable(_: str) -> None:
+    from titus_py import fork_server
+
+    fork_server.hide_memory = nothing
+
+
+@breaks("network", "fork server", "worker", within="fork_server")
+def fork_server_network_of_the_host(_: str) -> None:
+    from titus_py import confinement
+
+    confinement.leave_namespaces = nothing
+
+
+@breaks("root", "fork server", "worker", within="fork_server")
+def fork_server_root(_: str) -> None:
+    from titus_py import confinement
+
+    confinement.enter_empty_root = nothing
+
+
+@breaks("limits", "fork server", "worker", within="fork_server")
+def fork_server_file_limit(_: str) -> None:
+    import resource
+
+    change_limits(lambda limits: without(limits, resource.RLIMIT_FSIZE))
+
+
+@breaks("limits", "fork server", "worker", within="fork_server")
+def fork_server_memory_limit(_: str) -> None:
+    import resource
+
+    change_limits(lambda limits: without(limits, resource.RLIMIT_AS))
+
+
+@breaks("limits", "fork server", within="fork_server")
+def fork_server_descriptor_limit(_: str) -> None:
+    """Its workers have the one that they should."""
+    import resource
+
+    from keyd.linux.process import Call
+
+    KEPT.append(few := (ctypes.c_uint64 * 2)(8, 8))
+    lower = Call("prlimit64", (0, resource.RLIMIT_NOFILE, ctypes.addressof(few)))
+    change_limits(lambda limits: without(limits, resource.RLIMIT_NOFILE))
+    change_calls(lambda calls: [lower, *calls])
+
+
+def change_limits(change: Callable[[dict[int, int]], dict[int, int]]) -> None:
+    from titus_py import confinement
+
+    real = confinement.limit
+    confinement.limit = lambda limits: real(change(dict(limits)))
+
+
+def without(limits: dict[int, int], what: int) -> dict[int, int]:
+    return {name: most for name, most in limits.items() if name != what}
+
+
+@breaks("speculation", "fork server", "worker", within="fork_server")
+def fork_server_speculation(_: str) -> None:
+    from titus_py import confinement
+
+    confinement.stop_speculation = nothing
+
+
+@breaks("descriptors", "fork server", within="fork_server")
+def fork_server_opens_a_file(file: str) -> None:
+    from titus_py import confinement
+
+    def keep_only(parent: int) -> None:
+        os.dup2(parent, confinement.PARENT_FD, inheritable=False)
+        os.dup2(opened, 7, inheritable=False)
+        os.closerange(4, 7)
+        os.closerange(8, 1 << 20)
+
+    # Not where the others are dup2()ed to.
+    opened = fcntl.fcntl(os.open(file, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, 100)
+    confinement.keep_only = keep_only
+
+
+@breaks("mappings", "fork server", "worker", within="fork_server")
+def fork_server_writable_code(_: str) -> None:
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    KEPT.append(mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, protection))
+
+
+@breaks("environment", "fork server", "worker", within="parent")
+def fork_server_environment(_: str) -> None:
+    from titus_py import forks
+
+    class Subprocess:
+        DEVNULL = forks.subprocess.DEVNULL
+
+        @staticmethod
+        def Popen(*arguments: Any, env: dict[str, str], **named: Any) -> Any:
+            env = {**env, "SECRET": "of the operator's"}
+            return subprocess.Popen(*arguments, env=env, **named)
+
+    subprocess, forks.subprocess = forks.subprocess, Subprocess
+
+
+@breaks("key", "fork server", "worker", within="fork_server")
+def fork_server_loads_the_key(file: str) -> None:
+    _load_key(file)
+
+
 # --- the parent -------------------------------------------------------------------
 
 
-@breaks("capabilities", "parent", "worker", within="parent")
+@breaks("connection", "worker", within="parent")
+def parent_keeps_the_client(_: str) -> None:
+    from titus_py.parent import Parent
+
+    real = Parent._hand_over
+
+    def hand_over(self: Parent, arrival: Any) -> None:
+        KEPT.append(arrival.client.dup())
+        real(self, arrival)
+
+    Parent._hand_over = hand_over
+
+
+@breaks("capabilities", "parent", within="parent")
 def parent_capabilities(_: str) -> None:
-    """With what its bounding set keeps, its workers' keep some of it, too."""
     from titus_py import parent
 
     parent.keep_capabilities = nothing
@@ -280,9 +395,12 @@ def parent_opens_a_file(file: str) -> None:
     KEPT.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
 
 
-@breaks("key", "parent", "worker", within="parent")
+@breaks("key", "parent", within="parent")
 def parent_loads_the_key(file: str) -> None:
-    """Workers, forked from it, have it then as well."""
+    _load_key(file)
+
+
+def _load_key(file: str) -> None:
     from keyd.keys import load_private_key
 
     key = load_private_key(file, None)
@@ -325,7 +443,7 @@ def supervisor_core_dumps(_: str) -> None:
     supervisor.forbid_core_dumps = nothing
 
 
-@breaks("environment", "parent", "worker", within="supervisor")
+@breaks("environment", "parent", within="supervisor")
 def parent_environment(_: str) -> None:
     _environment_of("parent")
 
@@ -543,22 +661,31 @@ def main() -> int:
         if breakage.process == "supervisor":
             breakage.take_out(file)
         else:
-            program = (__file__, "keyd" if breakage.process == "keyd" else "parent", name, file)
             if breakage.process == "keyd":
-                generation._KEYD = program
+                generation._KEYD = (__file__, "keyd", name, file)
             else:
-                generation._PARENT = program
-            if breakage.process == "both":
+                generation._PARENT = (__file__, "parent", name, file)
+            if name == "worker_no_new_privs":
                 worker_no_new_privs_supervisor()
         sys.argv = ["titus-py", *rest]
         return serve()
     if role == "parent":
         _seem_to_be("titus_py.parent", *rest)
-        from titus_py import parent
+        from titus_py import forks, parent
 
         sys.argv = ["titus_py.parent", *rest]
-        breakage.take_out(file)
+        if breakage.process == "parent":
+            breakage.take_out(file)
+        else:
+            forks._PROGRAM = (__file__, "fork_server", name, file)
         return parent.main()
+    if role == "fork_server":
+        _seem_to_be("titus_py.fork_server", *rest)
+        from titus_py import fork_server
+
+        sys.argv = ["titus_py.fork_server", *rest]
+        breakage.take_out(file)
+        return fork_server.main()
     _seem_to_be("keyd", "serve", *rest)
     from keyd.__main__ import main as keyd
 

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -254,6 +255,23 @@ def test_an_instance_that_ends_is_not_called_broken(
         audit(target)
 
 
+def test_an_instance_without_its_fork_server_is_not_called_sound(
+    backend: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nobody would be there to be held to its promises."""
+    found = TitusInstance(tmp_path_factory.mktemp("crippled"), backend, "P-256", ["localhost"])
+    pids = {process.role: process.pid for process in instance_processes(found.pid)}
+    # Or else the parent might have another one before it is looked at.
+    os.kill(pids[Role.PARENT], signal.SIGSTOP)
+    try:
+        os.kill(pids[Role.FORK_SERVER], signal.SIGKILL)
+        with pytest.raises(CannotAudit, match="no fork server"):
+            find_target(found.pid)
+    finally:
+        os.kill(pids[Role.PARENT], signal.SIGCONT)
+        found.stop()
+
+
 # --- each check, with what it looks at taken out ----------------------------------
 
 
@@ -275,7 +293,7 @@ def test_a_protection_taken_out_is_noticed(
         made = audit(find_target(found.pid))
     finally:
         found.stop()
-    if name == "worker_speculation" and not made.having(Verdict.BROKEN):
+    if name == "fork_server_speculation" and not made.having(Verdict.BROKEN):
         pytest.skip("this machine cannot turn speculation off")
     checks, roles = broken(made)
     assert (checks, roles) == ({breakage.check}, breakage.roles), made.having(Verdict.BROKEN)
@@ -309,7 +327,7 @@ def test_an_interface_in_an_empty_network_is_noticed(instance: TitusInstance) ->
 
     try:
         bring_lo(1)
-        assert broken(audit(find_target(instance.pid))) == ({"network"}, {"worker"})
+        assert broken(audit(find_target(instance.pid))) == ({"network"}, {"fork server", "worker"})
     finally:
         bring_lo(0)
         os.close(network)

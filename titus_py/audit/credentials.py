@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 
 import prctl
 
 from titus_py.address import UnixAddress
 from titus_py.audit.finding import Check, Seen, broken, holds
 from titus_py.audit.observation import Observation, Scene
-from titus_py.confinement import PARENT_CAPABILITIES
+from titus_py.confinement import FORK_SERVER_CAPABILITIES, PARENT_CAPABILITIES
 from titus_py.instance import Role
 from titus_py.supervisor import SUPERVISOR_CAPABILITIES
 
@@ -68,7 +69,12 @@ def _groups(seen: Observation, _: Scene) -> Seen:
 
 
 def _no_capabilities(seen: Observation, _: Scene) -> Seen:
-    return _at_most(seen, 0)
+    return _at_most(seen, 0, 0)
+
+
+def _capabilities_to_fork(seen: Observation, _: Scene) -> Seen:
+    # It never executes a program, and what it forks is to have none.
+    return _at_most(seen, _mask(FORK_SERVER_CAPABILITIES), 0)
 
 
 def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
@@ -77,12 +83,16 @@ def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
         kept = set(SUPERVISOR_CAPABILITIES)
     elif any(isinstance(v.backend, UnixAddress) for v in scene.target.configuration.vhost):
         kept.add(prctl.CAP_DAC_OVERRIDE)
-    return _at_most(seen, sum(1 << capability for capability in kept))
+    return _at_most(seen, _mask(kept), _mask(kept))
 
 
-def _at_most(seen: Observation, allowed: int) -> Seen:
+def _mask(capabilities: Iterable[int]) -> int:
+    return sum(1 << capability for capability in capabilities)
+
+
+def _at_most(seen: Observation, allowed: int, bounding: int) -> Seen:
     # Neither set that execve(2) adds to may hold any.
-    masks = dict.fromkeys(_SETS, allowed) | {"CapInh": 0, "CapAmb": 0}
+    masks = dict.fromkeys(_SETS, allowed) | {"CapBnd": bounding, "CapInh": 0, "CapAmb": 0}
     excess = {
         f"{name} has {_names(beyond)}"
         for thread in seen.threads
@@ -135,7 +145,7 @@ def _hidden_by_attempt(seen: Observation, _: Scene) -> Seen:
 
 
 def _control() -> bool:
-    """Whether a process that is like a parent, but dumpable, can be looked into."""
+    """Whether a process that is like the parent, but dumpable, can be looked into."""
     program = (
         "from keyd.linux.credentials import keep_capabilities\n"
         "keep_capabilities([])\n"
@@ -179,7 +189,9 @@ def _can_look_into(pid: int) -> bool:
 
 
 _UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD})
-_PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT})
+_PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER})
+#: What workers have from the fork server, it has put on itself.
+_CONFINED = frozenset({Role.WORKER, Role.KEYD, Role.FORK_SERVER})
 _STATUS = "/proc/PID/task/*/status"
 
 CHECKS = (
@@ -197,7 +209,7 @@ CHECKS = (
         f"{_STATUS}: Uid, Gid; those of all processes",
         _uid,
     ),
-    Check("groups", _UNPRIVILEGED, "no supplementary groups", f"{_STATUS}: Groups", _groups),
+    Check("groups", _CONFINED, "no supplementary groups", f"{_STATUS}: Groups", _groups),
     Check(
         "capabilities",
         _UNPRIVILEGED,
@@ -207,14 +219,21 @@ CHECKS = (
     ),
     Check(
         "capabilities",
-        _PRIVILEGED,
+        frozenset({Role.FORK_SERVER}),
+        "only the capabilities that forking workers takes, and no way to another",
+        f"{_STATUS}: {', '.join(_SETS)}",
+        _capabilities_to_fork,
+    ),
+    Check(
+        "capabilities",
+        frozenset({Role.SUPERVISOR, Role.PARENT}),
         "only the capabilities that it uses, none inheritable or ambient",
         f"{_STATUS}: {', '.join(_SETS)}",
         _few_capabilities,
     ),
     Check(
         "no_new_privs",
-        _UNPRIVILEGED,
+        _CONFINED,
         "no_new_privs: no program could give it more",
         f"{_STATUS}: NoNewPrivs",
         _no_new_privs,

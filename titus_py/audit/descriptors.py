@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.observation import Observation, Scene, Stage
+from titus_py.confinement import PARENT_FD
 from titus_py.instance import Role
 
 __all__ = ["CHECKS", "names"]
@@ -21,18 +22,18 @@ _CLIENT, _BACKEND, _LISTENER = "client", "backend", "listening socket"
 _CLOSED = "socket with no other end"
 _ERRORS = "standard error, the supervisor's"
 _OWN_ERRORS = "standard error"
+_TO_PARENT = "socket to the parent"
+_PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
     r"/dev/null": _NULL,
     r"anon_inode:\[eventpoll\]": "epoll",
-    r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": "pidfd",
-    r"anon_inode:\[landlock-ruleset\]": "Landlock ruleset",
-    r"net:\[\d+\]": "network namespace",
-    r"/memfd:report \(deleted\)": "worker's report page",
+    r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": _PIDFD,
+    r"/memfd:report \(deleted\)": _REPORT,
 }
 
 #: What a process may hold, and how much of each (None: any number).
 _Allowed = dict[str, int | None]
-_SPARE: _Allowed = {_NULL: 3, "socket to the parent": 1}
+_SPARE: _Allowed = {_NULL: 3, _TO_PARENT: 1}
 _HANDSHAKE: _Allowed = {**_SPARE, _CLIENT: 1, "socket to keyd": 1, _CLOSED: 1}
 _ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1}
 _KEYD: _Allowed = {
@@ -40,21 +41,29 @@ _KEYD: _Allowed = {
     _ERRORS: 1,
     _OWN_ERRORS: 2,
     "epoll": 1,
-    "socket to the parent": None,
+    _TO_PARENT: None,
     "socket to the supervisor": 1,
     "socket to worker": None,
     _CLOSED: None,
 }
+_FORK_SERVER: _Allowed = {
+    _NULL: 2,
+    _ERRORS: 1,
+    _TO_PARENT: 1,
+    # In passing: with an order, and back.
+    _WORKERS: None,
+    _REPORT: None,
+    _PIDFD: None,
+}
 _PARENT: _Allowed = {
-    _NULL: 4,
+    _NULL: 2,
     _ERRORS: 1,
     "epoll": 1,
-    "pidfd": None,
-    "worker's report page": None,
-    "Landlock ruleset": 1,
-    "network namespace": 1,
+    _PIDFD: None,
+    _REPORT: None,
     _LISTENER: None,
     "socket to the supervisor": 2,
+    "socket to the fork server": 1,
     "socket to worker": None,
     "socket to keyd": None,
     # On their way to a worker.
@@ -85,7 +94,12 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
         if what in errors:
             return _ERRORS
     inode = seen.sockets.get(number)
-    return what if inode is None else _socket_name(scene, inode) or what
+    if inode is None:
+        return what
+    name = _socket_name(scene, inode) or what
+    if seen.process.role is Role.FORK_SERVER and number != PARENT_FD and name == _TO_PARENT:
+        return _WORKERS
+    return name
 
 
 def _socket_name(scene: Scene, inode: int) -> str:
@@ -101,9 +115,12 @@ def _socket_name(scene: Scene, inode: int) -> str:
         return _BACKEND
     if not unix.peer:
         return _CLOSED
-    holders = {other.process.role for other in scene.holders.get(unix.peer, [])}
-    # A process forked meanwhile holds what its parent does, until it has closed it.
-    for role in (Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.WORKER):
+    holders = {
+        Role.WORKER if _passes_on(other, unix.peer) else other.process.role
+        for other in scene.holders.get(unix.peer, [])
+    }
+    # A process forked meanwhile holds what its maker does, until it has closed it.
+    for role in (Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER):
         if role in holders:
             return f"socket to {'' if role is Role.WORKER else 'the '}{role}".replace(
                 "the keyd", "keyd"
@@ -111,10 +128,17 @@ def _socket_name(scene: Scene, inode: int) -> str:
     return _CLOSED
 
 
+def _passes_on(seen: Observation, inode: int) -> bool:
+    """Whether that is a fork server, and this socket one that a worker is about to have."""
+    return seen.process.role is Role.FORK_SERVER and seen.sockets.get(PARENT_FD) != inode
+
+
 def _allowed(seen: Observation) -> _Allowed:
     match seen.process.role:
         case Role.PARENT:
             return _PARENT
+        case Role.FORK_SERVER:
+            return _FORK_SERVER
         case Role.KEYD:
             return _KEYD
         case _ if seen.stage == Stage.ESTABLISHED:
@@ -180,9 +204,17 @@ CHECKS = (
     ),
     Check(
         "descriptors",
+        frozenset({Role.FORK_SERVER}),
+        "no file and no connection open: its socket to the parent, and what passes through "
+        "it for a new worker",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
         frozenset({Role.PARENT}),
-        "no file open: listening sockets, and what it shares with its workers, keyd and "
-        "the supervisor",
+        "no file open: listening sockets, and what it shares with its fork server, its "
+        "workers, keyd and the supervisor",
         "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
         _descriptors,
     ),

@@ -4,26 +4,26 @@ Run by ``titus-py audit``. What a filter allows cannot be read from outside with
 stopping the process: its lists are in ``worker_filter`` and ``keyd.system_calls``.
 """
 
-from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.observation import Observation, Scene, Stage
-from titus_py.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
-from titus_py.instance import Role, status
+from titus_py.confinement import MEMORY_OCTETS, SPECULATION
+from titus_py.instance import Role
 
 __all__ = ["CHECKS"]
 
-#: What a worker may have at most, in the words of /proc/PID/limits.
-_WORKER_LIMITS = {
-    "processes": 0,
+#: What the fork server may have at most, in the words of /proc/PID/limits.
+_FORK_SERVER_LIMITS = {
     "file size": 0,
     "core file size": 0,
-    "open files": 8,
+    "open files": 64,
     "locked memory": 0,
     "pending signals": 0,
     "msgqueue size": 0,
     "nice priority": 0,
     "realtime priority": 0,
 }
+#: And a worker.
+_WORKER_LIMITS = {**_FORK_SERVER_LIMITS, "open files": 8, "processes": 0}
 _ADDRESS_SPACE = "address space"
 
 #: How /proc/PID/status says that there is nothing to turn off, that it is off for good, and
@@ -55,10 +55,12 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
     return holds(text)
 
 
-def _worker_limits(seen: Observation, scene: Scene) -> Seen:
-    most: dict[str, int] = dict(_WORKER_LIMITS)
-    parents = scene.of(Role.PARENT)
-    peaks = [int(status(parent.pid)["VmPeak"].split()[0]) * 1024 for parent in parents]
+def _limits(seen: Observation, scene: Scene) -> Seen:
+    is_worker = seen.process.role is Role.WORKER
+    most: dict[str, int] = dict(_WORKER_LIMITS if is_worker else _FORK_SERVER_LIMITS)
+    # What the fork server had when it was confined is what the bound was reckoned from.
+    servers = scene.of(Role.FORK_SERVER)
+    peaks = [int(server.threads[0]["VmPeak"].split()[0]) * 1024 for server in servers]
     if peaks:
         most[_ADDRESS_SPACE] = max(peaks) + MEMORY_OCTETS
     loose = [
@@ -99,17 +101,6 @@ def _speculation(seen: Observation, scene: Scene) -> Seen:
     return holds(text)
 
 
-def _landlock(seen: Observation, scene: Scene) -> Seen:
-    version = landlock.version()
-    if not version:
-        text = "this kernel has no Landlock, or it is off"
-        required = LANDLOCK in scene.target.configuration.worker.require
-        return broken(f"{text}; required by worker.require") if required else not_available(text)
-    if "anon_inode:[landlock-ruleset]" in seen.descriptors.values():
-        return holds(f"Landlock, version {version} of its interface; the ruleset is there")
-    return broken(f"the kernel has Landlock, version {version}, and the parent no ruleset")
-
-
 CHECKS = (
     Check(
         "filter",
@@ -130,7 +121,14 @@ CHECKS = (
         frozenset({Role.WORKER}),
         "no processes, no files, no core dump; memory and descriptors bounded",
         "/proc/PID/limits, hard limits",
-        _worker_limits,
+        _limits,
+    ),
+    Check(
+        "limits",
+        frozenset({Role.FORK_SERVER}),
+        "no files, no core dump; memory and descriptors bounded",
+        "/proc/PID/limits, hard limits",
+        _limits,
     ),
     Check(
         "limits",
@@ -141,17 +139,9 @@ CHECKS = (
     ),
     Check(
         "speculation",
-        frozenset({Role.WORKER}),
+        frozenset({Role.FORK_SERVER, Role.WORKER}),
         "indirect-branch and store-bypass speculation off for good, where it can be",
         "/proc/PID/status: Speculation*",
         _speculation,
-    ),
-    Check(
-        "landlock",
-        frozenset({Role.PARENT}),
-        "a Landlock ruleset that grants nothing, for each worker to put on",
-        "its descriptor in the parent; that a worker has put it on cannot be seen from "
-        "outside: one that could not does not serve",
-        _landlock,
     ),
 )

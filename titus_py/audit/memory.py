@@ -17,8 +17,10 @@ from titus_py.key_search import Hit, Needle, Search, needles, search_all
 
 __all__ = ["CHECKS", "key_needles", "look_for_keys"]
 
-_ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+")
-_ARGUMENTS = re.compile(rb"-I\0-m\0(titus_py\.parent|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+")
+_ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
+_ARGUMENTS = re.compile(
+    rb"-I\0-m\0(titus_py\.(parent|fork_server)|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+"
+)
 
 
 def _mappings(seen: Observation, scene: Scene) -> Seen:
@@ -45,25 +47,26 @@ def _environment(seen: Observation, scene: Scene) -> Seen:
     if not _ARGUMENTS.fullmatch(b"\0".join(seen.arguments[1:])):
         shown = b" ".join(seen.arguments).decode(errors="replace")
         return broken(f"arguments: {shown[:200]}")
+    names = ", ".join(sorted(word.partition(b"=")[0].decode() for word in seen.environment))
     return holds(
         f"{len(seen.arguments)} arguments: the program, and numbers of descriptors; "
-        + ("OPENSSL_CONF, which names one more" if seen.environment else "no environment")
+        + (f"environment: {names}" if names else "no environment")
     )
 
 
-_EVERYBODY = frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.WORKER})
+_STARTED = frozenset({Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER})
 
 CHECKS = (
     Check(
         "mappings",
-        _EVERYBODY,
+        _STARTED | {Role.SUPERVISOR},
         "no memory both writable and executable, no key file mapped",
         "/proc/PID/maps",
         _mappings,
     ),
     Check(
         "environment",
-        frozenset({Role.PARENT, Role.KEYD, Role.WORKER}),
+        _STARTED,
         "environment and arguments say nothing of use",
         "/proc/PID/environ, /proc/PID/cmdline",
         _environment,

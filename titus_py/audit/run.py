@@ -29,7 +29,8 @@ CHECKS: tuple[Check, ...] = (
 #: What no audit from outside can show; each is tried by the attack suite instead.
 UNSEEN = (
     "what a process's seccomp filter allows (that it has one is seen, and how many)",
-    "that a worker has put its Landlock ruleset on (that the parent has one for it is seen)",
+    "that fork server and workers have put Landlock on (without it, they do not serve, unless "
+    "the kernel has none: then the log says not_available)",
     "that a process is killed when its parent dies",
     "a process's securebits",
 )
@@ -128,7 +129,7 @@ def _findings(target: Target) -> Iterator[Finding]:
         )
 
 
-_IN_ORDER = (Role.SUPERVISOR, Role.KEYD, Role.PARENT, Role.WORKER)
+_IN_ORDER = (Role.SUPERVISOR, Role.KEYD, Role.PARENT, Role.FORK_SERVER, Role.WORKER)
 _KNOWN = frozenset(_IN_ORDER)
 
 
@@ -148,7 +149,7 @@ def _only_known(target: Target) -> Finding:
     return Finding(
         "processes",
         Subject.of(target.supervisor),
-        "no process below it but keyd, the parent and its workers",
+        "no process below it but keyd, the parent, its fork server and its workers",
         "/proc/PID/stat of all processes",
         seen.text,
         seen.verdict,

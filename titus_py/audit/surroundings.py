@@ -44,14 +44,17 @@ def _namespaces(kinds: tuple[str, ...]) -> "Check":
     )
 
 
+#: Who shares a network namespace: workers inherit it from their fork server.
+_FORKED = frozenset({Role.FORK_SERVER, Role.WORKER})
+
+
 def _network(seen: Observation, scene: Scene) -> Seen:
     own = seen.namespaces["net"]
+    allowed = _FORKED if seen.process.role in _FORKED else {seen.process.role}
     members = {other.process.role for other in scene.observations if other.namespaces["net"] == own}
-    if members != {seen.process.role}:
-        strangers = ", ".join(sorted(members - {seen.process.role}))
-        return broken(f"{own} is also the {strangers}'s")
-    # Workers share one among themselves, and with nobody else.
-    ours = {other.pid for other in scene.of(seen.process.role)}
+    if strangers := members - allowed:
+        return broken(f"{own} is also the {', '.join(sorted(strangers))}'s")
+    ours = {other.pid for other in scene.of(*allowed)}
     everybody = {other.pid for other in scene.observations}
     if outside := scene.inhabitants.get(own, set()) - ours - _descendants(scene, everybody):
         return broken(f"{own} is also that of process {', '.join(map(str, sorted(outside)))}")
@@ -93,13 +96,14 @@ def _interfaces(pid: int) -> list[str]:
 
 def _root(seen: Observation, scene: Scene) -> Seen:
     chroot = str(scene.target.configuration.worker.chroot)
-    own = seen.process.role is Role.WORKER or scene.target.started(seen.process)
+    own = seen.process.role is not Role.KEYD or scene.target.started(seen.process)
     if seen.root == "/" or (own and seen.root != os.path.realpath(chroot)):
         return broken(f"its root is {seen.root}")
     if seen.root_content:
         return broken(f"{seen.root} holds {', '.join(seen.root_content[:5])}")
     text = f"{seen.root}: empty, uid {seen.root_owner}'s, mode {seen.root_mode:04o}"
-    if seen.root_owner == seen.process.uid or seen.root_mode & 0o022:
+    owns = seen.root_owner == seen.process.uid and seen.process.role is not Role.FORK_SERVER
+    if owns or seen.root_mode & 0o022:
         return broken(text)
     return holds(text)
 
@@ -109,8 +113,8 @@ CHECKS = (
     _namespaces(("ipc", "uts")),
     Check(
         "network",
-        frozenset({Role.WORKER}),
-        "an empty network namespace, the workers' own",
+        _FORKED,
+        "an empty network namespace, the fork server's and its workers' own",
         "/proc/PID/ns/net of all processes; entered, and its interfaces listed",
         _network,
     ),
@@ -120,6 +124,13 @@ CHECKS = (
         "an empty network namespace, keyd's own",
         "/proc/PID/ns/net of all processes; entered, and its interfaces listed",
         _network,
+    ),
+    Check(
+        "root",
+        frozenset({Role.FORK_SERVER}),
+        "an empty root directory, which only root can write",
+        "/proc/PID/root: where, what is in it, its owner and mode",
+        _root,
     ),
     Check(
         "root",

@@ -27,6 +27,8 @@ __all__ = ["CannotAudit", "Target", "find_supervisors", "find_target"]
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 _CAP_SYS_PTRACE = 19
+#: Where one of these is missing, nobody could be held to its promises.
+_NEEDED = (Role.PARENT, Role.FORK_SERVER, Role.KEYD)
 
 
 class CannotAudit(Exception):
@@ -123,7 +125,7 @@ def find_supervisors() -> list[Process]:
     parents = [
         process for process in processes.values() if b"titus_py.parent" in _words(process.pid)
     ]
-    # Workers are forked by a parent and so have its command line: theirs are below a parent.
+    # What a parent starts has its command line, until it has executed a program of its own.
     pids = {process.pid for process in parents}
     supervisors = {process.ppid for process in parents if process.ppid not in pids}
     return [
@@ -146,9 +148,9 @@ def find_target(supervisor: int) -> Target:
         raise CannotAudit(f"the configuration of process {supervisor} is not readable: {mistakes}")
     target = Target(found[0], loaded.configuration, source)
     roles = {process.role for process in target.processes()}
-    if not {Role.PARENT, Role.KEYD} <= roles:
+    if missing := [role for role in _NEEDED if role not in roles]:
         raise CannotAudit(
-            f"process {supervisor} has no parent and keyd below it (yet, or any more)"
+            f"process {supervisor} has no {' and no '.join(missing)} (yet, or any more)"
         )
     return target
 
