@@ -273,10 +273,19 @@ class Instance:
     def supervisor(self) -> Process:
         return next(process for process in self.processes() if process.pid == self.pid)
 
+    def fork_server(self) -> Process:
+        """What the parent started first, of what still runs as root (a worker may be about to)."""
+        parent = self.parent().pid
+        return min(
+            (one for one in self.processes() if one.parent == parent and not one.uid),
+            key=lambda one: (one.started, one.pid),
+        )
+
     def workers(self) -> list[Process]:
         """All of them, the spare ones too."""
         parent = self.parent().pid
-        return [process for process in self.processes() if process.parent == parent]
+        server = self.fork_server()
+        return [one for one in self.processes() if one.parent == parent and one != server]
 
     def worker_of(self, uid: int) -> Process:
         return next(worker for worker in self.workers() if worker.uid == uid)
@@ -287,6 +296,7 @@ class Instance:
             "processes": len(self.processes()),
             "supervisor's descriptors": self.supervisor().descriptors,
             "parent's descriptors": self.parent().descriptors,
+            "fork server's descriptors": self.fork_server().descriptors,
             "keyd's descriptors": self.keyd().descriptors,
         }
 

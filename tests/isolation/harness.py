@@ -1,4 +1,4 @@
-"""An instance whose workers can be taken over (see ``infected_parent``), and its clients."""
+"""An instance whose workers can be taken over (see ``infected_fork_server``), and its clients."""
 
 import json
 import socket
