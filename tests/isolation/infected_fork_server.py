@@ -282,7 +282,8 @@ def _without_reseed() -> None:
     worker.reseed = _nothing  # type: ignore[attr-defined]
 
 
-#: ``dialer`` and ``process one`` are the parent's: see ``driven_parent``.
+#: ``dialer`` and ``process one`` are the parent's (see ``driven_parent``); and there is
+#: ``preload PATH``.
 LAYERS: dict[str, Callable[[], None]] = {
     "filter": _without_filter,
     "landlock": _without_landlock,
@@ -393,8 +394,18 @@ def _send(way: socket.socket | SSL.Connection, descriptor: int, octets: bytes) -
             continue
 
 
+def _preload(library: str) -> None:
+    """Begin again with this library before all others (ld.so(8)), if that was not done yet."""
+    if os.environ.get("LD_PRELOAD") != library:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": library})
+
+
 def main() -> NoReturn:
-    for layer in json.loads(sys.argv.pop(1)):
+    without = json.loads(sys.argv.pop(1))
+    for layer in without:
+        if layer.startswith("preload "):
+            _preload(layer.removeprefix("preload "))
+    for layer in without:
         if layer in LAYERS:
             LAYERS[layer]()
     _infect()
