@@ -1,6 +1,6 @@
 """TLS settings: one OpenSSL context for each virtual host.
 
-Run by the parent, before it forks; workers inherit the contexts. The private key
+Run by the fork server, before it forks; workers inherit the contexts. The private key
 in each is a reference: its operations go to keyd through the provider, which
 OPENSSL_CONF has to have loaded before this module is imported.
 """
@@ -69,9 +69,9 @@ def make_context(
 def reseed() -> None:
     """Make this process's random numbers its own: every child's first act.
 
-    OpenSSL knows a fork by a changed process id. A worker that is process 1 of its
-    namespace, forked by a parent that is process 1 of its own, has the same.
-    RAND_add(3) makes the generators take in fresh entropy.
+    OpenSSL knows a fork by a changed process id. A worker is process 1 of its namespace, and
+    its fork server is not; but that is chance, and two workers' generators in the same
+    state would be a catastrophe. RAND_add(3) makes them take in fresh entropy.
     """
     rand.add(os.urandom(48), 48)
 

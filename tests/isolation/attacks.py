@@ -1,7 +1,7 @@
 """What code that has taken over a worker would try, and what stops it: the table of attempts.
 
 Each attempt is a function that goes straight to the kernel (syscall(2) by ctypes: no check in
-Python plays a part), run within the real worker by ``infected_parent``, and, as its control,
+Python plays a part), run within the real worker by ``infected_fork_server``, and, as its control,
 by an unconfined child of the tests. It returns when it got what it wanted, and raises OSError
 with the kernel's reason otherwise. ``ATTEMPTS``, at the end, says what is to stop each: first
 in the worker as it is, then with parts of its confinement left out, so that the parts behind
@@ -28,17 +28,17 @@ _libc.syscall.restype = ctypes.c_long
 
 _NUMBERS = {
     "open": 2, "stat": 4, "mmap": 9, "mprotect": 10, "munmap": 11, "ioctl": 16, "mremap": 25,
-    "shmget": 29, "shmat": 30, "dup": 32, "getpid": 39, "socket": 41, "connect": 42,
-    "sendto": 44, "sendmsg": 46, "bind": 49, "listen": 50, "socketpair": 53, "getsockopt": 55,
+    "shmget": 29, "shmat": 30, "dup": 32, "getpid": 39, "socket": 41, "connect": 42, "sendto": 44,
+    "sendmsg": 46, "recvmsg": 47, "bind": 49, "listen": 50, "socketpair": 53, "getsockopt": 55,
     "clone": 56, "fork": 57, "execve": 59, "wait4": 61, "kill": 62, "msgget": 68, "fcntl": 72,
     "ftruncate": 77, "chdir": 80, "mkdir": 83, "unlink": 87, "ptrace": 101, "setuid": 105,
     "setgid": 106, "setgroups": 116, "setresuid": 117, "capset": 126, "rt_sigqueueinfo": 129,
-    "personality": 135, "mlock": 149, "prctl": 157, "setrlimit": 160, "chroot": 161,
-    "mount": 165, "timer_create": 222, "tgkill": 234, "mq_open": 240, "add_key": 248,
-    "keyctl": 250, "inotify_init": 253, "openat": 257, "unshare": 272, "eventfd2": 290,
-    "epoll_create1": 291, "pipe2": 293, "perf_event_open": 298, "name_to_handle_at": 303,
+    "personality": 135, "mlock": 149, "prctl": 157, "setrlimit": 160, "chroot": 161, "mount": 165,
+    "timer_create": 222, "tgkill": 234, "mq_open": 240, "add_key": 248, "keyctl": 250,
+    "inotify_init": 253, "openat": 257, "unshare": 272, "eventfd2": 290, "epoll_create1": 291,
+    "pipe2": 293, "perf_event_open": 298, "recvmmsg": 299, "name_to_handle_at": 303,
     "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
-    "kcmp": 312, "seccomp": 317, "memfd_create": 319, "bpf": 321, "execveat": 322,
+    "kcmp": 312, "seccomp": 317, "getrandom": 318, "memfd_create": 319, "bpf": 321, "execveat": 322,
     "userfaultfd": 323, "pkey_mprotect": 329, "pidfd_send_signal": 424, "io_uring_setup": 425,
     "open_tree": 428, "fsopen": 430, "pidfd_open": 434, "clone3": 435, "openat2": 437,
     "pidfd_getfd": 438,
@@ -49,12 +49,14 @@ PAGE = mmap.PAGESIZE
 
 
 class Place(NamedTuple):
-    """Where the code runs: what it holds, as descriptors (-1: nothing)."""
+    """Where the code runs: what it holds, as descriptors (-1: nothing), and its report."""
 
     parent: int = -1
     keyd: int = -1
     client: int = -1
     backend: int = -1
+    #: The address of its page.
+    report: int = 0
 
 
 def call(name: str, *arguments: object) -> int:
@@ -384,6 +386,51 @@ def pass_descriptors_to_keyd(place: Place) -> None:
     pass_descriptors(place._replace(parent=place.keyd))
 
 
+class _Receiver:
+    """A struct msghdr, with room for what may come: a few octets and a descriptor."""
+
+    def __init__(self) -> None:
+        self._data = ctypes.create_string_buffer(512)
+        self.control = ctypes.create_string_buffer(24)
+        vector = struct.pack("QQ", ctypes.addressof(self._data), 512)
+        self._vectors = ctypes.create_string_buffer(vector, len(vector))
+        vectors, control = ctypes.addressof(self._vectors), ctypes.addressof(self.control)
+        header = struct.pack("QIxxxxQQQQixxxx", 0, 0, vectors, 1, control, 24, 0)
+        # A struct mmsghdr goes on with how much has come.
+        self.header = ctypes.create_string_buffer(header + bytes(8), len(header) + 8)
+
+    def descriptor(self) -> int:
+        length, *_, descriptor = struct.unpack("QiiiI", self.control)
+        assert length == 20
+        return int(descriptor)
+
+
+_LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+def look_ahead(place: Place) -> None:
+    """A copy of a descriptor that is still on its way, and that the parent may yet close last."""
+    receiver = _Receiver()
+    call("recvmsg", place.parent, receiver.header, _LOOK)
+    os.close(receiver.descriptor())
+
+
+def look_ahead_at_many(place: Place) -> None:
+    receiver = _Receiver()
+    call("recvmmsg", place.parent, receiver.header, 1, _LOOK, None)
+    os.close(receiver.descriptor())
+
+
+def speak_for_another(place: Place) -> None:
+    """On any socket but its own: the fork server's, whose word the parent takes for its own."""
+    forked = b"P" + bytes(8)
+    for descriptor in set(range(64)) - set(place[:4]):
+        with contextlib.suppress(OSError):
+            call("sendto", descriptor, forked, len(forked), socket.MSG_DONTWAIT, None, 0)
+            return
+    raise OSError(errno.EBADF, "sendto")
+
+
 # --- new processes, other programs --------------------------------------------------------
 
 
@@ -505,7 +552,7 @@ def join_groups(place: Place) -> None:
     call("setgroups", 1, struct.pack("I", 0))
 
 
-#: CAP_SYS_ADMIN, CAP_SYS_CHROOT, CAP_SETUID: some of what a parent has.
+#: CAP_SYS_ADMIN, CAP_SYS_CHROOT, CAP_SETUID: some of what a fork server has or has had.
 _WANTED = 1 << 21 | 1 << 18 | 1 << 7
 
 
@@ -634,6 +681,24 @@ def grow_report(place: Place) -> None:
     raise reason
 
 
+def extend_report(place: Place) -> None:
+    """Beyond its page, where the file that it is of might go on."""
+    moved = call("mremap", place.report, PAGE, 2 * PAGE, 1)  # MAYMOVE
+    call("getrandom", moved + PAGE, 1, 0)
+
+
+def copy_report(place: Place) -> None:
+    """An old size of 0 makes another mapping of what is shared: of more than there is of it."""
+    copied = call("mremap", place.report, 0, 2 * PAGE, 1)
+    call("getrandom", copied, 1, 0)
+    call("getrandom", copied + PAGE, 1, 0)
+
+
+def execute_report(place: Place) -> None:
+    call("mprotect", place.report, PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
+    call("mprotect", place.report, PAGE, _RW)
+
+
 # --- the kernel's other doors -------------------------------------------------------------
 
 
@@ -705,7 +770,7 @@ KILLED = "killed by SIGSYS"
 class Attempt(NamedTuple):
     """An attempt, and what comes of it.
 
-    ``without`` maps parts of the confinement that are left out (as ``infected_parent`` names
+    ``without`` maps parts of the confinement that are left out (as ``infected_fork_server`` names
     them) to what then becomes of the attempt: in the other parts' hands. Outcomes are
     ``done``, an errno's name, or how the worker ended.
     """
@@ -737,7 +802,7 @@ def _in_processes(
             tuple(f"{victim} {gift}" for gift in given),
             without={"filter": hidden, "filter namespaces": seen},
         )
-        for victim in ("keyd", "parent", "worker")
+        for victim in ("keyd", "parent", "fork server", "worker")
     ]
 
 
@@ -773,15 +838,24 @@ ATTEMPTS = [
         without={"filter": "EACCES", "filter landlock": "ENOENT",
                  "filter landlock chroot": "EPERM"},
     ),
-    Attempt("a made-up handle", handle_alone, without={"filter landlock chroot": "EPERM"}),
-    # Out of the chroot: it takes a capability, each time.
+    Attempt(
+        "a made-up handle", handle_alone,
+        without={"filter landlock chroot": "EPERM", "filter landlock chroot become": "EPERM"},
+    ),
+    # Out of the chroot: it takes a capability, each time, which goes with uid 0 if not before.
+    # Landlock lets nothing be mounted at all.
     Attempt(
         "chroot twice", chroot_twice,
-        without={"filter": "EPERM", "filter landlock": "EPERM"},
+        without={"filter": "EPERM", "filter landlock": "EPERM", "filter become": "EPERM"},
     ),
-    Attempt("mount /proc", mount_proc, without={"filter": "EPERM"}),
-    Attempt("a new mount of /proc", fsopen_proc, without={"filter": "EPERM"}),
-    Attempt("clone a mount", clone_mount, without={"filter": "EPERM"}),
+    Attempt("mount /proc", mount_proc, without={"filter": "EPERM", "filter become": "EPERM"}),
+    Attempt(
+        "a new mount of /proc", fsopen_proc,
+        without={"filter": "EPERM", "filter become": "done"},
+    ),
+    Attempt(
+        "clone a mount", clone_mount, without={"filter": "EPERM", "filter become": "done"}
+    ),
     Attempt(
         "a user namespace", user_namespace,
         without={"filter": "EPERM", "filter chroot": "done"},
@@ -820,7 +894,9 @@ ATTEMPTS = [
     ),
     Attempt("a unix socket", unix_socket, without={"filter": "done"}),
     Attempt("a netlink socket", netlink_socket, without={"filter": "done"}),
-    Attempt("a packet socket", packet_socket, without={"filter": "EPERM"}),
+    Attempt(
+        "a packet socket", packet_socket, without={"filter": "EPERM", "filter become": "EPERM"}
+    ),
     Attempt("a pair of sockets", socket_pair, without={"filter": "done"}),
     Attempt("bind and listen", serve_clients, without={"filter": "EACCES"}),
     Attempt("listen on the client's socket", listen_on_client, stages="h"),
@@ -837,12 +913,22 @@ ATTEMPTS = [
         "pass a descriptor to keyd", pass_descriptors_to_keyd,
         stages="h", without={"filter": "done"},
     ),
+    # Before its turn comes: nothing is on its way here.
+    Attempt("look ahead at descriptors", look_ahead, without={"filter": "EAGAIN"}),
+    Attempt("look ahead at many messages", look_ahead_at_many, without={"filter": "EAGAIN"}),
+    # It has no such socket.
+    Attempt(
+        "speak for another", speak_for_another, stopped="EBADF", without={"filter": "EBADF"}
+    ),
     # New processes, other programs.
     Attempt("fork", fork, without={"filter": "EAGAIN", "filter nproc": "done"}),
     Attempt("vfork", vfork, without={"filter": "EAGAIN"}),
     Attempt("clone", clone, without={"filter": "EAGAIN"}),
     Attempt("clone3", clone3, without={"filter": "EAGAIN"}),
-    Attempt("clone into a new pid namespace", new_pid_namespace, without={"filter nproc": "EPERM"}),
+    Attempt(
+        "clone into a new pid namespace", new_pid_namespace,
+        without={"filter nproc": "EPERM", "filter become": "done"},
+    ),
     Attempt("execute a program", execute, without={"filter": "ENOENT", "filter chroot": "EACCES"}),
     Attempt("execute by descriptor", execute_descriptor, without={"filter": "ENOENT"}),
     Attempt("outlive the parent", outlive_parent),
@@ -855,22 +941,32 @@ ATTEMPTS = [
     Attempt("execute a file in memory", executable_file, without={"filter": "EFBIG"}),
     Attempt("make all that can be read executable", reading_is_executing),
     Attempt("executable shared memory", shared_executable),
-    # Uids and capabilities.
+    # Uids and capabilities. Root without "become", with what the fork server has: three.
     Attempt("setuid(0)", become_root, without={"filter": "EPERM", "filter namespaces": "EPERM"}),
-    Attempt("become somebody else", become_somebody, without={"filter": "EPERM"}),
-    Attempt("setgid(0)", become_group, without={"filter": "EPERM"}),
-    Attempt("join groups", join_groups, without={"filter": "EPERM"}),
     Attempt(
-        "take capabilities", take_capabilities,
+        "become somebody else", become_somebody,
         without={"filter": "EPERM", "filter become": "done"},
     ),
-    Attempt("raise an ambient capability", raise_ambient, without={"filter": "EPERM"}),
+    Attempt("setgid(0)", become_group, without={"filter": "EPERM"}),
+    Attempt(
+        "join groups", join_groups, without={"filter": "EPERM", "filter become": "done"}
+    ),
+    Attempt(
+        "take capabilities", take_capabilities,
+        without={"filter": "EPERM", "filter become": "EPERM"},
+    ),
+    Attempt(
+        "raise an ambient capability", raise_ambient,
+        without={"filter": "EPERM", "filter become": "EPERM"},
+    ),
     Attempt(
         "loosen the securebits", loosen_securebits,
         without={"filter": "EPERM", "filter become": "EPERM"},
     ),
     Attempt("be dumpable", be_dumpable),
-    Attempt("raise a limit", raise_limit, without={"filter": "EPERM"}),
+    Attempt(
+        "raise a limit", raise_limit, without={"filter": "EPERM", "filter become": "EPERM"}
+    ),
     Attempt(
         "join another network", join_network, ("keyd pid",),
         without={"filter": "ESRCH", "filter namespaces": "EPERM"},
@@ -883,7 +979,9 @@ ATTEMPTS = [
     Attempt(
         "a GiB of memory by mremap", grow_heap, stopped="ENOMEM", without={"filter as": "done"}
     ),
-    Attempt("lock memory", lock_memory, without={"filter": "EPERM"}),
+    Attempt(
+        "lock memory", lock_memory, without={"filter": "EPERM", "filter become": "EPERM"}
+    ),
     Attempt("map locked memory", map_locked, stopped="EPERM"),
     Attempt(
         "a hundred descriptors", hold_descriptors,
@@ -898,10 +996,14 @@ ATTEMPTS = [
     Attempt("an epoll", make_epoll),
     Attempt("an eventfd", make_eventfd),
     Attempt("a pipe", make_pipe),
-    Attempt("grow the report", grow_report, without={"filter": "EINVAL"}, control="EINVAL"),
+    Attempt("grow the report", grow_report, without={"filter": "EINVAL"}),
+    # There is no more of the report than its page, and it can be nothing but data.
+    Attempt("map more than the report", extend_report, stopped="EFAULT"),
+    Attempt("map the report again, and more", copy_report, stopped="EFAULT"),
+    Attempt("make the report executable", execute_report, without={"filter": "done"}),
     # The kernel's other doors.
     Attempt("io_uring", io_uring),
-    Attempt("bpf", bpf, without={"filter": "EPERM"}),
+    Attempt("bpf", bpf, without={"filter": "EPERM", "filter become": "done"}),
     Attempt("userfaultfd", user_faults, without={"filter": "EPERM"}),
     Attempt("perf_event_open", perf_events, without={"filter": "EACCES"}),
     Attempt("a session keyring", new_keyring),

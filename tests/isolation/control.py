@@ -1,6 +1,8 @@
 """The attempts, unconfined: run as a program by the tests, it prints the outcomes."""
 
+import ctypes
 import json
+import mmap
 import os
 import socket
 import sys
@@ -47,8 +49,20 @@ def _place(resetting: int) -> Place:
     backend = socket.socket()
     backend.setblocking(False)
     backend.connect_ex(("127.0.0.1", resetting))
-    kept.extend([*parent, *keyd, server, client, backend])
-    return Place(parent[0].fileno(), keyd[0].fileno(), client.fileno(), backend.fileno())
+    # As the parent sends a backend.
+    socket.send_fds(parent[1], [b"B"], [backend.fileno()])
+    # Of which there is more than is mapped, and which nothing keeps from growing.
+    file = os.memfd_create("report")
+    os.ftruncate(file, 2 * mmap.PAGESIZE)
+    report = mmap.mmap(file, mmap.PAGESIZE)
+    kept.extend([*parent, *keyd, server, client, backend, report])
+    return Place(
+        parent[0].fileno(),
+        keyd[0].fileno(),
+        client.fileno(),
+        backend.fileno(),
+        ctypes.addressof(ctypes.c_char.from_buffer(report)),
+    )
 
 
-kept: list[socket.socket] = []
+kept: list[object] = []

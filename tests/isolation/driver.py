@@ -1,6 +1,7 @@
-"""``titus-py``, with a parent whose workers can be taken over: see ``infected_parent``.
+"""``titus-py``, whose workers can be taken over: see ``infected_fork_server``.
 
-Its first argument is for that one; the others are the command line of ``titus-py``.
+Its first argument is for that one, by way of ``driven_parent``; the others are the command
+line of ``titus-py``.
 """
 
 import sys
@@ -10,5 +11,5 @@ from titus_py import generation
 from titus_py.__main__ import main
 
 if __name__ == "__main__":
-    generation._PARENT = (str(Path(__file__).with_name("infected_parent.py")), sys.argv.pop(1))
+    generation._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))
     sys.exit(main())

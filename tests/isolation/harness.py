@@ -1,4 +1,4 @@
-"""An instance whose workers can be taken over (see ``infected_parent``), and its clients."""
+"""An instance whose workers can be taken over (see ``infected_fork_server``), and its clients."""
 
 import json
 import socket
@@ -140,9 +140,11 @@ def _answer(client: TlsClient, stage: str) -> str | None:
     return octets.decode(errors="replace")
 
 
-def over_tls(instance: Instance, server_name: str, octets: bytes) -> bytes:
+def over_tls(
+    instance: Instance, server_name: str, octets: bytes, source: socket.socket | None = None
+) -> bytes:
     """Send these octets through a worker that nobody took over, and take them back."""
-    with TlsClient(instance.port, server_name) as client:
+    with TlsClient(instance.port, server_name, source=source) as client:
         client.handshake()
         client.send(octets)
         answer = client.receive_exactly(len(octets))

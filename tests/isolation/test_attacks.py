@@ -88,8 +88,13 @@ def instance_without(
                     infected(directory, certificate, backend.address, without.split())
                 )
                 worker = stack.enter_context(_bystander(instance))
-                pids = {"keyd": instance.keyd().pid, "parent": instance.parent().pid}
-                started[without] = Victims(instance, {**pids, "worker": worker})
+                pids = {
+                    "keyd": instance.keyd().pid,
+                    "parent": instance.parent().pid,
+                    "fork server": instance.fork_server().pid,
+                    "worker": worker,
+                }
+                started[without] = Victims(instance, pids)
             return started[without]
 
         yield start
@@ -103,7 +108,7 @@ def _bystander(instance: Instance) -> Iterator[int]:
         assert client.receive_exactly(7) == b"harmed?"
         # The only one that holds a backend.
         worker = max(instance.workers(), key=lambda worker: worker.descriptors)
-        victims = {worker, instance.keyd(), instance.parent()}
+        victims = {worker, instance.keyd(), instance.parent(), instance.fork_server()}
         yield worker.pid
         client.send(b"unharmed")
         assert client.receive_exactly(8) == b"unharmed"
@@ -121,16 +126,16 @@ def _given(attempt: Attempt, victims: Victims, elsewhere: Listener) -> list[int]
     """What the attempt's code is to be handed."""
     numbers = []
     for gift in attempt.given:
-        match gift.split():
-            case ["port"]:
+        match gift.rpartition(" "):
+            case (_, _, "port"):
                 numbers.append(elsewhere.port)
-            case ["number"]:
+            case (_, _, "number"):
                 numbers.append(os.getpid())
-            case [who, "pid"]:
+            case (who, _, "pid"):
                 numbers.append(victims.pids[who])
-            case [who, "address"]:
+            case (who, _, "address"):
                 numbers.append(_mapping(victims.pids[who], "r"))
-            case [who, "variables"]:
+            case (who, _, "variables"):
                 numbers.append(_mapping(victims.pids[who], "rw"))
     return numbers
 
@@ -216,3 +221,33 @@ def test_unconfined_they_succeed(
         if outcomes[attempt.what] not in attempt.control.split(" or ")
     }
     assert not unexpected
+
+
+def _descriptors(pid: int) -> dict[int, str]:
+    """What each is, as the kernel names it: a socket by its number."""
+    directory = f"/proc/{pid}/fd"
+    return {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
+
+
+def _written_together(pid: int) -> list[str]:
+    """Its shared mappings that it may write to."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line.split(maxsplit=5)[5] for line in lines if line.split()[1] == "rw-s"]
+
+
+def test_a_worker_shares_nothing_with_the_fork_server(instance_without: Instances) -> None:
+    """Neither a socket nor memory that either can change: what it inherits are copies."""
+    victims = instance_without("")
+    server = _descriptors(victims.pids["fork server"])
+    assert {0: "/dev/null", 1: "/dev/null"}.items() <= server.items()
+    assert not _written_together(victims.pids["fork server"])
+    for worker in victims.instance.workers():
+        held = _descriptors(worker.pid)
+        assert {number: held.pop(number) for number in range(3)} == dict.fromkeys(
+            range(3), "/dev/null"
+        )
+        # The parent; and whoever serves also a client and a backend.
+        assert len(held) == (3 if worker.pid == victims.pids["worker"] else 1)
+        assert all(name.startswith("socket:") for name in held.values())
+        assert not {*held.values()} & {*server.values()}
+        assert _written_together(worker.pid) == ["/memfd:report (deleted)"]

@@ -16,8 +16,8 @@ from integration.peers import Listener, TlsClient, served_by, was_reset
 from keyd import protocol
 from titus_py import messages
 
-from . import infected_parent
 from .harness import infected, make_certificate, one_more_connection, patient_echo, take_over
+from .infected_fork_server import random_message
 
 #: In sum; and so many at most from one worker, of which a channel's buffer takes a part.
 MESSAGES, FROM_ONE = 100_000, 400
@@ -96,13 +96,13 @@ def test_fuzzing_the_decoders() -> None:
     for _ in range(MESSAGES // 2):
         try:
             messages.decode_from_worker(
-                infected_parent.random_message(source, "parent")[: messages.WORKER_MESSAGE_OCTETS]
+                random_message(source, "parent")[: messages.WORKER_MESSAGE_OCTETS]
             )
             decoded += 1
         except messages.Malformed as error:
             assert str(error).isprintable()  # noqa: PT017
         try:
-            protocol.Request.decode(infected_parent.random_message(source, "keyd"))
+            protocol.Request.decode(random_message(source, "keyd"))
             decoded += 1
         except protocol.Malformed as error:
             assert str(error).isprintable()  # noqa: PT017

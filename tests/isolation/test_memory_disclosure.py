@@ -1,21 +1,28 @@
 """A worker made to send all of its readable memory to its client: what is in it, what is not."""
 
+import os
+import re
 import secrets
-from collections.abc import Iterator
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from integration.certificates import Authority
 from integration.instance import Instance
-from integration.peers import Listener, TlsClient, served_by
+from integration.peers import TIMEOUT, Listener, TlsClient, served_by
 
 from titus_py.key_search import Needle, needles
 
 from .harness import infected, over_tls, patient_echo
 
 PAST, CONCURRENT = 20, 5
+
+T = TypeVar("T")
 
 
 def canary() -> str:
@@ -58,38 +65,117 @@ def memory_of_a_worker(instance: Instance, stage: str, own: str) -> bytes:
     return bytes(octets)
 
 
+class Other(NamedTuple):
+    """Another client: what it says, and from where."""
+
+    name: str
+    body: str
+    source: socket.socket
+
+
+def another(instance: Instance, address: str) -> Other:
+    source = socket.socket()
+    source.settimeout(TIMEOUT)
+    source.bind((address, 0))
+    source.connect(("127.0.0.1", instance.port))
+    return Other(canary(), canary(), source)
+
+
+def addresses_unlike(memory: bytes) -> list[str]:
+    """Of which nothing in there reminds: a few octets are found by chance."""
+    many = {f"127.83.{secrets.randbelow(256)}.{secrets.randbelow(255)}" for _ in range(100)}
+    return sorted(many - addresses_in(memory, many))[: PAST + CONCURRENT]
+
+
+def addresses_in(memory: bytes, addresses: Iterable[str]) -> set[str]:
+    """Those that are there: as text, in network order, as a number of this machine's."""
+    text = {address.encode(): address for address in addresses}
+    packed = {socket.inet_aton(address): address for address in addresses}
+    return found(text, memory) | found(packed, memory) | found(packed, memory[::-1])
+
+
+def numbers_in(memory: bytes, numbers: Iterable[int]) -> set[int]:
+    """Those that are there: as text, in either order of octets, as Python's own integer."""
+    text = {str(number).encode(): number for number in numbers}
+    packed = {struct.pack("!Q", number): number for number in numbers}
+    digits = {
+        struct.pack("!II", number >> 30, number & ((1 << 30) - 1)): number for number in numbers
+    }
+    backwards = memory[::-1]
+    return (
+        found(text, memory)
+        | found(packed, memory)
+        | found(packed, backwards)
+        | found(digits, backwards)
+    )
+
+
+def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
+    """Those whose form is there. They begin alike, and so are looked for all at once."""
+    prefix = os.path.commonprefix([*forms])  # noqa: RUF071
+    rest = b"|".join(re.escape(form.removeprefix(prefix)) for form in forms)
+    hits = re.findall(re.escape(prefix) + b"(?:" + rest + b")", memory)
+    return {forms[hit] for hit in hits}
+
+
+def number_of(instance: Instance, source: socket.socket) -> int:
+    """A client's connection, as it is told to its worker and to keyd."""
+    client = "{}:{}".format(*source.getsockname())
+    return int(instance.wait_for_event("connection_begun", client=client)["connection"])
+
+
+def memory_from_outside(pid: int) -> Iterator[bytes]:
+    """All that a process can write to."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "rw" in line.split()[1] and "[v" not in line:
+                start, end = (int(address, 16) for address in line.split()[0].split("-"))
+                memory.seek(start)
+                yield memory.read(end - start)
+
+
 @pytest.mark.parametrize("stage", ["h", "e"])
 def test_memory_holds_only_what_is_its_clients(
     instance: tuple[Instance, list[Needle]], stage: str
 ) -> None:
     serving, secret = instance
-    names, bodies, own = [], [], canary()
+    others, numbers, own = [], [], canary()
+    addresses = addresses_unlike(memory_of_a_worker(serving, stage, canary()))
     with ExitStack() as stack:
-        for number in range(PAST + CONCURRENT):
-            names.append(canary())
-            bodies.append(canary())
-            octets = bodies[-1].encode() * 200
+        for number, address in enumerate(addresses):
+            other = another(serving, address)
+            others.append(other)
+            numbers.append(number_of(serving, other.source))
+            octets = other.body.encode() * 200
             if number < PAST:
-                assert over_tls(serving, f"{names[-1]}.test", octets) == octets
+                assert over_tls(serving, f"{other.name}.test", octets, other.source) == octets
                 continue
-            client = stack.enter_context(TlsClient(serving.port, f"{names[-1]}.test"))
-            client.handshake()
+            client = TlsClient(serving.port, f"{other.name}.test", source=other.source)
+            stack.enter_context(client).handshake()
             client.send(octets)
             assert client.receive_exactly(len(octets)) == octets
-        # A new spare inherits what the parent knows of all of them.
+        # A worker that was forked when they had all been there.
         serving.wait_for_events(PAST, "connection_ended")
         for _ in range(8):
             over_tls(serving, "localhost", b"one worker later")
         memory = memory_of_a_worker(serving, stage, own)
+        parents = b"".join(memory_from_outside(serving.parent().pid))
 
     assert len(memory) > 10_000_000
     assert own.encode() in memory
-    # What all workers have, to show that the search finds what there is.
+    # What all workers have, to show that the search finds what there is; and its own number.
     assert b"server CertificateVerify" in memory
-    found = {name for name in names if name.encode() in memory}
-    assert not found, f"other clients' server names: {len(found)}"
-    assert not [body for body in bodies if body.encode() in memory]
+    mine = max(event["connection"] for event in serving.events_named("connection_begun"))
+    assert numbers_in(memory, [mine]) == {mine}
+
+    assert not [other for other in others if other.name.encode() in memory]
+    assert not [other for other in others if other.body.encode() in memory]
     assert not [needle for needle in secret if needle.octets in memory]
+    assert not addresses_in(memory, addresses)
+    assert not numbers_in(memory, numbers)
+    # The control: the parent, which is not forked any more, knows who is there.
+    assert {*addresses[PAST:]} <= addresses_in(parents, addresses)
+    assert {*numbers[PAST:]} <= numbers_in(parents, numbers)
 
 
 def test_the_search_finds_a_key_that_is_there(
@@ -97,13 +183,10 @@ def test_the_search_finds_a_key_that_is_there(
 ) -> None:
     """The control: keyd's own memory has what is looked for."""
     serving, secret = instance
-    keyd = serving.keyd().pid
-    found = set()
-    with open(f"/proc/{keyd}/mem", "rb", buffering=0) as memory:
-        for line in Path(f"/proc/{keyd}/maps").read_text().splitlines():
-            if "rw" in line.split()[1] and "[v" not in line:
-                start, end = (int(address, 16) for address in line.split()[0].split("-"))
-                memory.seek(start)
-                octets = memory.read(end - start)
-                found |= {needle.name for needle in secret if needle.octets in octets}
+    found = {
+        needle.name
+        for octets in memory_from_outside(serving.keyd().pid)
+        for needle in secret
+        if needle.octets in octets
+    }
     assert found

@@ -1,15 +1,19 @@
-"""What the parent and a worker say to each other."""
+"""What the parent, its fork server and a worker say to each other."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.messages import (
+    FORK_OCTETS,
+    FORKED_OCTETS,
     MAX_CLIENT_OCTETS,
     MAX_VHOSTS,
     WORKER_MESSAGE_OCTETS,
     Client,
     Dial,
+    Fork,
+    Forked,
     Malformed,
     Ready,
     decode_from_worker,
@@ -29,6 +33,21 @@ def test_a_ready_comes_back() -> None:
 def test_a_client_comes_back(connection: int, vhosts: tuple[int, ...]) -> None:
     client = Client(connection, vhosts)
     assert Client.decode(client.encode()) == client
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_an_order_comes_back(uid: int) -> None:
+    octets = Fork(uid).encode()
+    assert Fork.decode(octets) == Fork(uid)
+    assert len(octets) == FORK_OCTETS
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2**22), st.booleans())
+def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -> None:
+    forked = Forked(uid, 0, number) if failed else Forked(uid, number)
+    octets = forked.encode()
+    assert Forked.decode(octets) == forked
+    assert len(octets) == FORKED_OCTETS
 
 
 def test_the_largest_messages_fit() -> None:

@@ -1,6 +1,8 @@
 """A worker's page, written by an honest worker and by one that is not."""
 
+import ctypes
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -22,12 +24,35 @@ def page() -> Iterator[int]:
     os.close(descriptor)
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+)  # fmt: skip
+
+
+def writer_on(page: int) -> ReportWriter:
+    """As in a worker: the page at the address that was reserved for it."""
+    writer = ReportWriter()
+    fixed, writable = 0x10, mmap.PROT_READ | mmap.PROT_WRITE
+    address = _libc.mmap(writer.address, mmap.PAGESIZE, writable, mmap.MAP_SHARED | fixed, page, 0)
+    assert address == writer.address
+    return writer
+
+
+def test_what_is_written_before_there_is_a_report_stays_where_it_is(page: int) -> None:
+    writer = ReportWriter()
+    writer.set(state=State.ENDED, detail="nobody's")
+    assert writer.address % mmap.PAGESIZE == 0
+    assert read_report(page) == NOTHING
+
+
 def test_a_new_page_says_nothing(page: int) -> None:
     assert read_report(page) == NOTHING
 
 
 def test_what_is_written_is_read(page: int) -> None:
-    writer = ReportWriter(page)
+    writer = writer_on(page)
     writer.set(state=State.HANDSHAKE, server_name="www.example.org")
     assert read_report(page) == NOTHING._replace(
         state=State.HANDSHAKE, server_name="www.example.org"
@@ -54,7 +79,7 @@ def test_what_is_written_is_read(page: int) -> None:
 
 
 def test_counting_touches_nothing_else(page: int) -> None:
-    writer = ReportWriter(page)
+    writer = writer_on(page)
     writer.set(state=State.ESTABLISHED, detail="x" * 256)
     writer.count(1, 2)
     writer.count(3, 4)
@@ -64,7 +89,7 @@ def test_counting_touches_nothing_else(page: int) -> None:
 
 
 def test_what_is_too_long_is_cut(page: int) -> None:
-    ReportWriter(page).set(server_name="é" * 300, detail="x" * 300, tls_version="y" * 300)
+    writer_on(page).set(server_name="é" * 300, detail="x" * 300, tls_version="y" * 300)
     report = read_report(page)
     assert report.server_name == "é" * 128
     assert report.detail == "x" * 256
@@ -101,7 +126,7 @@ def test_whatever_a_worker_writes_is_a_report_of_one_line(page: int, octets: byt
 @SAME_PAGE
 @given(st.text(max_size=60))
 def test_any_text_can_be_reported(page: int, text: str) -> None:
-    ReportWriter(page).set(detail=text)
+    writer_on(page).set(detail=text)
     report = read_report(page)
     assert report.detail.isprintable()
     if text.isprintable() and len(text.encode("utf-8", "replace")) <= 256:

@@ -1,7 +1,7 @@
-"""The real parent, whose workers can be taken over: by the tests, and by nothing else.
+"""The real fork server, whose workers can be taken over: by the tests, and by nothing else.
 
-Started by ``driver`` in place of ``titus_py.parent``, with one more argument before the
-others: JSON that names which parts of the confinement to leave out. A client takes the worker
+Started by ``driven_parent`` in place of ``titus_py.fork_server``, with one more argument before
+the others: JSON that names which parts of the confinement to leave out. A client takes the worker
 over that it gets, with the server name that it asks for: ``STAGE.NUMBER.PARAMETER...``
 and ``.attack.test``, where NUMBER is an attempt's in ``attacks`` or a deed's name below, and
 STAGE is ``h`` (instead of the handshake: the answer goes out unencrypted) or ``e`` (instead of
@@ -13,11 +13,12 @@ import errno
 import json
 import os
 import random
+import resource
 import select
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,8 +30,8 @@ from OpenSSL import SSL
 
 from isolation.attacks import ATTEMPTS, Place, outcome
 from isolation.memory import send_all_memory
-from keyd.linux.process import CLONE_NEWPID
-from titus_py import confinement, dialer, parent, worker
+from keyd.linux.process import Call
+from titus_py import confinement, fork_server, worker
 from titus_py.client_hello import parse_client_hello
 from titus_py.confinement import KEYD_FD, PARENT_FD
 from titus_py.pump import stop_resetting
@@ -220,7 +221,22 @@ def _nothing(*_: object) -> None:
     pass
 
 
+def _without_calls(name: str, *first: int) -> None:
+    """Leave these out of what each worker calls: those whose arguments begin like this."""
+    worker_calls = fork_server.worker_calls
+
+    def fewer(*arguments: Any) -> Sequence[Call]:
+        return [
+            call
+            for call in worker_calls(*arguments)
+            if call.name != name or call.arguments[: len(first)] != first
+        ]
+
+    fork_server.worker_calls = fewer  # type: ignore[assignment]
+
+
 def _without_filter() -> None:
+    _without_calls("seccomp")
     confinement.seccomp.install = _nothing  # type: ignore[assignment]
 
 
@@ -233,23 +249,21 @@ def _without_chroot() -> None:
 
 
 def _without_network() -> None:
-    confinement.enter_network_namespace = _nothing  # type: ignore[attr-defined]
+    confinement.leave_namespaces = _nothing  # type: ignore[attr-defined]
 
 
 def _without_namespaces() -> None:
-    parent.WORKER_NAMESPACES = 0  # type: ignore[attr-defined]
+    fork_server.WORKER_NAMESPACES = 0  # type: ignore[attr-defined]
 
 
 def _without_become() -> None:
-    """Still root, with what capabilities the emptied bounding set and the securebits leave."""
-    import prctl
-
-    confinement.become = lambda *_: prctl.set_no_new_privs(1)  # type: ignore[attr-defined]
+    """Still root, with the capabilities that the fork server has."""
+    _without_calls("setresuid")
+    _without_calls("setresgid")
 
 
 def _without_limit(name: str) -> Callable[[], None]:
-    import resource
-
+    """Whether the fork server sets it, or the worker, or both."""
     number = getattr(resource, name)
 
     def leave_out() -> None:
@@ -259,23 +273,17 @@ def _without_limit(name: str) -> Callable[[], None]:
             set_limits({which: most for which, most in limits.items() if which != number})
 
         confinement.limit = limit  # type: ignore[attr-defined]
+        _without_calls("prlimit64", 0, number)
 
     return leave_out
-
-
-def _without_dialer() -> None:
-    """The backend's socket as a non-blocking connect leaves it."""
-
-    def settled(self: dialer.Dialer) -> None:
-        self._succeeded()
-
-    dialer.Dialer._settled = settled  # type: ignore[method-assign]
 
 
 def _without_reseed() -> None:
     worker.reseed = _nothing  # type: ignore[attr-defined]
 
 
+#: ``dialer`` and ``process one`` are the parent's (see ``driven_parent``); and there is
+#: ``preload PATH``.
 LAYERS: dict[str, Callable[[], None]] = {
     "filter": _without_filter,
     "landlock": _without_landlock,
@@ -286,7 +294,6 @@ LAYERS: dict[str, Callable[[], None]] = {
     "nproc": _without_limit("RLIMIT_NPROC"),
     "as": _without_limit("RLIMIT_AS"),
     "nofile": _without_limit("RLIMIT_NOFILE"),
-    "dialer": _without_dialer,
     "reseed": _without_reseed,
 }
 
@@ -314,13 +321,18 @@ def _obey(words: list[str], taken: Taken) -> str:
 
 
 def _infect() -> None:
-    confine, shake_hands, run = worker.confine, worker._shake_hands, worker.Pump.run  # type: ignore[attr-defined]
+    confine, shake_hands, run = (
+        fork_server.confine_fork_server,
+        worker._shake_hands,
+        worker.Pump.run,  # type: ignore[attr-defined]
+    )
 
-    def confine_and_remember(*arguments: object) -> None:
+    def confine_and_remember(chroot: str, parent: int) -> None:
         global _mappings
-        # As an attacker could find out by probing (see ``memory``).
+        # Every worker's, but for its report. As an attacker could find out by probing (see
+        # ``memory``).
         _mappings = Path("/proc/self/maps").read_text()
-        confine(*arguments)
+        confine(chroot, parent)
 
     def instead_of_handshake(connection: object, peer: socket.socket, deadline: float) -> None:
         hello = parse_client_hello(peer.recv(65536, socket.MSG_PEEK))
@@ -329,7 +341,7 @@ def _infect() -> None:
             shake_hands(connection, peer, deadline)
             return
         peer.recv(65536)
-        place = Place(PARENT_FD, KEYD_FD, peer.fileno())
+        place = Place(PARENT_FD, KEYD_FD, peer.fileno(), report=_report.address)
         taken = Taken(
             place, lambda octets: _send(peer, peer.fileno(), octets), lambda: peer.recv(65536)
         )
@@ -342,7 +354,9 @@ def _infect() -> None:
         if words is None:
             return run(self)
         client = self._client_socket.fileno()
-        place = Place(PARENT_FD, client=client, backend=self._backend.fileno())
+        place = Place(
+            PARENT_FD, client=client, backend=self._backend.fileno(), report=_report.address
+        )
 
         def send(octets: bytes) -> None:
             _send(self._client, client, octets)
@@ -355,14 +369,14 @@ def _infect() -> None:
             side.close()
         return End.CLEAN, f"taken over: {result}"
 
-    class Remembered(worker.ReportWriter):
-        def __init__(self, descriptor: int) -> None:
+    class Remembered(fork_server.ReportWriter):  # type: ignore[name-defined]
+        def __init__(self) -> None:
             global _report
-            super().__init__(descriptor)
+            super().__init__()
             _report = self
 
-    worker.ReportWriter = Remembered
-    worker.confine = confine_and_remember  # type: ignore[attr-defined]
+    fork_server.ReportWriter = Remembered  # type: ignore[attr-defined]
+    fork_server.confine_fork_server = confine_and_remember
     worker._shake_hands = instead_of_handshake  # type: ignore[assignment]
     worker.Pump.run = instead_of_pump  # type: ignore[attr-defined, method-assign]
 
@@ -380,35 +394,22 @@ def _send(way: socket.socket | SSL.Connection, descriptor: int, octets: bytes) -
             continue
 
 
-def _become_process_one() -> None:
-    """Process 1 of a pid namespace, as in a container; ends with it, and it with this one."""
-    import ctypes
-    import signal
-
-    import prctl
-
-    if ctypes.CDLL(None).unshare(CLONE_NEWPID):
-        raise OSError("unshare")
-    child = os.fork()
-    if not child:
-        prctl.set_pdeathsig(signal.SIGKILL)
-        return
-    # Nothing of what the real one holds is kept open here.
-    os.closerange(3, 1 << 20)
-    prctl.set_pdeathsig(signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+def _preload(library: str) -> None:
+    """Begin again with this library before all others (ld.so(8)), if that was not done yet."""
+    if os.environ.get("LD_PRELOAD") != library:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": library})
 
 
 def main() -> NoReturn:
     without = json.loads(sys.argv.pop(1))
-    if "process one" in without:
-        without.remove("process one")
-        _become_process_one()
     for layer in without:
-        LAYERS[layer]()
+        if layer.startswith("preload "):
+            _preload(layer.removeprefix("preload "))
+    for layer in without:
+        if layer in LAYERS:
+            LAYERS[layer]()
     _infect()
-    sys.exit(parent.main())
+    sys.exit(fork_server.main())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""The fork server killed, stuck, not confined, or making workers that are not."""
+
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from .conftest import Serve
+from .instance import Instance, eventually
+from .peers import Listener, TlsClient
+from .service import PATIENCE, serves, talk
+from .test_supervision import CLIENTS, Load
+
+Change = Callable[[str], None]
+
+
+@pytest.fixture
+def change(tmp_path: Path) -> Iterator[Change]:
+    """Have the fork server be changed by these lines of Python before it begins."""
+    with ExitStack() as stack:
+
+        def change(lines: str) -> None:
+            changed, parent, driver = (tmp_path / f"{name}.py" for name in ("fork", "parent", "it"))
+            changed.write_text(
+                "import sys\n"
+                "from titus_py import confinement, fork_server\n"
+                + textwrap.dedent(lines)
+                + "sys.exit(fork_server.main())\n"
+            )
+            parent.write_text(
+                "import sys\n"
+                "from titus_py import forks, parent\n"
+                f"forks._PROGRAM = ({str(changed)!r},)\n"
+                "sys.exit(parent.main())\n"
+            )
+            driver.write_text(
+                "import sys\n"
+                "from titus_py import generation\n"
+                "from titus_py.__main__ import main\n"
+                f"generation._PARENT = ({str(parent)!r},)\n"
+                "sys.exit(main())\n"
+            )
+            program = tmp_path / "titus-py"
+            program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {driver} "$@"\n')
+            program.chmod(0o755)
+            stack.enter_context(mock.patch("integration.instance.TITUS_PY", program))
+
+        yield change
+
+
+# --- killed ----------------------------------------------------------------------------
+
+
+def test_a_killed_fork_server_is_replaced_by_a_new_generation(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("fork_server_died")
+    before = instance.settled_counts()
+    with Load(instance.port) as load, TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        eventually(lambda: load.served > CLIENTS, "load", PATIENCE)
+        parents = [instance.parent()]
+        for generation in (2, 3):
+            since = len(instance.events())
+            instance.fork_server().kill()
+            killed = time.monotonic()
+            died = instance.wait_for_event("fork_server_died", since=since)
+            assert died["level"] == "alarm"
+            assert died["how"].startswith("killed by")
+            instance.wait_for_event("parent_started", since=since, generation=generation)
+            assert serves(instance)
+            print(f"back after {time.monotonic() - killed:.2f} s")
+            assert time.monotonic() - killed < 5
+            parents.append(instance.parent())
+            assert talk(established)
+            served = load.served
+            eventually(lambda served=served: load.served > served + CLIENTS, "load", PATIENCE)
+        assert talk(established)
+        # Its parent stays for it, and for nothing else.
+        assert parents[0] in instance.processes()
+    eventually(lambda: not {*parents[:-1]} & {*instance.processes()}, "the others' ends")
+    # Nobody had to notice.
+    assert not load.failed
+    assert instance.settled_counts() == before
+    assert instance.terminate() == 0
+
+
+def test_a_fork_server_that_hangs_is_ended_and_replaced(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"fork_server_died", "fork_server_hangs"}
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        instance.fork_server().kill(signal.SIGSTOP)
+        # More than the spares that there are.
+        for _ in range(8):
+            with TlsClient(instance.port) as client:
+                client.socket.settimeout(60)
+                assert talk(client.handshake())
+        assert talk(established)
+    instance.wait_for_event("fork_server_died")
+
+
+# --- not confined ----------------------------------------------------------------------
+
+
+def ended(instance: Instance) -> str:
+    """All that was said by an instance that came to nothing."""
+    assert instance.wait(30) not in (0, None)
+    instance.assert_nothing_is_left()
+    return instance.log()
+
+
+def test_a_fork_server_that_cannot_be_confined_is_the_end(
+    change: Change, serve: Serve, echoing: Listener
+) -> None:
+    """Whoever has put something into the empty directory since it was looked at."""
+    change("""
+        from pathlib import Path
+
+        confine = fork_server.confine_fork_server
+
+        def fails(chroot: str, parent: int) -> None:
+            something = Path(chroot, "something")
+            something.touch()
+            try:
+                confine(chroot, parent)
+            finally:
+                something.unlink()
+
+        fork_server.confine_fork_server = fails
+        """)
+    instance = serve(echoing.address, awaited="start")
+    instance.expected_alarms |= {"parent_died", "giving_up", "?"}
+    log = ended(instance)
+    assert f"PermissionError: {instance.directory}/empty is not empty" in log
+    assert "titus-py: the fork server did not start: see above" in log
+    assert not instance.events_named("listening")
+
+
+#: What is changed, and what of a worker's calls then fails.
+CHANGES = {
+    "without CAP_SETUID": (
+        "import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETUID)",
+        "setresuid: Operation not permitted",
+    ),
+    "without CAP_SETGID": (
+        "import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETGID)",
+        "setgroups: Operation not permitted",
+    ),
+    "no such filter": (
+        "fork_server.Program.address = property(lambda self: 8, lambda self, address: None)",
+        "seccomp: Bad address",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_worker_that_is_not_confined_never_serves(
+    change: Change, serve: Serve, echoing: Listener, changed: str
+) -> None:
+    lines, failed = CHANGES[changed]
+    change(lines + "\n")
+    instance = serve(echoing.address, awaited="start")
+    instance.expected_alarms |= {"worker_failed", "parent_died", "giving_up", "?"}
+    log = ended(instance)
+    alarms = instance.events_named("worker_failed")
+    assert alarms
+    for alarm in alarms:
+        assert alarm["level"] == "alarm"
+        assert alarm["how"] == "exited with 70"
+        assert f"not confined: {failed}" in alarm["why"]
+    assert "titus-py: workers cannot confine themselves" in log
+    assert not instance.events_named("connection_begun")
+
+
+def test_without_the_privilege_for_namespaces_nobody_is_forked(
+    change: Change, serve: Serve, echoing: Listener
+) -> None:
+    change("import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SYS_ADMIN)\n")
+    instance = serve(echoing.address)
+    event = instance.wait_for_event("fork_failed")
+    assert event["reason"] == "Operation not permitted"
+    assert not instance.workers()

@@ -1,0 +1,58 @@
+"""The real parent, with a fork server whose workers can be taken over.
+
+Started by ``driver`` in place of ``titus_py.parent``, with one more argument before the others:
+the JSON for ``infected_fork_server``, some of which is for the parent itself.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import prctl
+
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWPID
+from titus_py import dialer, forks, parent
+
+__all__ = ["main"]
+
+
+def _leave_out_the_dialers_question() -> None:
+    """The backend's socket as a non-blocking connect leaves it."""
+
+    def settled(self: dialer.Dialer) -> None:
+        self._succeeded()
+
+    dialer.Dialer._settled = settled  # type: ignore[method-assign]
+
+
+def _become_process_one() -> None:
+    """Process 1 of a pid namespace, as in a container; ends with it, and it with this one."""
+    leave_namespaces(CLONE_NEWPID)
+    child = os.fork()
+    if not child:
+        prctl.set_pdeathsig(signal.SIGKILL)
+        return
+    # Nothing of what the real one holds is kept open here.
+    os.closerange(3, 1 << 20)
+    prctl.set_pdeathsig(signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def main() -> NoReturn:
+    argument = sys.argv.pop(1)
+    without = json.loads(argument)
+    if "process one" in without:
+        _become_process_one()
+    if "dialer" in without:
+        _leave_out_the_dialers_question()
+    forks._PROGRAM = (str(Path(__file__).with_name("infected_fork_server.py")), argument)
+    sys.exit(parent.main())
+
+
+if __name__ == "__main__":
+    main()
