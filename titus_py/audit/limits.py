@@ -72,7 +72,8 @@ def _limits(seen: Observation, scene: Scene) -> Seen:
         return broken("; ".join(loose) or "address space: unlimited")
     memory = int(seen.limits[_ADDRESS_SPACE][1]) >> 20
     files = seen.limits["open files"][1]
-    return holds(f"{memory} MiB of address space, {files} descriptors; of all the rest 0")
+    rest = "of all the rest 0" if is_worker else "of all the rest but processes 0"
+    return holds(f"{memory} MiB of address space, {files} descriptors; {rest}")
 
 
 def _within(limit: str, most: int) -> bool:
