@@ -303,15 +303,13 @@ def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     }
     if keyd is not None:
         given["keyd-fd"] = keyd.detach()
-    environment = {"OPENSSL_CONF": f"/proc/self/fd/{given['openssl-conf-fd']}"}
-    return _start("parent", _PARENT, given, environment, plan.listeners)
+    return _start("parent", _PARENT, given, plan.listeners)
 
 
 def _start(
     name: str,
     program: Sequence[str],
     given: dict[str, int],
-    environment: dict[str, str] | None = None,
     shared: Sequence[int] = (),
 ) -> Child:
     """Start a Python program. What it is given it alone holds from now on."""
@@ -325,7 +323,7 @@ def _start(
             [sys.executable, "-I", *program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=environment or {},
+            env={},
             pass_fds=(*given.values(), *shared),
             # A session of its own: the terminal's Ctrl-C is for the supervisor.
             start_new_session=True,

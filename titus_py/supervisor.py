@@ -391,7 +391,7 @@ class _Supervisor:
 
         Soon, since a new parent may wait for them; but it takes a look at all processes.
         """
-        _reap_orphans(uids)
+        _reap_orphans()
         if any_process_has(uids):
             longer = min(2 * pause, _UIDS_SECONDS)
             self._loop.after(pause, lambda: self._release_uids(uids, longer))
@@ -903,14 +903,17 @@ def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
             return
 
 
-def _reap_orphans(uids: range) -> None:
-    """Take note of the end of workers whose parent has ended, and could not.
+def _reap_orphans() -> None:
+    """Take note of the end of workers and fork servers whose parent has ended, and could not.
 
-    Of theirs alone: our own children are waited for elsewhere.
+    They are of the session that the parent led. Of theirs alone: our own children, which are
+    of our session or lead one, are waited for elsewhere.
     """
     look = os.WEXITED | os.WNOHANG | os.WNOWAIT
     with suppress(ChildProcessError):
-        while (ended := os.waitid(os.P_ALL, 0, look)) is not None and ended.si_uid in uids:
+        while (ended := os.waitid(os.P_ALL, 0, look)) is not None:
+            if os.getsid(ended.si_pid) in (os.getsid(0), ended.si_pid):
+                return
             os.waitid(os.P_PID, ended.si_pid, os.WEXITED)
 
 

@@ -56,7 +56,7 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     ambient sets emptied. One that this process did not have, it does not get. Needs
     CAP_SETPCAP.
     """
-    wanted = sum(1 << capability for capability in kept)
+    wanted = sum(1 << capability for capability in set(kept))
     capability = 0
     while _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # up to the kernel's last
         if not wanted >> capability & 1:

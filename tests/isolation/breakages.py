@@ -117,9 +117,7 @@ def worker_pid_namespace(_: str) -> None:
 
 @breaks("filter", "worker", within="fork_server")
 def worker_second_filter(_: str) -> None:
-    from titus_py import worker
-
-    worker.narrow = lambda _: os.close(worker.KEYD_FD)
+    leave_out_of_narrowing("seccomp")
 
 
 @breaks("filter", "worker", within="fork_server")
@@ -143,6 +141,15 @@ def worker_descriptor_limit(_: str) -> None:
     change_calls(lambda calls: [call for call in calls if not limits(call, resource.RLIMIT_NOFILE)])
 
 
+def leave_out_of_narrowing(name: str) -> None:
+    from titus_py import fork_server
+
+    real = fork_server.narrowing_calls
+    fork_server.narrowing_calls = lambda program: [
+        call for call in real(program) if call.name != name
+    ]
+
+
 def limits(call: "Call", what: int) -> bool:
     return call.name == "prlimit64" and call.arguments[1] == what
 
@@ -158,10 +165,7 @@ def worker_one_more_descriptor(_: str) -> None:
 
 @breaks("descriptors", "worker", within="fork_server")
 def worker_keeps_keyd(_: str) -> None:
-    from keyd.linux import seccomp
-    from titus_py import worker
-
-    worker.narrow = seccomp.install
+    leave_out_of_narrowing("close")
 
 
 @breaks("mappings", "worker", within="fork_server")
@@ -229,7 +233,7 @@ def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
     import prctl
 
-    from titus_py import confinement, worker
+    from titus_py import worker
 
     forbid = prctl.set_no_new_privs
     prctl.set_no_new_privs = nothing
@@ -238,12 +242,14 @@ def worker_no_new_privs(_: str) -> None:
         at = next(at for at, call in enumerate(calls) if call.name == "setresuid")
         return [*calls[:at], calls[-1], *calls[at:-1]]
 
-    def narrow(established_filter: Any) -> None:
+    make = worker.make
+
+    def forbid_and_make(calls: bytes) -> None:
         forbid(1)
-        confinement.narrow(established_filter)
+        make(calls)
 
     change_calls(change)
-    worker.narrow = narrow
+    worker.make = forbid_and_make
 
 
 def worker_no_new_privs_supervisor() -> None:
@@ -445,27 +451,25 @@ def supervisor_core_dumps(_: str) -> None:
 
 @breaks("environment", "parent", within="supervisor")
 def parent_environment(_: str) -> None:
-    _environment_of("parent")
+    _environment_of("titus_py.parent")
 
 
 @breaks("environment", "keyd", within="supervisor")
 def keyd_environment(_: str) -> None:
-    _environment_of("keyd")
+    _environment_of("serve")
 
 
-def _environment_of(name: str) -> None:
-    from titus_py import generation
+def _environment_of(program: str) -> None:
+    import subprocess
 
-    real = generation._start
+    real = subprocess.Popen
 
-    def start(
-        child: str, program: Any, given: Any, environment: Any = None, shared: Any = ()
-    ) -> Any:
-        if child == name:
-            environment = {**(environment or {}), "SECRET": "of the operator's"}
-        return real(child, program, given, environment, shared)
+    def start(arguments: Any, **given: Any) -> Any:
+        if program in arguments:
+            given["env"] = {**given["env"], "SECRET": "of the operator's"}
+        return real(arguments, **given)
 
-    generation._start = start
+    subprocess.Popen = start  # type: ignore[assignment,misc]
 
 
 # --- keyd -------------------------------------------------------------------------
