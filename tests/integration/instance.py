@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,18 @@ def all_processes() -> Iterator[Process]:
                 # /proc/PID of a process that is not dumpable is root's: the status tells.
                 uid = int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
                 yield Process(int(entry), int(fields[1]), uid, int(fields[19]))
+
+
+def zombies(parent: int) -> list[int]:
+    """The children of this process that have ended, and that it took no note of."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                if fields[0] == "Z" and int(fields[1]) == parent:
+                    found.append(int(entry))
+    return found
 
 
 def descendants(pid: int) -> list[Process]:

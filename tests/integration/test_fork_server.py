@@ -1,5 +1,7 @@
 """The fork server killed, stuck, not confined, or making workers that are not."""
 
+import os
+import resource
 import signal
 import sys
 import textwrap
@@ -12,9 +14,9 @@ from unittest import mock
 import pytest
 
 from .conftest import Serve
-from .instance import Instance, eventually
+from .instance import Instance, eventually, zombies
 from .peers import Listener, TlsClient
-from .service import PATIENCE, serves, talk
+from .service import PATIENCE, reload, serves, talk
 from .test_supervision import CLIENTS, Load
 
 Change = Callable[[str], None]
@@ -105,6 +107,54 @@ def test_a_fork_server_that_hangs_is_ended_and_replaced(serve: Serve, echoing: L
                 assert talk(client.handshake())
         assert talk(established)
     instance.wait_for_event("fork_server_died")
+
+
+def test_nothing_is_left_of_a_killed_parents(serve: Serve, echoing: Listener) -> None:
+    """Neither of its fork server nor of its workers, whose uids somebody else is to have."""
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("parent_died")
+    since = len(instance.events())
+    instance.parent().kill()
+    instance.wait_for_event("parent_started", since=since)
+    eventually(lambda: not zombies(instance.pid), "no zombies")
+
+
+def test_nothing_is_left_of_a_retired_parents(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    for generation in (2, 3):
+        assert reload(instance)["reloaded"]
+        instance.wait_for_event("parent_started", generation=generation)
+    eventually(lambda: not zombies(instance.pid), "no zombies")
+
+
+# --- short of descriptors --------------------------------------------------------------
+
+
+def test_the_parent_goes_on_when_it_cannot_take_a_worker(serve: Serve, echoing: Listener) -> None:
+    """It has the descriptors that it takes to order some, and not those that they come with."""
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("worker_failed")
+    before = instance.settled_counts()
+    parent = instance.parent()
+    _, hard = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        uid = instance.wait_for_event("connection_begun")["uid"]
+        highest = max(int(name) for name in os.listdir(f"/proc/{parent.pid}/fd"))
+        parent.kill(signal.SIGSTOP)
+        for worker in instance.workers():
+            if worker.uid != uid:
+                worker.kill()
+        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (highest - 1, hard))
+        parent.kill(signal.SIGCONT)
+        time.sleep(1)
+        assert talk(established)
+        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert serves(instance)
+        assert talk(established)
+    assert not instance.events_named("parent_died")
+    assert not zombies(parent.pid)
+    assert instance.settled_counts() == before
 
 
 # --- not confined ----------------------------------------------------------------------
