@@ -7,6 +7,7 @@ step fails, that process does not serve.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import resource
@@ -37,6 +38,7 @@ __all__ = [
     "MEMORY_OCTETS",
     "PARENT_CAPABILITIES",
     "PARENT_FD",
+    "RULESET_FD",
     "SPECULATION",
     "WORKER_NAMESPACES",
     "Given",
@@ -71,13 +73,15 @@ CONFINING_CAPABILITIES = {
 
 #: Where a worker, and the fork server, find the socket to the parent.
 PARENT_FD = 3
+#: Where the fork server has its Landlock ruleset.
+RULESET_FD = 4
 #: The first number that is free while the pair that brought it (``hand_over``) is open.
 KEYD_FD = 5
 #: Those, keyd's channel, the client and the backend, and one to spare.
 _MAX_DESCRIPTORS = 8
 #: How many workers the fork server forks in a row.
 MAX_ORDERS = 16
-#: To the fork server: what comes with each order, the pidfds, and as many as a worker.
+#: To the fork server: what comes with each order, the pidfds, and its own.
 _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
 #: connection takes about one MiB.
@@ -111,7 +115,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     are left that it takes to make processes of other users.
     """
     memory = _memory_in_use() + MEMORY_OCTETS
-    ruleset = landlock.make_ruleset() if landlock.version() else None
+    ruleset = landlock.make_ruleset() if landlock.version() else -1
     leave_namespaces(CLONE_NEWNET)
     enter_empty_root(chroot)
     os.setgroups([])
@@ -121,9 +125,9 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     forbid_regaining([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
     keep_capabilities(FORK_SERVER_CAPABILITIES)
     prctl.set_no_new_privs(1)
-    if ruleset is not None:
+    if ruleset >= 0:
         landlock.restrict_self(ruleset)
-    keep_only(parent)
+    keep_only(parent, ruleset)
     limit(
         {
             resource.RLIMIT_AS: memory,
@@ -145,11 +149,15 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
     Namespaces are new since the fork. ``page`` is the address at which the worker's
     report is to be: a page that the fork server has reserved.
     """
+    # A domain of its own within the fork server's: what keeps one from signalling or tracing
+    # another holds between domains, and not within one.
+    own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
     shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
     writable = mmap.PROT_READ | mmap.PROT_WRITE
     uid = given.uid
     return [
         Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
+        *own_domain,
         # Descriptor 0 is /dev/null. Whatever the C library has to say on standard error must
         # not reach a client, nor fill a log.
         Call("dup3", (0, 2, 0)),
@@ -176,11 +184,18 @@ def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
     ]
 
 
-def keep_only(parent: int) -> None:
-    """Have the standard streams, this descriptor at its place, and nothing else."""
-    if parent != PARENT_FD:
-        os.dup2(parent, PARENT_FD, inheritable=False)
-    os.closerange(PARENT_FD + 1, 1 << 20)
+def keep_only(parent: int, ruleset: int) -> None:
+    """Have the standard streams, these descriptors at their places, and nothing else."""
+    # First out of each other's way.
+    moved = [
+        fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, RULESET_FD + 1)
+        for descriptor in (parent, ruleset)
+        if descriptor >= 0
+    ]
+    os.closerange(PARENT_FD, RULESET_FD + 1)
+    for place, descriptor in zip((PARENT_FD, RULESET_FD), moved, strict=False):
+        os.dup2(descriptor, place, inheritable=False)
+    os.closerange(RULESET_FD + 1, 1 << 20)
 
 
 def _memory_in_use() -> int:

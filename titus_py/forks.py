@@ -23,7 +23,7 @@ _PROGRAM = ("-m", "titus_py.fork_server")
 #: Orders on their way at a time: a socket does not hold any number of them.
 _MAX_ORDERS = 4 * MAX_ORDERS
 #: How long it may leave an order unanswered before it is taken to hang.
-_QUIET_SECONDS = 10.0
+_QUIET_SECONDS = 5.0
 
 
 class Forks:
@@ -128,6 +128,7 @@ class Forks:
         self._close()
         self._loop.unwatch(self._pidfd)
         os.close(self._pidfd)
+        self._orders = 0
         finished, self._finishing = self._finishing, True
         code = self._process.wait()
         if not finished:

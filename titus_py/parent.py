@@ -8,6 +8,7 @@ and keyd, and of what workers say the little that ``messages`` decodes.
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -50,6 +51,8 @@ __all__ = ["main"]
 #: How much longer than its handshake timeout a worker may take to act on it itself.
 _GRACE = 2.0
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
+#: How soon to look again for the end of a worker without a pidfd.
+_REAP_SECONDS = 0.1
 #: How often to say to the supervisor that all is well.
 _ALIVE_SECONDS = 3.0
 #: How often a limit that is being hit is spoken of.
@@ -261,6 +264,7 @@ class Parent:
         self._adjust_accepting()
         while self._waiting:
             self._turn_away(self._waiting.popleft())
+        self._forget_unforked()
         for worker in list(self._workers.values()):
             self._kill(worker, reason)
 
@@ -633,18 +637,41 @@ class Parent:
         self._loop.watch(ours.fileno(), lambda: self._hear_worker(worker))
 
     def _forked(self, forked: Forked, pidfd: int) -> None:
-        worker = self._workers[forked.uid]
+        worker = self._workers.get(forked.uid)
+        if worker is None:
+            # Forgotten meanwhile: it finds that we hung up.
+            if pidfd >= 0:
+                os.close(pidfd)
+            return
         if forked.error:
             self._forget(worker)
             os.close(worker.report)
             self._fork_failed(os.strerror(forked.error))
+            return
+        if pidfd < 0:
+            # There was no number left for it. A spare that nobody can watch is of no use.
+            with suppress(OSError):
+                worker.socket.shutdown(socket.SHUT_RDWR)
+            self._fork_failed(os.strerror(errno.EMFILE))
+            self._reap_unwatched(worker, forked.pid)
             return
         if self._fork_pause:
             self._fork_pause = 0.0
             self._tell("fork_works_again", level="warning")
         worker.pidfd = pidfd
         self._loop.watch(pidfd, lambda: self._bury(worker))
+        if worker.killed_for:
+            self._kill(worker, worker.killed_for)
         self._may_serve(worker)
+
+    def _reap_unwatched(self, worker: _Worker, pid: int) -> None:
+        """A spare that was told to leave; its pid is its own until this has seen its end."""
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+            self._loop.after(_REAP_SECONDS, lambda: self._reap_unwatched(worker, pid))
+            return
+        if self._workers.get(worker.uid) is worker:
+            self._forget(worker)
+            os.close(worker.report)
 
     def _cannot_fork(self, how: str) -> None:
         """The fork server has ended: take nobody any more, and serve whom there is a worker for.
@@ -652,12 +679,16 @@ class Parent:
         Who is in the listen queue is for the generation that takes over.
         """
         self._may_accept = False
-        for worker in [one for one in self._workers.values() if one.pidfd < 0]:
-            self._forget(worker)
-            os.close(worker.report)
+        self._forget_unforked()
         while len(self._waiting) > len(self._spares) + len(self._forming):
             self._turn_away(self._waiting.popleft())
         self._tell("fork_server_died", level="alarm", how=how)
+
+    def _forget_unforked(self) -> None:
+        """Of workers that were ordered, and may never come; one that does finds nobody."""
+        for worker in [one for one in self._workers.values() if one.pidfd < 0]:
+            self._forget(worker)
+            os.close(worker.report)
 
     def _may_serve(self, worker: _Worker) -> None:
         """Once it has been forked, and has said that it is confined, in whatever order."""
@@ -742,13 +773,10 @@ class Parent:
 
     def _kill(self, worker: _Worker, reason: str) -> None:
         worker.killed_for = worker.killed_for or reason
-        if worker.pidfd < 0:
-            # Nobody may have forked it yet; when somebody does, it finds that we hung up.
-            with suppress(OSError):
-                worker.socket.shutdown(socket.SHUT_RDWR)
-            return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        # One that has not been told of yet is ended as soon as it is.
+        if worker.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
     def _bury(self, worker: _Worker) -> None:
         """Note how a worker ended, and take back what it had."""

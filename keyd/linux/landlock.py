@@ -6,6 +6,7 @@ A second lock on doors that the empty root and the filter keep shut already.
 import ctypes
 import os
 import struct
+from functools import cache
 
 __all__ = ["make_ruleset", "restrict_self", "version"]
 
@@ -24,6 +25,7 @@ _RIGHTS = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+@cache
 def version() -> int:
     """The version of the kernel's Landlock interface, 0 where it has none or it is off."""
     found: int = _libc.syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)

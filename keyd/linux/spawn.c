@@ -114,9 +114,16 @@ static const struct {
 	const char *name;
 	int number;
 } numbers[] = {
-	{"close", SYS_close},         {"close_range", SYS_close_range}, {"dup3", SYS_dup3},
-	{"mmap", SYS_mmap},           {"prctl", SYS_prctl},             {"prlimit64", SYS_prlimit64},
-	{"seccomp", SYS_seccomp},     {"setgroups", SYS_setgroups},     {"setresgid", SYS_setresgid},
+	{"close", SYS_close},
+	{"close_range", SYS_close_range},
+	{"dup3", SYS_dup3},
+	{"landlock_restrict_self", SYS_landlock_restrict_self},
+	{"mmap", SYS_mmap},
+	{"prctl", SYS_prctl},
+	{"prlimit64", SYS_prlimit64},
+	{"seccomp", SYS_seccomp},
+	{"setgroups", SYS_setgroups},
+	{"setresgid", SYS_setresgid},
 	{"setresuid", SYS_setresuid},
 };
 

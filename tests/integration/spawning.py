@@ -22,7 +22,16 @@ if len(sys.argv) > 2:
     sys.modules[name] = importlib.util.module_from_spec(spec)
     loader.exec_module(sys.modules[name])
 
-from keyd.linux.process import CLONE_NEWPID, CLONE_PARENT, Call, Child, clone
+from keyd.linux.process import (
+    CLONE_NEWPID,
+    CLONE_PARENT,
+    Call,
+    Child,
+    clone,
+    encode,
+    make,
+    why_failed,
+)
 from keyd.linux.spawn import spawn
 
 CLONE_THREAD = 0x0001_0000
@@ -55,7 +64,7 @@ def is_open(descriptor: int) -> bool:
 def calls_in_order() -> list[object]:
     calls = [Call("dup3", (0, 100, 0)), Call("dup3", (100, 101, 0))]
     calls.append(Call("close_range", (100, 100, 0)))
-    child = clone(0, calls)
+    child = clone(0, encode(calls))
     if not child.pid:
         in_child(child, child, is_open(100), is_open(101))
     return [is_open(100), is_open(101), *of_child(child)]
@@ -63,9 +72,9 @@ def calls_in_order() -> list[object]:
 
 def calls_to_the_first_that_fails() -> list[object]:
     calls = [Call("dup3", (0, 100, 0)), Call("dup3", (-1, 101, 0)), Call("close_range", (100, 101))]
-    child = clone(0, calls)
+    child = clone(0, encode(calls))
     if not child.pid:
-        in_child(child, child, is_open(100), is_open(101))
+        in_child(child, child, why_failed(child, calls), is_open(100), is_open(101))
     return of_child(child)
 
 
@@ -79,7 +88,7 @@ def arguments_of_64_bits() -> list[object]:
     calls = [
         Call("mmap", (address, mmap.PAGESIZE, writable, mmap.MAP_SHARED | fixed, file, 0)),
     ]
-    child = clone(0, calls)
+    child = clone(0, encode(calls))
     if not child.pid:
         page[:5] = b"child"
         in_child(child, child)
@@ -137,23 +146,32 @@ def _no_children() -> bool:
     return False
 
 
+def calls_of_our_own() -> list[object]:
+    """Without a child."""
+    make(encode([Call("dup3", (0, 100, 0)), Call("dup3", (100, 101, 0))]))
+    made = [is_open(100), is_open(101)]
+    try:
+        make(encode([Call("close", (100,)), Call("close", (100,)), Call("close", (101,))]))
+    except OSError as error:
+        return [*made, error.errno, is_open(100), is_open(101)]
+    return made
+
+
 def broken_blobs() -> list[object]:
     said = []
     for octets in (b"x", bytes(55), bytes(57), bytes(56 * 3 + 8)):
-        try:
-            spawn(0, octets)
-        except ValueError as error:
-            said.append(str(error))
+        for take in (make, lambda octets: spawn(0, octets)):
+            try:
+                take(octets)
+            except ValueError as error:
+                said.append(str(error))
     return [said, _no_children()]
 
 
 def what_clone_refuses() -> list[object]:
     before = len(os.listdir("/proc/self/fd"))
-    try:
-        clone(CLONE_THREAD)
-    except OSError as error:
-        return [error.errno, _no_children(), len(os.listdir("/proc/self/fd")) - before]
-    return []
+    child = clone(CLONE_THREAD)
+    return [child, _no_children(), len(os.listdir("/proc/self/fd")) - before]
 
 
 def many() -> list[object]:
@@ -161,10 +179,10 @@ def many() -> list[object]:
     before = len(os.listdir("/proc/self/fd"))
     right = 0
     for number in range(200):
-        child = clone(0, [Call("dup3", (0, 100 + number, 0))] * (number % 5))
+        child = clone(0, encode([Call("dup3", (0, 100 + number, 0))] * (number % 5)))
         if not child.pid:
             in_child(child, number, is_open(100 + number), child.failed)
-        right += of_child(child) == [number, number % 5 > 0, "", 7]
+        right += of_child(child) == [number, number % 5 > 0, -1, 7]
         os.close(child.pidfd)
     return [right, len(os.listdir("/proc/self/fd")) - before]
 
@@ -178,6 +196,7 @@ THINGS: dict[str, Callable[[], list[object]]] = {
         no_calls,
         a_sibling,
         in_a_namespace,
+        calls_of_our_own,
         broken_blobs,
         what_clone_refuses,
         many,

@@ -319,8 +319,8 @@ def waiting_for_a_worker(instance: Instance) -> Iterator[TlsClient]:
 def test_who_waits_for_a_worker_gets_one_after_a_reload(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "60s"})
     before = instance.settled_counts(spare=2)
-    old = instance.parent()
-    with a_limit_on_processes(old, 1) as lift, waiting_for_a_worker(instance) as client:
+    starved = instance.fork_server()
+    with a_limit_on_processes(starved, 1) as lift, waiting_for_a_worker(instance) as client:
         assert reload(instance)["reloaded"]
         assert serves(instance)
         client.socket.settimeout(0.5)
@@ -336,7 +336,7 @@ def test_who_waits_for_a_worker_gets_one_after_a_reload(serve: Serve, echoing: L
 def test_who_waits_for_a_worker_is_reset_at_the_end(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address, worker={"spare": 2, "drain": "1s"})
     instance.settled_counts(spare=2)
-    with a_limit_on_processes(instance.parent(), 1), waiting_for_a_worker(instance) as client:
+    with a_limit_on_processes(instance.fork_server(), 1), waiting_for_a_worker(instance) as client:
         assert instance.terminate() == 0
         with pytest.raises(ConnectionResetError):
             client.handshake()
@@ -347,7 +347,7 @@ def test_who_waits_for_a_worker_does_so_for_the_handshake_timeout(
 ) -> None:
     instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "1s"})
     instance.settled_counts(spare=2)
-    with a_limit_on_processes(instance.parent(), 1), waiting_for_a_worker(instance) as client:
+    with a_limit_on_processes(instance.fork_server(), 1), waiting_for_a_worker(instance) as client:
         started = time.monotonic()
         with pytest.raises(ConnectionResetError):
             client.handshake()

@@ -18,21 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
 
-from keyd.linux.process import Call
+from keyd.linux.process import Call, encode
 from keyd.linux.spawn import NUMBERS
 
 _PROGRAM = Path(__file__).with_name("spawning.py")
 _SOURCE = Path(__file__).parents[2] / "keyd/linux/spawn.c"
-NO_CHILD, FAILED = [0, -1, ""], [0, -1, "dup3: Bad file descriptor"]
+NO_CHILD, FAILED = [0, -1, -1, 0], [0, -1, 1, errno.EBADF]
 EXPECTED: dict[str, list[object]] = {
     "calls_in_order": [False, False, NO_CHILD, False, True, 7],
-    "calls_to_the_first_that_fails": [FAILED, True, False, 7],
+    "calls_to_the_first_that_fails": [FAILED, "dup3: Bad file descriptor", True, False, 7],
     "arguments_of_64_bits": [True, NO_CHILD, 7, "child", 0],
-    "no_calls": ["", True, True, NO_CHILD, True, 7],
+    "no_calls": [-1, True, True, NO_CHILD, True, 7],
     "a_sibling": [True, [3, 7]],
     "in_a_namespace": [1, 7],
-    "broken_blobs": [["not a whole number of calls"] * 4, True],
-    "what_clone_refuses": [errno.EINVAL, True, 0],
+    "broken_blobs": [["not a whole number of calls"] * 8, True],
+    "calls_of_our_own": [True, True, errno.EBADF, False, True],
+    "what_clone_refuses": [[-1, -1, -1, errno.EINVAL], True, 0],
     "many": [200, 0],
 }
 
@@ -72,7 +73,7 @@ def test_the_sanitizer_is_there(build: list[Path]) -> None:
 
 @given(st.sampled_from([*NUMBERS]), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))
 def test_a_call_is_seven_words(name: str, arguments: list[int]) -> None:
-    octets = Call(name, tuple(arguments)).encode()
+    octets = encode([Call(name, tuple(arguments))])
     words = [int.from_bytes(octets[at : at + 8], "little", signed=True) for at in range(0, 56, 8)]
     assert words == [NUMBERS[name], *arguments, *[0] * (6 - len(arguments))]
     assert len(octets) == 56
@@ -80,4 +81,4 @@ def test_a_call_is_seven_words(name: str, arguments: list[int]) -> None:
 
 def test_only_what_is_of_use_can_be_called() -> None:
     with pytest.raises(KeyError):
-        Call("execve", ()).encode()
+        encode([Call("execve", ())])

@@ -789,18 +789,25 @@ class Attempt(NamedTuple):
 
 
 def _in_processes(
-    what: str, code: Code, *given: str, hidden: str = "ESRCH", seen: str = "EPERM"
+    what: str,
+    code: Code,
+    *given: str,
+    hidden: str = "ESRCH",
+    seen: str = "EPERM",
+    by_root: str = "",
 ) -> list[Attempt]:
     """The same on each process that there is to attack.
 
-    They are out of sight in the worker's pid namespace, and out of reach without one.
+    They are out of sight in the worker's pid namespace, and out of reach without one; by its
+    Landlock domain also where it is root, as they are.
     """
+    further = {"filter namespaces become": by_root} if by_root else {}
     return [
         Attempt(
             f"{what} of {victim}",
             code,
             tuple(f"{victim} {gift}" for gift in given),
-            without={"filter": hidden, "filter namespaces": seen},
+            without={"filter": hidden, "filter namespaces": seen, **further},
         )
         for victim in ("keyd", "parent", "fork server", "worker")
     ]
@@ -866,9 +873,9 @@ ATTEMPTS = [
     *_in_processes("write the memory", write_memory, "pid", "variables"),
     *_in_processes("compare the descriptors", compare_process, "pid"),
     *_in_processes("take a descriptor", take_descriptor, "pid"),
-    *_in_processes("a signal to the pid", send_signal, "pid"),
-    *_in_processes("a signal to the thread", send_thread_signal, "pid"),
-    *_in_processes("a queued signal to the pid", queue_signal, "pid"),
+    *_in_processes("a signal to the pid", send_signal, "pid", by_root="EPERM"),
+    *_in_processes("a signal to the thread", send_thread_signal, "pid", by_root="EPERM"),
+    *_in_processes("a queued signal to the pid", queue_signal, "pid", by_root="EPERM"),
     # Without a namespace, the kernel asks for the permission when there is a signal to send.
     *_in_processes("SIGIO to the pid", signal_by_descriptor, "pid", seen="done"),
     Attempt("a signal to everyone", kill_everyone, without={"filter": "ESRCH"}),

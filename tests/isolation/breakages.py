@@ -154,6 +154,13 @@ def limits(call: "Call", what: int) -> bool:
     return call.name == "prlimit64" and call.arguments[1] == what
 
 
+@breaks("landlock", "fork server", within="fork_server")
+def no_landlock(_: str) -> None:
+    from titus_py import confinement
+
+    confinement.landlock.version = lambda: 0  # type: ignore[assignment]
+
+
 @breaks("descriptors", "worker", within="fork_server")
 def worker_one_more_descriptor(_: str) -> None:
     from keyd.linux.process import Call
@@ -329,13 +336,15 @@ def fork_server_speculation(_: str) -> None:
 def fork_server_opens_a_file(file: str) -> None:
     from titus_py import confinement
 
-    def keep_only(parent: int) -> None:
+    def keep_only(parent: int, ruleset: int) -> None:
         os.dup2(parent, confinement.PARENT_FD, inheritable=False)
         os.dup2(opened, 7, inheritable=False)
-        os.closerange(4, 7)
+        if ruleset not in (-1, confinement.RULESET_FD):
+            os.dup2(ruleset, confinement.RULESET_FD, inheritable=False)
+        os.closerange(5, 7)
         os.closerange(8, 1 << 20)
 
-    # Not where the others are dup2()ed to.
+    # Not where the others are dup2()ed to, which are below.
     opened = fcntl.fcntl(os.open(file, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, 100)
     confinement.keep_only = keep_only
 

@@ -245,6 +245,7 @@ def _without_filter() -> None:
 
 def _without_landlock() -> None:
     confinement.landlock.restrict_self = _nothing
+    _without_calls("landlock_restrict_self")
 
 
 def _without_chroot() -> None:

@@ -23,12 +23,14 @@ _CLOSED = "socket with no other end"
 _ERRORS = "standard error, the supervisor's"
 _OWN_ERRORS = "standard error"
 _TO_PARENT = "socket to the parent"
+_RULESET = "Landlock ruleset"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
     r"/dev/null": _NULL,
     r"anon_inode:\[eventpoll\]": "epoll",
     r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": _PIDFD,
     r"/memfd:report \(deleted\)": _REPORT,
+    r"anon_inode:\[landlock-ruleset\]": _RULESET,
 }
 
 #: What a process may hold, and how much of each (None: any number).
@@ -50,6 +52,7 @@ _FORK_SERVER: _Allowed = {
     _NULL: 2,
     _ERRORS: 1,
     _TO_PARENT: 1,
+    _RULESET: 1,
     # In passing: with an order, and back.
     _WORKERS: None,
     _REPORT: None,

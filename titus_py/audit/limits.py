@@ -4,9 +4,10 @@ Run by ``titus-py audit``. What a filter allows cannot be read from outside with
 stopping the process: its lists are in ``worker_filter`` and ``keyd.system_calls``.
 """
 
+from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.observation import Observation, Scene, Stage
-from titus_py.confinement import MEMORY_OCTETS, SPECULATION
+from titus_py.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
 from titus_py.instance import Role
 
 __all__ = ["CHECKS"]
@@ -102,6 +103,17 @@ def _speculation(seen: Observation, scene: Scene) -> Seen:
     return holds(text)
 
 
+def _landlock(seen: Observation, scene: Scene) -> Seen:
+    version = landlock.version()
+    if not version:
+        text = "this kernel has no Landlock, or it is off"
+        required = LANDLOCK in scene.target.configuration.worker.require
+        return broken(f"{text}; required by worker.require") if required else not_available(text)
+    if "anon_inode:[landlock-ruleset]" in seen.descriptors.values():
+        return holds(f"Landlock, version {version} of its interface; the ruleset is there")
+    return broken(f"the kernel has Landlock, version {version}, and the fork server no ruleset")
+
+
 CHECKS = (
     Check(
         "filter",
@@ -144,5 +156,13 @@ CHECKS = (
         "indirect-branch and store-bypass speculation off for good, where it can be",
         "/proc/PID/status: Speculation*",
         _speculation,
+    ),
+    Check(
+        "landlock",
+        frozenset({Role.FORK_SERVER}),
+        "a Landlock ruleset that grants nothing, for itself and for each worker to put on",
+        "its descriptor; that they have put it on cannot be seen from outside: one that could "
+        "not does not serve",
+        _landlock,
     ),
 )

@@ -29,7 +29,7 @@ CHECKS: tuple[Check, ...] = (
 #: What no audit from outside can show; each is tried by the attack suite instead.
 UNSEEN = (
     "what a process's seccomp filter allows (that it has one is seen, and how many)",
-    "that the fork server, and so its workers, have put Landlock on",
+    "that fork server and workers have put their Landlock ruleset on (that it is there is seen)",
     "that a process is killed when its parent dies",
     "a process's securebits",
 )
