@@ -88,8 +88,8 @@ def test_a_killed_fork_server_is_replaced_by_a_new_generation(
         # Its parent stays for it, and for nothing else.
         assert parents[0] in instance.processes()
     eventually(lambda: not {*parents[:-1]} & {*instance.processes()}, "the others' ends")
-    # Nobody had to notice.
-    assert not load.failed
+    # Those who waited for a worker were turned away, each client once a time at most.
+    assert load.failed <= 2 * CLIENTS
     assert instance.settled_counts() == before
     assert instance.terminate() == 0
 
