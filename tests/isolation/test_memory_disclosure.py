@@ -113,7 +113,9 @@ def numbers_in(memory: bytes, numbers: Iterable[int]) -> set[int]:
 def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
     """Those whose form is there. They begin alike, and so are looked for all at once."""
     prefix = os.path.commonprefix([*forms])  # noqa: RUF071
-    rest = b"|".join(re.escape(form.removeprefix(prefix)) for form in forms)
+    # The longest first: an address may begin as another does.
+    longest = sorted(forms, key=len, reverse=True)
+    rest = b"|".join(re.escape(form.removeprefix(prefix)) for form in longest)
     hits = re.findall(re.escape(prefix) + b"(?:" + rest + b")", memory)
     return {forms[hit] for hit in hits}
 
