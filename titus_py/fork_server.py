@@ -38,7 +38,7 @@ from titus_py.confinement import (
 from titus_py.messages import FORK_OCTETS, Fork, Forked, Ready
 from titus_py.plan import Plan, VirtualHost
 from titus_py.report import ReportWriter
-from titus_py.tls import Credentials, make_context
+from titus_py.tls import Credentials, client_hello, make_context
 from titus_py.worker import Site, Terms, live
 
 __all__ = ["main"]
@@ -62,6 +62,7 @@ def main() -> int:
         [_site(vhost) for vhost in plan.vhosts],
         encode(narrowing_calls(established_filter)),
         ReportWriter(),
+        client_hello(),
     )
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])

@@ -8,7 +8,7 @@ OPENSSL_CONF has to have loaded before this module is imported.
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from OpenSSL import SSL
@@ -64,6 +64,16 @@ def make_context(
         context.use_privatekey_file(path)
     context.check_privatekey()
     return context
+
+
+def client_hello() -> bytes:
+    """A ClientHello, as this library's clients send it."""
+    client = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD))
+    client.set_connect_state()
+    client.set_tlsext_host_name(b"localhost")
+    with suppress(SSL.WantReadError):
+        client.do_handshake()
+    return client.bio_read(1 << 14)
 
 
 def reseed() -> None:

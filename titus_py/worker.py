@@ -62,6 +62,8 @@ class Terms(NamedTuple):
     #: System calls (``confinement.narrowing_calls``), encoded.
     narrowing: bytes
     report: ReportWriter
+    #: A ClientHello, to rehearse with.
+    hello: bytes
 
 
 class _Over(Exception):
@@ -92,6 +94,7 @@ def live(terms: Terms, failed: str) -> NoReturn:
         parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
+        _rehearse(terms)
         assigned = _wait_for_client(parent)
         if assigned is not None:
             end, detail = _serve(terms, report, parent, *assigned)
@@ -102,6 +105,20 @@ def live(terms: Terms, failed: str) -> NoReturn:
         if error is not None:
             report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
         os._exit(code)
+
+
+def _rehearse(terms: Terms) -> None:
+    """While nobody waits: touch what a handshake will, so that no client waits for that.
+
+    A page that this process writes to for the first time is copied then.
+    """
+    parse_client_hello(terms.hello)
+    connection = SSL.Connection(terms.sites[0].context)
+    connection.set_accept_state()
+    connection.bio_write(terms.hello)
+    # It comes as far as the signature: keyd has not been asked to listen to this worker yet.
+    with suppress(SSL.Error):
+        connection.do_handshake()
 
 
 def _wait_for_client(parent: SocketType) -> tuple[Client, SocketType] | None:
