@@ -25,7 +25,7 @@ from typing import NamedTuple
 import prctl
 from OpenSSL import SSL
 
-from keyd.linux import seccomp
+from keyd.linux import landlock, seccomp
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, clone, encode
 from titus_py import confinement, fork_server
 from titus_py.report import ReportWriter, make_report
@@ -57,6 +57,8 @@ def steps() -> list[Step]:
     page = ReportWriter()
     KEPT.append(page)
     given = confinement.Given(_UID, make_report(), socket.socket(socket.AF_UNIX).detach())
+    if landlock.version():
+        os.dup2(landlock.make_ruleset(), confinement.RULESET_FD)
     own = confinement.worker_calls(handshake, page.address, given)
     # keyd's channel is not there to be closed.
     narrowing = [call for call in confinement.narrowing_calls(established) if call.name != "close"]

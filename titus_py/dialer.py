@@ -62,17 +62,17 @@ class Dialer:
         self._retry = None
         while self._left:
             family, address = self._left[0]
-            if self._socket is None:
-                self._socket = socket.socket(family, socket.SOCK_STREAM)
-                self._socket.setblocking(False)
             try:
-                self._socket.connect(address)
+                attempt = self._socket or socket.socket(family, socket.SOCK_STREAM)
+                self._socket = attempt
+                attempt.setblocking(False)
+                attempt.connect(address)
             except BlockingIOError as error:
                 if error.errno == errno.EAGAIN:
                     self._retry = self._loop.after(_RETRY_SECONDS, self._next)
                     return
                 self._watched = True
-                self._loop.watch(self._socket.fileno(), self._settled, READABLE | WRITABLE)
+                self._loop.watch(attempt.fileno(), self._settled, READABLE | WRITABLE)
                 return
             except OSError as error:
                 self._failed(error.errno)

@@ -20,8 +20,6 @@ __all__ = ["Forks"]
 
 #: What is started, as Python is to be told of it.
 _PROGRAM = ("-m", "titus_py.fork_server")
-#: Orders on their way at a time: a socket does not hold any number of them.
-_MAX_ORDERS = 4 * MAX_ORDERS
 #: How long it may leave an order unanswered before it is taken to hang.
 _QUIET_SECONDS = 5.0
 
@@ -61,7 +59,7 @@ class Forks:
         self._orders = 0
         self._finishing = False
         #: When it was last seen to be at work, or had nothing to do.
-        self._last_seen = time.monotonic()
+        self._last_seen = self._looked = time.monotonic()
 
     def wait_until_ready(self) -> bool:
         """Once, before there is anybody to serve; False if it could not confine itself."""
@@ -80,7 +78,7 @@ class Forks:
     @property
     def busy(self) -> bool:
         """Whether it has as many orders as it is given at a time, or takes no more."""
-        return self._orders >= _MAX_ORDERS or self._finishing
+        return self._orders >= MAX_ORDERS or self._finishing
 
     def order(self, uid: int, report: int, end: int) -> None:
         """Have a worker forked. Raises OSError."""
@@ -91,7 +89,12 @@ class Forks:
 
     def look_after(self) -> None:
         """End it where it has had orders for too long, and answered none: it hangs."""
-        if self._orders and time.monotonic() - self._last_seen > _QUIET_SECONDS:
+        now = time.monotonic()
+        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        if now - self._looked > _QUIET_SECONDS:
+            self._last_seen = now
+        self._looked = now
+        if self._orders and now - self._last_seen > _QUIET_SECONDS:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def finish(self) -> None:
@@ -112,7 +115,8 @@ class Forks:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                message, descriptors = b"", []
+                # It has ended without having taken every order. What it said is still there.
+                continue
             if not message:
                 # It has ended, or is about to: the pidfd will tell.
                 self._close()

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from keyd.linux.descriptors import send_descriptors
@@ -105,7 +106,14 @@ class Generation:
     gets the same. Raises OSError where one cannot be read any more.
     """
 
-    def __init__(self, number: int, checked: Checked, filters: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        number: int,
+        checked: Checked,
+        filters: Mapping[str, str],
+        chains: Mapping[Path, str] | None = None,
+    ) -> None:
+        """``chains`` are certificates, by file, that another of the same has read already."""
         if checked.configuration is None:
             raise ValueError("a configuration with mistakes")
         self.number = number
@@ -123,6 +131,8 @@ class Generation:
         self.retired = False
         #: Has been told so, and may not have heard it.
         self.retiring = False
+        #: Its fork server has ended: it can make no more workers.
+        self.crippled = False
         #: Said to be listening.
         self.announced = False
         #: Those of its children that are not ready yet.
@@ -142,7 +152,7 @@ class Generation:
             if file is not None
         )
         self._filters = filters
-        self._chains = {
+        self.chains = chains or {
             vhost.certificate: vhost.certificate.read_text() for vhost in self.configuration.vhost
         }
 
@@ -238,7 +248,7 @@ class Generation:
             server_names=vhost.sni,
             local_address=vhost.local_address,
             local_port=vhost.local_port,
-            certificate_chain=self._chains[vhost.certificate],
+            certificate_chain=self.chains[vhost.certificate],
             key_reference=facts.reference,
             key=facts.key_id.hex(),
             backend=str(vhost.backend),

@@ -37,7 +37,7 @@ from keyd.protocol import Malformed as MalformedByKeyd
 from titus_py import messages
 from titus_py.confinement import PARENT_CAPABILITIES, missing_features
 from titus_py.dialer import Dialer
-from titus_py.event_loop import WRITABLE, EventLoop, Timer
+from titus_py.event_loop import EventLoop, Timer
 from titus_py.forks import Forks
 from titus_py.hand_over import give
 from titus_py.limits import Admission
@@ -59,6 +59,8 @@ _ALIVE_SECONDS = 3.0
 _LIMITS_SECONDS = 1.0
 #: How soon to look again for a keyd that could not take a message.
 _KEYD_PAUSE_SECONDS = 0.05
+#: How soon to offer the supervisor again what it could not take.
+_EVENTS_PAUSE_SECONDS = 0.01
 #: Workers in a row that fail to confine themselves before the parent gives up.
 _MAX_FAILED_WORKERS = 5
 _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
@@ -146,6 +148,8 @@ class Parent:
             descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
         }
         self._may_accept = False
+        #: Without a fork server.
+        self._crippled = False
         self._accepting = False
         self._draining = False
         # The uid that was freed longest ago is taken first.
@@ -226,7 +230,7 @@ class Parent:
         order = json.loads(message)
         match order["do"]:
             case "accept":
-                self._may_accept = True
+                self._may_accept = not self._crippled
             case "use keyd":
                 self._take_keyd(socket.socket(fileno=descriptors[0]))
             case "use backend":
@@ -277,8 +281,7 @@ class Parent:
     def _tell(self, event: str, report: int | None = None, **fields: object) -> None:
         """Have the supervisor log something; never waits for it.
 
-        A worker's report goes along as it is, and is closed here: what it says of one client
-        would stay in this process's memory, which the next clients' workers inherit.
+        A worker's report goes along as it is, unread, and is closed here.
         """
         if len(self._outbox) >= _OUTBOX_EVENTS:
             self._lost_events += 1
@@ -292,19 +295,17 @@ class Parent:
         self._outbox.append((json.dumps({"event": event, **fields}).encode(), report))
         if len(self._outbox) == 1:
             self._send_events()
-            if self._outbox:
-                # A second registration of the same socket: epoll takes a duplicate.
-                self._writer = self._supervisor.dup()
-                self._loop.watch(self._writer.fileno(), self._send_events_again, WRITABLE)
 
     def _send_events(self) -> None:
+        """As many as the supervisor takes for now, and the others soon."""
         try:
             while self._outbox:
                 self._send_event(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass
         except (BrokenPipeError, ConnectionResetError):
             self._outbox.clear()
+        except OSError:
+            # Its queue is full, or too many descriptors are on their way.
+            self._loop.after(_EVENTS_PAUSE_SECONDS, self._send_events)
 
     def _send_event(self, flags: int) -> None:
         octets, report = self._outbox[0]
@@ -321,12 +322,6 @@ class Parent:
         with suppress(OSError):
             while self._outbox:
                 self._send_event(0)
-
-    def _send_events_again(self) -> None:
-        self._send_events()
-        if not self._outbox:
-            self._loop.unwatch(self._writer.fileno())
-            self._writer.close()
 
     # --- clients ----------------------------------------------------------------
 
@@ -557,12 +552,17 @@ class Parent:
         )
 
     def _open_channel(self, connection: int, offer: _Offer) -> socket.socket | None:
-        """A worker's way to keyd, on these terms; None if keyd is gone."""
+        """A worker's way to keyd, on these terms; None if there is none for now."""
         if self._keyd is None:
             return None
         lifetime = int(self._plan.handshake_timeout * 1000)
         terms = Open(connection, lifetime, operations=1, grants=offer.grants)
-        ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            # No number is left for it.
+            self._loop.after(_KEYD_PAUSE_SECONDS, lambda: None)
+            return None
         with keyds:
             try:
                 send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
@@ -641,7 +641,7 @@ class Parent:
         if worker is None:
             # Forgotten meanwhile: it finds that we hung up.
             if pidfd >= 0:
-                os.close(pidfd)
+                self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
             return
         if forked.error:
             self._forget(worker)
@@ -662,7 +662,13 @@ class Parent:
         self._loop.watch(pidfd, lambda: self._bury(worker))
         if worker.killed_for:
             self._kill(worker, worker.killed_for)
+            return
         self._may_serve(worker)
+
+    def _reap_forgotten(self, pidfd: int) -> None:
+        self._loop.unwatch(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
 
     def _reap_unwatched(self, worker: _Worker, pid: int) -> None:
         """A spare that was told to leave; its pid is its own until this has seen its end."""
@@ -679,6 +685,7 @@ class Parent:
         Who is in the listen queue is for the generation that takes over.
         """
         self._may_accept = False
+        self._crippled = True
         self._forget_unforked()
         while len(self._waiting) > len(self._spares) + len(self._forming):
             self._turn_away(self._waiting.popleft())

@@ -10,6 +10,7 @@ ends: they came with SO_LINGER and a timeout of zero (``reset_at_close``). Only 
 connection that came to a clean end in both directions has that taken off.
 """
 
+import mmap
 import select
 import socket
 from collections.abc import Callable
@@ -59,9 +60,11 @@ class Pump:
         self._backend = backend
         self._count = count
         self._idle_ms = None if idle_timeout is None else idle_timeout * 1000
-        # Memory that is not written to takes none.
-        self._from_client = memoryview(bytearray(_BUFFER_OCTETS))
-        self._from_backend = memoryview(bytearray(_BUFFER_OCTETS))
+        # Mapped, and not a bytearray: what is never written to takes no memory.
+        self._from_client, self._from_backend = (
+            memoryview(mmap.mmap(-1, _BUFFER_OCTETS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            for _ in range(2)
+        )
         #: What of it is still to be passed on.
         self._to_backend = self._from_client[:0]
         self._to_client = self._from_backend[:0]

@@ -1,6 +1,6 @@
-"""What a worker says of its connection: a page that it writes and the parent reads.
+"""What a worker says of its connection: a page that it writes and the supervisor reads.
 
-Shared by the parent, which makes it before the fork, the worker, which finds it at an
+Shared by the parent, which makes it before it orders the worker, the worker, which finds it at an
 address that the fork server has reserved, and the supervisor. The worker keeps it up to
 date by storing into memory (no message that could flood, none that a worker killed at
 any point could fail to send). The supervisor reads it when the worker has ended and trusts

@@ -63,6 +63,8 @@ SUPERVISOR_CAPABILITIES = {
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How long keyd may take to load its keys, and the parent its certificates.
 _START_SECONDS = 60.0
+#: When to look once more for what a parent has left.
+_ORPHANS_SECONDS = 1.0
 #: How long a child may say nothing at all before it is taken to hang: it says that it is
 #: alive every few seconds.
 _QUIET_SECONDS = 15.0
@@ -164,10 +166,10 @@ class _Supervisor:
         self._reread: Checked | None = None
         #: The generation that the reload is to end with, once it has been started.
         self._awaited: Generation | None = None
-        #: A generation that cannot make workers any more, and is to be replaced.
-        self._crippled: Generation | None = None
         #: Who waits for the outcome of a reload.
         self._reload_answers: list[Answer] = []
+        #: Of the one after that.
+        self._later_answers: list[Answer] = []
         #: When the children were last looked after.
         self._looked = time.monotonic()
         self._failures: deque[float] = deque(maxlen=_FAILURES)
@@ -265,10 +267,10 @@ class _Supervisor:
 
     # --- generations ------------------------------------------------------------
 
-    def _prepare(self, checked: Checked) -> Generation:
+    def _prepare(self, checked: Checked, chains: Mapping[Path, str] | None = None) -> Generation:
         """A generation that has not been started. Raises OSError."""
         number = self._generations[-1].number + 1 if self._generations else 1
-        generation = Generation(number, checked, self._filters)
+        generation = Generation(number, checked, self._filters, chains)
         _prepare_chroot(generation.configuration.worker.chroot)
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
@@ -397,6 +399,8 @@ class _Supervisor:
             self._loop.after(pause, lambda: self._release_uids(uids, longer))
         else:
             self._used_uids.remove(uids)
+            # Its fork server has no uid of these, and may end a little later.
+            self._loop.after(_ORPHANS_SECONDS, _reap_orphans)
 
     def _ready(self, generation: Generation) -> None:
         """Both of its processes serve."""
@@ -459,7 +463,9 @@ class _Supervisor:
         self._event("keys_changed", level="warning", action="reloading")
         self._reload()
 
-    def _take_reread(self, checked: Checked | None) -> None:
+    def _take_reread(
+        self, checked: Checked | None, chains: Mapping[Path, str] | None = None
+    ) -> None:
         """A good configuration takes over; a bad one changes nothing."""
         if self._stops:
             return
@@ -469,7 +475,7 @@ class _Supervisor:
             return
         wanted = [table.address for table in checked.configuration.listen]
         try:
-            generation = self._prepare(checked)
+            generation = self._prepare(checked, chains)
             if self._free_uids(generation) is None:
                 raise _NoUids
             added = listen(
@@ -495,15 +501,24 @@ class _Supervisor:
     def _renew(self, generation: Generation) -> None:
         """Replace a generation that can make no more workers by another of the same.
 
-        Its connections go on, as in a reload; where there can be no other, they end.
+        Its connections go on, as in a reload; where there can be no other, they end, and it is
+        started anew (``_reload_ended``). A reload that goes on may replace it as well.
         """
+        if not generation.crippled or generation.retired or self._stops:
+            return
         self._fail()
         if self._exit_code is not None:
             return
-        self._crippled = generation
         if not self._reloading:
             self._reloading = True
-            self._take_reread(generation.checked)
+            self._take_reread(generation.checked, generation.chains)
+        else:
+            self._loop.after(_START_SECONDS, lambda: self._end_crippled(generation))
+
+    def _end_crippled(self, generation: Generation) -> None:
+        """Nothing has replaced it: end its parent, whose end is followed by a new start."""
+        if generation.crippled and not generation.retired and generation.parent is not None:
+            generation.parent.kill()
 
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
@@ -513,13 +528,11 @@ class _Supervisor:
     def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
         self._awaited = None
-        crippled, self._crippled = self._crippled, None
-        if crippled is self._serving and crippled is not None and crippled.parent is not None:
-            crippled.parent.kill()
+        self._end_crippled(self._serving)
         self._notify(ready=1, status=self._status_text())
-        answers, self._reload_answers = self._reload_answers, []
-        for answer in answers:
+        for answer in self._reload_answers:
             answer(outcome)
+        self._reload_answers, self._later_answers = self._later_answers, []
         if self._reload_asked_again:
             self._reload_asked_again = False
             self._reload()
@@ -643,8 +656,10 @@ class _Supervisor:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._connect_keyd(generation, generation.configuration.keyd.socket)
         self._event(name, generation.number, **event)
-        if name == "fork_server_died" and generation is self._serving and not self._stops:
-            self._renew(generation)
+        if name == "fork_server_died":
+            generation.crippled = True
+            # Not now: it may be the end of everything, and the child is being heard.
+            self._loop.after(0, lambda: self._renew(generation))
 
     def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
         """Something to count and, if it is of interest to a reader, to log."""
@@ -740,6 +755,7 @@ class _Supervisor:
             generation.keyd = None
         elif child is generation.parent:
             generation.parent = None
+            generation.crippled = False
             self._record_lost(generation)
             uids, generation.uids = generation.uids, range(0)
             self._used_uids.append(uids)
@@ -862,7 +878,8 @@ class _Supervisor:
         if self._stops:
             answer({"reloaded": False, "problems": ["it is being stopped"]})
             return
-        self._reload_answers.append(answer)
+        # One that goes on may have read the files already, or none at all.
+        (self._later_answers if self._reloading else self._reload_answers).append(answer)
         self._reload()
 
     # --- backends ---------------------------------------------------------------
@@ -910,7 +927,8 @@ def _reap_orphans() -> None:
     of our session or lead one, are waited for elsewhere.
     """
     look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    with suppress(ChildProcessError):
+    # Another thread may wait for a child of its own that is seen here.
+    with suppress(ChildProcessError, ProcessLookupError):
         while (ended := os.waitid(os.P_ALL, 0, look)) is not None:
             if os.getsid(ended.si_pid) in (os.getsid(0), ended.si_pid):
                 return

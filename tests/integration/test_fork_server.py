@@ -94,6 +94,33 @@ def test_a_killed_fork_server_is_replaced_by_a_new_generation(
     assert instance.terminate() == 0
 
 
+def test_fork_servers_that_end_again_and_again_are_the_end(serve: Serve, echoing: Listener) -> None:
+    """And a clean one: for the service manager to start it anew."""
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"fork_server_died", "giving_up"}
+    for number in range(3):
+        instance.fork_server().kill()
+        instance.wait_for_events(number + 1, "fork_server_died")
+        if number < 2:
+            instance.wait_for_events(number + 1, "reloaded")
+    assert instance.wait(10) == 1
+    instance.wait_for_event("giving_up")
+    assert instance.events_named("stop")[-1]["code"] == 1
+    instance.assert_nothing_is_left()
+
+
+def test_nobody_is_taken_whom_nobody_can_serve(serve: Serve, echoing: Listener) -> None:
+    """keyd is back at once, and the old parent would like to go on; but it has no fork server."""
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"fork_server_died", "keyd_died"}
+    instance.fork_server().kill()
+    instance.keyd().kill()
+    instance.wait_for_event("keyd_died")
+    instance.wait_for_event("fork_server_died")
+    for _ in range(12):
+        assert serves(instance)
+
+
 def test_a_fork_server_that_hangs_is_ended_and_replaced(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     instance.expected_alarms |= {"fork_server_died", "fork_server_hangs"}
