@@ -102,7 +102,9 @@ class _Ways:
             terms = Open(1, _LIFETIME_MS, _MOST, {self._id: frozenset({Operation.SIGN})})
             socket.send_fds(self._control, [terms.encode()], [keyds.fileno()])
             configuration = self._directory / f"openssl-{ours.fileno()}.cnf"
-            configuration.write_text(openssl_configuration(f"channel_fd = {ours.fileno()}"))
+            # An earlier signer with this number may be reading the same.
+            if not configuration.exists():
+                configuration.write_text(openssl_configuration(f"channel_fd = {ours.fileno()}"))
             environment = os.environ | {"OPENSSL_CONF": str(configuration)}
             signer = self._sign(self._reference, environment, [ours.fileno()])
             return stack.enter_context(signer)
