@@ -111,9 +111,9 @@ class Generation:
         number: int,
         checked: Checked,
         filters: Mapping[str, str],
-        chains: Mapping[Path, str] | None = None,
+        renewed: "Generation | None" = None,
     ) -> None:
-        """``chains`` are certificates, by file, that another of the same has read already."""
+        """``renewed`` is another of the same: what it has read is not read again."""
         if checked.configuration is None:
             raise ValueError("a configuration with mistakes")
         self.number = number
@@ -145,16 +145,26 @@ class Generation:
         self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
         self.uids = range(0)
-        self.files = FileWatch(
-            file
-            for vhost in self.configuration.vhost
-            for file in (vhost.certificate, vhost.key, vhost.passphrase_file)
-            if file is not None
+        # With the state in which they were read: what has changed since is still news.
+        self.files: FileWatch = (
+            renewed.files
+            if renewed is not None
+            else FileWatch(
+                file
+                for vhost in self.configuration.vhost
+                for file in (vhost.certificate, vhost.key, vhost.passphrase_file)
+                if file is not None
+            )
         )
         self._filters = filters
-        self.chains = chains or {
-            vhost.certificate: vhost.certificate.read_text() for vhost in self.configuration.vhost
-        }
+        self.chains: Mapping[Path, str] = (
+            renewed.chains
+            if renewed is not None
+            else {
+                vhost.certificate: vhost.certificate.read_text()
+                for vhost in self.configuration.vhost
+            }
+        )
 
     @property
     def state(self) -> str:

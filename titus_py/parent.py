@@ -288,12 +288,13 @@ class Parent:
             if report is not None:
                 os.close(report)
             return
+        idle = not self._outbox
         if self._lost_events:
             lost = {"event": "events_lost", "level": "error", "count": self._lost_events}
             self._lost_events = 0
             self._outbox.append((json.dumps(lost).encode(), None))
         self._outbox.append((json.dumps({"event": event, **fields}).encode(), report))
-        if len(self._outbox) == 1:
+        if idle:
             self._send_events()
 
     def _send_events(self) -> None:

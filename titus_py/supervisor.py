@@ -267,10 +267,10 @@ class _Supervisor:
 
     # --- generations ------------------------------------------------------------
 
-    def _prepare(self, checked: Checked, chains: Mapping[Path, str] | None = None) -> Generation:
+    def _prepare(self, checked: Checked, renewed: Generation | None = None) -> Generation:
         """A generation that has not been started. Raises OSError."""
         number = self._generations[-1].number + 1 if self._generations else 1
-        generation = Generation(number, checked, self._filters, chains)
+        generation = Generation(number, checked, self._filters, renewed)
         _prepare_chroot(generation.configuration.worker.chroot)
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
@@ -463,9 +463,7 @@ class _Supervisor:
         self._event("keys_changed", level="warning", action="reloading")
         self._reload()
 
-    def _take_reread(
-        self, checked: Checked | None, chains: Mapping[Path, str] | None = None
-    ) -> None:
+    def _take_reread(self, checked: Checked | None, renewed: Generation | None = None) -> None:
         """A good configuration takes over; a bad one changes nothing."""
         if self._stops:
             return
@@ -475,7 +473,7 @@ class _Supervisor:
             return
         wanted = [table.address for table in checked.configuration.listen]
         try:
-            generation = self._prepare(checked, chains)
+            generation = self._prepare(checked, renewed)
             if self._free_uids(generation) is None:
                 raise _NoUids
             added = listen(
@@ -511,14 +509,16 @@ class _Supervisor:
             return
         if not self._reloading:
             self._reloading = True
-            self._take_reread(generation.checked, generation.chains)
+            self._take_reread(generation.checked, generation)
         else:
-            self._loop.after(_START_SECONDS, lambda: self._end_crippled(generation))
+            parent = generation.parent
+            self._loop.after(_START_SECONDS, lambda: self._end_crippled(generation, parent))
 
-    def _end_crippled(self, generation: Generation) -> None:
+    def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
         """Nothing has replaced it: end its parent, whose end is followed by a new start."""
-        if generation.crippled and not generation.retired and generation.parent is not None:
-            generation.parent.kill()
+        crippled = generation.crippled and not generation.retired
+        if crippled and parent is not None and parent is generation.parent:
+            parent.kill()
 
     def _reload_failed(self, problems: list[str]) -> None:
         for problem in problems:
@@ -528,7 +528,7 @@ class _Supervisor:
     def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
         self._awaited = None
-        self._end_crippled(self._serving)
+        self._end_crippled(self._serving, self._serving.parent)
         self._notify(ready=1, status=self._status_text())
         for answer in self._reload_answers:
             answer(outcome)
