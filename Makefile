@@ -1,6 +1,8 @@
 # Everything here does its own set-up, on Debian 12, as root; the second time it is quick.
 
-PYTHON ?= python3
+# Debian's own, whose headers are among the packages below. It is optimised, and has within itself
+# what others load as thirty libraries: a worker's copy of it is made and taken down faster.
+PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -37,6 +37,7 @@ from titus_py.confinement import (
 )
 from titus_py.messages import FORK_OCTETS, Fork, Forked, Ready
 from titus_py.plan import Plan, VirtualHost
+from titus_py.rehearsal import rehearse
 from titus_py.report import ReportWriter
 from titus_py.tls import Credentials, client_hello, make_context
 from titus_py.worker import Site, Terms, live
@@ -64,6 +65,7 @@ def main() -> int:
         ReportWriter(),
         client_hello(),
     )
+    rehearse(terms)
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)

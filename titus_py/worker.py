@@ -36,8 +36,10 @@ from titus_py.report import End, ReportWriter, State
 from titus_py.tls import reseed
 from titus_py.virtual_host import select as select_virtual_host
 
-__all__ = ["Site", "Terms", "live"]
+__all__ = ["Site", "Terms", "live", "serve_next"]
 
+#: How long a spare has waited when it is taken for one that will go on waiting, in ms.
+_IDLE_MS = 250
 #: How long a client that is being turned away has to read why, in seconds.
 _FAREWELL = 1.0
 _HTTP_ANSWER = (
@@ -94,11 +96,7 @@ def live(terms: Terms, failed: str) -> NoReturn:
         parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
-        _rehearse(terms)
-        assigned = _wait_for_client(parent)
-        if assigned is not None:
-            end, detail = _serve(terms, report, parent, *assigned)
-            report.set(state=State.ENDED, end=end, detail=detail)
+        serve_next(terms, parent)
         code = 0
     finally:
         error = sys.exception()
@@ -107,8 +105,18 @@ def live(terms: Terms, failed: str) -> NoReturn:
         os._exit(code)
 
 
-def _rehearse(terms: Terms) -> None:
-    """While nobody waits: touch what a handshake will, so that no client waits for that.
+def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
+    """Wait for a client and serve it; returns how it ended, None if there was none."""
+    assigned = _wait_for_client(terms, parent)
+    if assigned is None:
+        return None
+    end, detail = _serve(terms, terms.report, parent, *assigned)
+    terms.report.set(state=State.ENDED, end=end, detail=detail)
+    return end, detail
+
+
+def _touch(terms: Terms) -> None:
+    """While nobody waits: write to what a handshake will, so that no client waits for that.
 
     A page that this process writes to for the first time is copied then.
     """
@@ -121,8 +129,13 @@ def _rehearse(terms: Terms) -> None:
         connection.do_handshake()
 
 
-def _wait_for_client(parent: SocketType) -> tuple[Client, SocketType] | None:
+def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketType] | None:
     """Be a spare, for as long as it takes; None if the parent has no use for one."""
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    # One that is needed at once has no time for it, and the processor has better to do.
+    if not poll.poll(_IDLE_MS):
+        _touch(terms)
     message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
     if not message:
         return None

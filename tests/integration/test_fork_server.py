@@ -195,6 +195,19 @@ def ended(instance: Instance) -> str:
     return instance.log()
 
 
+def test_a_fork_server_whose_practice_fails_is_the_end(
+    change: Change, serve: Serve, echoing: Listener
+) -> None:
+    change("""
+        from titus_py import rehearsal
+
+        rehearsal._connect_once = lambda *_: None
+    """)
+    instance = serve(echoing.address, awaited="start")
+    instance.expected_alarms |= {"parent_died", "giving_up", "?"}
+    assert "connections for practice ended with [None, " in ended(instance)
+
+
 def test_a_fork_server_that_cannot_be_confined_is_the_end(
     change: Change, serve: Serve, echoing: Listener
 ) -> None:

@@ -1,0 +1,86 @@
+"""A few connections for practice, before the first worker is forked.
+
+Run by the fork server, as root, before it confines itself. Python fits its code to what it
+meets (PEP 659), and keeps what it looked up; OpenSSL fetches algorithms when they are first
+used. What has happened by the fork is every worker's; what has not, each would do for itself,
+in copies of the pages. All that is outside of a worker is played by a child. Nothing in it is
+secret: it uses a cipher suite without a certificate.
+"""
+
+import os
+import signal
+import socket
+from contextlib import suppress
+
+import prctl
+from OpenSSL import SSL
+
+from titus_py import messages
+from titus_py.hand_over import give
+from titus_py.messages import Client
+from titus_py.report import End, ReportWriter
+from titus_py.tls import anonymous_context, reseed
+from titus_py.worker import Site, Terms, serve_next
+
+__all__ = ["rehearse"]
+
+#: Python takes eight runs of a function to begin with it.
+_CONNECTIONS = 12
+_SERVER_NAME = "localhost"
+_MESSAGE_OCTETS = 1024
+
+
+def rehearse(terms: Terms) -> None:
+    """Serve them. Raises RuntimeError for one that does not come to a clean end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if not child:
+        _play_everybody_else(theirs)
+    theirs.close()
+    for_practice = terms._replace(
+        sites=[Site((_SERVER_NAME,), anonymous_context(SSL.TLS_SERVER_METHOD))],
+        narrowing=b"",
+        report=ReportWriter(),
+    )
+    # As a worker has it.
+    parent = socket.SocketType(fileno=ours.detach())
+    ends = []
+    for _ in range(_CONNECTIONS):
+        reseed()
+        ends.append(serve_next(for_practice, parent))
+    parent.close()
+    os.waitpid(child, 0)
+    if ends != [(End.CLEAN, "")] * _CONNECTIONS:
+        raise RuntimeError(f"connections for practice ended with {ends}")
+
+
+def _play_everybody_else(worker: socket.socket) -> None:
+    """The parent, clients and backends; ends the process."""
+    try:
+        prctl.set_pdeathsig(signal.SIGKILL)
+        context = anonymous_context(SSL.TLS_CLIENT_METHOD)
+        for _ in range(_CONNECTIONS):
+            _connect_once(worker, context)
+    finally:
+        os._exit(0)
+
+
+def _connect_once(worker: socket.socket, context: SSL.Context) -> None:
+    ours, theirs = socket.socketpair()
+    give(worker, Client(0, (0,)).encode(), [theirs])
+    client = SSL.Connection(context, ours)
+    client.set_connect_state()
+    client.set_tlsext_host_name(_SERVER_NAME.encode())
+    client.do_handshake()
+    worker.recv(_MESSAGE_OCTETS)
+    backend, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    give(worker, messages.BACKEND, [theirs])
+    client.send(b"request")
+    backend.send(backend.recv(_MESSAGE_OCTETS))
+    backend.close()
+    with suppress(SSL.ZeroReturnError):
+        while client.recv(_MESSAGE_OCTETS):
+            pass
+    client.shutdown()
+    ours.close()
