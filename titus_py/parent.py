@@ -471,6 +471,11 @@ class Parent:
             self._plan.handshake_timeout + _GRACE, lambda: self._overdue(worker)
         )
         self._busy[worker.uid] = self._handshaking[worker.uid] = worker
+        try:
+            give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
+        except OSError as error:
+            self._kill(worker, f"does not take a client: {error.strerror}")
+        # With the worker on its way already.
         self._tell(
             "connection_begun",
             connection=connection,
@@ -478,10 +483,6 @@ class Parent:
             local=worker.local,
             uid=worker.uid,
         )
-        try:
-            give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
-        except OSError as error:
-            self._kill(worker, f"does not take a client: {error.strerror}")
         return True
 
     def _make_offer(self, address: str, port: int) -> _Offer:

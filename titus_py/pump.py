@@ -23,7 +23,7 @@ from titus_py.report import End
 __all__ = ["Pump"]
 
 #: What is held at most for a direction, beside one TLS record within OpenSSL.
-_BUFFER_OCTETS = 128 * 1024
+_BUFFER_OCTETS = 256 * 1024
 #: A record's plaintext at most (RFC 8446 §5.1): a read of this size leaves nothing
 #: behind in OpenSSL, where poll(2) would not see it.
 _RECORD_OCTETS = 16 * 1024
@@ -82,34 +82,32 @@ class Pump:
         """Pump until the end; returns how it ended and, where there is one, a detail."""
         poll = select.poll()
         client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
-        registered: dict[int, int | None] = {client_fd: None, backend_fd: None}
+        client_events = backend_events = 0
+        poll.register(client_fd, client_events)
         try:
             while not (self._client_end_passed and self._backend_end_passed):
                 # The client always, were it only for a reset, which poll(2) reports unasked.
+                if client_events != (wanted := self._client_events()):
+                    poll.register(client_fd, wanted)
+                    client_events = wanted
                 # The backend not where nothing is wanted of it: what it had sent before a
                 # reset is still the client's.
-                wanted: dict[int, int | None] = {
-                    client_fd: self._client_events(),
-                    backend_fd: self._backend_events() or None,
-                }
-                for descriptor, events in wanted.items():
-                    if events == registered[descriptor]:
-                        continue
-                    if events is None:
-                        poll.unregister(descriptor)
+                if backend_events != (wanted := self._backend_events()):
+                    if wanted:
+                        poll.register(backend_fd, wanted)
                     else:
-                        poll.register(descriptor, events)
-                registered = wanted
+                        poll.unregister(backend_fd)
+                    backend_events = wanted
                 ready = poll.poll(self._idle_ms)
                 if not ready:
                     raise _Ended(End.IDLE)
                 for descriptor, _ in ready:
-                    if descriptor == client_fd:
-                        if not wanted[client_fd]:
-                            raise _Ended(End.CLIENT_RESET)
+                    if descriptor == backend_fd:
+                        self._backend_ready()
+                    elif client_events:
                         self._client_ready()
                     else:
-                        self._backend_ready()
+                        raise _Ended(End.CLIENT_RESET)
                 self._count(self._octets_from_client, self._octets_to_client)
         except _Ended as ended:
             # Not left to Python: of a socket that it finds unclosed, it would first ask
@@ -219,11 +217,11 @@ class Pump:
         self._write_client()
 
     def _write_client(self) -> None:
-        """Pass on what the backend sent, a TLS record at a time."""
+        """Pass on what the backend sent: all of it, or try again later with just that."""
         self._write_wants_read = False
         try:
             while self._to_client:
-                sent = self._client.send(self._to_client[:_RECORD_OCTETS])
+                sent = self._client.send(self._to_client)
                 self._to_client = self._to_client[sent:]
                 self._octets_to_client += sent
             if self._backend_ended and not self._backend_end_passed:

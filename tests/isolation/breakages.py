@@ -188,8 +188,11 @@ def worker_writable_code(_: str) -> None:
 def worker_outlives_its_connection(_: str) -> None:
     import select
 
+    from titus_py import fork_server
     from titus_py.worker import Pump
 
+    # Practice would take too long.
+    fork_server.rehearse = nothing
     real = Pump.run
 
     def run(self: Pump) -> Any:
@@ -240,8 +243,10 @@ def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
     import prctl
 
-    from titus_py import worker
+    from titus_py import fork_server, worker
 
+    # Practice would forbid it to the fork server.
+    fork_server.rehearse = nothing
     forbid = prctl.set_no_new_privs
     prctl.set_no_new_privs = nothing
 
