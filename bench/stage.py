@@ -1,5 +1,7 @@
 """Where measurements happen: proxies side by side, rounds in turn, and how long each takes."""
 
+import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ __all__ = ["FULL", "QUICK", "Proxy", "Scope", "Stage"]
 
 #: So that what one run left to be done is done before the next.
 _REST_SECONDS = 0.05
+_HANDSHAKE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Stage:
         setting = Setting(self.new_directory(), self.site(key_type), free_port(), backend_port)
         log, environment = setting.directory / "log", peer.environment(setting)
         with running(peer.configure(setting), log, setting.port, cpus, environment) as pid:
+            _shake_hands(setting.port)
             yield Proxy(peer.name, setting.port, pid)
 
     @contextmanager
@@ -150,3 +154,17 @@ class Stage:
 
     def say(self, what: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def _shake_hands(port: int) -> None:
+    """Who listens may not serve yet: what is measured begins when it does. Raises Failed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), _HANDSHAKE_SECONDS) as plain,
+            context.wrap_socket(plain),
+        ):
+            pass
+    except OSError as error:
+        raise Failed(f"does not serve: {error}") from error

@@ -157,6 +157,7 @@ def _serve(
         # All that it asks of the socket is its descriptor.
         connection = SSL.Connection(terms.sites[vhost].context, peer)  # type: ignore[arg-type]
         _shake_hands(connection, peer, deadline)
+        _acknowledge(peer)
         make(terms.narrowing)
         report.set(
             state=State.ESTABLISHED,
@@ -225,6 +226,17 @@ def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) 
             raise _Over(End.CLIENT_LEFT, f"within the handshake {reason}".strip()) from None
         except SSL.Error as error:
             raise _Over(End.HANDSHAKE_FAILED, describe(error), b"") from None
+
+
+def _acknowledge(peer: SocketType) -> None:
+    """Now, and not with what there is to send next: that may have to be asked for first.
+
+    A client whose TCP holds small segments back until others are acknowledged (RFC 9293
+    §3.7.4) would wait with its request for as long as the kernel does here: 40 ms.
+    """
+    # Not all that can be practised with is TCP.
+    with suppress(OSError):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def _await(peer: SocketType, events: int, deadline: float) -> None:

@@ -78,6 +78,7 @@ HANDSHAKE: Rules = {
     "setsockopt": (
         *ESTABLISHED["setsockopt"],
         _option(socket.SOL_SOCKET, socket.SO_RCVLOWAT),
+        _option(socket.IPPROTO_TCP, socket.TCP_QUICKACK),
     ),
     # To put the second filter on. Filters only ever take away.
     "seccomp": _ANYHOW,

@@ -346,7 +346,7 @@ def test_after_the_handshake_timeout(
     with infected(
         tmp_path, certificates["own"], backend.address, worker={"handshake_timeout": "1s"}
     ) as instance:
-        relay = Relay(instance, seconds=1)
+        relay = Relay(instance, seconds=2)
         answer = relay.ask(request(certificates["own"], HANDSHAKE))
         # keyd hangs up on channels whose time is over, and refuses until it has got to it.
         if answer not in (b"", b"EPIPE", b"ECONNRESET"):
