@@ -217,11 +217,15 @@ class Pump:
         self._write_client()
 
     def _write_client(self) -> None:
-        """Pass on what the backend sent: all of it, or try again later with just that."""
+        """Pass on what the backend sent, a TLS record at a time.
+
+        Not several: of those, OpenSSL may send some twice where the client meanwhile begins
+        a message of the handshake (a KeyUpdate in two parts).
+        """
         self._write_wants_read = False
         try:
             while self._to_client:
-                sent = self._client.send(self._to_client)
+                sent = self._client.send(self._to_client[:_RECORD_OCTETS])
                 self._to_client = self._to_client[sent:]
                 self._octets_to_client += sent
             if self._backend_ended and not self._backend_end_passed:

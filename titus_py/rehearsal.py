@@ -10,7 +10,10 @@ secret: it uses a cipher suite without a certificate.
 import os
 import signal
 import socket
+import struct
+import sys
 from contextlib import suppress
+from typing import NoReturn
 
 import prctl
 from OpenSSL import SSL
@@ -28,40 +31,54 @@ __all__ = ["rehearse"]
 _CONNECTIONS = 12
 _SERVER_NAME = "localhost"
 _MESSAGE_OCTETS = 1024
+#: They take milliseconds.
+_PATIENCE_SECONDS = 10
 
 
 def rehearse(terms: Terms) -> None:
-    """Serve them. Raises RuntimeError for one that does not come to a clean end."""
+    """Serve them. Raises RuntimeError where not each comes to a clean end, OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
+    this = os.getpid()
     child = os.fork()
     if not child:
-        _play_everybody_else(theirs)
+        ours.close()
+        _play_everybody_else(theirs, this)
     theirs.close()
     for_practice = terms._replace(
+        handshake_timeout=_PATIENCE_SECONDS,
+        idle_timeout=_PATIENCE_SECONDS,
         sites=[Site((_SERVER_NAME,), anonymous_context(SSL.TLS_SERVER_METHOD))],
         narrowing=b"",
         report=ReportWriter(),
     )
     # As a worker has it.
     parent = socket.SocketType(fileno=ours.detach())
-    ends = []
-    for _ in range(_CONNECTIONS):
-        reseed()
-        ends.append(serve_next(for_practice, parent))
-    parent.close()
-    os.waitpid(child, 0)
-    if ends != [(End.CLEAN, "")] * _CONNECTIONS:
-        raise RuntimeError(f"connections for practice ended with {ends}")
+    try:
+        for _ in range(_CONNECTIONS):
+            reseed()
+            end = serve_next(for_practice, parent)
+            if end != (End.CLEAN, ""):
+                raise RuntimeError(f"a connection for practice ended with {end}")
+    finally:
+        parent.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
-def _play_everybody_else(worker: socket.socket) -> None:
+def _play_everybody_else(worker: socket.socket, fork_server: int) -> NoReturn:
     """The parent, clients and backends; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        context = anonymous_context(SSL.TLS_CLIENT_METHOD)
-        for _ in range(_CONNECTIONS):
-            _connect_once(worker, context)
+        # Or it had ended before that.
+        if os.getppid() == fork_server:
+            context = anonymous_context(SSL.TLS_CLIENT_METHOD)
+            for _ in range(_CONNECTIONS):
+                _connect_once(worker, context)
     finally:
+        error = sys.exception()
+        if error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
         os._exit(0)
 
 

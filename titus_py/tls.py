@@ -24,10 +24,6 @@ __all__ = ["Credentials", "anonymous_context", "client_hello", "make_context", "
 
 _VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
-#: SSL_CTX_set_mode(3), ssl.h. pyOpenSSL sets it, and has no name for it: a call for each
-#: record, where one can write as many as there are.
-_MODE_ENABLE_PARTIAL_WRITE = 1
-
 #: Forward-secret AEAD suites for TLS 1.2 (RFC 9325 §4.2).
 _TLS12_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20"
 #: Without forward secrecy: only where the RSA key exchange is turned on.
@@ -59,7 +55,6 @@ def make_context(
     context.set_cipher_list(suites.encode())
     if ciphersuites is not None:
         context.set_tls13_ciphersuites(ciphersuites.encode())
-    context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     # Resumption would need a secret that every worker shares, or a store that does.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)

@@ -195,17 +195,26 @@ def ended(instance: Instance) -> str:
     return instance.log()
 
 
-def test_a_fork_server_whose_practice_fails_is_the_end(
-    change: Change, serve: Serve, echoing: Listener
-) -> None:
-    change("""
-        from titus_py import rehearsal
+#: What is changed of everybody else in practice, and what is then said.
+PRACTICE = {
+    "leaves": ("def connect(*_): pass", "a connection for practice ended with None"),
+    "fails": ("def connect(*_): raise OSError('no luck')", "OSError: no luck"),
+    "hangs": (
+        "rehearsal._PATIENCE_SECONDS = 1\ndef connect(*_): import signal; signal.pause()",
+        "BlockingIOError: [Errno 11] Resource temporarily unavailable",
+    ),
+}
 
-        rehearsal._connect_once = lambda *_: None
-    """)
+
+@pytest.mark.parametrize("changed", PRACTICE)
+def test_a_fork_server_whose_practice_fails_is_the_end(
+    change: Change, serve: Serve, echoing: Listener, changed: str
+) -> None:
+    lines, said = PRACTICE[changed]
+    change(f"from titus_py import rehearsal\n{lines}\nrehearsal._connect_once = connect\n")
     instance = serve(echoing.address, awaited="start")
     instance.expected_alarms |= {"parent_died", "giving_up", "?"}
-    assert "connections for practice ended with [None, " in ended(instance)
+    assert said in ended(instance)
 
 
 def test_a_fork_server_that_cannot_be_confined_is_the_end(
