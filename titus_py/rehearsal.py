@@ -39,11 +39,11 @@ def rehearse(terms: Terms) -> None:
     """Serve them. Raises RuntimeError where not each comes to a clean end, OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
-    this = os.getpid()
     child = os.fork()
     if not child:
+        # So that it finds out, in any case, when nobody is left whom it plays for.
         ours.close()
-        _play_everybody_else(theirs, this)
+        _play_everybody_else(theirs)
     theirs.close()
     for_practice = terms._replace(
         handshake_timeout=_PATIENCE_SECONDS,
@@ -66,15 +66,13 @@ def rehearse(terms: Terms) -> None:
         os.waitpid(child, 0)
 
 
-def _play_everybody_else(worker: socket.socket, fork_server: int) -> NoReturn:
+def _play_everybody_else(worker: socket.socket) -> NoReturn:
     """The parent, clients and backends; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        # Or it had ended before that.
-        if os.getppid() == fork_server:
-            context = anonymous_context(SSL.TLS_CLIENT_METHOD)
-            for _ in range(_CONNECTIONS):
-                _connect_once(worker, context)
+        context = anonymous_context(SSL.TLS_CLIENT_METHOD)
+        for _ in range(_CONNECTIONS):
+            _connect_once(worker, context)
     finally:
         error = sys.exception()
         if error is not None:
