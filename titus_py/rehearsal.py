@@ -22,7 +22,7 @@ from titus_py import messages
 from titus_py.hand_over import give
 from titus_py.messages import Client
 from titus_py.report import End, ReportWriter
-from titus_py.tls import anonymous_context, reseed
+from titus_py.tls import reseed
 from titus_py.worker import Site, Terms, serve_next
 
 __all__ = ["rehearse"]
@@ -48,7 +48,7 @@ def rehearse(terms: Terms) -> None:
     for_practice = terms._replace(
         handshake_timeout=_PATIENCE_SECONDS,
         idle_timeout=_PATIENCE_SECONDS,
-        sites=[Site((_SERVER_NAME,), anonymous_context(SSL.TLS_SERVER_METHOD))],
+        sites=[Site((_SERVER_NAME,), _anonymous_context(SSL.TLS_SERVER_METHOD))],
         narrowing=b"",
         report=ReportWriter(),
     )
@@ -66,11 +66,19 @@ def rehearse(terms: Terms) -> None:
         os.waitpid(child, 0)
 
 
+def _anonymous_context(method: int) -> SSL.Context:
+    """For either side, without a certificate."""
+    context = SSL.Context(method)
+    context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
+    return context
+
+
 def _play_everybody_else(worker: socket.socket) -> NoReturn:
     """The parent, clients and backends; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        context = anonymous_context(SSL.TLS_CLIENT_METHOD)
+        context = _anonymous_context(SSL.TLS_CLIENT_METHOD)
         for _ in range(_CONNECTIONS):
             _connect_once(worker, context)
     finally:

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from OpenSSL import rand
 
-__all__ = ["Credentials", "anonymous_context", "client_hello", "make_context", "reseed"]
+__all__ = ["Credentials", "client_hello", "make_context", "reseed"]
 
 _VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
@@ -63,14 +63,6 @@ def make_context(
     with _as_path(credentials.key_reference) as path:
         context.use_privatekey_file(path)
     context.check_privatekey()
-    return context
-
-
-def anonymous_context(method: int) -> SSL.Context:
-    """A context for either side, without a certificate: for what nobody is to trust."""
-    context = SSL.Context(method)
-    context.set_max_proto_version(SSL.TLS1_2_VERSION)
-    context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
     return context
 
 

@@ -64,7 +64,7 @@ class Terms(NamedTuple):
     #: System calls (``confinement.narrowing_calls``), encoded.
     narrowing: bytes
     report: ReportWriter
-    #: A ClientHello, to rehearse with.
+    #: A ClientHello, to touch with it what a handshake will.
     hello: bytes
 
 
