@@ -29,19 +29,19 @@ _libc.syscall.restype = ctypes.c_long
 _NUMBERS = {
     "open": 2, "stat": 4, "mmap": 9, "mprotect": 10, "munmap": 11, "ioctl": 16, "mremap": 25,
     "shmget": 29, "shmat": 30, "dup": 32, "getpid": 39, "socket": 41, "connect": 42, "sendto": 44,
-    "sendmsg": 46, "recvmsg": 47, "bind": 49, "listen": 50, "socketpair": 53, "getsockopt": 55,
-    "clone": 56, "fork": 57, "execve": 59, "wait4": 61, "kill": 62, "msgget": 68, "fcntl": 72,
-    "ftruncate": 77, "chdir": 80, "mkdir": 83, "unlink": 87, "ptrace": 101, "setuid": 105,
-    "setgid": 106, "setgroups": 116, "setresuid": 117, "capset": 126, "rt_sigqueueinfo": 129,
-    "personality": 135, "mlock": 149, "prctl": 157, "setrlimit": 160, "chroot": 161, "mount": 165,
-    "timer_create": 222, "tgkill": 234, "mq_open": 240, "add_key": 248, "keyctl": 250,
-    "inotify_init": 253, "openat": 257, "unshare": 272, "eventfd2": 290, "epoll_create1": 291,
-    "pipe2": 293, "perf_event_open": 298, "recvmmsg": 299, "name_to_handle_at": 303,
-    "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
-    "kcmp": 312, "seccomp": 317, "getrandom": 318, "memfd_create": 319, "bpf": 321, "execveat": 322,
-    "userfaultfd": 323, "pkey_mprotect": 329, "pidfd_send_signal": 424, "io_uring_setup": 425,
-    "open_tree": 428, "fsopen": 430, "pidfd_open": 434, "clone3": 435, "openat2": 437,
-    "pidfd_getfd": 438,
+    "sendmsg": 46, "recvmsg": 47, "bind": 49, "listen": 50, "socketpair": 53, "setsockopt": 54,
+    "getsockopt": 55, "clone": 56, "fork": 57, "execve": 59, "wait4": 61, "kill": 62, "msgget": 68,
+    "fcntl": 72, "ftruncate": 77, "chdir": 80, "mkdir": 83, "unlink": 87, "ptrace": 101,
+    "setuid": 105, "setgid": 106, "setgroups": 116, "setresuid": 117, "capset": 126,
+    "rt_sigqueueinfo": 129, "personality": 135, "mlock": 149, "prctl": 157, "setrlimit": 160,
+    "chroot": 161, "mount": 165, "timer_create": 222, "tgkill": 234, "mq_open": 240, "add_key": 248,
+    "keyctl": 250, "inotify_init": 253, "openat": 257, "unshare": 272, "eventfd2": 290,
+    "epoll_create1": 291, "pipe2": 293, "perf_event_open": 298, "recvmmsg": 299,
+    "name_to_handle_at": 303, "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310,
+    "process_vm_writev": 311, "kcmp": 312, "seccomp": 317, "getrandom": 318, "memfd_create": 319,
+    "bpf": 321, "execveat": 322, "userfaultfd": 323, "pkey_mprotect": 329, "pidfd_send_signal": 424,
+    "io_uring_setup": 425, "open_tree": 428, "fsopen": 430, "pidfd_open": 434, "clone3": 435,
+    "openat2": 437, "pidfd_getfd": 438,
 }  # fmt: skip
 
 _AT_FDCWD = -100
@@ -369,6 +369,16 @@ def send_elsewhere(place: Place, port: int) -> None:
     raise OSError(errno.ENOTCONN, "sendto")
 
 
+def keep_alive(place: Place) -> None:
+    """An option that our code has no use for."""
+    call("setsockopt", place.client, socket.SOL_SOCKET, socket.SO_KEEPALIVE, _TRUE, len(_TRUE))
+
+
+def acknowledge(place: Place) -> None:
+    """An option that it has a use for, once: before the connection is established."""
+    call("setsockopt", place.client, socket.IPPROTO_TCP, socket.TCP_QUICKACK, _TRUE, len(_TRUE))
+
+
 def pass_descriptors(place: Place) -> None:
     """To the parent, which would hold it, or wait in closing it (SO_LINGER)."""
     data = ctypes.create_string_buffer(b"D\0\0", 3)  # a request that is in order
@@ -405,6 +415,7 @@ class _Receiver:
         return int(descriptor)
 
 
+_TRUE = struct.pack("=i", 1)
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
@@ -915,6 +926,8 @@ ATTEMPTS = [
         "connect the backend's socket to elsewhere by sendto", send_elsewhere, ("port",),
         stages="e", without={"filter": "EISCONN", "filter dialer": "done"},
     ),
+    Attempt("set another option of the socket", keep_alive, without={"filter": "done"}),
+    Attempt("acknowledge at once, later", acknowledge, stages="e", without={"filter": "done"}),
     Attempt("pass a descriptor to the parent", pass_descriptors, without={"filter": "done"}),
     Attempt(
         "pass a descriptor to keyd", pass_descriptors_to_keyd,
