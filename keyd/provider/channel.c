@@ -155,7 +155,8 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
                  const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
                  uint8_t *answer, size_t answer_size)
 {
-    int64_t deadline = now_ms() + provider->timeout_ms;
+    /* One more, for what now_ms() rounds off: never less than what was set. */
+    int64_t deadline = now_ms() + provider->timeout_ms + 1;
     int fd = provider->channel_fd;
     uint8_t request[REQUEST_HEAD_OCTETS + MAX_PAYLOAD_OCTETS] = {
         PROTOCOL_VERSION,

@@ -450,10 +450,16 @@ def test_a_socket_that_was_passed_is_listened_on(
         instance = serve(echoing.address, listen=listen)
     assert serves(instance, passed)
     assert serves(instance, other)
-    children = [one for one in instance.processes() if one.pid != instance.pid]
-    for process in children:
-        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
-        assert b"LISTEN_" not in environment
+    with TlsClient(passed) as client:
+        client.handshake()
+        environments = {}
+        for process in instance.processes():
+            with suppress(FileNotFoundError):  # a worker that has done its work
+                environments[process.pid] = Path(f"/proc/{process.pid}/environ").read_bytes()
+        staying = {instance.keyd().pid, instance.parent().pid, instance.fork_server().pid}
+        assert staying < environments.keys() - {instance.pid}
+        for pid in environments.keys() - {instance.pid}:
+            assert b"LISTEN_" not in environments[pid]
 
     # It stays the service manager's: taken out of the configuration, and put back in.
     edit(instance, lambda tables: tables["listen"].pop(0))
