@@ -24,7 +24,7 @@ from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Keys, Open, Operation, Refusal
 from keyd.provider import openssl_configuration
-from keyd.reference import UnsupportedKey, key_id, reference_pem
+from keyd.reference import key_id
 from keyd.system_calls import SERVING
 
 __all__ = ["main"]
@@ -40,7 +40,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         code: int = arguments.run(arguments)
-    except (UnusableKey, UnsupportedKey, OSError, LookupError) as error:
+    except (UnusableKey, OSError, LookupError) as error:
         print(f"keyd: {error}", file=sys.stderr)
         return 1
     return code
@@ -252,10 +252,10 @@ def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
 
 def _reference(arguments: argparse.Namespace) -> int:
     # Imported here: keyd itself has no use for certificates.
-    from cryptography import x509
+    from keyd.certificates import load_leaf, refer_to
 
-    certificate = x509.load_pem_x509_certificate(Path(arguments.certificate).read_bytes())
-    sys.stdout.write(reference_pem(certificate.public_key()).decode())
+    _, reference = refer_to(load_leaf(arguments.certificate), arguments.certificate)
+    sys.stdout.write(reference)
     return 0
 
 

@@ -13,7 +13,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.reference import UnsupportedKey, key_id, reference_pem
 
-__all__ = ["Findings", "KeyFiles", "Problem", "examine"]
+__all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_leaf", "refer_to"]
 
 #: Certificates that end sooner than this are warned of.
 EXPIRY_WARNING = datetime.timedelta(days=21)
@@ -58,12 +58,17 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
         except UnusableKey as error:
             mistakes.append(Problem(error.field, error.reason))
     try:
-        leaf = _load_leaf(files.certificate)
+        leaf = load_leaf(files.certificate)
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
     if leaf is None:
         return Findings(mistakes, warnings)
-    if key is not None and _certified_key_id(leaf) != key_id(key.public_key()):
+    identity = reference = None
+    try:
+        identity, reference = refer_to(leaf, files.certificate)
+    except UnusableKey as error:
+        mistakes.append(Problem(error.field, error.reason))
+    if key is not None and identity is not None and identity != key_id(key.public_key()):
         reason = f"{files.key} is not the key of certificate {files.certificate}"
         mistakes.append(Problem("key", reason))
     ends = leaf.not_valid_after_utc
@@ -76,16 +81,10 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     elif ends < now + EXPIRY_WARNING:
         reason = f"{files.certificate} expires on {ends:%Y-%m-%d}: renew it"
         warnings.append(Problem("certificate", reason))
-    identity = reference = None
-    try:
-        public_key = leaf.public_key()
-        identity, reference = key_id(public_key).hex(), reference_pem(public_key).decode()
-    except (UnsupportedAlgorithm, UnsupportedKey, ValueError) as error:
-        mistakes.append(Problem("certificate", f"{files.certificate} is for {error}"))
     return Findings(
         mistakes,
         warnings,
-        identity,
+        identity.hex() if identity is not None else None,
         reference,
         leaf.subject.rfc4514_string(),
         _names(leaf),
@@ -93,18 +92,29 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     )
 
 
-def _load_leaf(path: str) -> x509.Certificate:
+def load_leaf(path: str) -> x509.Certificate:
+    """The first certificate of a file; raises UnusableKey."""
+    pem = read(path, "certificate")
     try:
-        return x509.load_pem_x509_certificates(read(path, "certificate"))[0]
+        return x509.load_pem_x509_certificates(pem)[0]
     except ValueError:
         raise UnusableKey("certificate", f"{path} holds no PEM certificate") from None
 
 
-def _certified_key_id(leaf: x509.Certificate) -> bytes | None:
+def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
+    """The id of the key that a certificate is for, and its reference; raises UnusableKey."""
     try:
-        return key_id(leaf.public_key())
-    except (UnsupportedAlgorithm, ValueError):
-        return None
+        # Such a key must not sign anything but PSS, nor decrypt (RFC 4055 §1.2), and the library
+        # does not tell it from one that may: so keyd could not keep a worker from asking for it.
+        if leaf.public_key_algorithm_oid == x509.PublicKeyAlgorithmOID.RSASSA_PSS:
+            raise UnsupportedKey(
+                "an RSA key that is bound to PSS (id-RSASSA-PSS): get one for a plain RSA key, "
+                "which signs with PSS as well"
+            )
+        key = leaf.public_key()
+        return key_id(key), reference_pem(key).decode()
+    except (UnsupportedAlgorithm, UnsupportedKey, ValueError) as error:
+        raise UnusableKey("certificate", f"{path} is for {error}") from None
 
 
 def _names(leaf: x509.Certificate) -> tuple[str, ...]:

@@ -131,6 +131,44 @@ def test_certificates_are_looked_at_whatever_else_is_wrong(
     assert result.certificates == {}
 
 
+#: Options of openssl-req(1), and what is said of a certificate for such a key.
+UNSERVED = {
+    "rsa-pss": (["rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"], "bound to PSS (id-RSASSA-PSS)"),
+    "brainpool": (["ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP256r1"], "EC key on brainpool"),
+    "ed448": (["ed448"], "Ed448PublicKey (RSA, EC and Ed25519 are served)"),
+    "small": (["rsa:1024"], "an RSA key of 1024 bits (2048 to 8192 are served)"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSERVED)
+def test_keys_that_are_not_served_are_mistakes(tmp_path: Path, kind: str) -> None:
+    options, said = UNSERVED[kind]
+    certificate, key = tmp_path / "site.crt", tmp_path / "site.key"
+    command = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=www.example.org"]
+    made = [*command, "-keyout", key, "-out", certificate, "-newkey", *options]
+    subprocess.run(made, check=True, capture_output=True)
+    reasons = [mistake.reason for mistake in checked(tmp_path).mistakes]
+    (reason,) = [reason for reason in reasons if reason.startswith(f"{certificate} is for ")]
+    assert said in reason
+    assert not any("is not the key of" in reason for reason in reasons)
+    assert refused(certificate) == f"keyd: {reason}\n"
+
+
+def refused(certificate: Path) -> str:
+    """What ``keyd reference`` says instead of one."""
+    command = [sys.executable, "-m", "keyd", "reference", certificate]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    return ended.stderr
+
+
+def test_no_reference_for_what_is_no_certificate(tmp_path: Path) -> None:
+    path = tmp_path / "site.crt"
+    assert refused(path) == f"keyd: {path}: No such file or directory\n"
+    path.write_text("no certificate\n")
+    assert refused(path) == f"keyd: {path} holds no PEM certificate\n"
+
+
 @pytest.mark.parametrize(
     ("given", "field"), [(None, "key"), ("wrong", "passphrase_file"), ("right", None)]
 )
