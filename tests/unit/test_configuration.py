@@ -25,11 +25,11 @@ from titus_py.configuration import (
     from_options,
     load,
 )
-from titus_py.configuration import _duration as duration
-from titus_py.configuration import _duration_text as duration_text
-from titus_py.configuration import _server_name_pattern as server_name_pattern
-from titus_py.configuration import _uids as uids
-from titus_py.configuration import _validated as validated
+from titus_py.configuration.loading import _validated as validated
+from titus_py.configuration.values import _duration as duration
+from titus_py.configuration.values import _duration_text as duration_text
+from titus_py.configuration.values import _server_name_pattern as server_name_pattern
+from titus_py.configuration.values import _uids as uids
 from titus_py.virtual_host import matches, select
 
 Load = Callable[..., Loaded]

@@ -1,0 +1,190 @@
+"""What concerns several tables: checked on those that hold, whatever is wrong with others."""
+
+import itertools
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from titus_py.address import IPAddress
+from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.tables import Credential, Keyd, KeydSocket, Match, Table, Uids
+
+__all__ = [
+    "each_valid",
+    "exposed_files",
+    "key_mistakes",
+    "never_matching",
+    "never_received",
+    "overlaps",
+    "uid_mistakes",
+]
+
+_AnyTable = TypeVar("_AnyTable", bound=Table)
+
+
+def each_valid(
+    model: type[_AnyTable], tables: dict[str, Any], name: str, source: Source
+) -> Iterator[tuple[int, _AnyTable]]:
+    """Those tables of an array that hold as far as ``model`` reads them, with their indices."""
+    array = tables.get(name)
+    if isinstance(array, list):
+        for index, table in enumerate(array):
+            if (part := valid_part(model, table, source)) is not None:
+                yield index, part
+
+
+def valid_part(model: type[_AnyTable], table: object, source: Source) -> _AnyTable | None:
+    if not isinstance(table, dict):
+        return None
+    known = {key: value for key, value in table.items() if key in model.model_fields}
+    try:
+        return model.model_validate(known, context=source)
+    except ValidationError:
+        return None
+
+
+def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    worker = valid_part(Uids, tables["worker"], source)
+    keyd = valid_part(Keyd, tables["keyd"], source)
+    if worker and len(worker.uids) < worker.max + worker.spare:
+        yield source.mistake(
+            "worker.uids",
+            f"{len(worker.uids)} uids are too few for max + spare = "
+            f"{worker.max + worker.spare} workers, each with one of its own",
+        )
+    if worker and keyd and keyd.user.uid in worker.uids:
+        yield source.mistake(
+            "worker.uids",
+            f"the range holds {keyd.user.uid}, which is keyd.user: no worker may run as keyd does",
+        )
+
+
+def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """Either titus-py starts a keyd, which needs every key, or another keyd has them all."""
+    keyd = valid_part(KeydSocket, tables["keyd"], source)
+    vhosts = tables.get("vhost")
+    if keyd is None or not isinstance(vhosts, list):
+        return
+    for i, vhost in enumerate(vhosts):
+        if isinstance(vhost, dict) and keyd.socket is None and "key" not in vhost:
+            yield source.mistake(f"vhost[{i}].key", "is missing")
+        elif isinstance(vhost, dict) and keyd.socket is not None:
+            for field in ("key", "passphrase_file"):
+                if field in vhost:
+                    yield source.mistake(
+                        f"vhost[{i}].{field}",
+                        f"is not for this program to read: the keyd at {keyd.socket} has the keys",
+                    )
+
+
+def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:
+    for j, address in listeners.items():
+        for i, earlier in listeners.items():
+            if i < j and (earlier.covers(address) or address.covers(earlier)):
+                key = f"listen[{i}].address"
+                yield source.mistake(
+                    f"listen[{j}].address",
+                    f"{address} overlaps {source.name(key)}, {earlier}: only one can be bound",
+                )
+                break
+
+
+def never_received(
+    vhosts: Mapping[int, Match], listeners: Collection[IPAddress], source: Source
+) -> Iterator[Mistake]:
+    endpoints = _endpoints(vhosts, listeners)
+    ports = {listener.port for listener in listeners}
+    for i, vhost in vhosts.items():
+        port = vhost.local_port
+        if port is not None and port not in ports:
+            yield source.mistake(
+                f"vhost[{i}].local_port", f"can never match: nothing listens on port {port}"
+            )
+        elif not any(map(vhost.receives, endpoints)):
+            where = f"{vhost.local_address}, port {port}" if port else f"{vhost.local_address}"
+            yield source.mistake(
+                f"vhost[{i}].local_address", f"can never match: nothing listens on {where}"
+            )
+
+
+def never_matching(
+    vhosts: Mapping[int, Match], listeners: Collection[IPAddress], source: Source
+) -> Iterator[Mistake]:
+    """The virtual hosts to which earlier ones leave nothing.
+
+    Of all connections that the virtual hosts can tell apart, each kind is tried once.
+    """
+    endpoints = _endpoints(vhosts, listeners)
+    takers = _takers(vhosts)
+    names: dict[int, list[str | None]] = {j: [] for j in vhosts}
+    for name, indices in takers.items():
+        for j in indices:
+            names[j].append(name)
+    for j, vhost in vhosts.items():
+        first_takers = set()
+        for endpoint, name in itertools.product(filter(vhost.receives, endpoints), names[j]):
+            first = next(i for i in takers[name] if vhosts[i].receives(endpoint))
+            if first == j:
+                break
+            first_takers.add(first)
+        else:
+            if first_takers:  # None: nothing listens there, which is said elsewhere.
+                earlier = ", ".join(f"vhost[{i}]" for i in sorted(first_takers))
+                yield source.mistake(
+                    f"vhost[{j}]", f"can never match: all that it could is taken by {earlier}"
+                )
+
+
+def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[IPAddress]) -> list[IPAddress]:
+    """The local addresses and ports that connections can arrive at.
+
+    A wildcard listener also stands for itself: for an address that no virtual host names.
+    """
+    named = {vhost.local_address for vhost in vhosts.values() if vhost.local_address is not None}
+    return list(listeners) + [
+        endpoint
+        for listener in listeners
+        if listener.is_wildcard
+        for host in sorted(named)
+        if listener.covers(endpoint := IPAddress(host, listener.port))
+    ]
+
+
+def _takers(vhosts: Mapping[int, Match]) -> dict[str | None, list[int]]:
+    """For a server name of each kind that patterns can tell apart, who takes it, in order.
+
+    ``?`` stands for a label that no pattern has, None for no server name. What
+    ``virtual_host.matches`` says of one pattern, this says of thousands without trying each.
+    """
+    by_pattern: dict[str | None, list[int]] = {}
+    for i, vhost in vhosts.items():
+        for pattern in (None,) if vhost.sni is None else set(vhost.sni):
+            by_pattern.setdefault(pattern, []).append(i)
+    takers = {}
+    kinds = sorted(pattern.replace("*", "?") for pattern in by_pattern if pattern)
+    for name in ("?", None, *kinds):
+        fitting = ("",) if name is None else (name, "*." + name.partition(".")[2])
+        takers[name] = sorted({i for p in (None, *fitting) for i in by_pattern.get(p, ())})
+    return takers
+
+
+def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -> Iterator[Mistake]:
+    warned = set()
+    for credential, (vhost, *_) in credentials.items():
+        for field in ("key", "passphrase_file"):
+            path = getattr(credential, field)
+            if path is None or path in warned:
+                continue
+            warned.add(path)
+            try:
+                mode = stat.S_IMODE(path.stat().st_mode)
+            except OSError:  # Gone since it was found. Whoever opens it will say so.
+                continue
+            if mode & 0o066:
+                yield source.mistake(
+                    f"{vhost}.{field}",
+                    f"{path}: others than its owner can read or write it "
+                    f"(mode {mode:04o}): chmod 600",
+                )

@@ -1,0 +1,70 @@
+"""What pydantic has against a configuration, in the words of whoever wrote that."""
+
+import json
+import re
+
+from pydantic_core import ErrorDetails
+
+from titus_py.configuration.mistake import Mistake, Source, described, nearest
+from titus_py.configuration.tables import TABLES, Configuration
+
+__all__ = ["explained"]
+
+
+def explained(details: ErrorDetails, source: Source) -> Mistake:
+    """One of the errors that pydantic has found."""
+    location = details["loc"]
+    key = ""
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        else:
+            name = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else json.dumps(part)
+            key += f".{name}" if key else name
+    unknown = details["type"] == "extra_forbidden"
+    return source.mistake(key, _unknown_key(details) if unknown else _reason(details, key))
+
+
+def _unknown_key(details: ErrorDetails) -> str:
+    *path, key = map(str, details["loc"])
+    table = TABLES[path[0]] if path else Configuration
+    is_table = isinstance(details["input"], dict) or (
+        isinstance(details["input"], list) and dict in map(type, details["input"])
+    )
+    kind = "table" if is_table else "key"
+    meant = nearest(key.lower().replace("-", "_"), table.model_fields)
+    homes = [_heading(name) for name, model in TABLES.items() if key in model.model_fields]
+    if homes and not (path and meant):
+        return f"unknown {kind}: it belongs in {' or '.join(homes)}"
+    if meant:
+        return f"unknown {kind}: did you mean {meant}?"
+    return f"unknown {kind}: known here are {', '.join(table.model_fields)}"
+
+
+def _reason(details: ErrorDetails, key: str) -> str:
+    found = described(details["input"])
+    limits = details.get("ctx", {})
+    match details["type"]:
+        case "value_error":
+            return str(limits["error"])
+        case "missing":
+            return f"at least one {_heading(key)} is needed" if key in TABLES else "is missing"
+        case "tuple_type":
+            return f"expected tables, each headed {_heading(key)}, not {found}"
+        case "model_type":
+            return f"expected a table, {_heading(key.partition('[')[0])}, not {found}"
+        case "literal_error":
+            return f"expected {limits['expected']}, not {found}".replace("'", '"')
+        case "int_type":
+            return f"expected a whole number, not {found}"
+        case "bool_type":
+            return f"expected true or false, not {found}"
+        case "greater_than_equal":
+            return f"expected {limits['ge']} or more, not {found}"
+        case "less_than_equal":
+            return f"expected {limits['le']} or less, not {found}"
+    return details["msg"]
+
+
+def _heading(table: str) -> str:
+    return f"[[{table}]]" if table in ("listen", "vhost") else f"[{table}]"

@@ -1,0 +1,132 @@
+"""From a file, or from a few options, to a configuration or to every mistake in it."""
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from titus_py.address import IPAddress
+from titus_py.configuration.across_tables import (
+    each_valid,
+    exposed_files,
+    key_mistakes,
+    never_matching,
+    never_received,
+    overlaps,
+    uid_mistakes,
+)
+from titus_py.configuration.explained import explained
+from titus_py.configuration.mistake import Mistake, Source, os_reason
+from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
+
+__all__ = ["Loaded", "from_options", "load"]
+
+_MAX_FILE_OCTETS = 4 * 1024 * 1024
+
+
+class Loaded(NamedTuple):
+    """A configuration, or every mistake in it.
+
+    ``configuration`` is None exactly if there are mistakes. ``credentials`` are the
+    certificates with their keys, each with the virtual hosts (``vhost[0]``) that use it: also
+    where other parts of the file are mistaken, so that these files too can be checked at once.
+    """
+
+    source: Source
+    configuration: Configuration | None
+    mistakes: list[Mistake]
+    warnings: list[Mistake]
+    credentials: Mapping[Credential, Sequence[str]]
+
+
+def load(path: str | Path) -> Loaded:
+    """The configuration in a TOML file. Raises nothing: what is wrong is in ``mistakes``."""
+    source = Source(str(path), Path(path).parent)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_FILE_OCTETS + 1)
+        source = source._replace(directory=Path(os.path.abspath(path)).parent)
+    except OSError as error:
+        return _failed(source, "", os_reason(error))
+    except ValueError:
+        return _failed(source, "", "a file name cannot hold a NUL character")
+    if len(content) > _MAX_FILE_OCTETS:
+        return _failed(source, "", f"is longer than {_MAX_FILE_OCTETS} octets")
+    try:
+        tables = tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return _failed(source, f"line {line}", "is not UTF-8 text")
+    except tomllib.TOMLDecodeError as error:
+        reason, _, place = str(error).removesuffix(")").rpartition(" (at ")
+        return _failed(source, place, f"not valid TOML: {reason}")
+    except ValueError:  # int(), of thousands of digits
+        return _failed(source, "", "not valid TOML: an integer too long to read")
+    except RecursionError:
+        return _failed(source, "", "not valid TOML: arrays or tables nested too deeply")
+    return _validated(tables, source)
+
+
+def from_options(listen: Sequence[str], backend: str, certificate: str, key: str) -> Loaded:
+    """The configuration that a few command-line options stand for: one virtual host for all.
+
+    Relative paths are relative to the working directory. Raises FileNotFoundError where that
+    is gone, and nothing else: what is wrong is in ``mistakes``.
+    """
+    options = {
+        "listen": "--listen",
+        "listen.address": "--listen",
+        "vhost.backend": "--backend",
+        "vhost.certificate": "--cert",
+        "vhost.key": "--key",
+    }
+    tables = {
+        "listen": [{"address": address} for address in listen],
+        "vhost": [{"backend": backend, "certificate": certificate, "key": key}],
+    }
+    return _validated(tables, Source("", Path.cwd(), options))
+
+
+def _failed(source: Source, key: str, reason: str) -> Loaded:
+    return Loaded(source, None, [source.mistake(key, reason)], [], {})
+
+
+def _validated(content: dict[str, Any], source: Source) -> Loaded:
+    # Their defaults too are to be validated, and in the same pass.
+    tables = {
+        "worker": {},
+        "limits": {},
+        "keyd": {},
+        "log": {},
+        "metrics": {},
+        "service": {},
+    } | content
+    configuration = None
+    mistakes = []
+    try:
+        configuration = Configuration.model_validate(tables, context=source)
+    except ValidationError as error:
+        mistakes = [explained(details, source) for details in error.errors(include_url=False)]
+
+    # What concerns several tables is checked on those that hold, whatever is wrong with others.
+    listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
+    vhosts = dict(each_valid(Match, tables, "vhost", source))
+    mistakes += uid_mistakes(tables, source)
+    mistakes += key_mistakes(tables, source)
+    mistakes += overlaps(listeners, source)
+    if listeners and len(listeners) == len(tables["listen"]):
+        mistakes += never_received(vhosts, listeners.values(), source)
+        mistakes += never_matching(vhosts, listeners.values(), source)
+    else:
+        ports = {vhost.local_port or 0 for vhost in vhosts.values()}
+        anywhere = [IPAddress("::", port) for port in ports]
+        mistakes += never_matching(vhosts, anywhere, source)
+
+    credentials: dict[Credential, list[str]] = {}
+    for i, table in each_valid(Credentials, tables, "vhost", source):
+        credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
+    warnings = list(exposed_files(credentials, source))
+    return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)

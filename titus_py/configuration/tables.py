@@ -1,0 +1,329 @@
+"""The tables of the configuration: their keys, defaults and descriptions.
+
+The reference (``docs/reference.py``) is written from what is here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from titus_py.address import IPAddress
+from titus_py.configuration.values import (
+    BackendAddress,
+    Boolean,
+    CipherList,
+    Ciphersuites,
+    Duration,
+    EmptyDirectory,
+    File,
+    FilePath,
+    Integer,
+    KeydUser,
+    ListenAddress,
+    LocalAddress,
+    MetricsAddress,
+    ServerNames,
+    UidRange,
+    Version,
+    default_keyd_user,
+)
+from titus_py.virtual_host import applies_to
+
+__all__ = [
+    "TABLES",
+    "Configuration",
+    "Credential",
+    "Credentials",
+    "Keyd",
+    "KeydSocket",
+    "Limits",
+    "Listen",
+    "Log",
+    "Match",
+    "Metrics",
+    "Service",
+    "Table",
+    "Uids",
+    "VirtualHost",
+    "Worker",
+]
+
+
+class Credential(NamedTuple):
+    """The files of one certificate and its key: absolute paths."""
+
+    certificate: Path
+    #: None where a keyd that is not started by titus-py has it.
+    key: Path | None
+    passphrase_file: Path | None
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Uids(Table):
+    """The part of [worker] that is checked as a whole."""
+
+    max: Integer = Field(
+        default=1000, ge=1, le=1_000_000, description="How many connections may live at once."
+    )
+    spare: Integer = Field(
+        default=16,
+        ge=1,
+        le=10_000,
+        description="How many workers wait, confined, for a client to come: at most, and at least "
+        "half as many.",
+    )
+    uids: UidRange = Field(
+        default=range(200_000, 265_536),
+        description="The uids of workers, first to last: one per live connection, never shared. "
+        "At least max + spare, and used by nothing else on the system.",
+    )
+
+
+class Worker(Uids):
+    """[worker]: the processes that each serve one connection."""
+
+    handshake_timeout: Duration = Field(
+        default=10.0,
+        description="How long a client may take from connecting to the handshake's end.",
+    )
+    connect_timeout: Duration = Field(
+        default=5.0,
+        description="How long connecting to the backend may take, all its addresses together.",
+    )
+    drain: Duration = Field(
+        default=30.0, description="How long connections may go on when titus-py is told to stop."
+    )
+    require: tuple[Literal["landlock", "speculation"], ...] = Field(
+        default=(),
+        description="Features that not every kernel has, and without which not to serve: "
+        '"landlock", "speculation" (turning indirect-branch and store-bypass speculation off).',
+    )
+    chroot: EmptyDirectory = Field(
+        default=Path("/run/titus-py/empty"),
+        validate_default=True,
+        description="The empty directory, root's own, that is all a worker sees of the file "
+        "system. Made if it does not exist.",
+    )
+
+
+class Limits(Table):
+    """[limits]: how much of the proxy a client may have. Each that was hit is counted."""
+
+    connections_per_address: Annotated[Integer, Field(ge=1)] | None = Field(
+        default=None, description="How many connections one client address may have. Absent: any."
+    )
+    connections_per_prefix: Annotated[Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: any.",
+    )
+    connections_per_second: Annotated[Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many new connections are taken in a second; the others are reset. "
+        "Absent: any.",
+    )
+    handshakes: Annotated[Integer, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many connections may wait for a worker or be within their handshake at "
+        "once. With one more, who has waited longest is reset; and with so many within their "
+        "handshake, a newcomer's worker takes the place of the slowest one. As many as "
+        "worker.spare may wait in any case. Absent: half of worker.max, but at least 64.",
+    )
+    idle_timeout: Duration | None = Field(
+        default=3600.0,
+        description="How long a connection may stand still, in both directions.",
+    )
+    lifetime: Duration | None = Field(
+        default=None, description="How long a connection may last altogether. Absent: as it likes."
+    )
+
+
+class KeydSocket(Table):
+    """The part of [keyd] that the virtual hosts' keys depend on."""
+
+    socket: FilePath | None = Field(
+        default=None,
+        description="The control socket of a keyd that is a service of its own and has the keys "
+        "(keyd control). Absent: titus-py starts a keyd itself, and no [[vhost]] goes without "
+        "a key.",
+    )
+
+
+class Keyd(KeydSocket):
+    """[keyd]: the process that holds the private keys."""
+
+    user: KeydUser = Field(
+        default_factory=default_keyd_user,
+        description="The user that keyd runs as, by name or number: one that nothing else "
+        "runs as, and none of the workers' uids.",
+    )
+
+
+class Log(Table):
+    """[log]: what is written to standard error."""
+
+    format: Literal["text", "json"] = Field(
+        default="text", description="One line an event, for people (text) or for programs (json)."
+    )
+
+
+class Metrics(Table):
+    """[metrics]: numbers for Prometheus."""
+
+    address: MetricsAddress | None = Field(
+        default=None,
+        description="Where to serve them: 127.0.0.1:9443, or unix:/run/titus-py/metrics.sock. "
+        "Absent: nowhere.",
+    )
+
+
+class Service(Table):
+    """[service]: how titus-py itself is run."""
+
+    reload_on_change: Boolean = Field(
+        default=False,
+        description="Reload by itself when a certificate or key file has changed, some seconds "
+        "after it last did.",
+    )
+
+
+class Listen(Table):
+    """[[listen]]: an address to accept connections on."""
+
+    address: ListenAddress = Field(
+        description="A numeric address and a port: 192.0.2.5:443, [2001:db8::5]:443, or "
+        "every address of both families as [::]:443 or :443."
+    )
+
+
+class Match(Table):
+    """The part of [[vhost]] that says which connections it takes."""
+
+    sni: ServerNames | None = Field(
+        default=None,
+        description='The server names that it takes: "www.example.org", "*.example.org" (one '
+        'label in the star\'s place), "" (no name sent). Absent: any, and none.',
+    )
+    local_address: LocalAddress | None = Field(
+        default=None, description="The local IP address that it takes connections to. Absent: any."
+    )
+    local_port: Annotated[Integer, Field(ge=1, le=65535)] | None = Field(
+        default=None, description="The local port that it takes connections to. Absent: any."
+    )
+
+    def receives(self, endpoint: IPAddress) -> bool:
+        """Whether connections to this local address and port can be for this virtual host."""
+        return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
+
+
+class Credentials(Table):
+    """The part of [[vhost]] that names what it shows to clients."""
+
+    certificate: File = Field(
+        description="The certificate in PEM, followed by the rest of its chain."
+    )
+    key: File | None = Field(
+        default=None,
+        description="The certificate's private key in PEM. Only keyd reads it. Absent where "
+        "keyd.socket names a keyd that has it already.",
+    )
+    passphrase_file: File | None = Field(
+        default=None, description="A file whose first line is the passphrase of an encrypted key."
+    )
+
+    @property
+    def credential(self) -> Credential:
+        return Credential(self.certificate, self.key, self.passphrase_file)
+
+
+class VirtualHost(Credentials, Match):
+    """[[vhost]]: whom a connection is for. The first that matches is taken."""
+
+    backend: BackendAddress = Field(
+        description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
+        "unix:/run/app.sock."
+    )
+    min_version: Version = Field(
+        default="TLSv1.2", description="The lowest TLS version that is accepted."
+    )
+    max_version: Version = Field(
+        default="TLSv1.3", description="The highest TLS version that is offered."
+    )
+    ciphers: CipherList | None = Field(
+        default=None,
+        description="The TLS 1.2 suites, as an OpenSSL cipher list. "
+        "Absent: the forward-secret ones with authenticated encryption.",
+    )
+    ciphersuites: Ciphersuites | None = Field(
+        default=None, description="The TLS 1.3 suites, colons between. Absent: OpenSSL's default."
+    )
+    rsa_key_exchange: Boolean = Field(
+        default=False,
+        description="Also accept TLS 1.2's RSA key exchange, which is not forward-secret: "
+        "for clients that know nothing better.",
+    )
+
+    @field_validator("max_version")
+    @classmethod
+    def _not_below_min_version(cls, value: str, info: ValidationInfo) -> str:
+        if value < info.data.get("min_version", value):
+            raise ValueError(f"{value} is below min_version, {info.data['min_version']}")
+        return value
+
+    @field_validator("rsa_key_exchange")
+    @classmethod
+    def _only_with_tls12(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("min_version") == "TLSv1.3":
+            raise ValueError("TLS 1.3 has no RSA key exchange: set min_version to TLSv1.2")
+        return value
+
+
+_Element = TypeVar("_Element")
+
+
+def _not_empty(value: tuple[_Element, ...]) -> tuple[_Element, ...]:
+    if not value:
+        raise ValueError("at least one is needed")
+    return value
+
+
+class Configuration(Table):
+    """The whole file. Immutable for the life of the processes that are started with it."""
+
+    worker: Worker = Field(default_factory=Worker, description="The processes for connections.")
+    limits: Limits = Field(
+        default_factory=Limits, description="How much of the proxy a client may have."
+    )
+    keyd: Keyd = Field(default_factory=Keyd, description="The process that holds the keys.")
+    log: Log = Field(default_factory=Log, description="What is written to standard error.")
+    metrics: Metrics = Field(default_factory=Metrics, description="Numbers for Prometheus.")
+    service: Service = Field(default_factory=Service, description="How titus-py itself is run.")
+    listen: Annotated[tuple[Listen, ...], AfterValidator(_not_empty)] = Field(
+        description="The addresses to accept connections on: one table each."
+    )
+    vhost: Annotated[tuple[VirtualHost, ...], AfterValidator(_not_empty)] = Field(
+        description="The virtual hosts, the first that matches taken: one table each."
+    )
+
+
+TABLES: Mapping[str, type[Table]] = {
+    "worker": Worker,
+    "limits": Limits,
+    "keyd": Keyd,
+    "log": Log,
+    "metrics": Metrics,
+    "service": Service,
+    "listen": Listen,
+    "vhost": VirtualHost,
+}

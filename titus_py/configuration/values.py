@@ -1,0 +1,288 @@
+"""What a single value may look like, and what becomes of it: each a type for ``tables``."""
+# ruff: noqa: TRY004 -- pydantic makes a mistake of a ValueError, and lets a TypeError through
+
+import os
+import pwd
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
+
+from titus_py.address import (
+    Address,
+    IPAddress,
+    UnixAddress,
+    canonical_ip,
+    host_name,
+    parse_backend,
+    parse_listen,
+    unix_address,
+)
+from titus_py.configuration.mistake import Source, described, nearest, os_reason
+
+__all__ = [
+    "BackendAddress",
+    "Boolean",
+    "CipherList",
+    "Ciphersuites",
+    "Duration",
+    "EmptyDirectory",
+    "File",
+    "FilePath",
+    "Integer",
+    "KeydUser",
+    "ListenAddress",
+    "LocalAddress",
+    "MetricsAddress",
+    "ServerNames",
+    "UidRange",
+    "User",
+    "Version",
+    "default_keyd_user",
+]
+
+_DAY = 86_400.0
+#: uid_t is 32 bits wide, and its last value means "leave as it is" to setresuid.
+_MAX_UID = 2**32 - 2
+_DEFAULT_USER = "199999"
+_TLS13_SUITES = (
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_CHACHA20_POLY1305_SHA256",
+    "TLS_AES_128_GCM_SHA256",
+    "TLS_AES_128_CCM_SHA256",
+    "TLS_AES_128_CCM_8_SHA256",
+)
+
+
+class User(NamedTuple):
+    """A user of the system, or a uid that has no name."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a string, not {described(value)}")
+    return value
+
+
+def _duration(value: object) -> float:
+    expected = 'expected a duration such as "10s", "500ms", "2m" or "1h"'
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{expected}, not {described(value)}")
+    if isinstance(value, str):
+        parts = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)?", value)
+        if parts is None:
+            raise ValueError(f"{expected}, not {described(value)}")
+        unit = {"ms": 0.001, "m": 60.0, "h": 3600.0}.get(parts[2], 1.0)
+        value = float(parts[1]) * unit
+    if not 0.001 <= value <= _DAY:  # also false of a NaN
+        raise ValueError("expected a duration from 1ms to 24h")
+    return float(value)
+
+
+def _duration_text(seconds: float) -> str:
+    return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
+
+
+def _uids(value: object) -> range:
+    parts = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", _text(value))
+    if parts is None:
+        raise ValueError(
+            f'expected a range of uids such as "200000-265535", not {described(value)}'
+        )
+    first, last = int(parts[1]), int(parts[2])
+    if first == 0:
+        raise ValueError("uid 0 is root, which no worker may be")
+    if not first <= last <= _MAX_UID:
+        raise ValueError(
+            f"expected the lower uid first and none above {_MAX_UID}, not {described(value)}"
+        )
+    return range(first, last + 1)
+
+
+def _user(value: object) -> User:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"expected a user's name or number, not {described(value)}")
+    if isinstance(value, int) or re.fullmatch(r"[0-9]{1,10}", value):
+        user = _user_of_uid(int(value))
+    else:
+        user = _user_of_name(value)
+    if user.uid == 0:
+        raise ValueError("keyd cannot be root: give it a user of its own")
+    return user
+
+
+def _user_of_uid(uid: int) -> User:
+    if not 0 <= uid <= _MAX_UID:
+        raise ValueError(f"expected a uid from 1 to {_MAX_UID}")
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:  # Nothing else runs as a uid without a name: as good as a user of its own.
+        return User(str(uid), uid, uid)
+    return User(entry.pw_name, uid, entry.pw_gid)
+
+
+def _user_of_name(name: str) -> User:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", name):
+        raise ValueError(f"{described(name)} is no user name")
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise ValueError(
+            f'no user is named "{name}": create it with '
+            f"'useradd --system --no-create-home --shell /usr/sbin/nologin {name}'"
+        ) from None
+    return User(name, entry.pw_uid, entry.pw_gid)
+
+
+def default_keyd_user() -> User:
+    return _user(_DEFAULT_USER)
+
+
+def _directory(info: ValidationInfo) -> Path:
+    return info.context.directory if isinstance(info.context, Source) else Path.cwd()
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
+    text = _text(value)
+    if text.startswith("credential:"):
+        return _credential_path(text.removeprefix("credential:"))
+    if not text or "\0" in text:
+        raise ValueError(f"expected a path, not {described(value)}")
+    return _directory(info) / text
+
+
+def _credential_path(name: str) -> Path:
+    """Where systemd has put a credential (systemd.exec(5), LoadCredential=)."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if directory is None:
+        raise ValueError(
+            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential="
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_.@:-]{1,255}", name) or name in (".", ".."):
+        raise ValueError(f"{described(name)} is no credential's name")
+    return Path(directory, name)
+
+
+def _readable_file(path: Path) -> Path:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: {'is a directory' if stat.S_ISDIR(mode) else 'is no file'}")
+    if not os.access(path, os.R_OK, effective_ids=True):
+        raise ValueError(f"{path}: permission denied")
+    return path
+
+
+def _empty_directory(value: object) -> Path:
+    path = value if isinstance(value, Path) else Path(_text(value))
+    if not path.is_absolute() or "\0" in str(path):
+        raise ValueError("expected an absolute path")
+    try:
+        status = path.stat()
+        entries = os.listdir(path)
+    except FileNotFoundError:  # The supervisor makes it.
+        return path
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    if entries:
+        raise ValueError(f"{path}: is not empty, and a worker must find nothing there")
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise ValueError(f"{path}: others than root can write to it: chown root, chmod 755")
+    return path
+
+
+def _listen_address(value: object) -> IPAddress:
+    return parse_listen(_text(value))
+
+
+def _metrics_address(value: object, info: ValidationInfo) -> IPAddress | UnixAddress:
+    text = _text(value)
+    if text.startswith("unix:"):
+        return unix_address(str(_directory(info) / text.removeprefix("unix:")))
+    return parse_listen(text)
+
+
+def _backend_address(value: object, info: ValidationInfo) -> Address:
+    address = parse_backend(_text(value))
+    if isinstance(address, UnixAddress):
+        return unix_address(str(_directory(info) / address.path))
+    return address
+
+
+def _local_address(value: object) -> str:
+    host = canonical_ip(_text(value))
+    if IPAddress(host, 1).is_wildcard:
+        raise ValueError(f"{host} is every address: leave local_address out to mean that")
+    return host
+
+
+def _server_names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'expected a list of names, such as ["www.example.org"], not {described(value)}'
+        )
+    if not value:
+        raise ValueError("an empty list matches nothing: leave sni out to take any name")
+    return tuple(_server_name_pattern(_text(name)) for name in value)
+
+
+def _server_name_pattern(text: str) -> str:
+    if text == "":
+        return text
+    if text == "*":
+        raise ValueError('"*" is no name: leave sni out to take any name')
+    star = "*." if text.startswith("*.") else ""
+    if "*" in text.removeprefix(star):
+        raise ValueError(
+            f"{described(text)}: a wildcard stands for one whole label at the front, "
+            'as in "*.example.org"'
+        )
+    return star + host_name(text.removeprefix(star)).removesuffix(".")
+
+
+def _cipher_list(text: str) -> str:
+    if not re.fullmatch(r"[!-~]+(?: [!-~]+)*", text):
+        raise ValueError("expected an OpenSSL cipher list, such as ECDHE+AESGCM:ECDHE+CHACHA20")
+    return text
+
+
+def _ciphersuites(text: str) -> str:
+    for suite in text.split(":"):
+        if suite not in _TLS13_SUITES:
+            meant = nearest(suite.upper(), _TLS13_SUITES)
+            raise ValueError(
+                f"{described(suite)} is no TLS 1.3 suite"
+                + (f": did you mean {meant}?" if meant else f" ({', '.join(_TLS13_SUITES)})")
+            )
+    return text
+
+
+Integer = Annotated[int, Field(strict=True)]
+Boolean = Annotated[bool, Field(strict=True)]
+Duration = Annotated[float, PlainValidator(_duration), PlainSerializer(_duration_text)]
+Version = Literal["TLSv1.2", "TLSv1.3"]
+UidRange = Annotated[
+    range, PlainValidator(_uids), PlainSerializer(lambda uids: f"{uids[0]}-{uids[-1]}")
+]
+KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
+FilePath = Annotated[Path, PlainValidator(_path)]
+File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
+EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]
+ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
+MetricsAddress = Annotated[
+    IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
+]
+BackendAddress = Annotated[Address, PlainValidator(_backend_address), PlainSerializer(str)]
+LocalAddress = Annotated[str, PlainValidator(_local_address)]
+ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names)]
+CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
+Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
