@@ -61,6 +61,8 @@ _LIMITS_SECONDS = 1.0
 _KEYD_PAUSE_SECONDS = 0.05
 #: How soon to offer the supervisor again what it could not take.
 _EVENTS_PAUSE_SECONDS = 0.01
+#: How long forking waits for a client to be served who has just been given a worker.
+_SPARES_SECONDS = 0.02
 #: Workers in a row that fail to confine themselves before the parent gives up.
 _MAX_FAILED_WORKERS = 5
 _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
@@ -162,6 +164,7 @@ class Parent:
         self._failed_workers = 0
         self._fork_pause = 0.0
         self._fork_timer: Timer | None = None
+        self._spares_timer: Timer | None = None
         self._full_told = False
         self._full_timer: Timer | None = None
         # Unique for as long as the machine runs, whatever is restarted and however the
@@ -192,7 +195,7 @@ class Parent:
         self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
         while not self._draining or self._workers or self._waiting:
-            self._fork_spares()
+            self._look_at_spares()
             self._loop.run_once()
             self._serve_waiting()
             self._adjust_accepting()
@@ -577,36 +580,45 @@ class Parent:
 
     # --- workers ----------------------------------------------------------------
 
-    def _fork_spares(self) -> None:
+    def _look_at_spares(self) -> None:
         """Once half of the spares are used up, have as many forked as are missing, in a row.
 
         After each fork the fork server pays for every page that it writes to: in a row, and
-        undisturbed, it writes to few.
+        undisturbed, it writes to few. It does not begin while the client is served to whom the
+        last one went, unless there are too few left for that.
         """
-        spares = len(self._spares) + len(self._forming)
-        if spares <= self._plan.spare_workers // 2:
-            while self._fork_one():
-                pass
-
-    def _fork_one(self) -> bool:
-        """Fork a spare if one is missing; returns whether it did."""
-        spares = len(self._spares) + len(self._forming)
-        room = self._plan.max_workers + self._plan.spare_workers - len(self._workers)
-        if (
-            (self._draining and not self._waiting)
-            or self._fork_timer is not None
-            or spares >= self._plan.spare_workers
-            or room <= 0
-            or not self._uids
-            or self._forks.busy
+        left = len(self._spares) + len(self._forming)
+        if left <= self._plan.spare_workers // 4:
+            self._fork_spares()
+        elif (
+            left <= self._plan.spare_workers // 2
+            and self._spares_timer is None
+            and self._may_fork()
         ):
-            return False
+            self._spares_timer = self._loop.after(_SPARES_SECONDS, self._fork_spares)
+
+    def _fork_spares(self) -> None:
+        if self._spares_timer is not None:
+            self._spares_timer.cancel()
+            self._spares_timer = None
         try:
-            self._fork()
+            while self._may_fork():
+                self._fork()
         except OSError as error:
             self._fork_failed(str(error.strerror))
-            return False
-        return True
+
+    def _may_fork(self) -> bool:
+        """Whether a spare is missing, and another worker is possible."""
+        spares = len(self._spares) + len(self._forming)
+        room = self._plan.max_workers + self._plan.spare_workers - len(self._workers)
+        return (
+            (not self._draining or bool(self._waiting))
+            and self._fork_timer is None
+            and spares < self._plan.spare_workers
+            and room > 0
+            and bool(self._uids)
+            and not self._forks.busy
+        )
 
     def _fork_failed(self, reason: str) -> None:
         shortest, longest = _FORK_PAUSE_SECONDS

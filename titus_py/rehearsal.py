@@ -60,6 +60,11 @@ def rehearse(terms: Terms) -> None:
             end = serve_next(for_practice, parent)
             if end != (End.CLEAN, ""):
                 raise RuntimeError(f"a connection for practice ended with {end}")
+    except BlockingIOError:
+        raise RuntimeError(
+            f"practice, which takes milliseconds, stood still for {_PATIENCE_SECONDS} s:"
+            " unless this machine was overloaded, please report it"
+        ) from None
     finally:
         parent.close()
         os.kill(child, signal.SIGKILL)

@@ -92,13 +92,13 @@ static int send_request(const struct provider *provider, int fd, const uint8_t *
                         size_t length, int64_t deadline)
 {
     for (;;) {
-        if (!wait_for(provider, fd, POLLOUT, deadline))
-            return 0;
         /* Not sendmsg(2), which could send descriptors, too: a worker has no use for it. */
         if (send(fd, request, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
             return 1;
         if (errno != EINTR && errno != EAGAIN)
             return gone(provider, strerror(errno));
+        if (!wait_for(provider, fd, POLLOUT, deadline))
+            return 0;
     }
 }
 
