@@ -5,14 +5,9 @@ processes that it searches; what it shows was read from /proc while the connecti
 Everything that it makes is below one temporary directory, or a child of its own.
 """
 
-import datetime
-import ipaddress
-import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keyd.keys import load_private_key
 from titus_py.instance import (
     Process,
     Role,
@@ -46,39 +37,24 @@ from titus_py.instance import (
     status,
 )
 from titus_py.key_search import Search, needles, search_all
+from titus_py.log import as_text
+from titus_py.throwaway import SPARE, Event, TitusInstance
 
 __all__ = ["demo"]
 
 _COLUMNS = 80
 _GREETING = b"Hello from a backend that speaks plain HTTP.\n"
-_START_SECONDS = 30.0
 _REQUEST_SECONDS = 20.0
-_STOP_SECONDS = 10.0
 _SETTLE_SECONDS = 3.0
-_SPARE = 2
-#: Ranges of uids to choose from: the default one, and others where that is in use.
-_UID_RANGES = range(200_000, 2_000_000_000, 100_000)
-_UIDS = 65_536
 #: The kernel's own pages in every process, some of which cannot be read.
 _KERNEL_PAGES = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]")
 
 #: What /proc/PID/status calls the two that a process can turn off (prctl(2)).
 _SPECULATION = ("Speculation_Store_Bypass", "SpeculationIndirectBranch")
 
-_FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
-
 
 class _Failed(Exception):
     """What went wrong, for the person who runs the demo."""
-
-
-class _Site(NamedTuple):
-    """A throwaway certificate for ``localhost``, and its key."""
-
-    key: rsa.RSAPrivateKey
-    authority: Path
-    certificate: Path
-    key_file: Path
 
 
 class _Answer(NamedTuple):
@@ -120,7 +96,7 @@ def demo() -> int:
     try:
         with ExitStack() as stack:
             _show(console, stack)
-    except _Failed as failed:
+    except (_Failed, RuntimeError) as failed:
         console.print(Text(f"\nThe demo failed: {failed}", style="bold red"))
         return 1
     except OSError as error:
@@ -137,30 +113,29 @@ def _show(console: Console, stack: ExitStack) -> None:
     """The demo, start to end; raises _Failed, OSError."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="titus-py-demo-")))
     backend = stack.enter_context(_Backend.running())
-    site = _make_site(directory)
-    port = _free_port()
-    configuration = _write_configuration(directory, site, port, backend.address)
-    instance = stack.enter_context(_Instance.running(configuration))
+    instance = TitusInstance(directory, backend.address, "RSA-2048", ["localhost"])
+    stack.callback(instance.stop)
     # Undone in reverse: from here on, whatever ends the demo, its end is not interrupted.
     stack.callback(_ignore_interrupts)
-    instance.wait_for("listening", _START_SECONDS)
+    instance.wait_until_listening()
 
-    url = f"https://localhost:{port}/"
-    curl = stack.enter_context(_curl(url, port, site.authority))
+    url = f"https://localhost:{instance.port}/"
+    curl = stack.enter_context(_curl(url, instance.port, instance.ca_file))
     if not backend.arrived.wait(_REQUEST_SECONDS):
         curl.kill()
         said = curl.communicate()[1].strip().splitlines()
         raise _Failed(f"the request did not arrive: {said[-1] if said else 'curl is silent'}")
-    sight = _look(instance.pid, port, site)
+    sight = _look(instance)
     backend.release.set()
     answer = _answer(curl)
-    line = instance.wait_for("connection_ended", _REQUEST_SECONDS)
+    ended = instance.wait_for_event("connection_ended", _REQUEST_SECONDS)
 
-    _show_request(console, url, answer, line)
+    _show_request(console, url, answer, ended)
     _show_processes(console, sight)
     _show_protection(console, sight)
     console.print("\n[bold]The connection, in the log[/]")
-    console.print(Text(line), soft_wrap=False)
+    when, level, name = (ended.pop(field) for field in ("time", "level", "event"))
+    console.print(Text(as_text(when, level, name, ended)), soft_wrap=False)
     problems = _problems(sight)
     if problems:
         raise _Failed("; ".join(problems))
@@ -221,153 +196,9 @@ class _Greeter(BaseHTTPRequestHandler):
         del format
 
 
-class _Instance:
-    """The real ``titus-py serve``, as a child, and what it has logged."""
-
-    def __init__(self, configuration: Path) -> None:
-        self._lines: list[str] = []
-        self._news = threading.Condition()
-        self._ended = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "titus_py", "serve", "--config", configuration],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            # The terminal's Ctrl-C is for the demo, which stops the instance in its own time.
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        threading.Thread(target=self._read, daemon=True).start()
-
-    @classmethod
-    @contextmanager
-    def running(cls, configuration: Path) -> Iterator["_Instance"]:
-        instance = cls(configuration)
-        try:
-            yield instance
-        finally:
-            instance.stop()
-
-    def _read(self) -> None:
-        for line in self._process.stderr or ():
-            with self._news:
-                self._lines.append(line.rstrip("\n"))
-                self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
-
-    def wait_for(self, event: str, seconds: float) -> str:
-        """The first log line of this event; raises _Failed if it does not come."""
-
-        def logged() -> str | None:
-            return next((line for line in self._lines if line.split(" ")[2:3] == [event]), None)
-
-        with self._news:
-            self._news.wait_for(lambda: logged() or self._ended, seconds)
-            line = logged()
-            if line is None:
-                raise _Failed(f"titus-py serve logged no {event!r}:\n{self.last_words()}")
-            return line
-
-    def last_words(self) -> str:
-        return "\n".join(self._lines[-10:]) or "(nothing)"
-
-    def stop(self) -> int:
-        """Have it end, at once if it does not otherwise; returns its exit code."""
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is None:
-                self._process.send_signal(number)
-                try:
-                    self._process.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
-        return self._process.wait()
-
-
 def _ignore_interrupts() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _make_site(directory: Path) -> _Site:
-    """A certificate authority that forgets its key at once, and what it issued."""
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    key = rsa.generate_private_key(65537, 2048)
-    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "titus-py demo")])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-
-    def builder(name: x509.Name) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .issuer_name(authority)
-            .subject_name(name)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=30))
-        )
-
-    root = (
-        builder(authority)
-        .public_key(authority_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(authority_key, hashes.SHA256())
-    )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.IPv4Address("127.0.0.1"))]
-    leaf = (
-        builder(subject)
-        .public_key(key.public_key())
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    site = _Site(key, directory / "ca.crt", directory / "site.crt", directory / "site.key")
-    site.authority.write_bytes(root.public_bytes(Encoding.PEM))
-    site.certificate.write_bytes(leaf.public_bytes(Encoding.PEM))
-    site.key_file.touch(mode=0o600)
-    site.key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return site
-
-
-def _write_configuration(directory: Path, site: _Site, port: int, backend: str) -> Path:
-    first = _free_uids()
-    tables: dict[str, dict[str, str | int]] = {
-        "[worker]": {
-            "uids": f"{first}-{first + _UIDS - 1}",
-            "spare": _SPARE,
-            "chroot": str(directory / "empty"),
-        },
-        "[keyd]": {"user": str(first - 1)},
-        "[[listen]]": {"address": f"127.0.0.1:{port}"},
-        "[[vhost]]": {
-            "certificate": str(site.certificate),
-            "key": str(site.key_file),
-            "backend": backend,
-        },
-    }
-    lines = []
-    for heading, table in tables.items():
-        # Strings and integers are written in TOML as in JSON.
-        lines += [heading, *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    path = directory / "titus.toml"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def _free_uids() -> int:
-    """The first of a range of uids that no process has, nor the one below it."""
-    taken = {process.uid for process in all_processes()}
-    for first in _UID_RANGES:
-        if not any(first - 1 <= uid < first + _UIDS for uid in taken):
-            return first
-    raise _Failed("no range of uids is free")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -404,14 +235,15 @@ def _answer(curl: "subprocess.Popen[str]") -> _Answer:
 # --- What is to be seen ---------------------------------------------------------------------
 
 
-def _look(supervisor: int, port: int, site: _Site) -> _Sight:
-    processes = _settled(supervisor)
-    serving = connections_to(port, processes)
+def _look(instance: TitusInstance) -> _Sight:
+    processes = _settled(instance.pid)
+    serving = connections_to(instance.port, processes)
     if len(serving) != 1:
         raise _Failed(f"the connection is held by {len(serving)} processes, and one was expected")
     worker = next(iter(serving))
     pids = [process.pid for process in processes]
-    searches = {found.pid: found for found in search_all(pids, needles(site.key))}
+    key = load_private_key(str(instance.key_file), None)
+    searches = {found.pid: found for found in search_all(pids, needles(key))}
     keyd = next((process for process in processes if process.role is Role.KEYD), None)
     if keyd is None:
         raise _Failed("there is no keyd")
@@ -428,7 +260,7 @@ def _settled(supervisor: int) -> list[Process]:
     while True:
         processes = instance_processes(supervisor)
         workers = [process for process in processes if process.role is Role.WORKER]
-        settled = len(workers) == _SPARE + 1 and all(worker.uid for worker in workers)
+        settled = len(workers) == SPARE + 1 and all(worker.uid for worker in workers)
         if settled or time.monotonic() > deadline:
             return processes
         time.sleep(0.02)
@@ -550,10 +382,9 @@ def _problems(sight: _Sight) -> Sequence[str]:
 # --- How it is shown ------------------------------------------------------------------------
 
 
-def _show_request(console: Console, url: str, answer: _Answer, line: str) -> None:
-    fields = {name: value.strip('"') for name, value in _FIELD.findall(line)}
+def _show_request(console: Console, url: str, answer: _Answer, ended: Event) -> None:
     names = ("tls_version", "cipher_suite", "group")
-    tls = ", ".join(fields[name] for name in names if name in fields)
+    tls = ", ".join(ended[name] for name in names if name in ended)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")

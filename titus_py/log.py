@@ -18,7 +18,7 @@ from typing import Protocol
 
 from titus_py import journal
 
-__all__ = ["Log"]
+__all__ = ["Log", "as_text"]
 
 _QUEUE_LINES = 20_000
 _STANDARD_ERROR = 2
@@ -77,7 +77,7 @@ class Log:
         known = {name: value for name, value in fields.items() if value is not None}
         if self.form == "json":
             return self._standard_error, _octets(_json(now, level, event, known))
-        text = _text(now, level, event, known)
+        text = as_text(now, level, event, known)
         if self._journal is not None:
             return self._journal, journal.entry(text, level, event, known)
         return self._standard_error, _octets(text)
@@ -138,7 +138,8 @@ def _json(now: str, level: str, event: str, fields: dict[str, object]) -> str:
     return _dumped({"time": now, "level": level, "event": event, **fields})
 
 
-def _text(now: str, level: str, event: str, fields: dict[str, object]) -> str:
+def as_text(now: str, level: str, event: str, fields: Mapping[str, object]) -> str:
+    """The line of an event, for people."""
     words = [now, level, event, *(f"{name}={_quoted(value)}" for name, value in fields.items())]
     return " ".join(words)
 

@@ -56,6 +56,7 @@ def titus_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTi
         directory = tmp_path_factory.mktemp("titus-py")
         instance = TitusInstance(directory, backend, key_type, names)
         instances.append(instance)
+        instance.wait_until_listening()
         return instance
 
     yield start

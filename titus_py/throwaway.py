@@ -1,8 +1,8 @@
-"""A throwaway instance: for tests of what is in front of it, behind it, or in it.
+"""A throwaway instance: to show (``demo``), and for tests of what is around it or in it.
 
-Run as root by whoever tests (``pytest_plugin``). The instance is the real ``titus-py serve``,
-as a child, with a certificate and an authority that exist for as long as it does, and
-users that nobody else on the machine has.
+Run as root by whoever shows, or tests (``pytest_plugin``). The instance is the real
+``titus-py serve``, as a child, with a certificate and an authority that exist for as long
+as it does, and users that nobody else on the machine has.
 """
 
 import datetime
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cryptography.x509.oid import NameOID
 from keyd.powers import PrivateKey
 from titus_py.instance import all_processes
 
-__all__ = ["KEY_TYPES", "PROGRAM", "Event", "TitusInstance"]
+__all__ = ["KEY_TYPES", "PROGRAM", "SPARE", "Event", "TitusInstance"]
 
 #: What is started, to be followed by the command's options.
 PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
@@ -45,7 +46,7 @@ Event = dict[str, Any]
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
-_MAX, _SPARE = 100, 2
+_MAX, SPARE = 100, 2
 #: From where to take users: far beyond what anybody gives out.
 _FIRST_UID, _LAST_UID = 1_000_000_000, 2_000_000_000
 
@@ -59,7 +60,7 @@ class TitusInstance:
     """
 
     def __init__(self, directory: Path, backend: str, key_type: str, names: Sequence[str]) -> None:
-        """Start it, and return when it listens. Raises RuntimeError if it does not."""
+        """Start it; it is there from now on, to be stopped, whatever becomes of it."""
         self.port = _free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.ca_file = directory / "ca.crt"
@@ -79,7 +80,15 @@ class TitusInstance:
                 start_new_session=True,
             )
         self.pid = self._process.pid
-        self._wait_until_listening()
+
+    def wait_until_listening(self) -> None:
+        """Raises RuntimeError if it has ended, or does not come to it."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.events("listening"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"titus-py does not listen:\n{self.last_words()}")
+            time.sleep(0.01)
 
     def events(self, name: str | None = None) -> list[Event]:
         """What it has logged so far: all events, or those with this name."""
@@ -92,40 +101,32 @@ class TitusInstance:
         deadline = time.monotonic() + seconds
         while not (found := self.events(name)):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no {name!r} within {seconds:g} s:\n{self._last_words()}")
+                raise TimeoutError(f"no {name!r} within {seconds:g} s:\n{self.last_words()}")
             time.sleep(0.01)
         return found[0]
 
-    def stop(self) -> None:
-        """End it, and every connection; done at the test's end in any case."""
+    def stop(self) -> int:
+        """End it, and every connection; returns its exit code. Done at the test's end anyway."""
         # Once: let connections end. Twice: end them.
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        signals = (signal.SIGTERM, 0.2), (signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)
+        for number, seconds in signals:
             if self._process.poll() is None:
                 self._process.send_signal(number)
-                try:
-                    self._process.wait(0.2 if number is signal.SIGTERM else _STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
-        self._process.wait(_STOP_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(seconds)
+        return self._process.wait()
 
-    def _wait_until_listening(self) -> None:
-        deadline = time.monotonic() + _START_SECONDS
-        while not self.events("listening"):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"titus-py does not listen:\n{self._last_words()}")
-            time.sleep(0.01)
-
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of its log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) or "(no log)"
 
     def _configuration(self, directory: Path, backend: str) -> str:
-        uids = _free_uids(_MAX + _SPARE + 1)
+        uids = _free_uids(_MAX + SPARE + 1)
         tables: dict[str, dict[str, object]] = {
             "[worker]": {
                 "uids": f"{uids[0]}-{uids[-2]}",
                 "max": _MAX,
-                "spare": _SPARE,
+                "spare": SPARE,
                 "chroot": str(directory / "empty"),
             },
             "[keyd]": {"user": str(uids[-1])},

@@ -73,6 +73,7 @@ def backend() -> Iterator[str]:
 def instance(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
     """As it is by default."""
     found = TitusInstance(tmp_path_factory.mktemp("instance"), backend, "RSA-2048", ["localhost"])
+    found.wait_until_listening()
     yield found
     found.stop()
 
@@ -249,6 +250,7 @@ def test_an_instance_that_ends_is_not_called_broken(
     backend: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ended = TitusInstance(tmp_path_factory.mktemp("ended"), backend, "P-256", ["localhost"])
+    ended.wait_until_listening()
     target = find_target(ended.pid)
     ended.stop()
     with pytest.raises(CannotAudit):
@@ -260,6 +262,7 @@ def test_an_instance_without_its_fork_server_is_not_called_sound(
 ) -> None:
     """Nobody would be there to be held to its promises."""
     found = TitusInstance(tmp_path_factory.mktemp("crippled"), backend, "P-256", ["localhost"])
+    found.wait_until_listening()
     pids = {process.role: process.pid for process in instance_processes(found.pid)}
     # Or else the parent might have another one before it is looked at.
     os.kill(pids[Role.PARENT], signal.SIGSTOP)
@@ -289,6 +292,7 @@ def test_a_protection_taken_out_is_noticed(
     driver = (sys.executable, "-I", breakages.__file__, "supervisor", name)
     monkeypatch.setattr(throwaway, "PROGRAM", (*driver, str(directory / "site.key")))
     found = TitusInstance(directory, backend, "P-256", ["localhost"])
+    found.wait_until_listening()
     try:
         made = audit(find_target(found.pid))
     finally:

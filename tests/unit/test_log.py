@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.log import _json as as_json
-from titus_py.log import _text as as_text
+from titus_py.log import as_text
 
 ROOT = Path(__file__).parents[2]
 NOW = "2026-01-02T03:04:05.678Z"
