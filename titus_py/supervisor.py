@@ -162,6 +162,8 @@ class _Supervisor:
         self._version = version("titus-py")
         self._started_at, self._begun = datetime.now(UTC), time.monotonic()
         self._reloading = False
+        #: The reload that goes on is none: it replaces a generation by another of the same.
+        self._renewing = False
         self._reload_asked_again = False
         self._reread: Checked | None = None
         #: The generation that the reload is to end with, once it has been started.
@@ -496,19 +498,23 @@ class _Supervisor:
         self._awaited = generation
         self._start(generation)
 
+    def _fork_server_died(self, generation: Generation) -> None:
+        if generation.crippled and not generation.retired and not self._stops:
+            self._fail()
+            if self._exit_code is None:
+                self._renew(generation)
+
     def _renew(self, generation: Generation) -> None:
         """Replace a generation that can make no more workers by another of the same.
 
         Its connections go on, as in a reload; where there can be no other, they end, and it is
-        started anew (``_reload_ended``). A reload that goes on may replace it as well.
+        started anew. A reload that goes on may replace it as well: if it does not, it is
+        followed by this (``_reload_ended``).
         """
         if not generation.crippled or generation.retired or self._stops:
             return
-        self._fail()
-        if self._exit_code is not None:
-            return
         if not self._reloading:
-            self._reloading = True
+            self._reloading = self._renewing = True
             self._take_reread(generation.checked, generation)
         else:
             parent = generation.parent
@@ -528,7 +534,12 @@ class _Supervisor:
     def _reload_ended(self, outcome: dict[str, object]) -> None:
         self._reloading = False
         self._awaited = None
-        self._end_crippled(self._serving, self._serving.parent)
+        serving = self._serving
+        if self._renewing:
+            self._renewing = False
+            self._end_crippled(serving, serving.parent)
+        else:
+            self._loop.after(0, lambda: self._renew(serving))
         self._notify(ready=1, status=self._status_text())
         for answer in self._reload_answers:
             answer(outcome)
@@ -659,7 +670,7 @@ class _Supervisor:
         if name == "fork_server_died":
             generation.crippled = True
             # Not now: it may be the end of everything, and the child is being heard.
-            self._loop.after(0, lambda: self._renew(generation))
+            self._loop.after(0, lambda: self._fork_server_died(generation))
 
     def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
         """Something to count and, if it is of interest to a reader, to log."""

@@ -121,6 +121,40 @@ def test_nobody_is_taken_whom_nobody_can_serve(serve: Serve, echoing: Listener) 
         assert serves(instance)
 
 
+@pytest.mark.parametrize("outcome", ["reloaded", "reload_failed"])
+def test_one_that_is_killed_during_a_reload_is_replaced(
+    change: Change, serve: Serve, echoing: Listener, tmp_path: Path, outcome: str
+) -> None:
+    """By what the reload brings, or else by another of the same; connections go on."""
+    slow = tmp_path / "slow"
+    change(f"""
+        import time
+        from pathlib import Path
+
+        slow = Path({str(slow)!r})
+        if slow.exists():
+            slow.unlink()
+            time.sleep(1)
+            if {outcome == "reload_failed"}:
+                sys.exit("no luck")
+        """)
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"fork_server_died", "parent_died", "?"}
+    slow.touch()
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        killed = instance.fork_server()
+        instance.signal(signal.SIGHUP)
+        eventually(lambda: not slow.exists(), "a fork server in the making")
+        killed.kill()
+        instance.wait_for_event("fork_server_died")
+        assert not instance.events_named(outcome)
+        instance.wait_for_event(outcome)
+        instance.wait_for_event("reloaded", generation=2)
+        assert all(serves(instance) for _ in range(12))
+        assert talk(established)
+
+
 def test_a_fork_server_that_hangs_is_ended_and_replaced(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     instance.expected_alarms |= {"fork_server_died", "fork_server_hangs"}
