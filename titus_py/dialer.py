@@ -64,34 +64,45 @@ class Dialer:
             family, address = self._left[0]
             try:
                 attempt = self._socket or socket.socket(family, socket.SOCK_STREAM)
-                self._socket = attempt
-                attempt.setblocking(False)
-                attempt.connect(address)
-            except BlockingIOError as error:
-                if error.errno == errno.EAGAIN:
-                    self._retry = self._loop.after(_RETRY_SECONDS, self._next)
-                    return
+            except OSError as error:
+                self._failed(error.errno)
+                continue
+            self._socket = attempt
+            attempt.setblocking(False)
+            outcome = attempt.connect_ex(address)
+            if outcome == errno.EAGAIN:
+                self._retry = self._loop.after(_RETRY_SECONDS, self._next)
+                return
+            if outcome == errno.EINPROGRESS:
+                # One on this machine has answered by now.
+                outcome = self._outcome(attempt)
+            if outcome == errno.EALREADY:
                 self._watched = True
                 self._loop.watch(attempt.fileno(), self._settled, READABLE | WRITABLE)
                 return
-            except OSError as error:
-                self._failed(error.errno)
-            else:
+            if not outcome:
                 self._succeeded()
                 return
+            self._failed(outcome)
         self._finish(None, self._reason)
+
+    def _outcome(self, attempt: socket.socket) -> int:
+        """What connecting has come to, as an errno; EALREADY where that is open.
+
+        By a second connect(2), and not SO_ERROR: it makes the kernel note that there is a
+        connection. Until then, whoever holds the socket could connect it to elsewhere once
+        it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
+        """
+        return attempt.connect_ex(self._left[0][1])
 
     def _settled(self) -> None:
         if self._socket is None:
             return
-        # A second connect(2), and not SO_ERROR: it makes the kernel note that there is a
-        # connection. Until then, whoever holds the socket could connect it to elsewhere
-        # once it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
-        error = self._socket.connect_ex(self._left[0][1])
-        if error == errno.EALREADY:
+        outcome = self._outcome(self._socket)
+        if outcome == errno.EALREADY:
             return
-        if error:
-            self._failed(error)
+        if outcome:
+            self._failed(outcome)
             self._next()
         else:
             self._succeeded()

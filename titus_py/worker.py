@@ -158,14 +158,16 @@ def _serve(
         connection = SSL.Connection(terms.sites[vhost].context, peer)  # type: ignore[arg-type]
         _shake_hands(connection, peer, deadline)
         _acknowledge(peer)
-        make(terms.narrowing)
         report.set(
             state=State.ESTABLISHED,
             tls_version=connection.get_protocol_version_name(),
             cipher_suite=connection.get_cipher_name() or "",
             group=connection.get_group_name() or "",
         )
-        backend = _reach_backend(parent, vhost)
+        # It is the parent that connects. Meanwhile: give up what only the handshake needed.
+        parent.send(Dial(vhost).encode())
+        make(terms.narrowing)
+        backend = _take_backend(parent)
     except _Over as over:
         if over.farewell is not None:
             _turn_away(peer, over.farewell)
@@ -246,9 +248,8 @@ def _await(peer: SocketType, events: int, deadline: float) -> None:
         raise _Over(End.HANDSHAKE_TIMEOUT)
 
 
-def _reach_backend(parent: SocketType, vhost: int) -> SocketType:
-    """Have the parent connect: a worker cannot open a socket."""
-    parent.send(Dial(vhost).encode())
+def _take_backend(parent: SocketType) -> SocketType:
+    """What the parent has connected to."""
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
