@@ -252,9 +252,9 @@ def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
 
 def _reference(arguments: argparse.Namespace) -> int:
     # Imported here: keyd itself has no use for certificates.
-    from keyd.certificates import load_leaf, refer_to
+    from keyd.certificates import load_chain, refer_to
 
-    _, reference = refer_to(load_leaf(arguments.certificate), arguments.certificate)
+    _, reference = refer_to(load_chain(arguments.certificate)[0], arguments.certificate)
     sys.stdout.write(reference)
     return 0
 

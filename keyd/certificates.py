@@ -9,12 +9,21 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.reference import UnsupportedKey, key_id, reference_pem
 
-__all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_leaf", "refer_to"]
+__all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_chain", "refer_to"]
 
+#: What the library has against a certificate: some of it only once it is asked for a part.
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 #: Certificates that end sooner than this are warned of.
 EXPIRY_WARNING = datetime.timedelta(days=21)
 
@@ -40,6 +49,8 @@ class Findings(NamedTuple):
 
     mistakes: list[Problem]
     warnings: list[Problem]
+    #: PEM: the certificates of the file, and nothing else that it may hold.
+    chain: str | None = None
     key_id: str | None = None
     reference: str | None = None
     subject: str = ""
@@ -51,18 +62,18 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     """Hold certificate and key against each other and against the clock."""
     mistakes: list[Problem] = []
     warnings: list[Problem] = []
-    key = leaf = None
+    key = None
     if files.key is not None:
         try:
             key = load_private_key(files.key, files.passphrase_file)
         except UnusableKey as error:
             mistakes.append(Problem(error.field, error.reason))
     try:
-        leaf = load_leaf(files.certificate)
+        chain = load_chain(files.certificate)
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
-    if leaf is None:
         return Findings(mistakes, warnings)
+    leaf = chain[0]
     identity = reference = None
     try:
         identity, reference = refer_to(leaf, files.certificate)
@@ -84,21 +95,24 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     return Findings(
         mistakes,
         warnings,
+        "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in chain),
         identity.hex() if identity is not None else None,
         reference,
-        leaf.subject.rfc4514_string(),
+        _subject(leaf),
         _names(leaf),
         ends.isoformat(),
     )
 
 
-def load_leaf(path: str) -> x509.Certificate:
-    """The first certificate of a file; raises UnusableKey."""
+def load_chain(path: str) -> list[x509.Certificate]:
+    """The certificates of a file, at least one; raises UnusableKey."""
     pem = read(path, "certificate")
     try:
-        return x509.load_pem_x509_certificates(pem)[0]
-    except ValueError:
-        raise UnusableKey("certificate", f"{path} holds no PEM certificate") from None
+        return x509.load_pem_x509_certificates(pem)
+    except _UNREADABLE:
+        raise UnusableKey(
+            "certificate", f"{path} holds no PEM certificate, or a damaged one"
+        ) from None
 
 
 def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
@@ -113,14 +127,23 @@ def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
             )
         key = leaf.public_key()
         return key_id(key), reference_pem(key).decode()
-    except (UnsupportedAlgorithm, UnsupportedKey, ValueError) as error:
+    except UnsupportedKey as error:
         raise UnusableKey("certificate", f"{path} is for {error}") from None
+    except _UNREADABLE as error:
+        raise UnusableKey("certificate", f"{path}: its key cannot be used: {error}") from None
+
+
+def _subject(leaf: x509.Certificate) -> str:
+    try:
+        return leaf.subject.rfc4514_string()
+    except _UNREADABLE:
+        return ""
 
 
 def _names(leaf: x509.Certificate) -> tuple[str, ...]:
     try:
         extension = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_UNREADABLE):
         return ()
     names = extension.value
     return (

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, load, printable
+from titus_py.file_watch import FileWatch
 from titus_py.helper import CIPHER_CHECK, KEYD_CHECK, Helper, Unanswered
 
 __all__ = ["CertificateFacts", "Checked", "check", "check_main", "report"]
@@ -23,6 +24,7 @@ _TIMEOUT_SECONDS = 30.0
 class CertificateFacts(NamedTuple):
     """What is public about a certificate whose key was found to belong to it."""
 
+    chain: str  #: PEM: the certificate and the rest of its chain, and nothing else
     key_id: bytes  #: SHA-256 of the SubjectPublicKeyInfo, 32 octets
     reference: str  #: the reference file, PEM, that stands for the key (``keyd.reference``)
     subject: str  #: RFC 4514
@@ -34,13 +36,15 @@ class Checked(NamedTuple):
     """A configuration that can be served, or every mistake in it.
 
     ``configuration`` is None exactly if there are mistakes; if there are none, ``certificates``
-    has an entry for each virtual host's ``credential``.
+    has an entry for each virtual host's ``credential``. ``files`` are those that were read, as
+    they were before that: what has changed since is still news.
     """
 
     configuration: Configuration | None
     mistakes: list[Mistake]
     warnings: list[Mistake]
     certificates: dict[Credential, CertificateFacts]
+    files: FileWatch
 
 
 class _Problem(BaseModel):
@@ -51,6 +55,7 @@ class _Problem(BaseModel):
 class _Answer(BaseModel):
     mistakes: list[_Problem]
     warnings: list[_Problem]
+    chain: str | None
     key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     reference: str | None
     subject: str
@@ -64,10 +69,11 @@ class _Answer(BaseModel):
         return self
 
     def facts(self) -> CertificateFacts | None:
-        if self.mistakes or not (self.key_id and self.reference and self.not_after):
+        if self.mistakes or not (self.chain and self.key_id and self.reference and self.not_after):
             return None
         key_id = bytes.fromhex(self.key_id)
-        return CertificateFacts(key_id, self.reference, self.subject, self.names, self.not_after)
+        public = self.subject, self.names, self.not_after
+        return CertificateFacts(self.chain, key_id, self.reference, *public)
 
 
 _ANSWERS = TypeAdapter(list[_Answer])
@@ -88,6 +94,7 @@ def check(
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates = {}
+    files = FileWatch(path for credential in loaded.credentials for path in credential if path)
     try:
         answers = _ask(keyd_check, list(loaded.credentials), timeout)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
@@ -110,7 +117,7 @@ def check(
         except (Unanswered, ValidationError) as error:
             mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
     configuration = None if mistakes else loaded.configuration
-    return Checked(configuration, mistakes, warnings, certificates)
+    return Checked(configuration, mistakes, warnings, certificates, files)
 
 
 def report(checked: Checked) -> None:

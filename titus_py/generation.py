@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from keyd.linux.descriptors import send_descriptors
@@ -27,7 +26,6 @@ from titus_py.check import Checked
 from titus_py.confinement import KEYD_FD
 from titus_py.dialer import ResolvedAddress
 from titus_py.event_loop import Timer
-from titus_py.file_watch import FileWatch
 from titus_py.limits import Limits
 from titus_py.plan import Plan, VirtualHost
 
@@ -102,24 +100,18 @@ class Child:
 class Generation:
     """What a configuration came to when it was read, and the two processes that serve it.
 
-    Reads the certificates, and keeps their text: a parent that has to be started again
-    gets the same. Raises OSError where one cannot be read any more.
+    The certificates are as they were checked, whatever has become of the files since: these may
+    hold a private key as well, and are only ever read by keyd and ``keyd check``.
     """
 
-    def __init__(
-        self,
-        number: int,
-        checked: Checked,
-        filters: Mapping[str, str],
-        renewed: "Generation | None" = None,
-    ) -> None:
-        """``renewed`` is another of the same: what it has read is not read again."""
+    def __init__(self, number: int, checked: Checked, filters: Mapping[str, str]) -> None:
         if checked.configuration is None:
             raise ValueError("a configuration with mistakes")
         self.number = number
         self.checked = checked
         self.configuration = checked.configuration
         self.certificates = checked.certificates
+        self.files = checked.files
         self.keyd: Child | None = None
         self.parent: Child | None = None
         #: A keyd that is a service of its own, and not connected to yet.
@@ -145,26 +137,7 @@ class Generation:
         self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
         self.uids = range(0)
-        # With the state in which they were read: what has changed since is still news.
-        self.files: FileWatch = (
-            renewed.files
-            if renewed is not None
-            else FileWatch(
-                file
-                for vhost in self.configuration.vhost
-                for file in (vhost.certificate, vhost.key, vhost.passphrase_file)
-                if file is not None
-            )
-        )
         self._filters = filters
-        self.chains: Mapping[Path, str] = (
-            renewed.chains
-            if renewed is not None
-            else {
-                vhost.certificate: vhost.certificate.read_text()
-                for vhost in self.configuration.vhost
-            }
-        )
 
     @property
     def state(self) -> str:
@@ -258,7 +231,7 @@ class Generation:
             server_names=vhost.sni,
             local_address=vhost.local_address,
             local_port=vhost.local_port,
-            certificate_chain=self.chains[vhost.certificate],
+            certificate_chain=facts.chain,
             key_reference=facts.reference,
             key=facts.key_id.hex(),
             backend=str(vhost.backend),

@@ -269,10 +269,10 @@ class _Supervisor:
 
     # --- generations ------------------------------------------------------------
 
-    def _prepare(self, checked: Checked, renewed: Generation | None = None) -> Generation:
+    def _prepare(self, checked: Checked) -> Generation:
         """A generation that has not been started. Raises OSError."""
         number = self._generations[-1].number + 1 if self._generations else 1
-        generation = Generation(number, checked, self._filters, renewed)
+        generation = Generation(number, checked, self._filters)
         _prepare_chroot(generation.configuration.worker.chroot)
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
@@ -465,7 +465,7 @@ class _Supervisor:
         self._event("keys_changed", level="warning", action="reloading")
         self._reload()
 
-    def _take_reread(self, checked: Checked | None, renewed: Generation | None = None) -> None:
+    def _take_reread(self, checked: Checked | None) -> None:
         """A good configuration takes over; a bad one changes nothing."""
         if self._stops:
             return
@@ -475,7 +475,7 @@ class _Supervisor:
             return
         wanted = [table.address for table in checked.configuration.listen]
         try:
-            generation = self._prepare(checked, renewed)
+            generation = self._prepare(checked)
             if self._free_uids(generation) is None:
                 raise _NoUids
             added = listen(
@@ -515,7 +515,7 @@ class _Supervisor:
             return
         if not self._reloading:
             self._reloading = self._renewing = True
-            self._take_reread(generation.checked, generation)
+            self._take_reread(generation.checked)
         else:
             parent = generation.parent
             self._loop.after(_START_SECONDS, lambda: self._end_crippled(generation, parent))

@@ -30,6 +30,7 @@ from .certificates import KINDS
 from .conftest import Certificates, Serve
 from .instance import Instance, eventually
 from .peers import Listener, TlsClient
+from .service import reload
 
 PAGE = mmap.PAGESIZE
 
@@ -136,6 +137,30 @@ def test_key_is_in_keyd_and_nowhere_else(
     after = assert_only_keyd_holds(sought, instance)
     assert after[Role.WORKER] <= 4
     assert one_of_each(after)
+
+
+def test_a_key_beside_its_certificate_is_in_keyd_and_nowhere_else(
+    serve: Serve, echoing: Listener, certificates: Certificates, tmp_path: Path
+) -> None:
+    """One file for both, as other servers want it."""
+    issued = certificates("RSA-2048")
+    key = load_pem_private_key(issued.key.read_bytes(), None)
+    assert isinstance(key, PrivateKey)
+    both = tmp_path / "both.pem"
+    both.touch(mode=0o600)
+    # And a comment that is no UTF-8.
+    comment = b"subject=/O=M\xfcller\n"
+    both.write_bytes(comment + issued.certificate.read_bytes() + issued.key.read_bytes())
+    instance = serve(echoing.address, vhost=[{"certificate": both, "key": both}])
+    assert reload(instance)["reloaded"]
+    with TlsClient(instance.port, authority=issued.authority) as client:
+        client.handshake().send(b"something")
+        assert client.receive_exactly(9) == b"something"
+        eventually(
+            lambda: [one.role for one in instance_processes(instance.pid)].count(Role.KEYD) == 1,
+            "the first generation has ended",
+        )
+        assert one_of_each(assert_only_keyd_holds(needles(key), instance))
 
 
 def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:

@@ -1,8 +1,10 @@
 """Certificates and keys held against each other, by the real ``keyd check``."""
 
+import base64
 import datetime
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ _IN_SERVICE = (sys.executable, "-I", "-m", "keyd", "--help")
 KEYD_IS_INSTALLED = not subprocess.run(_IN_SERVICE, capture_output=True).returncode
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+_SIGNS = x509.KeyUsage(True, *[False] * 8)
 
 LISTEN = '[[listen]]\naddress = "[::]:443"\n'
 
@@ -71,6 +75,7 @@ def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> Non
             ),
             critical=False,
         )
+        .add_extension(_SIGNS, critical=True)
         .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
     )
     path.write_bytes(certificate.public_bytes(Encoding.PEM))
@@ -166,7 +171,63 @@ def test_no_reference_for_what_is_no_certificate(tmp_path: Path) -> None:
     path = tmp_path / "site.crt"
     assert refused(path) == f"keyd: {path}: No such file or directory\n"
     path.write_text("no certificate\n")
-    assert refused(path) == f"keyd: {path} holds no PEM certificate\n"
+    assert refused(path) == f"keyd: {path} holds no PEM certificate, or a damaged one\n"
+
+
+#: What is changed in a certificate's DER, and whether it is still of use.
+DAMAGE = {
+    "version": (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", False),
+    "two of an extension": (b"\x55\x1d\x0f", b"\x55\x1d\x11", True),
+    "subject": (b"\x0c\x0fwww.", b"\x0c\x0f\xff\xff\xff.", True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_certificate_hides_no_other_mistake(
+    tmp_path: Path, keys: dict[str, Key], damage: str
+) -> None:
+    """What the library finds wrong, some of it late, concerns this one file."""
+    old, new, usable = DAMAGE[damage]
+    write_certificate(tmp_path / "good.crt", keys["ec"])
+    certificate = x509.load_pem_x509_certificate((tmp_path / "good.crt").read_bytes())
+    der = certificate.public_bytes(Encoding.DER)
+    assert old in der
+    lines = textwrap.wrap(base64.b64encode(der.replace(old, new)).decode(), 64)
+    text = "\n".join(["-----BEGIN CERTIFICATE-----", *lines, "-----END CERTIFICATE-----", ""])
+    (tmp_path / "site.crt").write_text(text)
+    write_key(tmp_path / "site.key", keys["ec"])
+    other = tmp_path / "other"
+    other.mkdir()
+    write_certificate(other / "site.crt", keys["ec"])
+    write_key(other / "site.key", keys["rsa"])
+    result = checked(tmp_path, vhost(tmp_path, "a.example") + vhost(other, "b.example"))
+    found = {mistake.key: mistake.reason for mistake in result.mistakes}
+    assert f"{other / 'site.key'} is not the key" in found.pop("vhost[1].key")
+    if usable:
+        assert not found
+        [facts] = result.certificates.values()
+        assert facts.chain == text
+    else:
+        assert "or a damaged one" in found.pop("vhost[0].certificate")
+        assert not found
+
+
+def test_what_else_a_certificates_file_holds_is_left_there(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    """A private key above all, but also what OpenSSL would stumble over."""
+    for name, kind in (("leaf", "ec"), ("issuer", "rsa")):
+        write_certificate(tmp_path / f"{name}.crt", keys[kind])
+    write_key(tmp_path / "site.key", keys["ec"])
+    leaf, issuer, key = (
+        (tmp_path / name).read_bytes() for name in ("leaf.crt", "issuer.crt", "site.key")
+    )
+    strange = b"subject=/O=M\xfcller\n\0 "
+    (tmp_path / "site.crt").write_bytes(strange + leaf + key + b"\n" + strange + issuer)
+    result = checked(tmp_path)
+    assert not result.mistakes
+    [facts] = result.certificates.values()
+    assert facts.chain.encode() == leaf + issuer
 
 
 @pytest.mark.parametrize(
@@ -217,8 +278,8 @@ def test_options_are_named_as_options(tmp_path: Path, keys: dict[str, Key]) -> N
         ("print('{')", "not an answer: "),
         ("print('[]')", "0 answers to 1 questions"),
         (
-            "print('[{\"mistakes\": [], \"warnings\": [], \"key_id\": null, \"reference\": null,"
-            " \"subject\": \"\", \"names\": [], \"not_after\": null}]')",
+            "print('[{\"mistakes\": [], \"warnings\": [], \"chain\": null, \"key_id\": null,"
+            " \"reference\": null, \"subject\": \"\", \"names\": [], \"not_after\": null}]')",
             "neither mistakes nor facts",
         ),
     ],
