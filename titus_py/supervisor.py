@@ -84,6 +84,7 @@ _ORDER_VHOSTS = 1000
 _NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations"})
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
 _EVENT_OCTETS = 64 * 1024
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
@@ -205,6 +206,9 @@ class _Supervisor:
         self._look_at_files()
         while self._exit_code is None:
             self._loop.run_once()
+        # As Python ends, it gives signals back what they do by default: another one would kill.
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if self._control is not None:
             self._control.close()
         self._event("stop", code=self._exit_code)
@@ -225,7 +229,7 @@ class _Supervisor:
                 elif number == signal.SIGHUP:
                     self._reload()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
         self._loop.watch(ours.fileno(), hear)
 
@@ -523,7 +527,9 @@ class _Supervisor:
     def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
         """Nothing has replaced it: end its parent, whose end is followed by a new start."""
         crippled = generation.crippled and not generation.retired
-        if crippled and parent is not None and parent is generation.parent:
+        if self._stops or self._renewing or not crippled:
+            return
+        if parent is not None and parent is generation.parent:
             parent.kill()
 
     def _reload_failed(self, problems: list[str]) -> None:

@@ -134,7 +134,7 @@ def test_one_that_is_killed_during_a_reload_is_replaced(
         slow = Path({str(slow)!r})
         if slow.exists():
             slow.unlink()
-            time.sleep(1)
+            time.sleep(3)
             if {outcome == "reload_failed"}:
                 sys.exit("no luck")
         """)

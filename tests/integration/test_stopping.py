@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import prctl
@@ -30,6 +31,21 @@ def test_an_idle_instance_stops_at_once(
     assert time.monotonic() - started < 3
     assert instance.wait_for_event("stopping")["reason"] == number.name
     assert instance.wait_for_event("stop")["code"] == 0
+    instance.assert_nothing_is_left()
+
+
+@BOTH
+def test_who_insists_does_not_change_how_it_ends(
+    serve: Serve, echoing: Listener, number: signal.Signals
+) -> None:
+    """Python, as it ends, would let a signal kill: there is time for many."""
+    instance = serve(echoing.address)
+    code = None
+    while code is None:
+        os.kill(instance.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            code = instance.wait(0.001)
+    assert code == 0
     instance.assert_nothing_is_left()
 
 
