@@ -588,13 +588,11 @@ class Parent:
         last one went, unless there are too few left for that.
         """
         left = len(self._spares) + len(self._forming)
-        if left <= self._plan.spare_workers // 4:
+        if left > self._plan.spare_workers // 2 or not self._may_fork():
+            return
+        if self._waiting or left <= self._plan.spare_workers // 4:
             self._fork_spares()
-        elif (
-            left <= self._plan.spare_workers // 2
-            and self._spares_timer is None
-            and self._may_fork()
-        ):
+        elif self._spares_timer is None:
             self._spares_timer = self._loop.after(_SPARES_SECONDS, self._fork_spares)
 
     def _fork_spares(self) -> None:

@@ -81,8 +81,8 @@ class Uids(Table):
         default=16,
         ge=1,
         le=10_000,
-        description="How many workers wait, confined, for a client to come. Once half of them are "
-        "taken, as many as are missing are made.",
+        description="How many workers wait, confined, for a client to come: at most; others are "
+        "made once half of them are taken.",
     )
     uids: UidRange = Field(
         default=range(200_000, 265_536),
