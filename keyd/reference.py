@@ -5,11 +5,13 @@ holds nothing secret: the public key and its SHA-256, PEM-like:
 
     -----BEGIN KEYD KEY REFERENCE-----
     base64 of: version(1) type(1) key(32) and then, each with a two-octet length,
-               RSA, RSA-PSS:  n, e      unsigned, most significant octet first
+               RSA:           n, e      unsigned, most significant octet first
                EC:            curve     OpenSSL's name of the group
                               point     uncompressed (SEC 1 §2.3.3)
                Ed25519:       key       RFC 8032 §5.1.5
     -----END KEYD KEY REFERENCE-----
+
+The provider also knows RSA-PSS (as RSA), which is not written here: see ``certificates``.
 """
 
 import base64

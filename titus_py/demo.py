@@ -46,6 +46,7 @@ _COLUMNS = 80
 _GREETING = b"Hello from a backend that speaks plain HTTP.\n"
 _REQUEST_SECONDS = 20.0
 _SETTLE_SECONDS = 3.0
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: The kernel's own pages in every process, some of which cannot be read.
 _KERNEL_PAGES = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]")
 
@@ -91,8 +92,7 @@ def demo() -> int:
         return 1
     console = Console(highlight=False)
     console.width = min(console.width, _COLUMNS)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    _hear_interrupts()
     try:
         with ExitStack() as stack:
             _show(console, stack)
@@ -113,10 +113,11 @@ def _show(console: Console, stack: ExitStack) -> None:
     """The demo, start to end; raises _Failed, OSError."""
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="titus-py-demo-")))
     backend = stack.enter_context(_Backend.running())
-    instance = TitusInstance(directory, backend.address, "RSA-2048", ["localhost"])
-    stack.callback(instance.stop)
-    # Undone in reverse: from here on, whatever ends the demo, its end is not interrupted.
-    stack.callback(_ignore_interrupts)
+    with _interrupts_later():
+        instance = TitusInstance(directory, backend.address, "RSA-2048", ["localhost"])
+        stack.callback(instance.stop)
+        # Undone in reverse: from here on, whatever ends the demo, its end is not interrupted.
+        stack.callback(_ignore_interrupts)
     instance.wait_until_listening()
 
     url = f"https://localhost:{instance.port}/"
@@ -196,8 +197,27 @@ class _Greeter(BaseHTTPRequestHandler):
         del format
 
 
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Not by ignoring or blocking them: what is started meanwhile would inherit that."""
+    noted: list[int] = []
+    for number in _INTERRUPTS:
+        signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield
+    finally:
+        _hear_interrupts()
+    if noted:
+        raise KeyboardInterrupt
+
+
+def _hear_interrupts() -> None:
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.default_int_handler)
+
+
 def _ignore_interrupts() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
 
 

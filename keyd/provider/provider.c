@@ -16,7 +16,7 @@
 
 #define VERSION "1"
 #define DEFAULT_TIMEOUT_MS 10000
-#define MAX_TIMEOUT_MS 3600000
+#define MAX_TIMEOUT_MS 86400000
 
 /* What shows in an error line, and all of it that some applications show. */
 static const OSSL_ITEM reasons[] = {
@@ -104,7 +104,7 @@ static const char *configure(struct provider *provider, OSSL_FUNC_core_get_param
         memcpy(provider->address.sun_path, path, length + 1);
     }
     if (timeout != NULL && (provider->timeout_ms = decimal(timeout, 1, MAX_TIMEOUT_MS)) < 0)
-        return "timeout_ms is not within 1 to 3600000";
+        return "timeout_ms is not within 1 to 86400000";
     return NULL;
 }
 

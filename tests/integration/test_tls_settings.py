@@ -225,3 +225,12 @@ def test_an_sslv3_style_alert_of_the_client_ends_only_its_own_connection(
         client.send(b"ping")
         assert client.receive_exactly(4) == b"ping"
         assert alert_in(client.received) is None
+
+
+def test_the_longest_times_that_can_be_set(serve: Serve, echoing: Listener) -> None:
+    worker = dict.fromkeys(["handshake_timeout", "connect_timeout", "drain"], "24h")
+    limits = dict.fromkeys(["idle_timeout", "lifetime"], "24h")
+    instance = serve(echoing.address, worker=worker, limits=limits)
+    with TlsClient(instance.port).handshake() as client:
+        client.send(b"x")
+        assert client.receive_exactly(1) == b"x"
