@@ -231,7 +231,8 @@ class Credentials(Table):
     """The part of [[vhost]] that names what it shows to clients."""
 
     certificate: File = Field(
-        description="The certificate in PEM, followed by the rest of its chain."
+        description="The certificate in PEM, followed by the rest of its chain. What else the file "
+        "holds (the key, perhaps) is not looked at."
     )
     key: File | None = Field(
         default=None,
