@@ -486,7 +486,7 @@ def test_a_late_answer_is_not_taken_for_the_next(
         ("socket = /" + 108 * "x", "empty or too long"),
         ("timeout_ms = 0", "not within 1 to"),
         ("timeout_ms = 10s", "not within 1 to"),
-        ("timeout_ms = 3600001", "not within 1 to"),
+        ("timeout_ms = 86400001", "not within 1 to"),
     ],
 )
 def test_a_mistaken_configuration(
