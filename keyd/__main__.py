@@ -18,6 +18,7 @@ import prctl
 from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
+from keyd.linux.credentials import forbid_core_dumps, hide_memory
 from keyd.linux.process import open_standard_streams
 from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
@@ -37,6 +38,9 @@ _THREADS = (os.cpu_count() or 1) + 1
 def main() -> int:
     """Run the command that ``sys.argv`` asks for; returns its exit code."""
     open_standard_streams()
+    # Before any key is read, whatever the command.
+    forbid_core_dumps()
+    hide_memory()
     arguments = _parser().parse_args()
     try:
         code: int = arguments.run(arguments)

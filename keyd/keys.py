@@ -33,6 +33,8 @@ def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
         # One line, as `openssl -passin file:` has it; the newline is not part of it.
         text = read(passphrase_file, "passphrase_file")
         passphrase = text.split(b"\n", 1)[0].rstrip(b"\r")
+        if not passphrase:
+            raise UnusableKey("passphrase_file", f"{passphrase_file}: its first line is empty")
     pem = read(path, "key")
     try:
         key = load_pem_private_key(pem, passphrase)

@@ -2,6 +2,10 @@
 
 import base64
 import datetime
+import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -109,6 +113,33 @@ def test_the_facts_of_a_good_certificate(tmp_path: Path, keys: dict[str, Key], k
     assert facts.names == ("www.example.org", "*.example.org")
     days = (facts.not_after - datetime.datetime.now(datetime.UTC)).days
     assert days in (89, 90)
+
+
+@pytest.mark.parametrize(
+    ("program", "dumps"), [(("-m", "keyd", "check"), False), (("-c", "open(input())"), True)]
+)
+def test_no_core_is_left_of_a_check(tmp_path: Path, program: tuple[str, ...], dumps: bool) -> None:
+    """It has read keys when somebody at a terminal presses Ctrl-backslash."""
+    waits = tmp_path / "waits"
+    os.mkfifo(waits)
+    question = [{"certificate": str(waits), "key": None}] if not dumps else str(waits)
+    child = subprocess.Popen(
+        [sys.executable, *program],
+        stdin=subprocess.PIPE,
+        env={"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2),
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(question).encode() if not dumps else f"{waits}\n".encode())
+    child.stdin.close()
+    # It has come to this file: nothing is written to it.
+    with waits.open("w"):
+        child.send_signal(signal.SIGQUIT)
+        _, status = os.waitpid(child.pid, 0)
+    child.returncode = status
+    assert os.WIFSIGNALED(status)
+    assert os.WCOREDUMP(status) is dumps
 
 
 def test_one_question_for_the_same_files_and_all_who_use_them_named(
@@ -231,7 +262,8 @@ def test_what_else_a_certificates_file_holds_is_left_there(
 
 
 @pytest.mark.parametrize(
-    ("given", "field"), [(None, "key"), ("wrong", "passphrase_file"), ("right", None)]
+    ("given", "field"),
+    [(None, "key"), ("wrong", "passphrase_file"), ("", "passphrase_file"), ("right", None)],
 )
 def test_encrypted_keys(
     tmp_path: Path, keys: dict[str, Key], given: str | None, field: str | None

@@ -1,6 +1,7 @@
 """The configuration file: what it gives, and how each mistake in it is named."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -621,3 +622,22 @@ def test_only_who_may_needs_pydantic() -> None:
         check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     ).stdout.split()  # fmt: skip
     assert not {"pydantic", "dataclasses", "unicodedata", "inspect"} & set(names)
+
+
+KEY_TEXT = (
+    "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASC\n-----END PRIVATE KEY-----\n"
+)
+
+
+@pytest.mark.parametrize("key", ["key", "certificate", "passphrase_file"])
+@pytest.mark.parametrize("text", [KEY_TEXT, KEY_TEXT.replace("\n", " "), "two\nlines"])
+def test_what_a_file_holds_in_the_place_of_its_path_is_not_repeated(
+    load_text: Load, key: str, text: str
+) -> None:
+    """It would be in every log."""
+    tables = {"certificate": "site.crt", "key": "site.key", "backend": "127.0.0.1:80"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in (tables | {key: text}).items()]
+    loaded = load_text("\n".join(["[[listen]]", 'address = ":443"', "[[vhost]]", *lines]))
+    [mistake] = [one for one in loaded.mistakes if one.key == f"vhost[0].{key}"]
+    assert "not what the file holds" in mistake.reason
+    assert not any(line in str(mistake) for line in text.splitlines())

@@ -151,6 +151,12 @@ def _directory(info: ValidationInfo) -> Path:
 def _path(value: object, info: ValidationInfo) -> Path:
     """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
     text = _text(value)
+    if "\n" in text or "-----BEGIN" in text:
+        # Not repeated: every log would have it.
+        raise ValueError(
+            "expected a path, not what the file holds (if this is a private key, it has been in "
+            "this file, and in the memory of a process that is to have none: replace it)"
+        )
     if text.startswith("credential:"):
         return _credential_path(text.removeprefix("credential:"))
     if not text or "\0" in text:
