@@ -22,6 +22,8 @@ _REQUEST_OCTETS = 4096
 _ANSWER_OCTETS = 4 * 1024 * 1024
 _MAX_CLIENTS = 16
 _BACKLOG = 128
+#: How soon to look again for clients when there was no descriptor for one.
+_PAUSE_SECONDS = 0.5
 
 Answer = Callable[[dict[str, object]], None]
 
@@ -54,26 +56,37 @@ class Control:
         finally:
             os.umask(mask)
         self._listener.listen(_BACKLOG)
-        loop.watch(self._listener.fileno(), self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.watch(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
-        self._loop.unwatch(self._listener.fileno())
+        """At the end: nothing is watched any more."""
         self._listener.close()
         self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             client, _ = self._listener.accept()
-            client.setblocking(False)
-            if len(self._clients) >= _MAX_CLIENTS:
-                # In favour of who asks, against who only waits.
-                if not self._silent:
-                    client.close()
-                    return
-                self._drop(next(iter(self._silent)))
-            self._clients.add(client)
-            self._silent[client] = None
-            self._loop.watch(client.fileno(), lambda: self._hear(client))
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # No descriptor left: the client stays in the queue, and would wake us for ever.
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.after(_PAUSE_SECONDS, self._listen)
+            return
+        client.setblocking(False)
+        if len(self._clients) >= _MAX_CLIENTS:
+            # In favour of who asks, against who only waits.
+            if not self._silent:
+                client.close()
+                return
+            self._drop(next(iter(self._silent)))
+        self._clients.add(client)
+        self._silent[client] = None
+        self._loop.watch(client.fileno(), lambda: self._hear(client))
 
     def _hear(self, client: socket.socket) -> None:
         try:

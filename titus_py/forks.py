@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
+from keyd.linux.process import how_ended
 from titus_py.confinement import MAX_ORDERS
 from titus_py.event_loop import EventLoop
 from titus_py.messages import FORKED_OCTETS, Fork, Forked, Ready
@@ -136,8 +137,4 @@ class Forks:
         finished, self._finishing = self._finishing, True
         code = self._process.wait()
         if not finished:
-            self._lost(f"exited with {code}" if code >= 0 else _killed_by(-code))
-
-
-def _killed_by(number: int) -> str:
-    return f"killed by {signal.Signals(number).name}"
+            self._lost(how_ended(code))

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keyd.linux.descriptors import send_descriptors
+from keyd.linux.process import how_ended
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py import configuration
@@ -94,7 +95,7 @@ class Child:
             self._drop_order()
         os.close(self.pidfd)
         self.socket.close()
-        return f"exited with {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return how_ended(code)
 
 
 class Generation:

@@ -31,6 +31,7 @@ from keyd.linux.credentials import (
     keep_capabilities,
 )
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
+from keyd.linux.process import how_ended
 from keyd.linux.sealed import read_all
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal, Status
 from keyd.protocol import Malformed as MalformedByKeyd
@@ -774,7 +775,9 @@ class Parent:
             # It may have gone in the meantime; then its end is on record already.
             with suppress(OSError):
                 if backend is None:
-                    worker.socket.send(messages.BACKEND_FAILED + reason.encode()[:255])
+                    worker.socket.send(
+                        messages.BACKEND_FAILED + reason.encode(errors="replace")[:255]
+                    )
                 else:
                     give(worker.socket, messages.BACKEND, [backend])
             if backend is None:
@@ -857,8 +860,8 @@ class Parent:
 def _how(status: os.waitid_result) -> str:
     """How a process ended, or nothing where it exited as it should."""
     if status.si_code == os.CLD_EXITED:
-        return f"exited with {status.si_status}" if status.si_status else ""
-    return f"killed by {signal.Signals(status.si_status).name}"
+        return how_ended(status.si_status) if status.si_status else ""
+    return how_ended(-status.si_status)
 
 
 def _plain(address: str) -> str:

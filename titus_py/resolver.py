@@ -15,10 +15,13 @@ __all__ = ["Resolver", "resolve"]
 
 #: getaddrinfo(3) does not tell how long an answer holds.
 _INTERVAL_SECONDS = 30.0
+#: How many of a backend's addresses are of use. Whoever answers for its name decides how many
+#: there are, and all of them go into one message.
+_MAX_ADDRESSES = 64
 
 
 def resolve(backend: Address) -> tuple[ResolvedAddress, ...]:
-    """All addresses of a backend, in getaddrinfo(3)'s order; blocks; raises OSError."""
+    """The addresses of a backend, in getaddrinfo(3)'s order; blocks; raises OSError."""
     match backend:
         case UnixAddress(path):
             return ((socket.AF_UNIX, path),)
@@ -27,13 +30,12 @@ def resolve(backend: Address) -> tuple[ResolvedAddress, ...]:
         case NameAddress(name, port):
             found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
             # A family that is not built in makes for addresses of another shape.
-            return tuple(
-                dict.fromkeys(
-                    (family, address)
-                    for family, _, _, _, address in found
-                    if isinstance(address[0], str)
-                )
+            different = dict.fromkeys(
+                (family, address)
+                for family, _, _, _, address in found
+                if isinstance(address[0], str)
             )
+            return tuple(different)[:_MAX_ADDRESSES]
 
 
 class Resolver:

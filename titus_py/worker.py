@@ -252,7 +252,7 @@ def _take_backend(parent: SocketType) -> SocketType:
     """What the parent has connected to."""
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
-        raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode())
+        raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
     return SocketType(fileno=descriptors[0])
 
 

@@ -5,6 +5,7 @@ programs that an administrator or a service manager starts.
 """
 
 import os
+import signal
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ __all__ = [
     "Child",
     "clone",
     "encode",
+    "how_ended",
     "make",
     "open_standard_streams",
     "why_failed",
@@ -90,6 +92,16 @@ def why_failed(child: Child, calls: Sequence[Call]) -> str:
     if child.failed < 0:
         return ""
     return f"{calls[child.failed].name}: {os.strerror(child.error)}"
+
+
+def how_ended(code: int) -> str:
+    """What a process ended with, in words; ``code`` is negative for the number of a signal."""
+    if code >= 0:
+        return f"exited with {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time one
+        return f"killed by signal {-code}"
 
 
 def open_standard_streams() -> None:

@@ -1,15 +1,18 @@
 """keyd, the parent or the supervisor killed, stuck, or short of processes."""
 
 import os
+import resource
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from OpenSSL import SSL
+
+from titus_py.control import control_path
 
 from .conftest import Serve
 from .instance import Instance, Process, all_processes, eventually
@@ -61,6 +64,54 @@ def test_a_killed_keyd_is_replaced_and_established_connections_go_on(
         assert talk(client)
     assert instance.settled_counts() == before
     assert len(instance.events_named("parent_started")) == 1
+
+
+@pytest.mark.parametrize("which", ["keyd", "parent", "fork server"])
+def test_a_signal_without_a_name_ends_nobody_else(
+    serve: Serve, echoing: Listener, which: str
+) -> None:
+    """SIGRTMIN and its like."""
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"keyd_died", "parent_died", "fork_server_died"}
+    which_one = {
+        "keyd": instance.keyd, "parent": instance.parent, "fork server": instance.fork_server
+    }  # fmt: skip
+    os.kill(which_one[which]().pid, 40)
+    died = instance.wait_for_event(f"{which.replace(' ', '_')}_died")
+    assert died["how"] == "killed by signal 40"
+    eventually(lambda: serves_by_now(instance), "served again")
+
+
+def serves_by_now(instance: Instance) -> bool:
+    try:
+        return serves(instance)
+    except (*FAILS, ConnectionRefusedError):
+        return False
+
+
+def test_a_supervisor_without_a_descriptor_to_spare_goes_on(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    _, hard = resource.prlimit(instance.pid, resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir(f"/proc/{instance.pid}/fd"))
+    resource.prlimit(instance.pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
+    # Those numbers that are free below it are taken by clients that ask nothing.
+    with ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(asking(instance.pid))
+        instance.signal(signal.SIGHUP)
+        instance.wait_for_event("reload_failed")
+        assert serves(instance)
+        resource.prlimit(instance.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert status(instance)["pid"] == instance.pid
+    assert reload(instance)["reloaded"]
+
+
+def asking(pid: int) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.connect(str(control_path(pid)))
+    return client
 
 
 def test_a_client_that_comes_while_keyd_is_gone_is_served_by_the_next(

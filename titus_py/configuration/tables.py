@@ -128,7 +128,7 @@ class Limits(Table):
         default=None,
         description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: any.",
     )
-    connections_per_second: Annotated[Integer, Field(ge=1)] | None = Field(
+    connections_per_second: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = Field(
         default=None,
         description="How many new connections are taken in a second; the others are reset. "
         "Absent: any.",
