@@ -23,7 +23,7 @@ from keyd.linux.process import open_standard_streams
 from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.powers import PrivateKey, rehearse
-from keyd.protocol import Keys, Open, Operation, Refusal
+from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from keyd.system_calls import SERVING
@@ -44,7 +44,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         code: int = arguments.run(arguments)
-    except (UnusableKey, OSError, LookupError) as error:
+    except (UnusableKey, Malformed, OSError, LookupError) as error:
         print(f"keyd: {error}", file=sys.stderr)
         return 1
     return code
@@ -137,7 +137,7 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
             tell("operations", **operations)
 
     def ready() -> None:
-        tell("ready", keys=[key.hex() for key in keys], all_memory_locked=locked)
+        tell("ready", keys=fingerprint(keys), all_memory_locked=locked)
 
     keyd = Keyd(keys, tick)
     keyd.hear_parent(parent, gone=keyd.stop)
@@ -157,6 +157,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     close_inherited()
     notify = Notifier()
     keys = _load_some_encrypted(arguments)
+    introduction = Keys(tuple(keys)).encode()
     # Whoever connects here states the terms: that is for root alone.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
         program = _withdraw(arguments)
@@ -165,7 +166,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
         def accepted(parent: socket.socket) -> None:
             parent.setblocking(False)
             with suppress(OSError):
-                parent.send(Keys(tuple(keys)).encode())
+                parent.send(introduction)
             keyd.hear_parent(parent, gone=lambda: None)
 
         keyd.hear_listener(listener, accepted)

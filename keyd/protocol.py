@@ -22,8 +22,10 @@ ClientHello's legacy_version of a *decrypt* (RFC 5246 §7.4.7.1).
 """
 
 import enum
+import operator
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import NamedTuple
 
 __all__ = [
@@ -249,6 +251,12 @@ class Keys(NamedTuple):
                 keys[start : start + KEY_ID_OCTETS] for start in range(0, len(keys), KEY_ID_OCTETS)
             )
         )
+
+
+def fingerprint(keys: Iterable[bytes]) -> str:
+    """The same for the same keys, and as short for thousands: their ids, XORed, in hexadecimal."""
+    ids = (int.from_bytes(key, "big") for key in keys)
+    return reduce(operator.xor, ids, 0).to_bytes(KEY_ID_OCTETS, "big").hex()
 
 
 def _mask(operations: frozenset[Operation]) -> int:

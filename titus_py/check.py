@@ -86,7 +86,8 @@ def check(
     """Hold every certificate and key of a configuration against each other and the clock.
 
     Asks helpers, one of which may have been started ahead, and waits for each for up to
-    ``timeout`` seconds. Raises nothing: a helper that fails is a mistake too.
+    ``timeout`` seconds, and half a second more for each certificate. Raises nothing: a helper
+    that fails is a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     ciphers = _cipher_question(loaded)
@@ -96,7 +97,8 @@ def check(
     certificates = {}
     files = FileWatch(path for credential in loaded.credentials for path in credential if path)
     try:
-        answers = _ask(keyd_check, list(loaded.credentials), timeout)
+        # Each key is read, and the large ones are checked for a third of a second.
+        answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts
             also = f" (also {', '.join(others)})" if others else ""

@@ -26,7 +26,7 @@ from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.systemd import Notifier, passed_sockets
-from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
+from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed, fingerprint
 from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress, NameAddress, UnixAddress
 from titus_py.check import Checked
@@ -65,6 +65,8 @@ _FAILURES, _FAILURES_SECONDS = 3, 10.0
 _START_SECONDS = 60.0
 #: When to look once more for what a parent has left.
 _ORPHANS_SECONDS = 1.0
+#: How long reading the configuration and the files that it names may take.
+_READ_SECONDS = 300.0
 #: How long a child may say nothing at all before it is taken to hang: it says that it is
 #: alive every few seconds.
 _QUIET_SECONDS = 15.0
@@ -166,7 +168,6 @@ class _Supervisor:
         #: The reload that goes on is none: it replaces a generation by another of the same.
         self._renewing = False
         self._reload_asked_again = False
-        self._reread: Checked | None = None
         #: The generation that the reload is to end with, once it has been started.
         self._awaited: Generation | None = None
         #: Who waits for the outcome of a reload.
@@ -191,19 +192,19 @@ class _Supervisor:
             self._control = Control(self._loop, handlers)
         except OSError as error:
             self._event("no_control_socket", level="warning", reason=str(error))
-        generation = self._prepare(self._checked)
-        self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
-        self._generations.append(generation)
         try:
+            generation = self._prepare(self._checked)
+            self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
+            self._generations.append(generation)
             self._adopt(generation)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
             self._finish(1)
         else:
             self._start(generation)
-        self._look_after_children()
-        self._feed_watchdog()
-        self._look_at_files()
+            self._look_after_children()
+            self._feed_watchdog()
+            self._look_at_files()
         while self._exit_code is None:
             self._loop.run_once()
         # As Python ends, it gives signals back what they do by default: another one would kill.
@@ -216,21 +217,28 @@ class _Supervisor:
         return self._exit_code
 
     def _hear_signals(self) -> None:
-        """Signals, as octets on a socket (signal.set_wakeup_fd)."""
+        """Signals end the loop's wait by octets on a socket (signal.set_wakeup_fd)."""
         ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
+        for end in (ours, theirs):
+            end.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup = ours, theirs
+        # The socket only wakes: of many signals at once, it does not take an octet for each.
+        noted: deque[int] = deque()
 
         def hear() -> None:
-            for number in ours.recv(64):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    self._stop(signal.Signals(number).name)
-                elif number == signal.SIGHUP:
+            with suppress(BlockingIOError):
+                while ours.recv(4096):
+                    continue
+            while noted:
+                number = noted.popleft()
+                if number == signal.SIGHUP:
                     self._reload()
+                else:
+                    self._stop(signal.Signals(number).name)
 
         for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda number, _: noted.append(number))
         self._loop.watch(ours.fileno(), hear)
 
     def _stop(self, reason: str) -> None:
@@ -331,8 +339,13 @@ class _Supervisor:
             self._watch(generation, generation.parent)
             if generation.configuration.keyd.socket is not None:
                 self._connect_keyd(generation, generation.configuration.keyd.socket)
+                if generation is self._awaited and not self._renewing:
+                    self._loop.after(_START_SECONDS, lambda: self._abandon_keyless(generation))
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
+            if generation is self._awaited:
+                self._abandon(generation)
+                return
             self._fail()
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
 
@@ -353,19 +366,33 @@ class _Supervisor:
         parent = generation.parent
         if self._stops or generation.retired or parent is None:
             return
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        except OSError:
+            self._loop.after(_KEYD_SECONDS, lambda: self._connect_keyd(generation, path))
+            return
 
-        def again() -> None:
+        def again(reason: str) -> None:
             control.close()
+            if not generation.keyd_missed:
+                generation.keyd_missed = True
+                self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
             self._loop.after(_KEYD_SECONDS, lambda: self._connect_keyd(generation, path))
 
+        def stop_waiting() -> None:
+            self._loop.unwatch(control.fileno())
+            again(f"it has not said within {_QUIET_SECONDS:g} s which keys it has")
+
         def hear_keys() -> None:
+            patience.cancel()
             self._loop.unwatch(control.fileno())
             try:
                 keys = {key.hex() for key in Keys.decode(control.recv(MAX_KEYS_OCTETS)).keys}
-            except (OSError, Malformed) as error:
-                self._event("keyd_unreachable", level="error", socket=str(path), reason=str(error))
-                again()
+            except OSError as error:
+                again(error.strerror or str(error))
+                return
+            except Malformed as error:
+                again(f"it does not speak as keyd does: {error}")
                 return
             for missing in generation.key_ids - keys:
                 self._event("keyd_lacks_key", level="error", socket=str(path), key=missing)
@@ -382,12 +409,9 @@ class _Supervisor:
         try:
             control.connect(str(path))
         except OSError as error:
-            if not generation.keyd_missed:
-                generation.keyd_missed = True
-                reason = error.strerror
-                self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
-            again()
+            again(error.strerror or str(error))
         else:
+            patience = self._loop.after(_QUIET_SECONDS, stop_waiting)
             self._loop.watch(control.fileno(), hear_keys)
 
     def _free_uids(self, generation: Generation) -> range | None:
@@ -447,35 +471,52 @@ class _Supervisor:
         self._reloading = True
         self._event("reloading")
         self._notify.reloading()
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            self._reload_failed([f"it could not be read: {error.strerror}"])
+            return
+        found: list[Checked] = []
 
         def read() -> None:
             try:
-                self._reread = self._read_again()
+                found.append(self._read_again())
             finally:
                 os.close(theirs)
 
         def done() -> None:
+            too_late.cancel()
             self._loop.unwatch(ours)
             os.close(ours)
-            checked, self._reread = self._reread, None
-            self._take_reread(checked)
+            if found:
+                self._take_reread(found[0])
+            else:
+                self._reload_failed(["it could not be read: see the lines above"])
 
+        def give_up() -> None:
+            self._loop.unwatch(ours)
+            os.close(ours)
+            self._reload_failed([f"it could not be read within {_READ_SECONDS:g} s"])
+
+        too_late = self._loop.after(_READ_SECONDS, give_up)
         self._loop.watch(ours, done)
-        threading.Thread(target=read, daemon=True).start()
+        try:
+            threading.Thread(target=read, daemon=True).start()
+        except RuntimeError as error:  # of processes, there are as many as there may be
+            self._event("start_failed", level="error", reason=str(error))
+            os.close(theirs)
 
     def _reload_for_keys(self) -> None:
         """keyd was started again, and its keys are not what they were: nor may certificates be."""
         self._event("keys_changed", level="warning", action="reloading")
         self._reload()
 
-    def _take_reread(self, checked: Checked | None) -> None:
+    def _take_reread(self, checked: Checked) -> None:
         """A good configuration takes over; a bad one changes nothing."""
         if self._stops:
             return
-        if checked is None or checked.configuration is None:
-            problems = checked.mistakes if checked is not None else ["it could not be read"]
-            self._reload_failed([str(problem) for problem in problems])
+        if checked.configuration is None:
+            self._reload_failed([str(mistake) for mistake in checked.mistakes])
             return
         wanted = [table.address for table in checked.configuration.listen]
         try:
@@ -576,7 +617,17 @@ class _Supervisor:
             self._event("reloaded", generation=awaited.number)
             self._reload_ended({"reloaded": True, "generation": awaited.number})
 
-    def _abandon(self, generation: Generation) -> None:
+    def _abandon_keyless(self, generation: Generation) -> None:
+        """It was to have its keys from a keyd that has not been there all this time."""
+        if generation is self._awaited and generation.waits_for_keyd and not self._stops:
+            path = generation.configuration.keyd.socket
+            self._abandon(generation, f"keyd.socket: {path}: no keyd within {_START_SECONDS:g} s")
+
+    def _abandon(
+        self,
+        generation: Generation,
+        why: str = "keyd or the parent did not start: see the lines above",
+    ) -> None:
         """A new generation could not be started: the one before goes on serving."""
         self._end(generation)
         self._close_listeners(self._unwanted_listeners())
@@ -584,7 +635,7 @@ class _Supervisor:
             self._adopt(self._serving)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
-        self._reload_failed(["keyd or the parent did not start: see the lines above"])
+        self._reload_failed([why])
         if self._serving.ready:
             self._ready(self._serving)
 
@@ -627,7 +678,9 @@ class _Supervisor:
     def _watch(self, generation: Generation, child: Child | None) -> None:
         if child is None:
             return
-        child.patience = self._loop.after(_START_SECONDS, child.kill)
+        # keyd tries every key, and those of 4096 bits take it a third of a second each.
+        patience = _START_SECONDS + len(generation.certificates)
+        child.patience = self._loop.after(patience, child.kill)
         self._loop.watch(child.pidfd, lambda: self._bury(generation, child))
         self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
 
@@ -646,8 +699,16 @@ class _Supervisor:
                 child.socket.close()
                 return False
             child.last_heard = time.monotonic()
-            event = json.loads(message)
-            name = event.pop("event")
+            try:
+                event = json.loads(message)
+                name = event.pop("event")
+            except ValueError:
+                # Longer than it may be: not ours, or not what we think it is.
+                self._event("unintelligible", level="alarm", process=child.name, pid=child.pid)
+                child.kill()
+                for report in reports:
+                    os.close(report)
+                continue
             for report in reports:
                 name = complete_record(event, read_report(report))
                 os.close(report)
@@ -701,7 +762,7 @@ class _Supervisor:
             generation=generation.number,
             **event,
         )
-        if isinstance(keys, list) and set(keys) != generation.key_ids:
+        if keys is not None and keys != fingerprint(map(bytes.fromhex, generation.key_ids)):
             self._reload_for_keys()
         generation.starting.discard(child)
         if generation.ready:
@@ -783,7 +844,10 @@ class _Supervisor:
         """Have the numbers there, and nowhere else. Raises OSError."""
         if address == self._metrics_address:
             return
-        listener = listen_at(address) if address is not None else None
+        try:
+            listener = listen_at(address) if address is not None else None
+        except OSError as error:
+            raise OSError(f"metrics.address: {address}: {error.strerror or error}") from None
         if self._metrics_server is not None:
             self._metrics_server.close()
             self._metrics_server = None
@@ -953,5 +1017,11 @@ def _reap_orphans() -> None:
 
 
 def _prepare_chroot(directory: Path) -> None:
-    """Make the empty directory; ``check`` has looked at one that was there already."""
-    directory.mkdir(mode=0o555, parents=True, exist_ok=True)
+    """Make the empty directory; ``check`` has looked at one that was there already.
+
+    Raises OSError, which names the setting.
+    """
+    try:
+        directory.mkdir(mode=0o555, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"worker.chroot: {directory}: {error.strerror}") from None

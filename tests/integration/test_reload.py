@@ -474,6 +474,37 @@ def test_a_new_generation_that_does_not_start_is_abandoned(serve: Serve, echoing
         assert serves(instance, free)
 
 
+def test_an_empty_directory_that_cannot_be_made_is_named(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    edit(instance, lambda tables: tables["worker"].update(chroot="/proc/self/fdinfo/no/such"))
+    [problem] = problems(instance)
+    assert problem.startswith("worker.chroot: /proc/self/fdinfo/no/such: ")
+    assert serves(instance)
+
+
+def test_more_keys_than_a_message_holds_are_loaded(
+    serve: Serve, echoing: Listener, certificates: Certificates
+) -> None:
+    """What keyd says of them has one length, whatever their number."""
+    instance = serve(echoing.address)
+    issued = [certificates("P-256", f"n{number}.example") for number in range(1000)]
+    vhosts = [
+        {
+            "sni": [f"n{number}.example"],
+            "certificate": str(one.certificate),
+            "key": str(one.key),
+            "backend": echoing.address,
+        }
+        for number, one in enumerate(issued)
+    ]
+    edit(instance, lambda tables: tables["vhost"][0].update(sni=["localhost"]))
+    edit(instance, lambda tables: tables["vhost"].extend(vhosts))
+    assert reload(instance)["reloaded"]
+    last = issued[-1].authority
+    with TlsClient(instance.port, "n999.example", authority=last) as client:
+        assert talk(client.handshake())
+
+
 def test_a_keyd_that_dies_while_it_starts_is_no_reason_to_abandon_who_serves(
     serve: Serve, echoing: Listener
 ) -> None:

@@ -18,8 +18,13 @@ __all__ = [
     "never_matching",
     "never_received",
     "overlaps",
+    "too_many",
     "uid_mistakes",
 ]
+
+_MAX_VHOSTS = 4096
+#: With some room: an *open* holds 1,900 of their keys, the list of a keyd's keys 2,047.
+_MAX_CERTIFICATES = 1800
 
 _AnyTable = TypeVar("_AnyTable", bound=Table)
 
@@ -77,6 +82,16 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
                         f"vhost[{i}].{field}",
                         f"is not for this program to read: the keyd at {keyd.socket} has the keys",
                     )
+
+
+def too_many(tables: dict[str, Any], credentials: int, source: Source) -> Iterator[Mistake]:
+    """More than one message can name (``titus_py.messages``, ``keyd.protocol``)."""
+    vhosts = tables.get("vhost")
+    if isinstance(vhosts, list) and len(vhosts) > _MAX_VHOSTS:
+        yield source.mistake("vhost", f"more than {_MAX_VHOSTS} tables: split them among instances")
+    if credentials > _MAX_CERTIFICATES:
+        reason = f"more than {_MAX_CERTIFICATES} certificates: split them among instances"
+        yield source.mistake("vhost", reason)
 
 
 def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:

@@ -16,6 +16,7 @@ from titus_py.configuration.across_tables import (
     never_matching,
     never_received,
     overlaps,
+    too_many,
     uid_mistakes,
 )
 from titus_py.configuration.explained import explained
@@ -128,5 +129,6 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     credentials: dict[Credential, list[str]] = {}
     for i, table in each_valid(Credentials, tables, "vhost", source):
         credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
+    mistakes += too_many(tables, len(credentials), source)
     warnings = list(exposed_files(credentials, source))
     return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)
