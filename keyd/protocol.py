@@ -46,6 +46,7 @@ __all__ = [
     "Request",
     "SignatureScheme",
     "Status",
+    "fingerprint",
 ]
 
 VERSION = 1

@@ -22,7 +22,7 @@ from keyd.linux.process import how_ended
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py import configuration
-from titus_py.address import Address
+from titus_py.address import Address, IPAddress
 from titus_py.check import Checked
 from titus_py.confinement import KEYD_FD
 from titus_py.dialer import ResolvedAddress
@@ -134,6 +134,8 @@ class Generation:
         self.connections: dict[int, dict[str, Any]] = {}
         #: The latest that are over: what keyd says may come later than their end.
         self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
+        #: The listeners that were opened for it.
+        self.added: dict[IPAddress, socket.socket] = {}
         self.spares = 0
         self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.

@@ -65,8 +65,9 @@ _FAILURES, _FAILURES_SECONDS = 3, 10.0
 _START_SECONDS = 60.0
 #: When to look once more for what a parent has left.
 _ORPHANS_SECONDS = 1.0
-#: How long reading the configuration and the files that it names may take.
-_READ_SECONDS = 300.0
+#: How long reading the configuration and the files that it names may take: longer than
+#: checking the most certificates that there may be.
+_READ_SECONDS = 1000.0
 #: How long a child may say nothing at all before it is taken to hang: it says that it is
 #: alive every few seconds.
 _QUIET_SECONDS = 15.0
@@ -340,12 +341,15 @@ class _Supervisor:
             if generation.configuration.keyd.socket is not None:
                 self._connect_keyd(generation, generation.configuration.keyd.socket)
                 if generation is self._awaited and not self._renewing:
-                    self._loop.after(_START_SECONDS, lambda: self._abandon_keyless(generation))
+                    patience = _START_SECONDS + len(generation.certificates)
+                    self._loop.after(patience, lambda: self._abandon_keyless(generation))
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
-            if generation is self._awaited:
+            if generation is self._awaited and not generation.announced:
                 self._abandon(generation)
                 return
+            if generation.parent is None:
+                generation.uids = range(0)
             self._fail()
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
 
@@ -374,7 +378,7 @@ class _Supervisor:
 
         def again(reason: str) -> None:
             control.close()
-            if not generation.keyd_missed:
+            if not (generation.keyd_missed or generation.retired or generation.parent is None):
                 generation.keyd_missed = True
                 self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
             self._loop.after(_KEYD_SECONDS, lambda: self._connect_keyd(generation, path))
@@ -387,7 +391,11 @@ class _Supervisor:
             patience.cancel()
             self._loop.unwatch(control.fileno())
             try:
-                keys = {key.hex() for key in Keys.decode(control.recv(MAX_KEYS_OCTETS)).keys}
+                introduction = control.recv(MAX_KEYS_OCTETS)
+                if not introduction:
+                    again("it hung up without a word")
+                    return
+                keys = {key.hex() for key in Keys.decode(introduction).keys}
             except OSError as error:
                 again(error.strerror or str(error))
                 return
@@ -396,7 +404,11 @@ class _Supervisor:
                 return
             for missing in generation.key_ids - keys:
                 self._event("keyd_lacks_key", level="error", socket=str(path), key=missing)
-            self._order(parent, {"do": "use keyd"}, [control.fileno()])
+            try:
+                self._order(parent, {"do": "use keyd"}, [control.fileno()])
+            except OSError as error:
+                again(error.strerror or str(error))
+                return
             control.close()
             self._event("keyd_connected", socket=str(path), generation=generation.number)
             generation.keyd_missed = generation.waits_for_keyd = False
@@ -467,6 +479,10 @@ class _Supervisor:
             return
         if self._reloading:
             self._reload_asked_again = True
+            if self._renewing and self._awaited is not None and self._awaited.waits_for_keyd:
+                # It may say where keyd is: better than more of the same.
+                self._renewing = False
+                self._abandon_keyless(self._awaited)
             return
         self._reloading = True
         self._event("reloading")
@@ -540,6 +556,7 @@ class _Supervisor:
             self._reload_failed([str(error)])
             return
         self._listeners |= added
+        generation.added = added
         self._awaited = generation
         self._start(generation)
 
@@ -574,6 +591,8 @@ class _Supervisor:
             parent.kill()
 
     def _reload_failed(self, problems: list[str]) -> None:
+        if self._stops:
+            return
         for problem in problems:
             self._event("reload_failed", level="error", problem=problem)
         self._reload_ended({"reloaded": False, "problems": problems})
@@ -621,7 +640,9 @@ class _Supervisor:
         """It was to have its keys from a keyd that has not been there all this time."""
         if generation is self._awaited and generation.waits_for_keyd and not self._stops:
             path = generation.configuration.keyd.socket
-            self._abandon(generation, f"keyd.socket: {path}: no keyd within {_START_SECONDS:g} s")
+            self._abandon(
+                generation, f"keyd.socket: {path}: no keyd is there, or none that answers"
+            )
 
     def _abandon(
         self,
@@ -630,7 +651,8 @@ class _Supervisor:
     ) -> None:
         """A new generation could not be started: the one before goes on serving."""
         self._end(generation)
-        self._close_listeners(self._unwanted_listeners())
+        # Also where one that serves is wider: its clients would come to this one, unheard.
+        self._close_listeners(generation.added)
         try:
             self._adopt(self._serving)
         except OSError as error:
@@ -702,8 +724,8 @@ class _Supervisor:
             try:
                 event = json.loads(message)
                 name = event.pop("event")
-            except ValueError:
-                # Longer than it may be: not ours, or not what we think it is.
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                # Longer than it may be, or not ours.
                 self._event("unintelligible", level="alarm", process=child.name, pid=child.pid)
                 child.kill()
                 for report in reports:
@@ -712,6 +734,9 @@ class _Supervisor:
             for report in reports:
                 name = complete_record(event, read_report(report))
                 os.close(report)
+            if name == "connection_over" and not reports:
+                # There was no descriptor left for the report.
+                name = "connection_ended"
             if name == "ready":
                 self._started(generation, child, event)
             else:

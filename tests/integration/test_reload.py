@@ -474,6 +474,21 @@ def test_a_new_generation_that_does_not_start_is_abandoned(serve: Serve, echoing
         assert serves(instance, free)
 
 
+def test_an_abandoned_generation_leaves_no_narrower_address_behind(
+    serve: Serve, echoing: Listener
+) -> None:
+    """Clients would be given to it, and nobody would hear them."""
+    port = free_port()
+    instance = serve(echoing.address, listen=[{"address": f"0.0.0.0:{port}"}])
+    instance.expected_alarms |= {"keyd_died", "parent_died"}
+    edit(instance, lambda tables: tables["listen"][0].update(address=f"127.0.0.1:{port}"))
+    instance.signal(signal.SIGHUP)
+    keyd = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+    next(process for process in instance.processes() if process.pid == keyd).kill()
+    instance.wait_for_event("reload_failed")
+    assert all(serves(instance, port) for _ in range(3))
+
+
 def test_an_empty_directory_that_cannot_be_made_is_named(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     edit(instance, lambda tables: tables["worker"].update(chroot="/proc/self/fdinfo/no/such"))

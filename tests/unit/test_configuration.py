@@ -630,7 +630,7 @@ KEY_TEXT = (
 
 
 @pytest.mark.parametrize("key", ["key", "certificate", "passphrase_file"])
-@pytest.mark.parametrize("text", [KEY_TEXT, KEY_TEXT.replace("\n", " "), "two\nlines"])
+@pytest.mark.parametrize("text", [KEY_TEXT, KEY_TEXT.replace("\n", " ")])
 def test_what_a_file_holds_in_the_place_of_its_path_is_not_repeated(
     load_text: Load, key: str, text: str
 ) -> None:

@@ -23,8 +23,8 @@ __all__ = [
 ]
 
 _MAX_VHOSTS = 4096
-#: With some room: an *open* holds 1,900 of their keys, the list of a keyd's keys 2,047.
-_MAX_CERTIFICATES = 1800
+#: With some room: an *open* holds 1,900, the list of a keyd's keys 2,047.
+_MAX_KEYS = 1800
 
 _AnyTable = TypeVar("_AnyTable", bound=Table)
 
@@ -84,13 +84,16 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
                     )
 
 
-def too_many(tables: dict[str, Any], credentials: int, source: Source) -> Iterator[Mistake]:
+def too_many(
+    tables: dict[str, Any], credentials: Collection[Credential], source: Source
+) -> Iterator[Mistake]:
     """More than one message can name (``titus_py.messages``, ``keyd.protocol``)."""
+    keys = {credential.key or credential.certificate for credential in credentials}
     vhosts = tables.get("vhost")
     if isinstance(vhosts, list) and len(vhosts) > _MAX_VHOSTS:
         yield source.mistake("vhost", f"more than {_MAX_VHOSTS} tables: split them among instances")
-    if credentials > _MAX_CERTIFICATES:
-        reason = f"more than {_MAX_CERTIFICATES} certificates: split them among instances"
+    if len(keys) > _MAX_KEYS:
+        reason = f"more than {_MAX_KEYS} different keys: split them among instances"
         yield source.mistake("vhost", reason)
 
 

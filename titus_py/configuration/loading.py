@@ -129,6 +129,6 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     credentials: dict[Credential, list[str]] = {}
     for i, table in each_valid(Credentials, tables, "vhost", source):
         credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
-    mistakes += too_many(tables, len(credentials), source)
+    mistakes += too_many(tables, credentials, source)
     warnings = list(exposed_files(credentials, source))
     return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)

@@ -151,7 +151,7 @@ def _directory(info: ValidationInfo) -> Path:
 def _path(value: object, info: ValidationInfo) -> Path:
     """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
     text = _text(value)
-    if "\n" in text or "-----BEGIN" in text:
+    if "-----BEGIN" in text or ("\n" in text and "PRIVATE" in text):
         # Not repeated: every log would have it.
         raise ValueError(
             "expected a path, not what the file holds (if this is a private key, it has been in "
