@@ -40,6 +40,7 @@ _DIAL = struct.Struct("!cH")
 _FORK = struct.Struct("!cI")
 _FORKED = struct.Struct("!cII")
 _CLIENT = struct.Struct("!cQ")
+#: How many virtual hosts there may be: a client's message may name all of them.
 MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than the longest message, so that a longer one shows.

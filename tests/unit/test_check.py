@@ -122,7 +122,7 @@ def test_no_core_is_left_of_a_check(tmp_path: Path, program: tuple[str, ...], du
     """It has read keys when somebody at a terminal presses Ctrl-backslash."""
     waits = tmp_path / "waits"
     os.mkfifo(waits)
-    question = [{"certificate": str(waits), "key": None}] if not dumps else str(waits)
+    asked = f"{waits}\n" if dumps else json.dumps([{"certificate": str(waits), "key": None}])
     child = subprocess.Popen(
         [sys.executable, *program],
         stdin=subprocess.PIPE,
@@ -131,7 +131,7 @@ def test_no_core_is_left_of_a_check(tmp_path: Path, program: tuple[str, ...], du
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2),
     )
     assert child.stdin is not None
-    child.stdin.write(json.dumps(question).encode() if not dumps else f"{waits}\n".encode())
+    child.stdin.write(asked.encode())
     child.stdin.close()
     # It has come to this file: nothing is written to it.
     with waits.open("w"):

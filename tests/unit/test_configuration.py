@@ -641,3 +641,28 @@ def test_what_a_file_holds_in_the_place_of_its_path_is_not_repeated(
     [mistake] = [one for one in loaded.mistakes if one.key == f"vhost[0].{key}"]
     assert "not what the file holds" in mistake.reason
     assert not any(line in str(mistake) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("number", "said"), [(4096, []), (4097, ["more than 4096 tables"])])
+def test_more_virtual_hosts_than_a_message_names_are_a_mistake(
+    load_text: Load, number: int, said: list[str]
+) -> None:
+    loaded = load_text("[[vhost]]\n" * number)
+    reasons = [one.reason for one in loaded.mistakes if one.key == "vhost"]
+    assert [reason.partition(":")[0] for reason in reasons] == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(1800, []), (1801, ["more than 1800 different keys"])]
+)
+def test_more_keys_than_a_message_names_are_a_mistake(
+    load_text: Load, tmp_path: Path, number: int, said: list[str]
+) -> None:
+    tables = []
+    for file in ["site.crt", *(f"{key}.key" for key in range(number))]:
+        (tmp_path / file).touch(mode=0o600)
+    for key in range(number):
+        tables.append(f'[[vhost]]\ncertificate = "site.crt"\nkey = "{key}.key"\n')
+    loaded = load_text("".join(tables))
+    reasons = [one.reason for one in loaded.mistakes if one.key == "vhost"]
+    assert [reason.partition(":")[0] for reason in reasons] == said

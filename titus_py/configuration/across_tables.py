@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from titus_py.address import IPAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential, Keyd, KeydSocket, Match, Table, Uids
+from titus_py.messages import MAX_VHOSTS
 
 __all__ = [
     "each_valid",
@@ -22,7 +23,6 @@ __all__ = [
     "uid_mistakes",
 ]
 
-_MAX_VHOSTS = 4096
 #: With some room: an *open* holds 1,900, the list of a keyd's keys 2,047.
 _MAX_KEYS = 1800
 
@@ -90,8 +90,8 @@ def too_many(
     """More than one message can name (``titus_py.messages``, ``keyd.protocol``)."""
     keys = {credential.key or credential.certificate for credential in credentials}
     vhosts = tables.get("vhost")
-    if isinstance(vhosts, list) and len(vhosts) > _MAX_VHOSTS:
-        yield source.mistake("vhost", f"more than {_MAX_VHOSTS} tables: split them among instances")
+    if isinstance(vhosts, list) and len(vhosts) > MAX_VHOSTS:
+        yield source.mistake("vhost", f"more than {MAX_VHOSTS} tables: split them among instances")
     if len(keys) > _MAX_KEYS:
         reason = f"more than {_MAX_KEYS} different keys: split them among instances"
         yield source.mistake("vhost", reason)
