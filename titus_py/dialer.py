@@ -64,12 +64,13 @@ class Dialer:
             family, address = self._left[0]
             try:
                 attempt = self._socket or socket.socket(family, socket.SOCK_STREAM)
+                self._socket = attempt
+                attempt.setblocking(False)
+                # Python has objections of its own, which it raises.
+                outcome = attempt.connect_ex(address)
             except OSError as error:
                 self._failed(error.errno)
                 continue
-            self._socket = attempt
-            attempt.setblocking(False)
-            outcome = attempt.connect_ex(address)
             if outcome == errno.EAGAIN:
                 self._retry = self._loop.after(_RETRY_SECONDS, self._next)
                 return

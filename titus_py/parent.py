@@ -772,14 +772,17 @@ class Parent:
             )
 
         def done(backend: socket.socket | None, reason: str) -> None:
-            # It may have gone in the meantime; then its end is on record already.
-            with suppress(OSError):
+            try:
                 if backend is None:
                     worker.socket.send(
                         messages.BACKEND_FAILED + reason.encode(errors="replace")[:255]
                     )
                 else:
                     give(worker.socket, messages.BACKEND, [backend])
+            except OSError as error:
+                # It may have gone in the meantime; then its end is on record already.
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
+                    self._kill(worker, f"does not take its backend: {error.strerror}")
             if backend is None:
                 self._tell(
                     "backend_unavailable",

@@ -737,6 +737,7 @@ class _Supervisor:
             if name == "connection_over" and not reports:
                 # There was no descriptor left for the report.
                 name = "connection_ended"
+                event["end"] = event["end"] or "not known: no descriptor for its report"
             if name == "ready":
                 self._started(generation, child, event)
             else:

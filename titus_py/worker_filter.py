@@ -8,7 +8,7 @@ process, or makes memory executable; whatever is not listed kills the worker.
 import mmap
 import socket
 
-from keyd.linux.seccomp import Only, Rules
+from keyd.linux.seccomp import SET_MODE_FILTER, Only, Rules
 
 __all__ = ["ESTABLISHED", "HANDSHAKE"]
 
@@ -81,5 +81,5 @@ HANDSHAKE: Rules = {
         _option(socket.IPPROTO_TCP, socket.TCP_QUICKACK),
     ),
     # To put the second filter on. Filters only ever take away.
-    "seccomp": _ANYHOW,
+    "seccomp": ((Only(0, _ALL, SET_MODE_FILTER), Only(1, _ALL_64, 0)),),
 }

@@ -772,6 +772,26 @@ def allow_then_open(place: Place) -> None:
     read_file(place)
 
 
+def another_filter(place: Place) -> None:
+    """What the narrowing needed, and took away with itself."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF_0000))
+    call("seccomp", 1, 0, struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
+
+
+def notified(place: Place) -> None:
+    """SECCOMP_FILTER_FLAG_NEW_LISTENER: a descriptor that no other call would give."""
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF_0000))
+    call("seccomp", 1, 8, struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
+
+
+def not_blocking(place: Place) -> None:
+    call("ioctl", place.client, 0x5421, _TRUE)
+
+
+def low_water_mark(place: Place) -> None:
+    call("setsockopt", place.client, socket.SOL_SOCKET, socket.SO_RCVLOWAT, _TRUE, len(_TRUE))
+
+
 # --- the table ----------------------------------------------------------------------------
 
 Code = Callable[..., None]
@@ -928,6 +948,10 @@ ATTEMPTS = [
     ),
     Attempt("set another option of the socket", keep_alive, without={"filter": "done"}),
     Attempt("acknowledge at once, later", acknowledge, stages="e", without={"filter": "done"}),
+    Attempt("a filter, later", another_filter, stages="e", without={"filter": "done"}),
+    Attempt("a filter's listener", notified, without={"filter": "done"}),
+    Attempt("not to block, later", not_blocking, stages="e", without={"filter": "done"}),
+    Attempt("a low-water mark, later", low_water_mark, stages="e", without={"filter": "done"}),
     Attempt("pass a descriptor to the parent", pass_descriptors, without={"filter": "done"}),
     Attempt(
         "pass a descriptor to keyd", pass_descriptors_to_keyd,
