@@ -1,5 +1,8 @@
 """Backends that refuse, do not answer or die."""
 
+import itertools
+import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -146,3 +149,25 @@ def test_a_name_that_cannot_be_resolved_is_an_error_in_the_log_and_no_more(
     assert (event["backend"], event["level"]) == ("nobody.invalid:80", "error")
     reason, _ = is_reset_with_event(instance, "backend_unavailable")
     assert reason == "no address"
+
+
+def test_a_backend_that_cannot_be_handed_over_ends_the_connection(
+    serve: Serve, backend: Listener
+) -> None:
+    """The parent has a descriptor for the backend, and none to hand it over."""
+    instance = serve(backend.address)
+    instance.expected_alarms.add("fork_failed")
+    parent = instance.parent()
+    _, hard = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
+    with TlsClient(instance.port) as client:
+        instance.wait_for_event("connection_begun")
+        time.sleep(0.5)  # for spares that are forked in the place of this one
+        used = {int(number) for number in os.listdir(f"/proc/{parent.pid}/fd")}
+        free = next(number for number in itertools.count() if number not in used)
+        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (free + 1, hard))
+        try:
+            client.handshake()
+            ended = instance.wait_for_event("connection_ended")
+        finally:
+            resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert ended["end"] == "does not take its backend: Too many open files"
