@@ -2,7 +2,7 @@
 
 Runs as root until the keys are loaded, then as a user of its own in an empty
 root. Hears the parent (opening channels: trusted with the terms) and workers
-(requests: trusted with nothing). Never hears a byte from the network.
+(requests: trusted with nothing). Reads no network socket.
 
 Each of a few threads waits on the same epoll, takes one event and deals with it
 to the end, so that a slow RSA operation holds up nobody else's. A channel is armed

@@ -272,7 +272,8 @@ class VirtualHost(Credentials, Match):
     rsa_key_exchange: Boolean = Field(
         default=False,
         description="Also accept TLS 1.2's RSA key exchange, which is not forward-secret: "
-        "for clients that know nothing better.",
+        "for clients that know nothing better. An attacker who takes workers over can decrypt one "
+        "recorded session with each.",
     )
 
     @field_validator("max_version")
