@@ -185,13 +185,11 @@ def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
     """
     if not isinstance(key, rsa.RSAPrivateKey):
         raise NotTLS("an RSA key exchange with a key of another kind")
-    if len(ciphertext) * 8 != (key.key_size + 7) // 8 * 8:
-        raise NotTLS(f"a ciphertext of {len(ciphertext)} octets")
     substitute = secrets.token_bytes(PREMASTER_SECRET_OCTETS)
     try:
         secret = key.decrypt(ciphertext, padding.PKCS1v15())
     except ValueError:
-        # A number above the modulus: that much the sender knows already.
+        # Not as long as the modulus, or a number above it: that much the sender knows already.
         return substitute
     padded = secret.ljust(len(ciphertext), b"\0")
     good = hmac.compare_digest(padded[:2], parameter.to_bytes(2, "big"))

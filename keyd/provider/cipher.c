@@ -98,6 +98,7 @@ static int decrypt(void *context, unsigned char *secret, size_t *length, size_t 
 {
     const struct cipher *cipher = context;
     const struct provider *provider = cipher->provider;
+    static const unsigned char none[1];
     ssize_t got;
 
     if (cipher->padding != RSA_PKCS1_WITH_TLS_PADDING || cipher->client_version == 0) {
@@ -112,6 +113,14 @@ static int decrypt(void *context, unsigned char *secret, size_t *length, size_t 
     if (size < PREMASTER_SECRET_OCTETS) {
         RAISE(provider, REASON_UNSUPPORTED, "keyd: room for %zu octets, not 48", size);
         return 0;
+    }
+    /*
+     * A length that no request can have is as wrong as any but the modulus's: let keyd answer
+     * as it does to those, and the handshake go on as after bad padding.
+     */
+    if (encrypted_length < 1 || encrypted_length > MAX_PAYLOAD_OCTETS) {
+        encrypted = none;
+        encrypted_length = sizeof none;
     }
     got = ask_keyd(provider, OPERATION_DECRYPT, (uint16_t)cipher->client_version, cipher->key.id,
                    encrypted, encrypted_length, secret, PREMASTER_SECRET_OCTETS);

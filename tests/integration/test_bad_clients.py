@@ -9,14 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from OpenSSL import SSL
 
-from .conftest import Serve
+from .conftest import Certificates, Serve
 from .instance import Event, Instance
-from .peers import Listener, TlsClient, Truncated, alert_in, connect, echo, reset, served_by
+from .peers import Listener, TlsClient, Truncated, alert_in, connect, echo, receive_all, reset, served_by
 
 UNEXPECTED_MESSAGE, HANDSHAKE_FAILURE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 40, 47, 50
-UNRECOGNIZED_NAME = 112
+BAD_RECORD_MAC, UNRECOGNIZED_NAME = 20, 112
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def answer_to(instance: Instance, *pieces: bytes) -> tuple[bytes, Event]:
     return answer, instance.wait_for_event("handshake_failed", client=f"{name}:{port}")
 
 
-def record(content: bytes, kind: int = 22) -> bytes:
-    return bytes((kind, 3, 1)) + len(content).to_bytes(2, "big") + content
+def record(content: bytes, kind: int = 22, version: int = 1) -> bytes:
+    return bytes((kind, 3, version)) + len(content).to_bytes(2, "big") + content
 
 
 def still_serves(instance: Instance) -> bool:
@@ -376,3 +378,49 @@ def test_a_handshake_that_is_cut_off_is_an_error_to_the_client() -> None:
     theirs.close()
     with ours, pytest.raises((Truncated, BrokenPipeError)):
         TlsClient(0, source=ours).handshake()
+
+
+# --- the RSA key exchange --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rsa_key_exchange(
+    serve_all: Serve, certificates: Certificates, echoing: Listener
+) -> tuple[Instance, rsa.RSAPublicKey]:
+    issued = certificates("RSA-2048")
+    key = x509.load_pem_x509_certificate(issued.certificate.read_bytes()).public_key()
+    assert isinstance(key, rsa.RSAPublicKey)
+    vhost = {"certificate": issued.certificate, "key": issued.key, "rsa_key_exchange": True}
+    return serve_all(echoing.address, vhost=[vhost]), key
+
+
+def answer_to_secret(instance: Instance, ciphertext: bytes) -> tuple[int | None, str]:
+    """The alert, and what is logged, where a client sends this as its premaster secret."""
+    exchange = len(ciphertext).to_bytes(2, "big") + ciphertext
+    message = b"\x10" + len(exchange).to_bytes(3, "big") + exchange
+    with connect(instance.port) as client:
+        name, port = client.getsockname()
+        client.sendall(client_hello(ciphers="AES128-GCM-SHA256"))
+        answer = b""
+        while not answer.endswith(b"\x0e\0\0\0"):  # ServerHelloDone
+            answer += client.recv(65536)
+        # ChangeCipherSpec, and what would be a Finished.
+        flight = (message, 22), (b"\1", 20), (bytes(40), 22)
+        client.sendall(b"".join(record(*part, version=3) for part in flight))
+        alert = alert_in(receive_all(client))
+    event = instance.wait_for_event("handshake_failed", client=f"{name}:{port}")
+    return alert, event["detail"]
+
+
+def test_whatever_is_wrong_with_a_premaster_secret_only_the_finished_says_so(
+    rsa_key_exchange: tuple[Instance, rsa.RSAPublicKey],
+) -> None:
+    """RFC 5246 §7.4.7.1, also of the length: and it is no alarm, anybody can send it."""
+    instance, key = rsa_key_exchange
+    good = key.encrypt(b"\3\3" + bytes(46), padding.PKCS1v15())
+    bad = [bytes(length) for length in (0, 1, 48, 255, 256, 257, 1024, 1025, 2046)]
+    bad += [good[1:], good + b"\0", b"\0" + good, b"\xff" * 256]
+    expected = answer_to_secret(instance, good)
+    assert expected[0] == BAD_RECORD_MAC
+    for ciphertext in bad:
+        assert answer_to_secret(instance, ciphertext) == expected, len(ciphertext)

@@ -121,6 +121,21 @@ def test_a_decryption_request(harness: Harness, bad_keyd: Keyd, sites: dict[str,
     assert [Request.decode(request) for request in bad_keyd.requests] == [expected]
 
 
+@pytest.mark.parametrize("length", [0, 1025, 2046])
+def test_a_ciphertext_that_no_request_can_hold_is_one_of_another_length(
+    harness: Harness, bad_keyd: Keyd, sites: dict[str, Site], length: int
+) -> None:
+    """For keyd to answer, with a random secret: the handshake goes on (RFC 5246 §7.4.7.1)."""
+    secret = os.urandom(PREMASTER_SECRET_OCTETS)
+    bad_keyd.answer = lambda _: Reply(Status.DONE, secret).encode()
+    harness.load(sites["rsa"].reference.read_bytes())
+
+    assert harness.decrypt(bytes(length)) == f"ok {secret.hex()}"
+
+    expected = Request(Operation.DECRYPT, 0x0303, sites["rsa"].key_id, b"\0")
+    assert [Request.decode(request) for request in bad_keyd.requests] == [expected]
+
+
 @pytest.mark.parametrize(
     ("site_name", "command", "reason"),
     [
