@@ -5,6 +5,8 @@ that no other program needs to open a key to judge it. Files come from the
 administrator: trusted, but mistakes are to be named.
 """
 
+import base64
+import re
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -12,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from keyd.powers import PrivateKey
-from keyd.reference import UnsupportedKey, reference_pem
+from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
 
 __all__ = ["UnusableKey", "load_private_key", "read"]
 
@@ -46,21 +48,58 @@ def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
         ) from None
     except UnsupportedAlgorithm as error:
         raise UnusableKey("key", f"{path} is of an unsupported kind: {error}") from None
-    except ValueError:
+    except ValueError as error:
+        if reason := _why_unreadable(pem, str(error)):
+            raise UnusableKey("key", f"{path} {reason}") from None
         if passphrase is not None:
             reason = f"{passphrase_file} does not decrypt {path}, or {path} is damaged"
             raise UnusableKey("passphrase_file", reason) from None
-        raise UnusableKey("key", f"{path} holds no PEM private key") from None
+        raise UnusableKey("key", f"{path} holds a PEM private key that is damaged") from None
     if not isinstance(
         key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
     ):
-        reason = f"{path} is a {type(key).__name__}: RSA, EC and Ed25519 are served"
-        raise UnusableKey("key", reason)
+        raise UnusableKey("key", f"{path} is {kind_of_key(key)}: {SERVED_KEYS} are served")
     try:
         reference_pem(key.public_key())
     except UnsupportedKey as error:
         raise UnusableKey("key", f"{path} is {error}") from None
     return key
+
+
+def _why_unreadable(pem: bytes, said: str) -> str | None:
+    """What else than damage, or a wrong passphrase, keeps the library from reading this key."""
+    labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----", pem)]
+    private = next((label for label in labels if label.endswith("PRIVATE KEY")), None)
+    if private is None:
+        if labels:
+            return f"holds a {labels[0]}, and no private key"
+        if pem.startswith(b"\x30"):  # a SEQUENCE
+            return "is binary (DER), not PEM: convert it with 'openssl pkey -inform DER -out NEW'"
+        return "holds no PEM private key"
+    if private == "OPENSSH PRIVATE KEY":
+        return "is in OpenSSH's format: convert a copy of it with 'ssh-keygen -p -m PEM -f COPY'"
+    # Of two encodings, the two that the library says it of: PKCS #8, and OpenSSL's own before that.
+    if said.startswith(("Unknown key encryption algorithm", "Key encrypted with unknown cipher")):
+        return (
+            "is encrypted with a cipher that cannot be read here: encrypt it with AES, with "
+            "'openssl pkey -aes256 -out NEW'"
+        )
+    if private == "PRIVATE KEY" and _is_pkcs8_version_2(pem):
+        return (
+            "is in version 2 of PKCS #8, which holds the public key as well (RFC 5958 §2) and "
+            "cannot be read here: have it exported in version 1"
+        )
+    return None
+
+
+def _is_pkcs8_version_2(pem: bytes) -> bool:
+    """A SEQUENCE that begins with the INTEGER 1; it is 0 in version 1 (RFC 5208 §5)."""
+    base64_text = pem.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
+    try:
+        der = base64.b64decode(base64_text)
+    except ValueError:
+        return False
+    return re.match(rb"\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01\x01", der, re.DOTALL) is not None
 
 
 def read(path: str, field: str) -> bytes:

@@ -16,13 +16,16 @@ The provider also knows RSA-PSS (as RSA), which is not written here: see ``certi
 
 import base64
 import hashlib
+import re
 import struct
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-__all__ = ["UnsupportedKey", "key_id", "reference_pem"]
+__all__ = ["SERVED_KEYS", "UnsupportedKey", "key_id", "kind_of_key", "reference_pem"]
+
+SERVED_KEYS = "RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, and Ed25519"
 
 _VERSION = 1
 _RSA, _EC, _ED25519 = 1, 2, 3
@@ -31,6 +34,12 @@ _GROUP_NAMES = {"secp256r1": "prime256v1", "secp384r1": "secp384r1", "secp521r1"
 
 class UnsupportedKey(ValueError):
     """A key of a kind or size that keyd does not serve."""
+
+
+def kind_of_key(key: PublicKeyTypes | PrivateKeyTypes) -> str:
+    """As in ``an Ed448 key``: what the library calls it, in other words."""
+    kind = re.sub("(Public|Private)Key$", "", type(key).__name__)
+    return f"{'an' if kind[0] in 'AEIOX' else 'a'} {kind} key"
 
 
 def key_id(key: PublicKeyTypes) -> bytes:
@@ -65,7 +74,7 @@ def _fields(key: PublicKeyTypes) -> tuple[int, tuple[bytes, ...]]:
         return _EC, (group.encode(), point)
     if isinstance(key, ed25519.Ed25519PublicKey):
         return _ED25519, (key.public_bytes_raw(),)
-    raise UnsupportedKey(f"{type(key).__name__} (RSA, EC and Ed25519 are served)")
+    raise UnsupportedKey(f"{kind_of_key(key)} ({SERVED_KEYS} are served)")
 
 
 def _unsigned(number: int) -> bytes:

@@ -27,6 +27,7 @@ _BACKEND_FORMS = "127.0.0.1:8080, [::1]:8080, name:8080 or unix:/run/app.sock"
 _UNIX_PATH_OCTETS = 107
 
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*):(?P<port>[^:]*)", re.DOTALL)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _IP_CHARACTERS = re.compile(r"[0-9A-Fa-f:.]+")
 _INTERFACE = re.compile(r"(?![0-9]+\Z)[!-~]{1,15}")
@@ -182,6 +183,11 @@ def host_name(text: str) -> str:
 def _parse(text: str, forms: str) -> Address:
     if text.startswith("unix:"):
         return unix_address(text.removeprefix("unix:"))
+    if url := _URL.match(text):
+        raise ValueError(
+            f"{text!r} is a URL, and an address is without {url[0]} and without a path: "
+            f"expected {forms}"
+        )
     parts = _HOST_PORT.fullmatch(text)
     if parts is None:
         if text.count(":") > 1 and "[" not in text:

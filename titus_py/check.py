@@ -101,7 +101,7 @@ def check(
         answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts
-            also = f" (also {', '.join(others)})" if others else ""
+            also = f" (also {', '.join(map(source.reference, others))})" if others else ""
             for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
                 found += [
                     source.mistake(f"{first}.{problem.field}", problem.reason + also)

@@ -15,7 +15,17 @@ from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
 from .instance import Event, Instance
-from .peers import Listener, TlsClient, Truncated, alert_in, connect, echo, receive_all, reset, served_by
+from .peers import (
+    Listener,
+    TlsClient,
+    Truncated,
+    alert_in,
+    connect,
+    echo,
+    receive_all,
+    reset,
+    served_by,
+)
 
 UNEXPECTED_MESSAGE, HANDSHAKE_FAILURE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 40, 47, 50
 BAD_RECORD_MAC, UNRECOGNIZED_NAME = 20, 112

@@ -1,6 +1,7 @@
 """keyd as a service of its own: the proxy has no key, and either goes without the other."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -450,7 +451,8 @@ def mistakes(directory: Path, tables: dict[str, Any]) -> list[str]:
         [TITUS_PY, "check", "--config", file], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 2
-    return [line.removeprefix(f"{file}: ") for line in checked.stderr.splitlines()]
+    prefix = rf"{re.escape(str(file))}(:\d+)?: "
+    return [re.sub(prefix, "", line, count=1) for line in checked.stderr.splitlines()]
 
 
 def tables_with(certificate: Certificate, keyd: dict[str, Any], **vhost: Any) -> dict[str, Any]:
@@ -467,10 +469,11 @@ def test_either_keyd_has_the_keys_or_the_configuration(
     site = certificates()
     both = tables_with(site, {"socket": "/run/keyd.control"}, key=site.key)
     assert mistakes(tmp_path, both) == [
-        "vhost[0].key: is not for this program to read: the keyd at /run/keyd.control has the keys"
+        "vhost for any name: key: is not for this program to read: "
+        "the keyd at /run/keyd.control has the keys"
     ]
     neither = tables_with(site, {})
-    assert mistakes(tmp_path, neither) == ["vhost[0].key: is missing"]
+    assert mistakes(tmp_path, neither) == ["vhost for any name: key: is missing"]
 
 
 def test_a_credential_is_found_where_systemd_put_it(
@@ -507,7 +510,7 @@ def test_a_credential_that_is_not_there_is_a_mistake(
 ) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     (mistake,) = mistakes(tmp_path, tables_with(certificates(), {}, key=f"credential:{name}"))
-    assert mistake.startswith("vhost[0].key: ")
+    assert mistake.startswith("vhost for any name: key: ")
     assert mistake.endswith(reason)
 
 

@@ -65,6 +65,8 @@ def test_backend_addresses(text: str, address: object) -> None:
         ("[::1:80", "no address with a port"),
         ("[[::1]]:80", "no address with a port"),
         ("::1:8080", "in brackets"),
+        ("http://127.0.0.1:8080", "without http:// and without a path"),
+        ("https://www.example.org/", "without https:// and without a path"),
         ("[127.0.0.1]:80", "brackets are for IPv6"),
         ("127.0.0.1:", "a port from 1 to 65535"),
         ("127.0.0.1:0", "a port from 1 to 65535"),

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
 )
 from cryptography.x509.oid import NameOID
 
@@ -153,7 +154,7 @@ def test_one_question_for_the_same_files_and_all_who_use_them_named(
     assert mistake.key == "vhost[0].key"
     assert str(tmp_path / "site.key") in mistake.reason
     assert str(tmp_path / "site.crt") in mistake.reason
-    assert mistake.reason.endswith("(also vhost[1], vhost[2])")
+    assert mistake.reason.endswith('(also vhost "b.example" (line 8), vhost "c.example" (line 13))')
 
 
 def test_certificates_are_looked_at_whatever_else_is_wrong(
@@ -171,7 +172,10 @@ def test_certificates_are_looked_at_whatever_else_is_wrong(
 UNSERVED = {
     "rsa-pss": (["rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"], "bound to PSS (id-RSASSA-PSS)"),
     "brainpool": (["ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP256r1"], "EC key on brainpool"),
-    "ed448": (["ed448"], "Ed448PublicKey (RSA, EC and Ed25519 are served)"),
+    "ed448": (
+        ["ed448"],
+        "an Ed448 key (RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, ",
+    ),
     "small": (["rsa:1024"], "an RSA key of 1024 bits (2048 to 8192 are served)"),
 }
 
@@ -280,6 +284,73 @@ def test_encrypted_keys(
     assert len(result.certificates) == (field is None)
 
 
+#: Keys that no key can be read from, and the true reason.
+UNREADABLE = {
+    "camellia": "is encrypted with a cipher that cannot be read here: encrypt it with AES",
+    "aria": "is encrypted with a cipher that cannot be read here: encrypt it with AES",
+    "traditional": "is encrypted with a cipher that cannot be read here: encrypt it with AES",
+    "version 2": "is in version 2 of PKCS #8, which holds the public key as well",
+    "openssh": "is in OpenSSH's format: convert a copy of it with 'ssh-keygen",
+    "der": "is binary (DER), not PEM: convert it with 'openssl pkey -inform DER",
+    "public": "holds a PUBLIC KEY, and no private key",
+    "certificate": "holds a CERTIFICATE, and no private key",
+    "text": "holds no PEM private key",
+    "damaged": "holds a PEM private key that is damaged",
+    "x25519": "is an X25519 key: RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, and "
+    "Ed25519 are served",
+}
+
+
+def unreadable(kind: str, keys: dict[str, Key], directory: Path) -> bytes:
+    def openssl(*arguments: str) -> bytes:
+        command = ["openssl", *arguments]
+        return subprocess.run(command, input=pem, capture_output=True, check=True).stdout
+
+    key = keys["ec"]
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    if kind in ("camellia", "aria"):
+        return openssl("pkcs8", "-topk8", "-v2", f"{kind}-256-cbc", "-passout", "pass:right")
+    if kind == "traditional":
+        return openssl("ec", "-camellia256", "-passout", "pass:right")
+    if kind == "version 2":  # as in RFC 8410 §10.3, but without attributes
+        ed25519_key = keys["ed25519"]
+        assert isinstance(ed25519_key, ed25519.Ed25519PrivateKey)
+        secret, public = (
+            ed25519_key.private_bytes_raw(),
+            ed25519_key.public_key().public_bytes_raw(),
+        )
+        body = (
+            bytes.fromhex("020101 3005 0603 2b6570 0422 0420") + secret + b"\x81\x21\x00" + public
+        )
+        text = base64.b64encode(b"\x30" + bytes([len(body)]) + body)
+        return b"-----BEGIN PRIVATE KEY-----\n" + text + b"\n-----END PRIVATE KEY-----\n"
+    if kind == "certificate":
+        return (directory / "site.crt").read_bytes()
+    if kind == "x25519":
+        return openssl("genpkey", "-algorithm", "x25519")
+    return {
+        "openssh": key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
+        "der": key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+        "public": key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "text": b"no key\n",
+        "damaged": pem.replace(b"M", b"N", 1),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_why_a_key_cannot_be_read(tmp_path: Path, keys: dict[str, Key], kind: str) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"])
+    (tmp_path / "site.key").touch(mode=0o600)
+    (tmp_path / "site.key").write_bytes(unreadable(kind, keys, tmp_path))
+    (tmp_path / "pass").touch(mode=0o600)
+    (tmp_path / "pass").write_text("right\n")
+    encrypted = kind in ("camellia", "aria", "traditional")
+    more = f'passphrase_file = "{tmp_path}/pass"\n' if encrypted else ""
+    (mistake,) = checked(tmp_path, vhost(tmp_path, "www.example.org", more)).mistakes
+    assert mistake.key == "vhost[0].key"
+    assert mistake.reason.startswith(f"{tmp_path}/site.key {UNREADABLE[kind]}")
+
+
 @pytest.mark.parametrize(("days", "age"), [(-1, 30), (20, 30), (90, -1)])
 def test_certificates_out_of_date_are_warned_of(
     tmp_path: Path, keys: dict[str, Key], days: int, age: int
@@ -368,7 +439,7 @@ def test_the_command(
     assert check_main(path) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{path}: configuration is fine\n"
-    assert printed.err.startswith(f"warning: {path}: vhost[0].certificate: ")
+    assert printed.err.startswith(f'warning: {path}:5: vhost "a.example": certificate: ')
 
     write_key(tmp_path / "site.key", keys["rsa"])
     path.write_text("typo = 1\n" + LISTEN + vhost(tmp_path, "a.example"))
@@ -376,4 +447,8 @@ def test_the_command(
     printed = capsys.readouterr()
     assert printed.out == ""
     mistakes = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
-    assert [line.split(": ")[1] for line in mistakes] == ["typo", "vhost[0].key"]
+    assert [line.removeprefix(f"{path}:").split(": /")[0] for line in mistakes] == [
+        "1: typo: unknown key: known here are worker, limits, keyd, log, metrics, service, listen, "
+        "vhost",
+        '7: vhost "a.example": key',
+    ]

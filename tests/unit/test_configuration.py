@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from titus_py.configuration import (
     Worker,
     from_options,
     load,
+    toml,
 )
 from titus_py.configuration.loading import _validated as validated
 from titus_py.configuration.values import _duration as duration
@@ -57,7 +59,8 @@ def load_text(tmp_path: Path) -> Load:
 def told(loaded: Loaded) -> list[str]:
     """The mistakes as they are printed, without the file."""
     assert (loaded.configuration is None) == bool(loaded.mistakes)
-    return [str(mistake).removeprefix(f"{loaded.source.file}: ") for mistake in loaded.mistakes]
+    file = re.escape(loaded.source.file)
+    return [re.sub(rf"^{file}(:\d+)?: ", "", str(mistake)) for mistake in loaded.mistakes]
 
 
 def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load) -> None:
@@ -228,11 +231,11 @@ def test_every_key_is_described() -> None:
         ('[keyd]\nuser = "a; b"\n', 'keyd.user: "a; b" is no user name'),
         ("[keyd]\nuser = 1.5\n", "keyd.user: expected a user's name or number, not 1.5"),
         # [[listen]]
-        ('[[listen]]\naddress = "x:443"\n', "listen[1].address: 'x' is a name"),
-        ("[[listen]]\naddress = 443\n", "listen[1].address: expected a string, not 443"),
-        ("[[listen]]\n", "listen[1].address: is missing"),
-        ('[[listen]]\naddress = "0.0.0.0:443"\n', "listen[1].address: 0.0.0.0:443 overlaps "
-         "listen[0].address, [::]:443: only one can be bound"),
+        ('[[listen]]\naddress = "x:443"\n', 'listen "x:443": address: \'x\' is a name'),
+        ("[[listen]]\naddress = 443\n", "listen: address: expected a string, not 443"),
+        ("[[listen]]\n", "listen: address: is missing"),
+        ('[[listen]]\naddress = "0.0.0.0:443"\n', 'listen "0.0.0.0:443": address: 0.0.0.0:443 '
+         'overlaps listen "[::]:443": address (line 2), [::]:443: only one can be bound'),
     ],
 )  # fmt: skip
 def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
@@ -246,35 +249,47 @@ def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ('sni = "www.example.org"', "vhost[0].sni: expected a list of names"),
-        ("sni = []", "vhost[0].sni: an empty list matches nothing"),
-        ("sni = [3]", "vhost[0].sni: expected a string, not 3"),
-        ('sni = ["*"]', 'vhost[0].sni: "*" is no name: leave sni out'),
+        ('sni = "www.example.org"', "sni: expected a list of names"),
+        ("sni = []", "sni: an empty list matches nothing"),
+        ("sni = [3]", "sni: expected a string, not 3"),
+        ('sni = ["*"]', 'sni: "*" is no name: leave sni out'),
         ('sni = ["w*.example.org"]', "a wildcard stands for one whole label at the front"),
         ('sni = ["*.*.example.org"]', "a wildcard stands for one whole label at the front"),
         ('sni = ["*."]', "no host name"),
         ('sni = ["192.0.2.5"]', "is an IP address or a slip in one"),
         ('sni = ["*.münchen.de"]', "write 'xn--mnchen-3ya.de'"),
-        ('local_address = "::"', "vhost[0].local_address: :: is every address: leave"),
+        ('local_address = "::"', "local_address: :: is every address: leave"),
         ('local_address = "localhost"', "expected an IPv4 or IPv6 address, not 'localhost'"),
-        ("local_port = 65536", "vhost[0].local_port: expected 65535 or less"),
-        ("local_port = 80", "vhost[0].local_port: can never match: nothing listens on port 80"),
-        ('passphrase_file = "no"', "vhost[0].passphrase_file: {directory}/no: no such file"),
-        ('passphrase_file = "."', "vhost[0].passphrase_file: {directory}: is a directory"),
+        ("local_port = 65536", "local_port: expected 65535 or less"),
+        (
+            "local_port = 80",
+            "local_port: can never match: nothing listens on port 80",
+        ),
+        (
+            'passphrase_file = "no"',
+            "passphrase_file: {directory}/no: no such file",
+        ),
+        (
+            'passphrase_file = "."',
+            "passphrase_file: {directory}: is a directory",
+        ),
         ('passphrase_file = "/dev/null"', "/dev/null: is no file"),
-        ('passphrase_file = ""', 'vhost[0].passphrase_file: expected a path, not ""'),
-        ('passphrase_file = "a\\u0000b"', "vhost[0].passphrase_file: expected a path"),
+        ('passphrase_file = ""', 'passphrase_file: expected a path, not ""'),
+        ('passphrase_file = "a\\u0000b"', "passphrase_file: expected a path"),
         ('min_version = "TLSv1.1"', 'expected "TLSv1.2" or "TLSv1.3", not "TLSv1.1"'),
         (
             'min_version = "TLSv1.3"\nmax_version = "TLSv1.2"',
-            "vhost[0].max_version: TLSv1.2 is below min_version, TLSv1.3",
+            "max_version: TLSv1.2 is below min_version, TLSv1.3",
         ),
         (
             'min_version = "TLSv1.3"\nrsa_key_exchange = true',
-            "vhost[0].rsa_key_exchange: TLS 1.3 has no RSA key exchange",
+            "rsa_key_exchange: TLS 1.3 has no RSA key exchange",
         ),
-        ("rsa_key_exchange = 1", "vhost[0].rsa_key_exchange: expected true or false, not 1"),
-        ('ciphers = ""', "vhost[0].ciphers: expected an OpenSSL cipher list"),
+        (
+            "rsa_key_exchange = 1",
+            "rsa_key_exchange: expected true or false, not 1",
+        ),
+        ('ciphers = ""', "ciphers: expected an OpenSSL cipher list"),
         ('ciphersuites = "TLS_AES_128"', "did you mean TLS_AES_128_GCM_SHA256?"),
         ('ciphersuites = "DES"', '"DES" is no TLS 1.3 suite (TLS_AES_256_GCM_SHA384,'),
     ],
@@ -282,6 +297,7 @@ def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
 def test_one_mistake_in_a_virtual_host(load_text: Load, text: str, mistake: str) -> None:
     loaded = load_text(LISTEN + VHOST + text + "\n")
     (line,) = told(loaded)
+    assert line.startswith("vhost")
     assert mistake.replace("{directory}", str(loaded.source.directory)) in line
 
 
@@ -336,20 +352,137 @@ def test_at_least_one_of_each(load_text: Load, key: str) -> None:
 @pytest.mark.parametrize(
     ("content", "mistake"),
     [
-        (b"a = 1\nb = = 2\n", "line 2, column 5: not valid TOML: Invalid value"),
-        (b"[worker]\n[worker]\n", "line 2, column 8: not valid TOML: Cannot declare"),
-        (b"a = ", "end of document: not valid TOML: Invalid value"),
-        (b"a = 1\nb = '\xff'\n", "line 2: is not UTF-8 text"),
-        (b"a = " + b"9" * 5000, "not valid TOML: an integer too long to read"),
-        (b"a = " + b"[" * 100_000, "not valid TOML: arrays or tables nested too deeply"),
-        (b"#" * 4_194_305, "is longer than 4194304 octets"),
+        (b"a = 1\nb = = 2\n", ':2: not valid TOML: expected "text in quotes", a whole number'),
+        (b"[worker]\n[worker]\n", ":2: not valid TOML: this table is there already; of those"),
+        (b"[[vhost]]\n[vhost]\n", ":2: not valid TOML: this table is there already; of those"),
+        (b"a = 1\na = 1\n", ":2: not valid TOML: this is there already"),
+        (b"a = ", ':1: not valid TOML: expected "text in quotes"'),
+        (b"a = 1\nkey = /etc/x.key\n", ':2: not valid TOML: expected "text in quotes"'),
+        (b"a = 1\nb = 127.0.0.1:80\n", ":2: not valid TOML: something follows the value: is it"),
+        # each kind of string without its end, whatever follows it
+        (b'a = 1\nb = "x\nc = 1\n', ":2: not valid TOML: a string has no closing quote"),
+        (b"a = 1\nb = 'x\nc = 1\n", ":2: not valid TOML: a string has no closing quote"),
+        (b"a = 1\nb = 'x\nc = 'y'\n", ":2: not valid TOML: a string has no closing quote"),
+        (b'a = 1\nb = "x', ":2: not valid TOML: a string has no closing quote"),
+        (b'a = 1\nb = """x\n\n"\nc = 1\n', ":2: not valid TOML: a string has no closing quote"),
+        (b"a = 1\nb = '''x\n\n'\nc = 1\n", ":2: not valid TOML: a string has no closing quote"),
+        (b'a = "C:\\x"\n', ":1: not valid TOML: a backslash"),
+        (
+            b'b = 1\na = ["x" "y"]\n',
+            ":2: not valid TOML: a list has no closing bracket",
+        ),
+        (b"listen: 1\n", ":1: not valid TOML: expected key = value"),
+        (b"a = 1\nb = '\xff'\n", ":2: is not UTF-8 text"),
+        ("a = 1".encode("utf-16"), ":1: is not UTF-8 text"),
+        (b"a = " + b"9" * 5000, ": not valid TOML: an integer too long to read"),
+        (b"a = " + b"[" * 100_000, ": not valid TOML: arrays or tables nested too deeply"),
+        (b"#" * 4_194_305, ": is longer than 4194304 octets"),
     ],
 )
 def test_files_that_are_no_toml(tmp_path: Path, content: bytes, mistake: str) -> None:
     path = tmp_path / "titus.toml"
     path.write_bytes(content)
-    (line,) = told(load(path))
-    assert line.startswith(mistake)
+    loaded = load(path)
+    assert loaded.configuration is None
+    (line,) = map(str, loaded.mistakes)
+    assert line.startswith(f"{path}{mistake}")
+
+
+def test_a_byte_order_mark_is_no_mistake(load_text: Load) -> None:
+    loaded = load_text("\ufeff" + LISTEN + VHOST + "typo = 1\n")
+    assert [(mistake.key, mistake.line) for mistake in loaded.mistakes] == [("vhost[0].typo", 7)]
+
+
+def test_each_mistake_has_its_line_and_its_host(load_text: Load) -> None:
+    """Also where the key is not there, and below strings and lists that look like headings."""
+    loaded = load_text(
+        """
+        [worker]
+        uids = \"\"\"
+        [[vhost]]
+        \\"\\"\\" "\"\"\"
+        require = [ # ]
+            "landlock]",
+            'speculation',
+        ]
+        [[listen]]  # [[listen]]
+        address = "127.0.0.1"
+        [[vhost]]
+        sni = ["www.example.org", "example.org"]
+        certificate = "site.crt"
+        key = "site.key"
+        backend = "127.0.0.1:80"
+        typo = 1
+        [[ vhost ]]
+        certificate = "no.crt"
+        key = "site.key"
+        [metrics]
+        "address" = 3
+        """
+    )
+    found = [str(mistake).removeprefix(f"{loaded.source.file}:") for mistake in loaded.mistakes]
+    assert sorted(re.match(r"(?:[^:]*: ){2}(?:[a-z]+ ?)*", text)[0].strip() for text in found) == [
+        '11: listen "127.0.0.1": address',
+        '17: vhost "www.example.org": typo',
+        "18: vhost for any name: backend",
+        "19: vhost for any name: certificate",
+        "22: metrics.address: expected a string",
+        "3: worker.uids: expected a range of uids such as",
+        "6: worker.require[0]: expected",
+    ]
+
+
+_keys = st.text(alphabet="abc", min_size=1, max_size=3)
+_strings = st.text(alphabet="a\"'[]{}#=,. \\\n", max_size=12)
+
+
+def _string(text: str, kind: str) -> str:
+    """In one of TOML's four forms, or in the one that can hold anything."""
+    if kind == "'''" and kind not in text and not text.endswith("'"):
+        return f"'''\n{text}'''"
+    if kind == "'" and not set("'\n") & set(text):
+        return f"'{text}'"
+    if kind == '"""':
+        text = text.replace("\\", r"\\").replace('"""', r"\"\"\"")
+        return f'"""\n{text}"""' if not text.endswith('"') else f'"""\n{text[:-1]}\\""""'
+    return json.dumps(text)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            _keys,
+            st.lists(
+                st.tuples(
+                    _keys, st.lists(_strings, min_size=1, max_size=3), st.sampled_from("'\"\0\1")
+                ),
+                max_size=3,
+                unique_by=lambda pair: pair[0],
+            ),
+        ),
+        max_size=4,
+    )
+)
+def test_lines_are_those_that_the_keys_are_on(
+    arrays: list[tuple[str, list[tuple[str, list[str], str]]]],
+) -> None:
+    text, lines, counts = "", {}, dict[str, int]()
+    for name, pairs in arrays:
+        count = counts[name] = counts.get(name, 0) + 1
+        lines[f"{name}[{count - 1}]"] = text.count("\n") + 1
+        text += f' [[{name}]] # "\n'
+        for key, values, kind in pairs:
+            lines[f"{name}[{count - 1}].{key}"] = text.count("\n") + 1
+            kinds = {"\0": "'''", "\1": '"""'}
+            strings = [_string(value, kinds.get(kind, kind)) for value in values]
+            listed = "[\n" + ",\n".join(strings) + "]"
+            text += f"{key} = {strings[0] if len(strings) == 1 else listed} # ']\n"
+    document = toml.read(text.encode())
+    assert document.lines == lines
+    for name, pairs in arrays:
+        assert {key: values[0] if len(values) == 1 else values for key, values, _ in pairs} in (
+            document.tables[name]
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -527,7 +660,8 @@ def test_thousands_of_virtual_hosts_are_checked_in_moments(load_text: Load) -> N
 def test_both_virtual_hosts_are_named(load_text: Load) -> None:
     hosts = ['sni = ["a.x"]', 'sni = ["b.x", "c.x"]', 'sni = ["C.x", "a.x"]']
     assert told(load_text(LISTEN + "".join(f"{VHOST}{host}\n" for host in hosts))) == [
-        "vhost[2]: can never match: all that it could is taken by vhost[0], vhost[1]"
+        'vhost "C.x": can never match: all that it could is taken by vhost "a.x" (line 3), '
+        'vhost "b.x" (line 8)'
     ]
 
 

@@ -104,7 +104,7 @@ def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mis
                 key = f"listen[{i}].address"
                 yield source.mistake(
                     f"listen[{j}].address",
-                    f"{address} overlaps {source.name(key)}, {earlier}: only one can be bound",
+                    f"{address} overlaps {source.reference(key)}, {earlier}: only one can be bound",
                 )
                 break
 
@@ -149,7 +149,7 @@ def never_matching(
             first_takers.add(first)
         else:
             if first_takers:  # None: nothing listens there, which is said elsewhere.
-                earlier = ", ".join(f"vhost[{i}]" for i in sorted(first_takers))
+                earlier = ", ".join(source.reference(f"vhost[{i}]") for i in sorted(first_takers))
                 yield source.mistake(
                     f"vhost[{j}]", f"can never match: all that it could is taken by {earlier}"
                 )

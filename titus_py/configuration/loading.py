@@ -1,7 +1,6 @@
 """From a file, or from a few options, to a configuration or to every mistake in it."""
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from titus_py.address import IPAddress
+from titus_py.configuration import toml
 from titus_py.configuration.across_tables import (
     each_valid,
     exposed_files,
@@ -20,7 +20,7 @@ from titus_py.configuration.across_tables import (
     uid_mistakes,
 )
 from titus_py.configuration.explained import explained
-from titus_py.configuration.mistake import Mistake, Source, os_reason
+from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
 
 __all__ = ["Loaded", "from_options", "load"]
@@ -57,17 +57,10 @@ def load(path: str | Path) -> Loaded:
     if len(content) > _MAX_FILE_OCTETS:
         return _failed(source, "", f"is longer than {_MAX_FILE_OCTETS} octets")
     try:
-        tables = tomllib.loads(content.decode())
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return _failed(source, f"line {line}", "is not UTF-8 text")
-    except tomllib.TOMLDecodeError as error:
-        reason, _, place = str(error).removesuffix(")").rpartition(" (at ")
-        return _failed(source, place, f"not valid TOML: {reason}")
-    except ValueError:  # int(), of thousands of digits
-        return _failed(source, "", "not valid TOML: an integer too long to read")
-    except RecursionError:
-        return _failed(source, "", "not valid TOML: arrays or tables nested too deeply")
+        tables, lines = toml.read(content)
+    except toml.NotTOML as error:
+        return _failed(source._replace(lines={"": error.line or 0}), "", error.reason)
+    source = source._replace(lines=lines, labels=labels_of(tables))
     return _validated(tables, source)
 
 

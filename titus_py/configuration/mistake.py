@@ -7,22 +7,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Mistake", "Source", "described", "nearest", "os_reason", "printable"]
+__all__ = ["Mistake", "Source", "described", "labels_of", "nearest", "os_reason", "printable"]
 
 
 class Mistake(NamedTuple):
     """One thing that is wrong, or for warnings doubtful, and where the operator finds it.
 
     ``file`` is empty where the configuration came from command-line options, ``key`` where
-    the mistake is about the file as a whole.
+    the mistake is about the file as a whole. ``line`` counts from 1, and ``name`` is the key as
+    people read it: a virtual host by its first server name.
     """
 
     file: str
     key: str
     reason: str
+    line: int | None = None
+    name: str = ""
 
     def __str__(self) -> str:
-        return printable(": ".join(part for part in self if part))
+        place = f"{self.file}:{self.line}" if self.file and self.line else self.file
+        return printable(": ".join(filter(None, (place, self.name or self.key, self.reason))))
 
 
 def printable(text: str) -> str:
@@ -31,17 +35,59 @@ def printable(text: str) -> str:
 
 
 class Source(NamedTuple):
-    """Where a configuration came from, for naming its mistakes as the operator wrote them."""
+    """Where a configuration came from, for naming its mistakes as the operator wrote them.
+
+    ``lines`` are those of the file's tables and keys, ``labels`` what tells the tables of an
+    array apart (``vhost[0]``).
+    """
 
     file: str
     directory: Path
     options: Mapping[str, str] = {}
+    lines: Mapping[str, int] = {}
+    labels: Mapping[str, str] = {}
 
     def mistake(self, key: str, reason: str) -> Mistake:
-        return Mistake(self.file, self.name(key), reason)
+        option = self.option(key)
+        return Mistake(self.file, option or key, reason, self.line(key), option or self.name(key))
+
+    def option(self, key: str) -> str | None:
+        return self.options.get(re.sub(r"\[\d+\]", "", key))
 
     def name(self, key: str) -> str:
-        return self.options.get(re.sub(r"\[\d+\]", "", key), key)
+        """``vhost[17].key`` as in ``vhost "www.example.org": key``."""
+        table, bracket, rest = key.partition("]")
+        if label := self.labels.get(table + bracket):
+            return label + rest.replace(".", ": ", 1)
+        return key
+
+    def reference(self, key: str) -> str:
+        """The same, for another mistake to point at: an option, or with the line."""
+        line = self.line(key)
+        return self.option(key) or self.name(key) + (f" (line {line})" if line else "")
+
+    def line(self, key: str) -> int | None:
+        """Where the key is, or else the table that it is in, or should be."""
+        while key and key not in self.lines:
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return self.lines.get(key)
+
+
+def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
+    """What people call a virtual host, or a listening address: by the name that it is for."""
+    labels = {}
+    for array, key in (("vhost", "sni"), ("listen", "address")):
+        found = tables.get(array)
+        for index, table in enumerate(found if isinstance(found, list) else []):
+            value = table.get(key) if isinstance(table, dict) else None
+            first = value[0] if isinstance(value, list) and value else value
+            label = array
+            if isinstance(first, str):
+                label += " " + described(first)
+            elif array == "vhost" and first is None:
+                label += " for any name"
+            labels[f"{array}[{index}]"] = label
+    return labels
 
 
 def described(value: object) -> str:

@@ -1,0 +1,137 @@
+"""From the octets of a TOML file to its tables, and the lines that they are on.
+
+``tomllib`` reads the file. It tells no lines but of the first thing that is not TOML, so a small
+scanner finds the line of each table and key: it knows strings, comments and brackets.
+"""
+
+import codecs
+import re
+import tomllib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Document", "NotTOML", "lines_of", "read"]
+
+
+class Document(NamedTuple):
+    tables: dict[str, Any]
+    #: The line of each table (``worker``, ``vhost[0]``) and key (``vhost[0].key``), from 1.
+    lines: Mapping[str, int]
+
+
+class NotTOML(Exception):
+    """What is wrong with the text, and on which line if that is known."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.line = line
+
+
+#: What tomllib says, by how it begins, in words that name the slip that is behind it.
+_NO_CLOSING_QUOTE = "a string has no closing quote"
+_SLIPS = {
+    "Illegal character '\\n'": _NO_CLOSING_QUOTE,
+    "Found invalid character '\\n'": _NO_CLOSING_QUOTE,
+    "Unterminated string": _NO_CLOSING_QUOTE,
+    "Expected \"'": _NO_CLOSING_QUOTE,
+    "Unescaped '\\'": "a backslash within \"…\" is written twice (or the string as '…')",
+    "Invalid value": 'expected "text in quotes", a whole number, true, false, or a list of these '
+    "in brackets",
+    "Expected newline": "something follows the value: is it text that needs quotes around it?",
+    "Expected '='": "expected key = value",
+    "Invalid statement": "expected [table], [[table]] or key = value",
+    "Unclosed array": "a list has no closing bracket, or no comma between two of its values",
+    "Cannot declare": "this table is there already; of those headed [[listen]] and [[vhost]], in "
+    "double brackets, there may be several",
+    "Cannot overwrite": "this is there already; of tables headed [[listen]] and [[vhost]], in "
+    "double brackets, there may be several",
+}
+
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
+_KEY = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_HEAD = re.compile(rf"[ \t]*(?:(\[\[?)[ \t]*({_KEY})|({_KEY})[ \t]*=)")
+_PARTS = re.compile(_PART)
+#: Strings of all four kinds, comments, brackets, the end of a line, and what is between them.
+_TOKEN = re.compile(
+    r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|\'\'\'.*?(?:'{3,5}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?'''
+    r"""|#[^\n]*|[\[\]{}\n]|[^"'#\[\]{}\n]+""",
+    re.DOTALL,
+)
+
+
+def read(content: bytes) -> Document:
+    """Raises NotTOML."""
+    try:
+        # Some editors begin a file with a byte order mark.
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise NotTOML("is not UTF-8 text: save the file as UTF-8", line) from None
+    try:
+        return Document(tomllib.loads(text), lines_of(text))
+    except tomllib.TOMLDecodeError as error:
+        raise _explained(str(error), text) from None
+    except ValueError:  # int(), of thousands of digits
+        raise NotTOML("not valid TOML: an integer too long to read") from None
+    except RecursionError:
+        raise NotTOML("not valid TOML: arrays or tables nested too deeply") from None
+
+
+def _explained(said: str, text: str) -> NotTOML:
+    reason, _, place = said.removesuffix(")").rpartition(" (at ")
+    slip = next((slip for start, slip in _SLIPS.items() if reason.startswith(start)), reason)
+    position = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", place)
+    if position is None:
+        # "at end of document": something that was begun further up has no end.
+        line = _line_of_open_string(text) or max(lines_of(text).values(), default=None)
+        return NotTOML(f"not valid TOML: {slip}", line)
+    return NotTOML(f"not valid TOML: {slip} (column {position[2]})", int(position[1]))
+
+
+def _line_of_open_string(text: str) -> int | None:
+    for token in _TOKEN.finditer(text):
+        if quote := re.match("\"\"\"|'''|[\"']", token[0]):
+            closed = token[0].endswith(quote[0]) and len(token[0]) >= 2 * len(quote[0])
+            if not closed:
+                return text.count("\n", 0, token.start()) + 1
+    return None
+
+
+def lines_of(text: str) -> dict[str, int]:
+    """The lines of the tables and keys in a TOML document (https://toml.io/en/v1.0.0)."""
+    lines: dict[str, int] = {}
+    #: How many tables there have been of each array.
+    counts: dict[str, int] = {}
+    table, line, at = "", 1, 0
+    while at < len(text):
+        if head := _HEAD.match(text, at):
+            brackets, heading, key = head.groups()
+            path = ".".join(part.strip("\"'") for part in _PARTS.findall(heading or key))
+            if brackets:
+                array, dot, rest = path.partition(".")
+                if brackets == "[[" and not rest:
+                    counts[array] = counts.get(array, 0) + 1
+                path = table = (f"{array}[{counts[array] - 1}]" if array in counts else array) + (
+                    dot + rest
+                )
+            elif table:
+                path = f"{table}.{path}"
+            lines.setdefault(path, line)
+        end = _end_of_statement(text, at)
+        line += text.count("\n", at, end)
+        at = end
+    return lines
+
+
+def _end_of_statement(text: str, at: int) -> int:
+    """Behind the end of the line on which what begins here ends: a list may take several."""
+    depth = 0
+    for token in _TOKEN.finditer(text, at):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+        elif token[0] == "\n" and depth <= 0:
+            return token.end()
+    return len(text)
