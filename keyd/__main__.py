@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import prctl
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
 from keyd.keys import UnusableKey, load_private_key
@@ -247,12 +248,15 @@ def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKe
 
 
 def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
-    keys = {}
-    for path, passphrase_file in files:
-        key = load_private_key(path, passphrase_file)
+    loaded = [load_private_key(path, passphrase_file) for path, passphrase_file in files]
+    # Of each kind, one: what the library loads late is the same for the others.
+    for key in {_kind(key): key for key in loaded}.values():
         rehearse(key)
-        keys[key_id(key.public_key())] = key
-    return keys
+    return {key_id(key.public_key()): key for key in loaded}
+
+
+def _kind(key: PrivateKey) -> str:
+    return key.curve.name if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
 
 
 def _reference(arguments: argparse.Namespace) -> int:

@@ -34,10 +34,10 @@ def perform(operation: Operation, key: PrivateKey, parameter: int, payload: byte
 
 
 def rehearse(key: PrivateKey) -> None:
-    """Do with a key, once, what it will be asked for.
+    """Do with a key, once, what a key of its kind will be asked for.
 
-    Shows that the key works before anybody depends on it, and loads whatever the
-    library loads late: in keyd's empty root there will be nothing to load it from.
+    So the library loads whatever it loads late: in keyd's empty root there will be nothing to
+    load it from.
     """
     octets = _TLS13_SERVER + bytes(32)
     for name, scheme in _SCHEMES.items():

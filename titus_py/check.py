@@ -97,7 +97,7 @@ def check(
     certificates = {}
     files = FileWatch(path for credential in loaded.credentials for path in credential if path)
     try:
-        # Each key is read, and the large ones are checked for a third of a second.
+        # Each key is read and checked, and a passphrase may be made to cost time.
         answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts

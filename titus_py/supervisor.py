@@ -700,7 +700,7 @@ class _Supervisor:
     def _watch(self, generation: Generation, child: Child | None) -> None:
         if child is None:
             return
-        # keyd tries every key, and those of 4096 bits take it a third of a second each.
+        # keyd reads and checks every key, and a passphrase may be made to cost time.
         patience = _START_SECONDS + len(generation.certificates)
         child.patience = self._loop.after(patience, child.kill)
         self._loop.watch(child.pidfd, lambda: self._bury(generation, child))
