@@ -68,10 +68,14 @@ def refused_by_the_library(path: str) -> bool:
     return False
 
 
-def composite(bits: int) -> int:
-    """Odd, of so many bits, without a small factor: the product of two primes."""
-    half = rsa.generate_private_key(65537, bits).private_numbers()
-    return half.p * half.q
+def composite() -> int:
+    """No prime, but without a small factor, and for what else of a 2048-bit key it can be in."""
+    while True:
+        half = rsa.generate_private_key(65537, 1024).private_numbers()
+        product = half.p * half.q
+        lengths = {(product * prime).bit_length() for prime in (NUMBERS.p, NUMBERS.q)}
+        if lengths == {2048} and math.gcd(65537, product - 1) == 1:
+            return product
 
 
 def damaged(field: str, change: Callable[[int], int]) -> Numbers:
@@ -89,12 +93,8 @@ def cases() -> dict[str, Numbers]:
         )
     swapped = numbers_of(NUMBERS)
     found["primes changed places"] = swapped | {"p": NUMBERS.q, "q": NUMBERS.p}
-    while True:
-        p = composite(1024)
-        if math.gcd(65537, p - 1) == 1:
-            break
-    found["p no prime"] = consistent(p, NUMBERS.q)
-    found["q no prime"] = consistent(NUMBERS.p, p)
+    found["p no prime"] = consistent(composite(), NUMBERS.q)
+    found["q no prime"] = consistent(NUMBERS.p, composite())
     found["one prime, twice"] = {**consistent(NUMBERS.p, NUMBERS.q), "q": NUMBERS.p} | {
         "n": NUMBERS.p**2
     }
