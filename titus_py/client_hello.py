@@ -13,18 +13,17 @@ RFC 8446 §4.1.2 (ClientHello) and §5.1 (records), RFC 6066 §3 (server_name).
 from typing import NamedTuple
 
 __all__ = [
-    "MAX_OCTETS",
+    "MAX_MESSAGE_OCTETS",
     "Alert",
     "ClientHello",
-    "Incomplete",
+    "ClientHelloReader",
     "InvalidClientHello",
     "fatal_alert",
-    "parse_client_hello",
 ]
 
-#: The longest ClientHello that is read, and the most octets that its records may take.
-MAX_MESSAGE_OCTETS = 16 * 1024
-MAX_OCTETS = 64 * 1024
+#: The longest ClientHello that there can be, without its header: 2 octets of version, 32 of
+#: random, and four vectors at their longest. It is also what OpenSSL takes at most.
+MAX_MESSAGE_OCTETS = 2 + 32 + (1 + 32) + (2 + 65534) + (1 + 255) + (2 + 65535)
 
 _HANDSHAKE = 22
 _CLIENT_HELLO = 1
@@ -33,17 +32,22 @@ _MAX_RECORD_OCTETS = 16 * 1024
 _MESSAGE_HEADER_OCTETS = 4
 _SERVER_NAME = 0
 _HOST_NAME = 0
+#: A name in the DNS has no more (RFC 1035 §2.3.4).
+_MAX_NAME_OCTETS = 255
 
-_HTTP = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ",
-         b"PATCH ", b"PRI ")  # fmt: skip
+#: How a request begins, as far as a record's header would go.
+_HTTP = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELET", b"CONNE", b"OPTIO", b"TRACE", b"PATCH",
+         b"PRI ")  # fmt: skip
 
 
 class Alert:
     """AlertDescription (RFC 8446 §6), as far as they are ours to send."""
 
     UNEXPECTED_MESSAGE = 10
-    DECODE_ERROR = 50
+    RECORD_OVERFLOW = 22
     ILLEGAL_PARAMETER = 47
+    DECODE_ERROR = 50
+    MISSING_EXTENSION = 109
     UNRECOGNIZED_NAME = 112
 
 
@@ -54,10 +58,6 @@ class InvalidClientHello(ValueError):
         super().__init__(reason)
         self.alert = alert
         self.http = http
-
-
-class Incomplete(Exception):
-    """More octets are needed."""
 
 
 class ClientHello(NamedTuple):
@@ -71,64 +71,90 @@ def fatal_alert(description: int) -> bytes:
     return bytes((21, 3, 3, 0, 2, 2, description))
 
 
-def parse_client_hello(octets: bytes) -> ClientHello:
-    """Read all octets that have arrived so far.
+class ClientHelloReader:
+    """Puts one ClientHello together from octets as they come, each looked at once.
 
-    Raises Incomplete while the message has not arrived whole, InvalidClientHello as
-    soon as it cannot become one.
+    However a client cuts it, into segments and into records, the work is in proportion to
+    its octets; there are at most six for each octet of the message.
     """
-    return ClientHello(_server_name(_Reader(_message(octets))))
 
+    __slots__ = ("_end", "_header", "_left", "_message")
 
-def _message(octets: bytes) -> bytes:
-    """Put the message together from its records, of which there may be many."""
-    message = bytearray()
-    position = 0
-    while True:
-        _check_record_type(octets[position : position + 8], first=position == 0)
-        header = octets[position : position + _RECORD_HEADER_OCTETS]
-        if len(header) < _RECORD_HEADER_OCTETS:
-            break
-        if header[1] != 3:
+    def __init__(self) -> None:
+        #: What there is of a record's header, and what is to come of the record's content.
+        self._header = b""
+        self._left = 0
+        self._message = bytearray()
+        #: Where the message ends, once its header is there.
+        self._end = 0
+
+    def feed(self, octets: bytes) -> ClientHello | None:
+        """Take what came next; None as long as the message is not whole.
+
+        Raises InvalidClientHello as soon as it cannot become one.
+        """
+        message = self._message
+        position = 0
+        while position < len(octets):
+            if not self._left:
+                missing = _RECORD_HEADER_OCTETS - len(self._header)
+                self._header += octets[position : position + missing]
+                position += missing
+                self._read_record_header()
+                continue
+            content = octets[position : position + self._left]
+            position += len(content)
+            self._left -= len(content)
+            message += content
+            if not self._end:
+                self._read_message_header()
+            if self._end and len(message) >= self._end:
+                return _read_message(bytes(message[_MESSAGE_HEADER_OCTETS : self._end]))
+        return None
+
+    def _read_record_header(self) -> None:
+        header = self._header
+        if header[0] != _HANDSHAKE:
+            self._refuse_record_type()
+            return
+        if header[1:2] not in (b"", b"\3"):
             raise InvalidClientHello("not a TLS record", Alert.UNEXPECTED_MESSAGE)
+        if len(header) < _RECORD_HEADER_OCTETS:
+            return
         length = int.from_bytes(header[3:], "big")
-        if not 0 < length <= _MAX_RECORD_OCTETS:
-            raise InvalidClientHello(f"a record of {length} octets")
-        position += _RECORD_HEADER_OCTETS
-        message += octets[position : position + length]
-        position += length
-        if message and message[0] != _CLIENT_HELLO:
+        if not length:
+            raise InvalidClientHello("a record of 0 octets")
+        if length > _MAX_RECORD_OCTETS:
+            raise InvalidClientHello(f"a record of {length} octets", Alert.RECORD_OVERFLOW)
+        self._left = length
+        self._header = b""
+
+    def _refuse_record_type(self) -> None:
+        """Unless it is the beginning of an HTTP request, of which more is to come."""
+        start = self._header
+        if self._message:
+            reason = f"a record of type {start[0]} within the ClientHello"
+            raise InvalidClientHello(reason, Alert.UNEXPECTED_MESSAGE)
+        if any(start.startswith(method) for method in _HTTP):
+            raise InvalidClientHello("a plain HTTP request", http=True)
+        if not any(method.startswith(start) for method in _HTTP):
+            raise InvalidClientHello("not TLS", Alert.UNEXPECTED_MESSAGE)
+
+    def _read_message_header(self) -> None:
+        message = self._message
+        if message[0] != _CLIENT_HELLO:
             reason = f"handshake message {message[0]} instead of a ClientHello"
             raise InvalidClientHello(reason, Alert.UNEXPECTED_MESSAGE)
-        if len(message) >= _MESSAGE_HEADER_OCTETS:
-            wanted = int.from_bytes(message[1:4], "big")
-            if wanted > MAX_MESSAGE_OCTETS:
-                reason = f"a ClientHello of {wanted} octets ({MAX_MESSAGE_OCTETS} are read)"
-                raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)
-            if len(message) >= _MESSAGE_HEADER_OCTETS + wanted:
-                return bytes(message[_MESSAGE_HEADER_OCTETS : _MESSAGE_HEADER_OCTETS + wanted])
-        if position >= len(octets):
-            break
-    if len(octets) >= MAX_OCTETS:
-        reason = f"a ClientHello in more than {MAX_OCTETS} octets of records"
-        raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)
-    raise Incomplete
+        if len(message) < _MESSAGE_HEADER_OCTETS:
+            return
+        length = int.from_bytes(message[1:_MESSAGE_HEADER_OCTETS], "big")
+        if length > MAX_MESSAGE_OCTETS:
+            reason = f"a ClientHello of {length} octets ({MAX_MESSAGE_OCTETS} are possible)"
+            raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)
+        self._end = _MESSAGE_HEADER_OCTETS + length
 
 
-def _check_record_type(start: bytes, first: bool) -> None:
-    if not start or start[0] == _HANDSHAKE:
-        return
-    if first and any(start.startswith(method[:8]) for method in _HTTP):
-        raise InvalidClientHello("a plain HTTP request", http=True)
-    if first and any(method.startswith(start) for method in _HTTP):
-        raise Incomplete
-    if first:
-        raise InvalidClientHello("not TLS", Alert.UNEXPECTED_MESSAGE)
-    reason = f"a record of type {start[0]} within the ClientHello"
-    raise InvalidClientHello(reason, Alert.UNEXPECTED_MESSAGE)
-
-
-class _Reader:
+class _Fields:
     """Takes fields off the front; what is missing is an InvalidClientHello."""
 
     __slots__ = ("_octets", "_position")
@@ -155,33 +181,37 @@ class _Reader:
         return self._position < len(self._octets)
 
 
-def _server_name(hello: _Reader) -> str | None:
+def _read_message(octets: bytes) -> ClientHello:
+    hello = _Fields(octets)
     hello.take(2 + 32)  # legacy_version, random
     hello.vector(1)  # legacy_session_id
     hello.vector(2)  # cipher_suites
     hello.vector(1)  # legacy_compression_methods
-    if not hello.more():
-        return None
-    extensions = _Reader(hello.vector(2))
-    while extensions.more():
-        kind = extensions.number(2)
-        data = extensions.vector(2)
-        if kind == _SERVER_NAME:
-            return _host_name(_Reader(data))
-    return None
+    if hello.more():
+        extensions = _Fields(hello.vector(2))
+        while extensions.more():
+            kind = extensions.number(2)
+            data = extensions.vector(2)
+            if kind == _SERVER_NAME:
+                return ClientHello(_host_name(_Fields(data)))
+    return ClientHello(None)
 
 
-def _host_name(data: _Reader) -> str:
-    names = _Reader(data.vector(2))
+def _host_name(data: _Fields) -> str:
+    names = _Fields(data.vector(2))
     if names.number(1) != _HOST_NAME:
         raise InvalidClientHello("a server_name that is not a host name")
     name = names.vector(2)
-    if not 0 < len(name) <= 255:
-        raise InvalidClientHello(f"a server_name of {len(name)} octets")
-    try:
-        text = name.decode("ascii")
-    except UnicodeDecodeError:
-        raise InvalidClientHello("a server_name that is not ASCII") from None
+    if not name:
+        raise InvalidClientHello("a server_name of 0 octets")
+    # What can be decoded, and cannot be a name (RFC 8446 §6.2).
+    if len(name) > _MAX_NAME_OCTETS:
+        reason = f"a server_name of {len(name)} octets"
+        raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)
+    if not name.isascii():
+        raise InvalidClientHello("a server_name that is not ASCII", Alert.ILLEGAL_PARAMETER)
+    text = name.decode("ascii")
     if not text.isprintable():
-        raise InvalidClientHello("a server_name with control characters")
+        reason = "a server_name with control characters"
+        raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)
     return text.lower()

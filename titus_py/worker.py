@@ -17,16 +17,16 @@ from socket import SocketType
 from typing import NamedTuple, NoReturn
 
 from OpenSSL import SSL
+from OpenSSL._util import lib
 
 from keyd.linux.process import make
 from titus_py import messages
 from titus_py.client_hello import (
-    MAX_OCTETS,
     Alert,
-    Incomplete,
+    ClientHello,
+    ClientHelloReader,
     InvalidClientHello,
     fatal_alert,
-    parse_client_hello,
 )
 from titus_py.confinement import KEYD_FD, PARENT_FD
 from titus_py.hand_over import take
@@ -40,6 +40,8 @@ __all__ = ["Site", "Terms", "live", "serve_next"]
 
 #: How long a spare has waited when it is taken for one that will go on waiting, in ms.
 _IDLE_MS = 250
+#: What is read of a client at once, beside TLS.
+_PIECE_OCTETS = 64 * 1024
 #: How long a client that is being turned away has to read why, in seconds.
 _FAREWELL = 1.0
 _HTTP_ANSWER = (
@@ -120,7 +122,7 @@ def _touch(terms: Terms) -> None:
 
     A page that this process writes to for the first time is copied then.
     """
-    parse_client_hello(terms.hello)
+    ClientHelloReader().feed(terms.hello)
     connection = SSL.Connection(terms.sites[0].context)
     connection.set_accept_state()
     connection.bio_write(terms.hello)
@@ -153,9 +155,10 @@ def _serve(
     peer.setblocking(False)
     report.set(state=State.HANDSHAKE)
     try:
-        vhost = _choose_site(terms, report, client, peer, deadline)
-        # All that it asks of the socket is its descriptor.
-        connection = SSL.Connection(terms.sites[vhost].context, peer)  # type: ignore[arg-type]
+        hello, taken = _read_client_hello(peer, deadline)
+        report.set(server_name=hello.server_name or "")
+        vhost = _choose_site(terms, client, hello)
+        connection = _begin(terms.sites[vhost].context, peer, taken)
         _shake_hands(connection, peer, deadline)
         _acknowledge(peer)
         report.set(
@@ -175,46 +178,69 @@ def _serve(
     return Pump(connection, peer, backend, report.count, terms.idle_timeout).run()
 
 
-def _choose_site(
-    terms: Terms, report: ReportWriter, client: Client, peer: SocketType, deadline: float
-) -> int:
-    """Read the client's first message, without taking it, for the name in it."""
-    octets = b""
+def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, bytes]:
+    """The client's first message, and what of it is no longer in the socket.
+
+    Most come in one piece, which is left there. Of one that does not, each piece but the
+    last is taken out: there may be more than a receive buffer holds.
+    """
+    reader = ClientHelloReader()
+    taken = bytearray()
     while True:
-        before = len(octets)
         try:
-            octets = peer.recv(MAX_OCTETS, socket.MSG_PEEK)
+            piece = peer.recv(_PIECE_OCTETS, socket.MSG_PEEK)
+            if not piece:
+                raise _Over(End.CLIENT_LEFT, f"after {len(taken)} octets")
+            hello = reader.feed(piece)
+            if hello is not None:
+                return hello, bytes(taken)
+            taken += peer.recv(len(piece))
         except BlockingIOError:
             pass
         except OSError as error:
             raise _Over(End.CLIENT_LEFT, error.strerror or "") from None
-        else:
-            if len(octets) == before:
-                raise _Over(End.CLIENT_LEFT, f"after {before} octets")
-        try:
-            hello = parse_client_hello(octets)
-            break
-        except Incomplete:
-            # Wake when there is more than what was already looked at.
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(octets) + 1)
-            _await(peer, select.POLLIN, deadline)
         except InvalidClientHello as error:
             if error.http:
                 raise _Over(End.PLAIN_HTTP, str(error), _HTTP_ANSWER) from None
             end = End.NOT_TLS if error.alert == Alert.UNEXPECTED_MESSAGE else End.BAD_CLIENT_HELLO
             raise _Over(end, str(error), fatal_alert(error.alert)) from None
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-    report.set(server_name=hello.server_name or "")
+        _await(peer, select.POLLIN, deadline)
+
+
+def _choose_site(terms: Terms, client: Client, hello: ClientHello) -> int:
+    """The virtual host's number, by the name in the client's first message."""
     allowed = [terms.sites[vhost].server_names for vhost in client.vhosts]
     chosen = select_virtual_host(allowed, hello.server_name)
-    if chosen is None:
-        name = hello.server_name or "no name"
-        raise _Over(End.NO_VIRTUAL_HOST, name, fatal_alert(Alert.UNRECOGNIZED_NAME))
-    return client.vhosts[chosen]
+    if chosen is not None:
+        return client.vhosts[chosen]
+    if hello.server_name is None:
+        # RFC 8446 §9.2
+        raise _Over(End.NO_VIRTUAL_HOST, "no name", fatal_alert(Alert.MISSING_EXTENSION))
+    # RFC 6066 §3
+    raise _Over(End.NO_VIRTUAL_HOST, hello.server_name, fatal_alert(Alert.UNRECOGNIZED_NAME))
+
+
+def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connection:
+    """OpenSSL, to which what was taken comes first, and the socket's octets after it."""
+    if not taken:
+        # All that it asks of the socket is its descriptor.
+        connection = SSL.Connection(context, peer)  # type: ignore[arg-type]
+        connection.set_accept_state()
+        return connection
+    connection = SSL.Connection(context)
+    connection.set_accept_state()
+    connection.bio_write(taken)
+    try:
+        connection.do_handshake()
+    except SSL.WantReadError:
+        # It has had it all. pyOpenSSL has no name for this.
+        lib.SSL_set_fd(connection._ssl, peer.fileno())
+    except SSL.Error as error:
+        raise _Over(End.HANDSHAKE_FAILED, describe(error)) from None
+    return connection
 
 
 def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) -> None:
-    connection.set_accept_state()
     while True:
         try:
             connection.do_handshake()
@@ -271,7 +297,7 @@ def _turn_away(peer: SocketType, farewell: bytes) -> None:
         poll = select.poll()
         poll.register(peer, select.POLLIN)
         while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if not peer.recv(MAX_OCTETS):
+            if not peer.recv(_PIECE_OCTETS):
                 break
     peer.close()
 

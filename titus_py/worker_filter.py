@@ -74,10 +74,9 @@ HANDSHAKE: Rules = {
     **ESTABLISHED,
     # The client's socket is made non-blocking.
     "ioctl": ((Only(1, _ALL, _FIONBIO),),),
-    # Waiting for the rest of a ClientHello.
+    # The client's last message is acknowledged at once.
     "setsockopt": (
         *ESTABLISHED["setsockopt"],
-        _option(socket.SOL_SOCKET, socket.SO_RCVLOWAT),
         _option(socket.IPPROTO_TCP, socket.TCP_QUICKACK),
     ),
     # To put the second filter on. Filters only ever take away.

@@ -1,5 +1,6 @@
 """What an administrator does to a running instance: edit its configuration, have it reload."""
 
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from OpenSSL import SSL
 from titus_py.control_client import ask
 
 from .certificates import Certificate
-from .instance import Instance, Table, toml
+from .instance import TITUS_PY, Instance, Table, toml
 from .peers import TlsClient, Truncated
 
 #: How a client learns that it is not served.
@@ -95,3 +96,27 @@ def without_end(instance: Instance) -> set[int]:
     events = instance.events()
     begun = {event["connection"] for event in events if event["event"] == "connection_begun"}
     return begun - {event["connection"] for event in events if "end" in event}
+
+
+def launcher(directory: Path, address: tuple[str, int], receive_buffer: int = 0) -> Path:
+    """As systemd starts a service with a socket: bound, as descriptor 3, with its variables.
+
+    Who connects to it has the socket's receive buffer: this many octets, where it is not
+    the system's.
+    """
+    script = directory / "launcher"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, sys\n"
+        f"listener = socket.create_server({address!r})\n"
+        f"if {receive_buffer}:\n"
+        f"    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, {receive_buffer})\n"
+        "os.dup2(listener.detach(), 4)\n"
+        "os.dup2(4, 3)\n"
+        "os.environ |= {\n"
+        "    'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': 'https'\n"
+        "}\n"
+        f"os.execv({str(TITUS_PY)!r}, [{str(TITUS_PY)!r}, *sys.argv[1:]])\n"
+    )
+    script.chmod(0o755)
+    return script

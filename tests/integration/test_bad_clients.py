@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 from cryptography import x509
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
-from .instance import Event, Instance
+from .instance import Event, Instance, free_port
 from .peers import (
     Listener,
     TlsClient,
@@ -26,9 +27,10 @@ from .peers import (
     reset,
     served_by,
 )
+from .service import launcher
 
-UNEXPECTED_MESSAGE, HANDSHAKE_FAILURE, ILLEGAL_PARAMETER, DECODE_ERROR = 10, 40, 47, 50
-BAD_RECORD_MAC, UNRECOGNIZED_NAME = 20, 112
+UNEXPECTED_MESSAGE, BAD_RECORD_MAC, RECORD_OVERFLOW, HANDSHAKE_FAILURE = 10, 20, 22, 40
+ILLEGAL_PARAMETER, DECODE_ERROR, UNRECOGNIZED_NAME = 47, 50, 112
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +100,17 @@ def test_a_plain_http_request_that_comes_an_octet_at_a_time_is_told_too(
 # --- a ClientHello unlike others -------------------------------------------------------
 
 
-def test_an_oversized_client_hello_gets_an_alert(instance: Instance) -> None:
-    size = 20_000
-    hello = b"\1" + size.to_bytes(3, "big") + b"\3\3" + bytes(size - 2)
-    answer, event = answer_to(instance, record(hello[:16384]), record(hello[16384:]))
+def test_a_client_hello_longer_than_any_can_be_gets_an_alert(instance: Instance) -> None:
+    answer, event = answer_to(instance, record(b"\1" + (131_397).to_bytes(3, "big")))
     assert alert_in(answer) == ILLEGAL_PARAMETER
     assert event["end"] == "bad_client_hello"
-    assert "20000 octets" in event["detail"]
+    assert "131397 octets" in event["detail"]
+
+
+def test_a_record_longer_than_one_may_be_gets_record_overflow(instance: Instance) -> None:
+    answer, event = answer_to(instance, record(b"\1" + bytes(16384)))
+    assert alert_in(answer) == RECORD_OVERFLOW
+    assert event["end"] == "bad_client_hello"
 
 
 def test_a_client_hello_that_contradicts_itself_gets_an_alert(instance: Instance) -> None:
@@ -130,23 +136,34 @@ def test_a_client_hello_in_many_records_is_read(instance: Instance, size: int) -
         assert client.receive_exactly(4) == b"ping"
 
 
-def test_a_client_hello_in_segments_of_one_octet_is_read(instance: Instance) -> None:
+@pytest.fixture(scope="module")
+def narrow(
+    serve_all: Serve, echoing: Listener, tmp_path_factory: pytest.TempPathFactory
+) -> Instance:
+    """Its clients' octets have next to no room in the kernel."""
+    port = free_port()
+    program = launcher(tmp_path_factory.mktemp("narrow"), ("127.0.0.1", port), receive_buffer=4096)
+    with mock.patch("integration.instance.TITUS_PY", program):
+        return serve_all(echoing.address, listen=[{"address": f"127.0.0.1:{port}"}])
+
+
+@pytest.mark.parametrize("which", ["instance", "narrow"])
+@pytest.mark.parametrize("names", [0, 55, 240])
+def test_a_client_hello_in_segments_of_one_octet_is_read(
+    which: str, names: int, request: pytest.FixtureRequest
+) -> None:
+    """Also where not all of it has room, and where poll(2), for that, wakes without any news."""
+    instance: Instance = request.getfixturevalue(which)
     with TlsClient(instance.port) as client:
-        for octet in client.first_flight():
+        if names:
+            client.tls.set_alpn_protos([b"%0250d" % number for number in range(names)])
+        hello = client.first_flight()
+        assert len(hello) > names * 251
+        for octet in hello:
             client.socket.sendall(bytes((octet,)))
         client.handshake()
         client.send(b"ping")
         assert client.receive_exactly(4) == b"ping"
-
-
-def test_a_large_client_hello_is_read(instance: Instance) -> None:
-    """As large as is read: with this much ALPN, all but 16 KiB."""
-    with TlsClient(instance.port) as client:
-        client.tls.set_alpn_protos([b"%0250d" % number for number in range(55)])
-        hello = client.first_flight()
-        assert 15_000 < len(hello) < 16_384
-        client.socket.sendall(hello)
-        client.handshake()
 
 
 def test_a_server_name_that_is_no_name_gets_an_alert(instance: Instance) -> None:
@@ -154,7 +171,7 @@ def test_a_server_name_that_is_no_name_gets_an_alert(instance: Instance) -> None
     at = hello.index(b"localhost")
     for bad in (b"local\0ost", b"local\xffost", b"local\nost"):
         answer, event = answer_to(instance, hello[:at] + bad + hello[at + 9 :])
-        assert alert_in(answer) == DECODE_ERROR
+        assert alert_in(answer) == ILLEGAL_PARAMETER
         assert event["end"] == "bad_client_hello"
 
 

@@ -21,7 +21,7 @@ from OpenSSL import SSL
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Instance, Process, all_processes, eventually, free_port
 from .peers import Listener, TlsClient, Truncated, connect
-from .service import PATIENCE, edit, reload, serves, talk, without_end
+from .service import PATIENCE, edit, launcher, reload, serves, talk, without_end
 from .test_stopping import write_configuration
 
 FAILS = (SSL.Error, OSError, Truncated, AssertionError)
@@ -421,24 +421,6 @@ def test_a_service_manager_that_does_not_listen_holds_nobody_up(
     manager.socket.close()
     assert serves(instance)
     assert reload(instance)["reloaded"]
-
-
-def launcher(directory: Path, address: tuple[str, int]) -> Path:
-    """As systemd starts a service with a socket: bound, as descriptor 3, with its variables."""
-    script = directory / "launcher"
-    script.write_text(
-        f"#!{sys.executable}\n"
-        "import os, socket, sys\n"
-        f"listener = socket.create_server({address!r})\n"
-        "os.dup2(listener.detach(), 4)\n"
-        "os.dup2(4, 3)\n"
-        "os.environ |= {\n"
-        "    'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1', 'LISTEN_FDNAMES': 'https'\n"
-        "}\n"
-        f"os.execv({str(TITUS_PY)!r}, [{str(TITUS_PY)!r}, *sys.argv[1:]])\n"
-    )
-    script.chmod(0o755)
-    return script
 
 
 def test_a_socket_that_was_passed_is_listened_on(

@@ -15,7 +15,7 @@ from .instance import Instance, Table, free_port
 from .peers import Listener, TlsClient, alert_in, connect, served_by
 
 TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
-UNRECOGNIZED_NAME, PROTOCOL_VERSION, HANDSHAKE_FAILURE = 112, 70, 40
+HANDSHAKE_FAILURE, PROTOCOL_VERSION, MISSING_EXTENSION, UNRECOGNIZED_NAME = 40, 70, 109, 112
 
 Site = Callable[..., Table]
 
@@ -105,11 +105,11 @@ def test_a_name_that_none_matches_gets_unrecognized_name(named: Instance, server
     assert (event["end"], event["detail"]) == ("no_virtual_host", server_name)
 
 
-def test_a_client_without_a_name_gets_unrecognized_name_where_all_have_names(
+def test_a_client_without_a_name_gets_missing_extension_where_all_have_names(
     serve: Serve, site: Site
 ) -> None:
     instance = serve(vhost=[site("exact.example", sni=["exact.example"])])
-    assert refused(instance.port, None) == UNRECOGNIZED_NAME
+    assert refused(instance.port, None) == MISSING_EXTENSION
     event = instance.wait_for_event("handshake_failed")
     assert (event["end"], event["detail"]) == ("no_virtual_host", "no name")
     assert "server_name" not in event

@@ -951,7 +951,7 @@ ATTEMPTS = [
     Attempt("a filter, later", another_filter, stages="e", without={"filter": "done"}),
     Attempt("a filter's listener", notified, without={"filter": "done"}),
     Attempt("not to block, later", not_blocking, stages="e", without={"filter": "done"}),
-    Attempt("a low-water mark, later", low_water_mark, stages="e", without={"filter": "done"}),
+    Attempt("a low-water mark", low_water_mark, without={"filter": "done"}),
     Attempt("pass a descriptor to the parent", pass_descriptors, without={"filter": "done"}),
     Attempt(
         "pass a descriptor to keyd", pass_descriptors_to_keyd,

@@ -32,7 +32,7 @@ from isolation.attacks import ATTEMPTS, Place, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
 from titus_py import confinement, fork_server, worker
-from titus_py.client_hello import parse_client_hello
+from titus_py.client_hello import ClientHelloReader
 from titus_py.confinement import KEYD_FD, PARENT_FD
 from titus_py.pump import stop_resetting
 from titus_py.report import End
@@ -339,8 +339,8 @@ def _infect() -> None:
         confine(chroot, parent)
 
     def instead_of_handshake(connection: object, peer: socket.socket, deadline: float) -> None:
-        hello = parse_client_hello(peer.recv(65536, socket.MSG_PEEK))
-        words = _ordered(hello.server_name, "h")
+        hello = ClientHelloReader().feed(peer.recv(65536, socket.MSG_PEEK))
+        words = _ordered(hello.server_name, "h") if hello else None
         if words is None:
             shake_hands(connection, peer, deadline)
             return
