@@ -17,10 +17,13 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from titus_py import journal
+from titus_py.events import is_as_loud
 
 __all__ = ["Log", "as_text"]
 
 _QUEUE_LINES = 20_000
+#: Beyond those there is room for so many alarms: a flood of anything else leaves it to them.
+_QUEUE_ALARMS = 1_000
 _STANDARD_ERROR = 2
 #: How soon to try again at a journal that is behind, or being restarted.
 _PAUSE_SECONDS = 0.1
@@ -32,18 +35,23 @@ class _Sink(Protocol):
 
 
 class Log:
-    """Where events go; ``form`` is "text" or "json".
+    """Where events go: ``form`` is "text" or "json", ``least`` the level of the quietest.
 
     As text they go to the journal itself if that is where standard error leads.
     """
 
-    def __init__(self, form: str, journal_socket: str = journal.SOCKET) -> None:
+    def __init__(
+        self, form: str, journal_socket: str = journal.SOCKET, least: str = "info"
+    ) -> None:
         self.form = form
+        self.least = least
         self._standard_error = _StandardError()
         self._journal: journal.Journal | None = None
         if journal.is_standard_error() and os.path.exists(journal_socket):
             self._journal = journal.Journal(journal_socket)
-        self._lines: queue.Queue[tuple[_Sink, bytes] | None] = queue.Queue(_QUEUE_LINES)
+        self._lines: queue.Queue[tuple[_Sink, bytes] | None] = queue.Queue(
+            _QUEUE_LINES + _QUEUE_ALARMS
+        )
         # Each of these is written by one thread only.
         self._not_queued = 0
         self._not_written = 0
@@ -57,8 +65,12 @@ class Log:
         return self._not_queued + self._not_written
 
     def __call__(self, event: str, level: str = "info", **fields: object) -> None:
-        """Record an event; never waits."""
+        """Record an event, if it is loud enough; never waits."""
+        if not is_as_loud(level, self.least):
+            return
         try:
+            if level != "alarm" and self._lines.qsize() >= _QUEUE_LINES:
+                raise queue.Full
             self._lines.put_nowait(self._line(event, level, fields))
         except queue.Full:
             self._not_queued += 1

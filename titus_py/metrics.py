@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from keyd.protocol import Status
 from keyd.tally import LATENCY_BOUNDS
+from titus_py.events import ALARMS
 from titus_py.report import End
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -105,21 +106,8 @@ _FAILURES = (
     "client_left",
     "worker_failed",
 )
-_ALARMS = (
-    "keyd_refused",
-    "malformed_message",
-    "unexpected_message",
-    "worker_failed",
-    "connection_ended",
-    "handshake_failed",
-    "keyd_died",
-    "parent_died",
-    "keyd_hangs",
-    "parent_hangs",
-    "giving_up",
-)
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
-_CHILDREN = ("keyd", "parent", "worker")
+_CHILDREN = ("keyd", "parent", "fork_server", "worker")
 #: How many values a label may take on beyond those that are known beforehand.
 _ROOM = 32
 #: Signals that say something of a worker's end; a worker may choose among the others.
@@ -134,9 +122,9 @@ _WORD_CHARACTERS = 48
 class _Tally:
     """Counts by the value of one label, which takes on only so many values."""
 
-    def __init__(self, known: Iterable[str] = ()) -> None:
+    def __init__(self, known: Iterable[str] = (), room: int = _ROOM) -> None:
         self.counts = dict.fromkeys(known, 0)
-        self._most = len(self.counts) + _ROOM
+        self._most = len(self.counts) + room
 
     def add(self, value: str, count: int = 1) -> None:
         if value not in self.counts and len(self.counts) >= self._most:
@@ -194,7 +182,7 @@ class Metrics:
         self._keyd_latency = _Histogram(LATENCY_BOUNDS)
         #: What each generation's keyd has last said.
         self._operations: dict[int, _Operations] = {}
-        self._alarms = _Tally(_ALARMS)
+        self._alarms = _Tally([*sorted(ALARMS), _OTHER], room=0)
         self._deaths = _Tally(_CHILDREN)
         self._reloading = False
         self._reloads = {"ok": 0, "failed": 0}
@@ -209,6 +197,7 @@ class Metrics:
             "keyd_started": self._keyd_started,
             "keyd_died": lambda *_: self._deaths.add("keyd"),
             "parent_died": lambda *_: self._deaths.add("parent"),
+            "fork_server_died": lambda *_: self._deaths.add("fork_server"),
             "worker_failed": lambda *_: self._deaths.add("worker"),
             "reloading": self._reload_begun,
             "reloaded": lambda *_: self._reload_ended("ok"),

@@ -43,6 +43,7 @@ from titus_py.forks import Forks
 from titus_py.hand_over import give
 from titus_py.limits import Admission
 from titus_py.messages import Client, Dial, Forked, Ready
+from titus_py.outbox import Outbox
 from titus_py.plan import Plan, resolved
 from titus_py.report import make_report, read_report
 from titus_py.virtual_host import applies_to
@@ -51,6 +52,8 @@ __all__ = ["main"]
 
 #: How much longer than its handshake timeout a worker may take to act on it itself.
 _GRACE = 2.0
+#: Why one that takes longer still is ended: it was starved of processor time, or is not ours.
+_OVERDUE = "did not keep to its handshake timeout"
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
 #: How soon to look again for the end of a worker without a pidfd.
 _REAP_SECONDS = 0.1
@@ -60,18 +63,18 @@ _ALIVE_SECONDS = 3.0
 _LIMITS_SECONDS = 1.0
 #: How soon to look again for a keyd that could not take a message.
 _KEYD_PAUSE_SECONDS = 0.05
-#: How soon to offer the supervisor again what it could not take.
-_EVENTS_PAUSE_SECONDS = 0.01
 #: How long forking waits for a client to be served who has just been given a worker.
 _SPARES_SECONDS = 0.02
 #: Workers in a row that fail to confine themselves before the parent gives up.
 _MAX_FAILED_WORKERS = 5
 _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
-#: How long to wait for a supervisor that does not take the last events.
-_LAST_EVENTS_SECONDS = 5.0
-_OUTBOX_EVENTS = 10_000
 #: How many clients to accept at once from one address before looking after all else again.
 _ACCEPT_AT_ONCE = 256
+
+
+#: What an honest worker may hear as well: that keyd was too slow, that it was started with other
+#: keys than its configuration has, that its OpenSSL has failed.
+_NOBODYS_FAULT = (Status.EXPIRED, Status.UNKNOWN_KEY, Status.FAILED)
 
 
 class _Offer(NamedTuple):
@@ -144,8 +147,7 @@ class Parent:
         self._forks = forks
         self._loop = EventLoop()
         self._supervisor = supervisor
-        self._outbox: deque[tuple[bytes, int | None]] = deque()
-        self._lost_events = 0
+        self._outbox = Outbox(self._loop, supervisor)
         self._backends = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
         self._listeners = {
             descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
@@ -202,7 +204,7 @@ class Parent:
             self._adjust_accepting()
         for limit in list(self._limits_hit):
             self._tell_limited(limit)
-        self._send_last_events()
+        self._outbox.send_last()
 
     def withdraw(self) -> None:
         """Say what this kernel cannot do for workers, and keep only what serving takes."""
@@ -283,50 +285,8 @@ class Parent:
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
 
     def _tell(self, event: str, report: int | None = None, **fields: object) -> None:
-        """Have the supervisor log something; never waits for it.
-
-        A worker's report goes along as it is, unread, and is closed here.
-        """
-        if len(self._outbox) >= _OUTBOX_EVENTS:
-            self._lost_events += 1
-            if report is not None:
-                os.close(report)
-            return
-        idle = not self._outbox
-        if self._lost_events:
-            lost = {"event": "events_lost", "level": "error", "count": self._lost_events}
-            self._lost_events = 0
-            self._outbox.append((json.dumps(lost).encode(), None))
-        self._outbox.append((json.dumps({"event": event, **fields}).encode(), report))
-        if idle:
-            self._send_events()
-
-    def _send_events(self) -> None:
-        """As many as the supervisor takes for now, and the others soon."""
-        try:
-            while self._outbox:
-                self._send_event(socket.MSG_DONTWAIT)
-        except (BrokenPipeError, ConnectionResetError):
-            self._outbox.clear()
-        except OSError:
-            # Its queue is full, or too many descriptors are on their way.
-            self._loop.after(_EVENTS_PAUSE_SECONDS, self._send_events)
-
-    def _send_event(self, flags: int) -> None:
-        octets, report = self._outbox[0]
-        if report is None:
-            self._supervisor.send(octets, flags)
-        else:
-            send_descriptors(self._supervisor, octets, [report], flags)
-            os.close(report)
-        self._outbox.popleft()
-
-    def _send_last_events(self) -> None:
-        """Nobody is left to be kept waiting, so this may take a moment."""
-        self._supervisor.settimeout(_LAST_EVENTS_SECONDS)
-        with suppress(OSError):
-            while self._outbox:
-                self._send_event(0)
+        """Have the supervisor log something; takes the report over."""
+        self._outbox.put(event, report, **fields)
 
     # --- clients ----------------------------------------------------------------
 
@@ -507,7 +467,7 @@ class Parent:
 
     def _overdue(self, worker: _Worker) -> None:
         """A worker that has not asked for its backend by now is not going to."""
-        self._kill(worker, "did not keep to its handshake timeout")
+        self._kill(worker, _OVERDUE)
 
     # --- keyd -------------------------------------------------------------------
 
@@ -545,8 +505,7 @@ class Parent:
             (worker for worker in self._busy.values() if worker.connection == refusal.connection),
             None,
         )
-        # What comes too late may have come from an honest worker, of a keyd that was slow.
-        level = "error" if refusal.status is Status.EXPIRED else "alarm"
+        level = "error" if refusal.status in _NOBODYS_FAULT else "alarm"
         self._tell(
             "keyd_refused",
             level=level,
@@ -845,10 +804,14 @@ class Parent:
 
     def _record(self, worker: _Worker, how: str) -> None:
         """``how`` it ended where that was not by itself; the rest is in its report."""
+        if how and not worker.killed_for:
+            level = "alarm"
+        else:
+            level = "warning" if worker.killed_for == _OVERDUE else "info"
         self._tell(
             "connection_over",
             report=worker.report,
-            level="alarm" if how and not worker.killed_for else "info",
+            level=level,
             connection=worker.connection,
             client=worker.client,
             local=worker.local,

@@ -150,7 +150,9 @@ class _Supervisor:
         self._passed = passed
         self._listeners = listeners
         configuration = checked.configuration
-        self._log = Log(configuration.log.format if configuration is not None else "text")
+        self._log = Log("text")
+        if configuration is not None:
+            self._log.form, self._log.least = configuration.log.format, configuration.log.level
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._metrics_address: IPAddress | UnixAddress | None = None
@@ -294,7 +296,8 @@ class _Supervisor:
     def _adopt(self, generation: Generation) -> None:
         """Go by its configuration in what is the supervisor's own. Raises OSError, and then not."""
         self._serve_metrics(generation.configuration.metrics.address)
-        self._log.form = generation.configuration.log.format
+        log = generation.configuration.log
+        self._log.form, self._log.least = log.format, log.level
         self._resolve()
 
     def _resolve(self) -> None:

@@ -490,6 +490,27 @@ def test_an_abandoned_generation_leaves_no_narrower_address_behind(
     assert all(serves(instance, port) for _ in range(3))
 
 
+def test_the_log_may_be_told_to_leave_the_quiet_events_out(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+
+    def level(name: str) -> None:
+        edit(instance, lambda tables: tables["log"].update(level=name))
+        assert reload(instance)["reloaded"]
+
+    level("warning")
+    since = len(instance.events())
+    assert serves(instance)
+    eventually(lambda: status(instance)["counts"]["handshakes"] == 1, "a connection counted")
+    edit(instance, lambda tables: tables["log"].update(level="loud"))
+    assert len(problems(instance)) == 1
+    assert {event["event"] for event in instance.events()[since:]} == {"reload_failed"}
+    level("info")
+    assert serves(instance)
+    instance.wait_for_event("connection_ended", since=since)
+
+
 def test_an_empty_directory_that_cannot_be_made_is_named(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     edit(instance, lambda tables: tables["worker"].update(chroot="/proc/self/fdinfo/no/such"))

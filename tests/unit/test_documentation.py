@@ -1,14 +1,21 @@
-"""Every event that can be logged is explained in docs/troubleshooting.md, and no other."""
+"""Every event that can be logged is explained in docs/troubleshooting.md, and no other.
+
+And those that can be alarms are known as such: to the counts, and to whoever reads of them.
+"""
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from titus_py.events import ALARMS
+
 _REPOSITORY = Path(__file__).parents[2]
 #: What logs an event by a name that is in the source: which of its arguments that is.
 _LOGGING = {"_event": 0, "_log": 0, "_tell": 0, "_line": 0, "_alarm": 1}
 _CHILDREN = ("keyd", "parent")
+#: What the parent says of a connection's end, the supervisor completes to one of these.
+_ENDS = {"connection_ended", "handshake_failed"}
 #: For the supervisor's ears alone.
 _NOT_LOGGED = {"alive", "connection_over", "operations", "ready", "retired"}
 
@@ -46,3 +53,28 @@ def test_troubleshooting_has_the_events_that_there_are() -> None:
     # Some have their names from tables and the like.
     strings = {name for node in nodes if isinstance(node, ast.expr) for name in _names(node)}
     assert set(documented) <= strings
+
+
+def _may_be_an_alarm(node: ast.AST) -> bool:
+    """Whether that is a call whose level is "alarm", or is reckoned."""
+    if not isinstance(node, ast.Call):
+        return False
+    levels = [keyword.value for keyword in node.keywords if keyword.arg == "level"]
+    named = isinstance(node.func, ast.Attribute) and node.func.attr == "_alarm"
+    return named or any(
+        not isinstance(level, ast.Constant) or level.value == "alarm" for level in levels
+    )
+
+
+def test_every_alarm_that_there_is_is_known_as_one() -> None:
+    modules = [ast.parse(path.read_text()) for path in _REPOSITORY.glob("titus_py/*.py")]
+    nodes = [node for module in modules for node in ast.walk(module) if _may_be_an_alarm(node)]
+    found = {name for node in nodes for name in _logged(node)}
+    assert "connection_over" in found
+    assert found - {"connection_over"} | _ENDS == ALARMS
+
+
+def test_troubleshooting_calls_every_alarm_one() -> None:
+    page = (_REPOSITORY / "docs/troubleshooting.md").read_text()
+    # Of the ends of a connection, a table says which.
+    assert set(re.findall(r"^### (\w+)\nAlarm: ", page, re.MULTILINE)) | _ENDS == ALARMS

@@ -168,3 +168,56 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     started = time.monotonic()
     assert run(program).stdout == b"alive\n"
     assert time.monotonic() - started < 20
+
+
+# --- which -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [
+        ("info", ["info", "warning", "error", "alarm"]),
+        ("warning", ["warning", "error", "alarm"]),
+        ("error", ["error", "alarm"]),
+        ("alarm", ["alarm"]),
+    ],
+)
+def test_only_what_is_loud_enough_is_written(least: str, expected: list[str]) -> None:
+    ended = run(
+        "from titus_py.events import LEVELS\n"
+        "from titus_py.log import Log\n"
+        "log = Log('json')\n"
+        f"log.least = {least!r}\n"
+        "for level in LEVELS: log('event', level=level)\n"
+        "log.close()\n"
+        "print(log.lost)\n"
+    )
+    assert [json.loads(line)["level"] for line in ended.stderr.splitlines()] == expected
+    assert ended.stdout == b"0\n", "what was not wanted is not lost"
+
+
+def test_a_flood_leaves_room_for_alarms() -> None:
+    """With a reader that does not read, and then does."""
+    reader, writer = os.pipe()
+    program = (
+        "import sys\n"
+        "from titus_py.log import Log\n"
+        "log = Log('json')\n"
+        "for number in range(40_000): log('event', number=number)\n"
+        "for number in range(500): log('alarming', level='alarm', number=number)\n"
+        "for number in range(1000): log('event', number=number)\n"
+        "print(flush=True)\n"
+        "log.close(20)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
+    ) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        process.stdout.readline()
+        with os.fdopen(reader, "rb") as lines:
+            events = [json.loads(line) for line in lines]
+        assert process.wait(20) == 0
+    assert any(event["event"] == "log_lines_lost" for event in events)
+    alarms = [event["number"] for event in events if event["event"] == "alarming"]
+    assert alarms == list(range(500))

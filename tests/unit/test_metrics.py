@@ -15,6 +15,7 @@ from OpenSSL import SSL
 
 from keyd.tally import Tally
 from titus_py import tls
+from titus_py.events import ALARMS
 from titus_py.metrics import Metrics
 from titus_py.report import End
 
@@ -267,6 +268,26 @@ def test_alarms_deaths_limits_and_losses() -> None:
     assert found['titus_limits_hit_total{limit="full"}'] == 1
     assert found['titus_events_lost_total{by="parent"}'] == 3
     assert found['titus_events_lost_total{by="log"}'] == 4
+
+
+def test_every_alarm_is_there_from_the_start_as_zero() -> None:
+    metrics = Metrics()
+    before = read(metrics)
+    for event in ALARMS:
+        assert before[f'titus_alarms_total{{event="{event}"}}'] == 0
+    # One that nobody has thought of is seen to rise, too.
+    metrics.record("news", {"level": "alarm"})
+    after = read(metrics)
+    risen = {name for name, value in after.items() if value != before.get(name)}
+    assert risen == {'titus_alarms_total{event="other"}'}
+
+
+def test_a_fork_servers_end_is_a_childs_death() -> None:
+    metrics = Metrics()
+    metrics.record("fork_server_died", {"level": "alarm", "how": "killed by SIGKILL"})
+    found = read(metrics)
+    assert found['titus_child_deaths_total{child="fork_server"}'] == 1
+    assert found['titus_alarms_total{event="fork_server_died"}'] == 1
 
 
 def test_every_way_to_end_is_there_from_the_start() -> None:

@@ -176,6 +176,11 @@ class Log(Table):
     format: Literal["text", "json"] = Field(
         default="text", description="One line an event, for people (text) or for programs (json)."
     )
+    level: Literal["info", "warning", "error", "alarm"] = Field(
+        default="info",
+        description='The quietest events that are written. "info" has two for each connection. '
+        "What is not written is counted all the same.",
+    )
 
 
 class Metrics(Table):
