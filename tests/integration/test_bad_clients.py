@@ -1,6 +1,7 @@
 """Clients that are broken, slow, gone or hostile: their own connection alone ends."""
 
 import random
+import signal
 import socket
 import threading
 import time
@@ -256,6 +257,19 @@ def test_an_octet_now_and_then_ends_with_the_handshake_timeout(impatient: Instan
     event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
     assert event["seconds"] < 2.0
+
+
+def test_a_worker_that_has_to_be_ended_after_its_time_is_worth_a_warning(
+    impatient: Instance,
+) -> None:
+    with connect(impatient.port) as client:
+        host, port = client.getsockname()
+        begun = impatient.wait_for_event("connection_begun", client=f"{host}:{port}")
+        impatient.worker_of(begun["uid"]).kill(signal.SIGSTOP)
+        wait_for_the_end_of(client)
+    event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    assert event["end"] == "did not keep to its handshake timeout"
+    assert event["level"] == "warning"
 
 
 # --- gone ------------------------------------------------------------------------------
