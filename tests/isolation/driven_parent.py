@@ -6,11 +6,12 @@ the JSON for ``infected_fork_server``, some of which is for the parent itself.
 
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import prctl
 
@@ -29,6 +30,18 @@ def _leave_out_the_dialers_question() -> None:
         return 0
 
     dialer.Dialer._outcome = outcome  # type: ignore[method-assign]
+
+
+class _Parent(parent.Parent):
+    """Numbers its connections from where no other number in memory is found by chance.
+
+    The real one begins with the microseconds since boot, and for a quarter of an hour these
+    are what the heap's addresses are.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._next_connection = 1 << 62 | secrets.randbits(62)
 
 
 def _become_process_one() -> None:
@@ -52,6 +65,7 @@ def main() -> NoReturn:
         _become_process_one()
     if "dialer" in without:
         _leave_out_the_dialers_question()
+    parent.Parent = _Parent  # type: ignore[misc]
     forks._PROGRAM = (str(Path(__file__).with_name("infected_fork_server.py")), argument)
     sys.exit(parent.main())
 

@@ -1,5 +1,6 @@
 """A worker made to send all of its readable memory to its client: what is in it, what is not."""
 
+import ctypes
 import os
 import re
 import secrets
@@ -98,16 +99,23 @@ def numbers_in(memory: bytes, numbers: Iterable[int]) -> set[int]:
     """Those that are there: as text, in either order of octets, as Python's own integer."""
     text = {str(number).encode(): number for number in numbers}
     packed = {struct.pack("!Q", number): number for number in numbers}
-    digits = {
-        struct.pack("!II", number >> 30, number & ((1 << 30) - 1)): number for number in numbers
-    }
+    integers = {pythons_integer(number)[::-1]: number for number in numbers}
     backwards = memory[::-1]
     return (
         found(text, memory)
         | found(packed, memory)
         | found(packed, backwards)
-        | found(digits, backwards)
+        | found(integers, backwards)
     )
+
+
+def pythons_integer(number: int) -> bytes:
+    """An int as it lies in this interpreter's memory, behind what every object begins with.
+
+    How many digits it has, and these, the lowest first: one has 30 bits.
+    """
+    head = object.__basicsize__
+    return ctypes.string_at(id(number) + head, number.__sizeof__() - head)
 
 
 def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
