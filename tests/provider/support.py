@@ -288,6 +288,10 @@ def harness(
 StartHarness = Callable[..., AbstractContextManager[Harness]]
 
 
+#: How the names of signature schemes begin, and what OpenSSL 3.0 calls those.
+_ALGORITHMS = {"rsa_pss_": "RSA-PSS", "rsa_pkcs1_": "RSA", "ecdsa_": "ECDSA"}
+
+
 class Client(NamedTuple):
     """What ``openssl s_client -brief`` found out."""
 
@@ -297,6 +301,15 @@ class Client(NamedTuple):
     def value(self, name: str) -> str | None:
         found = re.search(rf"^{name}: (.*)$", self.output, re.MULTILINE)
         return found.group(1) if found else None
+
+    @property
+    def signature_algorithm(self) -> str | None:
+        """Without the hash and the curve: OpenSSL 3.5 names the scheme (RFC 8446 §4.2.3)."""
+        said = self.value("Signature type")
+        for scheme, algorithm in _ALGORITHMS.items():
+            if said is not None and said.startswith(scheme):
+                return algorithm
+        return said
 
 
 def connect(port: int, site: Site, *options: str) -> Client:
