@@ -5,8 +5,6 @@ Run as root by whoever shows, or tests (``pytest_plugin``). The instance is the 
 as it does, and users that nobody else on the machine has.
 """
 
-import datetime
-import ipaddress
 import json
 import secrets
 import signal
@@ -14,33 +12,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
-
-from keyd.powers import PrivateKey
 from titus_py.instance import all_processes
+from titus_py.throwaway_authority import ThrowawayAuthority
 
-__all__ = ["KEY_TYPES", "PROGRAM", "SPARE", "Event", "TitusInstance"]
+__all__ = ["PROGRAM", "SPARE", "Event", "TitusInstance"]
 
 #: What is started, to be followed by the command's options.
 PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
-
-KEY_TYPES: dict[str, Callable[[], PrivateKey]] = {
-    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
-    "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
-    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
-    "RSA-2048": lambda: rsa.generate_private_key(65537, 2048),
-    "RSA-4096": lambda: rsa.generate_private_key(65537, 4096),
-    "Ed25519": ed25519.Ed25519PrivateKey.generate,
-}
 
 Event = dict[str, Any]
 
@@ -147,45 +130,12 @@ class TitusInstance:
 
     def _make_certificate(self, key_type: str, names: Sequence[str]) -> None:
         """An authority that forgets its key at once, and what it issued."""
-        authority_key, key = ec.generate_private_key(ec.SECP256R1()), KEY_TYPES[key_type]()
-        authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "throwaway authority")])
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
-        root = (
-            _builder(authority, authority)
-            .public_key(authority_key.public_key())
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(authority_key, hashes.SHA256())
-        )
-        alternatives = x509.SubjectAlternativeName(
-            [
-                *(x509.DNSName(name) for name in names),
-                x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")),
-            ]
-        )
-        leaf = (
-            _builder(authority, subject)
-            .public_key(key.public_key())
-            .add_extension(alternatives, critical=False)
-            .sign(authority_key, hashes.SHA256())
-        )
-        self.ca_file.write_bytes(root.public_bytes(Encoding.PEM))
-        self.certificate_file.write_bytes(leaf.public_bytes(Encoding.PEM))
+        authority = ThrowawayAuthority()
+        issued = authority.issue(key_type, [*names, "127.0.0.1"])
+        self.ca_file.write_bytes(authority.certificate)
+        self.certificate_file.write_bytes(issued.certificate)
         self.key_file.touch(mode=0o600)
-        self.key_file.write_bytes(
-            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        )
-
-
-def _builder(issuer: x509.Name, subject: x509.Name) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .issuer_name(issuer)
-        .subject_name(subject)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
-    )
+        self.key_file.write_bytes(issued.key)
 
 
 def _free_port() -> int:

@@ -25,8 +25,8 @@ from cryptography.hazmat.primitives.serialization import (
 from keyd.powers import PrivateKey
 from titus_py.instance import Role, connections_to, instance_processes
 from titus_py.key_search import Needle, Search, needles, search, search_all
+from titus_py.throwaway_authority import KEY_TYPES
 
-from .certificates import KINDS
 from .conftest import Certificates, Serve
 from .instance import Instance, eventually
 from .peers import Listener, TlsClient
@@ -277,7 +277,7 @@ def test_finds_each_rsa_number_in_either_order(
 @pytest.mark.parametrize("kind", ["P-256", "P-384", "P-521", "Ed25519"])
 @pytest.mark.parametrize("order", ["big", "little"])
 def test_finds_the_scalar_or_seed_in_either_order(kind: str, order: str) -> None:
-    key = KINDS[kind]()
+    key = KEY_TYPES[kind]()
     if isinstance(key, ed25519.Ed25519PrivateKey):
         name, octets = "seed", key.private_bytes_raw()
     else:
@@ -323,7 +323,7 @@ def test_finds_each_place_once(rsa_key: rsa.RSAPrivateKey) -> None:
 def test_finds_pem_text_however_it_is_broken_into_lines(
     kind: str, columns: int, end: bytes, form: PrivateFormat
 ) -> None:
-    key = KINDS[kind]()
+    key = KEY_TYPES[kind]()
     pem = key.private_bytes(Encoding.PEM, form, NoEncryption())
     body = b"".join(pem.splitlines()[1:-1])
     lines = [body[start : start + columns] for start in range(0, len(body), columns)]
@@ -356,7 +356,7 @@ def test_finds_der(form: PrivateFormat, rsa_key: rsa.RSAPrivateKey) -> None:
 
 @pytest.mark.parametrize("kind", ["RSA-2048", "P-256"])
 def test_finds_an_integer_of_python(kind: str) -> None:
-    key = KINDS[kind]()
+    key = KEY_TYPES[kind]()
     if isinstance(key, rsa.RSAPrivateKey):
         name, number = "qinv", key.private_numbers().iqmp
     else:
@@ -370,7 +370,7 @@ def test_finds_an_integer_of_python(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["RSA-2048", "P-256", "Ed25519"])
 def test_does_not_find_what_is_public_or_another_key(kind: str) -> None:
-    key, other = KINDS[kind](), KINDS[kind]()
+    key, other = KEY_TYPES[kind](), KEY_TYPES[kind]()
     form = PublicFormat.SubjectPublicKeyInfo
     public = key.public_key().public_bytes(Encoding.PEM, form)
     public += key.public_key().public_bytes(Encoding.DER, form)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from .certificates import KINDS, Certificate
+from titus_py.throwaway_authority import KEY_TYPES
+
+from .certificates import Certificate
 from .conftest import Certificates, Nginx, Serve
 from .instance import Instance
 
@@ -153,4 +155,4 @@ def test_the_rsa_key_exchange_is_refused_where_it_is_not_turned_on(
 
 
 def test_every_kind_of_key_is_tried() -> None:
-    assert {*SERVED, "P-521"} == set(KINDS)
+    assert {*SERVED, "P-521"} == set(KEY_TYPES)
