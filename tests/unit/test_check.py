@@ -117,7 +117,7 @@ def test_the_facts_of_a_good_certificate(tmp_path: Path, keys: dict[str, Key], k
 
 
 @pytest.mark.parametrize(
-    ("program", "dumps"), [(("-m", "keyd", "check"), False), (("-c", "open(input())"), True)]
+    ("program", "dumps"), [(("-m", "keyd", "check"), False), (("-c", "open(input()).read()"), True)]
 )
 def test_no_core_is_left_of_a_check(tmp_path: Path, program: tuple[str, ...], dumps: bool) -> None:
     """It has read keys when somebody at a terminal presses Ctrl-backslash."""
