@@ -1,4 +1,4 @@
-# Everything here does its own set-up, on Debian 12, as root; the second time it is quick.
+# Everything here does its own set-up, on Debian 12 or 13, as root; the second time it is quick.
 
 # Debian's own, whose headers are among the packages below. It is optimised, and has within itself
 # what others load as thirty libraries: a worker's copy of it is made and taken down faster.
@@ -7,18 +7,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
-# and what the tests drive.
+# what the demo and the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
-TEST_PACKAGES := clang curl libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
+DEMO_PACKAGES := curl
+TEST_PACKAGES := $(DEMO_PACKAGES) clang libseccomp2 nginx-light openssl procps prometheus man-db systemd-container
 LINT_PACKAGES := shellcheck
-SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install \
+SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/units \
     $(addprefix packaging/debian/,postinst postrm prerm)
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
-export DESTDIR PREFIX SYSCONFDIR
+export DESTDIR PREFIX SYSCONFDIR SYSTEMD
 # When what is built says that it was built: with the last commit.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 export SOURCE_DATE_EPOCH
@@ -31,7 +32,7 @@ DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).d
 
 .PHONY: demo test bench bench-quick peers lint clean install deb docs constraints
 
-demo: $(VENV)/built
+demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
 
 test: $(VENV)/built $(VENV)/test-packages
@@ -82,6 +83,10 @@ $(VENV)/build-packages: Makefile
 
 $(VENV)/lint-packages: $(VENV)/build-packages
 	.ci/apt-install $(LINT_PACKAGES)
+	touch $@
+
+$(VENV)/demo-packages: $(VENV)/build-packages
+	.ci/apt-install $(DEMO_PACKAGES)
 	touch $@
 
 $(VENV)/test-packages: $(VENV)/build-packages
