@@ -1,12 +1,14 @@
 """A machine of its own for a test: systemd as process 1, over an overlay of this one's root."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -81,11 +83,10 @@ class Machine:
                 preexec_fn=join,
             )
         self._nspawn = nspawn
-        self._leader = 0
         deadline = time.monotonic() + _BOOT_SECONDS
         while time.monotonic() < deadline:
             assert nspawn.poll() is None, self.console
-            self._leader = self._leader or _child(nspawn.pid)
+            self._leader = _first_process(nspawn.pid)
             if self._leader:
                 state = self.run("systemctl is-system-running", check=False).strip()
                 if state in ("running", "degraded"):
@@ -119,7 +120,7 @@ class Machine:
             try:
                 self._nspawn.wait(3)
             except subprocess.TimeoutExpired:
-                leader = _child(self._nspawn.pid)
+                leader = _first_process(self._nspawn.pid)
                 if leader:
                     os.kill(leader, signal.SIGKILL)
                 self._nspawn.kill()
@@ -136,12 +137,18 @@ class Machine:
         self.close()
 
 
-def _child(pid: int) -> int:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return 0
-    return int(children[0]) if children else 0
+def _first_process(nspawn: int) -> int:
+    """nspawn's child that is process 1 of the machine; 0 if there is none yet, or no longer.
+
+    It has another child before, which sets the machine up and ends.
+    """
+    with suppress(FileNotFoundError):
+        for child in Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text().split():
+            with suppress(FileNotFoundError):
+                status = Path(f"/proc/{child}/status").read_text()
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                    return int(child)
+    return 0
 
 
 def _own_cgroups(name: str) -> list[Path]:

@@ -179,9 +179,18 @@ def _reloads(admin: Administrator) -> None:
 
 
 def _is_killed(admin: Administrator) -> None:
+    before = admin.property("titus-py", "MainPID")
     admin.types("systemctl kill --kill-whom=main --signal=KILL titus-py")
-    admin.types("time sh -c 'until systemctl --quiet is-active titus-py; do sleep 0.1; done'")
+    _is_started_anew(admin, before)
     admin.requests()
+
+
+def _is_started_anew(admin: Administrator, before: str) -> None:
+    """The main process's number tells: for a moment, systemd calls a dead one active."""
+    admin.types(
+        f"until test {before} != $(systemctl show --property=MainPID --value titus-py)"
+        " && systemctl --quiet is-active titus-py; do sleep 0.1; done"
+    )
 
 
 def _loses_a_process_and_the_journal(admin: Administrator) -> None:
@@ -208,10 +217,7 @@ def _hangs(admin: Administrator) -> None:
     admin.types("systemctl daemon-reload && systemctl restart titus-py")
     before = admin.property("titus-py", "MainPID")
     admin.types("systemctl kill --kill-whom=main --signal=STOP titus-py")
-    admin.types(
-        f"time sh -c 'until test {before} != $(systemctl show --property=MainPID --value titus-py)"
-        " && systemctl --quiet is-active titus-py; do sleep 0.1; done'"
-    )
+    _is_started_anew(admin, before)
     admin.requests()
     assert "watchdog" in admin.types("journalctl --unit titus-py --quiet --lines 400").lower()
     admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
