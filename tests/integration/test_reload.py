@@ -490,9 +490,7 @@ def test_an_abandoned_generation_leaves_no_narrower_address_behind(
     assert all(serves(instance, port) for _ in range(3))
 
 
-def test_the_log_may_be_told_to_leave_the_quiet_events_out(
-    serve: Serve, echoing: Listener
-) -> None:
+def test_the_log_may_be_told_to_leave_the_quiet_events_out(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
 
     def level(name: str) -> None:
