@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hold a running instance against its promises",
         description="From outside, as root. Exit code 0: all hold; 1: one does not; 2: there is "
         "no instance, or no way to look. keyd is asked for what it must refuse, which the "
-        "instance's log has as keyd_refused of connection 0.",
+        "instance's log has as audit_refused.",
     )
     audit.add_argument("--pid", type=int, help="the supervisor of one instance (default: all)")
     audit.add_argument("--json", action="store_true", help="for machines")

@@ -70,7 +70,7 @@ def audit(instance: "TitusInstance | int") -> "tuple[Finding, ...]":
     ``instance`` is one of ``titus_instance``, or the pid of the supervisor of any other. Returns
     what was found; raises AssertionError with a list of what does not hold. It opens a
     connection, and asks keyd for what it must refuse: the instance's log has that as
-    ``keyd_refused`` of connection 0.
+    ``audit_refused``.
     """
     __tracebackhide__ = True
     from titus_py.audit import Verdict, find_target

@@ -29,6 +29,7 @@ from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed, fingerprint
 from keyd.system_calls import SERVING
 from titus_py.address import Address, IPAddress, NameAddress, UnixAddress
+from titus_py.announced_audits import AnnouncedAudits
 from titus_py.check import Checked
 from titus_py.confinement import (
     CONFINING_CAPABILITIES,
@@ -159,6 +160,7 @@ class _Supervisor:
         self._notify = Notifier()
         self._loop = EventLoop()
         self._control: Control | None = None
+        self._audits = AnnouncedAudits()
         #: The last one is the one that serves, or is about to.
         self._generations: list[Generation] = []
         #: Uids that earlier parents' workers may still have.
@@ -190,7 +192,11 @@ class _Supervisor:
         self._loop.watch(
             self._resolver.descriptor, lambda: self._resolver.collect(self._take_addresses)
         )
-        handlers = {"status": self._answer_status, "reload": self._answer_reload}
+        handlers = {
+            "status": self._answer_status,
+            "reload": self._answer_reload,
+            "audit": self._answer_audit,
+        }
         try:
             self._control = Control(self._loop, handlers)
         except OSError as error:
@@ -758,6 +764,8 @@ class _Supervisor:
             generation.connections[event["connection"]] = event
         elif name in _ENDS:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
+        elif name == "keyd_refused" and self._audits.expect(event["connection"]):
+            name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":
             _complete_refusal(generation, event)
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
@@ -991,6 +999,11 @@ class _Supervisor:
         # One that goes on may have read the files already, or none at all.
         (self._later_answers if self._reloading else self._reload_answers).append(answer)
         self._reload()
+
+    def _answer_audit(self, answer: Answer) -> None:
+        connection = self._audits.announce()
+        self._event("audit_announced", connection=connection)
+        answer({"connection": connection})
 
     # --- backends ---------------------------------------------------------------
 

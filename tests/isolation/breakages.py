@@ -592,12 +592,13 @@ def keyd_fails_to_sign(_: str) -> None:
 def _change_terms(**changes: Any) -> None:
     """Have keyd hear other terms than those that were stated for the audit's channels."""
     from keyd.protocol import Open
+    from titus_py.announced_audits import FIRST_CONNECTION
 
     real = Open.decode.__func__  # type: ignore[attr-defined]
 
     def decode(cls: type[Open], message: bytes) -> Open:
         terms: Open = real(cls, message)
-        if terms.connection:
+        if terms.connection < FIRST_CONNECTION:
             return terms
         return terms._replace(
             **{name: change(getattr(terms, name)) for name, change in changes.items()}

@@ -26,7 +26,11 @@ import pytest
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py import throwaway
 from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target
+from titus_py.audit.observation import Scene
+from titus_py.audit.probe import Probe
+from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.run import CHECKS
+from titus_py.control_client import ask
 from titus_py.instance import Role, instance_processes
 from titus_py.throwaway import TitusInstance
 
@@ -122,14 +126,60 @@ def test_json_names_every_check_of_every_process(instance: TitusInstance) -> Non
     assert {"spare", "before its handshake", "after its handshake"} <= stages
 
 
-def test_refusals_are_in_the_log_as_those_of_connection_0(instance: TitusInstance) -> None:
+def alarms(instance: TitusInstance) -> dict[str, int]:
+    """As ``titus-py status`` has them, and the metrics."""
+    counted: dict[str, int] = ask(instance.pid, {"do": "status"}, 10)["counts"]["alarms"]
+    return counted
+
+
+def await_alarm(instance: TitusInstance, connection: int) -> None:
+    deadline = time.monotonic() + 10
+    while not any(
+        (event["connection"], event["level"]) == (connection, "alarm")
+        for event in instance.events("keyd_refused")
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_it_rings_no_alarm(instance: TitusInstance) -> None:
+    before = alarms(instance)
+    since = len(instance.events())
     assert audit(find_target(instance.pid)).holds
-    refusals = instance.events("keyd_refused")
-    assert {event["connection"] for event in refusals} == {0}
+    refusals = [one for one in instance.events()[since:] if one["event"] == "audit_refused"]
     statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired"}
     assert {event["status"] for event in refusals} == statuses
-    others = [one["event"] for one in instance.events() if one["level"] == "alarm"]
-    assert set(others) == {"keyd_refused"}
+    (announced,) = (one for one in instance.events()[since:] if one["event"] == "audit_announced")
+    assert {event["connection"] for event in refusals} == {announced["connection"]}
+    assert {event["level"] for event in (announced, *refusals)} == {"info"}
+    assert alarms(instance) == before
+
+
+def test_what_is_not_its_own_is_an_alarm_meanwhile(instance: TitusInstance) -> None:
+    """Another audit's word for it, an attack's number, or one refusal too many."""
+
+    def refusals(connection: int) -> None:
+        with Probe(target) as probe:
+            probe.find_worker()
+            probe.shake_hands()
+            assert probe.certificate is not None
+            found = list(ask_keyd(Scene(target), probe.certificate, connection))
+        assert all(one.verdict is not Verdict.BROKEN for one in found)
+
+    target = find_target(instance.pid)
+    own = ask(instance.pid, {"do": "audit"}, 10)["connection"]
+    before = alarms(instance).get("keyd_refused", 0)
+    refusals(own)
+    refused = len(instance.events("audit_refused"))
+    assert alarms(instance).get("keyd_refused", 0) == before
+    for stranger in (0, own + 1, instance.events("connection_begun")[-1]["connection"]):
+        refusals(stranger)
+        await_alarm(instance, stranger)
+    assert len(instance.events("audit_refused")) == refused
+    # So many as an audit makes, with a few to spare, and the others are alarms.
+    refusals(own)
+    refusals(own)
+    await_alarm(instance, own)
 
 
 def test_connections_of_others_are_audited_as_well(instance: TitusInstance) -> None:

@@ -7,7 +7,8 @@ could say of themselves is not asked, but for keyd's answers, which are what is 
 Three rules. A check is data: what was promised, how it is looked at, what was seen, and
 whether that holds. What is looked at is a process as it is, never what our own code says
 that it did. Nothing is changed: one connection is opened, and keyd is asked on a channel
-of our own for what it must refuse (its log has that as ``keyd_refused`` of connection 0).
+of our own for what it must refuse, which the supervisor is told of beforehand (the log
+has that as ``audit_refused``).
 """
 
 from titus_py.audit.finding import Finding, Subject, Verdict

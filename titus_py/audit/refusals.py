@@ -3,7 +3,7 @@
 Run by ``titus-py audit``, as root. It borrows the parent's socket to keyd
 (pidfd_getfd(2)) to open channels of its own, each for one signature with one key, and
 is on them what a worker that was taken over would be. Each refusal shows in the
-instance's log, as ``keyd_refused`` of connection 0, which no client ever has.
+instance's log, under a number that no client's connection ever has (``announcement``).
 """
 
 import base64
@@ -34,14 +34,13 @@ from keyd.protocol import (
     Status,
 )
 from keyd.reference import key_id
+from titus_py.audit.announcement import UNANNOUNCED
 from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
 from titus_py.audit.observation import Observation, Scene
 from titus_py.instance import Role
 
-__all__ = ["CONNECTION", "ask_keyd"]
+__all__ = ["ask_keyd"]
 
-#: Real connections are numbered from the time of day on.
-CONNECTION = 0
 _LIFETIME_MS = 10_000
 _TIMEOUT = 5.0
 _SYS_PIDFD_GETFD = 438
@@ -52,22 +51,26 @@ _Key = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 class _Keyd:
     """Our end of the parent's way to keyd."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, connection: int) -> None:
         self._control = control
+        self._connection = connection
 
     def open(
         self, grants: Mapping[bytes, frozenset[Operation]], lifetime_ms: int = _LIFETIME_MS
     ) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_TIMEOUT)
-        terms = Open(CONNECTION, lifetime_ms, operations=1, grants=grants)
+        terms = Open(self._connection, lifetime_ms, operations=1, grants=grants)
         with theirs:
             socket.send_fds(self._control, [terms.encode()], [theirs.fileno()])
         return ours
 
 
-def ask_keyd(scene: Scene, certificate: Certificate) -> Iterator[Finding]:
-    """Findings about keyd's answers, for the key of this certificate."""
+def ask_keyd(scene: Scene, certificate: Certificate, connection: int) -> Iterator[Finding]:
+    """Findings about keyd's answers, for the key of this certificate.
+
+    ``connection`` is what they are recorded under.
+    """
     keyd = scene.newest(Role.KEYD)
     key = certificate.public_key()
     if keyd is None or not isinstance(key, _Key):
@@ -78,13 +81,30 @@ def ask_keyd(scene: Scene, certificate: Certificate) -> Iterator[Finding]:
             seen = not_available("the parent's socket to keyd was not to be had")
             yield _finding(name, promised, keyd, seen)
         return
+    yield _announced(keyd, connection)
     with closing(borrowed):
-        way = _Keyd(borrowed)
+        way = _Keyd(borrowed, connection)
         yield from _sign_once(way, keyd, key)
         for name, promised, operation, payload in _REFUSALS:
             request = Request(operation, _parameter(operation, key), key_id(key), payload())
             yield _finding(name, promised, keyd, _refused(way, key, request, Status.NOT_TLS))
         yield from _other_terms(way, keyd, key)
+
+
+def _announced(keyd: Observation, connection: int) -> Finding:
+    if connection == UNANNOUNCED:
+        text = "its supervisor could not be told: they are alarms, keyd_refused of connection 0"
+        seen = not_available(text)
+    else:
+        seen = holds(f"they are in the log as audit_refused of connection {connection}")
+    return Finding(
+        "announced",
+        Subject.of(keyd.process),
+        "what keyd refuses to this audit rings no alarm",
+        "announced to the supervisor, by its control socket",
+        seen.text,
+        seen.verdict,
+    )
 
 
 def _borrow_control(scene: Scene, keyd: Observation) -> socket.socket | None:

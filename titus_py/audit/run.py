@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 from titus_py.audit import credentials, descriptors, limits, memory, surroundings
+from titus_py.audit.announcement import announce
 from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe, Unanswered
@@ -114,7 +115,7 @@ def _findings(target: Target) -> Iterator[Finding]:
                 stages.setdefault(observed.pid, observed.stage)
             yield from memory.look_for_keys(alive, stages, sought)
             assert probe.certificate is not None
-            yield from ask_keyd(scene, probe.certificate)
+            yield from ask_keyd(scene, probe.certificate, announce(target.supervisor.pid))
             yield probe.end()
     except Unanswered as error:
         seen = broken(str(error))

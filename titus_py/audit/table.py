@@ -35,7 +35,7 @@ def show(audit: Audit, console: Console) -> None:
     for thing in UNSEEN:
         console.print(Text(f"  {thing}", "dim"))
     console.print(
-        Text("keyd's refusals are in the instance's log as keyd_refused, connection=0.", "dim")
+        Text("What keyd refused to this audit is in the instance's log as audit_refused.", "dim")
     )
     console.print()
     for finding in audit.having(Verdict.BROKEN):
