@@ -5,7 +5,7 @@ _titus_py() {
     local options=
     COMPREPLY=()
     case $previous in
-        --config | --cert | --key | --html)
+        --config | --credentials | --cert | --key | --html)
             compopt -o filenames
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
@@ -20,13 +20,13 @@ _titus_py() {
     esac
     case ${COMP_WORDS[1]} in
         serve) options='--config --listen --backend --cert --key' ;;
-        check) options='--config' ;;
-        audit) options='--pid --json --html' ;;
+        check) options='--config --credentials' ;;
+        audit) options='--pid --json --quiet --html' ;;
         status) options='--pid --json --watch' ;;
         reload) options='--pid' ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
-        options='serve check demo audit status reload --help'
+        options='serve check demo audit status reload --help --version'
     else
         options="$options --help"
     fi

@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="keyd", description="Hold private keys; sign and decrypt what a TLS server may."
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="which keyd this is, with which OpenSSL"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listen = commands.add_parser(
@@ -100,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--supervisor-fd", type=int, required=True)
     serve.set_defaults(run=_serve)
     return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        from cryptography.hazmat.backends.openssl import backend
+
+        print(f"keyd {version('titus-py')}")
+        print(backend.openssl_version_text())
+        parser.exit()
 
 
 def _add_service_options(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +185,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
             keyd.hear_parent(parent, gone=lambda: None)
 
         keyd.hear_listener(listener, accepted)
-        keyd.serve(_THREADS, program, lambda: notify(ready=1))
+        keyd.serve(_THREADS, program, notify.ready)
     _leave()
 
 
@@ -195,7 +209,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
             print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)
 
         keyd.hear_listener(listener, lambda client: keyd.open(terms, client, record))
-        keyd.serve(_THREADS, program, lambda: notify(ready=1))
+        keyd.serve(_THREADS, program, notify.ready)
     _leave()
 
 

@@ -29,6 +29,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Terminate TLS in front of a plaintext backend: a confined process for each "
         "connection, the private key in a process of its own.",
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="which titus-py this is, with which OpenSSL"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser(
@@ -43,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="name every mistake in a configuration")
     check.add_argument("--config", type=Path, metavar="FILE", default=_DEFAULT_CONFIGURATION)
+    check.add_argument(
+        "--credentials",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where systemd has put the unit's: /run/credentials/titus-py.service, while it runs",
+    )
     check.set_defaults(run=_check)
 
     status = commands.add_parser("status", help="show what is running, and how it is")
@@ -71,9 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("--pid", type=int, help="the supervisor of one instance (default: all)")
     audit.add_argument("--json", action="store_true", help="for machines")
+    audit.add_argument("--quiet", action="store_true", help="only what does not hold")
     audit.add_argument("--html", type=Path, metavar="FILE", help="also write a report to hand on")
     audit.set_defaults(run=_audit)
     return parser
+
+
+class _Version(argparse.Action):
+    """Also of the library that the workers have: it is loaded for that."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        from OpenSSL import SSL
+
+        print(f"titus-py {version('titus-py')}")
+        print(SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode())
+        parser.exit()
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -110,7 +133,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from titus_py.check import check_main
 
-    return check_main(arguments.config)
+    return check_main(arguments.config, arguments.credentials)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -135,7 +158,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     from titus_py.audit.command import audit_main
 
-    return audit_main(arguments.pid, arguments.json, arguments.html)
+    return audit_main(arguments.pid, arguments.json, arguments.html, arguments.quiet)
 
 
 if __name__ == "__main__":

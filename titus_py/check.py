@@ -130,9 +130,9 @@ def report(checked: Checked) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def check_main(path: str | Path) -> int:
+def check_main(path: str | Path, credentials: Path | None = None) -> int:
     """The command ``titus-py check``. Returns its exit code: 0, or 2 if there are mistakes."""
-    checked = check(load(path))
+    checked = check(load(path, credentials))
     report(checked)
     if checked.configuration is None:
         return 2

@@ -93,7 +93,7 @@ def assert_key_isolated(instance: "TitusInstance | int") -> None:
     from titus_py.audit.memory import key_needles, look_for_keys
 
     target = find_target(_pid(instance))
-    findings = look_for_keys(target.processes(), {}, key_needles(target))
+    findings = look_for_keys(target, target.processes(), {}, key_needles(target))
     _raise_for([one for one in findings if one.check == "key" and one.verdict is not Verdict.HOLDS])
 
 

@@ -42,6 +42,16 @@ class Notifier:
             with suppress(OSError):
                 self._socket.send(text.encode())
 
+    def ready(self) -> None:
+        """READY=1; and hang up, where no watchdog wants to hear more. For a service without reload.
+
+        Whoever takes the process over has one way less to process 1.
+        """
+        self(ready=1)
+        if self.watchdog is None and self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     def reloading(self) -> None:
         """RELOADING=1, with the time that Type=notify-reload asks for."""
         self(reloading=1, monotonic_usec=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)

@@ -102,7 +102,11 @@ def test_all_holds_on_a_default_instance(instance: TitusInstance, tmp_path: Path
     answer = run_audit("--pid", str(instance.pid), "--html", page)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "All promises hold." in answer.stdout
-    assert all(len(line) <= 80 for line in answer.stdout.splitlines())
+    lines = answer.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    # Workers are alike, also in what the machine cannot do.
+    workers = lines[next(n for n, line in enumerate(lines) if line.startswith("workers:")) :]
+    assert sum("indirect-branch" in line for line in workers) == 1
 
     html = page.read_text()
     assert "All promises hold" in html
@@ -259,6 +263,84 @@ def test_all_holds_with_a_keyd_that_is_a_service_and_a_backend_on_a_unix_socket(
     assert made.holds, made.having(Verdict.BROKEN)
     (signed,) = (one for one in made.findings if one.check == "signs")
     assert (signed.verdict, signed.subject.pid) == (Verdict.HOLDS, service.pid)
+
+
+@contextlib.contextmanager
+def beside(configuration: Path, *around: str) -> Iterator[int]:
+    """Another instance, started within ``around``; its supervisor's pid."""
+    log = configuration.with_name("log")
+    with log.open("wb") as file:
+        started = subprocess.Popen(
+            [*around, TITUS_PY, "serve", "--config", configuration], stderr=file
+        )
+    try:
+        deadline = time.monotonic() + 30
+        while b'"listening"' not in log.read_bytes():
+            assert started.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield started.pid
+    finally:
+        started.terminate()
+        started.wait(30)
+
+
+def test_what_lives_elsewhere_is_passed_over_for_those_that_do_not(
+    instance: TitusInstance, tmp_path: Path
+) -> None:
+    configuration, _ = another(instance, tmp_path)
+    with beside(configuration, "unshare", "--net") as elsewhere:
+        # Of that one alone there is nothing to say.
+        answer = run_audit("--pid", str(elsewhere), "--quiet")
+        assert (answer.returncode, answer.stdout) == (2, "")
+        assert f"nsenter --target {elsewhere}" in answer.stderr
+        # From everywhere, and with whatever other instances the machine has.
+        answer = run_audit("--json")
+        pids = {one["instance"]["supervisor"] for one in json.loads(answer.stdout)}
+        assert instance.pid in pids
+        assert elsewhere not in pids
+        assert f"passed over: process {elsewhere} lives in a container" in answer.stderr
+        assert "passed over" not in run_audit("--json", "--quiet").stderr
+
+
+def test_an_instance_with_credentials_is_audited(instance: TitusInstance, tmp_path: Path) -> None:
+    configuration, _ = another(
+        instance,
+        tmp_path,
+        key='key = "credential:www.key"',
+        certificate='certificate = "credential:www.crt"',
+    )
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    shutil.copy(instance.key_file, credentials / "www.key")
+    shutil.copy(instance.certificate_file, credentials / "www.crt")
+    with beside(configuration, "env", f"CREDENTIALS_DIRECTORY={credentials}") as pid:
+        answer = run_audit("--pid", str(pid), "--quiet")
+        assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    check = [TITUS_PY, "check", "--config", configuration]
+    without = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+    assert without.returncode == 2
+    assert "titus-py check takes --credentials" in without.stderr
+    told = subprocess.run(
+        [*check, "--credentials", credentials],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+
+
+def test_quiet_it_says_only_what_does_not_hold(instance: TitusInstance) -> None:
+    right = instance.certificate_file.read_bytes()
+    try:
+        instance.certificate_file.write_bytes(instance.ca_file.read_bytes())
+        answer = run_audit("--pid", str(instance.pid), "--quiet")
+    finally:
+        instance.certificate_file.write_bytes(right)
+    assert answer.returncode == 1
+    assert "certificate: promised:" in " ".join(answer.stdout.split())
+    assert len(answer.stdout.splitlines()) < 10
 
 
 # --- where there is nothing to audit ----------------------------------------------

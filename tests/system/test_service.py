@@ -292,6 +292,9 @@ def _encrypts_the_key(admin: Administrator) -> None:
     )
     admin.types("systemctl daemon-reload && systemctl start titus-py")
     admin.requests()
+    admin.types("titus-py check", fails=True)
+    admin.types("titus-py check --credentials /run/credentials/titus-py.service")
+    admin.types("titus-py audit --quiet")
 
 
 def _runs_keyd_as_a_unit(admin: Administrator) -> None:
@@ -318,6 +321,40 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
     admin.requests()
     assert admin.property("titus-py", "MainPID") == proxy
     admin.types(f"cat /proc/{keyd}/environ > /dev/null", fails=True)
+    admin.types("titus-py audit")
+    assert not admin.types(f"journalctl --quiet --priority=alert _PID={proxy}").strip()
+    _loosens_keyds_unit(admin)
+
+
+def _loosens_keyds_unit(admin: Administrator) -> None:
+    """What the audit takes for right of a unit, it would not take from another one."""
+    drop_in = "/etc/systemd/system/titus-keyd.service.d/loose.conf"
+    admin.writes(
+        drop_in,
+        "[Service]\nSupplementaryGroups=adm\nPrivateIPC=no\nPrivateNetwork=no\n"
+        "InaccessiblePaths=\nBindPaths=/srv\nBindReadOnlyPaths=/etc/passwd\n"
+        "BindReadOnlyPaths=/etc:/usr/share/doc\n",
+    )
+    admin.types(
+        "systemctl daemon-reload && systemctl restart titus-keyd && systemctl reload titus-py"
+    )
+    admin.requests()
+    (made,) = json.loads(admin.types("titus-py audit --json", fails=True))
+    found = {
+        (one["process"]["role"], one["check"]): one["seen"]
+        for one in made["findings"]
+        if one["verdict"] == "broken"
+    }
+    assert set(found) == {("keyd", name) for name in ("groups", "namespaces", "network", "root")}
+    for words in ("/srv", "/etc/passwd", "/usr/share/doc", "/dev/shm"):
+        assert words in found["keyd", "root"]
+    admin.writes(drop_in, "[Service]\nRootDirectory=\n")
+    admin.types(
+        "systemctl daemon-reload && systemctl restart titus-keyd && systemctl reload titus-py"
+    )
+    seen = admin.types("titus-py audit --quiet", fails=True)
+    assert "its root is the machine's" in " ".join(seen.split())
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-keyd")
 
 
 def _looks_at_exposure(admin: Administrator) -> None:
@@ -339,9 +376,13 @@ def _runs_two_instances(admin: Administrator) -> None:
     )
     admin.types("chmod 600 /etc/titus-py/other.key")
     other = _CONFIGURATION.replace("www.", "other.").replace("[::]:443", "127.0.0.1:8443")
+    other = other.replace("titus-keyd", "299999")
     admin.writes("/etc/titus-py/other.toml", other + '\n[worker]\nuids = "300000-301023"\n')
     admin.types("systemctl start titus-py@other")
     admin.types("curl --silent --show-error --insecure https://127.0.0.1:8443/")
+    audits = json.loads(admin.types("titus-py audit --json"))
+    assert {made["result"] for made in audits} == {"holds"}
+    assert [made["instance"]["listening"] for made in audits] == [["[::]:443"], ["127.0.0.1:8443"]]
     admin.types("systemctl stop titus-py@other")
     admin.requests()
 

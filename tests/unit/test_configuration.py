@@ -89,7 +89,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "lifetime": None,
         },
         "keyd": {"socket": None, "user": "199999"},
-        "log": {"format": "text"},
+        "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},
         "listen": [{"address": "[::]:443"}],

@@ -3,11 +3,16 @@
 And those that can be alarms are known as such: to the counts, and to whoever reads of them.
 """
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+import keyd.__main__
+import titus_py.__main__
 from titus_py.events import ALARMS
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -78,3 +83,36 @@ def test_troubleshooting_calls_every_alarm_one() -> None:
     page = (_REPOSITORY / "docs/troubleshooting.md").read_text()
     # Of the ends of a connection, a table says which.
     assert set(re.findall(r"^### (\w+)\nAlarm: ", page, re.MULTILINE)) | _ENDS == ALARMS
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Those of the command and its subcommands, and these."""
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            # keyd has some that are titus-py's alone: they have no help.
+            for shown in action._choices_actions:
+                yield shown.dest
+                yield from _options(action.choices[shown.dest])
+
+
+@pytest.mark.parametrize(
+    ("parser", "page", "completions"),
+    [
+        (titus_py.__main__._parser(), "titus-py.8", ["titus-py.bash", "_titus-py"]),
+        (keyd.__main__._parser(), "keyd.8", []),
+    ],
+    ids=["titus-py", "keyd"],
+)
+def test_manual_and_completion_have_every_option(
+    parser: argparse.ArgumentParser, page: str, completions: list[str]
+) -> None:
+    options = set(_options(parser))
+    assert "--version" in options
+    manual = (_REPOSITORY / "docs/man" / page).read_text()
+    written = {f"--{name}" for name in re.findall(r"Fl -([a-z-]+)", manual)}
+    written |= set(re.findall(r"^\.(?:It )?Cm ([a-z-]+)", manual, re.MULTILINE))
+    assert options - {"--help"} <= written
+    for name in completions:
+        completed = (_REPOSITORY / "completion" / name).read_text()
+        assert options <= set(re.findall(r"[a-z-]+", completed))

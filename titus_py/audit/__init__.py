@@ -13,12 +13,13 @@ has that as ``audit_refused``).
 
 from titus_py.audit.finding import Finding, Subject, Verdict
 from titus_py.audit.run import Audit, audit
-from titus_py.audit.target import CannotAudit, Target, find_supervisors, find_target
+from titus_py.audit.target import CannotAudit, LivesElsewhere, Target, find_supervisors, find_target
 
 __all__ = [
     "Audit",
     "CannotAudit",
     "Finding",
+    "LivesElsewhere",
     "Subject",
     "Target",
     "Verdict",

@@ -9,38 +9,54 @@ from pathlib import Path
 from rich.console import Console
 
 from keyd.linux.credentials import forbid_core_dumps, hide_memory
-from titus_py.audit import CannotAudit, audit, find_supervisors, find_target
+from titus_py.audit import CannotAudit, LivesElsewhere, audit, find_supervisors, find_target
 from titus_py.audit.machine import as_json
 from titus_py.audit.page import as_html
 from titus_py.audit.run import Audit
-from titus_py.audit.table import show
+from titus_py.audit.table import show, show_broken
 
 __all__ = ["audit_main"]
 
 
-def audit_main(pid: int | None, json: bool, html: Path | None) -> int:
+def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> int:
     """Audit the instance with this supervisor, or all instances. Returns the exit code."""
     # The private keys are read here, to be looked for elsewhere.
     forbid_core_dumps()
     hide_memory()
+    audits, problems = _audits(pid)
     try:
-        audits = _audits(pid)
         if html is not None:
             html.write_text(as_html(audits), encoding="utf-8")
-    except (CannotAudit, OSError) as error:
-        print(f"titus-py audit: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        problems.append(error)
+    for problem in problems:
+        # With others that could be audited, it is theirs to speak of those elsewhere.
+        passed_over = isinstance(problem, LivesElsewhere) and bool(audits)
+        if not (passed_over and quiet):
+            note = "passed over: " if passed_over else ""
+            print(f"titus-py audit: {note}{problem}", file=sys.stderr)
     if json:
         print(as_json(audits))
     else:
         console = Console(highlight=False)
         for one in audits:
-            show(one, console)
-    return 0 if all(one.holds for one in audits) else 1
+            (show_broken if quiet else show)(one, console)
+    if not all(one.holds for one in audits):
+        return 1
+    passed_over = all(isinstance(problem, LivesElsewhere) for problem in problems)
+    return 0 if audits and passed_over else 2
 
 
-def _audits(pid: int | None) -> list[Audit]:
+def _audits(pid: int | None) -> tuple[list[Audit], list[CannotAudit | OSError]]:
+    """What was found, and of which instances nothing could be, for what reason."""
+    audits: list[Audit] = []
+    problems: list[CannotAudit | OSError] = []
     pids = [pid] if pid is not None else [process.pid for process in find_supervisors()]
     if not pids:
-        raise CannotAudit("no running instance is in sight")
-    return [audit(find_target(each)) for each in pids]
+        problems.append(CannotAudit("no running instance is in sight"))
+    for each in pids:
+        try:
+            audits.append(audit(find_target(each)))
+        except (CannotAudit, OSError) as error:
+            problems.append(error)
+    return audits, problems

@@ -63,8 +63,13 @@ def _uid(seen: Observation, scene: Scene) -> Seen:
     return holds(f"{text}; no other of {len(scene.everyone)} processes in sight has it")
 
 
-def _groups(seen: Observation, _: Scene) -> Seen:
+def _groups(seen: Observation, scene: Scene) -> Seen:
     groups = sorted({group for thread in seen.threads for group in thread["Groups"].split()})
+    if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
+        # systemd's User= adds the user's own group, which gives nothing that its gid does not.
+        own = seen.threads[0]["Gid"].split()[1]
+        if groups == [own]:
+            return holds(f"{own}, which is its gid as well")
     return broken(f"groups {', '.join(groups)}") if groups else holds("none")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.observation import Observation, Scene, Stage
 from titus_py.confinement import PARENT_FD
-from titus_py.instance import Role
+from titus_py.instance import Role, descriptors
 
 __all__ = ["CHECKS", "names"]
 
@@ -23,6 +23,7 @@ _CLOSED = "socket with no other end"
 _ERRORS = "standard error, the supervisor's"
 _OWN_ERRORS = "standard error"
 _TO_PARENT = "socket to the parent"
+_TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
@@ -47,6 +48,8 @@ _KEYD: _Allowed = {
     "socket to the supervisor": 1,
     "socket to worker": None,
     _CLOSED: None,
+    # Of a service with a watchdog (sd_notify(3)).
+    _TO_MANAGER: 1,
 }
 _FORK_SERVER: _Allowed = {
     _NULL: 2,
@@ -99,6 +102,8 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
     inode = seen.sockets.get(number)
     if inode is None:
         return what
+    if _leads_to_manager(seen, scene, inode):
+        return _TO_MANAGER
     name = _socket_name(scene, inode) or what
     if seen.process.role is Role.FORK_SERVER and number != PARENT_FD and name == _TO_PARENT:
         return _WORKERS
@@ -129,6 +134,19 @@ def _socket_name(scene: Scene, inode: int) -> str:
                 "the keyd", "keyd"
             )
     return _CLOSED
+
+
+def _leads_to_manager(seen: Observation, scene: Scene, inode: int) -> bool:
+    """Whether a keyd that is a service has here its way to who started it, who hears datagrams."""
+    if seen.process.role is not Role.KEYD or scene.target.started(seen.process):
+        return False
+    unix = scene.unix(inode)
+    if unix is None or unix.kind != socket.SOCK_DGRAM:
+        return False
+    try:
+        return f"socket:[{unix.peer}]" in descriptors(seen.process.ppid).values()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _passes_on(seen: Observation, inode: int) -> bool:

@@ -1,6 +1,6 @@
 """Findings in the order in which people read them. Used by the table and the page.
 
-Workers are alike: as long as what they promise holds, one entry speaks for several.
+Workers are alike: but for what is broken, one entry speaks for several.
 """
 
 import re
@@ -75,7 +75,7 @@ def _rows(findings: Sequence[Finding]) -> list[Row]:
             finding.verdict,
             _kind(finding.seen),
         )
-        if finding.verdict is not Verdict.HOLDS or finding.subject.role != Role.WORKER:
+        if finding.verdict is Verdict.BROKEN or finding.subject.role != Role.WORKER:
             alike += (str(finding.subject), finding.seen)
         same.setdefault(alike, []).append(finding)
     rows = [Row(found[0], len({one.subject.pid for one in found})) for found in same.values()]

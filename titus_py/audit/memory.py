@@ -90,7 +90,7 @@ def key_needles(target: Target) -> list[Needle]:
 
 
 def look_for_keys(
-    processes: Sequence[Process], stages: dict[int, str], sought: Sequence[Needle]
+    target: Target, processes: Sequence[Process], stages: dict[int, str], sought: Sequence[Needle]
 ) -> Iterator[Finding]:
     """Findings for each process that outlived the search; the newest keyd's are its control."""
     keyds = [process for process in processes if process.role is Role.KEYD]
@@ -106,7 +106,7 @@ def look_for_keys(
                 seen = not_available("serves an earlier configuration, whose keys may be others")
             yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
             if not found.ended:
-                seen = _locked(process.pid, found.hits)
+                seen = _locked(process.pid, found.hits, target.started(process))
                 yield Finding(
                     "locked",
                     subject,
@@ -148,7 +148,8 @@ def _nothing(found: Search) -> Seen:
 _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 
 
-def _locked(pid: int, hits: Sequence[Hit]) -> Seen:
+def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
+    """``started`` by titus-py: as root, which may lock what there is, whatever the limit."""
     locked = loose = 0
     exposed = []
     for start, end, permissions, flags in _flagged_mappings(pid):
@@ -159,14 +160,17 @@ def _locked(pid: int, hits: Sequence[Hit]) -> Seen:
         if "w" in permissions:
             loose += end - start
     text = f"{locked >> 10} KiB locked"
+    limit = re.search(r"Max locked memory +(\S+) +(\S+)", Path(f"/proc/{pid}/limits").read_text())
+    most = limit[2] if limit else "unlimited"
+    if exposed and not started and most != "unlimited":
+        return not_available(
+            f"{text}, as RLIMIT_MEMLOCK is {most}: LimitMEMLOCK=infinity, where it has an effect"
+        )
     if exposed:
         return broken(f"{text}, but not {exposed[0].mapping}, where {exposed[0].needle} is")
     if loose:
         text += f", and all that has the keys; {loose >> 10} KiB that came later is not"
-        limit = re.search(
-            r"Max locked memory +(\S+) +(\S+)", Path(f"/proc/{pid}/limits").read_text()
-        )
-        if limit and limit[2] != "unlimited":
+        if most != "unlimited":
             return not_available(
                 f"{text}: it was started without CAP_SYS_RESOURCE, which allows it"
             )

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets
+from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets, unix_sockets_of
 from titus_py.audit.target import Target
 from titus_py.instance import (
     Process,
@@ -105,6 +105,10 @@ class Scene:
                 continue
         # After the descriptors: a socket that is not here is one that was closed since.
         self._unix = unix_sockets()
+        for seen in self.observations:
+            if self._unix is not None and seen.process.role is Role.KEYD:
+                # What it has opened itself, in a network that a service manager gave it.
+                self._unix |= unix_sockets_of(seen.pid)
         self._tcp = tcp_sockets()
         self.everyone = all_processes()
         self.observations = [

@@ -143,8 +143,8 @@ def _audit(audit: Audit) -> Iterator[str]:
     yield "<h2>What no audit from outside can show</h2>"
     yield "<ul>" + "".join(f"<li>{escape(thing)}</li>" for thing in UNSEEN) + "</ul>"
     yield (
-        "<p>What keyd refused to this audit is in the instance's log as <code>audit_refused</code>, "
-        "of a number that no client's connection has.</p>\n</footer>"
+        "<p>What keyd refused to this audit is in the instance's log as "
+        "<code>audit_refused</code>, of a number that no client's connection has.</p>\n</footer>"
     )
 
 

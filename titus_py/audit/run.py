@@ -113,7 +113,7 @@ def _findings(target: Target) -> Iterator[Finding]:
             alive = [seen.process for seen in scene.observations]
             for observed in scene.observations:
                 stages.setdefault(observed.pid, observed.stage)
-            yield from memory.look_for_keys(alive, stages, sought)
+            yield from memory.look_for_keys(target, alive, stages, sought)
             assert probe.certificate is not None
             yield from ask_keyd(scene, probe.certificate, announce(target.supervisor.pid))
             yield probe.end()

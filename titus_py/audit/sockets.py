@@ -8,11 +8,15 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Tcp", "Unix", "tcp_sockets", "unix_sockets"]
+from keyd.linux.namespaces import enter_network_namespace
+
+__all__ = ["Tcp", "Unix", "tcp_sockets", "unix_sockets", "unix_sockets_of"]
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -61,6 +65,26 @@ def unix_sockets() -> dict[int, Unix] | None:
         if error.errno in (errno.ENOENT, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL):
             return None
         raise
+
+
+def unix_sockets_of(pid: int) -> dict[int, Unix]:
+    """Those of this process's network namespace; nothing where it has ended."""
+    found: dict[int, Unix] = {}
+
+    def look() -> None:
+        # The namespace is a thread's own: only this one, which ends there, goes.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                enter_network_namespace(descriptor)
+            finally:
+                os.close(descriptor)
+            found.update(unix_sockets() or {})
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found
 
 
 def _answers(netlink: socket.socket) -> Iterator[tuple[int, Unix]]:

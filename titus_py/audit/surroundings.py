@@ -12,7 +12,8 @@ import threading
 from contextlib import suppress
 
 from keyd.linux.namespaces import enter_network_namespace
-from titus_py.audit.finding import Check, Seen, broken, holds
+from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.mounts import in_sight, mounts
 from titus_py.audit.observation import Observation, Scene
 from titus_py.instance import Role
 
@@ -59,6 +60,13 @@ def _network(seen: Observation, scene: Scene) -> Seen:
     if outside := scene.inhabitants.get(own, set()) - ours - _descendants(scene, everybody):
         return broken(f"{own} is also that of process {', '.join(map(str, sorted(outside)))}")
     interfaces = _interfaces(seen.pid)
+    if (
+        interfaces == ["lo, up"]
+        and seen.process.role is Role.KEYD
+        and not scene.target.started(seen.process)
+    ):
+        # systemd's PrivateNetwork= sets it up. It leads nowhere but to whoever else is in there.
+        return holds(f"{own}: nothing but lo, and nobody else's")
     if interfaces != ["lo, down"]:
         return broken(f"{own} has: {'; '.join(interfaces)}")
     return holds(f"{own}: nothing but lo, and that is down")
@@ -97,6 +105,8 @@ def _interfaces(pid: int) -> list[str]:
 def _root(seen: Observation, scene: Scene) -> Seen:
     chroot = str(scene.target.configuration.worker.chroot)
     own = seen.process.role is not Role.KEYD or scene.target.started(seen.process)
+    if seen.root == "/" and not own:
+        return _root_of_a_unit(seen, scene)
     if seen.root == "/" or (own and seen.root != os.path.realpath(chroot)):
         return broken(f"its root is {seen.root}")
     if seen.root_content:
@@ -106,6 +116,24 @@ def _root(seen: Observation, scene: Scene) -> Seen:
     if owns or seen.root_mode & 0o022:
         return broken(text)
     return holds(text)
+
+
+def _root_of_a_unit(seen: Observation, scene: Scene) -> Seen:
+    """systemd's RootDirectory=: "/" of a mount namespace that keyd alone is in."""
+    namespace = seen.namespaces["mnt"]
+    if others := scene.inhabitants.get(namespace, set()) - {seen.pid}:
+        return broken(f"{namespace} is also that of process {min(others)}")
+    try:
+        visible = mounts(seen.pid)
+        wrong = in_sight(seen.pid, visible)
+    except (FileNotFoundError, ProcessLookupError):
+        return not_available("it ended while it was looked at")
+    if wrong:
+        return broken("; ".join(wrong[:10]))
+    return holds(
+        f"a root of its own, which systemd made: {len(visible)} mounts, and of the machine's "
+        "nothing but programs and the kernel's own, read-only"
+    )
 
 
 CHECKS = (

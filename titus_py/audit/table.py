@@ -9,7 +9,10 @@ from titus_py.audit.finding import Verdict
 from titus_py.audit.groups import Group, Row, grouped
 from titus_py.audit.run import UNSEEN, Audit
 
-__all__ = ["show"]
+__all__ = ["show", "show_broken"]
+
+#: Narrower than that, and how it was looked at is left to the other forms.
+_WIDE = 120
 
 _MARKS = {
     Verdict.HOLDS: Text("holds", "green"),
@@ -27,7 +30,7 @@ def show(audit: Audit, console: Console) -> None:
     groups = grouped(audit.findings, by_stage=False)
     for group in groups:
         console.print()
-        console.print(_table(group))
+        console.print(_table(group, how=console.width >= _WIDE))
     console.print()
     console.print(
         Text("Not to be seen from outside, and tried by the attack suite instead:", "dim")
@@ -38,12 +41,24 @@ def show(audit: Audit, console: Console) -> None:
         Text("What keyd refused to this audit is in the instance's log as audit_refused.", "dim")
     )
     console.print()
-    for finding in audit.having(Verdict.BROKEN):
-        console.print(Text.assemble(_MARKS[Verdict.BROKEN], f" {finding}"))
+    _list_broken(audit, console)
     console.print(_summary(audit))
 
 
-def _table(group: Group) -> Table:
+def show_broken(audit: Audit, console: Console) -> None:
+    """What does not hold, and which instance that is about; nothing where all holds."""
+    if not audit.holds:
+        console.print(f"[bold]titus-py audit[/] of supervisor {audit.supervisor}, {audit.source}")
+        _list_broken(audit, console)
+        console.print(_summary(audit))
+
+
+def _list_broken(audit: Audit, console: Console) -> None:
+    for finding in audit.having(Verdict.BROKEN):
+        console.print(Text.assemble(_MARKS[Verdict.BROKEN], f" {finding}"))
+
+
+def _table(group: Group, how: bool) -> Table:
     table = Table(
         title=Text(group.title, "bold red" if group.broken else "bold"),
         title_justify="left",
@@ -55,14 +70,11 @@ def _table(group: Group) -> Table:
     table.add_column("", no_wrap=True, min_width=6)
     table.add_column("Promised", ratio=4, overflow="fold")
     table.add_column("Seen", ratio=4, overflow="fold")
-    table.add_column("How", ratio=3, style="dim", overflow="fold")
+    if how:
+        table.add_column("How", ratio=3, style="dim", overflow="fold")
     for row in group.rows:
-        table.add_row(
-            _MARKS[row.finding.verdict],
-            Text(row.finding.promised),
-            Text(_seen(row)),
-            Text(row.finding.how),
-        )
+        words = [row.finding.promised, _seen(row), *([row.finding.how] if how else [])]
+        table.add_row(_MARKS[row.finding.verdict], *map(Text, words))
     return table
 
 

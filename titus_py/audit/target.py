@@ -23,7 +23,7 @@ from titus_py.instance import (
     namespaces,
 )
 
-__all__ = ["CannotAudit", "Target", "find_supervisors", "find_target"]
+__all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_target"]
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 _CAP_SYS_PTRACE = 19
@@ -33,6 +33,16 @@ _NEEDED = (Role.PARENT, Role.FORK_SERVER, Role.KEYD)
 
 class CannotAudit(Exception):
     """There is nothing to audit, or no way to; the text says why."""
+
+
+class LivesElsewhere(CannotAudit):
+    """It is in a container of its own: from here, nothing means what it means to it."""
+
+    def __init__(self, supervisor: int) -> None:
+        super().__init__(
+            f"process {supervisor} lives in a container of its own: audit it from inside, as with "
+            f"'nsenter --target {supervisor} --all titus-py audit'"
+        )
 
 
 class Target(NamedTuple):
@@ -166,7 +176,7 @@ def _require_privilege() -> None:
 def _require_same_view(supervisor: int) -> None:
     """Addresses must mean to us what they mean to the instance."""
     if namespaces("self")["net"] != namespaces(supervisor)["net"]:
-        raise _lives_elsewhere(supervisor)
+        raise LivesElsewhere(supervisor)
 
 
 def _require_same_file(supervisor: int, path: Path) -> None:
@@ -176,14 +186,7 @@ def _require_same_file(supervisor: int, path: Path) -> None:
             return
     except FileNotFoundError:
         pass
-    raise _lives_elsewhere(supervisor)
-
-
-def _lives_elsewhere(supervisor: int) -> CannotAudit:
-    return CannotAudit(
-        f"process {supervisor} lives in a container of its own: audit it from inside, as with "
-        f"'nsenter --target {supervisor} --all titus-py audit'"
-    )
+    raise LivesElsewhere(supervisor)
 
 
 def _configuration(supervisor: int) -> tuple[Loaded, str]:
@@ -197,16 +200,33 @@ def _configuration(supervisor: int) -> tuple[Loaded, str]:
     for option in ("--backend", "--cert", "--key"):
         parser.add_argument(option)
     options, _ = parser.parse_known_args(words[words.index("serve") + 1 :])
+    credentials = _credentials(supervisor)
     if options.listen is None:
         path = cwd / (options.config or _DEFAULT_CONFIGURATION)
         _require_same_file(supervisor, path)
-        return load(path), str(path)
+        return load(path, credentials), str(path)
     backend = options.backend
     if backend.startswith("unix:"):
         backend = f"unix:{cwd / backend.removeprefix('unix:')}"
-    certificate, key = str(cwd / options.cert), str(cwd / options.key)
-    _require_same_file(supervisor, Path(certificate))
-    return from_options(options.listen, backend, certificate, key), "the command line"
+    certificate, key = (
+        path if path.startswith("credential:") else str(cwd / path)
+        for path in (options.cert, options.key)
+    )
+    if certificate.startswith("/"):
+        _require_same_file(supervisor, Path(certificate))
+    loaded = from_options(options.listen, backend, certificate, key, credentials)
+    return loaded, "the command line"
+
+
+def _credentials(supervisor: int) -> Path | None:
+    """Where systemd has put those that it was started with (systemd.exec(5))."""
+    for word in Path(f"/proc/{supervisor}/environ").read_bytes().split(b"\0"):
+        name, _, directory = word.partition(b"=")
+        if name == b"CREDENTIALS_DIRECTORY":
+            path = Path(os.fsdecode(directory))
+            # In the unit's own mount namespace, perhaps.
+            return path if path.is_dir() else Path(f"/proc/{supervisor}/root{path}")
+    return None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -43,9 +43,12 @@ class Loaded(NamedTuple):
     credentials: Mapping[Credential, Sequence[str]]
 
 
-def load(path: str | Path) -> Loaded:
-    """The configuration in a TOML file. Raises nothing: what is wrong is in ``mistakes``."""
-    source = Source(str(path), Path(path).parent)
+def load(path: str | Path, credentials: Path | None = None) -> Loaded:
+    """The configuration in a TOML file. Raises nothing: what is wrong is in ``mistakes``.
+
+    ``credentials`` is where systemd has put the unit's, if not those of this process.
+    """
+    source = Source(str(path), Path(path).parent, credentials=credentials or _own_credentials())
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_FILE_OCTETS + 1)
@@ -64,7 +67,18 @@ def load(path: str | Path) -> Loaded:
     return _validated(tables, source)
 
 
-def from_options(listen: Sequence[str], backend: str, certificate: str, key: str) -> Loaded:
+def _own_credentials() -> Path | None:
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    return None if directory is None else Path(directory)
+
+
+def from_options(
+    listen: Sequence[str],
+    backend: str,
+    certificate: str,
+    key: str,
+    credentials: Path | None = None,
+) -> Loaded:
     """The configuration that a few command-line options stand for: one virtual host for all.
 
     Relative paths are relative to the working directory. Raises FileNotFoundError where that
@@ -81,7 +95,8 @@ def from_options(listen: Sequence[str], backend: str, certificate: str, key: str
         "listen": [{"address": address} for address in listen],
         "vhost": [{"backend": backend, "certificate": certificate, "key": key}],
     }
-    return _validated(tables, Source("", Path.cwd(), options))
+    directory = credentials or _own_credentials()
+    return _validated(tables, Source("", Path.cwd(), options, credentials=directory))
 
 
 def _failed(source: Source, key: str, reason: str) -> Loaded:

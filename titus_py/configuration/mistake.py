@@ -38,7 +38,7 @@ class Source(NamedTuple):
     """Where a configuration came from, for naming its mistakes as the operator wrote them.
 
     ``lines`` are those of the file's tables and keys, ``labels`` what tells the tables of an
-    array apart (``vhost[0]``).
+    array apart (``vhost[0]``). ``credentials`` is where systemd has put those of the unit.
     """
 
     file: str
@@ -46,6 +46,7 @@ class Source(NamedTuple):
     options: Mapping[str, str] = {}
     lines: Mapping[str, int] = {}
     labels: Mapping[str, str] = {}
+    credentials: Path | None = None
 
     def mistake(self, key: str, reason: str) -> Mistake:
         option = self.option(key)

@@ -158,18 +158,19 @@ def _path(value: object, info: ValidationInfo) -> Path:
             "this file, and in the memory of a process that is to have none: replace it)"
         )
     if text.startswith("credential:"):
-        return _credential_path(text.removeprefix("credential:"))
+        return _credential_path(text.removeprefix("credential:"), info)
     if not text or "\0" in text:
         raise ValueError(f"expected a path, not {described(value)}")
     return _directory(info) / text
 
 
-def _credential_path(name: str) -> Path:
+def _credential_path(name: str, info: ValidationInfo) -> Path:
     """Where systemd has put a credential (systemd.exec(5), LoadCredential=)."""
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    directory = info.context.credentials if isinstance(info.context, Source) else None
     if directory is None:
         raise ValueError(
-            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential="
+            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential=; "
+            "titus-py check takes --credentials /run/credentials/titus-py.service while that runs"
         )
     if not re.fullmatch(r"[A-Za-z0-9_.@:-]{1,255}", name) or name in (".", ".."):
         raise ValueError(f"{described(name)} is no credential's name")
