@@ -26,12 +26,13 @@ import prctl
 
 from keyd.linux import landlock, seccomp
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, clone, encode
-from titus_py import confinement, fork_server
-from titus_py.rehearsal import rehearse
-from titus_py.report import ReportWriter, make_report
-from titus_py.tls import client_hello, reseed
-from titus_py.worker import Terms
-from titus_py.worker_filter import ESTABLISHED, HANDSHAKE
+from titus_py.between.report import ReportWriter, make_report
+from titus_py.fork_server import confinement
+from titus_py.fork_server import life as fork_server
+from titus_py.fork_server.rehearsal import rehearse
+from titus_py.worker.life import Terms
+from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
+from titus_py.worker.tls import client_hello, reseed
 
 _UID = 4_000_000
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from titus_py import configuration
-from titus_py.metrics import Metrics
+from titus_py.supervisor.metrics import Metrics
 
 PAGE = "configuration.md"
 INTRODUCTION = (

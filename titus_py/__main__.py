@@ -110,13 +110,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     # The supervisor loads no OpenSSL, and hashlib would: it has implementations of its own.
     sys.modules["_hashlib"] = None  # type: ignore[assignment]
-    from titus_py.helper import KEYD_CHECK, Helper
+    from titus_py.configuration.helper import KEYD_CHECK, Helper
 
     # What it has to load takes as long as what we have to: side by side.
     keyd_check = Helper(KEYD_CHECK)
-    from titus_py.check import check, report
+    from titus_py.commands.check import report
     from titus_py.configuration import Loaded, from_options, load
-    from titus_py.supervisor import serve
+    from titus_py.configuration.checking import check
+    from titus_py.supervisor.life import serve
 
     def read() -> Loaded:
         if any(options):
@@ -131,32 +132,32 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from titus_py.check import check_main
+    from titus_py.commands.check import check_main
 
     return check_main(arguments.config, arguments.credentials)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from titus_py.status import status
+    from titus_py.commands.status import status
 
     return status(arguments.json, arguments.watch, arguments.pid)
 
 
 def _reload(arguments: argparse.Namespace) -> int:
-    from titus_py.reload import reload
+    from titus_py.commands.reload import reload
 
     return reload(arguments.pid)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from titus_py.demo import demo
+    from titus_py.commands.demo import demo
 
     del arguments
     return demo()
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from titus_py.audit.command import audit_main
+    from titus_py.commands.audit import audit_main
 
     return audit_main(arguments.pid, arguments.json, arguments.html, arguments.quiet)
 

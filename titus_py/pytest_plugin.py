@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from titus_py.audit import Finding
-    from titus_py.throwaway import TitusInstance
+    from titus_py.audit.throwaway import TitusInstance
 
 __all__ = ["StartTitus", "assert_key_isolated", "audit", "titus_instance"]
 
@@ -46,7 +46,7 @@ def titus_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTi
     """
     if os.geteuid() != 0:
         pytest.fail("titus_instance starts titus-py, and that is started as root", pytrace=False)
-    from titus_py.throwaway import TitusInstance
+    from titus_py.audit.throwaway import TitusInstance
 
     instances: list[TitusInstance] = []
 

@@ -3,7 +3,7 @@
  *
  * Run by the fork server and by workers. Between its birth and the last of the calls the child
  * runs nothing but this: no Python, whose objects it would first have to copy, page by page.
- * What is called is written down, in order, in Python (titus_py/confinement.py).
+ * What is called is written down, in order, in Python (titus_py/fork_server/confinement.py).
  */
 
 #define PY_SSIZE_T_CLEAN

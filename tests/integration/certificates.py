@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from titus_py.throwaway_authority import ThrowawayAuthority
+from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 
 class Certificate(NamedTuple):

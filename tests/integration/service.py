@@ -9,7 +9,7 @@ from typing import Any
 from cryptography import x509
 from OpenSSL import SSL
 
-from titus_py.control_client import ask
+from titus_py.supervisor.control_client import ask
 
 from .certificates import Certificate
 from .instance import TITUS_PY, Instance, Table, toml

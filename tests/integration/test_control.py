@@ -18,8 +18,8 @@ from unittest import mock
 
 import pytest
 
-from titus_py import control
-from titus_py.event_loop import EventLoop
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor import control
 
 from .certificates import Certificate
 from .conftest import Certificates, Serve
@@ -312,7 +312,7 @@ def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from titus_py import control\n"
+        "from titus_py.supervisor import control\n"
         f"control.CONTROL_DIRECTORY = Path({str(nowhere)!r})\n"
         "from titus_py.__main__ import main\n"
         "sys.exit(main())\n"

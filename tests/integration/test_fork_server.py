@@ -31,19 +31,21 @@ def change(tmp_path: Path) -> Iterator[Change]:
             changed, parent, driver = (tmp_path / f"{name}.py" for name in ("fork", "parent", "it"))
             changed.write_text(
                 "import sys\n"
-                "from titus_py import confinement, fork_server\n"
+                "from titus_py.fork_server import confinement\n"
+                "from titus_py.fork_server import life as fork_server\n"
                 + textwrap.dedent(lines)
                 + "sys.exit(fork_server.main())\n"
             )
             parent.write_text(
                 "import sys\n"
-                "from titus_py import forks, parent\n"
+                "from titus_py.parent import forks\n"
+                "from titus_py.parent import life as parent\n"
                 f"forks._PROGRAM = ({str(changed)!r},)\n"
                 "sys.exit(parent.main())\n"
             )
             driver.write_text(
                 "import sys\n"
-                "from titus_py import generation\n"
+                "from titus_py.supervisor import generation\n"
                 "from titus_py.__main__ import main\n"
                 f"generation._PARENT = ({str(parent)!r},)\n"
                 "sys.exit(main())\n"
@@ -245,7 +247,9 @@ def test_a_fork_server_whose_practice_fails_is_the_end(
     change: Change, serve: Serve, echoing: Listener, changed: str
 ) -> None:
     lines, said = PRACTICE[changed]
-    change(f"from titus_py import rehearsal\n{lines}\nrehearsal._connect_once = connect\n")
+    change(
+        f"from titus_py.fork_server import rehearsal\n{lines}\nrehearsal._connect_once = connect\n"
+    )
     instance = serve(echoing.address, awaited="start")
     instance.expected_alarms |= {"parent_died", "giving_up", "?"}
     assert said in ended(instance)

@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keyd.powers import PrivateKey
-from titus_py.instance import Role, connections_to, instance_processes
-from titus_py.key_search import Needle, Search, needles, search, search_all
-from titus_py.throwaway_authority import KEY_TYPES
+from titus_py.audit.instance import Role, connections_to, instance_processes
+from titus_py.audit.key_search import Needle, Search, needles, search, search_all
+from titus_py.audit.throwaway_authority import KEY_TYPES
 
 from .conftest import Certificates, Serve
 from .instance import Instance, eventually

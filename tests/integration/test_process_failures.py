@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from OpenSSL import SSL
 
-from titus_py.control import control_path
+from titus_py.supervisor.control import control_path
 
 from .conftest import Serve
 from .instance import Instance, Process, all_processes, eventually

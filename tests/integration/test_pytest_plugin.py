@@ -42,7 +42,7 @@ def test_a_key_in_the_fork_server_is_found_and_its_place_is_said(project: Path) 
         f"""\
 import sys
 import pytest
-from titus_py import throwaway
+from titus_py.audit import throwaway
 
 
 @pytest.fixture(autouse=True)

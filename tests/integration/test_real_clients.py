@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from titus_py.throwaway_authority import KEY_TYPES
+from titus_py.audit.throwaway_authority import KEY_TYPES
 
 from .certificates import Certificate
 from .conftest import Certificates, Nginx, Serve

@@ -57,7 +57,7 @@ def nothing(*_: object) -> None:
 
 def change_calls(change: Callable[["list[Call]"], "list[Call]"]) -> None:
     """Have new workers make other calls than they should."""
-    from titus_py import fork_server
+    from titus_py.fork_server import life as fork_server
 
     real = fork_server.worker_calls
     fork_server.worker_calls = lambda *arguments: change(real(*arguments))
@@ -83,7 +83,7 @@ def worker_capabilities(_: str) -> None:
     """It keeps them beyond its change of uid."""
     import prctl
 
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     def forbid_regaining(bounding: Any) -> None:
         for capability in bounding:
@@ -102,7 +102,7 @@ def worker_dumpable(_: str) -> None:
 @breaks("namespaces", "worker", within="fork_server")
 def worker_uts_namespace(_: str) -> None:
     from keyd.linux.process import CLONE_NEWUTS
-    from titus_py import fork_server
+    from titus_py.fork_server import life as fork_server
 
     fork_server.WORKER_NAMESPACES &= ~CLONE_NEWUTS
 
@@ -110,7 +110,7 @@ def worker_uts_namespace(_: str) -> None:
 @breaks("namespaces", "worker", within="fork_server")
 def worker_pid_namespace(_: str) -> None:
     from keyd.linux.process import CLONE_NEWPID
-    from titus_py import fork_server
+    from titus_py.fork_server import life as fork_server
 
     fork_server.WORKER_NAMESPACES &= ~CLONE_NEWPID
 
@@ -142,7 +142,7 @@ def worker_descriptor_limit(_: str) -> None:
 
 
 def leave_out_of_narrowing(name: str) -> None:
-    from titus_py import fork_server
+    from titus_py.fork_server import life as fork_server
 
     real = fork_server.narrowing_calls
     fork_server.narrowing_calls = lambda program: [
@@ -156,7 +156,7 @@ def limits(call: "Call", what: int) -> bool:
 
 @breaks("landlock", "fork server", within="fork_server")
 def no_landlock(_: str) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     confinement.landlock.version = lambda: 0  # type: ignore[assignment]
 
@@ -188,8 +188,8 @@ def worker_writable_code(_: str) -> None:
 def worker_outlives_its_connection(_: str) -> None:
     import select
 
-    from titus_py import fork_server
-    from titus_py.worker import Pump
+    from titus_py.fork_server import life as fork_server
+    from titus_py.worker.life import Pump
 
     # Practice would take too long.
     fork_server.rehearse = nothing
@@ -216,7 +216,7 @@ def fork_server_groups(_: str) -> None:
 def fork_server_capabilities(_: str) -> None:
     import prctl
 
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     real = confinement.keep_capabilities
     confinement.keep_capabilities = lambda kept: real({*kept, prctl.CAP_SETPCAP})
@@ -224,7 +224,7 @@ def fork_server_capabilities(_: str) -> None:
 
 @breaks("capabilities", "fork server", "worker", within="fork_server")
 def fork_server_bounding_set(_: str) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     confinement.forbid_regaining = nothing
 
@@ -243,7 +243,8 @@ def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
     import prctl
 
-    from titus_py import fork_server, worker
+    from titus_py.fork_server import life as fork_server
+    from titus_py.worker import life as worker
 
     # Practice would forbid it to the fork server.
     fork_server.rehearse = nothing
@@ -265,7 +266,7 @@ def worker_no_new_privs(_: str) -> None:
 
 
 def worker_no_new_privs_supervisor() -> None:
-    from titus_py import worker_filter
+    from titus_py.worker import system_calls as worker_filter
 
     for call in ("prctl", "setresuid"):
         worker_filter.HANDSHAKE[call] = ((),)
@@ -273,21 +274,21 @@ def worker_no_new_privs_supervisor() -> None:
 
 @breaks("hidden", "fork server", within="fork_server")
 def fork_server_dumpable(_: str) -> None:
-    from titus_py import fork_server
+    from titus_py.fork_server import life as fork_server
 
     fork_server.hide_memory = nothing
 
 
 @breaks("network", "fork server", "worker", within="fork_server")
 def fork_server_network_of_the_host(_: str) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     confinement.leave_namespaces = nothing
 
 
 @breaks("root", "fork server", "worker", within="fork_server")
 def fork_server_root(_: str) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     confinement.enter_empty_root = nothing
 
@@ -320,7 +321,7 @@ def fork_server_descriptor_limit(_: str) -> None:
 
 
 def change_limits(change: Callable[[dict[int, int]], dict[int, int]]) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     real = confinement.limit
     confinement.limit = lambda limits: real(change(dict(limits)))
@@ -332,17 +333,18 @@ def without(limits: dict[int, int], what: int) -> dict[int, int]:
 
 @breaks("speculation", "fork server", "worker", within="fork_server")
 def fork_server_speculation(_: str) -> None:
-    from titus_py import confinement
+    from titus_py.fork_server import confinement
 
     confinement.stop_speculation = nothing
 
 
 @breaks("descriptors", "fork server", within="fork_server")
 def fork_server_opens_a_file(file: str) -> None:
-    from titus_py import confinement
+    from titus_py.between.hand_over import PARENT_FD
+    from titus_py.fork_server import confinement
 
     def keep_only(parent: int, ruleset: int) -> None:
-        os.dup2(parent, confinement.PARENT_FD, inheritable=False)
+        os.dup2(parent, PARENT_FD, inheritable=False)
         os.dup2(opened, 7, inheritable=False)
         if ruleset not in (-1, confinement.RULESET_FD):
             os.dup2(ruleset, confinement.RULESET_FD, inheritable=False)
@@ -362,7 +364,7 @@ def fork_server_writable_code(_: str) -> None:
 
 @breaks("environment", "fork server", "worker", within="parent")
 def fork_server_environment(_: str) -> None:
-    from titus_py import forks
+    from titus_py.parent import forks
 
     class Subprocess:
         DEVNULL = forks.subprocess.DEVNULL
@@ -385,7 +387,7 @@ def fork_server_loads_the_key(file: str) -> None:
 
 @breaks("connection", "worker", within="parent")
 def parent_keeps_the_client(_: str) -> None:
-    from titus_py.parent import Parent
+    from titus_py.parent.life import Parent
 
     real = Parent._hand_over
 
@@ -398,14 +400,14 @@ def parent_keeps_the_client(_: str) -> None:
 
 @breaks("capabilities", "parent", within="parent")
 def parent_capabilities(_: str) -> None:
-    from titus_py import parent
+    from titus_py.parent import life as parent
 
     parent.keep_capabilities = nothing
 
 
 @breaks("hidden", "parent", within="parent")
 def parent_dumpable(_: str) -> None:
-    from titus_py import parent
+    from titus_py.parent import life as parent
 
     parent.hide_memory = nothing
 
@@ -439,14 +441,14 @@ def supervisor_has_a_stranger(_: str) -> None:
 
 @breaks("capabilities", "supervisor", within="supervisor")
 def supervisor_capabilities(_: str) -> None:
-    from titus_py import supervisor
+    from titus_py.supervisor import life as supervisor
 
     supervisor.keep_capabilities = nothing
 
 
 @breaks("hidden", "supervisor", within="supervisor")
 def supervisor_dumpable(_: str) -> None:
-    from titus_py import supervisor
+    from titus_py.supervisor import life as supervisor
 
     supervisor.hide_memory = nothing
 
@@ -458,14 +460,14 @@ def supervisor_opens_the_key(file: str) -> None:
 
 @breaks("limits", "supervisor", within="supervisor")
 def supervisor_core_dumps(_: str) -> None:
-    from titus_py import supervisor
+    from titus_py.supervisor import life as supervisor
 
     supervisor.forbid_core_dumps = nothing
 
 
 @breaks("environment", "parent", within="supervisor")
 def parent_environment(_: str) -> None:
-    _environment_of("titus_py.parent")
+    _environment_of("titus_py.parent.life")
 
 
 @breaks("environment", "keyd", within="supervisor")
@@ -592,7 +594,7 @@ def keyd_fails_to_sign(_: str) -> None:
 def _change_terms(**changes: Any) -> None:
     """Have keyd hear other terms than those that were stated for the audit's channels."""
     from keyd.protocol import Open
-    from titus_py.announced_audits import FIRST_CONNECTION
+    from titus_py.supervisor.announced_audits import FIRST_CONNECTION
 
     real = Open.decode.__func__  # type: ignore[attr-defined]
 
@@ -674,8 +676,8 @@ def main() -> int:
     _, role, name, file, *rest = sys.argv
     breakage = BREAKAGES[name]
     if role == "supervisor":
-        from titus_py import generation
         from titus_py.__main__ import main as serve
+        from titus_py.supervisor import generation
 
         if breakage.process == "supervisor":
             breakage.take_out(file)
@@ -689,20 +691,21 @@ def main() -> int:
         sys.argv = ["titus-py", *rest]
         return serve()
     if role == "parent":
-        _seem_to_be("titus_py.parent", *rest)
-        from titus_py import forks, parent
+        _seem_to_be("titus_py.parent.life", *rest)
+        from titus_py.parent import forks
+        from titus_py.parent import life as parent
 
-        sys.argv = ["titus_py.parent", *rest]
+        sys.argv = ["titus_py.parent.life", *rest]
         if breakage.process == "parent":
             breakage.take_out(file)
         else:
             forks._PROGRAM = (__file__, "fork_server", name, file)
         return parent.main()
     if role == "fork_server":
-        _seem_to_be("titus_py.fork_server", *rest)
-        from titus_py import fork_server
+        _seem_to_be("titus_py.fork_server.life", *rest)
+        from titus_py.fork_server import life as fork_server
 
-        sys.argv = ["titus_py.fork_server", *rest]
+        sys.argv = ["titus_py.fork_server.life", *rest]
         breakage.take_out(file)
         return fork_server.main()
     _seem_to_be("keyd", "serve", *rest)

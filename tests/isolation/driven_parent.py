@@ -1,7 +1,7 @@
 """The real parent, with a fork server whose workers can be taken over.
 
-Started by ``driver`` in place of ``titus_py.parent``, with one more argument before the others:
-the JSON for ``infected_fork_server``, some of which is for the parent itself.
+Started by ``driver`` in place of ``titus_py.parent.life``, with one more argument before the
+others: the JSON for ``infected_fork_server``, some of which is for the parent itself.
 """
 
 import json
@@ -17,7 +17,8 @@ import prctl
 
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWPID
-from titus_py import dialer, forks, parent
+from titus_py.parent import dialer, forks
+from titus_py.parent import life as parent
 
 __all__ = ["main"]
 

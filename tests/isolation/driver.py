@@ -7,8 +7,8 @@ line of ``titus-py``.
 import sys
 from pathlib import Path
 
-from titus_py import generation
 from titus_py.__main__ import main
+from titus_py.supervisor import generation
 
 if __name__ == "__main__":
     generation._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))

@@ -1,8 +1,8 @@
 """The real fork server, whose workers can be taken over: by the tests, and by nothing else.
 
-Started by ``driven_parent`` in place of ``titus_py.fork_server``, with one more argument before
-the others: JSON that names which parts of the confinement to leave out. A client takes the worker
-over that it gets, with the server name that it asks for: ``STAGE.NUMBER.PARAMETER...``
+Started by ``driven_parent`` in place of ``titus_py.fork_server.life``, with one more argument
+before the others: JSON that names which parts of the confinement to leave out. A client takes
+the worker over that it gets, with the server name that it asks for: ``STAGE.NUMBER.PARAMETER...``
 and ``.attack.test``, where NUMBER is an attempt's in ``attacks`` or a deed's name below, and
 STAGE is ``h`` (instead of the handshake: the answer goes out unencrypted) or ``e`` (instead of
 the pump). Everything else is the code that is served with.
@@ -31,11 +31,13 @@ from OpenSSL import SSL
 from isolation.attacks import ATTEMPTS, Place, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
-from titus_py import confinement, fork_server, worker
-from titus_py.client_hello import ClientHelloReader
-from titus_py.confinement import KEYD_FD, PARENT_FD
-from titus_py.pump import stop_resetting
-from titus_py.report import End
+from titus_py.between.hand_over import KEYD_FD, PARENT_FD
+from titus_py.between.report import End
+from titus_py.fork_server import confinement
+from titus_py.fork_server import life as fork_server
+from titus_py.worker import life as worker
+from titus_py.worker.client_hello import ClientHelloReader
+from titus_py.worker.pump import stop_resetting
 
 __all__ = ["DEEDS", "LAYERS"]
 

@@ -24,15 +24,14 @@ from pathlib import Path
 import pytest
 
 from keyd.linux.namespaces import enter_network_namespace
-from titus_py import throwaway
-from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target
+from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target, throwaway
+from titus_py.audit.instance import Role, instance_processes
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.run import CHECKS
-from titus_py.control_client import ask
-from titus_py.instance import Role, instance_processes
-from titus_py.throwaway import TitusInstance
+from titus_py.audit.throwaway import TitusInstance
+from titus_py.supervisor.control_client import ask
 
 from . import breakages
 from .breakages import BREAKAGES

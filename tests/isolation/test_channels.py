@@ -14,7 +14,7 @@ from integration.instance import Instance, eventually
 from integration.peers import Listener, TlsClient, served_by, was_reset
 
 from keyd import protocol
-from titus_py import messages
+from titus_py.between import messages
 
 from .harness import infected, make_certificate, one_more_connection, patient_echo, take_over
 from .infected_fork_server import random_message

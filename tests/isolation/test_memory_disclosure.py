@@ -17,7 +17,7 @@ from integration.certificates import Authority
 from integration.instance import Instance
 from integration.peers import TIMEOUT, Listener, TlsClient, served_by
 
-from titus_py.key_search import Needle, needles
+from titus_py.audit.key_search import Needle, needles
 
 from .harness import infected, over_tls, patient_echo
 

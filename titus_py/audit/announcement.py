@@ -5,10 +5,10 @@ Run by ``titus-py audit``, as root. The supervisor is trusted with a number, and
 
 from pathlib import Path
 
-from titus_py.announced_audits import FIRST_CONNECTION, LAST_CONNECTION
-from titus_py.control import CONTROL_DIRECTORY
-from titus_py.control_client import NoAnswer, ask
-from titus_py.instance import status
+from titus_py.audit.instance import status
+from titus_py.supervisor.announced_audits import FIRST_CONNECTION, LAST_CONNECTION
+from titus_py.supervisor.control import CONTROL_DIRECTORY
+from titus_py.supervisor.control_client import NoAnswer, ask
 
 __all__ = ["UNANNOUNCED", "announce"]
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 
 import prctl
 
-from titus_py.address import UnixAddress
 from titus_py.audit.finding import Check, Seen, broken, holds
+from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
-from titus_py.confinement import FORK_SERVER_CAPABILITIES, PARENT_CAPABILITIES
-from titus_py.instance import Role
-from titus_py.supervisor import SUPERVISOR_CAPABILITIES
+from titus_py.configuration.address import UnixAddress
+from titus_py.fork_server.confinement import FORK_SERVER_CAPABILITIES, PARENT_CAPABILITIES
+from titus_py.supervisor.life import SUPERVISOR_CAPABILITIES
 
 __all__ = ["CHECKS"]
 

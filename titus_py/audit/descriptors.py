@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.instance import Role, descriptors
 from titus_py.audit.observation import Observation, Scene, Stage
-from titus_py.confinement import PARENT_FD
-from titus_py.instance import Role, descriptors
+from titus_py.between.hand_over import PARENT_FD
 
 __all__ = ["CHECKS", "names"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from titus_py.instance import Process, Role
+from titus_py.audit.instance import Process, Role
 
 if TYPE_CHECKING:
     from titus_py.audit.observation import Observation, Scene

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from titus_py.audit.finding import Finding, Verdict
+from titus_py.audit.instance import Role
 from titus_py.audit.observation import Stage
-from titus_py.instance import Role
 
 __all__ = ["Group", "Row", "grouped"]
 

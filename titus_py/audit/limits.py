@@ -6,9 +6,9 @@ stopping the process: its lists are in ``worker_filter`` and ``keyd.system_calls
 
 from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene, Stage
-from titus_py.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
-from titus_py.instance import Role
+from titus_py.fork_server.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
 
 __all__ = ["CHECKS"]
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from keyd.keys import UnusableKey, load_private_key
 from titus_py.audit.finding import Check, Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.instance import Process, Role
+from titus_py.audit.key_search import Hit, Needle, Search, needles, search_all
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
-from titus_py.instance import Process, Role
-from titus_py.key_search import Hit, Needle, Search, needles, search_all
 
 __all__ = ["CHECKS", "key_needles", "look_for_keys"]
 
 _ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
 _ARGUMENTS = re.compile(
-    rb"-I\0-m\0(titus_py\.(parent|fork_server)|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+"
+    rb"-I\0-m\0(titus_py\.(parent|fork_server)\.life|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+"
 )
 
 

@@ -14,9 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets, unix_sockets_of
-from titus_py.audit.target import Target
-from titus_py.instance import (
+from titus_py.audit.instance import (
     Process,
     Role,
     all_processes,
@@ -24,6 +22,8 @@ from titus_py.instance import (
     namespaces,
     status,
 )
+from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets, unix_sockets_of
+from titus_py.audit.target import Target
 
 __all__ = ["Mapping", "Observation", "Scene", "Stage", "stage_of"]
 

@@ -17,12 +17,12 @@ from typing import NamedTuple, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from titus_py.address import IPAddress, canonical_ip
 from titus_py.audit.finding import Finding, Subject, broken, holds, not_available
+from titus_py.audit.instance import Process, Role, connections_to
 from titus_py.audit.target import Target
+from titus_py.between.virtual_host import select
 from titus_py.configuration import VirtualHost
-from titus_py.instance import Process, Role, connections_to
-from titus_py.virtual_host import select
+from titus_py.configuration.address import IPAddress, canonical_ip
 
 __all__ = ["Probe", "Unanswered"]
 

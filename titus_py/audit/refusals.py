@@ -36,8 +36,8 @@ from keyd.protocol import (
 from keyd.reference import key_id
 from titus_py.audit.announcement import UNANNOUNCED
 from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
-from titus_py.instance import Role
 
 __all__ = ["ask_keyd"]
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from titus_py.audit import credentials, descriptors, limits, memory, surroundings
 from titus_py.audit.announcement import announce
 from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
+from titus_py.audit.instance import Process, Role
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
-from titus_py.instance import Process, Role
 
 __all__ = ["CHECKS", "UNSEEN", "Audit", "Host", "audit"]
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
+from titus_py.audit.instance import Role
 from titus_py.audit.mounts import in_sight, mounts
 from titus_py.audit.observation import Observation, Scene
-from titus_py.instance import Role
 
 __all__ = ["CHECKS"]
 

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from titus_py.audit.sockets import unix_sockets
-from titus_py.configuration import Configuration, Loaded, from_options, load
-from titus_py.instance import (
+from titus_py.audit.instance import (
     Process,
     Role,
     all_processes,
@@ -22,6 +20,8 @@ from titus_py.instance import (
     instance_processes,
     namespaces,
 )
+from titus_py.audit.sockets import unix_sockets
+from titus_py.configuration import Configuration, Loaded, from_options, load
 
 __all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_target"]
 
@@ -133,7 +133,7 @@ def find_supervisors() -> list[Process]:
     """The supervisors of all instances in sight: root's processes with a parent below them."""
     processes = {process.pid: process for process in all_processes()}
     parents = [
-        process for process in processes.values() if b"titus_py.parent" in _words(process.pid)
+        process for process in processes.values() if b"titus_py.parent.life" in _words(process.pid)
     ]
     # What a parent starts has its command line, until it has executed a program of its own.
     pids = {process.pid for process in parents}

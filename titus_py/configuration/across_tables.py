@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from titus_py.address import IPAddress
+from titus_py.between.messages import MAX_VHOSTS
+from titus_py.configuration.address import IPAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential, Keyd, KeydSocket, Match, Table, Uids
-from titus_py.messages import MAX_VHOSTS
 
 __all__ = [
     "each_valid",
@@ -87,7 +87,7 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
 def too_many(
     tables: dict[str, Any], credentials: Collection[Credential], source: Source
 ) -> Iterator[Mistake]:
-    """More than one message can name (``titus_py.messages``, ``keyd.protocol``)."""
+    """More than one message can name (``titus_py.between.messages``, ``keyd.protocol``)."""
     keys = {credential.key or credential.certificate for credential in credentials}
     vhosts = tables.get("vhost")
     if isinstance(vhosts, list) and len(vhosts) > MAX_VHOSTS:

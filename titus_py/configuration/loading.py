@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from titus_py.address import IPAddress
 from titus_py.configuration import toml
 from titus_py.configuration.across_tables import (
     each_valid,
@@ -19,6 +18,7 @@ from titus_py.configuration.across_tables import (
     too_many,
     uid_mistakes,
 )
+from titus_py.configuration.address import IPAddress
 from titus_py.configuration.explained import explained
 from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match

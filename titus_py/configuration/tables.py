@@ -16,7 +16,8 @@ from pydantic import (
     field_validator,
 )
 
-from titus_py.address import IPAddress
+from titus_py.between.virtual_host import applies_to
+from titus_py.configuration.address import IPAddress
 from titus_py.configuration.values import (
     BackendAddress,
     Boolean,
@@ -36,7 +37,6 @@ from titus_py.configuration.values import (
     Version,
     default_keyd_user,
 )
-from titus_py.virtual_host import applies_to
 
 __all__ = [
     "TABLES",

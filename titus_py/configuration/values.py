@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
 
-from titus_py.address import (
+from titus_py.configuration.address import (
     Address,
     IPAddress,
     UnixAddress,

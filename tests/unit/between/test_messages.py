@@ -1,0 +1,73 @@
+"""What the parent, its fork server and a worker say to each other."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titus_py.between.messages import (
+    FORK_OCTETS,
+    FORKED_OCTETS,
+    MAX_CLIENT_OCTETS,
+    MAX_VHOSTS,
+    WORKER_MESSAGE_OCTETS,
+    Client,
+    Dial,
+    Fork,
+    Forked,
+    Malformed,
+    Ready,
+    decode_from_worker,
+)
+
+
+@given(st.integers(0, 65535))
+def test_a_dial_comes_back(vhost: int) -> None:
+    assert decode_from_worker(Dial(vhost).encode()) == Dial(vhost)
+
+
+def test_a_ready_comes_back() -> None:
+    assert decode_from_worker(Ready().encode()) == Ready()
+
+
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 65535), max_size=50).map(tuple))
+def test_a_client_comes_back(connection: int, vhosts: tuple[int, ...]) -> None:
+    client = Client(connection, vhosts)
+    assert Client.decode(client.encode()) == client
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_an_order_comes_back(uid: int) -> None:
+    octets = Fork(uid).encode()
+    assert Fork.decode(octets) == Fork(uid)
+    assert len(octets) == FORK_OCTETS
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2**22), st.booleans())
+def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -> None:
+    forked = Forked(uid, 0, number) if failed else Forked(uid, number)
+    octets = forked.encode()
+    assert Forked.decode(octets) == forked
+    assert len(octets) == FORKED_OCTETS
+
+
+def test_the_largest_messages_fit() -> None:
+    assert len(Client(2**64 - 1, tuple(range(MAX_VHOSTS))).encode()) == MAX_CLIENT_OCTETS
+    assert len(Dial(65535).encode()) < WORKER_MESSAGE_OCTETS
+    assert len(Ready().encode()) < WORKER_MESSAGE_OCTETS
+
+
+@given(st.binary(max_size=WORKER_MESSAGE_OCTETS))
+def test_any_octets_from_a_worker_are_a_message_or_malformed(octets: bytes) -> None:
+    try:
+        message = decode_from_worker(octets)
+    except Malformed:
+        return
+    assert message.encode() == octets
+
+
+@pytest.mark.parametrize(
+    "octets", [b"", b"r", b"RR", b"R\0", b"D", b"D\0", b"D\0\0\0", b"C" + bytes(8), b"B", b"F"]
+)
+def test_a_worker_has_two_things_to_say(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        decode_from_worker(octets)

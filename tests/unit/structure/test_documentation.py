@@ -1,0 +1,118 @@
+"""Every event that can be logged is explained in docs/troubleshooting.md, and no other.
+
+And those that can be alarms are known as such: to the counts, and to whoever reads of them.
+"""
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import keyd.__main__
+import titus_py.__main__
+from titus_py.supervisor.events import ALARMS
+
+_REPOSITORY = Path(__file__).parents[3]
+#: What logs an event by a name that is in the source: which of its arguments that is.
+_LOGGING = {"_event": 0, "_log": 0, "_tell": 0, "_line": 0, "_alarm": 1}
+_CHILDREN = ("keyd", "parent")
+#: What the parent says of a connection's end, the supervisor completes to one of these.
+_ENDS = {"connection_ended", "handshake_failed"}
+#: For the supervisor's ears alone.
+_NOT_LOGGED = {"alive", "connection_over", "operations", "ready", "retired"}
+
+
+def _names(expression: ast.expr) -> Iterator[str]:
+    """The strings that it can come to."""
+    match expression:
+        case ast.Constant(str(name)):
+            yield name
+        case ast.IfExp(body=one, orelse=other):
+            yield from _names(one)
+            yield from _names(other)
+        case ast.JoinedStr(values=[ast.FormattedValue(), ast.Constant(end)]):
+            yield from (child + end for child in _CHILDREN)
+
+
+def _logged(node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.Call(func=ast.Attribute(attr=function), args=arguments):
+            if function in _LOGGING and len(arguments) > _LOGGING[function]:
+                yield from _names(arguments[_LOGGING[function]])
+        case ast.Dict(keys=[ast.Constant("event"), *_], values=[name, *_]):
+            yield from _names(name)
+
+
+def test_troubleshooting_has_the_events_that_there_are() -> None:
+    page = (_REPOSITORY / "docs/troubleshooting.md").read_text()
+    documented = re.findall(r"^### (\w+)$", page, re.MULTILINE)
+    assert documented == sorted(documented)
+
+    modules = [ast.parse(path.read_text()) for path in _REPOSITORY.glob("titus_py/**/*.py")]
+    nodes = [node for module in modules for node in ast.walk(module)]
+    logged = {name for node in nodes for name in _logged(node)}
+    assert logged - _NOT_LOGGED <= set(documented)
+    # Some have their names from tables and the like.
+    strings = {name for node in nodes if isinstance(node, ast.expr) for name in _names(node)}
+    assert set(documented) <= strings
+
+
+def _may_be_an_alarm(node: ast.AST) -> bool:
+    """Whether that is a call whose level is "alarm", or is reckoned."""
+    if not isinstance(node, ast.Call):
+        return False
+    levels = [keyword.value for keyword in node.keywords if keyword.arg == "level"]
+    named = isinstance(node.func, ast.Attribute) and node.func.attr == "_alarm"
+    return named or any(
+        not isinstance(level, ast.Constant) or level.value == "alarm" for level in levels
+    )
+
+
+def test_every_alarm_that_there_is_is_known_as_one() -> None:
+    modules = [ast.parse(path.read_text()) for path in _REPOSITORY.glob("titus_py/**/*.py")]
+    nodes = [node for module in modules for node in ast.walk(module) if _may_be_an_alarm(node)]
+    found = {name for node in nodes for name in _logged(node)}
+    assert "connection_over" in found
+    assert found - {"connection_over"} | _ENDS == ALARMS
+
+
+def test_troubleshooting_calls_every_alarm_one() -> None:
+    page = (_REPOSITORY / "docs/troubleshooting.md").read_text()
+    # Of the ends of a connection, a table says which.
+    assert set(re.findall(r"^### (\w+)\nAlarm: ", page, re.MULTILINE)) | _ENDS == ALARMS
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Those of the command and its subcommands, and these."""
+    for action in parser._actions:
+        yield from (option for option in action.option_strings if option.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            # keyd has some that are titus-py's alone: they have no help.
+            for shown in action._choices_actions:
+                yield shown.dest
+                yield from _options(action.choices[shown.dest])
+
+
+@pytest.mark.parametrize(
+    ("parser", "page", "completions"),
+    [
+        (titus_py.__main__._parser(), "titus-py.8", ["titus-py.bash", "_titus-py"]),
+        (keyd.__main__._parser(), "keyd.8", []),
+    ],
+    ids=["titus-py", "keyd"],
+)
+def test_manual_and_completion_have_every_option(
+    parser: argparse.ArgumentParser, page: str, completions: list[str]
+) -> None:
+    options = set(_options(parser))
+    assert "--version" in options
+    manual = (_REPOSITORY / "docs/man" / page).read_text()
+    written = {f"--{name}" for name in re.findall(r"Fl -([a-z-]+)", manual)}
+    written |= set(re.findall(r"^\.(?:It )?Cm ([a-z-]+)", manual, re.MULTILINE))
+    assert options - {"--help"} <= written
+    for name in completions:
+        completed = (_REPOSITORY / "completion" / name).read_text()
+        assert options <= set(re.findall(r"[a-z-]+", completed))

@@ -1,0 +1,222 @@
+"""A running instance seen from outside: its processes, and what /proc says of them.
+
+Run as root by whoever looks at an instance: the demo, the tests. It trusts the kernel.
+What a process says of itself (its command line) decides only which of the supervisor's
+children is which: workers and the fork server are known by whose children they are.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from titus_py.configuration.address import IPAddress, canonical_ip
+
+__all__ = [
+    "Connection",
+    "Process",
+    "Role",
+    "all_processes",
+    "connections_to",
+    "descriptors",
+    "instance_processes",
+    "namespaces",
+    "status",
+]
+
+_ESTABLISHED = "01"
+
+
+class Role(StrEnum):
+    """What a process is in its instance; ``OTHER`` is one that should not be there."""
+
+    SUPERVISOR = "supervisor"
+    PARENT = "parent"
+    FORK_SERVER = "fork server"
+    KEYD = "keyd"
+    WORKER = "worker"
+    CHECK = "keyd check"  #: short-lived: holds keys and certificates against each other
+    OTHER = "other"
+
+
+class Process(NamedTuple):
+    """A process, as /proc has it.
+
+    ``uid`` is the effective one. ``started`` (clock ticks since boot) tells two apart that
+    had the same pid one after the other.
+    """
+
+    pid: int
+    ppid: int
+    uid: int
+    started: int
+    role: Role = Role.OTHER
+
+
+class Connection(NamedTuple):
+    """An established TCP connection, by its local end's socket."""
+
+    inode: int
+    local: IPAddress
+    remote: IPAddress
+
+
+def all_processes() -> list[Process]:
+    """Every process in sight but zombies, none with a role yet."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                process = _process(int(name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if process is not None:
+                found.append(process)
+    return found
+
+
+def instance_processes(supervisor: int) -> list[Process]:
+    """The supervisor and all its descendants, parents before their children.
+
+    Nothing if there is no process with this pid.
+    """
+    processes = all_processes()
+    found = [process for process in processes if process.pid == supervisor]
+    found = [process._replace(role=Role.SUPERVISOR) for process in found]
+    children: dict[int, list[Process]] = {}
+    for process in processes:
+        children.setdefault(process.ppid, []).append(process)
+    for above in found:
+        below = children.get(above.pid, [])
+        fork_server = _fork_server(above.pid, below) if above.role is Role.PARENT else None
+        found += [
+            process._replace(
+                role=Role.FORK_SERVER if process is fork_server else _role(above.role, process.pid)
+            )
+            for process in below
+        ]
+    return found
+
+
+def _fork_server(parent: int, children: Iterable[Process]) -> Process | None:
+    """Which of a parent's children that is: root's, and in the parent's own pid namespace.
+
+    A worker that has just been forked has its command line, and is root's, too, but is in
+    a pid namespace of its own from the first. The oldest, if something is so wrong that
+    there are several: the others then are workers that are not what they should be.
+    """
+    candidates = [
+        process
+        for process in children
+        if process.uid == 0 and _depth(process.pid) == _depth(parent)
+    ]
+    return min(candidates, key=lambda process: process.started, default=None)
+
+
+def _depth(pid: int) -> int:
+    """In how many pid namespaces it is, counted from ours (proc(5)); 0 if it is gone."""
+    try:
+        return len(status(pid)["NSpid"].split())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _process(pid: int) -> Process | None:
+    state, ppid, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if state in "ZX":
+        return None
+    return Process(pid, int(ppid), int(status(pid)["Uid"].split()[1]), int(fields[17]))
+
+
+def _role(above: Role, pid: int) -> Role:
+    if above is Role.PARENT:
+        return Role.WORKER
+    if above is not Role.SUPERVISOR:
+        return Role.OTHER
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return Role.OTHER
+    if b"titus_py.parent.life" in words:
+        return Role.PARENT
+    if b"keyd" in words:
+        return Role.CHECK if b"check" in words else Role.KEYD
+    return Role.OTHER
+
+
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status, by field. Raises OSError if the process is gone."""
+    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def namespaces(pid: int | str) -> dict[str, str]:
+    """The process's own namespaces by their kinds, as in ``{"net": "net:[4026531840]"}``.
+
+    Raises OSError if the process is gone.
+    """
+    directory = f"/proc/{pid}/ns"
+    kinds = [name for name in os.listdir(directory) if not name.endswith("_for_children")]
+    return {kind: os.readlink(f"{directory}/{kind}") for kind in kinds}
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """What each open descriptor is, in the kernel's words (``socket:[4711]``, ``/dev/null``).
+
+    Raises OSError if the process is gone.
+    """
+    directory = f"/proc/{pid}/fd"
+    found = {}
+    for number in os.listdir(directory):
+        try:
+            found[int(number)] = os.readlink(f"{directory}/{number}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def connections_to(port: int, processes: Iterable[Process]) -> dict[Process, Connection]:
+    """Which of these processes serve a TCP connection to this local port, and which one.
+
+    Connections are those of the caller's network namespace: where a socket was made is where
+    it belongs, whatever namespace the process that holds it lives in.
+    """
+    connections = {f"socket:[{found.inode}]": found for found in _connections(port)}
+    serving = {}
+    for process in processes:
+        try:
+            held = descriptors(process.pid).values()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for description in held:
+            if description in connections:
+                serving[process] = connections[description]
+    return serving
+
+
+def _connections(port: int) -> Iterator[Connection]:
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+        for line in lines:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            if state == _ESTABLISHED and int(local.partition(":")[2], 16) == port:
+                yield Connection(int(inode), _address(local), _address(remote))
+
+
+def _address(text: str) -> IPAddress:
+    """proc_net_tcp(5): the address as 32-bit words in the machine's byte order."""
+    host, _, port = text.partition(":")
+    words = bytes.fromhex(host)
+    packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    # An interface's name is not there: link-local addresses stay as they are.
+    try:
+        host = canonical_ip(socket.inet_ntop(family, packed))
+    except ValueError:
+        host = socket.inet_ntop(family, packed)
+    return IPAddress(host, int(port, 16))

@@ -1,0 +1,159 @@
+"""A throwaway instance: to show (``demo``), and for tests of what is around it or in it.
+
+Run as root by whoever shows, or tests (``pytest_plugin``). The instance is the real
+``titus-py serve``, as a child, with a certificate and an authority that exist for as long
+as it does, and users that nobody else on the machine has.
+"""
+
+import json
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from titus_py.audit.instance import all_processes
+from titus_py.audit.throwaway_authority import ThrowawayAuthority
+
+__all__ = ["PROGRAM", "SPARE", "Event", "TitusInstance"]
+
+#: What is started, to be followed by the command's options.
+PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
+
+Event = dict[str, Any]
+
+_START_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+_MAX, SPARE = 100, 2
+#: From where to take users: far beyond what anybody gives out.
+_FIRST_UID, _LAST_UID = 1_000_000_000, 2_000_000_000
+
+
+class TitusInstance:
+    """A running titus-py with a throwaway certificate.
+
+    ``port`` is where it listens, on 127.0.0.1; ``address`` is both. ``ca_file`` is what a
+    client has to trust, for the names that were asked for and for 127.0.0.1;
+    ``certificate_file`` and ``key_file`` are what it serves with; ``pid`` is its supervisor's.
+    """
+
+    def __init__(self, directory: Path, backend: str, key_type: str, names: Sequence[str]) -> None:
+        """Start it; it is there from now on, to be stopped, whatever becomes of it."""
+        self.port = _free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.ca_file = directory / "ca.crt"
+        self.certificate_file = directory / "site.crt"
+        self.key_file = directory / "site.key"
+        self._log = directory / "log"
+        self._make_certificate(key_type, names)
+        configuration = directory / "titus.toml"
+        configuration.write_text(self._configuration(directory, backend))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*PROGRAM, "serve", "--config", configuration],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # The terminal's Ctrl-C is for the tests, which stop it in their own time.
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def wait_until_listening(self) -> None:
+        """Raises RuntimeError if it has ended, or does not come to it."""
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.events("listening"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"titus-py does not listen:\n{self.last_words()}")
+            time.sleep(0.01)
+
+    def events(self, name: str | None = None) -> list[Event]:
+        """What it has logged so far: all events, or those with this name."""
+        lines = self._log.read_text(errors="replace").split("\n")[:-1]
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+        return [event for event in found if name in (None, event["event"])]
+
+    def wait_for_event(self, name: str, seconds: float = 10.0) -> Event:
+        """The first event with this name. Raises TimeoutError if there is none in time."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.events(name)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {name!r} within {seconds:g} s:\n{self.last_words()}")
+            time.sleep(0.01)
+        return found[0]
+
+    def stop(self) -> int:
+        """End it, and every connection; returns its exit code. Done at the test's end anyway."""
+        # Once: let connections end. Twice: end them.
+        signals = (signal.SIGTERM, 0.2), (signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)
+        for number, seconds in signals:
+            if self._process.poll() is None:
+                self._process.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(seconds)
+        return self._process.wait()
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) or "(no log)"
+
+    def _configuration(self, directory: Path, backend: str) -> str:
+        uids = _free_uids(_MAX + SPARE + 1)
+        tables: dict[str, dict[str, object]] = {
+            "[worker]": {
+                "uids": f"{uids[0]}-{uids[-2]}",
+                "max": _MAX,
+                "spare": SPARE,
+                "chroot": str(directory / "empty"),
+            },
+            "[keyd]": {"user": str(uids[-1])},
+            "[log]": {"format": "json"},
+            "[[listen]]": {"address": self.address},
+            "[[vhost]]": {
+                "certificate": str(self.certificate_file),
+                "key": str(self.key_file),
+                "backend": backend,
+            },
+        }
+        lines = []
+        for heading, table in tables.items():
+            lines.append(heading)
+            # JSON's strings and numbers are TOML's.
+            lines += [f"{name} = {json.dumps(value)}" for name, value in table.items()]
+        return "\n".join(lines) + "\n"
+
+    def _make_certificate(self, key_type: str, names: Sequence[str]) -> None:
+        """An authority that forgets its key at once, and what it issued."""
+        authority = ThrowawayAuthority()
+        issued = authority.issue(key_type, [*names, "127.0.0.1"])
+        self.ca_file.write_bytes(authority.certificate)
+        self.certificate_file.write_bytes(issued.certificate)
+        self.key_file.touch(mode=0o600)
+        self.key_file.write_bytes(issued.key)
+
+
+def _free_port() -> int:
+    """A port outside what the kernel gives to clients, on which nothing listens now."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+
+
+def _free_uids(count: int) -> range:
+    """Users that no process has, at random: other tests look for some at the same time."""
+    taken = {process.uid for process in all_processes()}
+    while True:
+        first = _FIRST_UID + secrets.randbelow(_LAST_UID - _FIRST_UID - count)
+        uids = range(first, first + count)
+        if not taken & set(uids):
+            return uids

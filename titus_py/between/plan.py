@@ -1,0 +1,92 @@
+"""What a parent is to do: the configuration, boiled down by the supervisor.
+
+Written by the supervisor, read once by the parent: JSON in a sealed file. It holds
+what the parent cannot or shall not find out for itself: certificates and key
+references as text, addresses resolved, listening sockets open.
+"""
+
+import json
+from typing import NamedTuple
+
+__all__ = ["Limits", "Plan", "ResolvedAddress", "VirtualHost", "address_text", "resolved"]
+
+#: A family and what connect(2) takes for it.
+ResolvedAddress = tuple[int, tuple[str, int] | tuple[str, int, int, int] | str]
+
+
+class Limits(NamedTuple):
+    """As configured; None is no limit. Times are in seconds."""
+
+    connections_per_address: int | None
+    connections_per_prefix: int | None
+    connections_per_second: float | None
+    handshakes: int
+    idle_timeout: float | None
+    lifetime: float | None
+
+
+class VirtualHost(NamedTuple):
+    """One [[vhost]]; ``key`` is the SHA-256 of the public key, in hexadecimal."""
+
+    server_names: tuple[str, ...] | None
+    local_address: str | None
+    local_port: int | None
+    certificate_chain: str
+    key_reference: str
+    key: str
+    backend: str
+    addresses: tuple[ResolvedAddress, ...]
+    min_version: str
+    max_version: str
+    ciphers: str | None
+    ciphersuites: str | None
+    rsa_key_exchange: bool
+
+
+class Plan(NamedTuple):
+    """All that a parent needs to know. Times are in seconds."""
+
+    listeners: tuple[int, ...]
+    vhosts: tuple[VirtualHost, ...]
+    first_uid: int
+    last_uid: int
+    max_workers: int
+    spare_workers: int
+    handshake_timeout: float
+    connect_timeout: float
+    limits: Limits
+    chroot: str
+    #: Features of the kernel without which not to serve.
+    required: tuple[str, ...]
+    #: Programs for the workers' filters, as BPF in hexadecimal.
+    handshake_filter: str
+    established_filter: str
+
+    def encode(self) -> bytes:
+        vhosts = [vhost._asdict() for vhost in self.vhosts]
+        return json.dumps(self._asdict() | {"vhosts": vhosts}).encode()
+
+    @classmethod
+    def decode(cls, octets: bytes) -> "Plan":
+        fields = json.loads(octets)
+        fields["limits"] = Limits(*fields["limits"])
+        fields["vhosts"] = tuple(
+            VirtualHost(**vhost | {"addresses": resolved(vhost["addresses"])})
+            for vhost in fields["vhosts"]
+        )
+        return cls(**fields)
+
+
+def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:
+    """JSON's lists, as connect(2)'s tuples."""
+    return tuple(
+        (family, tuple(address) if isinstance(address, list) else address)  # type: ignore[misc]
+        for family, address in addresses
+    )
+
+
+def address_text(address: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
+    """What connect(2) takes, for people."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"

@@ -1,0 +1,40 @@
+"""``titus-py reload``: have an instance read its configuration anew, and say what came of it.
+
+Run by the administrator or systemd, as root. All the work is the supervisor's; this waits.
+"""
+
+import sys
+from pathlib import Path
+
+from titus_py.configuration import printable
+from titus_py.supervisor.control_client import DIRECTORY, NoAnswer, ask, instances_to_ask
+
+__all__ = ["reload"]
+
+#: Longer than new processes may take to start.
+_SECONDS = 90.0
+
+
+def reload(pid: int | None = None, directory: Path = DIRECTORY, seconds: float = _SECONDS) -> int:
+    """Reload one instance: the only one, or the one of this process id.
+
+    Returns the exit code: 0 once the new configuration serves, 1 if it does not (the old
+    one goes on), 2 if there is no such instance, or more than one.
+    """
+    running = instances_to_ask("reload", pid, directory)
+    if len(running) > 1:
+        pids = ", ".join(map(str, running))
+        print(f"titus-py: several instances are running, as {pids}: say --pid", file=sys.stderr)
+    if len(running) != 1:
+        return 2
+    try:
+        answer = ask(running[0], {"do": "reload"}, seconds, directory)
+    except NoAnswer as error:
+        print(f"titus-py: {error}", file=sys.stderr)
+        return 1
+    if answer.get("reloaded") is not True:
+        for problem in answer.get("problems") or ["no reason was given"]:
+            print(printable(f"titus-py: not reloaded: {problem}"), file=sys.stderr)
+        return 1
+    print(f"titus-py: reloaded: generation {answer.get('generation')} serves")
+    return 0

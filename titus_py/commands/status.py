@@ -1,0 +1,246 @@
+"""``titus-py status``: what the running instances say of themselves.
+
+Run by the administrator, as root. Each instance is asked by its control socket, and
+trusted; names and certificates are shown as text that cannot steer a terminal.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from titus_py.configuration import printable
+from titus_py.supervisor.control_client import DIRECTORY, NoAnswer, ask, instances_to_ask
+
+__all__ = ["show", "status"]
+
+_ANSWER_SECONDS = 5.0
+_WATCH_SECONDS = 1.0
+#: Days left of a certificate, from which on it is nothing to worry about.
+_SOON_DAYS, _NOW_DAYS = 14, 3
+_STATE_STYLES = {"serving": "green", "starting": "yellow", "retired": "dim"}
+_UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+
+def status(
+    as_json: bool = False,
+    watch: bool = False,
+    pid: int | None = None,
+    directory: Path = DIRECTORY,
+    console: Console | None = None,
+) -> int:
+    """Show the running instances, or the one of this process id.
+
+    ``as_json``: an array with an object for each. ``watch``: again each second, until
+    interrupted. Returns the exit code: 0, 1 if one does not answer, 2 if there is none.
+    """
+    running = instances_to_ask("status", pid, directory)
+    if not running:
+        return 2
+    console = console or Console(highlight=False)
+    if watch:
+        try:
+            _watch(console, as_json, running, directory)
+        except KeyboardInterrupt:
+            return 0
+    answers = _ask_all(running, directory)
+    if as_json:
+        print(_json(answers))
+    else:
+        console.print(_shown(answers))
+    return 1 if any(isinstance(answer, NoAnswer) for answer in answers) else 0
+
+
+def _watch(console: Console, as_json: bool, running: list[int], directory: Path) -> None:
+    """Until interrupted."""
+    if as_json:
+        while True:
+            print(_json(_ask_all(running, directory)), flush=True)
+            time.sleep(_WATCH_SECONDS)
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(_shown(_ask_all(running, directory)), refresh=True)
+            time.sleep(_WATCH_SECONDS)
+
+
+def _ask_all(running: Iterable[int], directory: Path) -> list[dict[str, Any] | NoAnswer]:
+    answers: list[dict[str, Any] | NoAnswer] = []
+    for pid in running:
+        try:
+            answers.append(ask(pid, {"do": "status"}, _ANSWER_SECONDS, directory))
+        except NoAnswer as error:
+            answers.append(error)
+    return answers
+
+
+def _json(answers: Iterable[dict[str, Any] | NoAnswer]) -> str:
+    return json.dumps(
+        [{"error": str(answer)} if isinstance(answer, NoAnswer) else answer for answer in answers]
+    )
+
+
+def _shown(answers: Iterable[dict[str, Any] | NoAnswer]) -> RenderableType:
+    return Group(*map(_one_shown, answers))
+
+
+def _one_shown(answer: dict[str, Any] | NoAnswer) -> RenderableType:
+    if isinstance(answer, NoAnswer):
+        return Text(f"titus-py: {answer}", style="bold red")
+    try:
+        return show(answer)
+    except (KeyError, TypeError, ValueError):
+        # While it is being upgraded, say.
+        version, pid = answer.get("version"), answer.get("pid")
+        problem = f"titus-py: process {pid} is of another version, {version}: --json shows it"
+        return Text(printable(problem), style="yellow")
+
+
+def show(answer: Mapping[str, Any]) -> RenderableType:
+    """One instance's status, for people."""
+    return Group(
+        _headline(answer),
+        _generations(answer["generations"]),
+        _certificates(answer["certificates"]),
+        _virtual_hosts(answer["vhosts"]),
+        _counts(answer["counts"], answer["generations"]),
+        Text(),
+    )
+
+
+def _headline(answer: Mapping[str, Any]) -> Text:
+    listeners = ", ".join(answer["listeners"]) or "nothing"
+    return Text.assemble(
+        ("titus-py ", "bold"),
+        (printable(answer["version"]), "bold"),
+        f", process {answer['pid']}, up {_long(answer['seconds_up'])}, listening on ",
+        (printable(listeners), "bold"),
+    )
+
+
+def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("generation", "state", "for", "parent", "keyd", "connections")
+    for generation in generations:
+        state = generation["state"]
+        table.add_row(
+            str(generation["number"]),
+            Text(printable(state), style=_STATE_STYLES.get(state, "")),
+            _long(generation["seconds"]),
+            _or_dash(generation["parent"]),
+            _or_dash(generation["keyd"]),
+            str(generation["connections"]),
+        )
+    return table
+
+
+def _certificates(certificates: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("certificate", "days left", "expires", "names", "file")
+    for certificate in certificates:
+        days = certificate["days_left"]
+        style = "green" if days >= _SOON_DAYS else "yellow" if days >= _NOW_DAYS else "bold red"
+        table.add_row(
+            _text(certificate["subject"]),
+            Text(f"{days:.0f}", style=style),
+            certificate["not_after"][:10],
+            _text(", ".join(certificate["names"])),
+            _text(certificate["file"]),
+        )
+    return table
+
+
+def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("virtual host", "at", "backend", "which is")
+    for vhost in vhosts:
+        names = vhost["names"]
+        shown = "any name" if names is None else ", ".join(name or "no name" for name in names)
+        table.add_row(
+            _text(shown),
+            _text(_at(vhost["local_address"], vhost["local_port"])),
+            _text(vhost["backend"]),
+            _text(", ".join(vhost["addresses"]))
+            if vhost["addresses"]
+            else Text("not resolved", style="red"),
+        )
+    return table
+
+
+def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> Table:
+    live = sum(generation["connections"] for generation in generations)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("connections", f"{live} now, {counts['accepted']} accepted")
+    table.add_row("handshakes", _tally(counts["handshakes"], "failed", counts["failed"]))
+    table.add_row(
+        "octets",
+        f"{_short(counts['octets_from_clients'])} from clients, "
+        f"{_short(counts['octets_to_clients'])} to clients",
+    )
+    operations = counts["signed"] + counts["decrypted"]
+    table.add_row("key operations", _tally(operations, "refused", counts["refused"]))
+    reloads = counts["reloads"]
+    table.add_row("reloads", f"{reloads['ok']}, {reloads['failed']} failed")
+    for name, label, style in (
+        ("limited", "limits hit", "yellow"),
+        ("deaths", "died", "bold red"),
+        ("alarms", "alarms", "bold red"),
+    ):
+        if counts[name]:
+            table.add_row(label, Text(_listed(counts[name]), style=style))
+    if counts["events_lost"]:
+        table.add_row("events lost", Text(str(counts["events_lost"]), style="bold red"))
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for heading in headings:
+        number = heading in ("days left", "connections")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _tally(total: int, what: str, by: Mapping[str, int]) -> str:
+    failed = sum(by.values())
+    return f"{total}, {failed} {what}" + (f" ({_listed(by)})" if failed else "")
+
+
+def _listed(by: Mapping[str, int]) -> str:
+    return printable(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in by.items()))
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
+
+
+def _at(address: str | None, port: int | None) -> str:
+    host = f"[{address}]" if address and ":" in address else address or "*"
+    return f"{host}:{port or '*'}"
+
+
+def _or_dash(pid: int | None) -> str:
+    return "-" if pid is None else str(pid)
+
+
+def _short(octets: float) -> str:
+    for unit in _UNITS:
+        if octets < 1000 or unit == _UNITS[-1]:
+            break
+        octets /= 1000
+    return f"{octets:.3g} {unit}B"
+
+
+def _long(seconds: int) -> str:
+    """How long that is, to the second, for as long as seconds matter."""
+    days, rest = divmod(seconds, 86_400)
+    hours, rest = divmod(rest, 3600)
+    minutes, seconds = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,151 @@
+"""Checking a configuration to the end: also what only the keys' own process may look at.
+
+Runs in the supervisor (root) and in ``titus-py check``. Neither may hold a private key or
+load a TLS library, so a short-lived child, ``keyd check``, reads the keys and
+certificates. Its answer is trusted as keyd is, once it has the right form.
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from titus_py.configuration import Configuration, Credential, Loaded, Mistake
+from titus_py.configuration.file_watch import FileWatch
+from titus_py.configuration.helper import CIPHER_CHECK, KEYD_CHECK, Helper, Unanswered
+
+__all__ = ["CertificateFacts", "Checked", "check"]
+
+_TIMEOUT_SECONDS = 30.0
+
+
+class CertificateFacts(NamedTuple):
+    """What is public about a certificate whose key was found to belong to it."""
+
+    chain: str  #: PEM: the certificate and the rest of its chain, and nothing else
+    key_id: bytes  #: SHA-256 of the SubjectPublicKeyInfo, 32 octets
+    reference: str  #: the reference file, PEM, that stands for the key (``keyd.reference``)
+    subject: str  #: RFC 4514
+    names: tuple[str, ...]  #: DNS names and IP addresses of the subjectAltName
+    not_after: datetime
+
+
+class Checked(NamedTuple):
+    """A configuration that can be served, or every mistake in it.
+
+    ``configuration`` is None exactly if there are mistakes; if there are none, ``certificates``
+    has an entry for each virtual host's ``credential``. ``files`` are those that were read, as
+    they were before that: what has changed since is still news.
+    """
+
+    configuration: Configuration | None
+    mistakes: list[Mistake]
+    warnings: list[Mistake]
+    certificates: dict[Credential, CertificateFacts]
+    files: FileWatch
+
+
+class _Problem(BaseModel):
+    field: Literal["certificate", "key", "passphrase_file"]
+    reason: str
+
+
+class _Answer(BaseModel):
+    mistakes: list[_Problem]
+    warnings: list[_Problem]
+    chain: str | None
+    key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    reference: str | None
+    subject: str
+    names: tuple[str, ...]
+    not_after: AwareDatetime | None
+
+    @model_validator(mode="after")
+    def _mistakes_or_facts(self) -> Self:
+        if not self.mistakes and self.facts() is None:
+            raise ValueError("neither mistakes nor facts")
+        return self
+
+    def facts(self) -> CertificateFacts | None:
+        if self.mistakes or not (self.chain and self.key_id and self.reference and self.not_after):
+            return None
+        key_id = bytes.fromhex(self.key_id)
+        public = self.subject, self.names, self.not_after
+        return CertificateFacts(self.chain, key_id, self.reference, *public)
+
+
+_ANSWERS = TypeAdapter(list[_Answer])
+_PROBLEMS = TypeAdapter(list[tuple[str, str]])
+
+
+def check(
+    loaded: Loaded, keyd_check: Helper | None = None, timeout: float = _TIMEOUT_SECONDS
+) -> Checked:
+    """Hold every certificate and key of a configuration against each other and the clock.
+
+    Asks helpers, one of which may have been started ahead, and waits for each for up to
+    ``timeout`` seconds, and half a second more for each certificate. Raises nothing: a helper
+    that fails is a mistake too.
+    """
+    keyd_check = keyd_check or Helper(KEYD_CHECK)
+    ciphers = _cipher_question(loaded)
+    cipher_check = Helper(CIPHER_CHECK) if ciphers else None
+    source = loaded.source
+    mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
+    certificates = {}
+    files = FileWatch(path for credential in loaded.credentials for path in credential if path)
+    try:
+        # Each key is read and checked, and a passphrase may be made to cost time.
+        answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
+        for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
+            first, *others = vhosts
+            also = f" (also {', '.join(map(source.reference, others))})" if others else ""
+            for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
+                found += [
+                    source.mistake(f"{first}.{problem.field}", problem.reason + also)
+                    for problem in problems
+                ]
+            if (facts := answer.facts()) is not None:
+                certificates[credential] = facts
+    except Unanswered as error:
+        reason = f"keys and certificates could not be checked by 'keyd check': {error}"
+        mistakes.append(source.mistake("", reason))
+    if cipher_check is not None:
+        try:
+            unknown = _PROBLEMS.validate_json(cipher_check.ask(ciphers, timeout))
+            mistakes += [source.mistake(key, reason) for key, reason in unknown]
+        except (Unanswered, ValidationError) as error:
+            mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
+    configuration = None if mistakes else loaded.configuration
+    return Checked(configuration, mistakes, warnings, certificates, files)
+
+
+def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[_Answer]:
+    if not credentials:
+        helper.dismiss()
+        return []
+    question = [
+        {field: path and str(path) for field, path in credential._asdict().items()}
+        for credential in credentials
+    ]
+    octets = helper.ask(question, timeout)
+    try:
+        answers = _ANSWERS.validate_json(octets)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
+    if len(answers) != len(credentials):
+        raise Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
+    return answers
+
+
+def _cipher_question(loaded: Loaded) -> list[tuple[str, str]]:
+    """Each setting of cipher suites that there is, for OpenSSL to say whether it knows it."""
+    if loaded.configuration is None:
+        return []
+    return [
+        (f"vhost[{number}].{key}", names)
+        for number, vhost in enumerate(loaded.configuration.vhost)
+        for key, names in (("ciphers", vhost.ciphers), ("ciphersuites", vhost.ciphersuites))
+        if names is not None
+    ]

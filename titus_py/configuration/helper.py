@@ -1,0 +1,62 @@
+"""A short-lived child that is asked one thing, in JSON, and answers it.
+
+Started by the supervisor and by ``titus-py check``, for what neither may load or read itself.
+Starting and asking are two steps: what a helper has to load, it loads while others work.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+__all__ = ["CIPHER_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
+
+#: Isolated: neither the working directory nor the environment decides what reads the keys.
+KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
+CIPHER_CHECK = (sys.executable, "-I", "-m", "titus_py.configuration.cipher_check")
+
+
+class Unanswered(Exception):
+    """A helper failed; the text says how."""
+
+
+class Helper:
+    """A program that reads standard input to its end, writes its answer, and exits."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it; that it cannot be started is its answer."""
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._problem = ""
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},  # Above all no OPENSSL_CONF, which could have it load anything.
+            )
+        except OSError as error:
+            self._problem = f"{command[0]}: {error.strerror}"
+
+    def ask(self, question: object, timeout: float) -> bytes:
+        """What it writes to its standard output. Raises Unanswered."""
+        process = self._process
+        if process is None:
+            raise Unanswered(self._problem)
+        try:
+            answer, said = process.communicate(json.dumps(question).encode(), timeout)
+        except subprocess.TimeoutExpired:
+            self.dismiss()
+            raise Unanswered(f"no answer within {timeout:g} s") from None
+        if code := process.returncode:
+            last_words = said.decode(errors="replace").strip().rpartition("\n")[2]
+            ending = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+            raise Unanswered(f"{ending}: {last_words or 'no message'}")
+        return answer
+
+    def dismiss(self) -> None:
+        """End it: there is nothing to ask, or nothing more."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()

@@ -1,0 +1,210 @@
+"""A worker's confinement, from root to next to nothing, in two steps.
+
+What all workers have alike, the fork server puts on itself, once and for good, before it
+forks any: they inherit it (``confine_fork_server``). The rest each worker does as soon as
+it is forked (``worker_calls``), before any Python and before it has a client. Where any
+step fails, that process does not serve.
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import resource
+import signal
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import prctl
+
+from keyd.linux import landlock, seccomp
+from keyd.linux.credentials import (
+    controllable_speculation,
+    enter_empty_root,
+    forbid_regaining,
+    keep_capabilities,
+    limit,
+    stop_speculation,
+)
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS, Call
+from titus_py.between.hand_over import KEYD_FD, PARENT_FD
+
+__all__ = [
+    "CONFINING_CAPABILITIES",
+    "FORK_SERVER_CAPABILITIES",
+    "LANDLOCK",
+    "MAX_ORDERS",
+    "MEMORY_OCTETS",
+    "PARENT_CAPABILITIES",
+    "RULESET_FD",
+    "SPECULATION",
+    "WORKER_NAMESPACES",
+    "Given",
+    "confine_fork_server",
+    "keep_only",
+    "missing_features",
+    "narrowing_calls",
+    "worker_calls",
+]
+
+#: The namespaces that a worker is forked into: nobody else is in them. When the worker
+#: ends, being process 1 of its own, the kernel ends whatever it may have left behind.
+WORKER_NAMESPACES = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
+
+#: What the parent keeps.
+PARENT_CAPABILITIES = {
+    prctl.CAP_KILL: "ending a worker, which has another uid",
+}
+
+#: What the fork server keeps; a worker loses it with uid 0.
+FORK_SERVER_CAPABILITIES = {
+    prctl.CAP_SYS_ADMIN: "clone(2) into namespaces",
+    prctl.CAP_SETUID: "a uid for each worker",
+    prctl.CAP_SETGID: "a gid for each worker",
+}
+
+#: What it takes to get there: the supervisor has these for the others, which drop them.
+CONFINING_CAPABILITIES = {
+    prctl.CAP_SYS_CHROOT: "chroot(2) into the empty directory",
+    prctl.CAP_SETPCAP: "emptying bounding sets, locking securebits",
+}
+
+#: Where the fork server has its Landlock ruleset.
+RULESET_FD = 4
+#: Those, keyd's channel, the client and the backend, and one to spare.
+_MAX_DESCRIPTORS = 8
+#: How many workers the fork server forks in a row.
+MAX_ORDERS = 16
+#: To the fork server: what comes with each order, the pidfds, and its own.
+_FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
+#: Address space beyond what the fork server had when it was confined, in octets: a
+#: connection takes about one MiB.
+MEMORY_OCTETS = 64 * 1024 * 1024
+
+_LAST_DESCRIPTOR = 0xFFFF_FFFF
+# prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_MAP_FIXED = 0x10
+#: Each a struct rlimit: soft and hard.
+_NONE = (ctypes.c_uint64 * 2)(0, 0)
+_FEW = (ctypes.c_uint64 * 2)(_MAX_DESCRIPTORS, _MAX_DESCRIPTORS)
+
+#: Features that not every kernel has.
+LANDLOCK = "landlock"
+SPECULATION = "speculation"
+
+
+class Given(NamedTuple):
+    """What one worker gets: its uid, and the descriptors of its report and of its socket."""
+
+    uid: int
+    report: int
+    parent: int
+
+
+def confine_fork_server(chroot: str, parent: int) -> None:
+    """Everything that a process can inherit, in this order; ``parent`` is the socket to keep.
+
+    What is loaded and opened from a path must have been before. Of the privileges, those
+    are left that it takes to make processes of other users.
+    """
+    memory = _memory_in_use() + MEMORY_OCTETS
+    ruleset = landlock.make_ruleset() if landlock.version() else -1
+    leave_namespaces(CLONE_NEWNET)
+    enter_empty_root(chroot)
+    os.setgroups([])
+    stop_speculation(controllable_speculation())
+    # While it has the capability for it.
+    keep_capabilities([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
+    forbid_regaining([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
+    keep_capabilities(FORK_SERVER_CAPABILITIES)
+    prctl.set_no_new_privs(1)
+    if ruleset >= 0:
+        landlock.restrict_self(ruleset)
+    keep_only(parent, ruleset)
+    limit(
+        {
+            resource.RLIMIT_AS: memory,
+            resource.RLIMIT_NOFILE: _FORK_SERVER_DESCRIPTORS,
+            resource.RLIMIT_FSIZE: 0,
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_MEMLOCK: 0,
+            resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_SIGPENDING: 0,
+            resource.RLIMIT_NICE: 0,
+            resource.RLIMIT_RTPRIO: 0,
+        }
+    )
+
+
+def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> list[Call]:
+    """The rest, as the system calls that a worker makes before anything else.
+
+    Namespaces are new since the fork. ``page`` is the address at which the worker's
+    report is to be: a page that the fork server has reserved.
+    """
+    # A domain of its own within the fork server's: what keeps one from signalling or tracing
+    # another holds between domains, and not within one.
+    own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
+    shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
+    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    uid = given.uid
+    return [
+        Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
+        *own_domain,
+        # Descriptor 0 is /dev/null. Whatever the C library has to say on standard error must
+        # not reach a client, nor fill a log.
+        Call("dup3", (0, 2, 0)),
+        Call("dup3", (given.parent, PARENT_FD, os.O_CLOEXEC)),
+        Call("close_range", (PARENT_FD + 1, _LAST_DESCRIPTOR, 0)),
+        Call("prlimit64", (0, resource.RLIMIT_NOFILE, ctypes.addressof(_FEW), 0)),
+        Call("prlimit64", (0, resource.RLIMIT_NPROC, ctypes.addressof(_NONE), 0)),
+        Call("setgroups", (0, 0)),
+        Call("setresgid", (uid, uid, uid)),
+        # All capabilities go with uid 0 (capabilities(7), "Effect of user ID changes").
+        Call("setresuid", (uid, uid, uid)),
+        # Both after that: a change of uid undoes them.
+        Call("prctl", (_PR_SET_DUMPABLE, 0)),
+        Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
+        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, handshake_filter.address)),
+    ]
+
+
+def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
+    """With the handshake done: no keyd any more, and the calls that it needed gone."""
+    return [
+        Call("close", (KEYD_FD,)),
+        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, established_filter.address)),
+    ]
+
+
+def keep_only(parent: int, ruleset: int) -> None:
+    """Have the standard streams, these descriptors at their places, and nothing else."""
+    # First out of each other's way.
+    moved = [
+        fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, RULESET_FD + 1)
+        for descriptor in (parent, ruleset)
+        if descriptor >= 0
+    ]
+    os.closerange(PARENT_FD, RULESET_FD + 1)
+    for place, descriptor in zip((PARENT_FD, RULESET_FD), moved, strict=False):
+        os.dup2(descriptor, place, inheritable=False)
+    os.closerange(RULESET_FD + 1, 1 << 20)
+
+
+def _memory_in_use() -> int:
+    """Address space, in octets."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    return pages * resource.getpagesize()
+
+
+def missing_features(landlock_version: int, speculation: Sequence[int]) -> list[str]:
+    """Which of the features that a kernel may lack this one does."""
+    missing = []
+    if not landlock_version:
+        missing.append(LANDLOCK)
+    if len(speculation) < 2:
+        missing.append(SPECULATION)
+    return missing

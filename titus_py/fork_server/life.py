@@ -1,0 +1,141 @@
+"""The fork server's life: load the certificates, confine itself, fork a worker for each order.
+
+Started by the parent, as root. What it loads, every worker inherits, and so it has never
+heard of a client: it gets uids and descriptors, and forks. What all workers have alike of
+their confinement it puts on itself first; it keeps what it takes to make processes of
+other users, and no way to a file or a network. The workers are the parent's children
+(CLONE_PARENT), not its own. It trusts the parent.
+"""
+
+import sys
+
+# Python's hashlib would bring the system's OpenSSL along, beside the one that pyOpenSSL
+# has: megabytes and mappings for each worker, and code that none needs. It has
+# implementations of its own.
+sys.modules["_hashlib"] = None  # type: ignore[assignment]
+
+import gc
+import os
+import signal
+import socket
+
+import prctl
+
+from keyd.linux.credentials import hide_memory
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
+from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
+from keyd.linux.sealed import read_all
+from keyd.linux.seccomp import Program
+from titus_py.between.hand_over import PARENT_FD
+from titus_py.between.messages import FORK_OCTETS, Fork, Forked, Ready
+from titus_py.between.plan import Plan, VirtualHost
+from titus_py.between.report import ReportWriter
+from titus_py.fork_server.confinement import (
+    MAX_ORDERS,
+    WORKER_NAMESPACES,
+    Given,
+    confine_fork_server,
+    narrowing_calls,
+    worker_calls,
+)
+from titus_py.fork_server.rehearsal import rehearse
+from titus_py.worker.life import Site, Terms, live
+from titus_py.worker.tls import Credentials, client_hello, make_context
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """``python -m titus_py.fork_server.life``: started by the parent, on inherited descriptors.
+
+    ``--plan-fd``, ``--parent-fd``, and ``--openssl-conf-fd``, which the library has read by now
+    (OPENSSL_CONF names it).
+    """
+    # Not argparse: it, and the libraries that it loads, would be in every worker.
+    given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
+    prctl.set_pdeathsig(signal.SIGKILL)
+    hide_memory()
+    plan = Plan.decode(read_all(given["--plan-fd"]))
+    established_filter = Program(bytes.fromhex(plan.established_filter))
+    terms = Terms(
+        plan.handshake_timeout,
+        plan.limits.idle_timeout,
+        [_site(vhost) for vhost in plan.vhosts],
+        encode(narrowing_calls(established_filter)),
+        ReportWriter(),
+        client_hello(),
+    )
+    rehearse(terms)
+    handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
+    confine_fork_server(plan.chroot, given["--parent-fd"])
+    parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
+    gc.collect()
+    # What there is now stays: a worker's garbage collector has no business with it.
+    gc.freeze()
+    parent.send(Ready().encode())
+    _serve(parent, terms, handshake_filter)
+    return 0
+
+
+def _site(vhost: VirtualHost) -> Site:
+    context = make_context(
+        Credentials(vhost.certificate_chain, vhost.key_reference),
+        vhost.min_version,
+        vhost.max_version,
+        vhost.ciphers,
+        vhost.ciphersuites,
+        vhost.rsa_key_exchange,
+    )
+    names = tuple(vhost.server_names) if vhost.server_names is not None else None
+    return Site(names, context)
+
+
+def _serve(parent: socket.socket, terms: Terms, handshake_filter: Program) -> None:
+    """Fork as ordered, until the parent hangs up.
+
+    After each fork this process has to copy every page that it writes to: so it takes all
+    orders that there are, and forks in a row.
+    """
+    while orders := _take_orders(parent):
+        flags = WORKER_NAMESPACES | CLONE_PARENT
+        page = terms.report.address
+        calls = [worker_calls(handshake_filter, page, given) for given in orders]
+        children: list[Child] = []
+        for encoded in [encode(own) for own in calls]:
+            child = clone(flags, encoded)
+            if not child.pid:
+                live(terms, why_failed(child, calls[len(children)]))
+            children.append(child)
+        for given, child in zip(orders, children, strict=True):
+            _answer(parent, given, child)
+
+
+def _take_orders(parent: socket.socket) -> list[Given]:
+    """Wait for an order, and take those that are there; none if the parent has hung up."""
+    orders: list[Given] = []
+    flags = 0
+    while len(orders) < MAX_ORDERS:
+        try:
+            message, descriptors = receive_descriptors(parent, FORK_OCTETS, 2, flags)
+        except BlockingIOError:
+            break
+        if not message:
+            return []
+        report, end = descriptors
+        orders.append(Given(Fork.decode(message).uid, report, end))
+        flags = socket.MSG_DONTWAIT
+    return orders
+
+
+def _answer(parent: socket.socket, given: Given, child: Child) -> None:
+    os.close(given.parent)
+    os.close(given.report)
+    if child.error:
+        parent.send(Forked(given.uid, 0, child.error).encode())
+        return
+    send_descriptors(parent, Forked(given.uid, child.pid).encode(), [child.pidfd])
+    os.close(child.pidfd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A few connections for practice, before the first worker is forked.
+
+Run by the fork server, as root, before it confines itself. Python fits its code to what it
+meets (PEP 659), and keeps what it looked up; OpenSSL fetches algorithms when they are first
+used. What has happened by the fork is every worker's; what has not, each would do for itself,
+in copies of the pages. All that is outside of a worker is played by a child. Nothing in it is
+secret: it uses a cipher suite without a certificate.
+"""
+
+import os
+import signal
+import socket
+import struct
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+import prctl
+from OpenSSL import SSL
+
+from titus_py.between import messages
+from titus_py.between.hand_over import give
+from titus_py.between.messages import Client
+from titus_py.between.report import End, ReportWriter
+from titus_py.worker.life import Site, Terms, serve_next
+from titus_py.worker.tls import reseed
+
+__all__ = ["rehearse"]
+
+#: Python takes eight runs of a function to begin with it.
+_CONNECTIONS = 12
+_SERVER_NAME = "localhost"
+_MESSAGE_OCTETS = 1024
+#: They take milliseconds.
+_PATIENCE_SECONDS = 10
+
+
+def rehearse(terms: Terms) -> None:
+    """Serve them. Raises RuntimeError where not each comes to a clean end, OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
+    child = os.fork()
+    if not child:
+        # So that it finds out, in any case, when nobody is left whom it plays for.
+        ours.close()
+        _play_everybody_else(theirs)
+    theirs.close()
+    for_practice = terms._replace(
+        handshake_timeout=_PATIENCE_SECONDS,
+        idle_timeout=_PATIENCE_SECONDS,
+        sites=[Site((_SERVER_NAME,), _anonymous_context(SSL.TLS_SERVER_METHOD))],
+        narrowing=b"",
+        report=ReportWriter(),
+    )
+    # As a worker has it.
+    parent = socket.SocketType(fileno=ours.detach())
+    try:
+        for _ in range(_CONNECTIONS):
+            reseed()
+            end = serve_next(for_practice, parent)
+            if end != (End.CLEAN, ""):
+                raise RuntimeError(f"a connection for practice ended with {end}")
+    except BlockingIOError:
+        raise RuntimeError(
+            f"practice, which takes milliseconds, stood still for {_PATIENCE_SECONDS} s:"
+            " unless this machine was overloaded, please report it"
+        ) from None
+    finally:
+        parent.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _anonymous_context(method: int) -> SSL.Context:
+    """For either side, without a certificate."""
+    context = SSL.Context(method)
+    context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
+    return context
+
+
+def _play_everybody_else(worker: socket.socket) -> NoReturn:
+    """The parent, clients and backends; ends the process."""
+    try:
+        prctl.set_pdeathsig(signal.SIGKILL)
+        context = _anonymous_context(SSL.TLS_CLIENT_METHOD)
+        for _ in range(_CONNECTIONS):
+            _connect_once(worker, context)
+    finally:
+        error = sys.exception()
+        if error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        os._exit(0)
+
+
+def _connect_once(worker: socket.socket, context: SSL.Context) -> None:
+    ours, theirs = socket.socketpair()
+    give(worker, Client(0, (0,)).encode(), [theirs])
+    client = SSL.Connection(context, ours)
+    client.set_connect_state()
+    client.set_tlsext_host_name(_SERVER_NAME.encode())
+    client.do_handshake()
+    worker.recv(_MESSAGE_OCTETS)
+    backend, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    give(worker, messages.BACKEND, [theirs])
+    client.send(b"request")
+    backend.send(backend.recv(_MESSAGE_OCTETS))
+    backend.close()
+    with suppress(SSL.ZeroReturnError):
+        while client.recv(_MESSAGE_OCTETS):
+            pass
+    client.shutdown()
+    ours.close()

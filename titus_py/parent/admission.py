@@ -1,0 +1,76 @@
+"""Whom the parent turns away before a worker sees them: too many, or too fast.
+
+Run by the parent, on nothing but the addresses of clients. No I/O.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from titus_py.between.plan import Limits
+
+__all__ = ["Admission"]
+
+#: RFC 6177: what one site has, at the least. IPv4's is what one operator often has.
+_IPV6_PREFIX_GROUPS = 4
+_IPV4_PREFIX_OCTETS = 3
+
+
+class Admission:
+    """Counts the connections that there are, and the rate of new ones."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._addresses: Counter[str] = Counter()
+        self._prefixes: Counter[str] = Counter()
+        #: A bucket of connections, refilled at the configured rate, holding a second's worth.
+        self._tokens = limits.connections_per_second or 0.0
+        self._refilled = clock()
+
+    def refuse(self, address: str) -> str | None:
+        """The limit that this new client would exceed; None, and it is counted, if none."""
+        limits = self._limits
+        prefix = _prefix(address)
+        if _reached(self._addresses[address], limits.connections_per_address):
+            return "connections_per_address"
+        if _reached(self._prefixes[prefix], limits.connections_per_prefix):
+            return "connections_per_prefix"
+        if limits.connections_per_second is not None and not self._take_token():
+            return "connections_per_second"
+        self._addresses[address] += 1
+        self._prefixes[prefix] += 1
+        return None
+
+    def leave(self, address: str) -> None:
+        """A client that was let in is gone."""
+        for counts, key in ((self._addresses, address), (self._prefixes, _prefix(address))):
+            counts[key] -= 1
+            if not counts[key]:
+                del counts[key]
+
+    def _take_token(self) -> bool:
+        rate = self._limits.connections_per_second or 0.0
+        now = self._clock()
+        self._tokens = min(max(rate, 1.0), self._tokens + (now - self._refilled) * rate)
+        self._refilled = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+
+def _reached(count: int, limit: int | None) -> bool:
+    return limit is not None and count >= limit
+
+
+def _prefix(address: str) -> str:
+    """The /64 of an IPv6 address, the /24 of an IPv4 one; in no particular form."""
+    if ":" not in address:
+        return ".".join(address.split(".")[:_IPV4_PREFIX_OCTETS])
+    head, _, tail = address.partition("%")[0].partition("::")
+    groups = head.split(":") if head else []
+    if len(groups) < _IPV6_PREFIX_GROUPS:
+        rest = tail.split(":") if tail else []
+        groups += ["0"] * (8 - len(groups) - len(rest)) + rest
+    return ":".join(groups[:_IPV6_PREFIX_GROUPS])

@@ -1,0 +1,140 @@
+"""The parent's side of its fork server: starting it, orders, and what came of them.
+
+Run by the parent, which trusts the fork server and never waits for it once it is there.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from keyd.linux.descriptors import receive_descriptors, send_descriptors
+from keyd.linux.process import how_ended
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.messages import FORKED_OCTETS, Fork, Forked, Ready
+from titus_py.fork_server.confinement import MAX_ORDERS
+
+__all__ = ["Forks"]
+
+#: What is started, as Python is to be told of it.
+_PROGRAM = ("-m", "titus_py.fork_server.life")
+#: How long it may leave an order unanswered before it is taken to hang.
+_QUIET_SECONDS = 5.0
+
+
+class Forks:
+    """One fork server, started with the plan that the parent has.
+
+    ``done`` is called back with what came of each order and the worker's pidfd (-1 where
+    there is none), ``lost`` once, with how the fork server ended.
+    """
+
+    def __init__(self, plan_fd: int, openssl_conf_fd: int) -> None:
+        """Start it; takes the descriptors over. Raises OSError."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = {
+            "plan-fd": plan_fd,
+            "openssl-conf-fd": openssl_conf_fd,
+            "parent-fd": theirs.detach(),
+        }
+        arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", *_PROGRAM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={
+                    "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
+                    # Each symbol that is bound later is bound by every worker anew.
+                    "LD_BIND_NOW": "1",
+                },
+                pass_fds=tuple(given.values()),
+            )
+        finally:
+            for descriptor in given.values():
+                os.close(descriptor)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._orders = 0
+        self._finishing = False
+        #: When it was last seen to be at work, or had nothing to do.
+        self._last_seen = self._looked = time.monotonic()
+
+    def wait_until_ready(self) -> bool:
+        """Once, before there is anybody to serve; False if it could not confine itself."""
+        return self._socket.recv(len(Ready().encode()) + 1) == Ready().encode()
+
+    def watch(
+        self, loop: EventLoop, done: Callable[[Forked, int], None], lost: Callable[[str], None]
+    ) -> None:
+        self._socket.setblocking(False)
+        self._loop = loop
+        self._done = done
+        self._lost = lost
+        loop.watch(self._socket.fileno(), self._hear)
+        loop.watch(self._pidfd, self._ended)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has as many orders as it is given at a time, or takes no more."""
+        return self._orders >= MAX_ORDERS or self._finishing
+
+    def order(self, uid: int, report: int, end: int) -> None:
+        """Have a worker forked. Raises OSError."""
+        if not self._orders:
+            self._last_seen = time.monotonic()
+        send_descriptors(self._socket, Fork(uid).encode(), [report, end])
+        self._orders += 1
+
+    def look_after(self) -> None:
+        """End it where it has had orders for too long, and answered none: it hangs."""
+        now = time.monotonic()
+        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        if now - self._looked > _QUIET_SECONDS:
+            self._last_seen = now
+        self._looked = now
+        if self._orders and now - self._last_seen > _QUIET_SECONDS:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def finish(self) -> None:
+        """No more orders: it leaves when it has answered those that it has."""
+        self._finishing = True
+        if not self._orders:
+            self._close()
+
+    def _close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.unwatch(self._socket.fileno())
+            self._socket.close()
+
+    def _hear(self) -> None:
+        while self._socket.fileno() >= 0:
+            try:
+                message, descriptors = receive_descriptors(self._socket, FORKED_OCTETS, 1)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                # It has ended without having taken every order. What it said is still there.
+                continue
+            if not message:
+                # It has ended, or is about to: the pidfd will tell.
+                self._close()
+                return
+            self._orders -= 1
+            self._last_seen = time.monotonic()
+            self._done(Forked.decode(message), descriptors[0] if descriptors else -1)
+            if self._finishing and not self._orders:
+                self._close()
+
+    def _ended(self) -> None:
+        self._hear()
+        self._close()
+        self._loop.unwatch(self._pidfd)
+        os.close(self._pidfd)
+        self._orders = 0
+        finished, self._finishing = self._finishing, True
+        code = self._process.wait()
+        if not finished:
+            self._lost(how_ended(code))

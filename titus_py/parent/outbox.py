@@ -1,0 +1,79 @@
+"""What the parent tells the supervisor, on its way. Run by the parent, which never waits for it.
+
+The supervisor may be slow: what it does not take is kept for a while, and then counted
+instead. A flood of ordinary events leaves room for alarms.
+"""
+
+import json
+import os
+import socket
+from collections import deque
+from contextlib import suppress
+
+from keyd.linux.descriptors import send_descriptors
+from titus_py.between.event_loop import EventLoop
+
+__all__ = ["Outbox"]
+
+_EVENTS, _ALARMS = 10_000, 1_000
+#: How soon to offer again what was not taken.
+_PAUSE_SECONDS = 0.01
+#: How long to wait for a supervisor that does not take the last events.
+_LAST_SECONDS = 5.0
+
+
+class Outbox:
+    """Events for the supervisor, in order."""
+
+    def __init__(self, loop: EventLoop, supervisor: socket.socket) -> None:
+        self._loop = loop
+        self._supervisor = supervisor
+        self._waiting: deque[tuple[bytes, int | None]] = deque()
+        self._lost = 0
+
+    def put(self, event: str, report: int | None = None, **fields: object) -> None:
+        """Have an event sent; never waits.
+
+        A worker's report goes along as it is, unread, and is closed here.
+        """
+        room = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
+        if len(self._waiting) >= room:
+            self._lost += 1
+            if report is not None:
+                os.close(report)
+            return
+        idle = not self._waiting
+        if self._lost:
+            lost = {"event": "events_lost", "level": "error", "count": self._lost}
+            self._lost = 0
+            self._waiting.append((json.dumps(lost).encode(), None))
+        self._waiting.append((json.dumps({"event": event, **fields}).encode(), report))
+        if idle:
+            self._send()
+
+    def send_last(self) -> None:
+        """At the end: nobody is left to be kept waiting, so this may take a moment."""
+        self._supervisor.settimeout(_LAST_SECONDS)
+        with suppress(OSError):
+            while self._waiting:
+                self._send_one(0)
+
+    def _send(self) -> None:
+        """As many as the supervisor takes for now, and the others soon."""
+        try:
+            while self._waiting:
+                self._send_one(socket.MSG_DONTWAIT)
+        except (BrokenPipeError, ConnectionResetError):
+            self._waiting.clear()
+        except OSError:
+            # Its queue is full, or too many descriptors are on their way.
+            self._loop.after(_PAUSE_SECONDS, self._send)
+
+    def _send_one(self, flags: int) -> None:
+        octets, report = self._waiting[0]
+        if report is None:
+            self._supervisor.send(octets, flags)
+        else:
+            send_descriptors(self._supervisor, octets, [report], flags)
+            os.close(report)
+        self._waiting.popleft()

@@ -1,0 +1,161 @@
+"""The control socket: how ``titus-py status`` and ``titus-py reload`` reach the supervisor.
+
+Run by the supervisor. Only root may connect: the directory and the socket are root's
+alone. One request and one answer, JSON, each in one SOCK_SEQPACKET packet; a client
+that does not listen loses its answer.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from titus_py.between.event_loop import EventLoop
+
+__all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path", "listens"]
+
+CONTROL_DIRECTORY = Path("/run/titus-py")
+_REQUEST_OCTETS = 4096
+#: A status with many virtual hosts is long.
+_ANSWER_OCTETS = 4 * 1024 * 1024
+_MAX_CLIENTS = 16
+_BACKLOG = 128
+#: How soon to look again for clients when there was no descriptor for one.
+_PAUSE_SECONDS = 0.5
+
+Answer = Callable[[dict[str, object]], None]
+
+
+def control_path(pid: int) -> Path:
+    """Where the supervisor with this process id listens."""
+    return CONTROL_DIRECTORY / f"{pid}.control"
+
+
+class Control:
+    """Listens; ``handlers`` do what a request's "do" names, and answer when they can."""
+
+    def __init__(self, loop: EventLoop, handlers: Mapping[str, Callable[[Answer], None]]) -> None:
+        """Raises OSError where there can be no such socket."""
+        self._loop = loop
+        self._handlers = handlers
+        self._clients: set[socket.socket] = set()
+        #: Those that have not asked anything yet, the first to come first.
+        self._silent: dict[socket.socket, None] = {}
+        CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _remove_left_behind()
+        self._path = control_path(os.getpid())
+        # Of one that had our process id, and was killed.
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setblocking(False)
+        mask = os.umask(0o177)
+        try:
+            self._listener.bind(str(self._path))
+        finally:
+            os.umask(mask)
+        self._listener.listen(_BACKLOG)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.watch(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """At the end: nothing is watched any more."""
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # No descriptor left: the client stays in the queue, and would wake us for ever.
+            self._loop.unwatch(self._listener.fileno())
+            self._loop.after(_PAUSE_SECONDS, self._listen)
+            return
+        client.setblocking(False)
+        if len(self._clients) >= _MAX_CLIENTS:
+            # In favour of who asks, against who only waits.
+            if not self._silent:
+                client.close()
+                return
+            self._drop(next(iter(self._silent)))
+        self._clients.add(client)
+        self._silent[client] = None
+        self._loop.watch(client.fileno(), lambda: self._hear(client))
+
+    def _hear(self, client: socket.socket) -> None:
+        try:
+            request = client.recv(_REQUEST_OCTETS)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            request = b""
+        self._silent.pop(client, None)
+        handler = self._handlers.get(_wanted(request))
+        if handler is None:
+            self._drop(client)
+            return
+
+        def answer(result: dict[str, object]) -> None:
+            octets = json.dumps(result).encode()
+            with suppress(OSError):
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_OCTETS)
+                client.send(octets)
+            self._drop(client)
+
+        handler(answer)
+
+    def _drop(self, client: socket.socket) -> None:
+        if client in self._clients:
+            self._clients.discard(client)
+            self._silent.pop(client, None)
+            self._loop.unwatch(client.fileno())
+            client.close()
+
+
+def _wanted(request: bytes) -> str:
+    # RecursionError: arrays within arrays within arrays.
+    with suppress(ValueError, RecursionError):
+        decoded = json.loads(request)
+        if isinstance(decoded, dict):
+            return str(decoded.get("do"))
+    return ""
+
+
+def _remove_left_behind() -> None:
+    """Sockets of supervisors that were killed.
+
+    One that listens is alive, though in a process namespace that is not ours.
+    """
+    for path in CONTROL_DIRECTORY.glob("*.control"):
+        if path.stem.isdecimal() and not _exists(int(path.stem)) and not listens(path):
+            path.unlink(missing_ok=True)
+
+
+def listens(path: Path) -> bool:
+    """Whether there is anybody behind this control socket. Raises PermissionError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # It is there, and behind.
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        return True
+
+
+def _exists(pid: int) -> bool:
+    """Not by looking into /proc, where a service manager may have hidden it (ProtectProc=)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,103 @@
+"""Finding running instances, and asking one: the client's side of their control sockets.
+
+Run by ``titus-py status`` and ``titus-py reload``, as root: the sockets are in a directory
+of root's, one for each instance, named after its supervisor's process id. What an instance
+answers is trusted to be an answer, and checked for no more than that.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from titus_py.supervisor.control import CONTROL_DIRECTORY, listens
+
+__all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
+
+DIRECTORY = CONTROL_DIRECTORY
+_SUFFIX = ".control"
+_MAX_ANSWER_OCTETS = 4 * 1024 * 1024
+#: How soon to try again where too many others wait.
+_QUEUE_SECONDS = 0.02
+
+
+class NoAnswer(Exception):
+    """An instance that did not answer; the text says how."""
+
+
+def find_instances(directory: Path = DIRECTORY) -> list[int]:
+    """The process ids of the instances that listen, lowest first. Raises PermissionError.
+
+    A socket that a killed instance has left behind is passed over.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    pids = [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
+    return [
+        pid
+        for pid in sorted(int(pid) for pid in pids if pid.isdecimal())
+        if listens(Path(_path(pid, directory)))
+    ]
+
+
+def instances_to_ask(command: str, pid: int | None, directory: Path = DIRECTORY) -> list[int]:
+    """Those that run, or the one that was named; none, with the reason on standard error."""
+    try:
+        running = find_instances(directory)
+    except PermissionError:
+        print(f"titus-py: {command} must be run as root", file=sys.stderr)
+        return []
+    if pid is not None and pid not in running:
+        print(f"titus-py: no instance runs as process {pid}", file=sys.stderr)
+        return []
+    if not running:
+        print("titus-py: no instance is running", file=sys.stderr)
+    return running if pid is None else [pid]
+
+
+def ask(
+    pid: int, question: Mapping[str, object], seconds: float, directory: Path = DIRECTORY
+) -> dict[str, Any]:
+    """Put a question to an instance, and wait so long for its answer. Raises NoAnswer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
+            _connect(connection, _path(pid, directory), time.monotonic() + seconds)
+            connection.settimeout(seconds)
+            connection.send(json.dumps(question).encode())
+            octets = connection.recv(_MAX_ANSWER_OCTETS)
+        except TimeoutError:
+            raise NoAnswer(f"process {pid} has not answered for {seconds:g} s") from None
+        except OSError as error:
+            raise NoAnswer(f"process {pid} does not answer: {error.strerror}") from None
+    if not octets:
+        raise NoAnswer(f"process {pid} has hung up")
+    try:
+        answer = json.loads(octets)
+    except ValueError:
+        raise NoAnswer(f"process {pid} has answered what is no JSON") from None
+    if not isinstance(answer, dict):
+        raise NoAnswer(f"process {pid} has answered what is no object")
+    return answer
+
+
+def _connect(connection: socket.socket, path: str, deadline: float) -> None:
+    """Wait for a place in the queue of who listens. Raises OSError."""
+    connection.setblocking(False)
+    while True:
+        try:
+            connection.connect(path)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(_QUEUE_SECONDS)
+
+
+def _path(pid: int, directory: Path) -> str:
+    return str(directory / f"{pid}{_SUFFIX}")

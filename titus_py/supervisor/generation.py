@@ -1,0 +1,332 @@
+"""A generation: one configuration, one parent and one keyd, and the sockets between them.
+
+Run by the supervisor. Both are started with execve(2), so that each begins with a
+clean address space, and each gets exactly the descriptors that its arguments name.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from keyd.linux.descriptors import send_descriptors
+from keyd.linux.process import how_ended
+from keyd.linux.sealed import sealed_file
+from keyd.provider import openssl_configuration
+from titus_py import configuration
+from titus_py.between.event_loop import Timer
+from titus_py.between.hand_over import KEYD_FD
+from titus_py.between.plan import Limits, Plan, ResolvedAddress, VirtualHost
+from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.checking import Checked
+
+__all__ = ["ALIVE_SECONDS", "Child", "Generation", "any_process_has", "free_block"]
+
+_FEW_HANDSHAKES = 64
+#: How often the parent and keyd say that they are alive.
+ALIVE_SECONDS = 3.0
+#: What is started, as Python is to be told of it.
+_KEYD = ("-m", "keyd", "serve")
+_PARENT = ("-m", "titus_py.parent.life")
+#: In the words of SSL_CONF_cmd(3), what pyOpenSSL has no call for: without resumption,
+#: a TLS 1.3 ticket is of no use.
+_TLS_COMMANDS = "NumTickets = 0"
+
+
+class Child:
+    """A process that the supervisor started, and its end of their socket."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[bytes]", end: socket.socket) -> None:
+        self.name = name
+        self.socket = end
+        self.pid = process.pid
+        #: While it is starting: what ends it if that takes too long.
+        self.patience: Timer | None = None
+        self.pidfd = os.pidfd_open(process.pid)
+        self.started = self.last_heard = time.monotonic()
+        self._process = process
+        #: What it has not been told yet, with descriptors of our own.
+        self._orders: deque[tuple[bytes, list[int]]] = deque()
+
+    def queue(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> bool:
+        """Have ``send_orders`` tell it something; returns whether nothing else waited for that."""
+        octets = json.dumps(order).encode()
+        self._orders.append((octets, [os.dup(descriptor) for descriptor in descriptors]))
+        return len(self._orders) == 1
+
+    def send_orders(self) -> bool:
+        """Send what it takes; returns whether that was all. Never waits for it.
+
+        A child that is gone or stuck is noticed otherwise.
+        """
+        while self._orders:
+            octets, descriptors = self._orders[0]
+            try:
+                send_descriptors(self.socket, octets, descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+            self._drop_order()
+        return True
+
+    def _drop_order(self) -> None:
+        for descriptor in self._orders.popleft()[1]:
+            os.close(descriptor)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def bury(self) -> str:
+        """After its end: let go of it; returns how it ended, in words."""
+        code = self._process.wait()
+        while self._orders:
+            self._drop_order()
+        os.close(self.pidfd)
+        self.socket.close()
+        return how_ended(code)
+
+
+class Generation:
+    """What a configuration came to when it was read, and the two processes that serve it.
+
+    The certificates are as they were checked, whatever has become of the files since: these may
+    hold a private key as well, and are only ever read by keyd and ``keyd check``.
+    """
+
+    def __init__(self, number: int, checked: Checked, filters: Mapping[str, str]) -> None:
+        if checked.configuration is None:
+            raise ValueError("a configuration with mistakes")
+        self.number = number
+        self.checked = checked
+        self.configuration = checked.configuration
+        self.certificates = checked.certificates
+        self.files = checked.files
+        self.keyd: Child | None = None
+        self.parent: Child | None = None
+        #: A keyd that is a service of its own, and not connected to yet.
+        self.waits_for_keyd = self.configuration.keyd.socket is not None
+        self.keyd_missed = False
+        #: The keys that it had when it was last connected to.
+        self.keyds_keys: set[str] | None = None
+        #: Replaced by a later one: it serves what it has, and takes no more.
+        self.retired = False
+        #: Has been told so, and may not have heard it.
+        self.retiring = False
+        #: Its fork server has ended: it can make no more workers.
+        self.crippled = False
+        #: Said to be listening.
+        self.announced = False
+        #: Those of its children that are not ready yet.
+        self.starting: set[Child] = set()
+        #: The connections that its parent has, by number, as they were begun.
+        self.connections: dict[int, dict[str, Any]] = {}
+        #: The latest that are over: what keyd says may come later than their end.
+        self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
+        #: The listeners that were opened for it.
+        self.added: dict[IPAddress, socket.socket] = {}
+        self.spares = 0
+        self.started, self.begun = datetime.now(UTC), time.monotonic()
+        #: The uids that its parent may give to workers.
+        self.uids = range(0)
+        self._filters = filters
+
+    @property
+    def state(self) -> str:
+        if self.retired:
+            return "retired"
+        return "serving" if self.ready and self.announced else "starting"
+
+    @property
+    def ready(self) -> bool:
+        """Whether both of its processes serve."""
+        return not self.starting and not self.waits_for_keyd
+
+    @property
+    def children(self) -> list[Child]:
+        return [child for child in (self.keyd, self.parent) if child is not None]
+
+    @property
+    def uids_needed(self) -> int:
+        return self.configuration.worker.max + self.configuration.worker.spare
+
+    @property
+    def key_ids(self) -> set[str]:
+        """The keys that keyd is to have: SHA-256 of the public key, in hexadecimal."""
+        return {
+            self.certificates[vhost.credential].key_id.hex() for vhost in self.configuration.vhost
+        }
+
+    def start_keyd(self) -> socket.socket:
+        """Start keyd; returns the parent's end of its control socket. Raises OSError."""
+        keyd = self.configuration.keyd.user
+        files = dict.fromkeys(
+            (str(vhost.key), vhost.passphrase_file and str(vhost.passphrase_file))
+            for vhost in self.configuration.vhost
+            if vhost.key is not None
+        )
+        self.keyd, control = _start_keyd(
+            {
+                "uid": keyd.uid,
+                "gid": keyd.gid,
+                "chroot": str(self.configuration.worker.chroot),
+                "filter": self._filters["keyd"],
+                "keys": [{"key": key, "passphrase_file": phrase} for key, phrase in files],
+            }
+        )
+        self.starting.add(self.keyd)
+        return control
+
+    def start_parent(
+        self,
+        control: socket.socket | None,
+        uids: range,
+        listeners: Iterable[int],
+        addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
+    ) -> None:
+        """Start the parent, which gets keyd's control socket now or later. Raises OSError."""
+        self.uids = uids
+        worker, limits = self.configuration.worker, self.configuration.limits
+        plan = Plan(
+            listeners=tuple(listeners),
+            vhosts=tuple(
+                self._virtual_host(vhost, addresses.get(vhost.backend, ()))
+                for vhost in self.configuration.vhost
+            ),
+            first_uid=uids[0],
+            last_uid=uids[-1],
+            max_workers=worker.max,
+            spare_workers=worker.spare,
+            handshake_timeout=worker.handshake_timeout,
+            connect_timeout=worker.connect_timeout,
+            limits=Limits(
+                limits.connections_per_address,
+                limits.connections_per_prefix,
+                limits.connections_per_second,
+                limits.handshakes or default_handshakes(worker.max),
+                limits.idle_timeout,
+                limits.lifetime,
+            ),
+            chroot=str(worker.chroot),
+            required=worker.require,
+            handshake_filter=self._filters["handshake"],
+            established_filter=self._filters["established"],
+        )
+        self.parent = _start_parent(plan, control)
+        self.starting.add(self.parent)
+
+    def _virtual_host(
+        self, vhost: configuration.VirtualHost, addresses: tuple[ResolvedAddress, ...]
+    ) -> VirtualHost:
+        facts = self.certificates[vhost.credential]
+        return VirtualHost(
+            server_names=vhost.sni,
+            local_address=vhost.local_address,
+            local_port=vhost.local_port,
+            certificate_chain=facts.chain,
+            key_reference=facts.reference,
+            key=facts.key_id.hex(),
+            backend=str(vhost.backend),
+            addresses=addresses,
+            min_version=vhost.min_version,
+            max_version=vhost.max_version,
+            ciphers=vhost.ciphers,
+            ciphersuites=vhost.ciphersuites,
+            rsa_key_exchange=vhost.rsa_key_exchange,
+        )
+
+
+def default_handshakes(connections: int) -> int:
+    """How many of so many connections may be in their handshake: half, but a few at least."""
+    return max(min(connections, _FEW_HANDSHAKES), connections // 2)
+
+
+def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
+    """The first ``count`` uids in a row that none of ``taken`` overlaps; None if there are none."""
+    start = uids.start
+    for block in sorted(taken, key=lambda block: block.start):
+        if start + count <= block.start:
+            break
+        start = max(start, block.stop)
+    return range(start, start + count) if start + count <= uids.stop else None
+
+
+def any_process_has(uids: range) -> bool:
+    """Whether any process that is to be seen from here runs as one of these users.
+
+    Asked by getpriority(2), which knows of each process of a user, and not of /proc,
+    where a service manager may have hidden others' processes (ProtectProc=).
+    """
+    return any(_has_processes(uid) for uid in uids)
+
+
+def _has_processes(uid: int) -> bool:
+    try:
+        # Python takes a C int; to the kernel, the upper half of them are uids, too.
+        os.getpriority(os.PRIO_USER, uid if uid < 1 << 31 else uid - (1 << 32))
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
+    """keyd, and the parent's end of its control socket. Raises OSError."""
+    parents_end, keyds_end = _socketpair()
+    settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
+    given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
+    return _start("keyd", _KEYD, given), parents_end
+
+
+def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
+    """The parent of this plan; the socket becomes the parent's. Raises OSError."""
+    milliseconds = int(plan.handshake_timeout * 1000)
+    channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
+    openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
+    given = {
+        "plan-fd": sealed_file("plan", plan.encode()),
+        "openssl-conf-fd": sealed_file("openssl.cnf", openssl_conf.encode()),
+    }
+    if keyd is not None:
+        given["keyd-fd"] = keyd.detach()
+    return _start("parent", _PARENT, given, plan.listeners)
+
+
+def _start(
+    name: str,
+    program: Sequence[str],
+    given: dict[str, int],
+    shared: Sequence[int] = (),
+) -> Child:
+    """Start a Python program. What it is given it alone holds from now on."""
+    ours, theirs = _socketpair()
+    ours.setblocking(False)
+    given = given | {"supervisor-fd": theirs.detach()}
+    arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
+    try:
+        process = subprocess.Popen(
+            # Isolated (-I): no PYTHON* variable and no current directory has a say.
+            [sys.executable, "-I", *program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={},
+            pass_fds=(*given.values(), *shared),
+            # A session of its own: the terminal's Ctrl-C is for the supervisor.
+            start_new_session=True,
+        )
+    finally:
+        for descriptor in given.values():
+            os.close(descriptor)
+    return Child(name, process, ours)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,0 +1,105 @@
+"""Listening sockets: bound here, or handed over by the service manager.
+
+Run by the supervisor, whose they are for as long as it runs.
+"""
+
+import errno
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from titus_py.configuration.address import IPAddress, canonical_ip
+from titus_py.parent.dialer import reset_at_close
+
+__all__ = ["CannotListen", "listen", "passed_listeners"]
+
+_BACKLOG = 4096
+
+
+class CannotListen(Exception):
+    """An address that cannot be listened on: which, and why."""
+
+
+def listen(
+    addresses: Iterable[IPAddress],
+    passed: Mapping[IPAddress, socket.socket],
+    own: Mapping[IPAddress, socket.socket] | None = None,
+) -> dict[IPAddress, socket.socket]:
+    """A listening socket for each address: one that was passed to us, or else a new one.
+
+    ``own`` are those that listen already, and may be on wider or narrower addresses.
+    Raises CannotListen, and then keeps none of the new ones.
+    """
+    listeners: dict[IPAddress, socket.socket] = {}
+    for address in addresses:
+        try:
+            listeners[address] = passed.get(address) or _bind(address, own or {})
+            _prepare(listeners[address])
+        except OSError as error:
+            for bound, listener in listeners.items():
+                if bound not in passed:
+                    listener.close()
+            raise CannotListen(f"cannot listen on {address}: {error.strerror}") from None
+    return listeners
+
+
+def passed_listeners(
+    passed: Mapping[str, Iterable[socket.socket]],
+) -> dict[IPAddress, socket.socket]:
+    """The TCP sockets among those that the service manager passed, by their addresses."""
+    found = {}
+    for sockets in passed.values():
+        for one in sockets:
+            if one.family in (socket.AF_INET, socket.AF_INET6):
+                host, port = one.getsockname()[:2]
+                found[IPAddress(canonical_ip(host), port)] = one
+    return found
+
+
+@contextmanager
+def _sharing(listeners: list[socket.socket]) -> Iterator[None]:
+    """Meanwhile, these let another one on their port that wants to share it (socket(7)).
+
+    The kernel keeps it in mind, and lets no user but ours, which is root, on that port.
+    """
+    for listener in listeners:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        yield
+    finally:
+        for listener in listeners:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.socket:
+    try:
+        listener = socket.socket(address.family, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT or address.host != "::":
+            raise
+        # "Every address", on a kernel without IPv6.
+        return _bind(IPAddress("0.0.0.0", address.port), own)
+    overlapping = [
+        listening
+        for other, listening in own.items()
+        if other.covers(address) or address.covers(other)
+    ]
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.family == socket.AF_INET6:
+            # "::" is every address of both families, any other one is itself.
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
+        with _sharing([listener, *overlapping] if overlapping else []):
+            listener.bind(address.sockaddr())
+            listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _prepare(listener: socket.socket) -> None:
+    """What the connections that it accepts shall inherit."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    reset_at_close(listener)

@@ -1,0 +1,215 @@
+"""The address that Prometheus reads: whoever connects gets the metrics, whatever they ask.
+
+Run by the supervisor, as root, within its event loop. Of what a client sends it looks for
+a blank line and nothing else; it keeps none of it. A client is trusted to be anybody: it
+has bounded time, and there are only so many at once.
+"""
+
+import os
+import socket
+import stat
+from collections.abc import Callable
+
+from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
+from titus_py.configuration.address import IPAddress, UnixAddress
+from titus_py.supervisor.metrics import CONTENT_TYPE
+
+__all__ = ["MetricsServer", "listen_at"]
+
+_CLIENTS = 16
+_CLIENT_SECONDS = 5.0
+_REQUEST_OCTETS = 8 * 1024
+#: How much more is read, unseen, so that unread octets do not make the close a reset.
+_UNREAD_OCTETS = 64 * 1024
+#: How long a text is good for: however many ask, it is not made more often than this.
+_TEXT_SECONDS = 0.25
+#: How long to leave the listening socket alone when there are no descriptors left.
+_PAUSE_SECONDS = 1.0
+_BACKLOG = 32
+
+
+class MetricsServer:
+    """Serves what ``text`` returns on a listening socket, which becomes its own."""
+
+    def __init__(self, loop: EventLoop, listener: socket.socket, text: Callable[[], bytes]) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._text = text
+        self._answer: bytes | None = None
+        #: The one that has been here longest is the first.
+        self._clients: dict[int, _Client] = {}
+        self._open = True
+        listener.setblocking(False)
+        loop.watch(listener.fileno(), self._accept)
+
+    @property
+    def clients(self) -> int:
+        return len(self._clients)
+
+    def close(self) -> None:
+        """Leave, and let every client go. A unix socket's file stays: see ``listen_at``."""
+        self._pause()
+        self._open = False
+        self._listener.close()
+        for client in list(self._clients.values()):
+            client.close()
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            # EMFILE and its kin: the client stays in the queue, and would wake us for ever.
+            self._pause()
+            self._loop.after(_PAUSE_SECONDS, self._resume)
+            return
+        if len(self._clients) >= _CLIENTS:
+            # Sixteen that do nothing must not shut out the one that asks.
+            next(iter(self._clients.values())).close()
+        descriptor = peer.fileno()
+        self._clients[descriptor] = _Client(
+            self._loop, peer, self._make_answer, lambda: self._clients.pop(descriptor)
+        )
+
+    def _pause(self) -> None:
+        if self._open:
+            self._loop.unwatch(self._listener.fileno())
+            self._open = False
+
+    def _resume(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.watch(self._listener.fileno(), self._accept)
+            self._open = True
+
+    def _make_answer(self) -> bytes:
+        if self._answer is None:
+            body = self._text()
+            head = (
+                f"HTTP/1.0 200 OK\r\nContent-Type: {CONTENT_TYPE}\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            self._answer = head.encode() + body
+            self._loop.after(_TEXT_SECONDS, self._forget_answer)
+        return self._answer
+
+    def _forget_answer(self) -> None:
+        self._answer = None
+
+
+class _Client:
+    """One who asks: waits for the end of the request's head, answers, leaves."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        peer: socket.socket,
+        answer: Callable[[], bytes],
+        gone: Callable[[], object],
+    ) -> None:
+        self._loop = loop
+        self._socket = peer
+        self._answer = answer
+        self._gone = gone
+        self._tail = b""
+        self._heard = 0
+        self._left = memoryview(b"")
+        peer.setblocking(False)
+        loop.watch(peer.fileno(), self._hear)
+        self._deadline = loop.after(_CLIENT_SECONDS, self.close)
+
+    def close(self) -> None:
+        self._deadline.cancel()
+        self._loop.unwatch(self._socket.fileno())
+        self._gone()
+        self._socket.close()
+
+    def _receive(self, most: int) -> bytes | None:
+        """What there is; None, once closed, if there will be no more."""
+        try:
+            octets = self._socket.recv(most)
+        except BlockingIOError:
+            return b""
+        except OSError:
+            octets = b""
+        if not octets:
+            self.close()
+            return None
+        self._heard += len(octets)
+        return octets
+
+    def _hear(self) -> None:
+        octets = self._receive(_REQUEST_OCTETS - self._heard)
+        if octets:
+            end = self._tail + octets
+            self._tail = end[-3:]
+            if b"\n\r\n" in end or b"\n\n" in end or self._heard >= _REQUEST_OCTETS:
+                self._left = memoryview(self._answer())
+                self._then(self._send, WRITABLE)
+                self._send()
+
+    def _send(self) -> None:
+        try:
+            sent = self._socket.send(self._left)
+            self._left = self._left[sent:]
+            if self._left:
+                return
+            self._socket.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        self._then(self._await_close)
+
+    def _await_close(self) -> None:
+        self._receive(_UNREAD_OCTETS)
+        if self._heard > _REQUEST_OCTETS + _UNREAD_OCTETS and self._socket.fileno() >= 0:
+            self.close()
+
+    def _then(self, callback: Callable[[], None], events: int = READABLE) -> None:
+        self._loop.unwatch(self._socket.fileno())
+        self._loop.watch(self._socket.fileno(), callback, events)
+
+
+def listen_at(address: IPAddress | UnixAddress) -> socket.socket:
+    """A listening socket for the metrics; raises OSError.
+
+    A unix socket is its owner's and its group's; one that is left of an earlier run, and that
+    nobody listens on any more, is replaced.
+    """
+    if isinstance(address, IPAddress):
+        listener = socket.socket(address.family, socket.SOCK_STREAM)
+    else:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if isinstance(address, IPAddress):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if address.family == socket.AF_INET6:
+                # As for the clients' addresses: "::" is every address of both families.
+                v6_only = address.host != "::"
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
+            listener.bind(address.sockaddr())
+        else:
+            _remove_stale(address.path)
+            listener.bind(address.path)
+            os.chmod(address.path, 0o660)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket's file if nobody listens there. Raises OSError, also if somebody does not."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except (FileNotFoundError, BlockingIOError):
+        pass

@@ -1,0 +1,310 @@
+"""A worker's life: wait, shake hands, pump, leave.
+
+Forked by the fork server, one for each connection. Starts as root with what that one
+holds, is confined before it runs any of this, and then hears one client and one
+backend: hostile, both. Trusts the parent and keyd. Whatever a worker does to
+itself, only its own connection is affected.
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from socket import SocketType
+from typing import NamedTuple, NoReturn
+
+from OpenSSL import SSL
+from OpenSSL._util import lib
+
+from keyd.linux.process import make
+from titus_py.between import messages
+from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
+from titus_py.between.messages import Client, Dial, Ready
+from titus_py.between.report import End, ReportWriter, State
+from titus_py.between.virtual_host import select as select_virtual_host
+from titus_py.worker.client_hello import (
+    Alert,
+    ClientHello,
+    ClientHelloReader,
+    InvalidClientHello,
+    fatal_alert,
+)
+from titus_py.worker.pump import Pump, describe, stop_resetting
+from titus_py.worker.tls import reseed
+
+__all__ = ["Site", "Terms", "live", "serve_next"]
+
+#: How long a spare has waited when it is taken for one that will go on waiting, in ms.
+_IDLE_MS = 250
+#: What is read of a client at once, beside TLS.
+_PIECE_OCTETS = 64 * 1024
+#: How long a client that is being turned away has to read why, in seconds.
+_FAREWELL = 1.0
+_HTTP_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This port speaks HTTPS, not HTTP.\r\n"
+)
+
+
+class Site(NamedTuple):
+    """A virtual host, as far as a worker knows it."""
+
+    server_names: tuple[str, ...] | None
+    context: SSL.Context
+
+
+class Terms(NamedTuple):
+    """What all workers inherit. Times are in seconds."""
+
+    handshake_timeout: float
+    idle_timeout: float | None
+    sites: Sequence[Site]
+    #: System calls (``confinement.narrowing_calls``), encoded.
+    narrowing: bytes
+    report: ReportWriter
+    #: A ClientHello, to touch with it what a handshake will.
+    hello: bytes
+
+
+class _Over(Exception):
+    """The connection ends here, for this reason.
+
+    ``farewell`` is what to send before a clean close, beside the alert that OpenSSL
+    may have sent; None is a reset.
+    """
+
+    def __init__(self, end: End, detail: str = "", farewell: bytes | None = None) -> None:
+        super().__init__(end, detail)
+        self.end = end
+        self.detail = detail
+        self.farewell = farewell
+
+
+def live(terms: Terms, failed: str) -> NoReturn:
+    """Everything a worker does once it is confined; ends the process, whatever happens.
+
+    ``failed`` says that it could not be confined, and why.
+    """
+    code = 70  # EX_SOFTWARE (sysexits.h), unless it comes to a good end
+    report = terms.report
+    try:
+        if failed:
+            raise OSError(f"not confined: {failed}")
+        reseed()
+        parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
+        report.set(state=State.WAITING)
+        parent.send(Ready().encode())
+        serve_next(terms, parent)
+        code = 0
+    finally:
+        error = sys.exception()
+        if error is not None:
+            report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
+        os._exit(code)
+
+
+def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
+    """Wait for a client and serve it; returns how it ended, None if there was none."""
+    assigned = _wait_for_client(terms, parent)
+    if assigned is None:
+        return None
+    end, detail = _serve(terms, terms.report, parent, *assigned)
+    terms.report.set(state=State.ENDED, end=end, detail=detail)
+    return end, detail
+
+
+def _touch(terms: Terms) -> None:
+    """While nobody waits: write to what a handshake will, so that no client waits for that.
+
+    A page that this process writes to for the first time is copied then.
+    """
+    ClientHelloReader().feed(terms.hello)
+    connection = SSL.Connection(terms.sites[0].context)
+    connection.set_accept_state()
+    connection.bio_write(terms.hello)
+    # It comes as far as the signature: keyd has not been asked to listen to this worker yet.
+    with suppress(SSL.Error):
+        connection.do_handshake()
+
+
+def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketType] | None:
+    """Be a spare, for as long as it takes; None if the parent has no use for one."""
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    # One that is needed at once has no time for it, and the processor has better to do.
+    if not poll.poll(_IDLE_MS):
+        _touch(terms)
+    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
+    if not message:
+        return None
+    # The provider looks for keyd at a fixed number.
+    if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
+        raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
+    return Client.decode(message), SocketType(fileno=descriptors[-1])
+
+
+def _serve(
+    terms: Terms, report: ReportWriter, parent: SocketType, client: Client, peer: SocketType
+) -> tuple[End, str]:
+    """One connection; returns how it ended and a detail for the record."""
+    deadline = time.monotonic() + terms.handshake_timeout
+    peer.setblocking(False)
+    report.set(state=State.HANDSHAKE)
+    try:
+        hello, taken = _read_client_hello(peer, deadline)
+        report.set(server_name=hello.server_name or "")
+        vhost = _choose_site(terms, client, hello)
+        connection = _begin(terms.sites[vhost].context, peer, taken)
+        _shake_hands(connection, peer, deadline)
+        _acknowledge(peer)
+        report.set(
+            state=State.ESTABLISHED,
+            tls_version=connection.get_protocol_version_name(),
+            cipher_suite=connection.get_cipher_name() or "",
+            group=connection.get_group_name() or "",
+        )
+        # It is the parent that connects. Meanwhile: give up what only the handshake needed.
+        parent.send(Dial(vhost).encode())
+        make(terms.narrowing)
+        backend = _take_backend(parent)
+    except _Over as over:
+        if over.farewell is not None:
+            _turn_away(peer, over.farewell)
+        return over.end, over.detail
+    return Pump(connection, peer, backend, report.count, terms.idle_timeout).run()
+
+
+def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, bytes]:
+    """The client's first message, and what of it is no longer in the socket.
+
+    Most come in one piece, which is left there. Of one that does not, each piece but the
+    last is taken out: there may be more than a receive buffer holds.
+    """
+    reader = ClientHelloReader()
+    taken = bytearray()
+    while True:
+        try:
+            piece = peer.recv(_PIECE_OCTETS, socket.MSG_PEEK)
+            if not piece:
+                raise _Over(End.CLIENT_LEFT, f"after {len(taken)} octets")
+            hello = reader.feed(piece)
+            if hello is not None:
+                return hello, bytes(taken)
+            taken += peer.recv(len(piece))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _Over(End.CLIENT_LEFT, error.strerror or "") from None
+        except InvalidClientHello as error:
+            if error.http:
+                raise _Over(End.PLAIN_HTTP, str(error), _HTTP_ANSWER) from None
+            end = End.NOT_TLS if error.alert == Alert.UNEXPECTED_MESSAGE else End.BAD_CLIENT_HELLO
+            raise _Over(end, str(error), fatal_alert(error.alert)) from None
+        _await(peer, select.POLLIN, deadline)
+
+
+def _choose_site(terms: Terms, client: Client, hello: ClientHello) -> int:
+    """The virtual host's number, by the name in the client's first message."""
+    allowed = [terms.sites[vhost].server_names for vhost in client.vhosts]
+    chosen = select_virtual_host(allowed, hello.server_name)
+    if chosen is not None:
+        return client.vhosts[chosen]
+    if hello.server_name is None:
+        # RFC 8446 §9.2
+        raise _Over(End.NO_VIRTUAL_HOST, "no name", fatal_alert(Alert.MISSING_EXTENSION))
+    # RFC 6066 §3
+    raise _Over(End.NO_VIRTUAL_HOST, hello.server_name, fatal_alert(Alert.UNRECOGNIZED_NAME))
+
+
+def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connection:
+    """OpenSSL, to which what was taken comes first, and the socket's octets after it."""
+    if not taken:
+        # All that it asks of the socket is its descriptor.
+        connection = SSL.Connection(context, peer)  # type: ignore[arg-type]
+        connection.set_accept_state()
+        return connection
+    connection = SSL.Connection(context)
+    connection.set_accept_state()
+    connection.bio_write(taken)
+    try:
+        connection.do_handshake()
+    except SSL.WantReadError:
+        # It has had it all. pyOpenSSL has no name for this.
+        lib.SSL_set_fd(connection._ssl, peer.fileno())
+    except SSL.Error as error:
+        raise _Over(End.HANDSHAKE_FAILED, describe(error)) from None
+    return connection
+
+
+def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) -> None:
+    while True:
+        try:
+            connection.do_handshake()
+            return
+        except SSL.WantReadError:
+            _await(peer, select.POLLIN, deadline)
+        except SSL.WantWriteError:
+            _await(peer, select.POLLOUT, deadline)
+        except SSL.SysCallError as error:
+            reason = "" if error.args[0] == -1 else str(error.args[1])
+            raise _Over(End.CLIENT_LEFT, f"within the handshake {reason}".strip()) from None
+        except SSL.Error as error:
+            raise _Over(End.HANDSHAKE_FAILED, describe(error), b"") from None
+
+
+def _acknowledge(peer: SocketType) -> None:
+    """Now, and not with what there is to send next: that may have to be asked for first.
+
+    A client whose TCP holds small segments back until others are acknowledged (RFC 9293
+    §3.7.4) would wait with its request for as long as the kernel does here: 40 ms.
+    """
+    # Not all that can be practised with is TCP.
+    with suppress(OSError):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+def _await(peer: SocketType, events: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(peer, events)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise _Over(End.HANDSHAKE_TIMEOUT)
+
+
+def _take_backend(parent: SocketType) -> SocketType:
+    """What the parent has connected to."""
+    answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
+    if answer[:1] != messages.BACKEND:
+        raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
+    return SocketType(fileno=descriptors[0])
+
+
+def _turn_away(peer: SocketType, farewell: bytes) -> None:
+    """Say why, in plain octets or in the alert that OpenSSL has sent, and close.
+
+    Without the wait, the client's own octets, unread, would make the close a reset,
+    and a reset would overtake the answer.
+    """
+    stop_resetting(peer)
+    with suppress(OSError):
+        if farewell:
+            peer.send(farewell)
+        peer.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + _FAREWELL
+        poll = select.poll()
+        poll.register(peer, select.POLLIN)
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not peer.recv(_PIECE_OCTETS):
+                break
+    peer.close()
+
+
+def _where(error: BaseException) -> str:
+    """The innermost frame of an unforeseen exception: no traceback can leave here."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}" if frame else "?"
+    return f"{type(error).__name__}: {error} at {place}"
