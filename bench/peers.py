@@ -22,7 +22,7 @@ _BACKLOG = 4096
 _CONNECTIONS = 4096
 _IDLE_SECONDS = 600
 #: titus-py's users: far beyond what anybody gives out.
-_FIRST_UID = 1_500_000_000 + os.getpid() % 20_000 * 10_000
+_FIRST_UID = 1_500_000_000 + os.getpid() % 10_000 * 20_000
 
 _KEYS = {
     "RSA-2048": ["-newkey", "rsa:2048"],
@@ -100,11 +100,11 @@ def version_of_package(package: str) -> str:
 def _titus_py(setting: Setting) -> list[str]:
     tables: dict[str, dict[str, object]] = {
         "[worker]": {
-            "uids": f"{_FIRST_UID}-{_FIRST_UID + 9_998}",
+            "uids": f"{_FIRST_UID}-{_FIRST_UID + 13_998}",
             "max": _CONNECTIONS,
             "chroot": str(setting.directory / "empty"),
         },
-        "[keyd]": {"user": str(_FIRST_UID + 9_999)},
+        "[keyd]": {"user": str(_FIRST_UID + 13_999)},
         "[[listen]]": {"address": f"127.0.0.1:{setting.port}"},
         "[[vhost]]": {
             "certificate": str(setting.site.certificate),

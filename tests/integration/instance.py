@@ -124,12 +124,13 @@ class Uids:
     Every other one is from the upper half of all uids: no signed integer holds those.
     """
 
-    SIZE = 2000
-    _PER_TEST_PROCESS = 100_000
+    #: Three generations of worker.max as it is by default.
+    SIZE = 4000
+    _PER_TEST_PROCESS = 200_000
     _UPPER_HALF = 1 << 31
 
     def __init__(self) -> None:
-        self._first = 10_000_000 + os.getpid() % 20_000 * self._PER_TEST_PROCESS
+        self._first = 10_000_000 + os.getpid() % 10_000 * self._PER_TEST_PROCESS
         self._next = 0
         self._upper = False
 

@@ -194,7 +194,7 @@ def test_connections_of_others_are_audited_as_well(instance: TitusInstance) -> N
 
 def another(instance: TitusInstance, directory: Path, **changes: str) -> tuple[Path, int]:
     """A configuration like this instance's, for one beside it: its file, and its port."""
-    port, uids = throwaway._free_port(), throwaway._free_uids(200)
+    port, uids = throwaway._free_port(), throwaway._free_uids(400)
     text = (instance.key_file.parent / "titus.toml").read_text()
     text = text.replace(str(instance.port), str(port))
     text = re.sub(r'uids = "\d+-\d+"', f'uids = "{uids[0]}-{uids[-2]}"', text)

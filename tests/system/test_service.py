@@ -97,7 +97,8 @@ class Administrator:
         return "\n".join(
             line
             for line in seen.splitlines()
-            if "/usr/lib/titus-py" in line or 200_000 <= int(line.split()[0]) < 265_536
+            if "/usr/lib/titus-py" in line
+            or int(line.split()[0]) in range(2_100_000_000, 2_100_065_536)
         )
 
 
@@ -376,8 +377,8 @@ def _runs_two_instances(admin: Administrator) -> None:
     )
     admin.types("chmod 600 /etc/titus-py/other.key")
     other = _CONFIGURATION.replace("www.", "other.").replace("[::]:443", "127.0.0.1:8443")
-    other = other.replace("titus-keyd", "299999")
-    admin.writes("/etc/titus-py/other.toml", other + '\n[worker]\nuids = "300000-301023"\n')
+    other = other.replace('"titus-keyd"', "2100099999")
+    admin.writes("/etc/titus-py/other.toml", other + '\n[worker]\nuids = "2100100000-2100165535"\n')
     admin.types("systemctl start titus-py@other")
     admin.types("curl --silent --show-error --insecure https://127.0.0.1:8443/")
     audits = json.loads(admin.types("titus-py audit --json"))

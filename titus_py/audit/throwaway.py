@@ -19,6 +19,7 @@ from typing import Any
 
 from titus_py.audit.instance import all_processes
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
+from titus_py.configuration.uids import GENERATIONS
 
 __all__ = ["PROGRAM", "SPARE", "Event", "TitusInstance"]
 
@@ -30,8 +31,8 @@ Event = dict[str, Any]
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _MAX, SPARE = 100, 2
-#: From where to take users: far beyond what anybody gives out.
-_FIRST_UID, _LAST_UID = 1_000_000_000, 2_000_000_000
+#: From where to take users: beyond what anybody gives out (``configuration.uids``).
+_FIRST_UID, _LAST_UID = 2_101_000_000, 2_147_000_000
 
 
 class TitusInstance:
@@ -104,7 +105,7 @@ class TitusInstance:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) or "(no log)"
 
     def _configuration(self, directory: Path, backend: str) -> str:
-        uids = _free_uids(_MAX + SPARE + 1)
+        uids = _free_uids(GENERATIONS * (_MAX + SPARE) + 1)
         tables: dict[str, dict[str, object]] = {
             "[worker]": {
                 "uids": f"{uids[0]}-{uids[-2]}",

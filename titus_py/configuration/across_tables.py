@@ -11,6 +11,13 @@ from titus_py.between.messages import MAX_VHOSTS
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential, Keyd, KeydSocket, Match, Table, Uids
+from titus_py.configuration.uids import (
+    DEFAULT_UIDS,
+    GENERATIONS,
+    handed_out,
+    unmapped,
+    users_and_groups,
+)
 
 __all__ = [
     "each_valid",
@@ -21,6 +28,7 @@ __all__ = [
     "overlaps",
     "too_many",
     "uid_mistakes",
+    "uid_warnings",
 ]
 
 #: With some room: an *open* holds 1,900, the list of a keyd's keys 2,047.
@@ -53,17 +61,62 @@ def valid_part(model: type[_AnyTable], table: object, source: Source) -> _AnyTab
 def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     worker = valid_part(Uids, tables["worker"], source)
     keyd = valid_part(Keyd, tables["keyd"], source)
-    if worker and len(worker.uids) < worker.max + worker.spare:
-        yield source.mistake(
-            "worker.uids",
-            f"{len(worker.uids)} uids are too few for max + spare = "
-            f"{worker.max + worker.spare} workers, each with one of its own",
-        )
+    if worker:
+        yield from _worker_uid_mistakes(worker, source)
     if worker and keyd and keyd.user.uid in worker.uids:
         yield source.mistake(
             "worker.uids",
             f"the range holds {keyd.user.uid}, which is keyd.user: no worker may run as keyd does",
         )
+    if keyd and keyd.socket is None:
+        yield from _keyd_uid_mistakes(keyd, source)
+
+
+def _worker_uid_mistakes(worker: Uids, source: Source) -> Iterator[Mistake]:
+    if lack := _lack_of_uids(worker, 2):
+        yield source.mistake("worker.uids", lack)
+    if reason := unmapped(worker.uids):
+        yield source.mistake(
+            "worker.uids", f"{reason}: set a range that it has (see containers.md in the manual)"
+        )
+    for owner in (*users_and_groups(worker.uids), *handed_out(worker.uids)):
+        yield source.mistake(
+            "worker.uids",
+            f"{owner}: nothing else may have a worker's uid. Free there, as a rule: "
+            f"{DEFAULT_UIDS[0]} to {DEFAULT_UIDS[-1]}",
+        )
+
+
+def _keyd_uid_mistakes(keyd: Keyd, source: Source) -> Iterator[Mistake]:
+    uid = range(keyd.user.uid, keyd.user.uid + 1)
+    if reason := unmapped(uid):
+        yield source.mistake(
+            "keyd.user", f"{reason}: set one that it has (see containers.md in the manual)"
+        )
+    for owner in handed_out(uid):
+        yield source.mistake("keyd.user", f"{owner}: nothing else may run as keyd does")
+
+
+def uid_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    worker = valid_part(Uids, tables["worker"], source)
+    if worker and not _lack_of_uids(worker, 2) and (lack := _lack_of_uids(worker, GENERATIONS)):
+        yield source.mistake("worker.uids", lack)
+
+
+def _lack_of_uids(worker: Uids, generations: int) -> str | None:
+    """What is lacking where each of so many generations is to have uids of its own."""
+    each = worker.max + worker.spare
+    if len(worker.uids) >= generations * each:
+        return None
+    first = worker.uids[0]
+    what = {
+        2: "a reload starts as many again beside those that serve",
+        3: "once a reload has left connections behind, another one has to wait for their end",
+    }[generations]
+    return (
+        f"{len(worker.uids)} uids are too few for max + spare = {each} workers, each with one of "
+        f'its own: {what}. Make it "{first}-{first + GENERATIONS * each - 1}"'
+    )
 
 
 def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:

@@ -17,6 +17,7 @@ from titus_py.configuration.across_tables import (
     overlaps,
     too_many,
     uid_mistakes,
+    uid_warnings,
 )
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.explained import explained
@@ -138,5 +139,5 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     for i, table in each_valid(Credentials, tables, "vhost", source):
         credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
     mistakes += too_many(tables, credentials, source)
-    warnings = list(exposed_files(credentials, source))
+    warnings = [*uid_warnings(tables, source), *exposed_files(credentials, source)]
     return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)

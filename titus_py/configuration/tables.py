@@ -18,6 +18,7 @@ from pydantic import (
 
 from titus_py.between.virtual_host import applies_to
 from titus_py.configuration.address import IPAddress
+from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
     BackendAddress,
     Boolean,
@@ -85,9 +86,11 @@ class Uids(Table):
         "made once half of them are taken.",
     )
     uids: UidRange = Field(
-        default=range(200_000, 265_536),
+        default=DEFAULT_UIDS,
         description="The uids of workers, first to last: one per live connection, never shared. "
-        "At least max + spare, and used by nothing else on the system.",
+        "At least 2 * (max + spare), so that a reload has room beside what serves, and better "
+        "three times that. Nothing else on the system may use them: no user or group, no range in "
+        "/etc/subuid or /etc/subgid, no other instance.",
     )
 
 

@@ -21,6 +21,7 @@ from titus_py.configuration.address import (
     unix_address,
 )
 from titus_py.configuration.mistake import Source, described, nearest, os_reason
+from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
     "BackendAddress",
@@ -46,7 +47,6 @@ __all__ = [
 _DAY = 86_400.0
 #: uid_t is 32 bits wide, and its last value means "leave as it is" to setresuid.
 _MAX_UID = 2**32 - 2
-_DEFAULT_USER = "199999"
 _TLS13_SUITES = (
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
@@ -93,7 +93,7 @@ def _uids(value: object) -> range:
     parts = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", _text(value))
     if parts is None:
         raise ValueError(
-            f'expected a range of uids such as "200000-265535", not {described(value)}'
+            f'expected a range of uids such as "2100000000-2100065535", not {described(value)}'
         )
     first, last = int(parts[1]), int(parts[2])
     if first == 0:
@@ -141,7 +141,7 @@ def _user_of_name(name: str) -> User:
 
 
 def default_keyd_user() -> User:
-    return _user(_DEFAULT_USER)
+    return _user(DEFAULT_KEYD_UID)
 
 
 def _directory(info: ValidationInfo) -> Path:

@@ -71,7 +71,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
     directory = loaded.source.directory
     assert configuration.model_dump(mode="json") == {
         "worker": {
-            "uids": "200000-265535",
+            "uids": "2100000000-2100065535",
             "max": 1000,
             "spare": 16,
             "handshake_timeout": "10s",
@@ -88,7 +88,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "idle_timeout": "3600s",
             "lifetime": None,
         },
-        "keyd": {"socket": None, "user": "199999"},
+        "keyd": {"socket": None, "user": "2099999999"},
         "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},
@@ -116,7 +116,7 @@ def test_everything_said(load_text: Load) -> None:
     loaded = load_text(
         """
         [worker]
-        uids = "300000-300009"
+        uids = "300000-300035"
         max = 8
         spare = 2
         handshake_timeout = 2.5
@@ -126,7 +126,7 @@ def test_everything_said(load_text: Load) -> None:
         + CHROOT
         + """
         [keyd]
-        user = 65534
+        user = 1
         [log]
         format = "json"
         [[listen]]
@@ -156,9 +156,9 @@ def test_everything_said(load_text: Load) -> None:
     configuration = loaded.configuration
     assert configuration is not None
     worker, (first, second) = configuration.worker, configuration.vhost
-    assert worker.uids == range(300_000, 300_010)
+    assert worker.uids == range(300_000, 300_036)
     assert (worker.handshake_timeout, worker.connect_timeout, worker.drain) == (2.5, 0.5, 3600.0)
-    assert configuration.keyd.user.uid == 65534
+    assert configuration.keyd.user.uid == 1
     assert configuration.listen[1].address == IPAddress("::", 8443)
     assert first.sni == ("www.example.org", "*.example.org", "")
     assert first.local_address == "192.0.2.5"
@@ -216,9 +216,15 @@ def test_every_key_is_described() -> None:
         ('[worker]\nuids = "0-2000"\n', "worker.uids: uid 0 is root"),
         ('[worker]\nuids = "2000-1000"\n', "worker.uids: expected the lower uid first"),
         ('[worker]\nuids = "1-4294967295"\n', "none above 4294967294"),
-        ('[worker]\nuids = "5000-6006"\n', "worker.uids: 1007 uids are too few for max + spare"),
-        ('[worker]\nuids = "190000-200000"\n', "worker.uids: the range holds 199999, which is"),
-        ("[keyd]\nuser = 200001\n", "worker.uids: the range holds 200001, which is keyd.user"),
+        ('[worker]\nuids = "5000-7030"\n', "worker.uids: 2031 uids are too few for max + spare = "
+         "1016 workers, each with one of its own: a reload starts as many again beside those that "
+         'serve. Make it "5000-8047"'),
+        ("[worker]\nmax = 65000\n", "worker.uids: 65536 uids are too few for max + spare = 65016"),
+        ('[worker]\nuids = "2099000000-2100000000"\n', "worker.uids: the range holds 2099999999, "),
+        ("[keyd]\nuser = 2100000001\n", "worker.uids: the range holds 2100000001, which is"),
+        ('[worker]\nuids = "55000-60001"\n', "worker.uids: 60001 to 60513 are what systemd gives "
+         "to users of systemd-homed: nothing else may have a worker's uid"),
+        ('[keyd]\nuser = "nobody"\n', "keyd.user: 65534 is what the kernel gives to who has no"),
         ('[worker]\nchroot = "run/empty"\n', "worker.chroot: expected an absolute path"),
         ('[worker]\nchroot = "{directory}"\n', "is not empty"),
         ('[worker]\nchroot = "{directory}/site.crt"\n', "site.crt: not a directory"),
