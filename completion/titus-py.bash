@@ -23,7 +23,7 @@ _titus_py() {
         check) options='--config --credentials' ;;
         audit) options='--pid --json --quiet --html' ;;
         status) options='--pid --json --watch' ;;
-        reload) options='--pid' ;;
+        reload) options='--pid --program' ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
         options='serve check demo audit status reload --help --version'

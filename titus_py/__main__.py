@@ -66,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Exit code 0: they are served; 1: they are not, the old ones go on, and why.",
     )
     reload.add_argument("--pid", type=int, help="the supervisor of the instance, if several run")
+    reload.add_argument(
+        "--program",
+        action="store_true",
+        help="have the program itself replaced, too, by the one that is installed now",
+    )
     reload.set_defaults(run=_reload)
 
     demo = commands.add_parser("demo", help="show a real request, and what protects the key")
@@ -117,18 +122,29 @@ def _serve(arguments: argparse.Namespace) -> int:
     from titus_py.commands.check import report
     from titus_py.configuration import Loaded, from_options, load
     from titus_py.configuration.checking import check
-    from titus_py.supervisor.life import serve
+    from titus_py.supervisor import succession
+    from titus_py.supervisor.life import serve, take_over
 
     def read() -> Loaded:
         if any(options):
             return from_options(*options)
         return load(arguments.config or _DEFAULT_CONFIGURATION)
 
+    try:
+        legacy = succession.inherited()
+        tried_out = succession.rehearse()
+    except succession.CannotTakeOver as error:
+        keyd_check.dismiss()
+        print(f"the new program cannot take over: {error}", file=sys.stderr)
+        return 2
+    if legacy is not None:
+        keyd_check.dismiss()
+        return take_over(legacy, lambda: check(read()))
     checked = check(read(), keyd_check)
     if checked.mistakes:
         report(checked)
         return 2
-    return serve(checked, lambda: check(read()))
+    return 0 if tried_out else serve(checked, lambda: check(read()))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -146,7 +162,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _reload(arguments: argparse.Namespace) -> int:
     from titus_py.commands.reload import reload
 
-    return reload(arguments.pid)
+    return reload(arguments.pid, arguments.program)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 __all__ = ["Notifier", "close_inherited", "passed_sockets"]
 
 _FIRST_DESCRIPTOR = 3
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 
 class Notifier:
@@ -20,6 +21,8 @@ class Notifier:
     """
 
     def __init__(self) -> None:
+        #: What of the environment this was made from, for a program that is executed in our place.
+        self.environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         address = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
         if address:

@@ -26,6 +26,7 @@ class Serve(Protocol):
         backend: str | None = None,
         awaited: str = "listening",
         uids_count: int = Uids.SIZE,
+        program: Path | None = None,
         **tables: Any,
     ) -> Instance: ...
 
@@ -50,6 +51,7 @@ def _factory(certificates: Certificates, directories: pytest.TempPathFactory) ->
         backend: str | None = None,
         awaited: str = "listening",
         uids_count: int = Uids.SIZE,
+        program: Path | None = None,
         **tables: Any,
     ) -> Instance:
         """One virtual host for all on 127.0.0.1, but for what ``tables`` say."""
@@ -67,7 +69,9 @@ def _factory(certificates: Certificates, directories: pytest.TempPathFactory) ->
             ],
             **tables,
         }
-        instance = Instance.from_tables(directories.mktemp("instance"), complete, uids_count)
+        instance = Instance.from_tables(
+            directories.mktemp("instance"), complete, uids_count, program
+        )
         instances.append(instance)
         instance.wait_for_event(awaited)
         return instance

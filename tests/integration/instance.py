@@ -156,7 +156,14 @@ class Instance:
     #: The client that makes the parent fork.
     _USES_SPARES_UP = "127.0.0.77"
 
-    def __init__(self, arguments: Sequence[str], log: Path, uids: range, port: int) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        uids: range,
+        port: int,
+        program: Path | None = None,
+    ) -> None:
         self.port = port
         self.uids = uids
         self.expected_alarms: set[str] = set()
@@ -166,7 +173,7 @@ class Instance:
         self._events: list[Event] = []
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [TITUS_PY, "serve", *arguments],
+                [program or TITUS_PY, "serve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -176,7 +183,13 @@ class Instance:
         self._seen: set[Process] = set()
 
     @classmethod
-    def from_tables(cls, directory: Path, tables: Table, uids_count: int = Uids.SIZE) -> "Instance":
+    def from_tables(
+        cls,
+        directory: Path,
+        tables: Table,
+        uids_count: int = Uids.SIZE,
+        program: Path | None = None,
+    ) -> "Instance":
         """Serve these tables, with what they leave out of [worker], [keyd] and [log]."""
         uids = _uids.take(uids_count)
         worker = {
@@ -195,7 +208,7 @@ class Instance:
         configuration = directory / "titus.toml"
         configuration.write_text(toml(complete))
         port = int(tables["listen"][0]["address"].rpartition(":")[2])
-        return cls(["--config", str(configuration)], directory / "log", uids, port)
+        return cls(["--config", str(configuration)], directory / "log", uids, port, program)
 
     # --- what it says -------------------------------------------------------------
 

@@ -319,8 +319,7 @@ def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(
     )
     driver.write_text(f'#!/bin/sh\nexec {sys.executable} -I {script} "$@"\n')
     driver.chmod(0o755)
-    with mock.patch("integration.instance.TITUS_PY", driver):
-        instance = serve(echoing.address)
+    instance = serve(echoing.address, program=driver)
     assert instance.wait_for_event("no_control_socket")["level"] == "warning"
     assert serves(instance)
     since = len(instance.events())

@@ -15,8 +15,13 @@ __all__ = ["reload"]
 _SECONDS = 90.0
 
 
-def reload(pid: int | None = None, directory: Path = DIRECTORY, seconds: float = _SECONDS) -> int:
-    """Reload one instance: the only one, or the one of this process id.
+def reload(
+    pid: int | None = None,
+    program: bool = False,
+    directory: Path = DIRECTORY,
+    seconds: float = _SECONDS,
+) -> int:
+    """Reload one instance: the only one, or the one of this process id; its program, too.
 
     Returns the exit code: 0 once the new configuration serves, 1 if it does not (the old
     one goes on), 2 if there is no such instance, or more than one.
@@ -27,8 +32,9 @@ def reload(pid: int | None = None, directory: Path = DIRECTORY, seconds: float =
         print(f"titus-py: several instances are running, as {pids}: say --pid", file=sys.stderr)
     if len(running) != 1:
         return 2
+    request = "reload program" if program else "reload"
     try:
-        answer = ask(running[0], {"do": "reload"}, seconds, directory)
+        answer = ask(running[0], {"do": request}, seconds, directory)
     except NoAnswer as error:
         print(f"titus-py: {error}", file=sys.stderr)
         return 1

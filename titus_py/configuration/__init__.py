@@ -6,7 +6,7 @@ operator's typing. It never opens a key: what is inside is for ``check`` to ask 
 """
 
 from titus_py.configuration.loading import Loaded, from_options, load
-from titus_py.configuration.mistake import Mistake, Source, printable
+from titus_py.configuration.mistake import Mistake, Source, Valid, printable
 from titus_py.configuration.tables import (
     Configuration,
     Credential,
@@ -28,6 +28,7 @@ __all__ = [
     "Mistake",
     "Source",
     "User",
+    "Valid",
     "VirtualHost",
     "Worker",
     "from_options",

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Mistake", "Source", "described", "labels_of", "nearest", "os_reason", "printable"]
+__all__ = [
+    "Mistake",
+    "Source",
+    "Valid",
+    "described",
+    "labels_of",
+    "nearest",
+    "os_reason",
+    "printable",
+]
 
 
 class Mistake(NamedTuple):
@@ -89,6 +98,10 @@ def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
                 label += " for any name"
             labels[f"{array}[{index}]"] = label
     return labels
+
+
+class Valid(NamedTuple):
+    """The context of a configuration that was valid once: its files are not looked at again."""
 
 
 def described(value: object) -> str:

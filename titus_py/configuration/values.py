@@ -20,7 +20,7 @@ from titus_py.configuration.address import (
     parse_listen,
     unix_address,
 )
-from titus_py.configuration.mistake import Source, described, nearest, os_reason
+from titus_py.configuration.mistake import Source, Valid, described, nearest, os_reason
 from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
@@ -177,7 +177,9 @@ def _credential_path(name: str, info: ValidationInfo) -> Path:
     return Path(directory, name)
 
 
-def _readable_file(path: Path) -> Path:
+def _readable_file(path: Path, info: ValidationInfo) -> Path:
+    if isinstance(info.context, Valid):
+        return path
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -189,10 +191,12 @@ def _readable_file(path: Path) -> Path:
     return path
 
 
-def _empty_directory(value: object) -> Path:
+def _empty_directory(value: object, info: ValidationInfo) -> Path:
     path = value if isinstance(value, Path) else Path(_text(value))
     if not path.is_absolute() or "\0" in str(path):
         raise ValueError("expected an absolute path")
+    if isinstance(info.context, Valid):
+        return path
     try:
         status = path.stat()
         entries = os.listdir(path)

@@ -25,56 +25,70 @@ _BACKLOG = 128
 #: How soon to look again for clients when there was no descriptor for one.
 _PAUSE_SECONDS = 0.5
 
-Answer = Callable[[dict[str, object]], None]
-
 
 def control_path(pid: int) -> Path:
     """Where the supervisor with this process id listens."""
     return CONTROL_DIRECTORY / f"{pid}.control"
 
 
+class Answer:
+    """Where the answer to a request goes: called with it, once; whoever is gone misses it."""
+
+    def __init__(self, client: socket.socket, drop: Callable[[socket.socket], None]) -> None:
+        self.client = client
+        self._drop = drop
+
+    def __call__(self, result: dict[str, object]) -> None:
+        octets = json.dumps(result).encode()
+        with suppress(OSError):
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_OCTETS)
+            self.client.send(octets)
+        self._drop(self.client)
+
+
 class Control:
     """Listens; ``handlers`` do what a request's "do" names, and answer when they can."""
 
-    def __init__(self, loop: EventLoop, handlers: Mapping[str, Callable[[Answer], None]]) -> None:
-        """Raises OSError where there can be no such socket."""
+    def __init__(
+        self,
+        loop: EventLoop,
+        handlers: Mapping[str, Callable[[Answer], None]],
+        listener: socket.socket | None = None,
+    ) -> None:
+        """``listener`` is one that listens already. Raises OSError where there can be none."""
         self._loop = loop
         self._handlers = handlers
         self._clients: set[socket.socket] = set()
         #: Those that have not asked anything yet, the first to come first.
         self._silent: dict[socket.socket, None] = {}
-        CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _remove_left_behind()
         self._path = control_path(os.getpid())
-        # Of one that had our process id, and was killed.
-        self._path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.setblocking(False)
-        mask = os.umask(0o177)
-        try:
-            self._listener.bind(str(self._path))
-        finally:
-            os.umask(mask)
-        self._listener.listen(_BACKLOG)
+        self.listener = listener or _listen_at(self._path)
         self._listen()
 
     def _listen(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.watch(self._listener.fileno(), self._accept)
+        if self.listener.fileno() >= 0:
+            self._loop.watch(self.listener.fileno(), self._accept)
+
+    def adopt(self, client: socket.socket) -> Answer:
+        """A client that the program before this one had heard, and has not answered."""
+        client.setblocking(False)
+        self._clients.add(client)
+        self._loop.watch(client.fileno(), lambda: self._hear(client))
+        return Answer(client, self._drop)
 
     def close(self) -> None:
         """At the end: nothing is watched any more."""
-        self._listener.close()
+        self.listener.close()
         self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         try:
-            client, _ = self._listener.accept()
+            client, _ = self.listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
             # No descriptor left: the client stays in the queue, and would wake us for ever.
-            self._loop.unwatch(self._listener.fileno())
+            self._loop.unwatch(self.listener.fileno())
             self._loop.after(_PAUSE_SECONDS, self._listen)
             return
         client.setblocking(False)
@@ -100,15 +114,7 @@ class Control:
         if handler is None:
             self._drop(client)
             return
-
-        def answer(result: dict[str, object]) -> None:
-            octets = json.dumps(result).encode()
-            with suppress(OSError):
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_OCTETS)
-                client.send(octets)
-            self._drop(client)
-
-        handler(answer)
+        handler(Answer(client, self._drop))
 
     def _drop(self, client: socket.socket) -> None:
         if client in self._clients:
@@ -116,6 +122,22 @@ class Control:
             self._silent.pop(client, None)
             self._loop.unwatch(client.fileno())
             client.close()
+
+
+def _listen_at(path: Path) -> socket.socket:
+    CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _remove_left_behind()
+    # Of one that had our process id, and was killed.
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.setblocking(False)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen(_BACKLOG)
+    return listener
 
 
 def _wanted(request: bytes) -> str:

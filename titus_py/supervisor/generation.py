@@ -42,15 +42,20 @@ _TLS_COMMANDS = "NumTickets = 0"
 
 
 class Child:
-    """A process that the supervisor started, and its end of their socket."""
+    """A process that the supervisor started, and its end of their socket.
 
-    def __init__(self, name: str, process: "subprocess.Popen[bytes]", end: socket.socket) -> None:
+    ``process`` is its pid where the program that the supervisor ran before has started it.
+    """
+
+    def __init__(
+        self, name: str, process: "subprocess.Popen[bytes] | int", end: socket.socket
+    ) -> None:
         self.name = name
         self.socket = end
-        self.pid = process.pid
+        self.pid = process if isinstance(process, int) else process.pid
         #: While it is starting: what ends it if that takes too long.
         self.patience: Timer | None = None
-        self.pidfd = os.pidfd_open(process.pid)
+        self.pidfd = os.pidfd_open(self.pid)
         self.started = self.last_heard = time.monotonic()
         self._process = process
         #: What it has not been told yet, with descriptors of our own.
@@ -78,6 +83,11 @@ class Child:
             self._drop_order()
         return True
 
+    @property
+    def has_heard_all(self) -> bool:
+        """Whether nothing waits for it to take it."""
+        return not self._orders
+
     def _drop_order(self) -> None:
         for descriptor in self._orders.popleft()[1]:
             os.close(descriptor)
@@ -88,7 +98,10 @@ class Child:
 
     def bury(self) -> str:
         """After its end: let go of it; returns how it ended, in words."""
-        code = self._process.wait()
+        if isinstance(self._process, int):
+            code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        else:
+            code = self._process.wait()
         while self._orders:
             self._drop_order()
         os.close(self.pidfd)
@@ -223,6 +236,18 @@ class Generation:
         )
         self.parent = _start_parent(plan, control)
         self.starting.add(self.parent)
+
+    def adopt(self, name: str, pid: int, descriptor: int, starting: bool) -> None:
+        """Take on a process that another program has started in our place, and its socket."""
+        end = socket.socket(fileno=descriptor)
+        end.setblocking(False)
+        child = Child(name, pid, end)
+        if name == "keyd":
+            self.keyd = child
+        else:
+            self.parent = child
+        if starting:
+            self.starting.add(child)
 
     def _virtual_host(
         self, vhost: configuration.VirtualHost, addresses: tuple[ResolvedAddress, ...]

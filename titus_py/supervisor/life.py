@@ -16,9 +16,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import prctl
 
@@ -29,15 +30,22 @@ from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed, fingerprint
 from keyd.system_calls import SERVING
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.plan import ResolvedAddress, address_text
+from titus_py.between.plan import ResolvedAddress, address_text, resolved
 from titus_py.between.report import complete_record, read_report
-from titus_py.configuration.address import Address, IPAddress, NameAddress, UnixAddress
+from titus_py.configuration.address import (
+    Address,
+    IPAddress,
+    NameAddress,
+    UnixAddress,
+    parse_backend,
+)
 from titus_py.configuration.checking import Checked
 from titus_py.fork_server.confinement import (
     CONFINING_CAPABILITIES,
     FORK_SERVER_CAPABILITIES,
     PARENT_CAPABILITIES,
 )
+from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
 from titus_py.supervisor.generation import (
@@ -52,9 +60,10 @@ from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.metrics_server import MetricsServer, listen_at
 from titus_py.supervisor.resolver import Resolver, resolve
+from titus_py.supervisor.succession import Legacy
 from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
 
-__all__ = ["SUPERVISOR_CAPABILITIES", "serve"]
+__all__ = ["SUPERVISOR_CAPABILITIES", "serve", "take_over"]
 
 #: What the supervisor keeps, for itself or for what it starts, and what for.
 SUPERVISOR_CAPABILITIES = {
@@ -96,6 +105,8 @@ _ENDS = frozenset({"connection_ended", "handshake_failed"})
 _EVENT_OCTETS = 64 * 1024
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_Found = TypeVar("_Found")
+
 
 def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     """Serve a configuration without mistakes; returns the exit code.
@@ -111,24 +122,53 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
             file=sys.stderr,
         )
         return 1
-    forbid_core_dumps()
-    hide_memory()
-    # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
-    prctl.set_child_subreaper(True)
-    filters = {
-        "handshake": seccomp.build(HANDSHAKE).hex(),
-        "established": seccomp.build(ESTABLISHED).hex(),
-        "keyd": seccomp.build(SERVING).hex(),
-    }
+    filters = _build_filters()
     passed = passed_listeners(passed_sockets())
     try:
         listeners = listen((table.address for table in checked.configuration.listen), passed)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         return 1
-    # Before there is a second thread: capabilities are each thread's own.
+    _withdraw()
+    settings = checked.configuration.log
+    log = Log(settings.format, least=settings.level)
+    return _Supervisor(read_again, filters, passed, listeners, log).run(checked)
+
+
+def take_over(legacy: Legacy, read_again: Callable[[], Checked]) -> int:
+    """Go on where the program that this process ran before has left off; returns the exit code.
+
+    The configuration is read by ``read_again`` and taken as in a reload: until it serves, and
+    where it cannot, what was served before is.
+    """
+    passed, listeners = {}, {}
+    for left in legacy.listeners:
+        listener = socket.socket(fileno=left.descriptor)
+        if left.passed:
+            passed[left.address] = listener
+        if left.listening:
+            listeners[left.address] = listener
+    filters = _build_filters()
+    _withdraw()
+    log = Log(legacy.log_format, least=legacy.log_level, lost=legacy.log_lines_lost)
+    return _Supervisor(read_again, filters, passed, listeners, log).run(legacy)
+
+
+def _build_filters() -> dict[str, str]:
+    return {
+        "handshake": seccomp.build(HANDSHAKE).hex(),
+        "established": seccomp.build(ESTABLISHED).hex(),
+        "keyd": seccomp.build(SERVING).hex(),
+    }
+
+
+def _withdraw() -> None:
+    """Before there is a second thread: capabilities are each thread's own."""
+    forbid_core_dumps()
+    hide_memory()
+    # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
+    prctl.set_child_subreaper(True)
     keep_capabilities(SUPERVISOR_CAPABILITIES)
-    return _Supervisor(checked, read_again, filters, passed, listeners).run()
 
 
 class _NoUids(Exception):
@@ -144,22 +184,18 @@ class _NoUids(Exception):
 class _Supervisor:
     def __init__(
         self,
-        checked: Checked,
         read_again: Callable[[], Checked],
         filters: Mapping[str, str],
         passed: dict[IPAddress, socket.socket],
         listeners: dict[IPAddress, socket.socket],
+        log: Log,
     ) -> None:
-        self._checked = checked
         self._read_again = read_again
         self._filters = filters
         #: Those that the service manager gave us: never closed, and used again if need be.
         self._passed = passed
         self._listeners = listeners
-        configuration = checked.configuration
-        self._log = Log("text")
-        if configuration is not None:
-            self._log.form, self._log.least = configuration.log.format, configuration.log.level
+        self._log = log
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._metrics_address: IPAddress | UnixAddress | None = None
@@ -179,6 +215,8 @@ class _Supervisor:
         #: The reload that goes on is none: it replaces a generation by another of the same.
         self._renewing = False
         self._reload_asked_again = False
+        #: The next reload is to begin with the program.
+        self._program_asked = False
         #: The generation that the reload is to end with, once it has been started.
         self._awaited: Generation | None = None
         #: Who waits for the outcome of a reload.
@@ -193,30 +231,20 @@ class _Supervisor:
 
     # --- life -------------------------------------------------------------------
 
-    def run(self) -> int:
+    def run(self, first: Checked | Legacy) -> int:
         self._hear_signals()
         self._loop.watch(
             self._resolver.descriptor, lambda: self._resolver.collect(self._take_addresses)
         )
-        handlers = {
-            "status": self._answer_status,
-            "reload": self._answer_reload,
-            "audit": self._answer_audit,
-        }
         try:
-            self._control = Control(self._loop, handlers)
-        except OSError as error:
-            self._event("no_control_socket", level="warning", reason=str(error))
-        try:
-            generation = self._prepare(self._checked)
-            self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
-            self._generations.append(generation)
-            self._adopt(generation)
+            if isinstance(first, Checked):
+                self._begin(first)
+            else:
+                self._go_on(first)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
             self._finish(1)
         else:
-            self._start(generation)
             self._look_after_children()
             self._feed_watchdog()
             self._look_at_files()
@@ -230,6 +258,27 @@ class _Supervisor:
         self._event("stop", code=self._exit_code)
         self._log.close()
         return self._exit_code
+
+    def _begin(self, checked: Checked) -> None:
+        """Start the first generation. Raises OSError."""
+        self._listen_for_control()
+        generation = self._prepare(checked)
+        self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
+        self._generations.append(generation)
+        self._adopt(generation)
+        self._start(generation)
+
+    def _listen_for_control(self, listener: socket.socket | None = None) -> None:
+        handlers: dict[str, Callable[[Answer], None]] = {
+            "status": self._answer_status,
+            "reload": self._answer_reload,
+            "reload program": partial(self._answer_reload, program=True),
+            "audit": self._answer_audit,
+        }
+        try:
+            self._control = Control(self._loop, handlers, listener)
+        except OSError as error:
+            self._event("no_control_socket", level="warning", reason=str(error))
 
     def _hear_signals(self) -> None:
         """Signals end the loop's wait by octets on a socket (signal.set_wakeup_fd)."""
@@ -255,6 +304,8 @@ class _Supervisor:
         for number in _SIGNALS:
             signal.signal(number, lambda number, _: noted.append(number))
         self._loop.watch(ours.fileno(), hear)
+        # Those that came while the program was exchanged have waited.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _stop(self, reason: str) -> None:
         """Once: let connections end. Twice: end them."""
@@ -488,10 +539,14 @@ class _Supervisor:
 
     # --- reload -----------------------------------------------------------------
 
-    def _reload(self) -> None:
-        """Read the configuration anew, off this thread; the rest is ``_take_reread``'s."""
+    def _reload(self, program: bool = False) -> None:
+        """Read the configuration anew, off this thread; the rest is ``_take_reread``'s.
+
+        Where the program is to be exchanged first, that is what the next one does.
+        """
         if self._stops:
             return
+        self._program_asked = self._program_asked or program
         if self._reloading:
             self._reload_asked_again = True
             if self._renewing and self._awaited is not None and self._awaited.waits_for_keyd:
@@ -499,19 +554,33 @@ class _Supervisor:
                 self._renewing = False
                 self._abandon_keyless(self._awaited)
             return
+        program, self._program_asked = self._program_asked, False
         self._reloading = True
         self._event("reloading")
         self._notify.reloading()
+        if program:
+            legacy, environment = self._legacy(), self._environment()
+            self._aside(
+                lambda: succession.try_out(legacy, environment, _READ_SECONDS), self._take_program
+            )
+        else:
+            self._aside(self._read_again, self._take_reread)
+
+    def _aside(self, work: Callable[[], _Found], take: Callable[[_Found], None]) -> None:
+        """What takes its time, in a thread; and then, in this one, what comes of it.
+
+        The reload that it is a part of fails where nothing does.
+        """
         try:
             ours, theirs = os.pipe2(os.O_CLOEXEC)
         except OSError as error:
             self._reload_failed([f"it could not be read: {error.strerror}"])
             return
-        found: list[Checked] = []
+        found: list[_Found] = []
 
-        def read() -> None:
+        def run() -> None:
             try:
-                found.append(self._read_again())
+                found.append(work())
             finally:
                 os.close(theirs)
 
@@ -520,7 +589,7 @@ class _Supervisor:
             self._loop.unwatch(ours)
             os.close(ours)
             if found:
-                self._take_reread(found[0])
+                take(found[0])
             else:
                 self._reload_failed(["it could not be read: see the lines above"])
 
@@ -532,7 +601,7 @@ class _Supervisor:
         too_late = self._loop.after(_READ_SECONDS, give_up)
         self._loop.watch(ours, done)
         try:
-            threading.Thread(target=read, daemon=True).start()
+            threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # of processes, there are as many as there may be
             self._event("start_failed", level="error", reason=str(error))
             os.close(theirs)
@@ -574,6 +643,116 @@ class _Supervisor:
         generation.added = added
         self._awaited = generation
         self._start(generation)
+
+    # --- another program --------------------------------------------------------
+
+    def _environment(self) -> dict[str, str]:
+        """What this program was started with."""
+        return {**os.environ, **self._notify.environment}
+
+    def _legacy(self) -> Legacy:
+        """All that the next program needs to go on from here."""
+        known = self._passed | self._listeners
+        return Legacy(
+            generations=[succession.leave(generation) for generation in self._generations],
+            listeners=[
+                succession.Listener(
+                    address=address,
+                    descriptor=listener.fileno(),
+                    passed=address in self._passed,
+                    listening=address in self._listeners,
+                )
+                for address, listener in known.items()
+            ],
+            used_uids=[(uids.start, uids.stop) for uids in self._used_uids],
+            addresses=[
+                (str(backend), [list(address) for address in addresses])
+                for backend, addresses in self._addresses.items()
+            ],
+            control=self._control.listener.fileno() if self._control else None,
+            answers=[answer.client.fileno() for answer in self._reload_answers],
+            later_answers=[answer.client.fileno() for answer in self._later_answers],
+            asked_again=self._reload_asked_again,
+            program_asked=self._program_asked,
+            metrics=self._metrics_server.listener.fileno() if self._metrics_server else None,
+            metrics_address=self._metrics_address,
+            counts=self._metrics.leave(),
+            log_format=self._log.form,
+            log_level=self._log.least,
+            log_lines_lost=self._log.lost,
+            started=self._started_at,
+            begun=self._begun,
+        )
+
+    def _take_program(self, problems: list[str]) -> None:
+        """It has understood all: be that program. Or else go on as this one."""
+        if self._stops:
+            return
+        if problems:
+            self._reload_failed(problems)
+            return
+        if not all(child.has_heard_all for one in self._generations for child in one.children):
+            # Nobody else could tell them what they have not taken yet.
+            self._loop.after(_RETRY_SECONDS, lambda: self._take_program([]))
+            return
+        self._log.close()
+        try:
+            succession.execute(self._legacy(), self._environment(), _SIGNALS)
+        except OSError as error:
+            self._log = Log(self._log.form, least=self._log.least, lost=self._log.lost)
+            self._reload_failed([f"{sys.executable}: {error.strerror}"])
+
+    def _go_on(self, legacy: Legacy) -> None:
+        """As the next program: take up everything, and go on with the reload that this is."""
+        self._started_at, self._begun = legacy.started, legacy.begun
+        self._metrics.inherit(legacy.counts)
+        self._listen_for_control(
+            None if legacy.control is None else socket.socket(fileno=legacy.control)
+        )
+        if self._control is not None:
+            for answers, clients in (
+                (self._reload_answers, legacy.answers),
+                (self._later_answers, legacy.later_answers),
+            ):
+                answers += [self._control.adopt(socket.socket(fileno=one)) for one in clients]
+        self._reload_asked_again = legacy.asked_again
+        self._program_asked = legacy.program_asked
+        self._addresses = {
+            parse_backend(backend): resolved(addresses) for backend, addresses in legacy.addresses
+        }
+        self._generations = [succession.inherit(left, self._filters) for left in legacy.generations]
+        for generation in self._generations:
+            for child in generation.children:
+                self._watch(generation, child)
+        if legacy.metrics is not None:
+            self._metrics_server = self._make_metrics_server(socket.socket(fileno=legacy.metrics))
+            self._metrics_address = legacy.metrics_address
+        self._resolve()
+        for first, beyond in legacy.used_uids:
+            self._used_uids.append(range(first, beyond))
+            self._release_uids(self._used_uids[-1])
+        serving = self._serving
+        self._event(
+            "program_changed",
+            pid=os.getpid(),
+            version=self._version,
+            generation=serving.number,
+        )
+        self._reloading = True
+        self._bring_up(serving)
+        self._aside(self._read_again, self._take_reread)
+
+    def _bring_up(self, generation: Generation) -> None:
+        """What the program before was about to start, of the generation that serves."""
+        path = generation.configuration.keyd.socket
+        if generation.parent is None:
+            self._start(generation)
+        elif path is None and generation.keyd is None:
+            self._start_keyd_again(generation)
+        elif path is not None and generation.waits_for_keyd:
+            self._connect_keyd(generation, path)
+
+    # --- a fork server that has ended -------------------------------------------
 
     def _fork_server_died(self, generation: Generation) -> None:
         if generation.crippled and not generation.retired and not self._stops:
@@ -715,9 +894,10 @@ class _Supervisor:
     def _watch(self, generation: Generation, child: Child | None) -> None:
         if child is None:
             return
-        # keyd reads and checks every key, and a passphrase may be made to cost time.
-        patience = _START_SECONDS + len(generation.certificates)
-        child.patience = self._loop.after(patience, child.kill)
+        if child in generation.starting:
+            # keyd reads and checks every key, and a passphrase may be made to cost time.
+            patience = _START_SECONDS + len(generation.certificates)
+            child.patience = self._loop.after(patience, child.kill)
         self._loop.watch(child.pidfd, lambda: self._bury(generation, child))
         self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
 
@@ -895,10 +1075,11 @@ class _Supervisor:
             self._metrics_server.close()
             self._metrics_server = None
         if listener is not None:
-            self._metrics_server = MetricsServer(
-                self._loop, listener, lambda: self._metrics.exposition(self._status())
-            )
+            self._metrics_server = self._make_metrics_server(listener)
         self._metrics_address = address
+
+    def _make_metrics_server(self, listener: socket.socket) -> MetricsServer:
+        return MetricsServer(self._loop, listener, lambda: self._metrics.exposition(self._status()))
 
     # --- being looked after, and looking after ----------------------------------
 
@@ -998,13 +1179,13 @@ class _Supervisor:
             "counts": self._metrics.counts(),
         }
 
-    def _answer_reload(self, answer: Answer) -> None:
+    def _answer_reload(self, answer: Answer, program: bool = False) -> None:
         if self._stops:
             answer({"reloaded": False, "problems": ["it is being stopped"]})
             return
         # One that goes on may have read the files already, or none at all.
         (self._later_answers if self._reloading else self._reload_answers).append(answer)
-        self._reload()
+        self._reload(program)
 
     def _answer_audit(self, answer: Answer) -> None:
         connection = self._audits.announce()

@@ -37,11 +37,12 @@ class _Sink(Protocol):
 class Log:
     """Where events go: ``form`` is "text" or "json", ``least`` the level of the quietest.
 
-    As text they go to the journal itself if that is where standard error leads.
+    As text they go to the journal itself if that is where standard error leads. ``lost`` are
+    those that a log before this one has lost already, and said so.
     """
 
     def __init__(
-        self, form: str, journal_socket: str = journal.SOCKET, least: str = "info"
+        self, form: str, journal_socket: str = journal.SOCKET, least: str = "info", lost: int = 0
     ) -> None:
         self.form = form
         self.least = least
@@ -53,9 +54,9 @@ class Log:
             _QUEUE_LINES + _QUEUE_ALARMS
         )
         # Each of these is written by one thread only.
-        self._not_queued = 0
+        self._not_queued = lost
         self._not_written = 0
-        self._reported = 0
+        self._reported = lost
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
 
@@ -76,13 +77,15 @@ class Log:
             self._not_queued += 1
 
     def close(self, seconds: float = 2.0) -> None:
-        """Give what is queued so much time to be written."""
+        """Give what is queued so much time to be written; what then is not, is lost."""
         deadline = time.monotonic() + seconds
         try:
             self._lines.put(None, timeout=seconds)
         except queue.Full:
-            return
-        self._writer.join(max(0.0, deadline - time.monotonic()))
+            pass
+        else:
+            self._writer.join(max(0.0, deadline - time.monotonic()))
+        self._not_queued += self._lines.qsize()
 
     def _line(self, event: str, level: str, fields: Mapping[str, object]) -> tuple[_Sink, bytes]:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -115,6 +115,19 @@ _TELLING_SIGNALS = ("SIGSYS", "SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT
 #: What a worker reports beyond this many octets a second (100 Gbit/s) is not true.
 _PLAUSIBLE_RATE = 12_500_000_000
 
+#: The counters that are plain numbers, as their attributes are named.
+_NUMBERS = (
+    "started",
+    "accepted",
+    "from_clients",
+    "to_clients",
+    "signed",
+    "decrypted",
+    "events_lost",
+    "reloading",
+    "last_reload_failed",
+)
+
 _NOT_A_WORD = re.compile("[^a-z0-9]+")
 _WORD_CHARACTERS = 48
 
@@ -221,6 +234,57 @@ class Metrics:
     def forget(self, generation: int) -> None:
         """A generation is gone, and what its keyd has said need not be remembered."""
         self._operations.pop(generation, None)
+
+    @property
+    def _tallies(self) -> dict[str, _Tally]:
+        return {
+            "ended": self._ended,
+            "failures": self._failures,
+            "refused": self._refused,
+            "alarms": self._alarms,
+            "deaths": self._deaths,
+            "limits": self._limits,
+        }
+
+    @property
+    def _histograms(self) -> dict[str, _Histogram]:
+        return {
+            "durations": self._durations,
+            "worker_lifetimes": self._worker_lifetimes,
+            "keyd_latency": self._keyd_latency,
+        }
+
+    def leave(self) -> dict[str, Any]:
+        """All counters, as JSON has it, for the program that is to count on from here."""
+        return {
+            "numbers": {name: getattr(self, f"_{name}") for name in _NUMBERS},
+            "tallies": {name: tally.counts for name, tally in self._tallies.items()},
+            "histograms": {
+                name: [histogram.counts, histogram.sum]
+                for name, histogram in self._histograms.items()
+            },
+            "handshakes": [[*key, count] for key, count in self._handshakes.items()],
+            "operations": {number: list(done) for number, done in self._operations.items()},
+            "reloads": self._reloads,
+        }
+
+    def inherit(self, left: Mapping[str, Any]) -> None:
+        """Count on from where another program's counters were: those that are known here, too."""
+        for name in _NUMBERS:
+            setattr(self, f"_{name}", left["numbers"].get(name, getattr(self, f"_{name}")))
+        for name, tally in self._tallies.items():
+            tally.counts |= left["tallies"].get(name, {})
+        for name, histogram in self._histograms.items():
+            counts, total = left["histograms"].get(name, ([], 0.0))
+            if len(counts) == len(histogram.counts):
+                histogram.counts, histogram.sum = counts, total
+        self._handshakes = {
+            (version, suite, group): count for version, suite, group, count in left["handshakes"]
+        }
+        self._operations = {
+            int(number): _Operations(*done) for number, done in left["operations"].items()
+        }
+        self._reloads |= left["reloads"]
 
     def counts(self) -> dict[str, Any]:
         """Counts for ``titus-py status``: what can be told in a few lines."""

@@ -33,7 +33,7 @@ class MetricsServer:
 
     def __init__(self, loop: EventLoop, listener: socket.socket, text: Callable[[], bytes]) -> None:
         self._loop = loop
-        self._listener = listener
+        self.listener = listener
         self._text = text
         self._answer: bytes | None = None
         #: The one that has been here longest is the first.
@@ -50,13 +50,13 @@ class MetricsServer:
         """Leave, and let every client go. A unix socket's file stays: see ``listen_at``."""
         self._pause()
         self._open = False
-        self._listener.close()
+        self.listener.close()
         for client in list(self._clients.values()):
             client.close()
 
     def _accept(self) -> None:
         try:
-            peer, _ = self._listener.accept()
+            peer, _ = self.listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
@@ -74,12 +74,12 @@ class MetricsServer:
 
     def _pause(self) -> None:
         if self._open:
-            self._loop.unwatch(self._listener.fileno())
+            self._loop.unwatch(self.listener.fileno())
             self._open = False
 
     def _resume(self) -> None:
-        if self._listener.fileno() >= 0:
-            self._loop.watch(self._listener.fileno(), self._accept)
+        if self.listener.fileno() >= 0:
+            self._loop.watch(self.listener.fileno(), self._accept)
             self._open = True
 
     def _make_answer(self) -> bytes:

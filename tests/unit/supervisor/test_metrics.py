@@ -69,6 +69,32 @@ def operations(**fields: object) -> dict[str, object]:
     return {"signed": 0, "decrypted": 0, "refused": {}, "seconds": [0] * 11} | fields
 
 
+def test_another_program_counts_on() -> None:
+    before = Metrics()
+    before.record("connection_begun", {"connection": 7})
+    before.record("connection_ended", ENDED)
+    before.record("handshake_failed", FAILED)
+    before.record("keyd_refused", {"level": "alarm"})
+    before.record("operations", operations(signed=5, seconds=[1] * 11, seconds_sum=0.5), 3)
+    before.record("reloading", {})
+    after = Metrics()
+    left = json.loads(json.dumps(before.leave()))
+    after.inherit(left)
+    assert read(after) == read(before)
+    # keyd goes on, and its counts with it.
+    after.record("operations", operations(signed=7, seconds=[1] * 11, seconds_sum=0.5), 3)
+    assert after.counts()["signed"] == 7
+    after.record("reloaded", {})
+    assert after.counts()["reloads"] == {"ok": 1, "failed": 0}
+    # Of another version: with less, more, and other buckets than here.
+    del left["numbers"]["accepted"], left["tallies"]["limits"]
+    left["numbers"]["new"] = left["tallies"]["new"] = 1
+    left["histograms"]["durations"] = [[1, 2], 3.0]
+    other = Metrics()
+    other.inherit(left)
+    assert other.counts()["signed"] == 5
+
+
 def test_connections() -> None:
     metrics = Metrics()
     for _ in range(3):

@@ -1,0 +1,309 @@
+"""Another program in the supervisor's place, without anybody noticing who is being served."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titus_py.supervisor.control_client import ask
+
+from .conftest import Certificates, Serve
+from .instance import TITUS_PY, Instance, eventually, free_port
+from .peers import Listener, TlsClient
+from .service import (
+    PATIENCE,
+    edit,
+    install,
+    name_shown_to_a_new_client,
+    reload,
+    replace,
+    serves,
+    status,
+    talk,
+    without_end,
+)
+from .test_reload import generation_processes, no_earlier_generation
+
+#: What is installed: a program that a test may replace by another one.
+_PROGRAM = f"""\
+#!{sys.executable} -I
+import sys
+{{}}
+from titus_py.__main__ import main
+
+sys.exit(main())
+"""
+
+
+class Program:
+    """A program of a test's own, to be replaced by other revisions of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.install("")
+
+    def install(self, statements: str) -> None:
+        """The next revision, which does this before all else."""
+        new = self.path.with_suffix(".new")
+        new.write_text(_PROGRAM.format(statements))
+        new.chmod(0o755)
+        new.replace(self.path)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path / "titus-py")
+
+
+def reload_program(instance: Instance) -> dict[str, Any]:
+    return ask(instance.pid, {"do": "reload program"}, PATIENCE)
+
+
+def why_not(instance: Instance) -> list[str]:
+    answer = reload_program(instance)
+    assert answer["reloaded"] is False
+    problems: list[str] = answer["problems"]
+    return problems
+
+
+def test_a_new_program_takes_over_and_nobody_is_refused(
+    serve: Serve, certificates: Certificates, echoing: Listener, program: Program, tmp_path: Path
+) -> None:
+    metrics = free_port()
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    instance = serve(
+        echoing.address,
+        program=program.path,
+        uids_count=6000,
+        vhost=[{"certificate": site.certificate, "key": site.key}],
+        metrics={"address": f"127.0.0.1:{metrics}"},
+    )
+    before = instance.settled_counts()
+    over = threading.Event()
+
+    def come_again_and_again() -> int:
+        served = 0
+        while not over.is_set():
+            assert serves(instance)
+            served += 1
+        return served
+
+    with ThreadPoolExecutor(3) as pool, TlsClient(instance.port) as stayer:
+        assert talk(stayer.handshake())
+        comers = [pool.submit(come_again_and_again) for _ in range(3)]
+        try:
+            install(certificates("P-256", "after.test"), tmp_path)
+            for number in (2, 3, 4):
+                marker = tmp_path / f"revision-{number}"
+                program.install(f"open({str(marker)!r}, 'w').close()")
+                assert reload_program(instance) == {"reloaded": True, "generation": number}
+                assert marker.exists(), "the new one runs"
+                assert name_shown_to_a_new_client(instance) == "after.test"
+                assert talk(stayer)
+        finally:
+            over.set()
+        assert all(comer.result() for comer in comers)
+        told = status(instance)
+        assert told["pid"] == instance.pid
+        assert [one["state"] for one in told["generations"]][-1] == "serving"
+        assert told["generations"][0]["connections"] == 1, "the one that stays"
+        text = urllib.request.urlopen(f"http://127.0.0.1:{metrics}/", timeout=PATIENCE).read()
+        assert told["counts"]["reloads"] == {"ok": 3, "failed": 0}
+        assert talk(stayer)
+    no_earlier_generation(instance)
+    eventually(lambda: not without_end(instance), "an end of each connection")
+    ends = instance.events_named("connection_ended")
+    assert {end["end"] for end in ends} == {"client_truncated"}, "none but as the clients ended it"
+    counted = status(instance)["counts"]
+    assert counted["ended"] == {"client_truncated": len(ends)}
+    assert counted["accepted"] == len(instance.events_named("connection_begun"))
+    assert b"titus_connections_accepted_total" in text
+    assert len(instance.events_named("program_changed", pid=instance.pid)) == 3
+    assert instance.settled_counts() == before
+
+
+def test_the_command_waits_for_the_new_program(
+    serve: Serve, echoing: Listener, program: Program
+) -> None:
+    instance = serve(echoing.address, program=program.path)
+    command = [TITUS_PY, "reload", "--program", "--pid", str(instance.pid)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "titus-py: reloaded: generation 2 serves\n"
+    program.install("sys.exit('it is broken')")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "titus-py: not reloaded: the new program failed: it is broken\n"
+    assert serves(instance)
+
+
+_OF_ANOTHER_VERSION = """
+from typing import Literal
+from titus_py.supervisor import succession
+succession.Legacy.__annotations__["version"] = Literal[2]
+succession.Legacy.model_fields["version"].annotation = Literal[2]
+succession.Legacy.model_rebuild(force=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("statements", "words"),
+    [
+        ("import no_such_module", "failed: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import os; os.abort()", "failed: it gave no reason"),
+        (_OF_ANOTHER_VERSION, "cannot take over: version (Input should be 2)"),
+    ],
+    ids=["incomplete", "killed", "too new"],
+)
+def test_a_program_that_cannot_take_over_is_not_executed(
+    serve: Serve, echoing: Listener, program: Program, statements: str, words: str
+) -> None:
+    instance = serve(echoing.address, program=program.path)
+    processes = generation_processes(instance)
+    descriptors = instance.supervisor().descriptors
+    program.install(statements)
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        (reason,) = why_not(instance)
+        assert words in reason
+        assert generation_processes(instance) == processes
+        assert talk(client)
+        assert serves(instance)
+        eventually(
+            lambda: instance.supervisor().descriptors == descriptors, "descriptors as before"
+        )
+        program.install("")
+        assert reload_program(instance)["reloaded"]
+        assert talk(client)
+
+
+def test_a_mistaken_configuration_keeps_the_program_that_serves(
+    serve: Serve, echoing: Listener, program: Program
+) -> None:
+    instance = serve(echoing.address, program=program.path)
+    processes = generation_processes(instance)
+    edit(instance, lambda tables: tables["worker"].update(maximum=3, drain="long"))
+    reasons = why_not(instance)
+    assert len(reasons) == 2
+    assert all(str(instance.directory / "titus.toml") in reason for reason in reasons)
+    assert not instance.events_named("program_changed")
+    assert generation_processes(instance) == processes
+    assert serves(instance)
+
+
+def test_a_program_that_comes_no_further_serves_what_was_served(
+    serve: Serve, echoing: Listener, program: Program
+) -> None:
+    """The configuration is spoilt in between: the old generation is the new program's, in full."""
+    instance = serve(echoing.address, program=program.path)
+    instance.expected_alarms |= {"parent_died", "keyd_died"}
+    file = instance.directory / "titus.toml"
+    good = file.read_bytes()
+    spoil = f"open({str(file)!r}, 'w').write('[worker')"
+    program.install(f"import os\nif 'TITUS_PY_LEGACY' in os.environ: {spoil}")
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        processes = generation_processes(instance)
+        (reason,) = why_not(instance)
+        assert "not valid TOML" in reason
+        assert instance.events_named("program_changed")
+        assert generation_processes(instance) == processes
+        assert talk(client)
+        assert serves(instance)
+        # What ends of it is started anew.
+        for child in (instance.keyd(), instance.parent()):
+            since = len(instance.events())
+            child.kill()
+            instance.wait_for_event("keyd_started", PATIENCE, since)
+            assert serves(instance)
+        replace(file, good)
+        program.install("")
+        assert reload_program(instance)["reloaded"]
+        assert serves(instance)
+
+
+def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
+    serve: Serve, echoing: Listener, program: Program, tmp_path: Path
+) -> None:
+    """Signals, reloads, questions: whenever they come."""
+    instance = serve(echoing.address, program=program.path)
+    begun = tmp_path / "begun"
+    program.install(
+        "import os, time\nif 'TITUS_PY_LEGACY' in os.environ:\n"
+        f"    open({str(begun)!r}, 'w').close()\n    time.sleep(1)\n"
+    )
+    with ThreadPoolExecutor() as pool:
+        reloads = pool.submit(reload_program, instance)
+        instance.wait_for_event("reloading")
+        later = pool.submit(reload, instance)
+        eventually(begun.exists, "the new program", PATIENCE)
+        instance.signal(signal.SIGHUP)
+        told = pool.submit(status, instance)
+        assert reloads.result(PATIENCE) == {"reloaded": True, "generation": 2}
+        assert later.result(PATIENCE)["reloaded"]
+        assert told.result(PATIENCE)["pid"] == instance.pid
+        begun.unlink()
+        reloads = pool.submit(reload_program, instance)
+        eventually(begun.exists, "the new program", PATIENCE)
+        instance.signal(signal.SIGTERM)
+        assert instance.wait(PATIENCE) == 0
+    instance.assert_nothing_is_left()
+
+
+def test_uids_are_handed_on(serve: Serve, echoing: Listener, program: Program) -> None:
+    """The uids of a generation that has ended, and of one that has not, stay its own."""
+    instance = serve(echoing.address, program=program.path, worker={"max": 600, "spare": 4})
+    with TlsClient(instance.port) as first, TlsClient(instance.port) as second:
+        assert talk(first.handshake())
+        assert talk(second.handshake())
+        assert reload_program(instance)["reloaded"]
+        with TlsClient(instance.port) as third:
+            assert talk(third.handshake())
+            assert reload_program(instance)["reloaded"]
+            uids = [one.uid for one in instance.processes() if one.uid in instance.uids[:-1]]
+            assert len(set(uids)) == len(uids)
+            (reason,) = why_not(instance)
+            assert reason.startswith("worker.uids: connections of earlier generations")
+            assert all(talk(client) for client in (first, second, third))
+            assert serves(instance)
+    no_earlier_generation(instance)
+    eventually(lambda: reload_program(instance)["reloaded"], "uids for another", PATIENCE)
+
+
+def test_the_service_manager_is_told_as_of_any_reload(
+    serve: Serve,
+    echoing: Listener,
+    program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(PATIENCE)
+
+        def hear(word: str) -> str:
+            while word not in (heard := manager.recv(4096).decode()):
+                continue
+            return heard
+
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        monkeypatch.setenv("WATCHDOG_USEC", "4000000")
+        instance = serve(echoing.address, program=program.path)
+        hear("READY=1")
+        with ThreadPoolExecutor() as pool:
+            reloads = pool.submit(reload_program, instance)
+            now = int(hear("RELOADING=1").partition("MONOTONIC_USEC=")[2].split()[0])
+            assert abs(now / 1e6 - time.monotonic()) < PATIENCE
+            hear("READY=1")
+            assert reloads.result(PATIENCE)["reloaded"]
+        hear("WATCHDOG=1")
+        hear("STATUS=")

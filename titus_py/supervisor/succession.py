@@ -1,0 +1,304 @@
+"""Another program in the supervisor's place: what the one leaves, and how the next is started.
+
+Run by the supervisor, as root. ``titus-py reload --program`` has it execute the program that is
+installed now, execve(2), in its own process: its children stay its children, its pid the service
+manager's. What it holds and knows it writes into a sealed file, ``Legacy``; descriptors stay open.
+
+The next program may be newer or older. So it is tried first: started beside this one, it reads the
+configuration, and what it would be left. Only what has understood both is executed.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from keyd.linux.sealed import read_all, sealed_file
+from titus_py.configuration import Configuration, Credential, Valid
+from titus_py.configuration.address import IPAddress, UnixAddress
+from titus_py.configuration.checking import CertificateFacts, Checked
+from titus_py.configuration.file_watch import FileWatch
+from titus_py.supervisor.generation import Child, Generation
+
+__all__ = [
+    "CannotTakeOver",
+    "Legacy",
+    "Listener",
+    "execute",
+    "inherit",
+    "inherited",
+    "leave",
+    "rehearse",
+    "try_out",
+]
+
+#: Where the next program finds the descriptor of its legacy; and one that is only tried out.
+_VARIABLE = "TITUS_PY_LEGACY"
+_REHEARSAL = "TITUS_PY_REHEARSAL"
+_WARNING = "warning: "
+
+
+class CannotTakeOver(Exception):
+    """A legacy that this program does not understand; the text says what of it."""
+
+
+class _Left(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_bytes="hex", val_json_bytes="hex")
+
+
+class LeftChild(_Left):
+    """A parent or keyd that goes on, unaware."""
+
+    pid: int
+    socket: int
+    starting: bool
+
+
+class LeftGeneration(_Left):
+    """What of a ``Generation`` is not to be had otherwise."""
+
+    number: int
+    #: As in a file: each program reads it by its own rules.
+    configuration: dict[str, Any]
+    certificates: list[tuple[Credential, CertificateFacts]]
+    keyd: LeftChild | None
+    parent: LeftChild | None
+    waits_for_keyd: bool
+    keyds_keys: set[str] | None
+    retired: bool
+    retiring: bool
+    crippled: bool
+    announced: bool
+    connections: dict[int, dict[str, Any]]
+    ended: list[dict[str, Any]]
+    spares: int
+    started: datetime
+    begun: float
+    uids: tuple[int, int]
+
+
+class Listener(_Left):
+    """A listening socket; ``passed`` by the service manager, or bound by us."""
+
+    address: IPAddress
+    descriptor: int
+    passed: bool
+    listening: bool
+
+
+class Legacy(_Left):
+    """All that one supervisor leaves to the next. Sockets are descriptors."""
+
+    #: Also of what parents and keyds say and are told: those that go on are the old program's.
+    #: Another number is for what a supervisor of the version before would not understand.
+    version: Literal[1] = 1
+    generations: list[LeftGeneration]
+    listeners: list[Listener]
+    used_uids: list[tuple[int, int]]
+    #: By the backend: its addresses, as the parent is told of them.
+    addresses: list[tuple[str, list[list[Any]]]]
+    control: int | None
+    #: Who waits for this reload's outcome, and who for the next one's.
+    answers: list[int]
+    later_answers: list[int]
+    asked_again: bool
+    program_asked: bool
+    metrics: int | None
+    metrics_address: IPAddress | UnixAddress | None
+    counts: dict[str, Any]
+    log_format: str
+    log_level: str
+    log_lines_lost: int
+    started: datetime
+    begun: float
+
+    @property
+    def descriptors(self) -> list[int]:
+        children = [
+            child
+            for generation in self.generations
+            for child in (generation.keyd, generation.parent)
+            if child is not None
+        ]
+        return [
+            *(listener.descriptor for listener in self.listeners),
+            *(child.socket for child in children),
+            *self.answers,
+            *self.later_answers,
+            *(one for one in (self.control, self.metrics) if one is not None),
+        ]
+
+
+# --- the one that leaves ----------------------------------------------------------
+
+
+def leave(generation: Generation) -> LeftGeneration:
+    """What the next supervisor has to know of it."""
+
+    def left(child: Child | None) -> LeftChild | None:
+        if child is None or child.socket.fileno() < 0:
+            return None
+        starting = child in generation.starting
+        return LeftChild(pid=child.pid, socket=child.socket.fileno(), starting=starting)
+
+    return LeftGeneration(
+        number=generation.number,
+        configuration=generation.configuration.model_dump(
+            mode="json", exclude_defaults=True, warnings="none"
+        ),
+        certificates=list(generation.certificates.items()),
+        keyd=left(generation.keyd),
+        parent=left(generation.parent),
+        waits_for_keyd=generation.waits_for_keyd,
+        keyds_keys=generation.keyds_keys,
+        retired=generation.retired,
+        retiring=generation.retiring,
+        crippled=generation.crippled,
+        announced=generation.announced,
+        connections=generation.connections,
+        ended=list(generation.ended),
+        spares=generation.spares,
+        started=generation.started,
+        begun=generation.begun,
+        uids=(generation.uids.start, generation.uids.stop),
+    )
+
+
+def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> list[str]:
+    """Start the installed program beside this one; returns why it cannot take over, if so."""
+    descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
+    try:
+        done = subprocess.run(
+            _command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**environment, _REHEARSAL: str(descriptor)},
+            pass_fds=(descriptor,),
+            # What it leaves behind, should it die, is then known for what it is.
+            start_new_session=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"the new program did not read its configuration within {seconds:g} s"]
+    except OSError as error:
+        return [f"the new program: {sys.executable}: {error.strerror}"]
+    finally:
+        os.close(descriptor)
+    if not done.returncode:
+        return []
+    lines = done.stderr.decode(errors="replace").splitlines()
+    problems = [line for line in lines if line and not line.startswith(_WARNING)]
+    if done.returncode != 2 or not problems:
+        # It did not come so far as to say what it does not like: of a traceback, the last line.
+        return [f"the new program failed: {(problems or ['it gave no reason'])[-1]}"]
+    return problems
+
+
+def execute(
+    legacy: Legacy, environment: Mapping[str, str], signals: Iterable[signal.Signals]
+) -> NoReturn:
+    """Be the installed program from now on. Raises OSError, and then nothing has changed.
+
+    The signals wait until that program hears them.
+    """
+    descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
+    kept = [descriptor, *legacy.descriptors]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        for one in kept:
+            os.set_inheritable(one, True)
+        environment = {**environment, _VARIABLE: str(descriptor)}
+        os.execve(sys.executable, _command(), environment)  # noqa: S606 -- no shell is right
+    except OSError:
+        for one in kept:
+            os.set_inheritable(one, False)
+        os.close(descriptor)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+
+
+def _command() -> list[str]:
+    """As this program was started itself."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+# --- the next ----------------------------------------------------------------------
+
+
+def inherited() -> Legacy | None:
+    """What this program was left by the one before, if it was executed by one. Once."""
+    legacy = _legacy(_VARIABLE)
+    if legacy is not None:
+        for descriptor in legacy.descriptors:
+            os.set_inheritable(descriptor, False)
+    return legacy
+
+
+def rehearse() -> bool:
+    """Whether this program is only tried out; then it has understood what it would be left.
+
+    Raises CannotTakeOver.
+    """
+    legacy = _legacy(_REHEARSAL)
+    if legacy is None:
+        return False
+    for left in legacy.generations:
+        inherit(left, {}, tried_out=True)
+    return True
+
+
+def _legacy(variable: str) -> Legacy | None:
+    descriptor = os.environ.pop(variable, "")
+    if not descriptor.isdecimal():
+        return None
+    try:
+        return Legacy.model_validate_json(read_all(int(descriptor)))
+    except ValidationError as error:
+        raise CannotTakeOver(_first(error)) from None
+
+
+def inherit(
+    left: LeftGeneration, filters: Mapping[str, str], tried_out: bool = False
+) -> Generation:
+    """The generation as it was; without its processes, if only to try. Raises CannotTakeOver."""
+    try:
+        configuration = Configuration.model_validate(left.configuration, context=Valid())
+    except ValidationError as error:
+        raise CannotTakeOver(
+            f"of the configuration that serves, it does not understand {_first(error)}: "
+            "only a restart of titus-py, which ends its connections, makes it run"
+        ) from None
+    certificates = dict(left.certificates)
+    files = FileWatch(path for credential in certificates for path in credential if path)
+    checked = Checked(configuration, [], [], certificates, files)
+    generation = Generation(left.number, checked, filters)
+    generation.waits_for_keyd = left.waits_for_keyd
+    generation.keyds_keys = left.keyds_keys
+    generation.retired = left.retired
+    generation.retiring = left.retiring
+    generation.crippled = left.crippled
+    generation.announced = left.announced
+    generation.connections = left.connections
+    generation.ended.extend(left.ended)
+    generation.spares = left.spares
+    generation.started = left.started
+    generation.begun = left.begun
+    generation.uids = range(*left.uids)
+    if not tried_out:
+        for name, child in (("keyd", left.keyd), ("parent", left.parent)):
+            if child is not None:
+                generation.adopt(name, child.pid, child.socket, child.starting)
+    return generation
+
+
+def _first(error: ValidationError) -> str:
+    """What the first thing is that it does not understand, and why."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))} ({problem['msg']})"
