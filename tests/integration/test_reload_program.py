@@ -16,7 +16,7 @@ import pytest
 from titus_py.supervisor.control_client import ask
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance, eventually, free_port
+from .instance import TITUS_PY, Instance, Uids, eventually, free_port
 from .peers import Listener, TlsClient
 from .service import (
     PATIENCE,
@@ -120,10 +120,10 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
         assert talk(stayer)
     no_earlier_generation(instance)
     eventually(lambda: not without_end(instance), "an end of each connection")
-    ends = instance.events_named("connection_ended")
-    assert {end["end"] for end in ends} == {"client_truncated"}, "none but as the clients ended it"
+    ends = [event["end"] for event in instance.events() if "end" in event]
+    assert set(ends) <= {"client_truncated", "client_left"}, "as the clients ended them"
     counted = status(instance)["counts"]
-    assert counted["ended"] == {"client_truncated": len(ends)}
+    assert sum(counted["ended"].values()) == len(ends)
     assert counted["accepted"] == len(instance.events_named("connection_begun"))
     assert b"titus_connections_accepted_total" in text
     assert len(instance.events_named("program_changed", pid=instance.pid)) == 3
@@ -260,7 +260,9 @@ def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
 
 def test_uids_are_handed_on(serve: Serve, echoing: Listener, program: Program) -> None:
     """The uids of a generation that has ended, and of one that has not, stay its own."""
-    instance = serve(echoing.address, program=program.path, worker={"max": 600, "spare": 4})
+    instance = serve(
+        echoing.address, program=program.path, worker={"max": Uids.SIZE // 3 - 60, "spare": 4}
+    )
     with TlsClient(instance.port) as first, TlsClient(instance.port) as second:
         assert talk(first.handshake())
         assert talk(second.handshake())

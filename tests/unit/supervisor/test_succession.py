@@ -26,7 +26,7 @@ EVERYTHING = """
 [worker]
 max = 5
 spare = 2
-uids = "300000-300009"
+uids = "300000-300099"
 drain = "1.5s"
 require = ["landlock"]
 chroot = "/nowhere/empty"
