@@ -14,7 +14,7 @@ _titus_py() {
             return
             ;;
         --pid)
-            mapfile -t COMPREPLY < <(compgen -W "$(pgrep -f 'titus-py serve')" -- "$word")
+            mapfile -t COMPREPLY < <(compgen -W "$(pgrep -f '^titus-py: supervisor')" -- "$word")
             return
             ;;
     esac

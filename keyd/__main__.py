@@ -23,6 +23,7 @@ from keyd.linux.credentials import forbid_core_dumps, hide_memory
 from keyd.linux.process import open_standard_streams
 from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
+from keyd.linux.title import set_title
 from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
 from keyd.provider import openssl_configuration
@@ -128,6 +129,7 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:
     """Serve one parent, on the terms that it states."""
+    set_title("keyd", "keyd")
     settings = json.loads(read_all(arguments.settings_fd))
     supervisor = socket.socket(fileno=arguments.supervisor_fd)
     parent = socket.socket(fileno=arguments.parent_fd)
@@ -169,6 +171,7 @@ def _leave() -> NoReturn:
 
 def _control(arguments: argparse.Namespace) -> NoReturn:
     """Serve parents that connect, on the terms that each states."""
+    set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()
     keys = _load_some_encrypted(arguments)
@@ -191,6 +194,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
 
 def _listen(arguments: argparse.Namespace) -> NoReturn:
     """Serve whoever may connect to a socket of our own, an operation each."""
+    set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()
     user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())

@@ -14,7 +14,6 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -691,7 +690,6 @@ def main() -> int:
         sys.argv = ["titus-py", *rest]
         return serve()
     if role == "parent":
-        _seem_to_be("titus_py.parent.life", *rest)
         from titus_py.parent import forks
         from titus_py.parent import life as parent
 
@@ -702,26 +700,16 @@ def main() -> int:
             forks._PROGRAM = (__file__, "fork_server", name, file)
         return parent.main()
     if role == "fork_server":
-        _seem_to_be("titus_py.fork_server.life", *rest)
         from titus_py.fork_server import life as fork_server
 
         sys.argv = ["titus_py.fork_server.life", *rest]
         breakage.take_out(file)
         return fork_server.main()
-    _seem_to_be("keyd", "serve", *rest)
     from keyd.__main__ import main as keyd
 
     sys.argv = ["keyd", "serve", *rest]
     breakage.take_out(file)
     return keyd()
-
-
-def _seem_to_be(*words: str) -> None:
-    """Have the command line that the real one has: it is shorter, and in our own memory."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
-    content = b"\0".join(os.fsencode(word) for word in (sys.executable, "-I", "-m", *words))
-    ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Administrator:
         return "\n".join(
             line
             for line in seen.splitlines()
-            if "/usr/lib/titus-py" in line
+            if re.search("titus|keyd", line)
             or int(line.split()[0]) in range(2_100_000_000, 2_100_065_536)
         )
 
@@ -195,7 +195,7 @@ def _is_started_anew(admin: Administrator, before: str) -> None:
 
 
 def _loses_a_process_and_the_journal(admin: Administrator) -> None:
-    admin.types("pkill --signal KILL --full '[t]itus_py.parent'")
+    admin.types("pkill --signal KILL --exact titus-parent")
     admin.requests()
     admin.types("systemctl restart systemd-journald")
     admin.requests()

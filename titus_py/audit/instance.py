@@ -7,7 +7,7 @@ children is which: workers and the fork server are known by whose children they 
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,10 @@ __all__ = [
     "connections_to",
     "descriptors",
     "instance_processes",
+    "is_parent",
     "namespaces",
     "status",
+    "title",
 ]
 
 _ESTABLISHED = "01"
@@ -139,11 +141,21 @@ def _role(above: Role, pid: int) -> Role:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return Role.OTHER
-    if b"titus_py.parent.life" in words:
+    if is_parent(words):
         return Role.PARENT
     if b"keyd" in words:
         return Role.CHECK if b"check" in words else Role.KEYD
     return Role.OTHER
+
+
+def is_parent(words: Sequence[bytes]) -> bool:
+    """Whether that is a parent's command line: as it is started, or as it has renamed itself."""
+    return b"titus_py.parent.life" in words or title(Role.PARENT) in words
+
+
+def title(role: Role) -> bytes:
+    """What a process that is this in its instance has for a command line, or begins it with."""
+    return (role if role is Role.KEYD else f"titus-py: {role}").encode()
 
 
 def status(pid: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from keyd.keys import UnusableKey, load_private_key
 from titus_py.audit.finding import Check, Finding, Seen, Subject, broken, holds, not_available
-from titus_py.audit.instance import Process, Role
+from titus_py.audit.instance import Process, Role, title
 from titus_py.audit.key_search import Hit, Needle, Search, needles, search_all
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
@@ -18,9 +18,6 @@ from titus_py.audit.target import CannotAudit, Target
 __all__ = ["CHECKS", "key_needles", "look_for_keys"]
 
 _ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
-_ARGUMENTS = re.compile(
-    rb"-I\0-m\0(titus_py\.(parent|fork_server)\.life|keyd\0serve)(\0--[a-z-]+-fd\0\d+)+"
-)
 
 
 def _mappings(seen: Observation, scene: Scene) -> Seen:
@@ -44,12 +41,12 @@ def _environment(seen: Observation, scene: Scene) -> Seen:
     if strange:
         variables = ", ".join(word.partition(b"=")[0].decode(errors="replace") for word in strange)
         return broken(f"environment: {variables}")
-    if not _ARGUMENTS.fullmatch(b"\0".join(seen.arguments[1:])):
+    if seen.arguments != (title(seen.process.role),):
         shown = b" ".join(seen.arguments).decode(errors="replace")
         return broken(f"arguments: {shown[:200]}")
     names = ", ".join(sorted(word.partition(b"=")[0].decode() for word in seen.environment))
     return holds(
-        f"{len(seen.arguments)} arguments: the program, and numbers of descriptors; "
+        "of arguments nothing but what it is; "
         + (f"environment: {names}" if names else "no environment")
     )
 

@@ -18,6 +18,7 @@ from titus_py.audit.instance import (
     all_processes,
     descriptors,
     instance_processes,
+    is_parent,
     namespaces,
 )
 from titus_py.audit.sockets import unix_sockets
@@ -133,7 +134,9 @@ def find_supervisors() -> list[Process]:
     """The supervisors of all instances in sight: root's processes with a parent below them."""
     processes = {process.pid: process for process in all_processes()}
     parents = [
-        process for process in processes.values() if b"titus_py.parent.life" in _words(process.pid)
+        process
+        for process in processes.values()
+        if process.uid == 0 and is_parent(_words(process.pid))
     ]
     # What a parent starts has its command line, until it has executed a program of its own.
     pids = {process.pid for process in parents}

@@ -28,6 +28,7 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS, Call
+from keyd.linux.title import PR_SET_NAME
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
 
 __all__ = [
@@ -86,6 +87,7 @@ _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAP_FIXED = 0x10
+_NAME = ctypes.create_string_buffer(b"titus-worker")
 #: Each a struct rlimit: soft and hard.
 _NONE = (ctypes.c_uint64 * 2)(0, 0)
 _FEW = (ctypes.c_uint64 * 2)(_MAX_DESCRIPTORS, _MAX_DESCRIPTORS)
@@ -167,6 +169,7 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
         # Both after that: a change of uid undoes them.
         Call("prctl", (_PR_SET_DUMPABLE, 0)),
         Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
+        Call("prctl", (PR_SET_NAME, ctypes.addressof(_NAME))),
         Call("seccomp", (seccomp.SET_MODE_FILTER, 0, handshake_filter.address)),
     ]
 

@@ -26,6 +26,7 @@ from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
+from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
 from titus_py.between.messages import FORK_OCTETS, Fork, Forked, Ready
 from titus_py.between.plan import Plan, VirtualHost
@@ -44,6 +45,8 @@ from titus_py.worker.tls import Credentials, client_hello, make_context
 
 __all__ = ["main"]
 
+_TITLE, _WORKERS_TITLE = "titus-py: fork server", "titus-py: worker"
+
 
 def main() -> int:
     """``python -m titus_py.fork_server.life``: started by the parent, on inherited descriptors.
@@ -53,6 +56,9 @@ def main() -> int:
     """
     # Not argparse: it, and the libraries that it loads, would be in every worker.
     given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
+    command_line = CommandLine()
+    command_line.write([_TITLE])
+    prctl.set_name("titus-forks")
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
     plan = Plan.decode(read_all(given["--plan-fd"]))
@@ -73,7 +79,7 @@ def main() -> int:
     # What there is now stays: a worker's garbage collector has no business with it.
     gc.freeze()
     parent.send(Ready().encode())
-    _serve(parent, terms, handshake_filter)
+    _serve(parent, terms, handshake_filter, command_line)
     return 0
 
 
@@ -90,7 +96,9 @@ def _site(vhost: VirtualHost) -> Site:
     return Site(names, context)
 
 
-def _serve(parent: socket.socket, terms: Terms, handshake_filter: Program) -> None:
+def _serve(
+    parent: socket.socket, terms: Terms, handshake_filter: Program, command_line: CommandLine
+) -> None:
     """Fork as ordered, until the parent hangs up.
 
     After each fork this process has to copy every page that it writes to: so it takes all
@@ -100,12 +108,15 @@ def _serve(parent: socket.socket, terms: Terms, handshake_filter: Program) -> No
         flags = WORKER_NAMESPACES | CLONE_PARENT
         page = terms.report.address
         calls = [worker_calls(handshake_filter, page, given) for given in orders]
+        # Theirs, written once for all of them: each would have to copy the page.
+        command_line.write([_WORKERS_TITLE])
         children: list[Child] = []
         for encoded in [encode(own) for own in calls]:
             child = clone(flags, encoded)
             if not child.pid:
                 live(terms, why_failed(child, calls[len(children)]))
             children.append(child)
+        command_line.write([_TITLE])
         for given, child in zip(orders, children, strict=True):
             _answer(parent, given, child)
 

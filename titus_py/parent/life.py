@@ -33,6 +33,7 @@ from keyd.linux.credentials import (
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import how_ended
 from keyd.linux.sealed import read_all
+from keyd.linux.title import set_title
 from keyd.protocol import MAX_REFUSAL_OCTETS, Open, Operation, Refusal, Status
 from keyd.protocol import Malformed as MalformedByKeyd
 from titus_py.between import messages
@@ -848,6 +849,7 @@ def main() -> int:
     # For the fork server, which has OpenSSL.
     parser.add_argument("--openssl-conf-fd", type=int, required=True)
     arguments = parser.parse_args()
+    set_title("titus-parent", "titus-py: parent")
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()

@@ -27,6 +27,7 @@ from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.systemd import Notifier, passed_sockets
+from keyd.linux.title import set_title
 from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed, fingerprint
 from keyd.system_calls import SERVING
 from titus_py.between.event_loop import EventLoop
@@ -164,6 +165,8 @@ def _build_filters() -> dict[str, str]:
 
 def _withdraw() -> None:
     """Before there is a second thread: capabilities are each thread's own."""
+    # With its options: which of several instances it is.
+    set_title("titus-py", "titus-py: supervisor", *sys.argv[1:])
     forbid_core_dumps()
     hide_memory()
     # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
