@@ -7,7 +7,6 @@ import ctypes
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import prctl
 
@@ -24,7 +23,8 @@ class CommandLine:
         """Look where it is: in /proc, which a process in an empty root does not have."""
         self._start = self._octets = 0
         with suppress(OSError):
-            fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+            with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
             # proc_pid_stat(5): arg_start and arg_end.
             self._start = int(fields[45])
             self._octets = int(fields[46]) - self._start

@@ -36,6 +36,7 @@ FOR_WORKERS = {
     "keyd.linux.sealed",
     "keyd.linux.seccomp",
     "keyd.linux.spawn",
+    "keyd.linux.title",
     "titus_py",
     "titus_py.between",
     "titus_py.between.hand_over",
