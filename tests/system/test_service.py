@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from .clock import SteppedClock
 from .machine import Machine
 
 _REPOSITORY = Path(__file__).parents[2]
+_CROWD = Path(__file__).with_name("crowd.py")
 _URL = "https://www.example.org/"
 _CONFIGURATION = """\
 [[listen]]
@@ -121,6 +123,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _hangs(admin)
     _has_its_clock_stepped(admin)
     _upgrades(admin)
+    _is_removed_and_comes_back(admin)
     _activates_by_socket(admin)
     _encrypts_the_key(admin)
     _runs_keyd_as_a_unit(admin)
@@ -257,14 +260,75 @@ def _has_its_clock_stepped(admin: Administrator) -> None:
     admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
 
 
+class Crowd:
+    """Clients on the machine, for as long as something is done there."""
+
+    def __init__(self, admin: Administrator) -> None:
+        self._admin = admin
+        (admin.machine.root / "root/crowd.py").write_bytes(_CROWD.read_bytes())
+        # The certificate as it is now: another one is not what they came for.
+        admin.types("cp /etc/titus-py/www.crt /root/crowd.crt; rm -f /root/crowd.over")
+        admin.types(
+            "systemd-run --unit=crowd --remain-after-exit"
+            " -p StandardOutput=truncate:/root/crowd.out"
+            " python3 /root/crowd.py /root/crowd.crt /root/crowd.over"
+        )
+        admin.types("until grep here /root/crowd.out; do sleep 0.1; done")
+
+    def leaves(self) -> dict[str, Any]:
+        self._admin.types("touch /root/crowd.over")
+        self._admin.types(
+            "while systemctl show --property=SubState crowd | grep running; do sleep 0.1; done"
+        )
+        seen = self._admin.types("tail -n 1 /root/crowd.out; systemctl stop crowd")
+        found: dict[str, Any] = json.loads(seen)
+        return found
+
+
 def _upgrades(admin: Administrator) -> None:
+    """Nobody is refused, and who is there stays; whatever was mistaken meanwhile."""
     before = admin.property("titus-py", "MainPID")
-    admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
-    assert admin.property("titus-py", "ActiveState") == "active"
-    assert admin.property("titus-py", "MainPID") != before, "it runs the new program"
+    crowd = Crowd(admin)
+    admin.types("sed -i 's/^backend/backed/' /etc/titus-py/titus.toml")
+    seen = admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
+    assert "did you mean backend?" in seen
+    assert "titus-py.service goes on serving as before" in seen
+    admin.types("sed -i 's/^backed/backend/' /etc/titus-py/titus.toml")
+    admin.types("apt-get install --quiet --quiet --yes --reinstall /root/titus-py-2.deb")
+    left = crowd.leaves()
+    assert left["failures"] == []
+    assert left["served"] >= 1000
+    assert left["stayed"]
+    assert admin.property("titus-py", "MainPID") == before
+    seen = admin.types(f"journalctl --quiet _PID={before} TITUS_EVENT=program_changed")
+    assert len(seen.strip().splitlines()) == 1
+    # The files that it runs are those that are there.
+    admin.types(f"grep deleted /proc/{before}/maps", fails=True)
+    admin.types("titus-py audit --quiet")
     admin.requests()
     admin.types("systemctl stop titus-py")
     assert not admin.processes()
+    admin.types("apt-get install --quiet --quiet --yes --allow-downgrades /root/titus-py-1.deb")
+    assert admin.property("titus-py", "ActiveState") == "inactive", "an upgrade starts nothing"
+
+
+def _is_removed_and_comes_back(admin: Administrator) -> None:
+    """What was enabled, and running, runs again."""
+    admin.types("systemctl start titus-py")
+    admin.types("apt-get remove --quiet --quiet --yes titus-py")
+    assert not admin.processes()
+    admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
+    admin.requests()
+    # As on a machine that is set up by others: the configuration comes first.
+    admin.types("cp -r /etc/titus-py /root/etc; apt-get purge --quiet --quiet --yes titus-py")
+    admin.types("cp /root/etc/* /etc/titus-py/; rm -r /root/etc")
+    admin.types(
+        "DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes"
+        " -o DPkg::Options::=--force-confold /root/titus-py-2.deb"
+    )
+    assert admin.property("titus-py", "UnitFileState") == "enabled"
+    admin.requests()
+    admin.types("systemctl stop titus-py")
 
 
 def _activates_by_socket(admin: Administrator) -> None:
