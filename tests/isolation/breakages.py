@@ -390,9 +390,9 @@ def parent_keeps_the_client(_: str) -> None:
 
     real = Parent._hand_over
 
-    def hand_over(self: Parent, arrival: Any) -> None:
+    def hand_over(self: Parent, arrival: Any) -> bool:
         KEPT.append(arrival.client.dup())
-        real(self, arrival)
+        return real(self, arrival)
 
     Parent._hand_over = hand_over
 

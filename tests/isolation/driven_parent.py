@@ -33,8 +33,8 @@ def _leave_out_the_dialers_question() -> None:
     dialer.Dialer._outcome = outcome  # type: ignore[method-assign]
 
 
-class _Parent(parent.Parent):
-    """Numbers its connections from where no other number in memory is found by chance.
+class _Connections(parent.Connections):
+    """Numbers them from where no other number in memory is found by chance.
 
     The real one begins with the microseconds since boot, and for a quarter of an hour these
     are what the heap's addresses are.
@@ -42,7 +42,7 @@ class _Parent(parent.Parent):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._next_connection = 1 << 62 | secrets.randbits(62)
+        self.next_number = 1 << 62 | secrets.randbits(62)
 
 
 def _become_process_one() -> None:
@@ -66,7 +66,7 @@ def main() -> NoReturn:
         _become_process_one()
     if "dialer" in without:
         _leave_out_the_dialers_question()
-    parent.Parent = _Parent  # type: ignore[misc]
+    parent.Connections = _Connections  # type: ignore[misc]
     forks._PROGRAM = (str(Path(__file__).with_name("infected_fork_server.py")), argument)
     sys.exit(parent.main())
 

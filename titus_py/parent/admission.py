@@ -1,4 +1,4 @@
-"""Whom the parent turns away before a worker sees them: too many, or too fast.
+"""Limits by address, prefix and rate: clients that are turned away before a worker sees them.
 
 Run by the parent, on nothing but the addresses of clients. No I/O.
 """
@@ -7,10 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Limits
+from titus_py.parent.outbox import Tell
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "LimitsHit"]
 
+#: How often a limit that is being hit is spoken of.
+_TELL_SECONDS = 1.0
 #: RFC 6177: what one site has, at the least. IPv4's is what one operator often has.
 _IPV6_PREFIX_GROUPS = 4
 _IPV4_PREFIX_OCTETS = 3
@@ -58,6 +62,31 @@ class Admission:
             return False
         self._tokens -= 1.0
         return True
+
+
+class LimitsHit:
+    """Says that a limit was hit: once a second for each, however often that was."""
+
+    def __init__(self, loop: EventLoop, tell: Tell) -> None:
+        self._loop = loop
+        self._tell = tell
+        #: By limit: how often within this second, and by whom last.
+        self._hit: dict[str, tuple[int, str]] = {}
+
+    def note(self, limit: str, address: str) -> None:
+        if limit not in self._hit:
+            self._loop.after(_TELL_SECONDS, lambda: self._say(limit))
+        count, _ = self._hit.get(limit, (0, ""))
+        self._hit[limit] = count + 1, address
+
+    def say_last(self) -> None:
+        """At the end: what has not been said yet."""
+        for limit in list(self._hit):
+            self._say(limit)
+
+    def _say(self, limit: str) -> None:
+        count, address = self._hit.pop(limit)
+        self._tell("limited", level="warning", limit=limit, count=count, last_client=address)
 
 
 def _reached(count: int, limit: int | None) -> bool:

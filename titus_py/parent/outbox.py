@@ -9,17 +9,24 @@ import os
 import socket
 from collections import deque
 from contextlib import suppress
+from typing import Protocol
 
 from keyd.linux.descriptors import send_descriptors
 from titus_py.between.event_loop import EventLoop
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "Tell"]
 
 _EVENTS, _ALARMS = 10_000, 1_000
 #: How soon to offer again what was not taken.
 _PAUSE_SECONDS = 0.01
 #: How long to wait for a supervisor that does not take the last events.
 _LAST_SECONDS = 5.0
+
+
+class Tell(Protocol):
+    """``Outbox.put``: has the supervisor log an event; takes a report's descriptor over."""
+
+    def __call__(self, event: str, report: int | None = None, **fields: object) -> None: ...
 
 
 class Outbox:

@@ -1,0 +1,160 @@
+"""Clients before they have a worker: accepting, waiting, turning away. Run by the parent.
+
+Nothing is read from a client here. Only its address decides.
+"""
+
+import socket
+import time
+from collections import deque
+from functools import partial
+
+from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.plan import Plan
+from titus_py.parent.admission import Admission, LimitsHit
+from titus_py.parent.connections import Arrival, Connections
+from titus_py.parent.outbox import Tell
+
+__all__ = ["Arrivals"]
+
+#: How many clients to accept at once from one address before looking after all else again.
+_ACCEPT_AT_ONCE = 256
+#: How long there has to be room again before that is said.
+_NOT_FULL_SECONDS = 1.0
+
+
+class Arrivals:
+    """The listening sockets, and the queue of those who wait for a worker."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        plan: Plan,
+        waiting: deque[Arrival],
+        connections: Connections,
+        admission: Admission,
+        limits_hit: LimitsHit,
+        tell: Tell,
+    ) -> None:
+        self._loop = loop
+        self._plan = plan
+        #: The latest last.
+        self._waiting = waiting
+        self._connections = connections
+        self._admission = admission
+        self._limits_hit = limits_hit
+        self._tell = tell
+        self._listeners = {
+            descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
+        }
+        for listener in self._listeners.values():
+            listener.setblocking(False)
+        self._accepting = False
+        self._full_told = False
+        self._full_timer: Timer | None = None
+        self._waiting_timer: Timer | None = None
+
+    def adjust(self, may_accept: bool) -> None:
+        """Take clients exactly while there is, or soon will be, a worker for them."""
+        full = len(self._connections.busy) >= self._plan.max_workers
+        if full and not self._full_told:
+            self._full_told = True
+            self._tell("full", level="warning", max=self._plan.max_workers)
+        elif self._full_told and not full and self._full_timer is None:
+            self._full_timer = self._loop.after(_NOT_FULL_SECONDS, self._no_longer_full)
+        wanted = may_accept and self._has_room()
+        if wanted == self._accepting:
+            return
+        self._accepting = wanted
+        for descriptor, listener in self._listeners.items():
+            if wanted:
+                self._loop.watch(descriptor, partial(self._accept, listener))
+            else:
+                self._loop.unwatch(descriptor)
+
+    def close(self) -> None:
+        """Accept no more, ever: new clients are another generation's."""
+        self.adjust(False)
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+
+    def keep(self, count: int) -> None:
+        """Turn away those who have waited longest, until so many are left."""
+        while len(self._waiting) > count:
+            self._turn_away(self._waiting.popleft())
+
+    def _no_longer_full(self) -> None:
+        """Say so only where it lasts: connections may come and go around the maximum."""
+        self._full_timer = None
+        if len(self._connections.busy) < self._plan.max_workers:
+            self._full_told = False
+            self._tell("not_full", level="warning", max=self._plan.max_workers)
+
+    def _has_room(self) -> bool:
+        """Beyond the maximum, clients wait in the listen queue."""
+        return len(self._connections.busy) + len(self._waiting) < self._plan.max_workers
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take those who have come, faster than workers can be forked: a surge is soon past."""
+        for _ in range(_ACCEPT_AT_ONCE):
+            if not self._has_room():
+                return
+            try:
+                client, address = listener.accept()
+                local = client.getsockname()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
+                self._tell("accept_failed", level="error", reason=error.strerror)
+                return
+            host, port = _plain(address[0]), address[1]
+            limit = self._admission.refuse(host)
+            if limit is None:
+                now = time.monotonic()
+                self._wait(Arrival(client, host, port, _plain(local[0]), local[1], now))
+            else:
+                client.close()
+                self._limits_hit.note(limit, host)
+
+    def _wait(self, arrival: Arrival) -> None:
+        """Have it wait for a worker. With too many, the one that has waited longest is reset.
+
+        Those in their handshake count as well, but are not displaced here: only a client that
+        gets a worker ends another's handshake, so that takes as long as workers take to fork.
+        """
+        self._waiting.append(arrival)
+        room = self._plan.limits.handshakes - len(self._connections.handshaking)
+        if len(self._waiting) > max(room, self._plan.spare_workers):
+            oldest = self._waiting.popleft()
+            self._turn_away(oldest)
+            self._limits_hit.note("handshakes", oldest.address)
+        if self._waiting_timer is None:
+            self._waiting_timer = self._loop.after(
+                self._plan.handshake_timeout, self._end_long_waits
+            )
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        """Reset a connection that has no worker yet."""
+        arrival.client.close()
+        self._admission.leave(arrival.address)
+
+    def _end_long_waits(self) -> None:
+        """Reset clients whose handshake can no longer finish in time (keyd may be down)."""
+        self._waiting_timer = None
+        long_ago = time.monotonic() - self._plan.handshake_timeout
+        while self._waiting and self._waiting[0].accepted <= long_ago:
+            late = self._waiting.popleft()
+            self._turn_away(late)
+            self._limits_hit.note("handshake_timeout", late.address)
+        if self._waiting:
+            self._waiting_timer = self._loop.after(
+                self._waiting[0].accepted - long_ago, self._end_long_waits
+            )
+
+
+def _plain(address: str) -> str:
+    """An IPv4 client of a dual-stack socket, by its own address (RFC 4291 §2.5.5.2)."""
+    return address.removeprefix("::ffff:") if "." in address else address

@@ -1,0 +1,61 @@
+"""Backends: where each virtual host's is, and connecting to it on a worker's word.
+
+Run by the parent. The supervisor says where backends are; the worker only says which virtual
+host its client asked for.
+"""
+
+import errno
+import socket
+from collections.abc import Iterable
+
+from titus_py.between import messages
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.hand_over import give
+from titus_py.between.plan import Plan, ResolvedAddress
+from titus_py.parent.dialer import Dialer
+from titus_py.parent.outbox import Tell
+from titus_py.parent.worker import Worker
+
+__all__ = ["Backends"]
+
+
+class Backends:
+    def __init__(self, loop: EventLoop, plan: Plan, tell: Tell) -> None:
+        self._loop = loop
+        self._plan = plan
+        self._tell = tell
+        self._addresses = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
+
+    def move(self, vhosts: Iterable[int], addresses: tuple[ResolvedAddress, ...]) -> None:
+        """These virtual hosts' backend is to be found at other addresses now."""
+        self._addresses.update(dict.fromkeys(vhosts, addresses))
+
+    def dial(self, worker: Worker, vhost: int) -> None:
+        """Connect, without waiting; the worker gets the socket, or why there is none."""
+
+        def done(backend: socket.socket | None, reason: str) -> None:
+            self._answer(worker, backend, reason)
+            if backend is None:
+                self._tell(
+                    "backend_unavailable",
+                    level="error",
+                    connection=worker.connection,
+                    backend=self._plan.vhosts[vhost].backend,
+                    reason=reason,
+                )
+
+        timeout = self._plan.connect_timeout
+        worker.dialer = Dialer(self._loop, self._addresses[vhost], timeout, done)
+        worker.dialer.start()
+
+    def _answer(self, worker: Worker, backend: socket.socket | None, reason: str) -> None:
+        try:
+            if backend is None:
+                why = reason.encode(errors="replace")[:255]
+                worker.socket.send(messages.BACKEND_FAILED + why)
+            else:
+                give(worker.socket, messages.BACKEND, [backend])
+        except OSError as error:
+            # It may have gone in the meantime; then its end is on record already.
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
+                worker.kill(f"does not take its backend: {error.strerror}")

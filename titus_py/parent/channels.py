@@ -1,0 +1,92 @@
+"""The parent's way to keyd: opening a worker's channel, and hearing what keyd refused.
+
+Run by the parent, which trusts keyd and never waits for it.
+"""
+
+import socket
+from collections.abc import Callable
+
+from keyd.linux.descriptors import send_descriptors
+from keyd.protocol import MAX_REFUSAL_OCTETS, Malformed, Open, Refusal
+from titus_py.between.event_loop import EventLoop
+from titus_py.parent.outbox import Tell
+from titus_py.parent.worker import Offer
+
+__all__ = ["Channels"]
+
+#: How soon to look again for a keyd that could not take a message.
+_PAUSE_SECONDS = 0.05
+
+
+class Channels:
+    """The control socket of the keyd that there is, if there is one.
+
+    ``refused`` is called with each refusal that keyd tells of.
+    """
+
+    def __init__(self, loop: EventLoop, tell: Tell, refused: Callable[[Refusal], None]) -> None:
+        self._loop = loop
+        self._tell = tell
+        self._refused = refused
+        self._keyd: socket.socket | None = None
+
+    @property
+    def there(self) -> bool:
+        return self._keyd is not None
+
+    def take(self, keyd: socket.socket) -> None:
+        """Use this keyd from now on."""
+        self._lose()
+        keyd.setblocking(False)
+        self._keyd = keyd
+        self._loop.watch(keyd.fileno(), self._hear)
+
+    def open(self, connection: int, offer: Offer, lifetime: float) -> socket.socket | None:
+        """A worker's channel, for one operation within ``lifetime`` seconds.
+
+        None if there is none for now: the loop wakes up when it is time to ask again.
+        """
+        if self._keyd is None:
+            return None
+        terms = Open(connection, int(lifetime * 1000), operations=1, grants=offer.grants)
+        try:
+            ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            # No descriptor is left for it.
+            self._loop.after(_PAUSE_SECONDS, lambda: None)
+            return None
+        with keyds:
+            try:
+                send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
+            except OSError:
+                # Full or gone. If it is alive, it will have caught up in a moment.
+                ours.close()
+                self._loop.after(_PAUSE_SECONDS, lambda: None)
+                return None
+        return ours
+
+    def _lose(self) -> None:
+        if self._keyd is not None:
+            self._loop.unwatch(self._keyd.fileno())
+            self._keyd.close()
+            self._keyd = None
+
+    def _hear(self) -> None:
+        if self._keyd is None:
+            return
+        try:
+            message = self._keyd.recv(MAX_REFUSAL_OCTETS + 1)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            self._lose()
+            self._tell("keyd_lost", level="warning")
+            return
+        try:
+            refusal = Refusal.decode(message)
+        except Malformed as error:
+            self._tell("keyd_incomprehensible", level="error", reason=str(error))
+            return
+        self._refused(refusal)

@@ -1,0 +1,264 @@
+"""The workers that there are: ordered, spare, busy, ended. Run by the parent.
+
+When to have spares forked and how many, what to do when forking fails, and reaping. It trusts
+the fork server; of a worker it only knows what the kernel says of it.
+"""
+
+import errno
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Sized
+from contextlib import suppress
+
+from keyd.linux.process import how_ended
+from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.messages import Forked
+from titus_py.between.plan import Plan
+from titus_py.between.report import make_report, read_report
+from titus_py.parent.forks import Forks
+from titus_py.parent.outbox import Tell
+from titus_py.parent.worker import Worker
+
+__all__ = ["Pool"]
+
+_FORK_PAUSE_SECONDS = (0.1, 5.0)
+#: How soon to look again for the end of a worker without a pidfd.
+_REAP_SECONDS = 0.1
+#: How long forking waits for the client that was just given a worker to be served.
+_SPARES_SECONDS = 0.02
+#: Workers in a row that fail to confine themselves before the parent gives up.
+_MAX_FAILED_WORKERS = 5
+
+
+class Pool:
+    """``waiting`` are the clients that wait for a worker: looked at for whether there are any.
+
+    ``heard`` is called when a worker's socket can be read, ``ended`` when a worker that had
+    a client has ended: with how, or nothing where it exited as it should.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        plan: Plan,
+        forks: Forks,
+        waiting: Sized,
+        tell: Tell,
+        heard: Callable[[Worker], None],
+        ended: Callable[[Worker, str], None],
+    ) -> None:
+        self._loop = loop
+        self._plan = plan
+        self._forks = forks
+        self._waiting = waiting
+        self._tell = tell
+        self._heard = heard
+        self._ended = ended
+        # The uid that was freed longest ago is taken first.
+        self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
+        #: By uid: all of them, and those that are not ready yet.
+        self._workers: dict[int, Worker] = {}
+        self._forming: set[int] = set()
+        #: Those that are ready for a client.
+        self.spares: deque[Worker] = deque()
+        self._draining = False
+        self._failed_workers = 0
+        self._fork_pause = 0.0
+        self._fork_timer: Timer | None = None
+        self._spares_timer: Timer | None = None
+
+    def __len__(self) -> int:
+        """How many workers there are, in whatever state."""
+        return len(self._workers)
+
+    @property
+    def coming(self) -> int:
+        """How many there are, or will soon be, for clients that have none."""
+        return len(self.spares) + len(self._forming)
+
+    def drain(self) -> None:
+        """From now on, workers are forked only for clients that wait already."""
+        self._draining = True
+
+    def dismiss_spares(self) -> None:
+        """End those that have no client: nobody is left for them to serve."""
+        self.spares.clear()
+        for worker in self._workers.values():
+            if worker.offer is None:
+                worker.hang_up()
+        self._forks.finish()
+
+    def kill_all(self, reason: str) -> None:
+        self.forget_unforked()
+        for worker in list(self._workers.values()):
+            worker.kill(reason)
+
+    def look_at_spares(self) -> None:
+        """Once half of the spares are used up, have as many forked as are missing, in a row.
+
+        After each fork the fork server pays for every page that it writes to: in a row, and
+        undisturbed, it writes to few. It does not begin while the client is served that got
+        the last one, unless there are too few left for that.
+        """
+        left = self.coming
+        if left > self._plan.spare_workers // 2 or not self._may_fork():
+            return
+        if self._waiting or left <= self._plan.spare_workers // 4:
+            self._fork_spares()
+        elif self._spares_timer is None:
+            self._spares_timer = self._loop.after(_SPARES_SECONDS, self._fork_spares)
+
+    def may_serve(self, worker: Worker) -> None:
+        """Once it has been forked, and has said that it is confined, in whatever order."""
+        if worker.ready and worker.pidfd >= 0:
+            self._failed_workers = 0
+            self._forming.discard(worker.uid)
+            self.spares.append(worker)
+
+    # --- forking ------------------------------------------------------------------------
+
+    def _fork_spares(self) -> None:
+        if self._spares_timer is not None:
+            self._spares_timer.cancel()
+            self._spares_timer = None
+        try:
+            while self._may_fork():
+                self._fork()
+        except OSError as error:
+            self._fork_failed(str(error.strerror))
+
+    def _may_fork(self) -> bool:
+        """Whether a spare is missing, and another worker is possible."""
+        room = self._plan.max_workers + self._plan.spare_workers - len(self._workers)
+        return (
+            (not self._draining or bool(self._waiting))
+            and self._fork_timer is None
+            and self.coming < self._plan.spare_workers
+            and room > 0
+            and bool(self._uids)
+            and not self._forks.busy
+        )
+
+    def _fork_failed(self, reason: str) -> None:
+        shortest, longest = _FORK_PAUSE_SECONDS
+        if not self._fork_pause:
+            self._tell("fork_failed", level="error", reason=reason)
+        self._fork_pause = min(max(shortest, self._fork_pause * 2), longest)
+        if self._fork_timer is None:
+            self._fork_timer = self._loop.after(self._fork_pause, self._fork_again)
+
+    def _fork_again(self) -> None:
+        self._fork_timer = None
+
+    def _fork(self) -> None:
+        """Have a worker forked; ``forked`` will hear of it. Raises OSError."""
+        ours, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with workers:
+            report = make_report()
+            uid = self._uids.popleft()
+            try:
+                self._forks.order(uid, report, workers.fileno())
+            except OSError:
+                self._uids.appendleft(uid)
+                ours.close()
+                os.close(report)
+                raise
+        ours.setblocking(False)
+        worker = Worker(uid, report, ours)
+        self._workers[uid] = worker
+        self._forming.add(uid)
+        self._loop.watch(ours.fileno(), lambda: self._heard(worker))
+
+    def forked(self, forked: Forked, pidfd: int) -> None:
+        """What came of an order; ``pidfd`` is -1 where there is none."""
+        worker = self._workers.get(forked.uid)
+        if worker is None:
+            # It was forgotten meanwhile. It finds that we hung up.
+            if pidfd >= 0:
+                self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
+            return
+        if forked.error:
+            self._forget(worker)
+            os.close(worker.report)
+            self._fork_failed(os.strerror(forked.error))
+            return
+        if pidfd < 0:
+            # There was no descriptor left for it. A spare that nobody can watch is of no use.
+            worker.hang_up()
+            self._fork_failed(os.strerror(errno.EMFILE))
+            self._reap_unwatched(worker, forked.pid)
+            return
+        if self._fork_pause:
+            self._fork_pause = 0.0
+            self._tell("fork_works_again", level="warning")
+        worker.pidfd = pidfd
+        self._loop.watch(pidfd, lambda: self._bury(worker))
+        if worker.killed_for:
+            worker.kill(worker.killed_for)
+            return
+        self.may_serve(worker)
+
+    # --- their end ----------------------------------------------------------------------
+
+    def _bury(self, worker: Worker) -> None:
+        """Note how a worker ended, and take back what it had."""
+        status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
+        self._loop.unwatch(worker.pidfd)
+        os.close(worker.pidfd)
+        self._forget(worker)
+        with suppress(ValueError):
+            self.spares.remove(worker)
+        how = _how(status) if status is not None else "lost"
+        if worker.offer is not None:
+            self._ended(worker, how)
+            return
+        # It never had a client: what it says is our code's.
+        why = read_report(worker.report).detail
+        os.close(worker.report)
+        if how and not self._draining:
+            self._worker_failed(worker, how, why)
+
+    def _worker_failed(self, worker: Worker, how: str, why: str) -> None:
+        self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=why)
+        self._failed_workers += 1
+        if self._failed_workers >= _MAX_FAILED_WORKERS:
+            sys.exit("titus-py: workers cannot confine themselves: " + why)
+        self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
+
+    def _forget(self, worker: Worker) -> None:
+        """It has ended, or never began; its namespace ended with it: nobody has its uid."""
+        if worker.socket.fileno() >= 0:
+            self._loop.unwatch(worker.socket.fileno())
+            worker.socket.close()
+        del self._workers[worker.uid]
+        self._forming.discard(worker.uid)
+        self._uids.append(worker.uid)
+
+    def forget_unforked(self) -> None:
+        """Forget workers that were ordered and may never come; one that does finds nobody."""
+        for worker in [one for one in self._workers.values() if one.pidfd < 0]:
+            self._forget(worker)
+            os.close(worker.report)
+
+    def _reap_forgotten(self, pidfd: int) -> None:
+        self._loop.unwatch(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+
+    def _reap_unwatched(self, worker: Worker, pid: int) -> None:
+        """A spare that was told to leave; its pid is its own until this has seen its end."""
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+            self._loop.after(_REAP_SECONDS, lambda: self._reap_unwatched(worker, pid))
+            return
+        if self._workers.get(worker.uid) is worker:
+            self._forget(worker)
+            os.close(worker.report)
+
+
+def _how(status: os.waitid_result) -> str:
+    """How a process ended, or nothing where it exited as it should."""
+    if status.si_code == os.CLD_EXITED:
+        return how_ended(status.si_status) if status.si_status else ""
+    return how_ended(-status.si_status)

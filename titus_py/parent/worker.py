@@ -1,0 +1,78 @@
+"""The parent's end of one worker: what it was given, and how to end it. Run by the parent."""
+
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from keyd.protocol import Operation
+from titus_py.between.event_loop import Timer
+from titus_py.parent.dialer import Dialer
+
+__all__ = ["Offer", "Worker"]
+
+
+class Offer(NamedTuple):
+    """What a client that came to one local address may have."""
+
+    vhosts: tuple[int, ...]
+    #: By SHA-256 of the public key, 32 octets.
+    grants: dict[bytes, frozenset[Operation]]
+
+
+class Worker:
+    """From the order to fork it until it has been reaped. Times are of time.monotonic(3)."""
+
+    __slots__ = (
+        "address",
+        "client",
+        "connection",
+        "deadline",
+        "dialer",
+        "forked",
+        "killed_for",
+        "local",
+        "offer",
+        "pidfd",
+        "ready",
+        "report",
+        "socket",
+        "started",
+        "uid",
+        "vhost",
+    )
+
+    def __init__(self, uid: int, report: int, end: socket.socket) -> None:
+        self.uid = uid
+        #: -1 until it has been forked.
+        self.pidfd = -1
+        self.report = report
+        self.socket = end
+        self.ready = False
+        self.connection = 0
+        self.address = ""
+        self.client = ""
+        self.local = ""
+        self.forked = time.monotonic()
+        self.started = 0.0
+        #: None until it has a client.
+        self.offer: Offer | None = None
+        self.deadline: Timer | None = None
+        self.dialer: Dialer | None = None
+        self.killed_for = ""
+        self.vhost: int | None = None
+
+    def kill(self, reason: str) -> None:
+        """End it. The first reason is the one that is logged."""
+        self.killed_for = self.killed_for or reason
+        # Before it has been forked there is nothing to kill: the pool ends it then.
+        if self.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def hang_up(self) -> None:
+        """Let it see end-of-file: a spare leaves by itself then."""
+        # One that has just ended has hung up already.
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
