@@ -115,10 +115,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     # The supervisor loads no OpenSSL, and hashlib would: it has implementations of its own.
     sys.modules["_hashlib"] = None  # type: ignore[assignment]
-    from titus_py.configuration.helper import KEYD_CHECK, Helper
+    from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper
 
-    # What it has to load takes as long as what we have to: side by side.
-    keyd_check = Helper(KEYD_CHECK)
+    # What they have to load takes as long as what we have to: side by side.
+    helpers = Helper(KEYD_CHECK), Helper(HANDSHAKE_CHECK)
     from titus_py.commands.check import report
     from titus_py.configuration import Loaded, from_options, load
     from titus_py.configuration.checking import check
@@ -134,13 +134,15 @@ def _serve(arguments: argparse.Namespace) -> int:
         legacy = succession.inherited()
         tried_out = succession.rehearse()
     except succession.CannotTakeOver as error:
-        keyd_check.dismiss()
+        for helper in helpers:
+            helper.dismiss()
         print(f"the new program cannot take over: {error}", file=sys.stderr)
         return 2
     if legacy is not None:
-        keyd_check.dismiss()
+        for helper in helpers:
+            helper.dismiss()
         return take_over(legacy, lambda: check(read()))
-    checked = check(read(), keyd_check)
+    checked = check(read(), *helpers)
     if checked.mistakes:
         report(checked)
         return 2

@@ -6,12 +6,14 @@ import errno
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from OpenSSL import SSL
+
+from titus_py.worker.tls import set_groups
 
 TIMEOUT = 10.0
 RESET = struct.pack("ii", 1, 0)
@@ -39,6 +41,7 @@ class TlsClient:
         host: str = "127.0.0.1",
         source: socket.socket | None = None,
         receive_buffer: int | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(versions[0])
@@ -48,6 +51,8 @@ class TlsClient:
             context.set_verify(SSL.VERIFY_PEER)
         if ciphers is not None:
             context.set_cipher_list(ciphers.encode())
+        if groups is not None:
+            set_groups(context, groups)
         self.tls = SSL.Connection(context, None)
         self.tls.set_connect_state()
         if server_name is not None:

@@ -8,6 +8,8 @@ references as text, addresses resolved, listening sockets open.
 import json
 from typing import NamedTuple
 
+from titus_py.between.virtual_host import TlsSettings
+
 __all__ = ["Limits", "Plan", "ResolvedAddress", "VirtualHost", "address_text", "resolved"]
 
 #: A family and what connect(2) takes for it.
@@ -36,11 +38,7 @@ class VirtualHost(NamedTuple):
     key: str
     backend: str
     addresses: tuple[ResolvedAddress, ...]
-    min_version: str
-    max_version: str
-    ciphers: str | None
-    ciphersuites: str | None
-    rsa_key_exchange: bool
+    tls: TlsSettings
 
 
 class Plan(NamedTuple):
@@ -71,7 +69,13 @@ class Plan(NamedTuple):
         fields = json.loads(octets)
         fields["limits"] = Limits(*fields["limits"])
         fields["vhosts"] = tuple(
-            VirtualHost(**vhost | {"addresses": resolved(vhost["addresses"])})
+            VirtualHost(
+                **vhost
+                | {
+                    "addresses": resolved(vhost["addresses"]),
+                    "tls": TlsSettings.decode(vhost["tls"]),
+                }
+            )
             for vhost in fields["vhosts"]
         )
         return cls(**fields)

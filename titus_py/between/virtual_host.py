@@ -1,12 +1,32 @@
-"""Which virtual host a client asked for: the first that matches, in the file's order.
+"""Which virtual host a client asked for, the first that matches in the file's order, and what a
+client and it may agree on.
 
 Used by the worker on a name that its client chose (unprivileged, the name not
 trusted), and by the supervisor to find virtual hosts that can never match.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["applies_to", "matches", "select"]
+__all__ = ["TlsSettings", "applies_to", "matches", "select"]
+
+
+class TlsSettings(NamedTuple):
+    """What a virtual host's clients may negotiate; None is the default."""
+
+    min_version: str
+    max_version: str
+    ciphers: str | None
+    ciphersuites: str | None
+    groups: tuple[str, ...] | None
+    rsa_key_exchange: bool
+
+    @classmethod
+    def decode(cls, fields: list[Any]) -> "TlsSettings":
+        """From what JSON has made of it."""
+        settings = cls(*fields)
+        groups = settings.groups
+        return settings._replace(groups=tuple(groups) if groups is not None else None)
 
 
 def matches(pattern: str, server_name: str | None) -> bool:

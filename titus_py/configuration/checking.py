@@ -1,10 +1,12 @@
 """Checking a configuration to the end: also what only the keys' own process may look at.
 
 Runs in the supervisor (root) and in ``titus-py check``. Neither may hold a private key or
-load a TLS library, so a short-lived child, ``keyd check``, reads the keys and
-certificates. Its answer is trusted as keyd is, once it has the right form.
+load a TLS library. So a short-lived child, ``keyd check``, reads the keys and certificates, and
+another, ``titus_py.fork_server.handshake_check``, tries what the workers will do with them. Their
+answers are trusted as keyd is, once they have the right form.
 """
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -12,7 +14,8 @@ from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationErr
 
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake
 from titus_py.configuration.file_watch import FileWatch
-from titus_py.configuration.helper import CIPHER_CHECK, KEYD_CHECK, Helper, Unanswered
+from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
+from titus_py.configuration.mistake import Source
 
 __all__ = ["CertificateFacts", "Checked", "check"]
 
@@ -75,21 +78,24 @@ class _Answer(BaseModel):
 
 
 _ANSWERS = TypeAdapter(list[_Answer])
-_PROBLEMS = TypeAdapter(list[tuple[str, str]])
+#: For each virtual host its mistakes and its warnings, each a setting and a reason.
+_HANDSHAKES = TypeAdapter(list[tuple[list[tuple[str, str]], list[tuple[str, str]]]])
 
 
 def check(
-    loaded: Loaded, keyd_check: Helper | None = None, timeout: float = _TIMEOUT_SECONDS
+    loaded: Loaded,
+    keyd_check: Helper | None = None,
+    handshake_check: Helper | None = None,
+    timeout: float = _TIMEOUT_SECONDS,
 ) -> Checked:
     """Hold every certificate and key of a configuration against each other and the clock.
 
-    Asks helpers, one of which may have been started ahead, and waits for each for up to
-    ``timeout`` seconds, and half a second more for each certificate. Raises nothing: a helper
-    that fails is a mistake too.
+    And try whether a handshake is possible with them. Asks helpers, which may have been started
+    ahead, and waits for each for up to ``timeout`` seconds, and half a second more for each
+    certificate. Raises nothing: a helper that fails is a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
-    ciphers = _cipher_question(loaded)
-    cipher_check = Helper(CIPHER_CHECK) if ciphers else None
+    handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates = {}
@@ -99,7 +105,7 @@ def check(
         answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts
-            also = f" (also {', '.join(map(source.reference, others))})" if others else ""
+            also = _also(source, others)
             for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
                 found += [
                     source.mistake(f"{first}.{problem.field}", problem.reason + also)
@@ -110,12 +116,13 @@ def check(
     except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
-    if cipher_check is not None:
-        try:
-            unknown = _PROBLEMS.validate_json(cipher_check.ask(ciphers, timeout))
-            mistakes += [source.mistake(key, reason) for key, reason in unknown]
-        except (Unanswered, ValidationError) as error:
-            mistakes.append(source.mistake("", f"cipher suites could not be checked: {error}"))
+    try:
+        tried = _try_handshakes(handshake_check, loaded, certificates, timeout)
+        mistakes += tried[0]
+        warnings += tried[1]
+    except Unanswered as error:
+        reason = f"it could not be tried whether a handshake is possible: {error}"
+        mistakes.append(source.mistake("", reason))
     configuration = None if mistakes else loaded.configuration
     return Checked(configuration, mistakes, warnings, certificates, files)
 
@@ -132,20 +139,64 @@ def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[
     try:
         answers = _ANSWERS.validate_json(octets)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise Unanswered(f"not an answer: {problem['loc']}, {problem['msg']}") from None
+        raise Unanswered(f"not an answer: {_first_problem(error)}") from None
     if len(answers) != len(credentials):
         raise Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
     return answers
 
 
-def _cipher_question(loaded: Loaded) -> list[tuple[str, str]]:
-    """Each setting of cipher suites that there is, for OpenSSL to say whether it knows it."""
+def _try_handshakes(
+    helper: Helper,
+    loaded: Loaded,
+    certificates: Mapping[Credential, CertificateFacts],
+    timeout: float,
+) -> tuple[list[Mistake], list[Mistake]]:
+    """The mistakes and the warnings that come of it. Raises Unanswered."""
     if loaded.configuration is None:
-        return []
+        helper.dismiss()
+        return [], []
+    vhosts = loaded.configuration.vhost
+    question = []
+    for vhost in vhosts:
+        facts = certificates.get(vhost.credential)
+        question.append(
+            {
+                "certificate": str(vhost.certificate),
+                "chain": facts and facts.chain,
+                "reference": facts and facts.reference,
+                "settings": vhost.tls,
+            }
+        )
+    octets = helper.ask(question, timeout + len(vhosts) / 2)
+    try:
+        answers = _HANDSHAKES.validate_json(octets)
+    except ValidationError as error:
+        raise Unanswered(f"not an answer: {_first_problem(error)}") from None
+    if len(answers) != len(vhosts):
+        raise Unanswered(f"{len(answers)} answers to {len(vhosts)} questions")
+    return (
+        _for_all_alike(loaded.source, [mistakes for mistakes, _ in answers]),
+        _for_all_alike(loaded.source, [warnings for _, warnings in answers]),
+    )
+
+
+def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -> list[Mistake]:
+    """One line for what is wrong with many virtual hosts in the same way."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for number, problems in enumerate(found):
+        for problem in problems:
+            alike.setdefault(problem, []).append(f"vhost[{number}]")
     return [
-        (f"vhost[{number}].{key}", names)
-        for number, vhost in enumerate(loaded.configuration.vhost)
-        for key, names in (("ciphers", vhost.ciphers), ("ciphersuites", vhost.ciphersuites))
-        if names is not None
+        source.mistake(f"{first}.{setting}", reason + _also(source, others))
+        for (setting, reason), (first, *others) in alike.items()
     ]
+
+
+def _also(source: Source, vhosts: Sequence[str]) -> str:
+    """Who else a mistake concerns."""
+    return f" (also {', '.join(map(source.reference, vhosts))})" if vhosts else ""
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{problem['loc']}, {problem['msg']}"

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-__all__ = ["CIPHER_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
+__all__ = ["HANDSHAKE_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
 
 #: Isolated: neither the working directory nor the environment decides what reads the keys.
 KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
-CIPHER_CHECK = (sys.executable, "-I", "-m", "titus_py.configuration.cipher_check")
+HANDSHAKE_CHECK = (sys.executable, "-I", "-m", "titus_py.fork_server.handshake_check")
 
 
 class Unanswered(Exception):

@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from titus_py.between.virtual_host import applies_to
+from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
@@ -28,6 +28,7 @@ from titus_py.configuration.values import (
     EmptyDirectory,
     File,
     FilePath,
+    Groups,
     Integer,
     KeydUser,
     ListenAddress,
@@ -271,11 +272,20 @@ class VirtualHost(Credentials, Match):
     )
     ciphers: CipherList | None = Field(
         default=None,
-        description="The TLS 1.2 suites, as an OpenSSL cipher list. "
-        "Absent: the forward-secret ones with authenticated encryption.",
+        description="The TLS 1.2 suites, best first, as an OpenSSL cipher list. Offered are those "
+        "of ECDHE (and of the RSA key exchange where that is turned on, after them): the check "
+        "names what else the list asks for. Absent: those with authenticated encryption.",
     )
     ciphersuites: Ciphersuites | None = Field(
-        default=None, description="The TLS 1.3 suites, colons between. Absent: OpenSSL's default."
+        default=None,
+        description="The TLS 1.3 suites, best first, colons between. Absent: OpenSSL's default.",
+    )
+    groups: Groups | None = Field(
+        default=None,
+        description="The groups for the key exchange, best first, such as "
+        '["X25519MLKEM768", "X25519", "P-256"]. A client that guessed another than the best one '
+        "keeps to its guess, but not where the best one is post-quantum and its guess is not. "
+        "Absent: X25519MLKEM768, SecP256r1MLKEM768, X25519, P-256, X448, P-384, P-521.",
     )
     rsa_key_exchange: Boolean = Field(
         default=False,
@@ -297,6 +307,10 @@ class VirtualHost(Credentials, Match):
         if value and info.data.get("min_version") == "TLSv1.3":
             raise ValueError("TLS 1.3 has no RSA key exchange: set min_version to TLSv1.2")
         return value
+
+    @property
+    def tls(self) -> TlsSettings:
+        return TlsSettings(*(getattr(self, field) for field in TlsSettings._fields))
 
 
 _Element = TypeVar("_Element")

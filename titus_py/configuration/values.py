@@ -32,6 +32,7 @@ __all__ = [
     "EmptyDirectory",
     "File",
     "FilePath",
+    "Groups",
     "Integer",
     "KeydUser",
     "ListenAddress",
@@ -54,6 +55,22 @@ _TLS13_SUITES = (
     "TLS_AES_128_CCM_SHA256",
     "TLS_AES_128_CCM_8_SHA256",
 )
+#: The groups that keyd signs parameters of in TLS 1.2, and those that only TLS 1.3 has, with
+#: their other names.
+_GROUPS = {
+    "X25519MLKEM768": (),
+    "SecP256r1MLKEM768": (),
+    "SecP384r1MLKEM1024": (),
+    "MLKEM512": (),
+    "MLKEM768": (),
+    "MLKEM1024": (),
+    "X25519": (),
+    "X448": (),
+    "P-256": ("secp256r1", "prime256v1"),
+    "P-384": ("secp384r1",),
+    "P-521": ("secp521r1",),
+}
+_GROUP_OF = {name.lower(): group for group, names in _GROUPS.items() for name in (group, *names)}
 
 
 class User(NamedTuple):
@@ -277,6 +294,27 @@ def _ciphersuites(text: str) -> str:
     return text
 
 
+def _groups(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'expected a list of groups, such as ["X25519", "P-256"], not {described(value)}'
+        )
+    if not value:
+        raise ValueError("an empty list leaves no handshake: leave groups out for the default")
+    return tuple(dict.fromkeys(_group(_text(name)) for name in value))
+
+
+def _group(name: str) -> str:
+    group = _GROUP_OF.get(name.lower())
+    if group is None:
+        meant = nearest(name.lower(), _GROUP_OF)
+        raise ValueError(
+            f"{described(name)} is no group that is served"
+            + (f": did you mean {_GROUP_OF[meant]}?" if meant else f" ({', '.join(_GROUPS)})")
+        )
+    return group
+
+
 Integer = Annotated[int, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
 Duration = Annotated[float, PlainValidator(_duration), PlainSerializer(_duration_text)]
@@ -297,3 +335,4 @@ LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names)]
 CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
+Groups = Annotated[tuple[str, ...], PlainValidator(_groups)]

@@ -84,14 +84,8 @@ def main() -> int:
 
 
 def _site(vhost: VirtualHost) -> Site:
-    context = make_context(
-        Credentials(vhost.certificate_chain, vhost.key_reference),
-        vhost.min_version,
-        vhost.max_version,
-        vhost.ciphers,
-        vhost.ciphersuites,
-        vhost.rsa_key_exchange,
-    )
+    credentials = Credentials(vhost.certificate_chain, vhost.key_reference)
+    context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
     return Site(names, context)
 

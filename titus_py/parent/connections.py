@@ -223,7 +223,7 @@ class Connections:
         for number in vhosts:
             vhost = self._plan.vhosts[number]
             operations = {Operation.SIGN}
-            if vhost.rsa_key_exchange:
+            if vhost.tls.rsa_key_exchange:
                 operations.add(Operation.DECRYPT)
             key = bytes.fromhex(vhost.key)
             grants[key] = grants.get(key, frozenset()) | operations

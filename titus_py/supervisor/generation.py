@@ -262,11 +262,7 @@ class Generation:
             key=facts.key_id.hex(),
             backend=str(vhost.backend),
             addresses=addresses,
-            min_version=vhost.min_version,
-            max_version=vhost.max_version,
-            ciphers=vhost.ciphers,
-            ciphersuites=vhost.ciphersuites,
-            rsa_key_exchange=vhost.rsa_key_exchange,
+            tls=vhost.tls,
         )
 
 

@@ -6,28 +6,68 @@ OPENSSL_CONF has to have loaded before this module is imported.
 """
 
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 from OpenSSL import SSL
+from OpenSSL._util import lib
 
 from keyd.linux.sealed import sealed_file
+from titus_py.between.virtual_host import TlsSettings
 
 with warnings.catch_warnings():
     # Deprecated for making random numbers, which is not what it is used for here.
     warnings.simplefilter("ignore", DeprecationWarning)
     from OpenSSL import rand
 
-__all__ = ["Credentials", "client_hello", "make_context", "reseed"]
+__all__ = [
+    "BUILT_IN_LEVEL",
+    "VERSIONS",
+    "Credentials",
+    "client_hello",
+    "make_context",
+    "offered_suites",
+    "reseed",
+    "security_level",
+    "selected_suites",
+    "set_groups",
+    "set_signature_schemes",
+]
 
-_VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
+VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
 
 #: Forward-secret AEAD suites for TLS 1.2 (RFC 9325 §4.2).
 _TLS12_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20"
 #: Without forward secrecy: only where the RSA key exchange is turned on.
 _TLS12_RSA_SUITES = "kRSA+AESGCM"
+
+#: What a TLS 1.2 handshake can be completed with: keyd signs the parameters of ECDHE and no
+#: others, and decrypts for the RSA key exchange. (The tags of CCM8 are too short for OpenSSL.)
+_ECDHE = "kECDHE+aRSA:kECDHE+aECDSA:!eNULL:!AESCCM8"
+_RSA_KEY_EXCHANGE = "kRSA:!eNULL:!AESCCM8"
+
+#: OpenSSL's security level (SSL_CTX_set_security_level(3)), of which a setting only makes more.
+BUILT_IN_LEVEL = 2
+
+#: The schemes that keyd signs with (``keyd.protocol``), in OpenSSL's order. OpenSSL's own list has
+#: others, that a client could ask for.
+_SIGNATURE_SCHEMES = (
+    "ecdsa_secp256r1_sha256:ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ed25519:"
+    "rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:rsa_pss_rsae_sha512:"
+    "rsa_pkcs1_sha256:rsa_pkcs1_sha384:rsa_pkcs1_sha512"
+)
+
+#: OpenSSL's default, without the groups that keyd signs no parameters of: those of finite fields,
+#: and SM2's.
+_GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "X448", "P-384", "P-521")
+
+#: SSL_OP_PRIORITIZE_CHACHA, for which pyOpenSSL has no name.
+_PRIORITIZE_CHACHA = 1 << 21
 
 
 class Credentials(NamedTuple):
@@ -37,33 +77,86 @@ class Credentials(NamedTuple):
     key_reference: str
 
 
-def make_context(
-    credentials: Credentials,
-    min_version: str,
-    max_version: str,
-    ciphers: str | None,
-    ciphersuites: str | None,
-    rsa_key_exchange: bool,
-) -> SSL.Context:
-    """A server's context; raises SSL.Error where OpenSSL does not take a setting."""
+def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context:
+    """A server's context; raises SSL.Error where OpenSSL does not take what it is given."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
-    context.set_min_proto_version(_VERSIONS[min_version])
-    context.set_max_proto_version(_VERSIONS[max_version])
-    suites = ciphers or _TLS12_SUITES
-    if rsa_key_exchange:
-        suites += ":" + _TLS12_RSA_SUITES
-    context.set_cipher_list(suites.encode())
-    if ciphersuites is not None:
-        context.set_tls13_ciphersuites(ciphersuites.encode())
+    context.set_min_proto_version(VERSIONS[settings.min_version])
+    context.set_max_proto_version(VERSIONS[settings.max_version])
+    suites: Sequence[str] = ["DEFAULT"]  # of no use to TLS 1.3, which it goes with
+    if settings.min_version == "TLSv1.2":
+        suites = offered_suites(settings.ciphers, settings.rsa_key_exchange)
+    level = f"@SECLEVEL={security_level(settings.ciphers)}"
+    context.set_cipher_list(":".join([*suites, level]).encode())
+    if settings.ciphersuites is not None:
+        context.set_tls13_ciphersuites(settings.ciphersuites.encode())
+    set_groups(context, settings.groups)
+    set_signature_schemes(context)
     # Resumption would need a secret that every worker shares, or a store that does.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    # The order is ours (RFC 9325 §4.1), but that a client which prefers ChaCha20 has no AES in
+    # its hardware, and knows better.
+    context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     with _as_path(credentials.certificate_chain) as path:
         context.use_certificate_chain_file(path)
     with _as_path(credentials.key_reference) as path:
         context.use_privatekey_file(path)
     context.check_privatekey()
     return context
+
+
+@cache
+def offered_suites(ciphers: str | None, rsa_key_exchange: bool) -> tuple[str, ...]:
+    """The TLS 1.2 suites of a setting that a handshake can be completed with, best first.
+
+    Whatever the setting says: those of ECDHE, in its order, and where the RSA key exchange is
+    turned on those of it after them; if the setting names none, the default ones.
+    """
+    selected = selected_suites(ciphers or _TLS12_SUITES)
+    possible = set(selected_suites(_ECDHE))
+    offered = [suite for suite in selected if suite in possible]
+    if rsa_key_exchange:
+        possible = set(selected_suites(_RSA_KEY_EXCHANGE))
+        named = [suite for suite in selected if suite in possible]
+        offered += named or selected_suites(_TLS12_RSA_SUITES)
+    return tuple(offered)
+
+
+@cache
+def selected_suites(ciphers: str) -> tuple[str, ...]:
+    """The TLS 1.2 suites that OpenSSL makes of a cipher list (ciphers(1)): none, perhaps."""
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_tls13_ciphersuites(b"")
+    try:
+        context.set_cipher_list(ciphers.encode())
+    except SSL.Error:
+        return ()
+    return tuple(SSL.Connection(context).get_cipher_list())
+
+
+def security_level(ciphers: str | None) -> int:
+    """The level that a cipher list asks for with ``@SECLEVEL=``, or else the built-in one."""
+    asked = re.findall("@SECLEVEL=([0-9])", ciphers or "")
+    return max(BUILT_IN_LEVEL, int(asked[-1]) if asked else 0)
+
+
+def set_groups(context: SSL.Context, groups: Sequence[str] | None) -> None:
+    """The groups for the key exchange, best first; raises ValueError for one that is unknown.
+
+    A client that has guessed another than the best one keeps to its guess, for that saves a round
+    trip, but not where the best one is post-quantum and the other is not.
+    """
+    kinds = groupby(groups or _GROUPS, lambda group: "MLKEM" in group)
+    # SSL_CTX_set1_groups_list(3); pyOpenSSL has the function, and no method for it.
+    names = " / ".join(":".join(kind) for _, kind in kinds)
+    if lib.SSL_CTX_set1_curves_list(context._context, names.encode()) != 1:
+        raise ValueError(f"OpenSSL does not know each of these groups: {names}")
+
+
+def set_signature_schemes(context: SSL.Context) -> None:
+    """Those that keyd signs with: SSL_CTX_set1_sigalgs_list(3), as above."""
+    if lib.SSL_CTX_set1_sigalgs_list(context._context, _SIGNATURE_SCHEMES.encode()) != 1:
+        raise ValueError("OpenSSL does not know each scheme that keyd signs with")
 
 
 def client_hello() -> bytes:

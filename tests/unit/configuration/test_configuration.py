@@ -106,6 +106,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "max_version": "TLSv1.3",
                 "ciphers": None,
                 "ciphersuites": None,
+                "groups": None,
                 "rsa_key_exchange": False,
             }
         ],
@@ -145,6 +146,7 @@ def test_everything_said(load_text: Load) -> None:
         max_version = "TLSv1.3"
         ciphers = "ECDHE+AESGCM:!SHA1"
         ciphersuites = "TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+        groups = ["x25519mlkem768", "X25519", "secp256r1", "prime256v1", "P-384"]
         [[vhost]]
         certificate = "site.crt"
         key = "site.key"
@@ -296,6 +298,12 @@ def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
             "rsa_key_exchange: expected true or false, not 1",
         ),
         ('ciphers = ""', "ciphers: expected an OpenSSL cipher list"),
+        ("groups = []", "groups: an empty list leaves no handshake"),
+        ('groups = "X25519"', 'expected a list of groups, such as ["X25519", "P-256"], not'),
+        ('groups = ["x2551"]', "did you mean X25519?"),
+        ('groups = ["ffdhe2048"]', '"ffdhe2048" is no group that is served (X25519MLKEM768,'),
+        ('groups = ["brainpoolP256r1"]', "no group that is served"),
+        ("groups = [29]", "expected a string, not 29"),
         ('ciphersuites = "TLS_AES_128"', "did you mean TLS_AES_128_GCM_SHA256?"),
         ('ciphersuites = "DES"', '"DES" is no TLS 1.3 suite (TLS_AES_256_GCM_SHA384,'),
     ],

@@ -1,0 +1,337 @@
+"""Whether a handshake is possible with what a configuration asks for, and what of that is not.
+
+A short-lived child of ``check``, so that neither the supervisor nor ``titus-py check`` loads
+OpenSSL. It makes the contexts that the fork server will make, with the certificates and the key
+references that ``keyd check`` found, and leads a handshake of each kind to where keyd would be
+asked: there is none here, and no private key. Trusts the supervisor.
+
+Standard input has a JSON list of questions (``_Question``), standard output gets a list of
+answers, to each [[setting, reason], ...] of its mistakes and of its warnings.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from keyd.linux.sealed import sealed_file
+from keyd.provider import openssl_configuration
+
+# The library reads it once it is loaded. The provider is told of no keyd.
+_CONFIGURATION = sealed_file("openssl.cnf", openssl_configuration("").encode())
+os.environ["OPENSSL_CONF"] = f"/proc/self/fd/{_CONFIGURATION}"
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL
+
+from titus_py.between.virtual_host import TlsSettings
+from titus_py.worker.tls import (
+    BUILT_IN_LEVEL,
+    VERSIONS,
+    Credentials,
+    make_context,
+    offered_suites,
+    security_level,
+    selected_suites,
+    set_groups,
+    set_signature_schemes,
+)
+
+__all__ = ["main"]
+
+Problems = list[tuple[str, str]]
+
+_SHOWN = 3
+
+
+class _Question(NamedTuple):
+    """A virtual host; the files of its certificate are None if something is wrong with them."""
+
+    certificate: str | None  #: the path
+    chain: str | None
+    reference: str | None
+    settings: TlsSettings
+
+
+def main() -> int:
+    """``python -m titus_py.fork_server.handshake_check``."""
+    answers = []
+    for fields in json.load(sys.stdin):
+        question = _Question(**fields | {"settings": TlsSettings.decode(fields["settings"])})
+        settings = question.settings
+        key = _kind(question.chain) if question.chain is not None else None
+        mistakes = _cipher_mistakes(settings, key) + _group_mistakes(settings)
+        warnings = [] if mistakes else _left_out(settings, key)
+        if key is not None and not mistakes:
+            mistakes = _handshake_mistakes(question)
+        answers.append((mistakes, warnings))
+    json.dump(answers, sys.stdout)
+    return 0
+
+
+@cache
+def _handshake_mistakes(question: _Question) -> Problems:
+    """What comes of the context that the fork server will make."""
+    settings = question.settings
+    try:
+        credentials = Credentials(question.chain or "", question.reference or "")
+        context = make_context(credentials, settings)
+    except SSL.Error as error:
+        return [_refused(question, error)]
+    found = []
+    for version in VERSIONS:
+        if settings.min_version <= version <= settings.max_version:
+            try:
+                _shake_hands(context, settings, version)
+            except _Failed as failed:
+                found.append(_blamed(question, version, str(failed)))
+    return found
+
+
+def _kind(chain: str) -> str:
+    """The kind of key that a chain's first certificate is for, as far as TLS tells keys apart."""
+    key = x509.load_pem_x509_certificate(chain.encode()).public_key()
+    if isinstance(key, rsa.RSAPublicKey):
+        return "RSA"
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return f"ECDSA, {key.curve.name}"
+    return "Ed25519"
+
+
+# --- what is asked for ---------------------------------------------------------------------
+
+
+@cache
+def _cipher_mistakes(settings: TlsSettings, key: str | None) -> Problems:
+    """Of the two lists of suites: what leaves no handshake, or is asked for in error."""
+    ciphers, ciphersuites = settings.ciphers, settings.ciphersuites
+    found = []
+    if ciphers is not None:
+        found += [("ciphers", reason) for reason in _never(ciphers)]
+        if not found and not selected_suites(ciphers):
+            found.append(("ciphers", f"OpenSSL finds no cipher suite in {ciphers!r}"))
+    if not found and settings.min_version == "TLSv1.2" and not _fit(settings, key):
+        reasons = [reason for setting, reason in _left_out(settings, key) if setting == "ciphers"]
+        if key is not None:
+            # Ed25519 goes with the suites of ECDSA (RFC 8422 §5.10).
+            kind = "RSA" if key == "RSA" else "ECDSA"
+            reasons.append(
+                f"for this certificate, whose key is {key.partition(',')[0]}, add "
+                f"ECDHE+a{kind}+AESGCM, or set min_version to TLSv1.3"
+            )
+        found.append(("ciphers", f"no suite of TLS 1.2 is left: {'; '.join(reasons)}"))
+    if ciphersuites is not None:
+        context = SSL.Context(SSL.TLS_SERVER_METHOD)
+        try:
+            context.set_tls13_ciphersuites(ciphersuites.encode())
+        except SSL.Error:
+            found.append(("ciphersuites", f"OpenSSL finds no cipher suite in {ciphersuites!r}"))
+    return found
+
+
+def _fit(settings: TlsSettings, key: str | None) -> set[str]:
+    """The TLS 1.2 suites that are offered and go with this kind of key, or with any."""
+    offered = set(_offered(settings))
+    if key is None:
+        return offered
+    ecdsa = set(selected_suites("aECDSA"))
+    return offered - ecdsa if key == "RSA" else offered & ecdsa
+
+
+def _offered(settings: TlsSettings) -> tuple[str, ...]:
+    return offered_suites(settings.ciphers, settings.rsa_key_exchange)
+
+
+def _never(ciphers: str) -> Iterator[str]:
+    """What nobody can want who knows what it is, and has asked for all the same."""
+    selected = set(selected_suites(ciphers))
+    for keyword, what in (("eNULL", "encryption"), ("aNULL", "authentication")):
+        never = set(selected_suites(keyword))
+        for element in _elements(ciphers):
+            suites = set(selected_suites(element))
+            if suites and suites <= never and suites & selected:
+                yield f"{element}: suites without {what} are never offered: remove it"
+    for level in re.findall("@SECLEVEL=([0-9])", ciphers):
+        if int(level) < BUILT_IN_LEVEL:
+            yield (
+                f"@SECLEVEL={level} is below {BUILT_IN_LEVEL}, which is kept whatever is "
+                "asked for: remove it"
+            )
+
+
+def _elements(ciphers: str) -> list[str]:
+    """The parts of a cipher list that add suites (ciphers(1))."""
+    parts = re.split("[:;, ]", re.sub("@[A-Z]+(=[0-9])?", "", ciphers))
+    return [part for part in parts if part and part[0] not in "!-+"]
+
+
+#: Suites for RSA keys that other servers have, and why they are not had here.
+_NOT_HERE = {
+    "kDHE+aRSA": "keyd signs for ECDHE, and not for DHE",
+    "kRSA": "the RSA key exchange is not forward-secret: it takes rsa_key_exchange = true",
+}
+#: Suites that hardly any server has. Lists like "HIGH" hold them too: whoever asks for nothing else
+#: is told.
+_NOWHERE = {
+    "PSK": "there are no pre-shared keys",
+    "SRP": "there are no passwords",
+    "aDSS": "no certificate is for a DSA key",
+    "AESCCM8": "its tag is too short for OpenSSL",
+}
+
+
+@cache
+def _left_out(settings: TlsSettings, key: str | None) -> Problems:
+    """What is asked for in vain: a line for each reason."""
+    found = []
+    if settings.rsa_key_exchange and key not in (None, "RSA"):
+        found.append(("rsa_key_exchange", "has no effect: the certificate is not for an RSA key"))
+    if settings.ciphers is None or settings.min_version != "TLSv1.2":
+        return found
+    selected = selected_suites(settings.ciphers)
+    missing = set(selected).difference(_offered(settings))
+    elements = _elements(settings.ciphers)
+    reasons = [
+        ([suite for suite in selected if suite in missing.intersection(selected_suites(kind))], why)
+        for kind, why in _NOT_HERE.items()
+        if key in (None, "RSA")
+    ]
+    reasons += [
+        ([element for element in elements if _are(element, kind, missing)], why)
+        for kind, why in _NOWHERE.items()
+    ]
+    unknown = [element for element in elements if not selected_suites(element)]
+    tls13 = [element for element in unknown if element.startswith("TLS_")]
+    others = [element for element in unknown if element not in tls13]
+    reasons.append((tls13, "suites of TLS 1.3 go into ciphersuites"))
+    reasons.append((others, "OpenSSL knows no such suite"))
+    found += [("ciphers", f"not offered: {_some(names)}: {why}") for names, why in reasons if names]
+    return found
+
+
+def _are(element: str, kind: str, missing: set[str]) -> bool:
+    """Whether an element of a cipher list adds nothing but missing suites of this kind."""
+    suites = set(selected_suites(element))
+    return bool(suites) and suites <= missing.intersection(selected_suites(kind))
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+@cache
+def _group_mistakes(settings: TlsSettings) -> Problems:
+    """Which groups this library has not: that there are such the configuration has checked."""
+    found = []
+    for group in settings.groups or ():
+        try:
+            set_groups(SSL.Context(SSL.TLS_SERVER_METHOD), [group])
+        except ValueError:
+            found.append(("groups", f"this OpenSSL does not know {group}: remove it"))
+    return found
+
+
+# --- what comes of it -------------------------------------------------------------------
+
+
+#: What OpenSSL has against a chain (SSL_CTX_set_security_level(3)), in other words.
+_TOO_WEAK = {
+    "ca key too small": "its key is too short",
+    "ca md too weak": "it is signed with a broken hash function (SHA-1, MD5)",
+    "ee key too small": "its key is too short",
+}
+
+
+def _refused(question: _Question, error: SSL.Error) -> tuple[str, str]:
+    """Which certificate of the chain OpenSSL does not take, and why."""
+    leaf, *others = x509.load_pem_x509_certificates((question.chain or "").encode())
+    where = "it"
+    for number, other in enumerate(others, 2):
+        pair = "".join(one.public_bytes(Encoding.PEM).decode() for one in (leaf, other))
+        try:
+            make_context(Credentials(pair, question.reference or ""), question.settings)
+        except SSL.Error:
+            where = f"certificate {number}, {other.subject.rfc4514_string()}"
+            break
+    reason = _reason(error)
+    level = security_level(question.settings.ciphers)
+    return (
+        "certificate",
+        f"{question.certificate}: no handshake is possible with {where}: "
+        f"{_TOO_WEAK.get(reason, reason)} (OpenSSL at security level {level}: {reason})",
+    )
+
+
+class _Failed(Exception):
+    """A handshake cannot be completed; the text says why, in OpenSSL's words."""
+
+
+def _blamed(question: _Question, version: str, reason: str) -> tuple[str, str]:
+    """The setting to look at."""
+    settings = question.settings
+    if version == "TLSv1.2" and settings.groups is not None:
+        return "groups", (
+            f"no TLS 1.2 handshake is possible with {', '.join(settings.groups)} ({reason}): "
+            "add X25519, or set min_version to TLSv1.3"
+        )
+    if version == "TLSv1.3" and settings.ciphersuites is not None:
+        return "ciphersuites", f"no handshake is possible with {version}: {reason}"
+    return "certificate", (
+        f"{question.certificate}: no handshake is possible with it: {version}: {reason}"
+    )
+
+
+def _shake_hands(context: SSL.Context, settings: TlsSettings, version: str) -> None:
+    """Let a client that can do all that is offered come so far that keyd would be asked.
+
+    Raises _Failed.
+    """
+    server, client = SSL.Connection(context), SSL.Connection(_client_context(settings, version))
+    server.set_accept_state()
+    client.set_connect_state()
+    sides = [(client, server), (server, client)]
+    while True:
+        for side, other in sides:
+            try:
+                side.do_handshake()
+            except SSL.WantReadError:
+                pass
+            except SSL.Error as error:
+                if side is server and any(library == "keyd" for library, _, _ in error.args[0]):
+                    return
+                raise _Failed(_reason(error)) from None
+            try:
+                other.bio_write(side.bio_read(1 << 16))
+            except SSL.WantReadError:
+                raise _Failed("neither side goes on") from None
+
+
+@cache
+def _client_context(settings: TlsSettings, version: str) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(VERSIONS[version])
+    context.set_max_proto_version(VERSIONS[version])
+    context.set_cipher_list(b"ALL")
+    if settings.ciphersuites is not None:
+        context.set_tls13_ciphersuites(settings.ciphersuites.encode())
+    if settings.groups is not None:
+        # A client of TLS 1.2 names its certificates' curves in the same list (RFC 8422 §5.1).
+        set_groups(context, [*settings.groups, "P-256", "P-384", "P-521"])
+    set_signature_schemes(context)
+    return context
+
+
+def _reason(error: SSL.Error) -> str:
+    """The first of OpenSSL's reasons: the cause, and not what failed for it."""
+    reasons = [reason for _, _, reason in error.args[0] if reason] if error.args else []
+    return reasons[0] if reasons else "no reason given"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
