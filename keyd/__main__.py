@@ -16,7 +16,7 @@ from typing import NoReturn
 import prctl
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from keyd.daemon import Confinement, Keyd, confine, confine_unprivileged
+from keyd.daemon import CannotLock, Confinement, Keyd, confine, confine_unprivileged
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory
@@ -46,6 +46,10 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         code: int = arguments.run(arguments)
+    except CannotLock as error:
+        # As for mistaken options: it will be so the next time, too.
+        print(f"keyd: {error}", file=sys.stderr)
+        return 2
     except (UnusableKey, Malformed, OSError, LookupError) as error:
         print(f"keyd: {error}", file=sys.stderr)
         return 1
@@ -124,6 +128,12 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", required=True, action="append", metavar="FILE")
     parser.add_argument("--passphrase-file", metavar="FILE", help="of those keys that have one")
     parser.add_argument("--user", help="whom root becomes once the keys are loaded")
+    parser.add_argument(
+        "--lock-memory",
+        choices=("required", "try"),
+        default="required",
+        help="whether to go without locked memory where there can be none",
+    )
     parser.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
 
 
@@ -138,7 +148,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
     program = bytes.fromhex(settings["filter"])
-    locked = confine(Confinement(settings["uid"], settings["gid"], settings["chroot"]))
+    to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
+    locked = confine(to)
 
     # After confine(): a change of uid undoes it.
     prctl.set_pdeathsig(signal.SIGKILL)
@@ -243,15 +254,15 @@ def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> s
 def _withdraw(arguments: argparse.Namespace) -> bytes:
     """Confine this process, all but for the filter, which is returned."""
     program = seccomp.build(SERVING)
+    must_lock = arguments.lock_memory == "required"
     if os.geteuid() != 0:
-        if not confine_unprivileged():
-            print("keyd: memory may be swapped out: raise RLIMIT_MEMLOCK", file=sys.stderr)
+        confine_unprivileged(must_lock)
     elif arguments.user is None:
         raise LookupError("started as root, and no --user to become")
     else:
         user = pwd.getpwnam(arguments.user)
         Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
-        confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot))
+        confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot, must_lock))
     return program
 
 

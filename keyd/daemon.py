@@ -50,7 +50,7 @@ from keyd.protocol import (
 )
 from keyd.tally import Tally
 
-__all__ = ["Confinement", "Keyd", "confine", "confine_unprivileged"]
+__all__ = ["CannotLock", "Confinement", "Keyd", "confine", "confine_unprivileged"]
 
 #: How often channels past their time are looked for, in seconds.
 _SWEEP_INTERVAL = 1.0
@@ -65,26 +65,29 @@ class Confinement(NamedTuple):
     uid: int
     gid: int
     chroot: str
+    #: Whether keyd goes without locked memory where there can be none.
+    must_lock: bool
 
 
-def confine_unprivileged() -> bool:
-    """What a keyd that was never root can still give up; raises OSError.
+class CannotLock(Exception):
+    """Memory cannot be locked, and has to be; the text says why, and what there is to do."""
+
+
+def confine_unprivileged(must_lock: bool) -> bool:
+    """What a keyd that was never root can still give up; raises OSError, CannotLock.
 
     Network and files are then up to whoever started it: a service manager. So is the
-    limit on locked memory (RLIMIT_MEMLOCK); returns whether that lets memory be locked.
+    limit on locked memory (RLIMIT_MEMLOCK). Returns whether all memory is locked.
     """
     forbid_core_dumps()
     allow_many_descriptors()
     prctl.set_no_new_privs(1)
     hide_memory()
-    try:
-        return lock_memory()
-    except OSError:
-        return False
+    return _lock_memory(must_lock)
 
 
 def confine(to: Confinement) -> bool:
-    """Leave the network, the file system and every privilege behind; raises OSError.
+    """Leave the network, the file system and every privilege behind; raises OSError, CannotLock.
 
     All but the filter, which waits for the threads. Returns whether memory that is yet to
     be used is locked, too.
@@ -92,7 +95,7 @@ def confine(to: Confinement) -> bool:
     leave_namespaces(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     forbid_core_dumps()
     allow_many_descriptors()
-    locked = lock_memory()
+    locked = _lock_memory(to.must_lock)
     last_needed = {prctl.CAP_SYS_CHROOT, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
     keep_capabilities(last_needed)
     enter_empty_root(to.chroot)
@@ -101,6 +104,23 @@ def confine(to: Confinement) -> bool:
     # After become(): a change of uid undoes it.
     hide_memory()
     return locked
+
+
+def _lock_memory(required: bool) -> bool:
+    """Whether all is locked, what is to come as well. Raises CannotLock where it is required."""
+    try:
+        return lock_memory()
+    except OSError as error:
+        reason = (
+            f"memory cannot be locked ({error.strerror}): what is missing is CAP_IPC_LOCK or a "
+            "higher RLIMIT_MEMLOCK (LimitMEMLOCK=)"
+        )
+        if required:
+            raise CannotLock(
+                f'{reason}; with lock_memory = "try" (--lock-memory=try), keyd goes without'
+            ) from None
+        print(f"keyd: {reason}; the keys may be swapped out", file=sys.stderr)
+        return False
 
 
 def _die(failed: threading.ExceptHookArgs) -> None:

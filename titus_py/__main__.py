@@ -5,6 +5,7 @@ has no use for what draws the demo's tables.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +110,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     if any(options) and (arguments.config is not None or not all(options)):
         print(
             "titus-py serve: either --config, or all of --listen, --backend, --cert and --key",
+            file=sys.stderr,
+        )
+        return 2
+
+    if os.geteuid() != 0:
+        print(
+            "titus-py: serve must be started as root: it gives each connection's process a uid "
+            "and namespaces of its own, and everything else up",
             file=sys.stderr,
         )
         return 2

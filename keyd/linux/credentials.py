@@ -22,6 +22,7 @@ __all__ = [
     "keep_capabilities",
     "limit",
     "lock_memory",
+    "permitted_capabilities",
     "stop_speculation",
 ]
 
@@ -69,6 +70,15 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     low, high = sets[1] & wanted & 0xFFFF_FFFF, sets[4] & wanted >> 32
     sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     _check(_libc.capset(header, sets), "capset")
+
+
+def permitted_capabilities() -> set[int]:
+    """By number: those that this process has, or can have at any time (capget(2))."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, sets), "capget")
+    permitted = sets[1] | sets[4] << 32
+    return {number for number in range(64) if permitted >> number & 1}
 
 
 def forbid_regaining(bounding: Iterable[int]) -> None:

@@ -206,7 +206,7 @@ def test_keyd_may_be_started_by_a_user_without_any_privilege(
     for directory in (tmp_path, *tmp_path.parents[:2]):
         directory.chmod(directory.stat().st_mode | 0o011)
     os.chown(tmp_path, 65534, 65534)
-    keyd = start_keyd(site.key, options=[], prepare=be_nobody)
+    keyd = start_keyd(site.key, options=["--lock-memory=try"], prepare=be_nobody)
     said = process_status(keyd.process)
     assert keyd.process.uid == 65534
     may_read = 1 << 2

@@ -192,7 +192,7 @@ def test_whoever_is_not_root_is_told_so(certificates: Certificates, tmp_path: Pa
         check=False,
         preexec_fn=be_nobody_who_may_read_everything,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr.startswith("titus-py: serve must be started as root")
     assert len(ended.stderr.splitlines()) == 1
 

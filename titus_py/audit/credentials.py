@@ -18,7 +18,7 @@ from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
 from titus_py.configuration.address import UnixAddress
 from titus_py.fork_server.confinement import FORK_SERVER_CAPABILITIES, PARENT_CAPABILITIES
-from titus_py.supervisor.life import SUPERVISOR_CAPABILITIES
+from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 
 __all__ = ["CHECKS"]
 

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from keyd.keys import UnusableKey, load_private_key
-from titus_py.audit.finding import Check, Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.finding import (
+    Check,
+    Finding,
+    Seen,
+    Subject,
+    Verdict,
+    broken,
+    holds,
+    not_available,
+)
 from titus_py.audit.instance import Process, Role, title
 from titus_py.audit.key_search import Hit, Needle, Search, needles, search_all
 from titus_py.audit.observation import Observation, Scene
@@ -104,6 +113,11 @@ def look_for_keys(
             yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
             if not found.ended:
                 seen = _locked(process.pid, found.hits, target.started(process))
+                if (
+                    target.configuration.keyd.lock_memory == "try"
+                    and seen.verdict is Verdict.BROKEN
+                ):
+                    seen = not_available(f'{seen.text}: keyd.lock_memory is "try"')
                 yield Finding(
                     "locked",
                     subject,

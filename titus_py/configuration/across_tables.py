@@ -76,9 +76,7 @@ def _worker_uid_mistakes(worker: Uids, source: Source) -> Iterator[Mistake]:
     if lack := _lack_of_uids(worker, 2):
         yield source.mistake("worker.uids", lack)
     if reason := unmapped(worker.uids):
-        yield source.mistake(
-            "worker.uids", f"{reason}: set a range that it has (see containers.md in the manual)"
-        )
+        yield source.mistake("worker.uids", f'{reason}: set a range within, such as "20000-39999"')
     for owner in (*users_and_groups(worker.uids), *handed_out(worker.uids)):
         yield source.mistake(
             "worker.uids",
@@ -90,9 +88,7 @@ def _worker_uid_mistakes(worker: Uids, source: Source) -> Iterator[Mistake]:
 def _keyd_uid_mistakes(keyd: Keyd, source: Source) -> Iterator[Mistake]:
     uid = range(keyd.user.uid, keyd.user.uid + 1)
     if reason := unmapped(uid):
-        yield source.mistake(
-            "keyd.user", f"{reason}: set one that it has (see containers.md in the manual)"
-        )
+        yield source.mistake("keyd.user", f"{reason}: set one within, such as 19999")
     for owner in handed_out(uid):
         yield source.mistake("keyd.user", f"{owner}: nothing else may run as keyd does")
 

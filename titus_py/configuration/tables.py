@@ -172,6 +172,12 @@ class Keyd(KeydSocket):
         description="The user that keyd runs as, by name or number: one that nothing else "
         "runs as, and none of the workers' uids.",
     )
+    lock_memory: Literal["required", "try"] = Field(
+        default="required",
+        description="Whether keyd's memory has to be locked, so that no key is ever swapped out: "
+        'with "try", it goes without where the system refuses, as in a container without '
+        "CAP_IPC_LOCK.",
+    )
 
 
 class Log(Table):

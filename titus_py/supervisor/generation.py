@@ -192,6 +192,7 @@ class Generation:
                 "uid": keyd.uid,
                 "gid": keyd.gid,
                 "chroot": str(self.configuration.worker.chroot),
+                "must_lock": self.configuration.keyd.lock_memory == "required",
                 "filter": self._filters["keyd"],
                 "keys": [{"key": key, "passphrase_file": phrase} for key, phrase in files],
             }

@@ -41,11 +41,6 @@ from titus_py.configuration.address import (
     parse_backend,
 )
 from titus_py.configuration.checking import Checked
-from titus_py.fork_server.confinement import (
-    CONFINING_CAPABILITIES,
-    FORK_SERVER_CAPABILITIES,
-    PARENT_CAPABILITIES,
-)
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
@@ -60,22 +55,13 @@ from titus_py.supervisor.listeners import CannotListen, listen, passed_listeners
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.metrics_server import MetricsServer, listen_at
+from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES, lacking
 from titus_py.supervisor.resolver import Resolver, resolve
 from titus_py.supervisor.succession import Legacy
 from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
 
-__all__ = ["SUPERVISOR_CAPABILITIES", "serve", "take_over"]
+__all__ = ["serve", "take_over"]
 
-#: What the supervisor keeps, for itself or for what it starts, and what for.
-SUPERVISOR_CAPABILITIES = {
-    **PARENT_CAPABILITIES,
-    **FORK_SERVER_CAPABILITIES,
-    **CONFINING_CAPABILITIES,
-    prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
-    prctl.CAP_IPC_LOCK: "keyd locks its memory",
-    prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
-    prctl.CAP_NET_BIND_SERVICE: "listening addresses that a reload adds",
-}
 #: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How long keyd may take to load its keys, and the parent its certificates.
@@ -116,13 +102,10 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     """
     if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
-    if os.geteuid() != 0:
-        print(
-            "titus-py: serve must be started as root: it gives each connection's process a uid "
-            "and namespaces of its own, and everything else up",
-            file=sys.stderr,
-        )
-        return 1
+    if reasons := lacking(checked.configuration):
+        for reason in reasons:
+            print(f"titus-py: {reason}", file=sys.stderr)
+        return 2
     filters = _build_filters()
     passed = passed_listeners(passed_sockets())
     try:

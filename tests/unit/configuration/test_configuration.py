@@ -88,7 +88,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "idle_timeout": "3600s",
             "lifetime": None,
         },
-        "keyd": {"socket": None, "user": "2099999999"},
+        "keyd": {"socket": None, "user": "2099999999", "lock_memory": "required"},
         "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},

@@ -1,0 +1,123 @@
+"""What titus-py needs of the machine, or the container, that it is started on, and finds or not.
+
+Asked as root before anything is started, and by ``titus-py check``: a process that lacks a
+capability would otherwise end at the step that needs it, and be started again for ever. What the
+capabilities' names do not tell (a user namespace, a filter of system calls) a child tries out.
+"""
+
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import prctl
+
+from keyd.linux.credentials import lock_memory, permitted_capabilities
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS
+from titus_py.configuration import Configuration
+from titus_py.fork_server.confinement import (
+    CONFINING_CAPABILITIES,
+    FORK_SERVER_CAPABILITIES,
+    PARENT_CAPABILITIES,
+)
+
+__all__ = ["REQUIRED_CAPABILITIES", "SUPERVISOR_CAPABILITIES", "lacking"]
+
+#: Without one of these, it does not serve.
+REQUIRED_CAPABILITIES = {
+    **PARENT_CAPABILITIES,
+    **FORK_SERVER_CAPABILITIES,
+    **CONFINING_CAPABILITIES,
+}
+
+#: What the supervisor keeps, for itself or for what it starts, and what for.
+SUPERVISOR_CAPABILITIES = {
+    **REQUIRED_CAPABILITIES,
+    prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
+    prctl.CAP_IPC_LOCK: "keyd locks its memory",
+    prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
+    prctl.CAP_NET_BIND_SERVICE: "listening addresses that a reload adds",
+}
+
+_NAMES = {
+    number: name
+    for name, number in vars(prctl).items()
+    if name.startswith("CAP_") and isinstance(number, int)
+}
+
+
+def lacking(configuration: Configuration) -> list[str]:
+    """What there is not, and what for: nothing where all is well."""
+    there = permitted_capabilities()
+    found = [
+        f"{_NAMES[capability]} is missing, which is for: {what}"
+        for capability, what in REQUIRED_CAPABILITIES.items()
+        if capability not in there
+    ]
+    if not Path("/proc/self/statm").exists():
+        found.append(
+            "/proc is not mounted: the fork server's limits and OpenSSL's settings take it"
+        )
+    # What takes a capability that is not there fails for that reason.
+    if not found:
+        found += [_EXPLAINED[step](why) for step, why in _tried(configuration)]
+    return found
+
+
+def _tried(configuration: Configuration) -> Iterator[tuple[str, str]]:
+    """Which steps fail, and why, in a child that is gone afterwards."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(theirs, json.dumps(_try(configuration)).encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as answer:
+        octets = answer.read()
+    os.waitpid(child, 0)
+    yield from map(tuple, json.loads(octets or b"[]"))
+
+
+def _try(configuration: Configuration) -> list[tuple[str, str]]:
+    steps: dict[str, Callable[[], object]] = {
+        "groups": lambda: os.setgroups([]),
+        "namespaces": lambda: leave_namespaces(
+            CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWPID
+        ),
+    }
+    if configuration.keyd.lock_memory == "required" and configuration.keyd.socket is None:
+        steps["memory"] = lock_memory
+    failed = []
+    for step, attempt in steps.items():
+        try:
+            attempt()
+        except OSError as error:
+            failed.append((step, error.strerror or str(error)))
+    return failed
+
+
+def _memory(why: str) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    most = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} octets"
+    return (
+        f"keyd cannot lock its memory, so that keys could be swapped out ({why}; RLIMIT_MEMLOCK is "
+        f"{most}): CAP_IPC_LOCK is missing or, in a user namespace, a higher RLIMIT_MEMLOCK from "
+        'outside; with [keyd] lock_memory = "try", it goes without where it must'
+    )
+
+
+_EXPLAINED: dict[str, Callable[[str], str]] = {
+    "groups": lambda why: (
+        f"setgroups(2) is refused ({why}), by which workers and keyd give up root's groups: in a "
+        "user namespace, it takes newgidmap(1) to map its gids"
+    ),
+    "namespaces": lambda why: (
+        f"new namespaces are refused ({why}), of which each worker has its own: by a filter of "
+        "system calls (seccomp), or a limit of user.max_*_namespaces, where CAP_SYS_ADMIN is there"
+    ),
+    "memory": _memory,
+}
