@@ -128,7 +128,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     # What they have to load takes as long as what we have to: side by side.
     helpers = Helper(KEYD_CHECK), Helper(HANDSHAKE_CHECK)
-    from titus_py.commands.check import report
+    from titus_py.commands.check import lacks, report
     from titus_py.configuration import Loaded, from_options, load
     from titus_py.configuration.checking import check
     from titus_py.supervisor import succession
@@ -151,7 +151,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         for helper in helpers:
             helper.dismiss()
         return take_over(legacy, lambda: check(read()))
-    checked = check(read(), *helpers)
+    loaded = read()
+    if lacks(loaded):
+        for helper in helpers:
+            helper.dismiss()
+        return 2
+    checked = check(loaded, *helpers)
     if checked.mistakes:
         report(checked)
         return 2

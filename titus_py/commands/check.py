@@ -7,14 +7,27 @@ import os
 import sys
 from pathlib import Path
 
-from titus_py.configuration import load, printable
+from titus_py.configuration import Loaded, load, printable
 from titus_py.configuration.checking import Checked, check
 from titus_py.supervisor.privileges import lacking
 
-__all__ = ["check_main", "report"]
+__all__ = ["check_main", "lacks", "report"]
 
 
-def report(checked: Checked) -> None:
+def lacks(loaded: Loaded) -> bool:
+    """Say what there is not on this machine that it takes to serve; returns whether there is any.
+
+    Without that, there is no use in going on: what checks the files may fail for the same reason.
+    """
+    reasons = lacking(loaded.configuration)
+    if reasons:
+        report(loaded)
+    for reason in reasons:
+        print(f"titus-py: {reason}", file=sys.stderr)
+    return bool(reasons)
+
+
+def report(checked: Checked | Loaded) -> None:
     """Every mistake and warning to standard error, one a line."""
     for mistake in checked.mistakes:
         print(mistake, file=sys.stderr)
@@ -25,13 +38,12 @@ def report(checked: Checked) -> None:
 def check_main(path: str | Path, credentials: Path | None = None) -> int:
     """The command ``titus-py check``. Returns its exit code: 0, or 2 if there are mistakes."""
     loaded = load(path, credentials)
+    # Of another user than root, it is not known what root has here.
+    if not os.geteuid() and lacks(loaded):
+        return 2
     checked = check(loaded)
     report(checked)
-    # Of another user than root, it is not known what root has here.
-    reasons = lacking(loaded.configuration) if loaded.configuration and not os.geteuid() else []
-    for reason in reasons:
-        print(f"titus-py: {reason}", file=sys.stderr)
-    if checked.configuration is None or reasons:
+    if checked.configuration is None:
         return 2
     print(f"{printable(str(path))}: configuration is fine")
     return 0

@@ -55,7 +55,7 @@ from titus_py.supervisor.listeners import CannotListen, listen, passed_listeners
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.metrics_server import MetricsServer, listen_at
-from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES, lacking
+from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.resolver import Resolver, resolve
 from titus_py.supervisor.succession import Legacy
 from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
@@ -102,10 +102,6 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     """
     if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
-    if reasons := lacking(checked.configuration):
-        for reason in reasons:
-            print(f"titus-py: {reason}", file=sys.stderr)
-        return 2
     filters = _build_filters()
     passed = passed_listeners(passed_sockets())
     try:

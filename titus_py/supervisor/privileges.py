@@ -48,8 +48,11 @@ _NAMES = {
 }
 
 
-def lacking(configuration: Configuration) -> list[str]:
-    """What there is not, and what for: nothing where all is well."""
+def lacking(configuration: Configuration | None) -> list[str]:
+    """What there is not, and what for: nothing where all is well.
+
+    Without a configuration, what would be needed with any.
+    """
     there = permitted_capabilities()
     found = [
         f"{_NAMES[capability]} is missing, which is for: {what}"
@@ -66,7 +69,7 @@ def lacking(configuration: Configuration) -> list[str]:
     return found
 
 
-def _tried(configuration: Configuration) -> Iterator[tuple[str, str]]:
+def _tried(configuration: Configuration | None) -> Iterator[tuple[str, str]]:
     """Which steps fail, and why, in a child that is gone afterwards."""
     ours, theirs = os.pipe()
     child = os.fork()
@@ -82,14 +85,15 @@ def _tried(configuration: Configuration) -> Iterator[tuple[str, str]]:
     yield from map(tuple, json.loads(octets or b"[]"))
 
 
-def _try(configuration: Configuration) -> list[tuple[str, str]]:
+def _try(configuration: Configuration | None) -> list[tuple[str, str]]:
     steps: dict[str, Callable[[], object]] = {
         "groups": lambda: os.setgroups([]),
         "namespaces": lambda: leave_namespaces(
             CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWPID
         ),
     }
-    if configuration.keyd.lock_memory == "required" and configuration.keyd.socket is None:
+    keyd = configuration.keyd if configuration is not None else None
+    if keyd is not None and keyd.lock_memory == "required" and keyd.socket is None:
         steps["memory"] = lock_memory
     failed = []
     for step, attempt in steps.items():
