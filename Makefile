@@ -26,8 +26,8 @@ export SOURCE_DATE_EPOCH
 
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 REVISION ?= 1
-PACKAGED = $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
-    systemd/* packaging/*) docs/reference.py
+PACKAGED = LICENSE CHANGELOG.md $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
+    docs/*.md systemd/* systemd/prometheus/* packaging/*) docs/reference.py
 DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
 
 .PHONY: demo test bench bench-quick peers lint clean install deb docs constraints

@@ -2,7 +2,8 @@
 
 ``python docs/reference.py mdoc`` writes titus.toml(5); as a hook of MkDocs, this adds the page
 configuration.md to the site, which is the same walk over the same tables, and to monitoring.md
-the metrics.
+the metrics. ``python docs/reference.py guides DIRECTORY`` writes the pages there, as they are read
+in a terminal.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -21,6 +23,7 @@ from titus_py import configuration
 from titus_py.supervisor.metrics import Metrics
 
 PAGE = "configuration.md"
+FIGURES = ("performance.md", "confinement-cost.md")
 INTRODUCTION = (
     "The configuration is one file in TOML, /etc/titus-py/titus.toml unless another is named. "
     "It is read when titus-py starts and when it is told to reload, and it is checked in full "
@@ -169,5 +172,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown.replace("<!-- metrics -->", metrics())
 
 
+def guides(directory: Path) -> None:
+    """All pages but those that are pictures and figures of one machine."""
+    (directory / PAGE).write_text(markdown(), encoding="utf-8")
+    for page in Path(__file__).parent.glob("*.md"):
+        if page.name not in FIGURES:
+            text = page.read_text(encoding="utf-8")
+            (directory / page.name).write_text(on_page_markdown(text), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    sys.stdout.write({"markdown": markdown, "mdoc": mdoc}[sys.argv[1]]())
+    match sys.argv[1:]:
+        case ["markdown"]:
+            sys.stdout.write(markdown())
+        case ["mdoc"]:
+            sys.stdout.write(mdoc())
+        case ["guides", place]:
+            guides(Path(place))
+        case _:
+            raise SystemExit("reference.py markdown | mdoc | guides DIRECTORY")

@@ -578,12 +578,13 @@ def _map(descriptor: int, length: int) -> int:
 def keyd_fails_to_sign(_: str) -> None:
     from keyd import daemon
     from keyd.protocol import Status
+    from titus_py.supervisor.announced_audits import FIRST_CONNECTION
 
     real = daemon.Keyd._grant
 
     def grant(self: Any, channel: Any, message: bytes) -> bytes:
         result: bytes = real(self, channel, message)
-        if channel.connection == 0:
+        if channel.connection >= FIRST_CONNECTION:
             raise daemon._Refused(Status.FAILED, "taken out")
         return result
 

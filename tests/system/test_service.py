@@ -120,6 +120,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _reloads(admin)
     _is_killed(admin)
     _loses_a_process_and_the_journal(admin)
+    _floods_the_journal(admin)
     _hangs(admin)
     _has_its_clock_stepped(admin)
     _upgrades(admin)
@@ -140,6 +141,16 @@ def _installs(admin: Administrator) -> None:
         "titus-py.service titus-py@x.service titus-py.socket titus-keyd.service titus-keyd.socket"
     )
     assert not admin.types(f"systemd-analyze verify {units}").strip()
+    for words in ("titus-py --version", "keyd --version"):
+        assert "OpenSSL" in admin.types(words)
+    admin.types("promtool check rules /usr/share/titus-py/prometheus/titus-py.rules.yml")
+    admin.types("ls /usr/share/titus-py/prometheus/titus-py.dashboard.json")
+    documents = "/usr/share/doc/titus-py"
+    assert "MIT" in admin.types(f"cat {documents}/copyright")
+    admin.types(f"zcat {documents}/changelog.gz {documents}/changelog.Debian.gz")
+    # What the site is built with is in what is read without it, too.
+    assert "titus_alarms_total" in admin.types(f"cat {documents}/monitoring.md")
+    assert "<!--" not in admin.types(f"cat {documents}/*.md")
     for page in ("titus-py.8", "keyd.8", "titus.toml.5"):
         admin.types(f"man {page} | head -n 4")
     # As shipped, it lacks the certificate and nothing else.
@@ -212,6 +223,26 @@ def _loses_a_process_and_the_journal(admin: Administrator) -> None:
         "connection_begun",
         "connection_ended",
     ]
+
+
+def _floods_the_journal(admin: Administrator) -> None:
+    """What is too much is dropped, and with it no alarm: the journal counts them apart."""
+    drop_in = "/etc/systemd/system/titus-py.service.d/flood.conf"
+    admin.writes(drop_in, "[Service]\nLogRateLimitIntervalSec=60\nLogRateLimitBurst=5\n")
+    admin.types("systemctl daemon-reload && systemctl restart titus-py")
+    pid = admin.property("titus-py", "MainPID")
+    admin.machine.run(
+        "for number in $(seq 40); do curl --silent --output /dev/null --cacert"
+        f" /etc/titus-py/www.crt --resolve www.example.org:443:127.0.0.1 {_URL}; done"
+    )
+    admin.types("pkill --signal KILL --exact titus-parent")
+    admin.requests()
+    admin.types("journalctl --sync")
+    ended = admin.types(f"journalctl --quiet TITUS_EVENT=connection_ended _PID={pid} | wc -l")
+    assert int(ended) < 40
+    alarms = admin.types(f"journalctl --quiet --priority=alert _PID={pid}")
+    assert "alarm parent_died" in alarms
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")
 
 
 def _hangs(admin: Administrator) -> None:

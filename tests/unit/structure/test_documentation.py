@@ -85,6 +85,15 @@ def test_troubleshooting_calls_every_alarm_one() -> None:
     assert set(re.findall(r"^### (\w+)\nAlarm: ", page, re.MULTILINE)) | _ENDS == ALARMS
 
 
+def test_monitoring_has_every_alert_that_there_is() -> None:
+    rules = (_REPOSITORY / "systemd/prometheus/titus-py.rules.yml").read_text()
+    there_are = re.findall(r"- alert: (\w+)\n(?:.*\n)*? +severity: (\w+)", rules)
+    page = (_REPOSITORY / "docs/monitoring.md").read_text()
+    assert sorted(re.findall(r"^\| (Titus\w+) \| (\w+) \|", page, re.MULTILINE)) == sorted(
+        there_are
+    )
+
+
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Those of the command and its subcommands, and these."""
     for action in parser._actions:
