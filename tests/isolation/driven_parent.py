@@ -26,8 +26,8 @@ __all__ = ["main"]
 def _leave_out_the_dialers_question() -> None:
     """The backend's socket as a non-blocking connect leaves it: on this machine, connected."""
 
-    def outcome(self: dialer.Dialer, attempt: socket.socket) -> int:
-        del self, attempt
+    def outcome(self: dialer.Dialer, attempt: socket.socket, address: object) -> int:
+        del self, attempt, address
         return 0
 
     dialer.Dialer._outcome = outcome  # type: ignore[method-assign]

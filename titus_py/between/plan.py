@@ -10,10 +10,19 @@ from typing import NamedTuple
 
 from titus_py.between.virtual_host import TlsSettings
 
-__all__ = ["Limits", "Plan", "ResolvedAddress", "VirtualHost", "address_text", "resolved"]
+__all__ = [
+    "Limits",
+    "Plan",
+    "ResolvedAddress",
+    "SocketAddress",
+    "VirtualHost",
+    "address_text",
+    "resolved",
+]
 
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | str
 #: A family and what connect(2) takes for it.
-ResolvedAddress = tuple[int, tuple[str, int] | tuple[str, int, int, int] | str]
+ResolvedAddress = tuple[int, SocketAddress]
 
 
 class Limits(NamedTuple):
@@ -89,7 +98,7 @@ def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:
     )
 
 
-def address_text(address: tuple[str, int] | tuple[str, int, int, int] | str) -> str:
+def address_text(address: SocketAddress) -> str:
     """What connect(2) takes, for people."""
     if isinstance(address, str):
         return f"unix:{address}"

@@ -268,7 +268,8 @@ class VirtualHost(Credentials, Match):
 
     backend: BackendAddress = Field(
         description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
-        "unix:/run/app.sock."
+        "unix:/run/app.sock. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the next "
+        "one where one fails, or has not answered within 250 ms."
     )
     min_version: Version = Field(
         default="TLSv1.2", description="The lowest TLS version that is accepted."

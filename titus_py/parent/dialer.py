@@ -9,41 +9,50 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop, Timer
-from titus_py.between.plan import ResolvedAddress, address_text
+from titus_py.between.plan import ResolvedAddress, SocketAddress, address_text
 
-__all__ = ["Dialer", "reset_at_close"]
+__all__ = ["MAX_ATTEMPTS", "Dialer", "reset_at_close"]
 
+#: How long an attempt is on its own before the next one begins beside it (RFC 8305 §5).
+_ATTEMPT_SECONDS = 0.25
+#: How many there are at a time, each with a descriptor. Before one more begins, the longest is
+#: given up: it has had 1.25 s, and so a second SYN, which is sent after 1 s (RFC 6298 §2).
+MAX_ATTEMPTS = 5
 #: connect(2) on a unix socket whose queue is full fails at once: how soon to try again.
 _RETRY_SECONDS = 0.02
+#: How many addresses' failures the reason names: the latest.
+_NAMED_FAILURES = 4
 
 
 class Dialer:
-    """One attempt to reach a backend: each of its addresses in turn, until one answers.
+    """One connection to a backend: to the first of its addresses that answers (RFC 8305).
 
-    ``done`` is called once: with the connected socket, or with None and the reason.
+    An address is tried when the one before it has failed, or has not answered soon; that one may
+    still answer first. ``done`` is called once: with the connected socket, or with None and the
+    reason.
     """
 
     def __init__(
         self,
         loop: EventLoop,
-        addresses: Sequence[ResolvedAddress],
+        addresses: Iterable[ResolvedAddress],
         timeout: float,
         done: Callable[[socket.socket | None, str], None],
     ) -> None:
         self._loop = loop
-        self._left = list(addresses)
+        self._left = deque(addresses)
         self._done = done
-        self._socket: socket.socket | None = None
-        self._watched = False
-        self._reason = "no address"
-        self._retry: Timer | None = None
-        self._timeout = loop.after(
-            timeout, lambda: self._finish(None, f"no answer in {timeout:g} s")
-        )
+        #: Those that go on, the longest first.
+        self._attempts: dict[socket.socket, SocketAddress] = {}
+        self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
+        self._next_attempt: Timer | None = None
+        self._timeout = loop.after(timeout, lambda: self._give_up(f"no answer in {timeout:g} s"))
 
     def start(self) -> None:
         """Begin; ``done`` may be called before this returns."""
@@ -52,89 +61,107 @@ class Dialer:
     def cancel(self) -> None:
         """Forget about it: ``done`` is not called any more."""
         self._timeout.cancel()
-        if self._retry is not None:
-            self._retry.cancel()
-        self._drop()
+        self._stop_waiting()
+        for attempt in list(self._attempts):
+            self._release(attempt)
+            attempt.close()
 
     def _next(self) -> None:
-        self._retry = None
+        """Try the next address, and those after it for as long as they fail at once."""
+        self._stop_waiting()
         while self._left:
-            family, address = self._left[0]
-            try:
-                attempt = self._socket or socket.socket(family, socket.SOCK_STREAM)
-                self._socket = attempt
-                attempt.setblocking(False)
-                # Python has objections of its own, which it raises.
-                outcome = attempt.connect_ex(address)
-            except OSError as error:
-                self._failed(error.errno)
-                continue
-            if outcome == errno.EAGAIN:
-                self._retry = self._loop.after(_RETRY_SECONDS, self._next)
-                return
-            if outcome == errno.EINPROGRESS:
-                # One on this machine has answered by now.
-                outcome = self._outcome(attempt)
-            if outcome == errno.EALREADY:
-                self._watched = True
-                self._loop.watch(attempt.fileno(), self._settled, READABLE | WRITABLE)
-                return
+            family, address = self._left.popleft()
+            outcome = self._try(family, address)
             if not outcome:
-                self._succeeded()
                 return
-            self._failed(outcome)
-        self._finish(None, self._reason)
+            if outcome == errno.EAGAIN:
+                self._left.appendleft((family, address))
+                self._next_attempt = self._loop.after(_RETRY_SECONDS, self._next)
+                return
+            if outcome == errno.EALREADY:
+                if self._left:
+                    self._next_attempt = self._loop.after(_ATTEMPT_SECONDS, self._next)
+                return
+            self._failed(address, outcome)
+        if not self._attempts:
+            self._give_up("" if self._failures else "no address")
 
-    def _outcome(self, attempt: socket.socket) -> int:
+    def _try(self, family: int, address: SocketAddress) -> int:
+        """What an attempt comes to at once, as an errno; EALREADY where that is open."""
+        try:
+            attempt = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            return error.errno or errno.EIO
+        attempt.setblocking(False)
+        try:
+            outcome = attempt.connect_ex(address)
+        except OSError as error:
+            # Python has objections of its own, which it raises.
+            outcome = error.errno or errno.EIO
+        if outcome == errno.EINPROGRESS:
+            # One on this machine has answered by now.
+            outcome = self._outcome(attempt, address)
+        if not outcome:
+            self._succeeded(attempt)
+        elif outcome == errno.EALREADY:
+            self._watch(attempt, address)
+        else:
+            attempt.close()
+        return outcome
+
+    def _outcome(self, attempt: socket.socket, address: SocketAddress) -> int:
         """What connecting has come to, as an errno; EALREADY where that is open.
 
         By a second connect(2), and not SO_ERROR: it makes the kernel note that there is a
         connection. Until then, whoever holds the socket could connect it to elsewhere once
         it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
         """
-        return attempt.connect_ex(self._left[0][1])
+        return attempt.connect_ex(address)
 
-    def _settled(self) -> None:
-        if self._socket is None:
-            return
-        outcome = self._outcome(self._socket)
+    def _watch(self, attempt: socket.socket, address: SocketAddress) -> None:
+        if len(self._attempts) == MAX_ATTEMPTS:
+            longest = next(iter(self._attempts))
+            self._failed(self._release(longest), errno.ETIMEDOUT)
+            longest.close()
+        self._attempts[attempt] = address
+        self._loop.watch(attempt.fileno(), partial(self._settled, attempt), READABLE | WRITABLE)
+
+    def _settled(self, attempt: socket.socket) -> None:
+        outcome = self._outcome(attempt, self._attempts[attempt])
         if outcome == errno.EALREADY:
             return
+        address = self._release(attempt)
         if outcome:
-            self._failed(outcome)
+            attempt.close()
+            self._failed(address, outcome)
             self._next()
         else:
-            self._succeeded()
+            self._succeeded(attempt)
 
-    def _failed(self, error: int | None) -> None:
-        where = address_text(self._left.pop(0)[1])
-        self._reason = f"{where}: {os.strerror(error or errno.EIO)}"
-        self._drop()
+    def _release(self, attempt: socket.socket) -> SocketAddress:
+        """Of one that is no longer waited for; returns where it led."""
+        self._loop.unwatch(attempt.fileno())
+        return self._attempts.pop(attempt)
 
-    def _drop(self) -> None:
-        if self._socket is not None:
-            if self._watched:
-                self._loop.unwatch(self._socket.fileno())
-                self._watched = False
-            self._socket.close()
-            self._socket = None
+    def _failed(self, address: SocketAddress, error: int) -> None:
+        self._failures.append(f"{address_text(address)}: {os.strerror(error)}")
 
-    def _succeeded(self) -> None:
-        connected, self._socket = self._socket, None
-        if connected is None:
-            return
-        if self._watched:
-            self._loop.unwatch(connected.fileno())
-            self._watched = False
+    def _stop_waiting(self) -> None:
+        if self._next_attempt is not None:
+            self._next_attempt.cancel()
+            self._next_attempt = None
+
+    def _succeeded(self, connected: socket.socket) -> None:
         if connected.family != socket.AF_UNIX:
             with suppress(OSError):
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 reset_at_close(connected)
-        self._finish(connected, "")
-
-    def _finish(self, connected: socket.socket | None, reason: str) -> None:
         self.cancel()
-        self._done(connected, reason)
+        self._done(connected, "")
+
+    def _give_up(self, why: str) -> None:
+        self.cancel()
+        self._done(None, "; ".join(filter(None, (*self._failures, why))))
 
 
 def reset_at_close(side: socket.socket) -> None:

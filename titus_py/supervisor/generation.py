@@ -25,7 +25,7 @@ from titus_py import configuration
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD
 from titus_py.between.plan import Limits, Plan, ResolvedAddress, VirtualHost
-from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import Checked
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation", "any_process_has", "free_block"]
@@ -129,6 +129,8 @@ class Generation:
         #: A keyd that is a service of its own, and not connected to yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
         self.keyd_missed = False
+        #: Backends' names that have not been looked up yet.
+        self.unresolved: set[NameAddress] = set()
         #: The keys that it had when it was last connected to.
         self.keyds_keys: set[str] | None = None
         #: Replaced by a later one: it serves what it has, and takes no more.
@@ -161,8 +163,8 @@ class Generation:
 
     @property
     def ready(self) -> bool:
-        """Whether both of its processes serve."""
-        return not self.starting and not self.waits_for_keyd
+        """Whether both of its processes serve, and know their backends."""
+        return not (self.starting or self.waits_for_keyd or self.unresolved)
 
     @property
     def children(self) -> list[Child]:

@@ -56,7 +56,7 @@ from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.metrics_server import MetricsServer, listen_at
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
-from titus_py.supervisor.resolver import Resolver, resolve
+from titus_py.supervisor.resolver import Addresses, Resolver, numeric
 from titus_py.supervisor.succession import Legacy
 from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
 
@@ -78,6 +78,8 @@ _QUIET_SECONDS = 15.0
 _FILES_SECONDS = 3.0
 #: How soon to look again for a keyd that is not there.
 _KEYD_SECONDS = 0.2
+#: How long a generation's clients wait for its backends' names to be looked up.
+_NAMES_SECONDS = 5.0
 #: How soon to try again what could not be done for now.
 _RETRY_SECONDS = 0.05
 #: How often, at the least, to look whether uids have become free.
@@ -190,7 +192,7 @@ class _Supervisor:
         #: Uids that earlier parents' workers may still have.
         self._used_uids: list[range] = []
         self._addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
-        self._resolver = Resolver()
+        self._resolver = Resolver(self._loop, self._take_addresses)
         self._version = version("titus-py")
         self._started_at, self._begun = datetime.now(UTC), time.monotonic()
         self._reloading = False
@@ -215,9 +217,6 @@ class _Supervisor:
 
     def run(self, first: Checked | Legacy) -> int:
         self._hear_signals()
-        self._loop.watch(
-            self._resolver.descriptor, lambda: self._resolver.collect(self._take_addresses)
-        )
         try:
             if isinstance(first, Checked):
                 self._begin(first)
@@ -343,6 +342,12 @@ class _Supervisor:
         self._serve_metrics(generation.configuration.metrics.address)
         log = generation.configuration.log
         self._log.form, self._log.least = log.format, log.level
+        generation.unresolved = {
+            vhost.backend
+            for vhost in generation.configuration.vhost
+            if isinstance(vhost.backend, NameAddress) and vhost.backend not in self._addresses
+        }
+        self._loop.after(_NAMES_SECONDS, lambda: self._stop_waiting_for_names(generation))
         self._resolve()
 
     def _resolve(self) -> None:
@@ -353,18 +358,14 @@ class _Supervisor:
             for vhost in generation.configuration.vhost
         }
         names = [backend for backend in backends if isinstance(backend, NameAddress)]
-        for backend in backends.difference(names):
+        for backend in backends:
+            if isinstance(backend, NameAddress):
+                continue
             # Known without looking it up, and so before any parent is started.
             try:
-                self._addresses[backend] = resolve(backend)
+                self._addresses[backend] = numeric(backend)
             except OSError as error:
-                self._event(
-                    "backend_unresolved",
-                    level="error",
-                    backend=str(backend),
-                    reason=error.strerror,
-                    kept=0,
-                )
+                self._unresolved(backend, error.strerror)
         self._resolver.resolve(names)
 
     def _start(self, generation: Generation) -> None:
@@ -1176,19 +1177,35 @@ class _Supervisor:
 
     # --- backends ---------------------------------------------------------------
 
-    def _take_addresses(
-        self, backend: Address, found: tuple[ResolvedAddress, ...] | OSError
-    ) -> None:
+    def _take_addresses(self, backend: NameAddress, found: Addresses | OSError) -> None:
         """Pass on where a backend is now; an old answer is better than none."""
         if isinstance(found, OSError):
-            kept = len(self._addresses.get(backend, ()))
-            reason = found.strerror
-            self._event(
-                "backend_unresolved", level="error", backend=str(backend), reason=reason, kept=kept
-            )
-            return
-        if self._addresses.get(backend) == found:
-            return
+            self._unresolved(backend, found.strerror)
+        elif self._addresses.get(backend) != found:
+            self._pass_on_addresses(backend, found)
+        self._stop_waiting_for(backend)
+
+    def _unresolved(self, backend: Address, reason: str | None) -> None:
+        kept = len(self._addresses.get(backend, ()))
+        self._event(
+            "backend_unresolved", level="error", backend=str(backend), reason=reason, kept=kept
+        )
+
+    def _stop_waiting_for(self, backend: NameAddress) -> None:
+        """A generation that is ready but for this name may serve now."""
+        for generation in self._generations.copy():
+            if backend in generation.unresolved:
+                generation.unresolved.remove(backend)
+                if generation.ready:
+                    self._ready(generation)
+
+    def _stop_waiting_for_names(self, generation: Generation) -> None:
+        """Name servers have had their time: serve without, as soon as they answer with."""
+        for backend in list(generation.unresolved):
+            self._unresolved(backend, f"no answer within {_NAMES_SECONDS:g} s")
+            self._stop_waiting_for(backend)
+
+    def _pass_on_addresses(self, backend: NameAddress, found: Addresses) -> None:
         self._addresses[backend] = found
         for generation in self._generations:
             numbers = [

@@ -1,87 +1,170 @@
-"""Backend names, looked up again and again, off the supervisor's path.
+"""Backends' names, looked up again and again, off the supervisor's path.
 
-Run by the supervisor, in a thread: a resolver may take as long as it likes.
+Run by the supervisor. Each question is a thread's, which may take as long as the name servers
+like; all else is the event loop's. Whoever answers for a name is trusted with where its
+connections go, and with nothing else.
 """
 
+import errno
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import chain, zip_longest
+from pathlib import Path
 
+from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import ResolvedAddress
-from titus_py.configuration.address import Address, IPAddress, NameAddress, UnixAddress
+from titus_py.configuration.address import IPAddress, NameAddress, UnixAddress
 
-__all__ = ["Resolver", "resolve"]
+__all__ = ["Resolver", "numeric"]
 
 #: getaddrinfo(3) does not tell how long an answer holds.
 _INTERVAL_SECONDS = 30.0
 #: How many of a backend's addresses are of use. Whoever answers for its name decides how many
 #: there are, and all of them go into one message.
 _MAX_ADDRESSES = 64
+#: How many names are asked for at a time, of each family.
+_AT_ONCE = 8
+#: The order in which they are tried (RFC 8305 §4).
+_FAMILIES = (socket.AF_INET6, socket.AF_INET)
+#: It is certain that there is no address of this family. After anything else there may be.
+_NO_ADDRESS = frozenset({socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_ADDRFAMILY})
+_HOSTS = Path("/etc/hosts")
+
+Addresses = tuple[ResolvedAddress, ...]
+_Question = tuple[NameAddress, socket.AddressFamily]
 
 
-def resolve(backend: Address) -> tuple[ResolvedAddress, ...]:
-    """The addresses of a backend, in getaddrinfo(3)'s order; blocks; raises OSError."""
-    match backend:
-        case UnixAddress(path):
-            return ((socket.AF_UNIX, path),)
-        case IPAddress():
-            return ((backend.family, backend.sockaddr()),)
-        case NameAddress(name, port):
-            found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-            # A family that is not built in makes for addresses of another shape.
-            different = dict.fromkeys(
-                (family, address)
-                for family, _, _, _, address in found
-                if isinstance(address[0], str)
-            )
-            return tuple(different)[:_MAX_ADDRESSES]
+def numeric(backend: IPAddress | UnixAddress) -> Addresses:
+    """The address of a backend that has no name; raises OSError for an unknown interface."""
+    if isinstance(backend, UnixAddress):
+        return ((socket.AF_UNIX, backend.path),)
+    return ((backend.family, backend.sockaddr()),)
 
 
 class Resolver:
-    """Looks backends up: each at once when it is asked to, and all of them every half minute.
+    """Looks names up: each at once when it is asked to, and all of them every half minute.
 
-    ``descriptor`` is readable when there is something to ``collect``.
+    A and AAAA are asked for independently, so that a name server that does not answer one of
+    them delays nothing: ``take`` is called with what there is, and again when there is more. It
+    is called with an OSError where neither has an address. Where a name server fails with one
+    family, what it said of that before is kept.
     """
 
-    def __init__(self) -> None:
-        self._backends: list[Address] = []
-        self._changed = threading.Event()
-        self._found: dict[Address, tuple[ResolvedAddress, ...] | OSError] = {}
-        self._lock = threading.Lock()
-        self.descriptor, self._signal = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def resolve(self, backends: Iterable[Address]) -> None:
-        """Look these up from now on, and no others."""
-        with self._lock:
-            self._backends = list(dict.fromkeys(backends))
-        self._changed.set()
-
-    def collect(
-        self, take: Callable[[Address, "tuple[ResolvedAddress, ...] | OSError"], None]
+    def __init__(
+        self, loop: EventLoop, take: Callable[[NameAddress, Addresses | OSError], None]
     ) -> None:
-        """Hand out what has been found, or has failed, since the last time."""
-        os.read(self.descriptor, 1)
-        with self._lock:
-            found, self._found = self._found, {}
-        for backend, result in found.items():
-            take(backend, result)
+        self._loop = loop
+        self._take = take
+        self._names: frozenset[NameAddress] = frozenset()
+        #: Questions that wait for a thread, and those that have one.
+        self._waiting: dict[socket.AddressFamily, deque[NameAddress]] = {}
+        self._asked: set[_Question] = set()
+        #: The last good answer to each, and what went wrong since it was last asked.
+        self._known: dict[_Question, Addresses] = {}
+        self._errors: dict[_Question, OSError] = {}
+        #: What threads have found, and how they say so.
+        self._answers: deque[tuple[_Question, Addresses | OSError]] = deque()
+        self._readable, self._signal = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        loop.watch(self._readable, self._hear)
+        loop.after(_INTERVAL_SECONDS, self._ask_again)
 
-    def _run(self) -> None:
-        while True:
-            self._changed.wait(_INTERVAL_SECONDS)
-            self._changed.clear()
-            found: dict[Address, tuple[ResolvedAddress, ...] | OSError] = {}
-            with self._lock:
-                backends = self._backends
-            for backend in backends:
+    def resolve(self, names: Iterable[NameAddress]) -> None:
+        """Look these up from now on, and no others."""
+        self._names = frozenset(names)
+        self._known = {key: found for key, found in self._known.items() if key[0] in self._names}
+        self._ask()
+
+    def _ask_again(self) -> None:
+        self._loop.after(_INTERVAL_SECONDS, self._ask_again)
+        self._ask()
+
+    def _ask(self) -> None:
+        """About every name; where an answer is still awaited, that will do."""
+        for family in _FAMILIES:
+            unasked = (name for name in self._names if (name, family) not in self._asked)
+            self._waiting[family] = deque(unasked)
+        self._errors.clear()
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        """For each family there are so many: one that is not answered does not delay the other."""
+        for family, waiting in self._waiting.items():
+            busy = sum(of == family for _, of in self._asked)
+            for _ in range(min(_AT_ONCE - busy, len(waiting))):
+                question = waiting.popleft(), family
+                self._asked.add(question)
                 try:
-                    found[backend] = resolve(backend)
-                except OSError as error:
-                    found[backend] = error
-            with self._lock:
-                news = not self._found
-                self._found.update(found)
-            if news:
-                os.write(self._signal, b"!")
+                    threading.Thread(target=self._answer, args=(question,), daemon=True).start()
+                except RuntimeError as error:  # of processes, there are as many as there may be
+                    self._note(question, OSError(errno.EAGAIN, str(error)))
+
+    def _answer(self, question: _Question) -> None:
+        """In a thread of its own."""
+        try:
+            self._note(question, _look_up(*question))
+        except OSError as error:
+            self._note(question, error)
+
+    def _note(self, question: _Question, answer: Addresses | OSError) -> None:
+        self._answers.append((question, answer))
+        # A pipe that is full is readable as it is.
+        with suppress(BlockingIOError):
+            os.write(self._signal, b"!")
+
+    def _hear(self) -> None:
+        os.read(self._readable, 4096)
+        while self._answers:
+            question, answer = self._answers.popleft()
+            self._asked.discard(question)
+            if question[0] in self._names:
+                self._learn(question, answer)
+        self._start_threads()
+
+    def _learn(self, question: _Question, answer: Addresses | OSError) -> None:
+        name = question[0]
+        if isinstance(answer, OSError):
+            self._errors[question] = answer
+            if answer.errno in _NO_ADDRESS:
+                self._known.pop(question, None)
+        else:
+            self._known[question] = answer
+        both = [(name, family) for family in _FAMILIES]
+        errors = [self._errors[one] for one in both if one in self._errors]
+        if len(errors) == len(both):
+            # That there is no address of one family is the lesser news.
+            self._take(name, min(errors, key=lambda error: error.errno in _NO_ADDRESS))
+        elif found := _interleaved([self._known.get(one, ()) for one in both]):
+            self._take(name, found[:_MAX_ADDRESSES])
+
+
+def _look_up(backend: NameAddress, family: socket.AddressFamily) -> Addresses:
+    """Its addresses of one family, at least one; blocks; raises OSError."""
+    # By family, a name that has an IPv4 address in the file alone would be looked for in the DNS
+    # as well, and go where that says.
+    asked = socket.AF_UNSPEC if _is_in_hosts_file(backend.name) else family
+    answers = socket.getaddrinfo(backend.name, backend.port, asked, socket.SOCK_STREAM)
+    # A family that is not built in makes for addresses of another shape.
+    found = dict.fromkeys(
+        (of, address) for of, _, _, _, address in answers if isinstance(address[0], str)
+    )
+    if addresses := tuple(one for one in found if one[0] == family):
+        return addresses
+    raise socket.gaierror(socket.EAI_NODATA, "No address associated with hostname")
+
+
+def _is_in_hosts_file(name: str) -> bool:
+    """hosts(5): an address, and names for it; what follows a # is a comment."""
+    try:
+        lines = _HOSTS.read_text(errors="replace").lower().splitlines()
+    except OSError:
+        return False
+    return any(name.lower() in line.partition("#")[0].split()[1:] for line in lines)
+
+
+def _interleaved(families: Iterable[Addresses]) -> Addresses:
+    """In turn, so that the second to be tried is of the other family (RFC 8305 §4)."""
+    return tuple(one for one in chain.from_iterable(zip_longest(*families)) if one is not None)
