@@ -25,16 +25,17 @@ def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> i
     hide_memory()
     audits, problems = _audits(pid)
     try:
-        if html is not None:
+        if html is not None and audits:
             html.write_text(as_html(audits), encoding="utf-8")
     except OSError as error:
         problems.append(error)
+    # Where others could be audited, these are no failure.
+    elsewhere = [one for one in problems if isinstance(one, LivesElsewhere)] if audits else []
     for problem in problems:
-        # With others that could be audited, it is theirs to speak of those elsewhere.
-        passed_over = isinstance(problem, LivesElsewhere) and bool(audits)
-        if not (passed_over and quiet):
-            note = "passed over: " if passed_over else ""
-            print(f"titus-py audit: {note}{problem}", file=sys.stderr)
+        if problem not in elsewhere:
+            print(f"titus-py audit: {problem}", file=sys.stderr)
+        elif not quiet:
+            print(f"titus-py audit: passed over: {problem}", file=sys.stderr)
     if json:
         print(as_json(audits))
     else:
@@ -43,8 +44,7 @@ def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> i
             (show_broken if quiet else show)(one, console)
     if not all(one.holds for one in audits):
         return 1
-    passed_over = all(isinstance(problem, LivesElsewhere) for problem in problems)
-    return 0 if audits and passed_over else 2
+    return 0 if audits and len(problems) == len(elsewhere) else 2
 
 
 def _audits(pid: int | None) -> tuple[list[Audit], list[CannotAudit | OSError]]:

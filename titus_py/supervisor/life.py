@@ -933,7 +933,7 @@ class _Supervisor:
             generation.connections[event["connection"]] = event
         elif name in _ENDS:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
-        elif name == "keyd_refused" and self._audits.expect(event["connection"]):
+        elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
             name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":
             _complete_refusal(generation, event)
