@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
-# what the demo and the tests drive.
+# and what the demo and the tests drive.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
 DEMO_PACKAGES := curl

@@ -47,7 +47,18 @@ def _package(revision: int) -> Path:
         check=True,
     )
     (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
+    _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
     return built
+
+
+def _tells_nothing_of_its_build(stage: Path) -> None:
+    """It is the same wherever it is built: pip's directories for a build have random names."""
+    for file in stage.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            assert not re.search(rb"/pip-[a-z]+-\w{8}/", file.read_bytes()), file
+    # The build ID of what is linked here (NT_GNU_BUILD_ID, 20 octets) is a hash of such names, too.
+    for library in (*stage.rglob("_prctl.*.so"), *stage.rglob("keyd/*/*.so")):
+        assert b"\x14\0\0\0\x03\0\0\0GNU\0" not in library.read_bytes(), library
 
 
 class Administrator:
