@@ -44,6 +44,7 @@ from titus_py.configuration.checking import Checked
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
+from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.generation import (
     ALIVE_SECONDS,
     Child,
@@ -1062,7 +1063,9 @@ class _Supervisor:
         self._metrics_address = address
 
     def _make_metrics_server(self, listener: socket.socket) -> MetricsServer:
-        return MetricsServer(self._loop, listener, lambda: self._metrics.exposition(self._status()))
+        return MetricsServer(
+            self._loop, listener, lambda: exposition(self._metrics, self._status())
+        )
 
     # --- being looked after, and looking after ----------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.configuration.address import IPAddress, UnixAddress
-from titus_py.supervisor.metrics import CONTENT_TYPE
+from titus_py.supervisor.exposition import CONTENT_TYPE
 
 __all__ = ["MetricsServer", "listen_at"]
 

@@ -16,6 +16,7 @@ from OpenSSL import SSL
 from keyd.tally import Tally
 from titus_py.between.report import End
 from titus_py.supervisor.events import ALARMS
+from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.metrics import Metrics
 from titus_py.worker import tls
 
@@ -58,7 +59,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no
 
 def read(metrics: Metrics, status: dict[str, Any] = STATUS) -> dict[str, float]:
     """Every sample, by its name and labels."""
-    lines = metrics.exposition(status).decode().splitlines()
+    lines = exposition(metrics, status).decode().splitlines()
     samples = [line for line in lines if not line.startswith("#")]
     found = dict(sample.rsplit(" ", 1) for sample in samples)
     assert len(found) == len(samples), "a series came twice"
@@ -197,7 +198,7 @@ def test_no_field_can_make_counting_or_reading_fail(event: str, fields: dict[str
 @given(st.text())
 def test_a_label_is_read_back_as_it_was(subject: str) -> None:
     certificate = STATUS["certificates"][0] | {"subject": subject}
-    text = Metrics().exposition(STATUS | {"certificates": [certificate]}).decode()
+    text = exposition(Metrics(), STATUS | {"certificates": [certificate]}).decode()
     line = next(line for line in text.split("\n") if line.startswith("titus_certificate_expiry"))
     found = re.fullmatch(r'\w+\{subject="((?:[^"\\]|\\["\\n])*)",file="[^"]*"\} \S+', line)
     assert found is not None
@@ -349,7 +350,7 @@ def test_the_supervisor_does_not_load_openssl_for_it() -> None:
 @needs_promtool
 def test_promtool_is_happy_with_the_metrics() -> None:
     metrics = Metrics()
-    for text in (metrics.exposition({}), _lived(metrics).exposition(STATUS)):
+    for text in (exposition(metrics, {}), exposition(_lived(metrics), STATUS)):
         subprocess.run(["promtool", "check", "metrics"], input=text, check=True)
 
 

@@ -1,0 +1,186 @@
+"""The metrics as Prometheus reads them (text exposition format 0.0.4). Run by the supervisor.
+
+Written out here because the usual client library loads OpenSSL, which this process does not.
+"""
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from titus_py.supervisor.counting import Histogram, Tally
+from titus_py.supervisor.metrics import Metrics
+
+__all__ = ["CONTENT_TYPE", "exposition"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
+    """Everything as Prometheus reads it; ``status`` is what ``titus-py status`` gets."""
+    families = [
+        *_of_connections(metrics, status),
+        *_of_keyd(metrics),
+        *_of_the_service(metrics, status),
+    ]
+    return "".join(family.text() for family in families).encode("utf-8", "backslashreplace")
+
+
+def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
+    live = sum(generation["connections"] for generation in status.get("generations", ()))
+    yield _counter("connections_accepted", "Clients that were given a worker.").add(
+        metrics.accepted
+    )
+    yield _gauge("connections_live", "Connections that have not ended.").add(live)
+    yield _counter("connections_ended", "Connections by how they ended.").by("end", metrics.ended)
+    handshakes = _counter(
+        "handshakes", "Completed handshakes, counted when their connection has ended."
+    )
+    for (version, suite, group), count in metrics.handshakes.items():
+        handshakes.add(count, version=version, suite=suite, group=group)
+    yield handshakes
+    yield _counter(
+        "handshake_failures", "Connections that ended before their handshake, by why."
+    ).by("reason", metrics.failures)
+    yield (
+        _counter(
+            "transferred_bytes",
+            "Octets of plaintext, counted when their connection has ended.",
+        )
+        .add(metrics.from_clients, direction="from_client")
+        .add(metrics.to_clients, direction="to_client")
+    )
+    yield _histogram("connection_duration_seconds", "From accept to end.", metrics.durations)
+    yield _histogram(
+        "worker_lifetime_seconds",
+        "From a worker's fork to its end, its time as a spare included.",
+        metrics.worker_lifetimes,
+    )
+
+
+def _of_keyd(metrics: Metrics) -> Iterator["_Family"]:
+    yield (
+        _counter("keyd_operations", "Private-key operations that were granted.")
+        .add(metrics.signed, operation="sign")
+        .add(metrics.decrypted, operation="decrypt")
+    )
+    yield _counter("keyd_refusals", "Requests that keyd refused, by its answer.").by(
+        "status", metrics.refused
+    )
+    yield _histogram(
+        "keyd_operation_duration_seconds",
+        "From a request's arrival at keyd to its answer.",
+        metrics.keyd_latency,
+    )
+
+
+def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
+    yield _counter("alarms", "Events that no healthy instance has, by event.").by(
+        "event", metrics.alarms
+    )
+    yield _counter("child_deaths", "Processes that ended unasked.").by("child", metrics.deaths)
+    reloads = _counter("reloads", "Reloads of the configuration, by outcome.")
+    for result, count in metrics.reloads.items():
+        reloads.add(count, result=result)
+    yield reloads
+    yield _gauge(
+        "last_reload_successful", "Whether the last reload took effect (1 without any)."
+    ).add(int(not metrics.last_reload_failed))
+    yield _counter("limits_hit", "Connections refused or ended by a limit, by limit.").by(
+        "limit", metrics.limits
+    )
+    yield (
+        _counter("events_lost", "Events that could not be recorded, by who lost them.")
+        .add(metrics.events_lost, by="parent")
+        .add(status.get("log_lines_lost", 0), by="log")
+    )
+    expiry = _gauge(
+        "certificate_expiry_timestamp_seconds", "When a certificate expires, in Unix time."
+    )
+    for certificate in status.get("certificates", ()):
+        expiry.add(
+            datetime.fromisoformat(certificate["not_after"]).timestamp(),
+            subject=certificate["subject"],
+            file=certificate["file"],
+        )
+    yield expiry
+    yield from _of_generations(status)
+    yield _gauge("start_time_seconds", "When the supervisor was started, in Unix time.").add(
+        metrics.started
+    )
+    yield _gauge("build_info", "1, with the version that runs.").add(
+        1, version=status.get("version", "")
+    )
+
+
+def _of_generations(status: Mapping[str, Any]) -> Iterator["_Family"]:
+    states = {"serving": 0, "starting": 0, "retired": 0}
+    serving: Mapping[str, Any] = {}
+    for generation in status.get("generations", ()):
+        states[generation["state"]] = states.get(generation["state"], 0) + 1
+        if generation["state"] == "serving":
+            serving = generation
+    by_state = _gauge("generations", "Generations of the configuration that have processes.")
+    for state, count in states.items():
+        by_state.add(count, state=state)
+    yield by_state
+    if serving:
+        yield _gauge("generation", "The number of the generation that serves.").add(
+            serving["number"]
+        )
+    if "spares" in serving:
+        yield _gauge("workers_spare", "Confined workers that wait for a client.").add(
+            serving["spares"]
+        )
+    if "max_connections" in status:
+        yield _gauge("connections_max", "How many connections may live at once.").add(
+            status["max_connections"]
+        )
+
+
+class _Family:
+    """A metric with all its samples."""
+
+    def __init__(self, name: str, kind: str, description: str) -> None:
+        self._name = name
+        self._head = f"# HELP {name} {_escaped(description)}\n# TYPE {name} {kind}\n"
+        #: By what identifies them: a series must not come twice.
+        self._samples: dict[str, float] = {}
+
+    def add(self, value: float, suffix: str = "", **labels: object) -> "_Family":
+        text = ",".join(
+            f'{name}="{_escaped(str(value), quote=True)}"' for name, value in labels.items()
+        )
+        self._samples[f"{self._name}{suffix}" + (f"{{{text}}}" if text else "")] = value
+        return self
+
+    def by(self, label: str, tally: Tally) -> "_Family":
+        for value, count in tally.counts.items():
+            self.add(count, **{label: value})
+        return self
+
+    def text(self) -> str:
+        samples = self._samples.items()
+        return self._head + "".join(f"{name} {value!r}\n" for name, value in samples)
+
+
+def _counter(name: str, description: str) -> _Family:
+    return _Family(f"titus_{name}_total", "counter", description)
+
+
+def _gauge(name: str, description: str) -> _Family:
+    return _Family(f"titus_{name}", "gauge", description)
+
+
+def _histogram(name: str, description: str, histogram: Histogram) -> _Family:
+    family = _Family(f"titus_{name}", "histogram", description)
+    total = 0
+    bounds = [f"{bound:g}" for bound in histogram.bounds]
+    for bound, count in zip([*bounds, "+Inf"], histogram.counts, strict=True):
+        total += count
+        family.add(total, "_bucket", le=bound)
+    return family.add(histogram.sum, "_sum").add(total, "_count")
+
+
+def _escaped(text: str, quote: bool = False) -> str:
+    text = text.replace("\\", r"\\").replace("\n", r"\n")
+    return text.replace('"', r"\"") if quote else text
