@@ -74,7 +74,7 @@ constraints: $(VENV)/built
 	mv packaging/constraints.new packaging/constraints.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so
+	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so titus_py/worker/*.so
 
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)
@@ -93,7 +93,7 @@ $(VENV)/test-packages: $(VENV)/build-packages
 	.ci/apt-install $(TEST_PACKAGES)
 	touch $@
 
-$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py packaging/constraints.txt $(wildcard keyd/*/*.[ch])
+$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py packaging/constraints.txt $(wildcard keyd/*/*.[ch] titus_py/*/*.[ch])
 	$(BIN)/python -m pip install --quiet --constraint packaging/constraints.txt --editable '.[test]'
 	touch $@
 

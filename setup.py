@@ -28,5 +28,6 @@ setup(
     ext_modules=[
         extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
         extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
+        extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
     ]
 )

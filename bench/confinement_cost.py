@@ -110,7 +110,7 @@ def main() -> int:
     todo = steps()
     prctl.set_no_new_privs(1)
     # As the fork server does before it forks.
-    rehearse(Terms(1.0, None, [], b"", ReportWriter(), client_hello()))
+    rehearse(Terms(1.0, None, 1.0, [], b"", ReportWriter(), client_hello()))
     gc.collect()
     gc.freeze()
     times: list[list[float]] = [[] for _ in todo]

@@ -379,6 +379,11 @@ def acknowledge(place: Place) -> None:
     call("setsockopt", place.client, socket.IPPROTO_TCP, socket.TCP_QUICKACK, _TRUE, len(_TRUE))
 
 
+def ask_more(place: Place) -> None:
+    """FIONBIO, which only the handshake needs, where SIOCINQ and SIOCOUTQ are let in."""
+    call("ioctl", place.client, 0x5421, _TRUE)
+
+
 def pass_descriptors(place: Place) -> None:
     """To the parent, which would hold it, or wait in closing it (SO_LINGER)."""
     data = ctypes.create_string_buffer(b"D\0\0", 3)  # a request that is in order
@@ -948,6 +953,7 @@ ATTEMPTS = [
     ),
     Attempt("set another option of the socket", keep_alive, without={"filter": "done"}),
     Attempt("acknowledge at once, later", acknowledge, stages="e", without={"filter": "done"}),
+    Attempt("ask a socket for more, later", ask_more, stages="e", without={"filter": "done"}),
     Attempt("a filter, later", another_filter, stages="e", without={"filter": "done"}),
     Attempt("a filter's listener", notified, without={"filter": "done"}),
     Attempt("not to block, later", not_blocking, stages="e", without={"filter": "done"}),

@@ -33,6 +33,7 @@ class Limits(NamedTuple):
     connections_per_second: float | None
     handshakes: int
     idle_timeout: float | None
+    half_closed_timeout: float
     lifetime: float | None
 
 
@@ -48,6 +49,7 @@ class VirtualHost(NamedTuple):
     backend: str
     addresses: tuple[ResolvedAddress, ...]
     tls: TlsSettings
+    truncated: str
 
 
 class Plan(NamedTuple):

@@ -73,6 +73,7 @@ class End(IntEnum):
     BACKEND_RESET = 13
     WORKER_FAILED = 14
     IDLE = 15
+    HALF_CLOSED = 16
 
 
 class Report(NamedTuple):

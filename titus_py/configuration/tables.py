@@ -148,6 +148,11 @@ class Limits(Table):
         default=3600.0,
         description="How long a connection may stand still, in both directions.",
     )
+    half_closed_timeout: Duration = Field(
+        default=60.0,
+        description="How long the other direction may stand still of a connection of which one "
+        "has ended; and how long a peer may take nothing of the last octets that are for it.",
+    )
     lifetime: Duration | None = Field(
         default=None, description="How long a connection may last altogether. Absent: as it likes."
     )
@@ -299,6 +304,13 @@ class VirtualHost(Credentials, Match):
         description="Also accept TLS 1.2's RSA key exchange, which is not forward-secret: "
         "for clients that know nothing better. An attacker who takes workers over can decrypt one "
         "recorded session with each.",
+    )
+
+    truncated: Literal["reset", "end"] = Field(
+        default="reset",
+        description="What the backend sees where a client ends its stream without TLS's own "
+        'ending (close_notify), as browsers do and as an attacker on the way could: "reset", or '
+        '"end", as if it had been a clean one, for backends that take a reset amiss.',
     )
 
     @field_validator("max_version")

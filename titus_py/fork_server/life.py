@@ -66,6 +66,7 @@ def main() -> int:
     terms = Terms(
         plan.handshake_timeout,
         plan.limits.idle_timeout,
+        plan.limits.half_closed_timeout,
         [_site(vhost) for vhost in plan.vhosts],
         encode(narrowing_calls(established_filter)),
         ReportWriter(),
@@ -87,7 +88,7 @@ def _site(vhost: VirtualHost) -> Site:
     credentials = Credentials(vhost.certificate_chain, vhost.key_reference)
     context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
-    return Site(names, context)
+    return Site(names, context, vhost.truncated == "reset")
 
 
 def _serve(

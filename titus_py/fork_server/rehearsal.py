@@ -23,7 +23,7 @@ from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next
-from titus_py.worker.tls import reseed
+from titus_py.worker.tls import note_close_notify, reseed
 
 __all__ = ["rehearse"]
 
@@ -48,7 +48,8 @@ def rehearse(terms: Terms) -> None:
     for_practice = terms._replace(
         handshake_timeout=_PATIENCE_SECONDS,
         idle_timeout=_PATIENCE_SECONDS,
-        sites=[Site((_SERVER_NAME,), _anonymous_context(SSL.TLS_SERVER_METHOD))],
+        half_closed_timeout=_PATIENCE_SECONDS,
+        sites=[Site((_SERVER_NAME,), _anonymous_context(SSL.TLS_SERVER_METHOD), True)],
         narrowing=b"",
         report=ReportWriter(),
     )
@@ -76,6 +77,7 @@ def _anonymous_context(method: int) -> SSL.Context:
     context = SSL.Context(method)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
+    note_close_notify(context)
     return context
 
 

@@ -230,6 +230,7 @@ class Generation:
                 limits.connections_per_second,
                 limits.handshakes or default_handshakes(worker.max),
                 limits.idle_timeout,
+                limits.half_closed_timeout,
                 limits.lifetime,
             ),
             chroot=str(worker.chroot),
@@ -266,6 +267,7 @@ class Generation:
             backend=str(vhost.backend),
             addresses=addresses,
             tls=vhost.tls,
+            truncated=vhost.truncated,
         )
 
 

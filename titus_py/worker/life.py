@@ -32,17 +32,16 @@ from titus_py.worker.client_hello import (
     InvalidClientHello,
     fatal_alert,
 )
-from titus_py.worker.pump import Pump, describe, stop_resetting
+from titus_py.worker.farewell import part
+from titus_py.worker.pump import Pump, describe
 from titus_py.worker.tls import reseed
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
 
 #: How long a spare has waited when it is taken for one that will go on waiting, in ms.
 _IDLE_MS = 250
-#: What is read of a client at once, beside TLS.
+#: What is read of a ClientHello at once.
 _PIECE_OCTETS = 64 * 1024
-#: How long a client that is being turned away has to read why, in seconds.
-_FAREWELL = 1.0
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This port speaks HTTPS, not HTTP.\r\n"
@@ -54,6 +53,8 @@ class Site(NamedTuple):
 
     server_names: tuple[str, ...] | None
     context: SSL.Context
+    #: Whether a TLS stream that ends without close_notify is a reset to the backend.
+    truncated_is_reset: bool
 
 
 class Terms(NamedTuple):
@@ -61,6 +62,7 @@ class Terms(NamedTuple):
 
     handshake_timeout: float
     idle_timeout: float | None
+    half_closed_timeout: float
     sites: Sequence[Site]
     #: System calls (``confinement.narrowing_calls``), encoded.
     narrowing: bytes
@@ -172,9 +174,17 @@ def _serve(
         backend = _take_backend(parent)
     except _Over as over:
         if over.farewell is not None:
-            _turn_away(peer, over.farewell)
+            part(peer, over.farewell)
         return over.end, over.detail
-    return Pump(connection, peer, backend, report.count, terms.idle_timeout).run()
+    return Pump(
+        connection,
+        peer,
+        backend,
+        report.count,
+        terms.idle_timeout,
+        terms.half_closed_timeout,
+        terms.sites[vhost].truncated_is_reset,
+    ).run()
 
 
 def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, bytes]:
@@ -248,6 +258,8 @@ def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) 
             _await(peer, select.POLLIN, deadline)
         except SSL.WantWriteError:
             _await(peer, select.POLLOUT, deadline)
+        except SSL.ZeroReturnError:
+            raise _Over(End.CLIENT_LEFT, "within the handshake") from None
         except SSL.SysCallError as error:
             reason = "" if error.args[0] == -1 else str(error.args[1])
             raise _Over(End.CLIENT_LEFT, f"within the handshake {reason}".strip()) from None
@@ -279,26 +291,6 @@ def _take_backend(parent: SocketType) -> SocketType:
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
     return SocketType(fileno=descriptors[0])
-
-
-def _turn_away(peer: SocketType, farewell: bytes) -> None:
-    """Say why, in plain octets or in the alert that OpenSSL has sent, and close.
-
-    Without the wait, the client's own octets, unread, would make the close a reset,
-    and a reset would overtake the answer.
-    """
-    stop_resetting(peer)
-    with suppress(OSError):
-        if farewell:
-            peer.send(farewell)
-        peer.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + _FAREWELL
-        poll = select.poll()
-        poll.register(peer, select.POLLIN)
-        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if not peer.recv(_PIECE_OCTETS):
-                break
-    peer.close()
 
 
 def _where(error: BaseException) -> str:

@@ -1,24 +1,36 @@
 """Octets in both directions between a TLS client and a plaintext backend.
 
 Run by the worker, once the handshake is done. What happens on one side is mirrored
-to the other: a clean end of one direction (close_notify, FIN) is passed on when
-all that came before it has been, and the other direction goes on; an unclean one
-(RST, a TLS stream without its close_notify) is passed on as a reset.
+to the other. A clean end of one direction (close_notify, FIN) is passed on when all
+that came before it has been, and the other direction goes on. An unclean end (RST, a TLS
+stream without its close_notify, a record that is none) is passed on as a reset, once the
+other side's kernel has acknowledged what had been sent before it. A receiver that takes
+nothing for ``half_closed_timeout`` is reset without that.
 
 A reset is what both sockets do by themselves when this process ends, however it
 ends: they came with SO_LINGER and a timeout of zero (``reset_at_close``). Only a
 connection that came to a clean end in both directions has that taken off.
+
+One thing is beyond this: OpenSSL reads no more after a write that failed. What a client
+sent that resets the connection while octets are on their way to it is delivered as far as
+it had been read by then.
 """
 
+import errno
 import mmap
+import os
 import select
 import socket
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from socket import SocketType
 
 from OpenSSL import SSL
 
 from titus_py.between.report import End
+from titus_py.worker import alerts
+from titus_py.worker.farewell import part, stop_resetting, unacknowledged, unread
 
 __all__ = ["Pump"]
 
@@ -28,7 +40,11 @@ _BUFFER_OCTETS = 256 * 1024
 #: behind in OpenSSL, where poll(2) would not see it.
 _RECORD_OCTETS = 16 * 1024
 
-_Broken = (ConnectionResetError, BrokenPipeError, TimeoutError, ConnectionAbortedError)
+#: How long to wait until looking again whether the last octets were acknowledged: at first,
+#: and at most, in seconds.
+_PAUSES = 0.001, 0.1
+#: An end that has nothing to add to its name.
+_RESETS = errno.ECONNRESET, errno.EPIPE
 
 
 class _Ended(Exception):
@@ -44,7 +60,9 @@ class Pump:
     """One connection. Both sockets are non-blocking.
 
     ``count`` is told the octets from and to the client so far. A connection that
-    stands still for ``idle_timeout`` seconds is ended.
+    stands still for ``idle_timeout`` seconds is ended; one of which a direction has ended,
+    for ``half_closed_timeout`` seconds. ``truncated_is_reset``: a TLS stream that ends without
+    close_notify is the backend's reset, and otherwise its clean end.
     """
 
     def __init__(
@@ -53,13 +71,20 @@ class Pump:
         client_socket: SocketType,
         backend: SocketType,
         count: Callable[[int, int], None],
-        idle_timeout: float | None = None,
+        idle_timeout: float | None,
+        half_closed_timeout: float,
+        truncated_is_reset: bool,
     ) -> None:
+        alerts.forget()
         self._client = client
         self._client_socket = client_socket
         self._backend = backend
         self._count = count
-        self._idle_ms = None if idle_timeout is None else idle_timeout * 1000
+        self._truncated_is_reset = truncated_is_reset
+        self._half_closed_timeout = half_closed_timeout
+        #: How long the connection may stand still, and what has come to its end then.
+        self._patience_ms = None if idle_timeout is None else idle_timeout * 1000
+        self._stood_still = End.IDLE
         # Mapped, and not a bytearray: what is never written to takes no memory.
         self._from_client, self._from_backend = (
             memoryview(mmap.mmap(-1, _BUFFER_OCTETS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -73,53 +98,75 @@ class Pump:
         #: The direction has no more to come; then, that this was passed on.
         self._client_ended = self._client_end_passed = False
         self._backend_ended = self._backend_end_passed = False
-        self._backend_broken = False
+        #: A failed write has used up the error that would tell an RST from an end of file.
+        self._backend_error_lost = False
+        #: What there is to say of a clean end.
+        self._remark = ""
         #: TLS may need the opposite of what is being done (SSL_get_error(3)).
         self._read_wants_write = False
         self._write_wants_read = False
 
     def run(self) -> tuple[End, str]:
         """Pump until the end; returns how it ended and, where there is one, a detail."""
-        poll = select.poll()
-        client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
-        client_events = backend_events = 0
-        poll.register(client_fd, client_events)
         try:
-            while not (self._client_end_passed and self._backend_end_passed):
-                # The client always, were it only for a reset, which poll(2) reports unasked.
-                if client_events != (wanted := self._client_events()):
-                    poll.register(client_fd, wanted)
-                    client_events = wanted
-                # The backend not where nothing is wanted of it: what it had sent before a
-                # reset is still the client's.
-                if backend_events != (wanted := self._backend_events()):
-                    if wanted:
-                        poll.register(backend_fd, wanted)
-                    else:
-                        poll.unregister(backend_fd)
-                    backend_events = wanted
-                ready = poll.poll(self._idle_ms)
-                if not ready:
-                    raise _Ended(End.IDLE)
-                for descriptor, _ in ready:
-                    if descriptor == backend_fd:
-                        self._backend_ready()
-                    elif client_events:
-                        self._client_ready()
-                    else:
-                        raise _Ended(End.CLIENT_RESET)
-                self._count(self._octets_from_client, self._octets_to_client)
+            self._pump()
         except _Ended as ended:
+            undelivered = self._deliver(ended.end)
             # Not left to Python: of a socket that it finds unclosed, it would first ask
             # the peer's name, which is nothing that a worker may.
-            self._close()
-            return ended.end, ended.detail
+            self._backend.close()
+            if ended.end is End.CLIENT_PROTOCOL_ERROR:
+                part(self._client_socket)
+            self._client_socket.close()
+            return ended.end, "; ".join(filter(None, (ended.detail, undelivered)))
         finally:
             self._count(self._octets_from_client, self._octets_to_client)
         for side in (self._client_socket, self._backend):
             stop_resetting(side)
-        self._close()
-        return End.CLEAN, ""
+            side.close()
+        return End.CLEAN, self._remark
+
+    def _pump(self) -> None:
+        """Until both directions have ended cleanly; raises _Ended."""
+        poll = select.poll()
+        client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
+        client_events = backend_events = 0
+        client_hung_up = False
+        poll.register(client_fd, client_events)
+        while not (self._client_end_passed and self._backend_end_passed):
+            # The client always, were it only for a reset, which poll(2) reports unasked.
+            if client_events != (wanted := self._client_events()):
+                if wanted or not client_hung_up:
+                    poll.register(client_fd, wanted)
+                else:
+                    poll.unregister(client_fd)
+                client_events = wanted
+            # The backend not where nothing is wanted of it: what it had sent before a
+            # reset is still the client's.
+            if backend_events != (wanted := self._backend_events()):
+                if wanted:
+                    poll.register(backend_fd, wanted)
+                else:
+                    poll.unregister(backend_fd)
+                backend_events = wanted
+            ready = poll.poll(self._patience_ms)
+            if not ready:
+                raise _Ended(self._stood_still)
+            for descriptor, events in ready:
+                if descriptor == backend_fd:
+                    self._backend_ready()
+                elif events & select.POLLERR:
+                    # Before anything is written to it: what it had sent is still the backend's.
+                    number = self._client_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    raise _Ended(End.CLIENT_RESET, _reason(number))
+                elif client_events:
+                    self._client_ready()
+                else:
+                    # Both its directions have ended, and the backend has yet to take what it
+                    # sent. That is no news a second time.
+                    poll.unregister(client_fd)
+                    client_hung_up = True
+            self._count(self._octets_from_client, self._octets_to_client)
 
     def _client_events(self) -> int:
         events = 0
@@ -143,16 +190,19 @@ class Pump:
         if self._to_client or self._backend_ended:
             self._write_client()
 
-    def _backend_ready(self) -> None:
+    def _backend_ready(self) -> int:
+        """Returns how many octets came."""
         if self._to_backend:
             self._write_backend()
         if not self._to_client and not self._backend_ended:
-            self._read_backend()
+            return self._read_backend()
+        return 0
 
     def _read_client(self) -> None:
         """Take what the client sent, as far as there is room, and pass it on."""
         self._read_wants_write = False
         received = 0
+        ended: _Ended | None = None
         while received <= _BUFFER_OCTETS - _RECORD_OCTETS:
             try:
                 octets = self._client.recv_into(self._from_client[received:], _RECORD_OCTETS)
@@ -162,19 +212,38 @@ class Pump:
                 self._read_wants_write = True
                 break
             except SSL.ZeroReturnError:
-                self._client_ended = True
+                ended = self._client_has_ended()
                 break
-            except SSL.SysCallError as error:
-                raise _Ended(*_client_failure(error)) from None
             except SSL.Error as error:
-                raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
+                ended = _client_failure(error)
+                break
             received += octets
             # A short record is most often the last for now: to look would cost an exception.
             if octets < _RECORD_OCTETS and not self._client.pending():
                 break
         self._to_backend = self._from_client[:received]
         self._octets_from_client += received
+        if ended is not None:
+            self._client_ended = self._client_end_passed = True
+            raise ended
         self._write_backend()
+
+    def _client_has_ended(self) -> _Ended | None:
+        """With a close_notify, or with a FIN alone: OpenSSL makes no difference (``tls``)."""
+        if not alerts.close_notify_received():
+            if self._truncated_is_reset:
+                return _Ended(End.CLIENT_TRUNCATED)
+            self._remark = "the client sent no close_notify"
+        self._client_ended = True
+        self._half_closed()
+        return None
+
+    def _half_closed(self) -> None:
+        """One direction has ended: the other one is not waited for as long any more."""
+        patience_ms = self._half_closed_timeout * 1000
+        if self._patience_ms is None or patience_ms < self._patience_ms:
+            self._patience_ms = patience_ms
+            self._stood_still = End.HALF_CLOSED
 
     def _write_backend(self) -> None:
         if self._to_backend:
@@ -182,39 +251,36 @@ class Pump:
                 sent = self._backend.send(self._to_backend)
             except BlockingIOError:
                 return
-            except _Broken:
-                self._break_backend()
-                return
+            except OSError as error:
+                # EPIPE: the backend's FIN had come before its RST, and stays a clean end.
+                self._backend_error_lost = error.errno != errno.EPIPE
+                raise _backend_failure(error) from None
             self._to_backend = self._to_backend[sent:]
         if self._client_ended and not self._to_backend and not self._client_end_passed:
             self._client_end_passed = True
             try:
                 self._backend.shutdown(socket.SHUT_WR)
-            except OSError:
-                self._break_backend()
+            except OSError as error:
+                raise _backend_failure(error) from None
 
-    def _break_backend(self) -> None:
-        """The backend takes no more; what it had sent before is still the client's."""
-        self._backend_broken = True
-        self._to_backend = self._from_client[:0]
-        self._client_ended = self._client_end_passed = True
-        if self._backend_ended:
-            raise _Ended(End.BACKEND_RESET)
-
-    def _read_backend(self) -> None:
+    def _read_backend(self) -> int:
+        """Returns how many octets came."""
         try:
             received = self._backend.recv_into(self._from_backend)
         except BlockingIOError:
-            return
-        except _Broken:
-            raise _Ended(End.BACKEND_RESET) from None
+            return 0
+        except OSError as error:
+            self._backend_ended = self._backend_end_passed = True
+            raise _backend_failure(error) from None
         if received:
             self._to_client = self._from_backend[:received]
-        elif self._backend_broken:
-            raise _Ended(End.BACKEND_RESET)
+        elif self._backend_error_lost:
+            self._backend_ended = self._backend_end_passed = True
         else:
             self._backend_ended = True
+            self._half_closed()
         self._write_client()
+        return received
 
     def _write_client(self) -> None:
         """Pass on what the backend sent, a TLS record at a time.
@@ -231,33 +297,138 @@ class Pump:
             if self._backend_ended and not self._backend_end_passed:
                 self._client.shutdown()
                 self._backend_end_passed = True
+                # Nothing may follow a close_notify (RFC 8446 §6.1).
+                with suppress(OSError):
+                    self._client_socket.shutdown(socket.SHUT_WR)
         except SSL.WantWriteError:
             pass
         except SSL.WantReadError:
             self._write_wants_read = True
-        except SSL.SysCallError as error:
-            if self._backend_ended and not self._to_client and self._client_ended:
+        except SSL.Error as error:
+            failure = _client_failure(error)
+            if (
+                failure.end is End.CLIENT_RESET
+                and self._backend_ended
+                and not self._to_client
+                and self._client_ended
+            ):
                 # Nobody is left to hear the close_notify; nothing is lost by that.
                 self._backend_end_passed = True
                 return
-            raise _Ended(*_client_failure(error)) from None
-        except SSL.Error as error:
-            raise _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error)) from None
+            if not self._client_ended:
+                self._client_ended = self._client_end_passed = True
+            raise failure from None
 
-    def _close(self) -> None:
-        for side in (self._client_socket, self._backend):
-            side.close()
+    # --- the last octets ----------------------------------------------------------
+
+    def _deliver(self, end: End) -> str:
+        """See that what was sent before an unclean end arrives; returns what did not, in words.
+
+        What comes from a side that is not passed on any more is thrown away meanwhile: a
+        peer that writes first and reads afterwards gets to its reading by that.
+        """
+        if end in (End.IDLE, End.HALF_CLOSED):
+            return ""
+        if end is End.CLIENT_PROTOCOL_ERROR:
+            # OpenSSL has sent the alert.
+            with suppress(OSError):
+                self._client_socket.shutdown(socket.SHUT_WR)
+        # A client that has reset the connection did not end its stream.
+        self._truncated_is_reset = True
+        #: How much of what the backend sends is still passed on; None is all of it.
+        allowance = unread(self._backend) if end is End.CLIENT_TRUNCATED else None
+        thrown_away = {self._client_socket, self._backend}
+        receivers = thrown_away.copy()
+        self._stop_sending(end, receivers)
+        pause, longest = _PAUSES
+        before: tuple[int, ...] = ()
+        deadline = 0.0
+        while True:
+            if allowance == 0:
+                self._backend_ended = self._backend_end_passed = True
+            in_flight = sum(map(unacknowledged, receivers))
+            if not (in_flight or self._client_events() or self._backend_events()):
+                return ""
+            now = time.monotonic()
+            counts = self._octets_from_client, self._octets_to_client, len(self._to_backend)
+            if before != (before := (*counts, in_flight)):
+                deadline = now + self._half_closed_timeout
+            elif now >= deadline:
+                missing = in_flight + len(self._to_backend) + len(self._to_client)
+                return f"{missing} octets not taken in {self._half_closed_timeout:g} s"
+            ready = self._wait_for(thrown_away, min(pause, deadline - now))
+            pause = min(2 * pause, longest)
+            try:
+                if self._client_socket in ready:
+                    self._client_ready()
+                if self._backend in ready:
+                    if allowance is not None:
+                        self._from_backend = self._from_backend[:allowance]
+                    came = self._backend_ready()
+                    allowance = None if allowance is None else allowance - came
+            except _Ended as further:
+                self._stop_sending(further.end, receivers)
+            self._throw_away(ready & thrown_away, thrown_away, receivers)
+
+    def _stop_sending(self, end: End, receivers: set[SocketType]) -> None:
+        """This was an end that leaves one side without any use for octets."""
+        if end in (End.CLIENT_RESET, End.CLIENT_PROTOCOL_ERROR):
+            self._to_client = self._from_backend[:0]
+            self._backend_ended = self._backend_end_passed = True
+            if end is End.CLIENT_RESET:
+                receivers.discard(self._client_socket)
+        elif end is End.BACKEND_RESET:
+            self._to_backend = self._from_client[:0]
+            self._client_ended = self._client_end_passed = True
+            receivers.discard(self._backend)
+
+    def _wait_for(self, thrown_away: set[SocketType], seconds: float) -> set[SocketType]:
+        """Which side is ready for what there is to do with it, after so many seconds at most."""
+        poll = select.poll()
+        sides = {side.fileno(): side for side in (self._client_socket, self._backend)}
+        for side, events, ended in (
+            (self._client_socket, self._client_events(), self._client_ended),
+            (self._backend, self._backend_events(), self._backend_ended),
+        ):
+            if ended and side in thrown_away:
+                events |= select.POLLIN
+            if events:
+                poll.register(side, events)
+        return {sides[descriptor] for descriptor, _ in poll.poll(seconds * 1000)}
+
+    def _throw_away(
+        self,
+        ready: set[SocketType],
+        thrown_away: set[SocketType],
+        receivers: set[SocketType],
+    ) -> None:
+        """Take what came from a side that is not listened to, until that ends."""
+        for side in ready:
+            if not (self._client_ended if side is self._client_socket else self._backend_ended):
+                continue
+            try:
+                if not side.recv(_RECORD_OCTETS):
+                    thrown_away.discard(side)
+            except BlockingIOError:
+                pass
+            except OSError:
+                thrown_away.discard(side)
+                receivers.discard(side)
 
 
-def _client_failure(error: SSL.SysCallError) -> tuple[End, str]:
-    if error.args[0] == -1:
-        return End.CLIENT_TRUNCATED, ""
-    return End.CLIENT_RESET, ""
+def _client_failure(error: SSL.Error) -> _Ended:
+    if isinstance(error, SSL.SysCallError):
+        return _Ended(End.CLIENT_RESET, _reason(error.args[0]))
+    return _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error))
 
 
-def stop_resetting(side: SocketType) -> None:
-    """Let the connection be closed cleanly."""
-    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+def _backend_failure(error: OSError) -> _Ended:
+    return _Ended(End.BACKEND_RESET, _reason(error.errno or 0))
+
+
+def _reason(number: int) -> str:
+    """What there is to say beside that the connection was reset: that nobody answers, perhaps."""
+    return "" if number <= 0 or number in _RESETS else os.strerror(number)
 
 
 def describe(error: SSL.Error) -> str:

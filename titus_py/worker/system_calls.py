@@ -9,6 +9,7 @@ import mmap
 import socket
 
 from keyd.linux.seccomp import SET_MODE_FILTER, Only, Rules
+from titus_py.worker.farewell import SIOCINQ, SIOCOUTQ
 
 __all__ = ["ESTABLISHED", "HANDSHAKE"]
 
@@ -51,6 +52,8 @@ ESTABLISHED: Rules = {
     "getsockname": _ANYHOW,
     "getsockopt": _ANYHOW,
     "setsockopt": (_option(socket.SOL_SOCKET, socket.SO_LINGER),),
+    # At the end: has all been acknowledged, how much is still to be read (``farewell``).
+    "ioctl": ((Only(1, _ALL, SIOCOUTQ),), (Only(1, _ALL, SIOCINQ),)),
     # Memory, none of it executable.
     "brk": _ANYHOW,
     "mmap": _NOT_EXECUTABLE,
@@ -73,7 +76,7 @@ ESTABLISHED: Rules = {
 HANDSHAKE: Rules = {
     **ESTABLISHED,
     # The client's socket is made non-blocking.
-    "ioctl": ((Only(1, _ALL, _FIONBIO),),),
+    "ioctl": (*ESTABLISHED["ioctl"], (Only(1, _ALL, _FIONBIO),)),
     # The client's last message is acknowledged at once.
     "setsockopt": (
         *ESTABLISHED["setsockopt"],

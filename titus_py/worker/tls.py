@@ -15,10 +15,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 from OpenSSL import SSL
-from OpenSSL._util import lib
+from OpenSSL._util import ffi, lib
 
 from keyd.linux.sealed import sealed_file
 from titus_py.between.virtual_host import TlsSettings
+from titus_py.worker import alerts
 
 with warnings.catch_warnings():
     # Deprecated for making random numbers, which is not what it is used for here.
@@ -31,6 +32,7 @@ __all__ = [
     "Credentials",
     "client_hello",
     "make_context",
+    "note_close_notify",
     "offered_suites",
     "reseed",
     "security_level",
@@ -97,12 +99,23 @@ def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context
     # The order is ours (RFC 9325 §4.1), but that a client which prefers ChaCha20 has no AES in
     # its hardware, and knows better.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
+    note_close_notify(context)
     with _as_path(credentials.certificate_chain) as path:
         context.use_certificate_chain_file(path)
     with _as_path(credentials.key_reference) as path:
         context.use_privatekey_file(path)
     context.check_privatekey()
     return context
+
+
+def note_close_notify(context: SSL.Context) -> None:
+    """Have ``alerts`` know of a close_notify, and OpenSSL take a mere end of file for one.
+
+    It would otherwise send an alert and write no more, where only one direction has ended.
+    """
+    context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
+    callback = ffi.cast("void (*)(SSL *, int, int)", alerts.CALLBACK)
+    lib.SSL_CTX_set_info_callback(context._context, callback)
 
 
 @cache

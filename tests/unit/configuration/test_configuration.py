@@ -86,6 +86,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "connections_per_second": None,
             "handshakes": None,
             "idle_timeout": "3600s",
+            "half_closed_timeout": "60s",
             "lifetime": None,
         },
         "keyd": {"socket": None, "user": "2099999999", "lock_memory": "required"},
@@ -108,6 +109,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "ciphersuites": None,
                 "groups": None,
                 "rsa_key_exchange": False,
+                "truncated": "reset",
             }
         ],
     }

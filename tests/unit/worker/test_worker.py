@@ -10,7 +10,7 @@ from titus_py.between.report import ReportWriter
 from titus_py.worker import life as worker
 from titus_py.worker.life import Terms, serve_next
 
-TERMS = Terms(1.0, None, [], b"", ReportWriter(), b"")
+TERMS = Terms(1.0, None, 1.0, [], b"", ReportWriter(), b"")
 
 
 @pytest.mark.parametrize("seconds", [0, 1.0])
