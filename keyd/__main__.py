@@ -1,14 +1,20 @@
 """The command ``keyd``: the daemon, on its own or started by titus-py, and its tools."""
 
+import signal
+import sys
+
+if sys.argv[1:2] in (["control"], ["listen"]):
+    # First of all: by default, these would be its end, and they have nothing to say to it.
+    for _of_no_meaning in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(_of_no_meaning, signal.SIG_IGN)
+
 import argparse
 import datetime
 import grp
 import json
 import os
 import pwd
-import signal
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn

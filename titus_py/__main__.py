@@ -4,9 +4,20 @@ Each command's module is imported when it is asked for: the supervisor, which st
 has no use for what draws the demo's tables.
 """
 
+import signal
+import sys
+
+if sys.argv[1:2] == ["serve"]:
+    # First of all: what is imported takes a third of a second, and by default these are its end.
+    # SIGHUP waits until the supervisor hears it, and is a reload then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    # Nothing has been started yet that would have to be ended in order, and no traceback helps.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for _of_no_meaning in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(_of_no_meaning, signal.SIG_IGN)
+
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from keyd.linux.process import open_standard_streams

@@ -7,7 +7,8 @@ programs that an administrator or a service manager starts.
 import os
 import signal
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from keyd.linux.spawn import NUMBERS, make, spawn
@@ -25,6 +26,7 @@ __all__ = [
     "how_ended",
     "make",
     "open_standard_streams",
+    "signals_held_back",
     "why_failed",
 ]
 
@@ -36,6 +38,17 @@ CLONE_NEWIPC = 0x0800_0000
 CLONE_NEWPID = 0x2000_0000
 CLONE_NEWNET = 0x4000_0000
 
+_FOR_THE_FIRST_PROCESS = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        # Python ignores it, once it runs.
+        signal.SIGPIPE,
+    }
+)
 _CALL = struct.Struct("=7q")
 _ZEROS = (0,) * 6
 
@@ -102,6 +115,21 @@ def how_ended(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:  # a real-time one
         return f"killed by signal {-code}"
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """What is started meanwhile never hears the signals that are for the first process.
+
+    ``systemctl kill`` sends them to each process of a unit, a terminal to a process group. By
+    default they end a process, also one that has not come to its first line. A signal mask
+    is inherited through fork(2) and execve(2).
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_FIRST_PROCESS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def open_standard_streams() -> None:

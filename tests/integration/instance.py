@@ -362,6 +362,9 @@ class Instance:
         self.processes()
         os.kill(self.pid, number)
 
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self, seconds: float = 15.0) -> int:
         """Its exit code, once it has ended."""
         return self._process.wait(seconds)

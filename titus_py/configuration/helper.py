@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from keyd.linux.process import signals_held_back
+
 __all__ = ["HANDSHAKE_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
 
 #: Isolated: neither the working directory nor the environment decides what reads the keys.
@@ -29,13 +31,15 @@ class Helper:
         self._process: subprocess.Popen[bytes] | None = None
         self._problem = ""
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={},  # Above all no OPENSSL_CONF, which could have it load anything.
-            )
+            # Where we end, so does it: its standard streams are pipes of ours.
+            with signals_held_back():
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env={},  # Above all no OPENSSL_CONF, which could have it load anything.
+                )
         except OSError as error:
             self._problem = f"{command[0]}: {error.strerror}"
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keyd.linux.descriptors import send_descriptors
-from keyd.linux.process import how_ended
+from keyd.linux.process import how_ended, signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py import configuration
@@ -338,16 +338,18 @@ def _start(
     given = given | {"supervisor-fd": theirs.detach()}
     arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
     try:
-        process = subprocess.Popen(
-            # Isolated (-I): no PYTHON* variable and no current directory has a say.
-            [sys.executable, "-I", *program, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={},
-            pass_fds=(*given.values(), *shared),
-            # A session of its own: the terminal's Ctrl-C is for the supervisor.
-            start_new_session=True,
-        )
+        # The supervisor alone tells it to end.
+        with signals_held_back():
+            process = subprocess.Popen(
+                # Isolated (-I): no PYTHON* variable and no current directory has a say.
+                [sys.executable, "-I", *program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={},
+                pass_fds=(*given.values(), *shared),
+                # What a parent that was killed leaves is known by its session.
+                start_new_session=True,
+            )
     finally:
         for descriptor in given.values():
             os.close(descriptor)
