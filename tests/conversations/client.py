@@ -1,15 +1,19 @@
 """A TLS client that says what it is told to, right or wrong, and shows what it gets.
 
-Messages are put together here, octet by octet; cryptography and records are tlslite-ng's, which
-has no code in common with OpenSSL. It checks no certificate.
+Messages are put together here, octet by octet; records and cryptography are tlslite-ng's, which
+has no code in common with OpenSSL. Only AES is not: in Python it would take a hundred times as
+long. It checks no certificate.
 """
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
+from hashlib import sha256
 from types import TracebackType
 from typing import Any, Self
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from integration.peers import connect
 from tlslite.constants import CipherSuite, GroupName
 from tlslite.errors import TLSAbruptCloseError
@@ -27,16 +31,26 @@ NAMES = {TLS12: "TLS 1.2", TLS13: "TLS 1.3"}
 CCS, ALERT, HANDSHAKE, DATA = 20, 21, 22, 23
 
 
+#: A ServerHello's random that makes it a HelloRetryRequest (RFC 8446 §4.1.3).
+_HELLO_RETRY_REQUEST = sha256(b"HelloRetryRequest").digest()
+
+
 class Handshake(IntEnum):
     """RFC 8446 §4, RFC 5246 §7.4."""
 
+    HELLO_REQUEST = 0
     CLIENT_HELLO = 1
     SERVER_HELLO = 2
+    NEW_SESSION_TICKET = 4
+    END_OF_EARLY_DATA = 5
+    CERTIFICATE = 11
     SERVER_KEY_EXCHANGE = 12
     SERVER_HELLO_DONE = 14
+    CERTIFICATE_VERIFY = 15
     CLIENT_KEY_EXCHANGE = 16
     FINISHED = 20
     KEY_UPDATE = 24
+    MESSAGE_HASH = 254
 
 
 class Extension(IntEnum):
@@ -94,6 +108,31 @@ class _Segments:
         return self._socket.recv(length)
 
 
+class _AesGcm:
+    """As tlslite-ng wants a cipher to be."""
+
+    name, isAEAD, isBlockCipher, nonceLength, tagLength = "aes128gcm", True, False, 12, 16
+
+    def __init__(self, key: bytearray) -> None:
+        self._cipher = AESGCM(bytes(key))
+
+    def seal(self, nonce: bytearray, plaintext: bytearray, data: bytearray) -> bytearray:
+        return bytearray(self._cipher.encrypt(bytes(nonce), bytes(plaintext), bytes(data)))
+
+    def open(self, nonce: bytearray, ciphertext: bytearray, data: bytearray) -> bytearray | None:
+        try:
+            return bytearray(self._cipher.decrypt(bytes(nonce), bytes(ciphertext), bytes(data)))
+        except InvalidTag:
+            return None
+
+
+class _Records(RecordLayer):
+    @staticmethod
+    def _getCipherSettings(suite: int) -> tuple[int, int, Callable[..., _AesGcm]]:
+        key_octets, iv_octets, _ = RecordLayer._getCipherSettings(suite)
+        return key_octets, iv_octets, lambda key, _: _AesGcm(key)
+
+
 class Client:
     """One connection, of one version of TLS.
 
@@ -102,8 +141,16 @@ class Client:
     ``start`` and ``finish``; what a test does differently it does between, or instead.
     """
 
-    def __init__(self, port: int, version: Version, suite: int | None = None) -> None:
-        self.socket = connect(port)
+    def __init__(
+        self,
+        port: int,
+        version: Version,
+        suite: int | None = None,
+        server_name: bytes = b"localhost",
+        receive_buffer: int | None = None,
+    ) -> None:
+        self.socket = connect(port, receive_buffer=receive_buffer)
+        self.server_name = server_name
         self.segments = _Segments(self.socket)
         self.version = version
         self.suite = suite or (
@@ -116,7 +163,7 @@ class Client:
         self.server_random = b""
         self.session_id = bytes(getRandomBytes(32))
         self.transcript = HandshakeHashes()
-        self._records = RecordLayer(self.segments)
+        self._records = _Records(self.segments)
         self._records.version = TLS12
         self._key_exchange = ECDHKeyExchange(GroupName.x25519, version)
         self._private = self._key_exchange.get_random_private_key()
@@ -124,6 +171,8 @@ class Client:
         #: What came of the handshake's messages and was not looked at yet.
         self._heard = bytearray()
         self._secrets: dict[str, Any] = {}
+        #: KeyUpdates of the server's.
+        self.updates_heard = 0
 
     def __enter__(self) -> Self:
         return self
@@ -204,7 +253,7 @@ class Client:
     def extensions(self) -> dict[int, bytes]:
         """Those of a ClientHello that is as it should be."""
         common = {
-            Extension.SERVER_NAME: vector(2, b"\0" + vector(2, b"localhost")),
+            Extension.SERVER_NAME: vector(2, b"\0" + vector(2, self.server_name)),
             Extension.SUPPORTED_GROUPS: vector(2, b"\x00\x1d\x00\x17"),
             Extension.SIGNATURE_ALGORITHMS: vector(2, b"\x08\x04\x04\x03\x04\x01"),
         }
@@ -255,6 +304,19 @@ class Client:
         self.say(self.hello() if hello is None else hello)
         self.hear_first_flight()
 
+    def start_twice(
+        self, hello: bytes | None = None, between: Callable[[], object] = lambda: None
+    ) -> None:
+        """The same, where the server asks for another key share (RFC 8446 §4.1.4)."""
+        self.say(self.hello({Extension.KEY_SHARE: vector(2, b"")}))
+        first = bytes(self.transcript.digest("sha256"))
+        self.transcript = HandshakeHashes()
+        self.transcript.update(bytearray(message(Handshake.MESSAGE_HASH, first)))
+        _, body = self._expect(Handshake.SERVER_HELLO)
+        assert body[2:34] == _HELLO_RETRY_REQUEST
+        between()
+        self.start(hello)
+
     def hear_first_flight(self) -> None:
         _, body = self._expect(Handshake.SERVER_HELLO)
         self.server_random = body[2:34]
@@ -277,6 +339,12 @@ class Client:
         self._records.changeReadState()
         self.hear_until(Handshake.FINISHED)
         self._records.changeWriteState()
+        # From here on the server has other keys, and the client has, with its Finished.
+        self._secrets["finishing"] = self._secrets["client"]
+        derived = derive_secret(self._secrets["handshake"], bytearray(b"derived"), None, "sha256")
+        self._secrets["main"] = secureHMAC(derived, nothing, "sha256")
+        self._take_keys("main", b"c ap traffic", b"s ap traffic")
+        self._records.changeReadState()
 
     def _expect(self, kind: Handshake) -> tuple[int, bytes]:
         heard = self.hear()
@@ -301,7 +369,7 @@ class Client:
             )  # fmt: skip
         else:
             key = HKDF_expand_label(
-                self._secrets["client"], bytearray(b"finished"), b"", 32, "sha256"
+                self._secrets["finishing"], bytearray(b"finished"), b"", 32, "sha256"
             )
             verify = secureHMAC(key, self.transcript.digest("sha256"), "sha256")
         return message(Handshake.FINISHED, bytes(verify))
@@ -314,13 +382,12 @@ class Client:
             self.say(self.finished())
             self.hear_last_flight()
             return
-        derived = derive_secret(self._secrets["handshake"], bytearray(b"derived"), None, "sha256")
-        self._secrets["main"] = secureHMAC(derived, bytearray(32), "sha256")
-        finished = self.finished()
-        self._take_keys("main", b"c ap traffic", b"s ap traffic")
-        self.say(finished)
+        self.say(self.finished())
+        self.change_keys()
+
+    def change_keys(self) -> None:
+        """What a Finished says, in TLS 1.3."""
         self._records.changeWriteState()
-        self._records.changeReadState()
 
     def hear_last_flight(self) -> None:
         """TLS 1.2's ChangeCipherSpec and Finished of the server."""
@@ -386,9 +453,6 @@ class Client:
             if kind == DATA:
                 data += content
         return bytes(data)
-
-    #: KeyUpdates that the server sent.
-    updates_heard = 0
 
 
 class Alerted(Exception):

@@ -1,12 +1,15 @@
 """What comes of a conversation: an alert's description, or one of two words."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tlslite.constants import AlertDescription
 
-from .client import DATA, Alerted, Client, Closed
+from .client import DATA, NAMES, Alerted, Client, Closed, Version
 
-__all__ = ["CLOSED", "SERVED", "outcome"]
+__all__ = ["CLOSED", "SERVED", "Conversation", "Converse", "after_the_handshake", "outcome"]
+
+Converse = Callable[[Client], object]
 
 #: It goes on: data comes back from the backend.
 SERVED = "served"
@@ -14,7 +17,35 @@ SERVED = "served"
 CLOSED = "closed"
 
 
-def outcome(client: Client, converse: Callable[[Client], object]) -> str:
+class Conversation(NamedTuple):
+    """What a client says, and what is to come of it, by which section of RFC 8446 or of another.
+
+    A remark says where OpenSSL does something else than the RFC would have.
+    """
+
+    what: str
+    version: Version
+    section: str
+    expected: str
+    converse: Converse
+    remark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} ({NAMES[self.version]})"
+
+
+def after_the_handshake(*records: tuple[int, bytes]) -> Converse:
+    """A connection as it should be, and then these records."""
+
+    def converse(client: Client) -> None:
+        client.shake_hands()
+        for kind, content in records:
+            client.record(kind, content)
+
+    return converse
+
+
+def outcome(client: Client, converse: Converse) -> str:
     """Have this conversation and say how it ended, an alert by its name."""
     try:
         try:
