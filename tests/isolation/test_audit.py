@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,13 +148,20 @@ def await_alarm(instance: TitusInstance, connection: int) -> None:
 
 def test_it_rings_no_alarm(instance: TitusInstance) -> None:
     before = alarms(instance)
-    since = len(instance.events())
+    since = len(instance.events("audit_announced"))
     assert audit(find_target(instance.pid)).holds
-    refusals = [one for one in instance.events()[since:] if one["event"] == "audit_refused"]
+    (announced,) = instance.events("audit_announced")[since:]
     statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired"}
-    assert {event["status"] for event in refusals} == statuses
-    (announced,) = (one for one in instance.events()[since:] if one["event"] == "audit_announced")
-    assert {event["connection"] for event in refusals} == {announced["connection"]}
+    deadline = time.monotonic() + 10
+    refusals: list[dict[str, Any]] = []
+    # keyd tells the parent, and that the supervisor.
+    while {event["status"] for event in refusals} != statuses:
+        assert time.monotonic() < deadline, refusals
+        refusals = [
+            event
+            for event in instance.events("audit_refused")
+            if event["connection"] == announced["connection"]
+        ]
     assert {event["level"] for event in (announced, *refusals)} == {"info"}
     assert alarms(instance) == before
 
@@ -173,12 +181,12 @@ def test_what_is_not_its_own_is_an_alarm_meanwhile(instance: TitusInstance) -> N
     own = ask(instance.pid, {"do": "audit"}, 10)["connection"]
     before = alarms(instance).get("keyd_refused", 0)
     refusals(own)
-    refused = len(instance.events("audit_refused"))
     assert alarms(instance).get("keyd_refused", 0) == before
     for stranger in (0, own + 1, instance.events("connection_begun")[-1]["connection"]):
         refusals(stranger)
         await_alarm(instance, stranger)
-    assert len(instance.events("audit_refused")) == refused
+    announced = {event["connection"] for event in instance.events("audit_announced")}
+    assert {event["connection"] for event in instance.events("audit_refused")} <= announced
     # So many as an audit makes, with a few to spare, and the others are alarms.
     refusals(own)
     refusals(own)
