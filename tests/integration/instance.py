@@ -143,7 +143,8 @@ class Uids:
         return range(first, first + count)
 
 
-_uids = Uids()
+#: For all tests of this process.
+UIDS = Uids()
 
 
 class Instance:
@@ -191,7 +192,7 @@ class Instance:
         program: Path | None = None,
     ) -> "Instance":
         """Serve these tables, with what they leave out of [worker], [keyd] and [log]."""
-        uids = _uids.take(uids_count)
+        uids = UIDS.take(uids_count)
         worker = {
             "uids": f"{uids[0]}-{uids[-2]}",
             "max": 500,

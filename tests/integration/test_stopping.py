@@ -14,7 +14,7 @@ import prctl
 import pytest
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Uids, eventually, free_port, toml
+from .instance import TITUS_PY, UIDS, eventually, free_port, toml
 from .peers import Listener, TlsClient, connect, receive_exactly, was_reset
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
@@ -212,7 +212,7 @@ def be_nobody_who_may_read_everything() -> None:
 
 def write_configuration(certificates: Certificates, directory: Path, *ports: int) -> Path:
     certificate = certificates()
-    uids = Uids().take()
+    uids = UIDS.take()
     configuration = directory / "titus.toml"
     configuration.write_text(
         toml(

@@ -33,6 +33,9 @@ backend = "127.0.0.1:8080"
 
 [keyd]
 user = "titus-keyd"
+
+[worker]
+uids = "2110000000-2110065535"
 """
 
 
@@ -111,7 +114,7 @@ class Administrator:
             line
             for line in seen.splitlines()
             if re.search("titus|keyd", line)
-            or int(line.split()[0]) in range(2_100_000_000, 2_100_065_536)
+            or int(line.split()[0]) in range(2_110_000_000, 2_110_065_536)
         )
 
 
@@ -276,7 +279,7 @@ def _has_its_clock_stepped(admin: Administrator) -> None:
     drop_in = "/etc/systemd/system/titus-py.service.d/watchdog.conf"
     admin.writes(drop_in, "[Service]\nWatchdogSec=5\n")
     configuration = (admin.etc / "titus.toml").read_text()
-    limits = f'[worker]\nhandshake_timeout = "{timeout}s"\n[limits]\nidle_timeout = "{timeout}s"\n'
+    limits = f'handshake_timeout = "{timeout}s"\n[limits]\nidle_timeout = "{timeout}s"\n'
     admin.writes("/etc/titus-py/titus.toml", f"{_CONFIGURATION}\n{limits}")
     admin.types("systemctl daemon-reload && systemctl restart titus-py")
     pid = admin.property("titus-py", "MainPID")
@@ -484,7 +487,8 @@ def _runs_two_instances(admin: Administrator) -> None:
     admin.types("chmod 600 /etc/titus-py/other.key")
     other = _CONFIGURATION.replace("www.", "other.").replace("[::]:443", "127.0.0.1:8443")
     other = other.replace('"titus-keyd"', "2100099999")
-    admin.writes("/etc/titus-py/other.toml", other + '\n[worker]\nuids = "2100100000-2100165535"\n')
+    other = other.replace("21100", "21101")
+    admin.writes("/etc/titus-py/other.toml", other)
     admin.types("systemctl start titus-py@other")
     admin.types("curl --silent --show-error --insecure https://127.0.0.1:8443/")
     audits = json.loads(admin.types("titus-py audit --json"))

@@ -16,6 +16,7 @@ from titus_py.configuration import Configuration, Credential, Loaded, Mistake
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Source
+from titus_py.configuration.uids_in_use import uids_in_use
 
 __all__ = ["CertificateFacts", "Checked", "check"]
 
@@ -46,6 +47,8 @@ class Checked(NamedTuple):
     warnings: list[Mistake]
     certificates: dict[Credential, CertificateFacts]
     files: FileWatch
+    #: The configuration's, "" where it came from options.
+    path: str = ""
 
 
 class _Problem(BaseModel):
@@ -123,8 +126,10 @@ def check(
     except Unanswered as error:
         reason = f"it could not be tried whether a handshake is possible: {error}"
         mistakes.append(source.mistake("", reason))
+    for found, more in zip((mistakes, warnings), uids_in_use(loaded), strict=True):
+        found += more
     configuration = None if mistakes else loaded.configuration
-    return Checked(configuration, mistakes, warnings, certificates, files)
+    return Checked(configuration, mistakes, warnings, certificates, files, source.path)
 
 
 def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[_Answer]:

@@ -57,6 +57,11 @@ class Source(NamedTuple):
     labels: Mapping[str, str] = {}
     credentials: Path | None = None
 
+    @property
+    def path(self) -> str:
+        """The file, wherever one stands; "" where there is none."""
+        return str(self.directory / Path(self.file).name) if self.file else ""
+
     def mistake(self, key: str, reason: str) -> Mistake:
         option = self.option(key)
         return Mistake(self.file, option or key, reason, self.line(key), option or self.name(key))

@@ -28,7 +28,7 @@ from titus_py.between.plan import Limits, Plan, ResolvedAddress, VirtualHost
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import Checked
 
-__all__ = ["ALIVE_SECONDS", "Child", "Generation", "any_process_has", "free_block"]
+__all__ = ["ALIVE_SECONDS", "Child", "Generation", "free_block"]
 
 _FEW_HANDSHAKES = 64
 #: How often the parent and keyd say that they are alive.
@@ -284,24 +284,6 @@ def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
             break
         start = max(start, block.stop)
     return range(start, start + count) if start + count <= uids.stop else None
-
-
-def any_process_has(uids: range) -> bool:
-    """Whether any process that is to be seen from here runs as one of these users.
-
-    Asked by getpriority(2), which knows of each process of a user, and not of /proc,
-    where a service manager may have hidden others' processes (ProtectProc=).
-    """
-    return any(_has_processes(uid) for uid in uids)
-
-
-def _has_processes(uid: int) -> bool:
-    try:
-        # Python takes a C int; to the kernel, the upper half of them are uids, too.
-        os.getpriority(os.PRIO_USER, uid if uid < 1 << 31 else uid - (1 << 32))
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:

@@ -33,6 +33,7 @@ from keyd.system_calls import SERVING
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import ResolvedAddress, address_text, resolved
 from titus_py.between.report import complete_record, read_report
+from titus_py.configuration import Configuration
 from titus_py.configuration.address import (
     Address,
     IPAddress,
@@ -41,6 +42,7 @@ from titus_py.configuration.address import (
     parse_backend,
 )
 from titus_py.configuration.checking import Checked
+from titus_py.configuration.held_uids import Held, HeldUids, any_process_has
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
@@ -49,7 +51,6 @@ from titus_py.supervisor.generation import (
     ALIVE_SECONDS,
     Child,
     Generation,
-    any_process_has,
     free_block,
 )
 from titus_py.supervisor.listeners import CannotListen, listen, passed_listeners
@@ -159,10 +160,13 @@ def _withdraw() -> None:
 class _NoUids(Exception):
     """There are none left for another generation's workers."""
 
-    def __str__(self) -> str:
-        return (
+    def __init__(self, needed: int, fits_beside: bool) -> None:
+        super().__init__(
             "worker.uids: connections of earlier generations still have too many of them: "
             "widen the range, or wait for those connections to end"
+            if fits_beside
+            else f"worker.uids: max + spare = {needed} workers find no room in the range beside "
+            "those that serve: widen it, or set one apart from the former"
         )
 
 
@@ -210,6 +214,7 @@ class _Supervisor:
         self._later_answers: list[Answer] = []
         #: When the children were last looked after.
         self._looked = time.monotonic()
+        self._held_uids = HeldUids()
         self._failures: deque[float] = deque(maxlen=_FAILURES)
         self._stops = 0
         self._exit_code: int | None = None
@@ -226,6 +231,9 @@ class _Supervisor:
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
             self._finish(1)
+        except Held as error:
+            self._event("start_failed", level="error", reason=f"worker.uids: {error}")
+            self._finish(2)
         else:
             self._look_after_children()
             self._feed_watchdog()
@@ -242,7 +250,7 @@ class _Supervisor:
         return self._exit_code
 
     def _begin(self, checked: Checked) -> None:
-        """Start the first generation. Raises OSError."""
+        """Start the first generation. Raises OSError, Held."""
         self._listen_for_control()
         generation = self._prepare(checked)
         self._event("start", pid=os.getpid(), vhosts=len(generation.configuration.vhost))
@@ -330,13 +338,25 @@ class _Supervisor:
     # --- generations ------------------------------------------------------------
 
     def _prepare(self, checked: Checked) -> Generation:
-        """A generation that has not been started. Raises OSError."""
+        """A generation that has not been started. Raises OSError, Held."""
+        if checked.configuration is not None:
+            self._hold_uids(checked.configuration, checked.path)
         number = self._generations[-1].number + 1 if self._generations else 1
         generation = Generation(number, checked, self._filters)
         _prepare_chroot(generation.configuration.worker.chroot)
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
         return generation
+
+    def _hold_uids(self, configuration: Configuration, path: str) -> None:
+        """Keep other instances from these uids, from now on until we end. Raises Held."""
+        keyd = configuration.keyd
+        try:
+            self._held_uids.hold(
+                configuration.worker.uids, None if keyd.socket else keyd.user.uid, path
+            )
+        except OSError as error:
+            self._event("uids_not_held", level="warning", reason=error.strerror)
 
     def _adopt(self, generation: Generation) -> None:
         """Go by its configuration in what is the supervisor's own. Raises OSError, and then not."""
@@ -480,6 +500,13 @@ class _Supervisor:
         taken = [*self._used_uids, *(other.uids for other in self._generations if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
+    def _fits_beside(self, generation: Generation) -> bool:
+        """Whether there would be uids if no earlier connection had any."""
+        serving = self._serving
+        return bool(
+            free_block(generation.configuration.worker.uids, generation.uids_needed, [serving.uids])
+        )
+
     def _release_uids(self, uids: range, pause: float = _RETRY_SECONDS) -> None:
         """Give uids back, once no process can have them any more.
 
@@ -606,13 +633,13 @@ class _Supervisor:
         try:
             generation = self._prepare(checked)
             if self._free_uids(generation) is None:
-                raise _NoUids
+                raise _NoUids(generation.uids_needed, fits_beside=self._fits_beside(generation))
             added = listen(
                 (address for address in wanted if address not in self._listeners),
                 self._passed,
                 self._listeners,
             )
-        except (CannotListen, OSError, _NoUids) as error:
+        except (CannotListen, OSError, Held, _NoUids) as error:
             self._reload_failed([str(error)])
             return
         self._generations.append(generation)
@@ -648,6 +675,7 @@ class _Supervisor:
                 )
                 for address, listener in known.items()
             ],
+            held_uids=self._held_uids.descriptor,
             used_uids=[(uids.start, uids.stop) for uids in self._used_uids],
             addresses=[
                 (str(backend), [list(address) for address in addresses])
@@ -705,6 +733,7 @@ class _Supervisor:
             parse_backend(backend): resolved(addresses) for backend, addresses in legacy.addresses
         }
         self._generations = [succession.inherit(left, self._filters) for left in legacy.generations]
+        self._held_uids = HeldUids(legacy.held_uids)
         for generation in self._generations:
             for child in generation.children:
                 self._watch(generation, child)

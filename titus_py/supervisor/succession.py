@@ -99,6 +99,8 @@ class Legacy(_Left):
     version: Literal[1] = 1
     generations: list[LeftGeneration]
     listeners: list[Listener]
+    #: The file by which other instances are kept from this one's uids; -1 if there is none.
+    held_uids: int
     used_uids: list[tuple[int, int]]
     #: By the backend: its addresses, as the parent is told of them.
     addresses: list[tuple[str, list[list[Any]]]]
@@ -131,6 +133,7 @@ class Legacy(_Left):
             *self.answers,
             *self.later_answers,
             *(one for one in (self.control, self.metrics) if one is not None),
+            *([self.held_uids] if self.held_uids >= 0 else []),
         ]
 
 

@@ -1,0 +1,117 @@
+"""Uids that others have: another instance, any process. Nobody is given a uid that is not free."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .conftest import Certificates, Serve
+from .instance import TITUS_PY, UIDS, Instance, free_port, toml
+from .peers import Listener, TlsClient
+from .service import edit, problems, reload, serves, talk
+
+Tables = dict[str, Any]
+
+
+def edited(instance: Instance, directory: Path, change: Callable[[str], str] = str) -> Path:
+    """A file as the instance has it, on another port."""
+    directory.mkdir()
+    text = (instance.directory / "titus.toml").read_text()
+    file = directory / "titus.toml"
+    file.write_text(change(text.replace(str(instance.port), str(free_port()))))
+    return file
+
+
+def run(command: str, file: Path) -> "subprocess.CompletedProcess[str]":
+    words = [TITUS_PY, command, "--config", file]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_second_instance_with_the_same_uids_does_not_start(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    """Who forgot to give it uids of its own is told whose they are."""
+    instance = serve(echoing.address)
+    other = edited(instance, tmp_path / "other")
+    for command in ("check", "serve"):
+        ended = run(command, other)
+        assert ended.returncode == 2
+        (line,) = ended.stderr.splitlines()
+        whose = f"the instance of {instance.directory}/titus.toml, process {instance.pid}"
+        assert f"worker.uids: some of them are those of {whose}" in line
+    assert serves(instance)
+    # Of the one that runs, all is well.
+    for _ in range(2):
+        assert run("check", instance.directory / "titus.toml").returncode == 0
+        assert reload(instance)["reloaded"]
+    assert instance.terminate() == 0
+    assert run("check", other).returncode == 0
+
+
+def test_a_reload_into_the_uids_of_another_is_refused(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    one, two = serve(echoing.address), serve(echoing.address)
+    theirs = f"{one.uids[0]}-{one.uids[-2]}"
+    edit(two, lambda tables: tables["worker"].update(uids=theirs))
+    (problem,) = problems(two)
+    assert f"those of the instance of {one.directory}/titus.toml" in problem
+    assert serves(two)
+    assert one.terminate() == 0
+    # Whatever has these from now on is not left of it.
+    former, one.uids = one.uids, range(0)
+    with TlsClient(two.port) as client:
+        assert talk(client.handshake())
+        assert reload(two)["reloaded"]
+        assert talk(client)
+    # They are two's now, and so are those that it had before.
+    for uids in (former, two.uids):
+        own = {"worker": {"uids": f"{uids[0]}-{uids[-2]}"}}
+        text = (two.directory / "titus.toml").read_text().replace(theirs, own["worker"]["uids"])
+        (tmp_path / "titus.toml").write_text(text)
+        assert run("check", tmp_path / "titus.toml").returncode == 2
+
+
+def test_a_shared_user_of_keyd_is_warned_of(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    instance = serve(echoing.address)
+    uids = UIDS.take()
+
+    def with_uids(text: str) -> str:
+        return text.replace(f'"{instance.uids[0]}-{instance.uids[-2]}"', f'"{uids[0]}-{uids[-1]}"')
+
+    ended = run("check", edited(instance, tmp_path / "other", with_uids))
+    assert ended.returncode == 0
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("warning: ")
+    assert "keyd.user: another instance's keyd runs as this user" in line
+    assert run("check", instance.directory / "titus.toml").stderr == ""
+
+
+def test_a_uid_of_a_process_is_not_given_away(certificates: Certificates, tmp_path: Path) -> None:
+    site = certificates()
+    uids = UIDS.take()
+    tables: Tables = {
+        "worker": {"uids": f"{uids[0]}-{uids[-2]}", "chroot": tmp_path / "empty"},
+        "keyd": {"user": str(uids[-1])},
+        "listen": [{"address": f"127.0.0.1:{free_port()}"}],
+        "vhost": [{"certificate": site.certificate, "key": site.key, "backend": "127.0.0.1:80"}],
+    }
+    file = tmp_path / "titus.toml"
+    file.write_text(toml(tables))
+    assert run("check", file).returncode == 0
+    with subprocess.Popen(["sleep", "60"], user=uids[1000], cwd="/") as sleeping:
+        for command in ("check", "serve"):
+            ended = run(command, file)
+            assert ended.returncode == 2
+            name = json.dumps("sleep")
+            known = f"{uids[1000]} is the uid of a running process ({sleeping.pid}, {name})"
+            assert f"worker.uids: {known}" in ended.stderr
+        sleeping.kill()
+    with subprocess.Popen(["sleep", "60"], user=uids[-1], cwd="/") as sleeping:
+        ended = run("check", file)
+        assert ended.returncode == 0
+        assert "keyd.user: another process runs as this user" in ended.stderr
+        sleeping.kill()

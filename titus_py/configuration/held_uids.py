@@ -1,0 +1,158 @@
+"""Which uids are in use: by instances of titus-py, and by any process that there is.
+
+An instance holds its uids for as long as its supervisor lives; ``titus-py check`` and the start of
+another one look. A range is held by a lock on as many octets of one file, octet N for uid N: so
+it is the kernel that sees whether two ranges overlap. Whoever holds it writes who it is into these
+octets. Root's alone, and trusted.
+
+The locks are those of an open file description (fcntl(2), F_OFD_SETLK). They end with its last
+descriptor, however the process ends. Whoever keeps the descriptor over an execve(2) keeps them.
+"""
+
+import fcntl
+import json
+import os
+import struct
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = [
+    "UIDS_FILE",
+    "Held",
+    "HeldUids",
+    "Holder",
+    "any_process_has",
+    "holder",
+    "is_running",
+    "process_with",
+]
+
+UIDS_FILE = Path("/run/titus-py/uids")
+#: struct flock (fcntl(2)): type, whence, start, length, process; of 64 bits.
+_FLOCK = struct.Struct("@hhqqi0q")
+_NOTE_OCTETS = 4096
+_LOOK_SECONDS = 0.05
+
+
+class Holder(NamedTuple):
+    """Who holds uids: a supervisor, by its configuration file ("" where it has options instead)."""
+
+    pid: int
+    file: str
+    shared: bool  #: only as keyd.user
+
+    def is_ours(self, file: str) -> bool:
+        """Whether that is the instance with this file: us, who started us, or whom we check for."""
+        return bool(file and file == self.file) or self.pid in (os.getpid(), os.getppid())
+
+    def __str__(self) -> str:
+        what = f"of {self.file}" if self.file else "with options"
+        return f"the instance {what}, process {self.pid}" if self.pid else "another instance"
+
+
+class Held(Exception):
+    """Another instance holds some of these uids."""
+
+    def __init__(self, uids: range, by: Holder) -> None:
+        super().__init__(f"some of {uids[0]} to {uids[-1]} are those of {by}")
+
+
+class HeldUids:
+    """Those that this process holds, until it ends."""
+
+    def __init__(self, descriptor: int = -1, path: Path = UIDS_FILE) -> None:
+        """``descriptor`` is that of the supervisor before this one, if it left it (succession)."""
+        self._path = path
+        self.descriptor = descriptor
+
+    def hold(self, workers: range, keyd: int | None, file: str) -> None:
+        """Hold these as well; ``keyd`` may be several instances' user. Raises Held, OSError."""
+        if self.descriptor < 0:
+            self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self.descriptor = os.open(self._path, flags, 0o600)
+        self._lock(workers, fcntl.F_WRLCK)
+        note = json.dumps({"pid": os.getpid(), "file": file}).encode() + b"\n"
+        os.pwrite(self.descriptor, note[: len(workers)], workers[0])
+        if keyd is not None:
+            self._lock(range(keyd, keyd + 1), fcntl.F_RDLCK)
+        if file:
+            self._lock(_instance(file), fcntl.F_RDLCK)
+
+    def _lock(self, uids: range, kind: int) -> None:
+        wanted = _FLOCK.pack(kind, os.SEEK_SET, uids[0], len(uids), 0)
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, wanted)
+        except (BlockingIOError, PermissionError):
+            by = _holder(self.descriptor, uids, kind)
+            raise Held(uids, by or Holder(0, "", False)) from None
+
+
+def is_running(file: str, path: Path = UIDS_FILE) -> bool:
+    """Whether an instance with this configuration file holds uids, whichever these are."""
+    return holder(_instance(file), path) is not None
+
+
+def _instance(file: str) -> range:
+    """An octet beyond all uids, for the instances with this file."""
+    octet = (1 << 33) + zlib.crc32(os.fsencode(file))
+    return range(octet, octet + 1)
+
+
+def holder(uids: range, path: Path = UIDS_FILE) -> Holder | None:
+    """Which instance holds any of these, if it can be seen. Raises nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return _holder(descriptor, uids, fcntl.F_WRLCK)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _holder(descriptor: int, uids: range, kind: int) -> Holder | None:
+    wanted = _FLOCK.pack(kind, os.SEEK_SET, uids[0], len(uids), 0)
+    found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted)
+    their_kind, _, start, _, _ = _FLOCK.unpack(found)
+    if their_kind == fcntl.F_UNLCK:
+        return None
+    if their_kind == fcntl.F_RDLCK:
+        return Holder(0, "", shared=True)
+    with suppress(ValueError, KeyError, TypeError):
+        note = json.loads(os.pread(descriptor, _NOTE_OCTETS, start).partition(b"\n")[0])
+        return Holder(int(note["pid"]), str(note["file"]), shared=False)
+    return Holder(0, "", shared=False)
+
+
+def any_process_has(uids: range) -> bool:
+    """Whether any process that is to be seen from here runs as one of these users."""
+    return process_with(uids) is not None
+
+
+def process_with(uids: range, patience: float = 0.0) -> int | None:
+    """The first of these uids that a process has, even after so many seconds; None if none has.
+
+    Asked by getpriority(2), which knows of each process of a user, and not of /proc,
+    where a service manager may have hidden others' processes (ProtectProc=).
+    """
+    until = time.monotonic() + patience
+    while (uid := next(filter(_has_processes, uids), None)) is not None:
+        if time.monotonic() >= until:
+            return uid
+        time.sleep(_LOOK_SECONDS)
+    return None
+
+
+def _has_processes(uid: int) -> bool:
+    try:
+        # Python takes a C int; to the kernel, the upper half of them are uids, too.
+        os.getpriority(os.PRIO_USER, uid if uid < 1 << 31 else uid - (1 << 32))
+    except ProcessLookupError:
+        return False
+    return True
