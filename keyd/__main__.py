@@ -39,6 +39,9 @@ from keyd.system_calls import SERVING
 __all__ = ["main"]
 
 _BACKLOG = 128
+#: How long those may take whose handshake has begun, when keyd is told to stop: others wait for
+#: the next one meanwhile.
+_LEAVE_SECONDS = 3.0
 #: Beside the cores, so that a slow key does not hold up the quick ones.
 _THREADS = (os.cpu_count() or 1) + 1
 
@@ -186,6 +189,16 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
+def _leave_when_told(keyd: Keyd) -> None:
+    """At SIGTERM, answer what has been asked; at the second one, end at once."""
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        keyd.leave(_LEAVE_SECONDS, _leave)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def _control(arguments: argparse.Namespace) -> NoReturn:
     """Serve parents that connect, on the terms that each states."""
     set_title("keyd", "keyd", *sys.argv[1:])
@@ -205,6 +218,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
             keyd.hear_parent(parent, gone=lambda: None)
 
         keyd.hear_listener(listener, accepted)
+        _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
 
@@ -230,6 +244,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
             print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)
 
         keyd.hear_listener(listener, lambda client: keyd.open(terms, client, record))
+        _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
 

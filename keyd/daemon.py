@@ -169,6 +169,10 @@ class Keyd:
         self._epoll = select.epoll()
         self._channels: dict[int, _Channel] = {}
         self._sources: dict[int, Callable[[], None]] = {}
+        self._parents: set[socket.socket] = set()
+        #: Once it is to leave: when, at the latest, and how.
+        self._leaves_at: float | None = None
+        self._left: Callable[[], object] = self.stop
         self._swept = time.monotonic()
         self._stopped = threading.Event()
 
@@ -199,6 +203,22 @@ class Keyd:
     def stop(self) -> None:
         self._stopped.set()
 
+    def leave(self, seconds: float, left: Callable[[], object]) -> None:
+        """Take nobody any more; ``left`` is called once all that were taken have been answered.
+
+        After so many seconds in any case. Parents learn of it by the end of what this says to
+        them, and may open channels until they hang up: for clients that they have accepted.
+        """
+        self._left = left
+        self._leaves_at = time.monotonic() + seconds
+        for parent in list(self._parents):
+            _say_no_more(parent)
+        self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        if self._leaves_at is not None and not self._parents and not self._channels:
+            self._left()
+
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
         """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
 
@@ -228,12 +248,17 @@ class Keyd:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 del self._sources[control.fileno()]
+                self._parents.discard(control)
                 control.close()
                 gone()
+                self._leave_if_done()
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
             self.open(terms, socket.socket(*kind, fileno=descriptors[0]), record)
 
+        self._parents.add(control)
+        if self._leaves_at is not None:
+            _say_no_more(control)
         self._arm_source(control, hear)
 
     def hear_listener(
@@ -243,6 +268,10 @@ class Keyd:
         listener.setblocking(False)
 
         def hear() -> None:
+            if self._leaves_at is not None:
+                # Not armed again: who connects now is the next keyd's.
+                del self._sources[listener.fileno()]
+                return
             with suppress(BlockingIOError, ConnectionAbortedError):
                 accepted(listener.accept()[0])
 
@@ -325,6 +354,7 @@ class Keyd:
         # Forgotten before closed: the number may be another channel's at once.
         del self._channels[descriptor]
         channel.socket.close()
+        self._leave_if_done()
 
     def _sweep(self) -> None:
         """Once in a while: tick, and hang up on channels past their time.
@@ -336,10 +366,17 @@ class Keyd:
             return
         self._swept = now
         self._tick()
+        if self._leaves_at is not None and now > self._leaves_at:
+            self._left()
         for channel in list(self._channels.values()):
             if channel.deadline < now:
                 with suppress(OSError):
                     channel.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _say_no_more(parent: socket.socket) -> None:
+    with suppress(OSError):
+        parent.shutdown(socket.SHUT_WR)
 
 
 def _reply(channel: _Channel, reply: Reply) -> None:

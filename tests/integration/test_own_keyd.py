@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from .service import (
     PATIENCE,
     install,
     name_shown_to_a_new_client,
+    problems,
     reload,
     replace,
     serves,
@@ -79,6 +81,10 @@ class OwnKeyd:
     def end(self, number: signal.Signals = signal.SIGKILL) -> int:
         assert self._process is not None
         self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        assert self._process is not None
         return self._process.wait(10)
 
     def close(self) -> None:
@@ -383,26 +389,150 @@ def test_a_key_that_keyd_lacks_is_named(
         client.handshake()
 
 
-def test_a_new_key_and_its_certificate_come_by_a_restart_and_a_reload(
+class Comers:
+    """Clients, one after the other, each with a handshake and a few words."""
+
+    def __init__(self, instance: Instance, count: int = 4) -> None:
+        self._over = threading.Event()
+        self._pool = ThreadPoolExecutor(count)
+        self._served = 0
+        self._comers = [self._pool.submit(self._come, instance) for _ in range(count)]
+
+    def _come(self, instance: Instance) -> None:
+        while not self._over.is_set():
+            assert serves(instance)
+            self._served += 1
+
+    def wait_for_some(self) -> None:
+        enough = self._served + 10
+        eventually(lambda: self._served > enough, "more clients that are served", PATIENCE)
+
+    def leave(self) -> None:
+        """Fails if one was not served."""
+        self._over.set()
+        with self._pool:
+            for comer in self._comers:
+                comer.result(PATIENCE)
+
+
+@pytest.mark.parametrize("by", ["reload", "itself"])
+def test_a_renewal_loses_no_handshake(
+    start_keyd: Start,
+    start_proxy: Callable[..., Instance],
+    certificates: Certificates,
+    echoing: Listener,
+    tmp_path: Path,
+    by: str,
+) -> None:
+    """systemctl restart titus-keyd && systemctl reload titus-py, or without the second."""
+    site = install(certificates("P-256", "0.test"), tmp_path)
+    keyd = start_keyd(site.key)
+    # No alarm is expected.
+    instance = start_proxy(echoing.address, site, keyd=keyd)
+    comers = Comers(instance)
+    try:
+        with TlsClient(instance.port) as established:
+            assert talk(established.handshake())
+            for number in (1, 2, 3):
+                comers.wait_for_some()
+                since = len(instance.events())
+                install(certificates("P-256", f"{number}.test"), tmp_path)
+                assert keyd.end(signal.SIGTERM) == 0
+                keyd.start()
+                if by == "reload":
+                    assert reload(instance)["reloaded"]
+                else:
+                    instance.wait_for_event("reloaded", PATIENCE, since)
+                assert name_shown_to_a_new_client(instance) == f"{number}.test"
+                assert talk(established)
+    finally:
+        comers.leave()
+    assert not instance.events_named("keyd_refused")
+    assert not instance.events_named("handshake_failed")
+
+
+def test_keyd_answers_what_it_was_asked_before_it_leaves(
+    start_keyd: Start,
+    start_proxy: Callable[..., Instance],
+    certificates: Certificates,
+    echoing: Listener,
+) -> None:
+    """Whoever is slow has a moment; whoever is too slow does not hold up the others."""
+    site = certificates("P-256")
+    keyd = start_keyd(site.key)
+    instance = start_proxy(echoing.address, site, keyd=keyd)
+    process = keyd.process
+    with TlsClient(instance.port) as slow, TlsClient(instance.port) as silent:
+        flight = slow.first_flight()
+        slow.socket.sendall(flight[:40])
+        instance.wait_for_events(2, "connection_begun")
+        process.kill(signal.SIGTERM)
+        instance.wait_for_event("keyd_lost")
+        assert keyd.process == process, "it still waits for their requests"
+        slow.socket.sendall(flight[40:])
+        assert talk(slow.handshake())
+        assert keyd.wait() == 0
+        keyd.start()
+        instance.wait_for_event("keyd_connected")
+        assert serves(instance)
+        silent.socket.sendall(silent.first_flight())
+        with pytest.raises(FAILS):
+            silent.handshake()
+
+
+def test_a_reload_that_keyd_cannot_serve_is_not_taken(
     start_keyd: Start,
     start_proxy: Callable[..., Instance],
     certificates: Certificates,
     echoing: Listener,
     tmp_path: Path,
 ) -> None:
+    """As by a renewal whose hook reloads titus-py, and forgets keyd."""
     site = install(certificates("P-256", "before.test"), tmp_path)
     keyd = start_keyd(site.key)
     instance = start_proxy(echoing.address, site, keyd=keyd)
-    instance.expected_alarms |= {"keyd_refused"}
-    with TlsClient(instance.port) as established:
-        assert talk(established.handshake())
+    comers = Comers(instance, 2)
+    try:
         install(certificates("P-256", "after.test"), tmp_path)
+        (reason,) = problems(instance)
+        assert reason == (
+            f"keyd.socket: the keyd at {keyd.socket} has not the key of {site.certificate}: "
+            "have it read its keys again (systemctl restart titus-keyd)"
+        )
         assert name_shown_to_a_new_client(instance) == "before.test"
-        keyd.end()
+        assert [one["state"] for one in status(instance)["generations"]] == ["serving"]
+        since = len(instance.events())
+        keyd.end(signal.SIGTERM)
         keyd.start()
-        assert reload(instance)["reloaded"]
+        instance.wait_for_event("reloaded", PATIENCE, since)
         assert name_shown_to_a_new_client(instance) == "after.test"
-        assert talk(established)
+    finally:
+        comers.leave()
+
+
+def test_the_service_manager_is_told_what_is_waited_for(
+    start_keyd: Start,
+    start_proxy: Callable[..., Instance],
+    certificates: Certificates,
+    echoing: Listener,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = certificates("P-256")
+    keyd = start_keyd(site.key)
+    keyd.end()
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(PATIENCE)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        instance = start_proxy(echoing.address, site, keyd=keyd, awaited="keyd_unreachable")
+        while b"waits for keyd" not in (heard := manager.recv(4096)):
+            continue
+        assert f"waits for keyd at {keyd.socket}: Connection refused" in heard.decode()
+        monkeypatch.undo()
+        keyd.start()
+        instance.wait_for_event("listening", PATIENCE)
 
 
 def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
@@ -419,6 +549,8 @@ def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
     instance.expected_alarms |= {"keyd_refused"}
 
     def reloads_after_a_restart() -> int:
+        # Its backend lets go of who says nothing for ten seconds.
+        assert talk(established)
         since = len(instance.events())
         keyd.end()
         keyd.start()
@@ -436,7 +568,9 @@ def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
         assert serves(instance)
         assert reloads_after_a_restart() == 0
         replace(site.key, certificates("P-256", "no-certificate.test").key.read_bytes())
-        assert reloads_after_a_restart() == 1
+        assert reloads_after_a_restart() == 0
+        assert len(instance.events_named("reload_failed")) == 1
+        assert instance.events_named("keyd_lacks_key"), "it has what there is"
         assert talk(established)
     assert len(instance.events_named("keys_changed")) == 2
 

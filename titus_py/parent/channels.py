@@ -29,10 +29,18 @@ class Channels:
         self._tell = tell
         self._refused = refused
         self._keyd: socket.socket | None = None
+        #: It has said, by closing its side, that it is about to leave.
+        self._leaves = False
 
     @property
     def there(self) -> bool:
-        return self._keyd is not None
+        """Whether there is a keyd for clients that are yet to be accepted."""
+        return self._keyd is not None and not self._leaves
+
+    def done(self) -> None:
+        """Nobody waits for a channel: a keyd that is about to leave may do so."""
+        if self._leaves:
+            self._gone()
 
     def take(self, keyd: socket.socket) -> None:
         """Use this keyd from now on."""
@@ -70,6 +78,11 @@ class Channels:
             self._loop.unwatch(self._keyd.fileno())
             self._keyd.close()
             self._keyd = None
+            self._leaves = False
+
+    def _gone(self) -> None:
+        self._lose()
+        self._tell("keyd_lost", level="warning")
 
     def _hear(self) -> None:
         if self._keyd is None:
@@ -81,8 +94,11 @@ class Channels:
         except ConnectionResetError:
             message = b""
         if not message:
-            self._lose()
-            self._tell("keyd_lost", level="warning")
+            # Those who are accepted already it still serves. One that has ended hangs up, which
+            # is heard whatever is waited for.
+            self._leaves = True
+            self._loop.unwatch(self._keyd.fileno())
+            self._loop.watch(self._keyd.fileno(), self._gone, 0)
             return
         try:
             refusal = Refusal.decode(message)

@@ -124,6 +124,8 @@ class Parent:
                 break
             del self._waiting[served]
             self._last_first = not self._last_first
+        if not self._waiting:
+            self._channels.done()
         if self._draining and not self._waiting and self._pool.coming:
             self._pool.dismiss_spares()
 

@@ -128,7 +128,11 @@ class Generation:
         self.parent: Child | None = None
         #: A keyd that is a service of its own, and not connected to yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
-        self.keyd_missed = False
+        #: Its parent has no way to that keyd, now or again; and why, once that is known.
+        self.without_keyd = self.waits_for_keyd
+        self.keyd_missed = ""
+        #: keyd is there, with other keys: first the certificates are to be read anew.
+        self.keyd_held = False
         #: Backends' names that have not been looked up yet.
         self.unresolved: set[NameAddress] = set()
         #: The keys that it had when it was last connected to.

@@ -449,8 +449,9 @@ class _Supervisor:
         def again(reason: str) -> None:
             control.close()
             if not (generation.keyd_missed or generation.retired or generation.parent is None):
-                generation.keyd_missed = True
+                generation.keyd_missed = reason
                 self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
+                self._notify(status=self._status_text())
             self._loop.after(_KEYD_SECONDS, lambda: self._connect_keyd(generation, path))
 
         def stop_waiting() -> None:
@@ -472,8 +473,22 @@ class _Supervisor:
             except Malformed as error:
                 again(f"it does not speak as keyd does: {error}")
                 return
-            for missing in generation.key_ids - keys:
-                self._event("keyd_lacks_key", level="error", socket=str(path), key=missing)
+            before, generation.keyds_keys = generation.keyds_keys, keys
+            missing = generation.key_ids - keys
+            if missing and generation is self._awaited and not self._renewing:
+                control.close()
+                self._abandon(generation, _lacks(generation, missing))
+                return
+            if missing and before not in (None, keys):
+                # There may be certificates to them already. Until those serve, nobody is to be
+                # given a certificate whose key is gone: new clients wait.
+                control.close()
+                generation.keyd_held = True
+                if generation is self._serving:
+                    self._reload_for_keys()
+                return
+            for one in missing:
+                self._event("keyd_lacks_key", level="error", socket=str(path), key=one)
             try:
                 self._order(parent, {"do": "use keyd"}, [control.fileno()])
             except OSError as error:
@@ -481,8 +496,8 @@ class _Supervisor:
                 return
             control.close()
             self._event("keyd_connected", socket=str(path), generation=generation.number)
-            generation.keyd_missed = generation.waits_for_keyd = False
-            before, generation.keyds_keys = generation.keyds_keys, keys
+            generation.without_keyd = generation.waits_for_keyd = False
+            generation.keyd_missed = ""
             if generation.ready:
                 self._ready(generation)
             if before not in (None, keys) and generation is self._serving:
@@ -762,7 +777,7 @@ class _Supervisor:
             self._start(generation)
         elif path is None and generation.keyd is None:
             self._start_keyd_again(generation)
-        elif path is not None and generation.waits_for_keyd:
+        elif path is not None and generation.without_keyd:
             self._connect_keyd(generation, path)
 
     # --- a fork server that has ended -------------------------------------------
@@ -820,6 +835,10 @@ class _Supervisor:
         if self._reload_asked_again:
             self._reload_asked_again = False
             self._reload()
+        elif serving.keyd_held and serving.configuration.keyd.socket is not None:
+            # There are no certificates to its keys: then those that it can serve.
+            serving.keyd_held = False
+            self._connect_keyd(serving, serving.configuration.keyd.socket)
 
     def _retire_all_but(self, generation: Generation) -> None:
         """Leave all new connections to this generation; the others serve what they have."""
@@ -968,6 +987,7 @@ class _Supervisor:
         elif name == "keyd_refused":
             _complete_refusal(generation, event)
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
+            generation.without_keyd = True
             self._connect_keyd(generation, generation.configuration.keyd.socket)
         self._event(name, generation.number, **event)
         if name == "fork_server_died":
@@ -1131,12 +1151,22 @@ class _Supervisor:
         """One line, for ``systemctl status``."""
         if self._stops:
             return "stopping"
+        waits = self._waits_for()
         connections = sum(len(generation.connections) for generation in self._generations)
         counts = self._metrics.counts()
         return (
             f"{connections} connections now, {counts['accepted']} so far; "
-            f"generation {self._serving.number}"
+            f"generation {self._serving.number}" + (f"; waits for {waits}" if waits else "")
         )
+
+    def _waits_for(self) -> str:
+        """What keeps it from serving new clients, if anything does."""
+        serving = self._serving
+        path = serving.configuration.keyd.socket
+        if path is not None and serving.without_keyd:
+            reason = f": {serving.keyd_missed}" if serving.keyd_missed else ""
+            return f"keyd at {path}{reason}"
+        return " and ".join(sorted(child.name for child in serving.starting))
 
     def _answer_status(self, answer: Answer) -> None:
         answer(self._status())
@@ -1250,6 +1280,19 @@ class _Supervisor:
                     vhosts = numbers[first : first + _ORDER_VHOSTS]
                     order = {"do": "use backend", "vhosts": vhosts, "addresses": found}
                     self._order(generation.parent, order)
+
+
+def _lacks(generation: Generation, missing: set[str]) -> str:
+    """Why keyd, a service of its own, cannot serve this generation, and what to do."""
+    files = [
+        str(credential.certificate)
+        for credential, facts in generation.certificates.items()
+        if facts.key_id.hex() in missing
+    ]
+    return (
+        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} has not the key of "
+        f"{', '.join(files)}: have it read its keys again (systemctl restart titus-keyd)"
+    )
 
 
 def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:

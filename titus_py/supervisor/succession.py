@@ -69,6 +69,7 @@ class LeftGeneration(_Left):
     keyd: LeftChild | None
     parent: LeftChild | None
     waits_for_keyd: bool
+    without_keyd: bool
     keyds_keys: set[str] | None
     retired: bool
     retiring: bool
@@ -158,6 +159,7 @@ def leave(generation: Generation) -> LeftGeneration:
         keyd=left(generation.keyd),
         parent=left(generation.parent),
         waits_for_keyd=generation.waits_for_keyd,
+        without_keyd=generation.without_keyd,
         keyds_keys=generation.keyds_keys,
         retired=generation.retired,
         retiring=generation.retiring,
@@ -283,6 +285,7 @@ def inherit(
     checked = Checked(configuration, [], [], certificates, files)
     generation = Generation(left.number, checked, filters)
     generation.waits_for_keyd = left.waits_for_keyd
+    generation.without_keyd = left.without_keyd
     generation.keyds_keys = left.keyds_keys
     generation.retired = left.retired
     generation.retiring = left.retiring
