@@ -779,6 +779,8 @@ class _Supervisor:
             self._start_keyd_again(generation)
         elif path is not None and generation.without_keyd:
             self._connect_keyd(generation, path)
+        elif generation.ready:
+            self._ready(generation)
 
     # --- a fork server that has ended -------------------------------------------
 
