@@ -313,7 +313,7 @@ def _reference(arguments: argparse.Namespace) -> int:
     # Imported here: keyd itself has no use for certificates.
     from keyd.certificates import load_chain, refer_to
 
-    _, reference = refer_to(load_chain(arguments.certificate)[0], arguments.certificate)
+    _, reference = refer_to(load_chain(arguments.certificate)[0].certificate, arguments.certificate)
     sys.stdout.write(reference)
     return 0
 

@@ -8,24 +8,27 @@ import datetime
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from keyd.chain import UNREADABLE, Located, doubts, name_of
 from keyd.keys import UnusableKey, load_private_key, read
+from keyd.pem import Damaged, blocks
+from keyd.powers import PrivateKey
 from keyd.reference import UnsupportedKey, key_id, reference_pem
 
 __all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_chain", "refer_to"]
 
-#: What the library has against a certificate: some of it only once it is asked for a part.
-_UNREADABLE = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)
-#: Certificates that end sooner than this are warned of.
-EXPIRY_WARNING = datetime.timedelta(days=21)
+#: Labels of what is no certificate as TLS shows it, and might be taken for one.
+_MISLABELLED = {
+    "TRUSTED CERTIFICATE": "has OpenSSL's trust settings in it: take them out with 'openssl x509'",
+    "CERTIFICATE REQUEST": "is only a request for a certificate",
+    "NEW CERTIFICATE REQUEST": "is only a request for a certificate",
+    "ATTRIBUTE CERTIFICATE": "is no certificate for a key",
+    "PKCS7": "is to be unpacked, with 'openssl pkcs7 -print_certs'",
+    "CMS": "is to be unpacked, with 'openssl pkcs7 -print_certs'",
+}
+#: The second is OpenSSL's former name for it.
+_LABELS = ("CERTIFICATE", "X509 CERTIFICATE")
 
 
 class KeyFiles(NamedTuple):
@@ -73,7 +76,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
         return Findings(mistakes, warnings)
-    leaf = chain[0]
+    leaf = chain[0].certificate
     identity = reference = None
     try:
         identity, reference = refer_to(leaf, files.certificate)
@@ -81,38 +84,48 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
         mistakes.append(Problem(error.field, error.reason))
     if key is not None and identity is not None and identity != key_id(key.public_key()):
         reason = f"{files.key} is not the key of certificate {files.certificate}"
+        for other in chain[1:]:
+            if _is_for(other.certificate, key):
+                reason += (
+                    f", whose first is {name_of(leaf)}, but of the one in line {other.line}, "
+                    f"{name_of(other.certificate)}: put that first"
+                )
+                break
         mistakes.append(Problem("key", reason))
-    ends = leaf.not_valid_after_utc
-    if leaf.not_valid_before_utc > now:
-        reason = f"{files.certificate} is not valid before {leaf.not_valid_before_utc:%Y-%m-%d}"
-        warnings.append(Problem("certificate", reason))
-    if ends < now:
-        reason = f"{files.certificate} expired on {ends:%Y-%m-%d}: renew it"
-        warnings.append(Problem("certificate", reason))
-    elif ends < now + EXPIRY_WARNING:
-        reason = f"{files.certificate} expires on {ends:%Y-%m-%d}: renew it"
-        warnings.append(Problem("certificate", reason))
+    warnings += [Problem("certificate", doubt) for doubt in doubts(files.certificate, chain, now)]
     return Findings(
         mistakes,
         warnings,
-        "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in chain),
+        "".join(one.certificate.public_bytes(Encoding.PEM).decode() for one in chain),
         identity.hex() if identity is not None else None,
         reference,
         _subject(leaf),
         _names(leaf),
-        ends.isoformat(),
+        leaf.not_valid_after_utc.isoformat(),
     )
 
 
-def load_chain(path: str) -> list[x509.Certificate]:
-    """The certificates of a file, at least one; raises UnusableKey."""
-    pem = read(path, "certificate")
+def load_chain(path: str) -> list[Located]:
+    """The certificates of a file, at least one; raises UnusableKey.
+
+    Of other blocks, such as the key's, nothing is looked at but that they are whole.
+    """
+    chain = []
     try:
-        return x509.load_pem_x509_certificates(pem)
-    except _UNREADABLE:
-        raise UnusableKey(
-            "certificate", f"{path} holds no PEM certificate, or a damaged one"
-        ) from None
+        for block in blocks(read(path, "certificate")):
+            if reason := _MISLABELLED.get(block.label):
+                raise Damaged(block.line, f"a {block.label}, which {reason}")
+            if block.label in _LABELS:
+                try:
+                    certificate = x509.load_pem_x509_certificate(block.text)
+                except UNREADABLE:
+                    raise Damaged(block.line, "a damaged certificate") from None
+                chain.append(Located(certificate, block.line))
+    except Damaged as error:
+        raise UnusableKey("certificate", f"{path}:{error.line}: {error.reason}") from None
+    if not chain:
+        raise UnusableKey("certificate", f"{path} holds no PEM certificate")
+    return chain
 
 
 def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
@@ -129,21 +142,28 @@ def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
         return key_id(key), reference_pem(key).decode()
     except UnsupportedKey as error:
         raise UnusableKey("certificate", f"{path} is for {error}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UnusableKey("certificate", f"{path}: its key cannot be used: {error}") from None
+
+
+def _is_for(certificate: x509.Certificate, key: PrivateKey) -> bool:
+    try:
+        return certificate.public_key() == key.public_key()
+    except UNREADABLE:
+        return False
 
 
 def _subject(leaf: x509.Certificate) -> str:
     try:
         return leaf.subject.rfc4514_string()
-    except _UNREADABLE:
+    except UNREADABLE:
         return ""
 
 
 def _names(leaf: x509.Certificate) -> tuple[str, ...]:
     try:
         extension = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except (x509.ExtensionNotFound, *_UNREADABLE):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return ()
     names = extension.value
     return (

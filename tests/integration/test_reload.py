@@ -645,6 +645,33 @@ def test_a_renewed_certificate_is_noticed_once_all_of_it_is_there(
     no_earlier_generation(instance)
 
 
+def test_a_chain_that_is_being_written_is_not_taken(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    """Neither when it is noticed nor when somebody asks for it: only all of it is."""
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    vhost = {"certificate": site.certificate, "key": site.key}
+    instance = serve(echoing.address, vhost=[vhost], service={"reload_on_change": True})
+
+    def chain() -> list[bytes]:
+        with TlsClient(instance.port) as client:
+            shown = client.handshake().tls.get_peer_cert_chain(as_cryptography=True) or []
+            return [certificate.public_bytes(Encoding.PEM) for certificate in shown]
+
+    leaf, issuer = site.certificate.read_bytes(), site.authority.read_bytes()
+    assert chain() == [leaf]
+    site.certificate.write_bytes(leaf + issuer[:-30])
+    instance.wait_for_event("files_changed", 20)
+    problem = instance.wait_for_event("reload_failed", PATIENCE)["problem"]
+    where = f"{site.certificate}:{leaf.count(10) + 1}: "
+    assert f"{where}no end of the CERTIFICATE that begins here: the file is cut off" in problem
+    assert problems(instance) == [problem]
+    assert chain() == [leaf]
+    site.certificate.write_bytes(leaf + issuer)
+    instance.wait_for_event("reloaded", PATIENCE)
+    assert chain() == [leaf, issuer]
+
+
 def test_a_new_passphrase_is_a_change(
     serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ another, ``titus_py.fork_server.handshake_check``, tries what the workers will d
 answers are trusted as keyd is, once they have the right form.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -16,11 +16,14 @@ from titus_py.configuration import Configuration, Credential, Loaded, Mistake
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Source
+from titus_py.configuration.names import uncovered
 from titus_py.configuration.uids_in_use import uids_in_use
 
 __all__ = ["CertificateFacts", "Checked", "check"]
 
 _TIMEOUT_SECONDS = 30.0
+#: Of names, in a message.
+_SHOWN = 5
 
 
 class CertificateFacts(NamedTuple):
@@ -119,6 +122,7 @@ def check(
     except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
+    warnings += _misnamed(loaded, certificates)
     try:
         tried = _try_handshakes(handshake_check, loaded, certificates, timeout)
         mistakes += tried[0]
@@ -148,6 +152,34 @@ def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[
     if len(answers) != len(credentials):
         raise Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
     return answers
+
+
+def _misnamed(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Virtual hosts that show a certificate for other names."""
+    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
+    for number, vhost in enumerate(vhosts):
+        facts = certificates.get(vhost.credential)
+        if facts is None:
+            continue
+        if not facts.names:
+            yield loaded.source.mistake(
+                f"vhost[{number}].certificate",
+                f"{vhost.certificate} has no name in it (subjectAltName): no client will accept it",
+            )
+        elif missing := uncovered(vhost.sni or (), facts.names):
+            yield loaded.source.mistake(
+                f"vhost[{number}].sni",
+                f"{vhost.certificate} is not for {_some(missing)}, and clients will refuse it: "
+                f"it is for {_some(facts.names)}",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of many."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _try_handshakes(

@@ -252,7 +252,7 @@ class Credentials(Table):
 
     certificate: File = Field(
         description="The certificate in PEM, followed by the rest of its chain. What else the file "
-        "holds (the key, perhaps) is not looked at."
+        "holds (the key, perhaps) is not looked at, but nothing in it may be cut off."
     )
     key: File | None = Field(
         default=None,

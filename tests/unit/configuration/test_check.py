@@ -39,6 +39,7 @@ KEYD_IS_INSTALLED = not subprocess.run(_IN_SERVICE, capture_output=True).returnc
 
 Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
+_AUTHORITY = ec.generate_private_key(ec.SECP256R1())
 _SIGNS = x509.KeyUsage(True, *[False] * 8)
 
 LISTEN = '[[listen]]\naddress = "[::]:443"\n'
@@ -68,13 +69,13 @@ def write_key(path: Path, key: Key, passphrase: bytes | None = None) -> None:
 
 
 def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> None:
-    """Self-signed, begun ``age`` days ago and ending ``days`` from now."""
+    """Begun ``age`` days ago and ending ``days`` from now."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "www.example.org")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
-        .issuer_name(name)
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")]))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=age))
@@ -86,7 +87,7 @@ def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> Non
             critical=False,
         )
         .add_extension(_SIGNS, critical=True)
-        .sign(key, None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256())
+        .sign(_AUTHORITY, hashes.SHA256())
     )
     path.write_bytes(certificate.public_bytes(Encoding.PEM))
 
@@ -110,7 +111,10 @@ def test_the_facts_of_a_good_certificate(tmp_path: Path, keys: dict[str, Key], k
     write_certificate(tmp_path / "site.crt", keys[kind])
     write_key(tmp_path / "site.key", keys[kind])
     result = checked(tmp_path)
-    assert (result.mistakes, result.warnings) == ([], [])
+    assert result.mistakes == []
+    doubtful = [f"{tmp_path}/site.crt is for an Ed25519 key, which browsers refuse"]
+    found = [warning.reason.partition(":")[0] for warning in result.warnings]
+    assert found == (doubtful if kind == "ed25519" else [])
     assert result.configuration is not None
     facts = result.certificates[result.configuration.vhost[0].credential]
     assert facts.key_id == key_id(public)
@@ -211,12 +215,12 @@ def test_no_reference_for_what_is_no_certificate(tmp_path: Path) -> None:
     path = tmp_path / "site.crt"
     assert refused(path) == f"keyd: {path}: No such file or directory\n"
     path.write_text("no certificate\n")
-    assert refused(path) == f"keyd: {path} holds no PEM certificate, or a damaged one\n"
+    assert refused(path) == f"keyd: {path} holds no PEM certificate\n"
 
 
 #: What is changed in a certificate's DER, and what is said of it: by one library or the other.
 DAMAGE = {
-    "version": (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", "or a damaged one"),
+    "version": (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", ":1: a damaged certificate"),
     "two of an extension": (b"\x55\x1d\x0f", b"\x55\x1d\x11", "no handshake is possible with it"),
     "subject": (b"\x0c\x0fwww.", b"\x0c\x0f\xff\xff\xff.", "no handshake is possible with it"),
 }
@@ -454,3 +458,20 @@ def test_the_command(
         "vhost",
         '7: vhost "a.example": key',
     ]
+
+
+def test_a_name_that_the_certificate_is_not_for_is_warned_of(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    """One line a virtual host, and it serves: who knows what clients look at."""
+    write_certificate(tmp_path / "site.crt", keys["ec"])
+    write_key(tmp_path / "site.key", keys["ec"])
+    text = vhost(tmp_path, "a.example.org") + vhost(tmp_path, 'b.example", "a.b.example.org')
+    result = checked(tmp_path, text)
+    assert result.configuration is not None
+    [warning] = result.warnings
+    assert str(warning) == (
+        f'{tmp_path}/titus.toml:9: vhost "b.example": sni: {tmp_path}/site.crt is not for '
+        "b.example, a.b.example.org, and clients will refuse it: it is for www.example.org, "
+        "*.example.org"
+    )

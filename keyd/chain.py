@@ -1,0 +1,131 @@
+"""A certificate's chain, as clients will judge it: what is doubtful about it, one line each.
+
+Runs in the short-lived ``keyd check``. None of it keeps a server from serving, which knows neither
+its clients nor whom they trust.
+"""
+
+import datetime
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+__all__ = ["UNREADABLE", "Located", "doubts", "name_of"]
+
+#: What the library has against a certificate: some of it only once it is asked for a part.
+UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+#: Certificates that end sooner than this are warned of.
+_EXPIRY_WARNING = datetime.timedelta(days=21)
+
+
+class Located(NamedTuple):
+    """A certificate, and the number of the line in its file that it begins in."""
+
+    certificate: x509.Certificate
+    line: int
+
+
+def doubts(path: str, chain: Sequence[Located], now: datetime.datetime) -> Iterator[str]:
+    """What clients may refuse about a chain, the server's own certificate first."""
+    leaf, *others = chain
+    yield from _out_of_date(path, leaf.certificate, now)
+    for other in others:
+        what = f"{path}:{other.line}: the issuer's certificate, {name_of(other.certificate)},"
+        yield from _out_of_date(what, other.certificate, now)
+    yield from _unpopular_key(path, leaf.certificate)
+    yield from _broken_order(path, chain)
+    yield from _dead_end(path, leaf.certificate, chain[-1].certificate)
+
+
+def name_of(certificate: x509.Certificate) -> str:
+    """Its subject, as far as it can be read (RFC 4514)."""
+    try:
+        return certificate.subject.rfc4514_string() or "a certificate without a subject"
+    except UNREADABLE:
+        return "a certificate with an unreadable subject"
+
+
+def _out_of_date(what: str, certificate: x509.Certificate, now: datetime.datetime) -> Iterator[str]:
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if begins > now:
+        yield f"{what} is not valid before {begins:%Y-%m-%d}"
+    if ends < now:
+        yield f"{what} expired on {ends:%Y-%m-%d}: renew it"
+    elif ends < now + _EXPIRY_WARNING:
+        yield f"{what} expires on {ends:%Y-%m-%d}: renew it"
+
+
+def _unpopular_key(path: str, leaf: x509.Certificate) -> Iterator[str]:
+    try:
+        key = leaf.public_key()
+    except UNREADABLE:  # a mistake, which is said elsewhere
+        return
+    kind = None
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        kind = "an Ed25519"
+    elif isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp521r1":
+        kind = "a P-521"
+    if kind:
+        yield f"{path} is for {kind} key, which browsers refuse: get one for a P-256 key"
+
+
+def _broken_order(path: str, chain: Sequence[Located]) -> Iterator[str]:
+    """The first certificate that the next one has not issued (RFC 5246 §7.4.2)."""
+    remedy = "put each certificate before its issuer's, the server's own first"
+    for this, following in itertools.pairwise(chain):
+        if _issued(this.certificate, following.certificate):
+            continue
+        name = name_of(this.certificate)
+        for other in chain:
+            if other is not this and _issued(this.certificate, other.certificate):
+                yield (
+                    f"{path}: certificates in the wrong order: {name} is followed by line "
+                    f"{following.line}, and was issued by line {other.line}: {remedy}"
+                )
+                return
+        yield (
+            f"{path}:{following.line}: {name_of(following.certificate)} is not the issuer of "
+            f"the certificate before it, {name}: {remedy}, and leave out what is not of its chain"
+        )
+        return
+
+
+def _dead_end(path: str, leaf: x509.Certificate, last: x509.Certificate) -> Iterator[str]:
+    """A leaf that says where its issuer's certificate is to be had needs it in the file."""
+    if last is not leaf:
+        return
+    if _issued(leaf, leaf):
+        yield f"{path} is self-signed: clients accept it only where they have been given it"
+    elif _names_its_issuers_place(leaf):
+        yield (
+            f"{path} has no certificate of its issuer, {leaf.issuer.rfc4514_string()}: clients "
+            "that do not happen to know it will refuse: append it (the full chain)"
+        )
+
+
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, TypeError, *UNREADABLE):
+        return False
+    return True
+
+
+def _names_its_issuers_place(leaf: x509.Certificate) -> bool:
+    """RFC 5280 §4.2.2.1: as every public authority does, and few that are a company's own."""
+    try:
+        access = leaf.extensions.get_extension_for_class(x509.AuthorityInformationAccess)
+        leaf.issuer.rfc4514_string()
+    except (x509.ExtensionNotFound, *UNREADABLE):
+        return False
+    method = x509.oid.AuthorityInformationAccessOID.CA_ISSUERS
+    return any(description.access_method == method for description in access.value)

@@ -1,0 +1,69 @@
+"""The blocks of a PEM file (RFC 7468): each of them whole, or the file is refused.
+
+Runs in the short-lived ``keyd check`` and ``keyd reference``. Libraries pass over what has no
+end or another label: of a file that is cut off, or is being written, they take the beginning.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+__all__ = ["Block", "Damaged", "blocks"]
+
+#: What is meant to be the first or last line of a block, rightly written or not.
+_BOUNDARY = re.compile(rb"(-{3,}|-{5,} )(BEGIN|END)\b ?([^\r\n-]*)(-*)")
+#: The start of one, where the file ends.
+_CUT_OFF = re.compile(rb"^(?:-{1,5}|-----B(?:E(?:GI?)?)?)\Z", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A label, the number of the line that it begins in, and the text from there to its end."""
+
+    label: str
+    line: int
+    text: bytes
+
+
+class Damaged(ValueError):
+    """The file is no sequence of whole blocks; ``line`` is where that shows."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+        self.reason = reason
+
+
+def blocks(content: bytes) -> Iterator[Block]:
+    """The blocks of a file, in order; what is around them may be anything. Raises Damaged."""
+    open_block: tuple[str, int, int] | None = None  # label, line, offset
+    for found in _BOUNDARY.finditer(content):
+        line = _line(content, found.start())
+        label = found[3].decode("ascii", "replace")
+        if not (found[1] == found[4] == b"-----" and label):
+            raise Damaged(
+                line, f"a line that is meant to be a block's {found[2].decode()}, and is not"
+            )
+        if found[2] == b"BEGIN":
+            if open_block is not None:
+                raise Damaged(open_block[1], f"no end of the {open_block[0]} that begins here")
+            open_block = label, line, found.start()
+        elif open_block is None:
+            raise Damaged(line, f"an end without a beginning: {label}")
+        elif open_block[0] != label:
+            raise Damaged(line, f"an end of {label} within a {open_block[0]}")
+        else:
+            yield Block(label, open_block[1], content[open_block[2] : found.end()] + b"\n")
+            open_block = None
+    if open_block is not None:
+        raise Damaged(
+            open_block[1],
+            f"no end of the {open_block[0]} that begins here: the file is cut off, or is being "
+            "written",
+        )
+    if cut := _CUT_OFF.search(content):
+        reason = "a line that is cut off: is the file being written?"
+        raise Damaged(_line(content, cut.start()), reason)
+
+
+def _line(content: bytes, offset: int) -> int:
+    return content.count(b"\n", 0, offset) + 1
