@@ -32,7 +32,7 @@ CCS, ALERT, HANDSHAKE, DATA = 20, 21, 22, 23
 
 
 #: A ServerHello's random that makes it a HelloRetryRequest (RFC 8446 §4.1.3).
-_HELLO_RETRY_REQUEST = sha256(b"HelloRetryRequest").digest()
+HELLO_RETRY_REQUEST = sha256(b"HelloRetryRequest").digest()
 
 
 class Handshake(IntEnum):
@@ -148,8 +148,9 @@ class Client:
         suite: int | None = None,
         server_name: bytes = b"localhost",
         receive_buffer: int | None = None,
+        source: socket.socket | None = None,
     ) -> None:
-        self.socket = connect(port, receive_buffer=receive_buffer)
+        self.socket = source or connect(port, receive_buffer=receive_buffer)
         self.server_name = server_name
         self.segments = _Segments(self.socket)
         self.version = version
@@ -313,7 +314,7 @@ class Client:
         self.transcript = HandshakeHashes()
         self.transcript.update(bytearray(message(Handshake.MESSAGE_HASH, first)))
         _, body = self._expect(Handshake.SERVER_HELLO)
-        assert body[2:34] == _HELLO_RETRY_REQUEST
+        assert body[2:34] == HELLO_RETRY_REQUEST
         between()
         self.start(hello)
 

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from integration.certificates import Certificate
 from integration.conftest import Certificates, _factory, certificates
-from integration.instance import Instance
+from integration.instance import Instance, free_port
 from integration.peers import Listener, echo, served_by
+from integration.test_cipher_suites import MOZILLA
 
 from .backends import flood
 
@@ -13,11 +15,24 @@ __all__ = ["certificates", "instance"]
 
 
 @pytest.fixture(scope="session")
+def certificate(certificates: Certificates) -> Certificate:
+    return certificates("RSA-2048", "localhost", "flood.localhost", "rsa.localhost")
+
+
+@pytest.fixture(scope="session")
+def ports() -> dict[str, int]:
+    """Of virtual hosts for any name: with the default cipher suites, and with Mozilla's."""
+    return {"default": free_port(), "mozilla": free_port()}
+
+
+@pytest.fixture(scope="session")
 def instance(
-    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+    certificate: Certificate,
+    certificates: Certificates,
+    ports: dict[str, int],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Instance]:
     """For ``localhost``; another backend, and with the RSA key exchange, for names below it."""
-    issued = certificates("RSA-2048", "localhost", "flood.localhost", "rsa.localhost")
     with (
         Listener.tcp() as echoing,
         served_by(echoing, echo),
@@ -25,13 +40,17 @@ def instance(
         served_by(flooding, flood),
     ):
         vhost = {
-            "certificate": issued.certificate,
-            "key": issued.key,
+            "certificate": certificate.certificate,
+            "key": certificate.key,
             "backend": echoing.address,
         }
+        own = free_port()
         for serve in _factory(certificates, tmp_path_factory):
             yield serve(
+                listen=[{"address": f"127.0.0.1:{port}"} for port in (own, *ports.values())],
                 vhost=[
+                    {**vhost, "local_port": ports["default"]},
+                    {**vhost, "local_port": ports["mozilla"], "ciphers": MOZILLA},
                     {**vhost, "sni": ["localhost"]},
                     {**vhost, "sni": ["flood.localhost"], "backend": flooding.address},
                     {**vhost, "sni": ["rsa.localhost"], "rsa_key_exchange": True},

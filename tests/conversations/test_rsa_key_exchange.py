@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
-from integration.conftest import Certificates
+from integration.certificates import Certificate
 from integration.instance import Instance
 from tlslite.constants import CipherSuite
 
@@ -25,10 +25,9 @@ Encrypt = Callable[[bytes], bytes]
 
 
 @pytest.fixture(scope="module")
-def encrypt(certificates: Certificates) -> Encrypt:
+def encrypt(certificate: Certificate) -> Encrypt:
     """RSA without padding."""
-    issued = certificates("RSA-2048", "localhost", "flood.localhost", "rsa.localhost")
-    key = x509.load_pem_x509_certificate(issued.certificate.read_bytes()).public_key()
+    key = x509.load_pem_x509_certificate(certificate.certificate.read_bytes()).public_key()
     assert isinstance(key, rsa.RSAPublicKey)
     numbers = key.public_numbers()
 
