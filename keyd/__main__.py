@@ -26,7 +26,7 @@ from keyd.daemon import CannotLock, Confinement, Keyd, confine, confine_unprivil
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory
-from keyd.linux.process import open_standard_streams
+from keyd.linux.process import open_standard_streams, run_for_reader
 from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
@@ -52,6 +52,10 @@ def main() -> int:
     # Before any key is read, whatever the command.
     forbid_core_dumps()
     hide_memory()
+    return run_for_reader(_run)
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
     try:
         code: int = arguments.run(arguments)
@@ -59,6 +63,8 @@ def main() -> int:
         # As for mistaken options: it will be so the next time, too.
         print(f"keyd: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except (UnusableKey, Malformed, OSError, LookupError) as error:
         print(f"keyd: {error}", file=sys.stderr)
         return 1

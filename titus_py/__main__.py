@@ -20,7 +20,7 @@ import argparse
 import os
 from pathlib import Path
 
-from keyd.linux.process import open_standard_streams
+from keyd.linux.process import open_standard_streams, run_for_reader
 
 __all__ = ["main"]
 
@@ -30,6 +30,10 @@ _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 def main() -> int:
     """Run the command that ``sys.argv`` asks for; returns its exit code (2: usage)."""
     open_standard_streams()
+    return run_for_reader(_run)
+
+
+def _run() -> int:
     arguments = _parser().parse_args()
     code: int = arguments.run(arguments)
     return code

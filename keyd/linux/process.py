@@ -5,9 +5,11 @@ programs that an administrator or a service manager starts.
 """
 
 import os
+import select
 import signal
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ __all__ = [
     "how_ended",
     "make",
     "open_standard_streams",
+    "run_for_reader",
     "signals_held_back",
     "why_failed",
 ]
@@ -130,6 +133,33 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_for_reader(run: Callable[[], int]) -> int:
+    """Run a command that writes to standard output; returns its exit code.
+
+    Where nobody reads that any more (``| head``), it ends as SIGPIPE would have ended it.
+    """
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not any(map(_is_unread, (1, 2))):
+            raise
+        # What is still to be written, as Python ends, has to go somewhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in filter(_is_unread, (1, 2)):
+            os.dup2(nowhere, descriptor)
+        return 128 + signal.SIGPIPE
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether it is a pipe or a socket whose other end is closed (poll(2))."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def open_standard_streams() -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from titus_py.commands import outside
 from titus_py.configuration import Loaded, load, printable
 from titus_py.configuration.checking import Checked, check
 from titus_py.supervisor.privileges import lacking
@@ -42,7 +43,7 @@ def check_main(path: str | Path, credentials: Path | None = None) -> int:
     if not os.geteuid() and lacks(loaded):
         return 2
     checked = check(loaded)
-    report(checked)
+    report(checked._replace(warnings=[*checked.warnings, *outside.warnings(loaded)]))
     if checked.configuration is None:
         return 2
     print(f"{printable(str(path))}: configuration is fine")

@@ -6,7 +6,7 @@ trusted; names and certificates are shown as text that cannot steer a terminal.
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ _ANSWER_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
 #: Days left of a certificate, from which on it is nothing to worry about.
 _SOON_DAYS, _NOW_DAYS = 14, 3
+#: How many names of a certificate, or a virtual host, are shown.
+_NAMES = 3
 _STATE_STYLES = {"serving": "green", "starting": "yellow", "retired": "dim"}
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
@@ -148,7 +150,7 @@ def _certificates(certificates: Iterable[Mapping[str, Any]]) -> Table:
             _text(certificate["subject"]),
             Text(f"{days:.0f}", style=style),
             certificate["not_after"][:10],
-            _text(", ".join(certificate["names"])),
+            _text(_some(certificate["names"])),
             _text(certificate["file"]),
         )
     return table
@@ -158,7 +160,7 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
     table = _table("virtual host", "at", "backend", "which is")
     for vhost in vhosts:
         names = vhost["names"]
-        shown = "any name" if names is None else ", ".join(name or "no name" for name in names)
+        shown = "any name" if names is None else _some([name or "no name" for name in names])
         table.add_row(
             _text(shown),
             _text(_at(vhost["local_address"], vhost["local_port"])),
@@ -202,6 +204,13 @@ def _table(*headings: str) -> Table:
         number = heading in ("days left", "connections")
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     return table
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few: --json has them all."""
+    more = len(names) - _NAMES
+    shown = ", ".join(names[:_NAMES] if more > 1 else names)
+    return f"{shown}, … and {more} more" if more > 1 else shown
 
 
 def _tally(total: int, what: str, by: Mapping[str, int]) -> str:

@@ -10,7 +10,16 @@ from pydantic import ValidationError
 from titus_py.between.messages import MAX_VHOSTS
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.mistake import Mistake, Source
-from titus_py.configuration.tables import Credential, Keyd, KeydSocket, Match, Table, Uids
+from titus_py.configuration.tables import (
+    Backend,
+    Credential,
+    Keyd,
+    KeydSocket,
+    Match,
+    Metrics,
+    Table,
+    Uids,
+)
 from titus_py.configuration.uids import (
     DEFAULT_UIDS,
     GENERATIONS,
@@ -23,6 +32,7 @@ __all__ = [
     "each_valid",
     "exposed_files",
     "key_mistakes",
+    "metrics_mistakes",
     "never_matching",
     "never_received",
     "overlaps",
@@ -155,6 +165,26 @@ def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mis
                     f"listen[{j}].address",
                     f"{address} overlaps {source.reference(key)}, {earlier}: only one can be bound",
                 )
+                break
+
+
+def metrics_mistakes(
+    tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
+) -> Iterator[Mistake]:
+    """The metrics' address has to be one that nothing else here has."""
+    metrics = valid_part(Metrics, tables["metrics"], source)
+    address = metrics.address if metrics else None
+    if isinstance(address, IPAddress):
+        for i, listener in listeners.items():
+            if listener.covers(address) or address.covers(listener):
+                where = source.reference(f"listen[{i}].address")
+                reason = f"{address} overlaps {where}, {listener}: only one can be bound"
+                yield source.mistake("metrics.address", reason)
+    elif address is not None:
+        for i, vhost in each_valid(Backend, tables, "vhost", source):
+            if vhost.backend == address:
+                where = source.reference(f"vhost[{i}].backend")
+                yield source.mistake("metrics.address", f"{address} is {where}, too")
                 break
 
 

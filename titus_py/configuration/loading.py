@@ -12,6 +12,7 @@ from titus_py.configuration.across_tables import (
     each_valid,
     exposed_files,
     key_mistakes,
+    metrics_mistakes,
     never_matching,
     never_received,
     overlaps,
@@ -127,6 +128,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     mistakes += uid_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)
     mistakes += overlaps(listeners, source)
+    mistakes += metrics_mistakes(tables, listeners, source)
     if listeners and len(listeners) == len(tables["listen"]):
         mistakes += never_received(vhosts, listeners.values(), source)
         mistakes += never_matching(vhosts, listeners.values(), source)

@@ -42,6 +42,7 @@ from titus_py.configuration.values import (
 
 __all__ = [
     "TABLES",
+    "Backend",
     "Configuration",
     "Credential",
     "Credentials",
@@ -268,14 +269,19 @@ class Credentials(Table):
         return Credential(self.certificate, self.key, self.passphrase_file)
 
 
-class VirtualHost(Credentials, Match):
-    """[[vhost]]: whom a connection is for. The first that matches is taken."""
+class Backend(Table):
+    """The part of [[vhost]] that says where connections go."""
 
     backend: BackendAddress = Field(
         description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
         "unix:/run/app.sock. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the next "
         "one where one fails, or has not answered within 250 ms."
     )
+
+
+class VirtualHost(Backend, Credentials, Match):
+    """[[vhost]]: whom a connection is for. The first that matches is taken."""
+
     min_version: Version = Field(
         default="TLSv1.2", description="The lowest TLS version that is accepted."
     )

@@ -53,7 +53,7 @@ from titus_py.supervisor.generation import (
     Generation,
     free_block,
 )
-from titus_py.supervisor.listeners import CannotListen, listen, passed_listeners
+from titus_py.supervisor.listeners import CannotListen, listen, passed_listeners, unwanted
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.metrics_server import MetricsServer, listen_at
@@ -361,6 +361,9 @@ class _Supervisor:
     def _adopt(self, generation: Generation) -> None:
         """Go by its configuration in what is the supervisor's own. Raises OSError, and then not."""
         self._serve_metrics(generation.configuration.metrics.address)
+        wanted = [table.address for table in generation.configuration.listen]
+        for address in unwanted(self._passed, wanted):
+            self._event("not_accepted", level="warning", address=str(address))
         log = generation.configuration.log
         self._log.form, self._log.least = log.format, log.level
         generation.unresolved = {

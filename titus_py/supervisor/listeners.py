@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from titus_py.configuration.address import IPAddress, canonical_ip
 from titus_py.parent.dialer import reset_at_close
 
-__all__ = ["CannotListen", "listen", "passed_listeners"]
+__all__ = ["CannotListen", "listen", "passed_listeners", "unwanted"]
 
 _BACKLOG = 4096
 
@@ -39,8 +39,31 @@ def listen(
             for bound, listener in listeners.items():
                 if bound not in passed:
                     listener.close()
-            raise CannotListen(f"cannot listen on {address}: {error.strerror}") from None
+            reason = f"{error.strerror}" + _why(error, address, passed)
+            raise CannotListen(f"cannot listen on {address}: {reason}") from None
     return listeners
+
+
+def unwanted(
+    passed: Mapping[IPAddress, socket.socket], wanted: Iterable[IPAddress]
+) -> list[IPAddress]:
+    """Passed sockets that nobody accepts from: their clients would wait for ever."""
+    addresses = set(wanted)
+    return [address for address in passed if address not in addresses]
+
+
+def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str:
+    """What is behind it, where that is known."""
+    if error.errno == errno.EADDRINUSE:
+        for other in passed:
+            if other.covers(address) or address.covers(other):
+                return (
+                    f" by systemd's titus-py.socket, which listens on {other}: have both, that "
+                    "unit (ListenStream=) and [[listen]], say the same address"
+                )
+    if error.errno == errno.EACCES:
+        return ": ports below net.ipv4.ip_unprivileged_port_start take CAP_NET_BIND_SERVICE"
+    return ""
 
 
 def passed_listeners(

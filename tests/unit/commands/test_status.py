@@ -199,6 +199,21 @@ def test_a_status_that_is_long(start: Start, tmp_path: Path) -> None:
     assert len(ask(17, {"do": "status"}, 5, tmp_path)["vhosts"]) == 10_000
 
 
+def test_of_hundreds_of_names_the_first_are_shown(start: Start, tmp_path: Path) -> None:
+    """Certificates have them; ``--json`` shows all."""
+    answer = make_status()
+    answer["certificates"][0]["names"] = [f"c{number}.example.org" for number in range(300)]
+    answer["vhosts"][0]["names"] = [f"v{number}.example.org" for number in range(5)]
+    start(17, answer)
+    _, text = shown(tmp_path)
+    words = " ".join(text.split())
+    assert len(text.splitlines()) < 60
+    for kind, more in (("c", 297), ("v", 2)):
+        assert f"{kind}2.example.org" in words
+        assert f"{kind}3.example.org" not in words
+        assert f"{more} more" in words
+
+
 @pytest.mark.parametrize("directory", ["", "nonexistent"])
 def test_no_instance(directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (status, reload):

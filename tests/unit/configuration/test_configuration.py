@@ -240,6 +240,10 @@ def test_every_key_is_described() -> None:
         ("[keyd]\nuser = -1\n", "keyd.user: expected a uid from 1"),
         ('[keyd]\nuser = "a; b"\n', 'keyd.user: "a; b" is no user name'),
         ("[keyd]\nuser = 1.5\n", "keyd.user: expected a user's name or number, not 1.5"),
+        # [metrics]
+        ('[metrics]\naddress = "127.0.0.1:443"\n', "metrics.address: 127.0.0.1:443 overlaps "
+         'listen "[::]:443": address (line 4), [::]:443: only one can be bound'),
+        ('[metrics]\naddress = ":443"\n', "metrics.address: [::]:443 overlaps"),
         # [[listen]]
         ('[[listen]]\naddress = "x:443"\n', 'listen "x:443": address: \'x\' is a name'),
         ("[[listen]]\naddress = 443\n", "listen: address: expected a string, not 443"),
@@ -671,6 +675,14 @@ def test_a_virtual_host_that_never_comes_first_is_a_mistake_and_no_other(
 def test_thousands_of_virtual_hosts_are_checked_in_moments(load_text: Load) -> None:
     vhosts = "".join(f'{VHOST}sni = ["h{i}.example", "*.h{i}.example"]\n' for i in range(1500))
     assert told(load_text(LISTEN + vhosts + VHOST)) == []
+
+
+def test_metrics_are_not_where_a_backend_is(load_text: Load) -> None:
+    metrics = '[metrics]\naddress = "unix:app.sock"\n'
+    vhost = VHOST.replace("127.0.0.1:80", "unix:app.sock") + 'sni = ["www.example.org"]\n'
+    (line,) = told(load_text(metrics + LISTEN + vhost))
+    assert line.startswith("metrics.address: unix:/")
+    assert line.endswith('app.sock is vhost "www.example.org": backend (line 8), too')
 
 
 def test_both_virtual_hosts_are_named(load_text: Load) -> None:

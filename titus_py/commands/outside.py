@@ -1,0 +1,114 @@
+"""What ``titus-py check`` knows of what is outside the configuration: no mistakes, but warnings.
+
+Run by ``titus-py check`` alone: it may ask name servers, for which no serving process waits. None
+of it is a mistake. A backend may be started later; a unit may have been given another sandbox.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from titus_py.configuration import Configuration, Loaded, Mistake, Source
+from titus_py.configuration.address import NameAddress, UnixAddress
+
+__all__ = ["warnings"]
+
+#: How long all names together may take.
+_RESOLVE_SECONDS = 5.0
+#: Where the units' files are, as ``make install`` and the package lay them out; and drop-ins.
+_UNITS = ("/usr/lib/systemd/system", "/usr/local/lib/systemd/system", "/etc/systemd/system")
+#: What the units hide, and by which setting (systemd.exec(5)).
+_HIDDEN = {
+    "/home": "ProtectHome=",
+    "/root": "ProtectHome=",
+    "/run/user": "ProtectHome=",
+    "/tmp": "PrivateTmp=",  # noqa: S108 -- not used, but warned of
+    "/var/tmp": "PrivateTmp=",  # noqa: S108
+}
+
+
+def warnings(loaded: Loaded) -> list[Mistake]:
+    """For a configuration without mistakes; else nothing."""
+    configuration, source = loaded.configuration, loaded.source
+    if configuration is None:
+        return []
+    return [
+        *_missing_sockets(configuration, source),
+        *_unresolved(configuration, source),
+        *_hidden_from_the_unit(configuration, source),
+    ]
+
+
+def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    for i, vhost in enumerate(configuration.vhost):
+        if isinstance(vhost.backend, UnixAddress) and not Path(vhost.backend.path).is_socket():
+            reason = f"no socket is at {vhost.backend.path}: does the backend run?"
+            yield source.mistake(f"vhost[{i}].backend", reason)
+
+
+def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    users: dict[NameAddress, list[str]] = {}
+    for i, vhost in enumerate(configuration.vhost):
+        if isinstance(vhost.backend, NameAddress):
+            users.setdefault(vhost.backend, []).append(f"vhost[{i}].backend")
+    why = _looked_up(list(users))
+    for backend, (first, *others) in users.items():
+        if reason := why.get(backend, f"no answer within {_RESOLVE_SECONDS:g} s"):
+            also = f" (also {', '.join(map(source.reference, others))})" if others else ""
+            text = f"{backend.name} cannot be resolved: {reason}{also}"
+            yield source.mistake(first, text)
+
+
+def _looked_up(backends: Sequence[NameAddress]) -> dict[NameAddress, str]:
+    """Why a name has no address, or "" where it has one; nothing of those that take too long."""
+    found: dict[NameAddress, str] = {}
+
+    def look_up(backend: NameAddress) -> None:
+        try:
+            socket.getaddrinfo(backend.name, backend.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            found[backend] = error.strerror or str(error)
+        else:
+            found[backend] = ""
+
+    threads = [threading.Thread(target=look_up, args=[one], daemon=True) for one in backends]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + _RESOLVE_SECONDS
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return found.copy()
+
+
+def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """What is there, and is not for titus-py.service: its ``check`` is run outside of it."""
+    unit = _unit_of(source)
+    if unit is None:
+        return
+    paths = {"keyd.socket": configuration.keyd.socket}
+    for i, vhost in enumerate(configuration.vhost):
+        paths |= {
+            f"vhost[{i}].certificate": vhost.certificate,
+            f"vhost[{i}].key": vhost.key,
+            f"vhost[{i}].passphrase_file": vhost.passphrase_file,
+        }
+        if isinstance(vhost.backend, UnixAddress):
+            paths[f"vhost[{i}].backend"] = Path(vhost.backend.path)
+    for key, path in paths.items():
+        for directory, setting in _HIDDEN.items():
+            if path is not None and path.resolve().is_relative_to(directory):
+                reason = f"{path} is hidden from {unit} by {setting}: put it elsewhere"
+                yield source.mistake(key, f"{reason}, or change that with 'systemctl edit'")
+
+
+def _unit_of(source: Source) -> str | None:
+    """The unit that serves this file, if there is one: by where ``make install`` puts both."""
+    file = Path(source.path)
+    if file.parent.name != "titus-py" or file.suffix != ".toml":
+        return None
+    name = "titus-py" if file.stem == "titus" else f"titus-py@{file.stem}"
+    template = f"{name.partition('@')[0]}{'@' if '@' in name else ''}.service"
+    installed = any(Path(directory, template).exists() for directory in _UNITS)
+    return f"{name}.service" if installed else None
