@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from titus_py import configuration
+from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.metrics import Metrics
 
 PAGE = "configuration.md"
@@ -105,10 +106,10 @@ def markdown() -> str:
 
 
 def metrics() -> str:
-    exposition = Metrics().exposition({}).decode()
+    text = exposition(Metrics(), {}).decode()
     lines = ["| metric | kind | what it counts |", "|---|---|---|"]
     pattern = r"# HELP (\w+) (.*)\n# TYPE \1 (\w+)\n"
-    for name, description, kind in re.findall(pattern, exposition):
+    for name, description, kind in re.findall(pattern, text):
         lines.append(f"| `{name}` | {kind} | {description} |")
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ And those that can be alarms are known as such: to the counts, and to whoever re
 import argparse
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +127,11 @@ def test_manual_and_completion_have_every_option(
     for name in completions:
         completed = (_REPOSITORY / "completion" / name).read_text()
         assert options <= set(re.findall(r"[a-z-]+", completed))
+
+
+def test_the_guides_are_written_as_they_are_read(tmp_path: Path) -> None:
+    """What the package has of them: with the tables that are made from the code."""
+    program = [sys.executable, _REPOSITORY / "docs/reference.py", "guides", tmp_path]
+    subprocess.run(program, check=True)
+    assert "| `titus_alarms_total` | counter |" in (tmp_path / "monitoring.md").read_text()
+    assert "lock_memory" in (tmp_path / "configuration.md").read_text()
