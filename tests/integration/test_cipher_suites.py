@@ -2,8 +2,11 @@
 
 import re
 import subprocess
+from collections.abc import Sequence
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
@@ -41,10 +44,10 @@ HOSTS: dict[str, tuple[str, dict[str, object]]] = {
 @pytest.fixture(scope="module")
 def instance(serve_all: Serve, certificates: Certificates, echoing: Listener) -> Instance:
     vhosts = []
-    for name, (kind, settings) in HOSTS.items():
+    for name, (kind, asked) in HOSTS.items():
         issued = certificates(kind, name)
         files = {"certificate": issued.certificate, "key": issued.key}
-        vhosts.append({"sni": [name], "backend": echoing.address, **files, **settings})
+        vhosts.append({"sni": [name], "backend": echoing.address, **files, **asked})
     return serve_all(vhost=vhosts)
 
 
@@ -119,6 +122,38 @@ def test_a_group_that_keyd_signs_no_parameters_of_is_not_agreed_upon(
         with pytest.raises(SSL.Error):
             client.handshake()
         assert alert_in(client.received) == HANDSHAKE_FAILURE
+
+
+#: What this library's clients may offer, for the proxy to choose from.
+EVERY_GROUP = [
+    "X25519MLKEM768", "SecP256r1MLKEM768", "SecP384r1MLKEM1024", "MLKEM768", "X25519", "X448",
+    "P-256", "P-384", "P-521", "brainpoolP256r1", "brainpoolP256r1tls13", "ffdhe2048", "curveSM2",
+    "curveSM2MLKEM768",
+]  # fmt: skip
+
+
+def some(values: Sequence[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(values), min_size=1, max_size=6, unique=True)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(HOSTS)),
+    suites=some([*every_suite("-tls1_2"), "ECDHE", "kRSA", "ALL"]),
+    groups=some(EVERY_GROUP),
+    versions=st.sampled_from([(TLS12, TLS12), (TLS13, TLS13), (TLS12, TLS13)]),
+)
+def test_whatever_a_client_offers_it_gets_a_handshake_or_handshake_failure(
+    instance: Instance, name: str, suites: list[str], groups: list[str], versions: tuple[int, int]
+) -> None:
+    """And rings no alarm. (A client that finds nothing to offer does not get so far.)"""
+    ciphers = ":".join(suites) + ":ECDHE-RSA-AES128-GCM-SHA256:@SECLEVEL=0"
+    with TlsClient(instance.port, name, None, versions, ciphers, groups=groups) as client:
+        try:
+            client.handshake()
+        except SSL.Error:
+            assert alert_in(client.received) in (HANDSHAKE_FAILURE, None)
+            assert alert_in(client.received) or not client.received
 
 
 # --- in this order ---------------------------------------------------------------------

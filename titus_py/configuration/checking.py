@@ -22,7 +22,7 @@ from titus_py.configuration.uids_in_use import uids_in_use
 __all__ = ["CertificateFacts", "Checked", "check"]
 
 _TIMEOUT_SECONDS = 30.0
-#: Of names, in a message.
+#: Of names, or virtual hosts, in a message.
 _SHOWN = 5
 
 
@@ -231,7 +231,7 @@ def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -
 
 def _also(source: Source, vhosts: Sequence[str]) -> str:
     """Who else a mistake concerns."""
-    return f" (also {', '.join(map(source.reference, vhosts))})" if vhosts else ""
+    return f" (also {_some(list(map(source.reference, vhosts)))})" if vhosts else ""
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,9 @@ KEYS: dict[str, Key] = {
     "P-521": ec.generate_private_key(ec.SECP521R1()),
     "Ed25519": ed25519.Ed25519PrivateKey.generate(),
 }
+#: Which no instance has that runs on this machine.
+_FIRST_UID = 1_000_000_000 + os.getpid() % 100_000 * 4000
+UIDS = f'[worker]\nuids = "{_FIRST_UID}-{_FIRST_UID + 3998}"\n[keyd]\nuser = {_FIRST_UID + 3999}\n'
 #: https://ssl-config.mozilla.org, "intermediate", version 5.7.
 MOZILLA = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
@@ -70,7 +74,7 @@ def checked(tmp_path: Path) -> Check:
             (tmp_path / f"{kind}.key").write_bytes(
                 key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
             )
-        lines = ['[[listen]]\naddress = "[::]:443"']
+        lines = [UIDS, '[[listen]]\naddress = "[::]:443"']
         for number, (kind, settings) in enumerate(hosts):
             table = {
                 "sni": [f"a{number}.example"],
@@ -175,11 +179,12 @@ def test_the_rsa_key_exchange_is_for_rsa_keys(checked: Check) -> None:
 
 
 def test_hosts_that_are_alike_share_a_line(checked: Check) -> None:
-    result = checked(*[("RSA", {"ciphers": MOZILLA})] * 3)
+    result = checked(*[("RSA", {"ciphers": MOZILLA})] * 9)
     [warning] = said(result.warnings)
+    named = [f'vhost "a{number}.example": ciphers' for number in range(1, 6)]
     assert warning.count("(also ") == 1
-    assert '"a1.example"' in warning
-    assert '"a2.example"' in warning
+    assert [text for text in named if text.rpartition(":")[0] in warning] == named
+    assert warning.endswith(" and 3 more)")
 
 
 # --- what is not -----------------------------------------------------------------------
