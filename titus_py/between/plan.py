@@ -34,6 +34,8 @@ class Limits(NamedTuple):
     handshakes: int
     idle_timeout: float | None
     half_closed_timeout: float
+    #: 0 is none.
+    keepalive: float
     lifetime: float | None
 
 

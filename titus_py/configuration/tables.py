@@ -30,6 +30,7 @@ from titus_py.configuration.values import (
     FilePath,
     Groups,
     Integer,
+    Keepalive,
     KeydUser,
     ListenAddress,
     LocalAddress,
@@ -153,6 +154,13 @@ class Limits(Table):
         default=60.0,
         description="How long the other direction may stand still of a connection of which one "
         "has ended; and how long a peer may take nothing of the last octets that are for it.",
+    )
+    keepalive: Keepalive = Field(
+        default=60.0,
+        description="After how long a silence a peer, client or backend, is asked whether it is "
+        "still there (TCP keepalive). A connection whose peer has vanished ends after twice as "
+        "long, or, while octets are on their way to it, when the system gives up (tcp_retries2). "
+        '"off": it is not asked.',
     )
     lifetime: Duration | None = Field(
         default=None, description="How long a connection may last altogether. Absent: as it likes."

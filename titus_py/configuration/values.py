@@ -34,6 +34,7 @@ __all__ = [
     "FilePath",
     "Groups",
     "Integer",
+    "Keepalive",
     "KeydUser",
     "ListenAddress",
     "LocalAddress",
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _DAY = 86_400.0
+_MAX_KEEPALIVE = 32_400.0
 #: uid_t is 32 bits wide, and its last value means "leave as it is" to setresuid.
 _MAX_UID = 2**32 - 2
 _TLS13_SUITES = (
@@ -100,6 +102,20 @@ def _duration(value: object) -> float:
     if not 0.001 <= value <= _DAY:  # also false of a NaN
         raise ValueError("expected a duration from 1ms to 24h")
     return float(value)
+
+
+def _keepalive(value: object) -> float:
+    if value in ("off", "0") or (value == 0 and not isinstance(value, bool)):
+        return 0.0
+    seconds = _duration(value)
+    # What TCP_KEEPIDLE takes, in whole seconds.
+    if not 1 <= seconds <= _MAX_KEEPALIVE:
+        raise ValueError('expected "off", or a duration from 1s to 9h')
+    return seconds
+
+
+def _keepalive_text(seconds: float) -> str:
+    return _duration_text(seconds) if seconds else "off"
 
 
 def _duration_text(seconds: float) -> str:
@@ -318,6 +334,7 @@ def _group(name: str) -> str:
 Integer = Annotated[int, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
 Duration = Annotated[float, PlainValidator(_duration), PlainSerializer(_duration_text)]
+Keepalive = Annotated[float, PlainValidator(_keepalive), PlainSerializer(_keepalive_text)]
 Version = Literal["TLSv1.2", "TLSv1.3"]
 UidRange = Annotated[
     range, PlainValidator(_uids), PlainSerializer(lambda uids: f"{uids[0]}-{uids[-1]}")

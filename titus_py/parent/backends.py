@@ -44,8 +44,8 @@ class Backends:
                     reason=reason,
                 )
 
-        timeout = self._plan.connect_timeout
-        worker.dialer = Dialer(self._loop, self._addresses[vhost], timeout, done)
+        timeout, keepalive = self._plan.connect_timeout, self._plan.limits.keepalive
+        worker.dialer = Dialer(self._loop, self._addresses[vhost], timeout, keepalive, done)
         worker.dialer.start()
 
     def _answer(self, worker: Worker, backend: socket.socket | None, reason: str) -> None:

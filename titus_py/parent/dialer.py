@@ -16,6 +16,7 @@ from functools import partial
 
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop, Timer
 from titus_py.between.plan import ResolvedAddress, SocketAddress, address_text
+from titus_py.parent.keepalive import keep_alive
 
 __all__ = ["MAX_ATTEMPTS", "Dialer", "reset_at_close"]
 
@@ -33,6 +34,7 @@ _NAMED_FAILURES = 4
 class Dialer:
     """One connection to a backend: to the first of its addresses that answers (RFC 8305).
 
+    Its keepalive begins after so many seconds of silence, or never (0).
     An address is tried when the one before it has failed, or has not answered soon; that one may
     still answer first. ``done`` is called once: with the connected socket, or with None and the
     reason.
@@ -43,10 +45,12 @@ class Dialer:
         loop: EventLoop,
         addresses: Iterable[ResolvedAddress],
         timeout: float,
+        keepalive: float,
         done: Callable[[socket.socket | None, str], None],
     ) -> None:
         self._loop = loop
         self._left = deque(addresses)
+        self._keepalive = keepalive
         self._done = done
         #: Those that go on, the longest first.
         self._attempts: dict[socket.socket, SocketAddress] = {}
@@ -155,6 +159,7 @@ class Dialer:
         if connected.family != socket.AF_UNIX:
             with suppress(OSError):
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(connected, self._keepalive)
                 reset_at_close(connected)
         self.cancel()
         self._done(connected, "")

@@ -235,6 +235,7 @@ class Generation:
                 limits.handshakes or default_handshakes(worker.max),
                 limits.idle_timeout,
                 limits.half_closed_timeout,
+                limits.keepalive,
                 limits.lifetime,
             ),
             chroot=str(worker.chroot),

@@ -124,5 +124,4 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
 def _prepare(listener: socket.socket) -> None:
     """What the connections that it accepts shall inherit."""
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     reset_at_close(listener)

@@ -87,6 +87,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "handshakes": None,
             "idle_timeout": "3600s",
             "half_closed_timeout": "60s",
+            "keepalive": "60s",
             "lifetime": None,
         },
         "keyd": {"socket": None, "user": "2099999999", "lock_memory": "required"},
@@ -215,6 +216,9 @@ def test_every_key_is_described() -> None:
         ("[worker]\ndrain = 0\n", "worker.drain: expected a duration from 1ms to 24h"),
         ("[worker]\ndrain = nan\n", "worker.drain: expected a duration from 1ms to 24h"),
         ('[worker]\ndrain = "25h"\n', "worker.drain: expected a duration from 1ms to 24h"),
+        ('[limits]\nkeepalive = "500ms"\n', 'limits.keepalive: expected "off", or a duration from'),
+        ('[limits]\nkeepalive = "10h"\n', 'limits.keepalive: expected "off", or a duration from'),
+        ("[limits]\nkeepalive = false\n", "limits.keepalive: expected a duration"),
         ("[worker]\nuids = 200000\n", "worker.uids: expected a string, not 200000"),
         ('[worker]\nuids = "1000"\n', "worker.uids: expected a range of uids"),
         ('[worker]\nuids = "0-2000"\n', "worker.uids: uid 0 is root"),
@@ -827,3 +831,11 @@ def test_more_keys_than_a_message_names_are_a_mistake(
     loaded = load_text("".join(tables))
     reasons = [one.reason for one in loaded.mistakes if one.key == "vhost"]
     assert [reason.partition(":")[0] for reason in reasons] == said
+
+
+@pytest.mark.parametrize("off", ['"off"', '"0"', "0"])
+def test_keepalive_can_be_turned_off(load_text: Load, off: str) -> None:
+    configuration = load_text(f"{LISTEN}[limits]\nkeepalive = {off}\n{VHOST}").configuration
+    assert configuration is not None
+    assert configuration.limits.keepalive == 0
+    assert configuration.model_dump(mode="json")["limits"]["keepalive"] == "off"

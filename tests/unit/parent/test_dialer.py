@@ -86,7 +86,7 @@ class Dial:
         gc.collect()
         self.others_descriptors = len(os.listdir("/proc/self/fd"))
         self.dialer = Dialer(
-            self._loop, addresses, timeout, lambda *outcome: self.outcomes.append(outcome)
+            self._loop, addresses, timeout, 60, lambda *outcome: self.outcomes.append(outcome)
         )
         self.dialer.start()
 
