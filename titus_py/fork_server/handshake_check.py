@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 
+from keyd.chain import name_of
 from titus_py.between.virtual_host import TlsSettings
 from titus_py.worker.tls import (
     BUILT_IN_LEVEL,
@@ -250,14 +251,15 @@ _TOO_WEAK = {
 
 def _refused(question: _Question, error: SSL.Error) -> tuple[str, str]:
     """Which certificate of the chain OpenSSL does not take, and why."""
-    leaf, *others = x509.load_pem_x509_certificates((question.chain or "").encode())
+    chain = x509.load_pem_x509_certificates((question.chain or "").encode())
     where = "it"
-    for number, other in enumerate(others, 2):
-        pair = "".join(one.public_bytes(Encoding.PEM).decode() for one in (leaf, other))
+    for length in range(1, len(chain) + 1):
+        part = "".join(one.public_bytes(Encoding.PEM).decode() for one in chain[:length])
         try:
-            make_context(Credentials(pair, question.reference or ""), question.settings)
+            make_context(Credentials(part, question.reference or ""), question.settings)
         except SSL.Error:
-            where = f"certificate {number}, {other.subject.rfc4514_string()}"
+            if length > 1:
+                where = f"certificate {length}, {name_of(chain[length - 1])}"
             break
     reason = _reason(error)
     level = security_level(question.settings.ciphers)

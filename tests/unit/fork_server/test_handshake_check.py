@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from keyd import powers
 from keyd.protocol import SignatureScheme
-from titus_py.configuration import Mistake, load
+from titus_py.configuration import Mistake, load, values
 from titus_py.configuration.checking import Checked, check
 from titus_py.worker import tls
 from titus_py.worker.tls import offered_suites, selected_suites
@@ -219,7 +220,11 @@ def test_hosts_that_are_alike_share_a_line(checked: Check) -> None:
         ("Ed25519", {"ciphers": "ECDHE+aRSA"}, "whose key is Ed25519, add ECDHE+aECDSA+AESGCM"),
         ("RSA", {"ciphers": "ECDHE+aECDSA"}, "whose key is RSA, add ECDHE+aRSA+AESGCM"),
         ("P-256", {"ciphers": "kRSA", "rsa_key_exchange": True}, "whose key is ECDSA"),
-        ("RSA", {"ciphers": "ECDHE-RSA-AES128-GCM-SHA256:@SECLEVEL=3"}, "its key is too short"),
+        (
+            "RSA",
+            {"ciphers": "ECDHE-RSA-AES128-GCM-SHA256:@SECLEVEL=3"},
+            "RSA.crt: no handshake is possible with it: its key is too short",
+        ),
         ("P-256", {"ciphersuites": "TLS_AES_128_CCM_8_SHA256"}, "no handshake is possible with"),
         ("P-256", {"groups": ["X25519MLKEM768"]}, "no TLS 1.2 handshake is possible with X25519ML"),
     ],
@@ -269,6 +274,12 @@ def test_the_order_is_the_settings_own_but_that_forward_secrecy_comes_first() ->
         "AES128-SHA",
         "AES256-GCM-SHA384",
     )
+
+
+def test_the_groups_of_tls_1_2_are_those_whose_parameters_keyd_signs() -> None:
+    numbers = {"P-256": 23, "P-384": 24, "P-521": 25, "X25519": 29, "X448": 30}
+    assert {group for group in values._GROUPS if "MLKEM" not in group} == set(numbers)
+    assert set(powers._POINT_OCTETS) == set(numbers.values())
 
 
 def test_the_schemes_that_are_agreed_upon_are_those_that_keyd_signs_with() -> None:
