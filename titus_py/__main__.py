@@ -165,17 +165,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     if legacy is not None:
         for helper in helpers:
             helper.dismiss()
-        return take_over(legacy, lambda: check(read()))
+        return take_over(legacy, lambda: check(read(), running=True))
     loaded = read()
     if lacks(loaded):
         for helper in helpers:
             helper.dismiss()
         return 2
-    checked = check(loaded, *helpers)
+    checked = check(loaded, *helpers, running=tried_out)
     if checked.mistakes:
         report(checked)
         return 2
-    return 0 if tried_out else serve(checked, lambda: check(read()))
+    return 0 if tried_out else serve(checked, lambda: check(read(), running=True))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Uids that others have: another instance, any process. Nobody is given a uid that is not free."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -115,3 +116,34 @@ def test_a_uid_of_a_process_is_not_given_away(certificates: Certificates, tmp_pa
         assert ended.returncode == 0
         assert "keyd.user: another process runs as this user" in ended.stderr
         sleeping.kill()
+
+
+def test_a_reload_into_the_uids_of_a_process_is_refused(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    uids = UIDS.take()
+    edit(instance, lambda tables: tables["worker"].update(uids=f"{uids[0]}-{uids[-2]}"))
+    with subprocess.Popen(["sleep", "60"], user=uids[400], cwd="/") as sleeping:
+        (problem,) = problems(instance)
+        told = f"worker.uids: {uids[400]} is the uid of a process that is not of this instance"
+        assert problem == told
+        sleeping.kill()
+    assert serves(instance)
+    assert reload(instance)["reloaded"]
+
+
+def test_where_nothing_can_be_written_its_own_workers_hold_up_no_reload(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    read_only = "mkdir -p /run/titus-py && mount -t tmpfs -o ro none /run/titus-py"
+    inner = f'{read_only} && exec "$0" "$@"'
+    program.write_text(f"#!/bin/sh\nexec unshare --mount sh -c '{inner}' {TITUS_PY} \"$@\"\n")
+    program.chmod(0o755)
+    instance = serve(echoing.address, program=program)
+    assert instance.events_named("uids_not_held")[0]["reason"] == "Read-only file system"
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        instance.signal(signal.SIGHUP)
+        instance.wait_for_event("reloaded", seconds=60)
+        assert talk(client)
+    assert serves(instance)

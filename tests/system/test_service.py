@@ -143,6 +143,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _encrypts_the_key(admin)
     _runs_keyd_as_a_unit(admin)
     _looks_at_exposure(admin)
+    _is_told_what_a_unit_does_not_see(admin)
     _runs_two_instances(admin)
     _removes(admin)
 
@@ -475,6 +476,20 @@ def _looks_at_exposure(admin: Administrator) -> None:
         figure = re.search(r"level for \S+: ([\d.]+)", seen)
         assert figure
         assert f"| `{unit}.service` | {figure[1]} |" in documented
+
+
+def _is_told_what_a_unit_does_not_see(admin: Administrator) -> None:
+    """A shell sees it, and so does ``titus-py check``."""
+    admin.types("cp /etc/titus-py/www.key /root/www.key && chmod 600 /root/www.key")
+    hidden = _CONFIGURATION.replace("/etc/titus-py/www.key", "/root/www.key")
+    hidden = hidden.replace('"127.0.0.1:8080"', '"unix:/tmp/app.sock"').replace("21100", "21101")
+    admin.writes("/etc/titus-py/hidden.toml", hidden.replace('"titus-keyd"', "2100099999"))
+    seen = admin.types("titus-py check --config /etc/titus-py/hidden.toml")
+    assert "key: /root/www.key is hidden from titus-py@hidden.service by ProtectHome=" in seen
+    assert "backend: /tmp/app.sock is hidden from titus-py@hidden.service by PrivateTmp=" in seen
+    assert "no socket is at /tmp/app.sock" in seen
+    assert "hidden from" not in admin.types("titus-py check")
+    admin.types("rm /root/www.key /etc/titus-py/hidden.toml")
 
 
 def _runs_two_instances(admin: Administrator) -> None:

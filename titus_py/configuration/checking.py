@@ -93,12 +93,14 @@ def check(
     keyd_check: Helper | None = None,
     handshake_check: Helper | None = None,
     timeout: float = _TIMEOUT_SECONDS,
+    running: bool = False,
 ) -> Checked:
     """Hold every certificate and key of a configuration against each other and the clock.
 
     And try whether a handshake is possible with them. Asks helpers, which may have been started
     ahead, and waits for each for up to ``timeout`` seconds, and half a second more for each
-    certificate. Raises nothing: a helper that fails is a mistake too.
+    certificate. ``running``: for a reload, by the instance itself. Raises nothing: a helper that
+    fails is a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
@@ -130,7 +132,7 @@ def check(
     except Unanswered as error:
         reason = f"it could not be tried whether a handshake is possible: {error}"
         mistakes.append(source.mistake("", reason))
-    for found, more in zip((mistakes, warnings), uids_in_use(loaded), strict=True):
+    for found, more in zip((mistakes, warnings), uids_in_use(loaded, running), strict=True):
         found += more
     configuration = None if mistakes else loaded.configuration
     return Checked(configuration, mistakes, warnings, certificates, files, source.path)

@@ -17,8 +17,13 @@ __all__ = ["uids_in_use"]
 _PATIENCE_SECONDS = 3.0
 
 
-def uids_in_use(loaded: Loaded, held: Path = UIDS_FILE) -> tuple[list[Mistake], list[Mistake]]:
-    """The mistakes and the warnings that come of it. Raises nothing."""
+def uids_in_use(
+    loaded: Loaded, running: bool, held: Path = UIDS_FILE
+) -> tuple[list[Mistake], list[Mistake]]:
+    """The mistakes and the warnings that come of it. Raises nothing.
+
+    ``running``: asked by the instance itself, for a reload, which looks at processes itself.
+    """
     configuration, source = loaded.configuration, loaded.source
     mistakes: list[Mistake] = []
     warnings: list[Mistake] = []
@@ -29,7 +34,7 @@ def uids_in_use(loaded: Loaded, held: Path = UIDS_FILE) -> tuple[list[Mistake], 
     if other is not None and not other.is_ours(source.path):
         reason = f"some of them are those of {other}: each instance has uids of its own"
         mistakes.append(source.mistake("worker.uids", reason))
-    if other is not None or is_running(source.path, held):
+    if running or other is not None or is_running(source.path, held):
         # What else there is may be this instance's own.
         return mistakes, warnings
     needed = worker.uids[: GENERATIONS * (worker.max + worker.spare)]

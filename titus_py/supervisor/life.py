@@ -42,7 +42,7 @@ from titus_py.configuration.address import (
     parse_backend,
 )
 from titus_py.configuration.checking import Checked
-from titus_py.configuration.held_uids import Held, HeldUids, any_process_has
+from titus_py.configuration.held_uids import Held, HeldUids, any_process_has, process_with
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
@@ -158,16 +158,10 @@ def _withdraw() -> None:
 
 
 class _NoUids(Exception):
-    """There are none left for another generation's workers."""
+    """There are none for another generation's workers; the text says why."""
 
-    def __init__(self, needed: int, fits_beside: bool) -> None:
-        super().__init__(
-            "worker.uids: connections of earlier generations still have too many of them: "
-            "widen the range, or wait for those connections to end"
-            if fits_beside
-            else f"worker.uids: max + spare = {needed} workers find no room in the range beside "
-            "those that serve: widen it, or set one apart from the former"
-        )
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"worker.uids: {reason}")
 
 
 class _Supervisor:
@@ -518,12 +512,23 @@ class _Supervisor:
         taken = [*self._used_uids, *(other.uids for other in self._generations if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
-    def _fits_beside(self, generation: Generation) -> bool:
-        """Whether there would be uids if no earlier connection had any."""
-        serving = self._serving
-        return bool(
-            free_block(generation.configuration.worker.uids, generation.uids_needed, [serving.uids])
-        )
+    def _see_that_uids_are_free(self, generation: Generation) -> None:
+        """For a generation that is to be started beside others. Raises _NoUids."""
+        range_of_all, needed = generation.configuration.worker.uids, generation.uids_needed
+        uids = self._free_uids(generation)
+        if uids is None and free_block(range_of_all, needed, [self._serving.uids]):
+            raise _NoUids(
+                "connections of earlier generations still have too many of them: "
+                "widen the range, or wait for those connections to end"
+            )
+        if uids is None:
+            raise _NoUids(
+                f"max + spare = {needed} workers find no room in the range beside those that "
+                "serve: widen it, or set one apart from the former"
+            )
+        # No process of ours has one of these: they are given back when none has.
+        if (uid := process_with(uids)) is not None:
+            raise _NoUids(f"{uid} is the uid of a process that is not of this instance")
 
     def _release_uids(self, uids: range, pause: float = _RETRY_SECONDS) -> None:
         """Give uids back, once no process can have them any more.
@@ -650,8 +655,7 @@ class _Supervisor:
         wanted = [table.address for table in checked.configuration.listen]
         try:
             generation = self._prepare(checked)
-            if self._free_uids(generation) is None:
-                raise _NoUids(generation.uids_needed, fits_beside=self._fits_beside(generation))
+            self._see_that_uids_are_free(generation)
             added = listen(
                 (address for address in wanted if address not in self._listeners),
                 self._passed,
