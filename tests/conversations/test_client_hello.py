@@ -234,14 +234,28 @@ HELLOS = FIELDS + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", HELLOS, ids=lambda row: f"{row.what} ({NAMES[row.version]})")
-def test_a_malformed_client_hello_gets_its_alert(instance: Instance, row: Hello) -> None:
+def name_of(row: Hello) -> str:
+    return f"{row.what} ({NAMES[row.version]})"
+
+
+def comes_of(instance: Instance, row: Hello, segment: int | None = None) -> str:
     def converse(client: Client) -> None:
         client.start(row.hello(client))
         client.finish()
 
     with Client(instance.port, row.version) as client:
-        assert outcome(client, converse) == row.expected, row.section
+        client.segments.size = segment
+        return outcome(client, converse)
+
+
+@pytest.mark.parametrize("row", HELLOS, ids=name_of)
+def test_a_malformed_client_hello_gets_its_alert(instance: Instance, row: Hello) -> None:
+    assert comes_of(instance, row) == row.expected, row.section
+
+
+@pytest.mark.parametrize("row", FIELDS, ids=name_of)
+def test_one_in_segments_of_an_octet_gets_the_same(instance: Instance, row: Hello) -> None:
+    assert comes_of(instance, row, segment=1) == row.expected, row.section
 
 
 @pytest.mark.parametrize("version", [TLS12, TLS13])

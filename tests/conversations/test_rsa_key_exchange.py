@@ -64,12 +64,14 @@ def converse_with(exchange: bytes, secret: bytes = SECRET) -> Callable[[Client],
 
 def of(instance: Instance, exchange: bytes, secret: bytes = SECRET) -> tuple[str, str]:
     """What comes of it, and what is logged."""
+    # Its port may have been another's.
+    earlier = len(instance.events())
     with Client(instance.port, TLS12, SUITE, b"rsa.localhost") as client:
         host, port = client.socket.getsockname()
         came = outcome(client, converse_with(exchange, secret))
     if came == SERVED:
         return came, ""
-    event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = instance.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     return came, f"{event['end']}: {event['detail']}"
 
 
