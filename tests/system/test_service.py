@@ -412,7 +412,9 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
     admin.types("rm /etc/systemd/system/titus-py.service.d/key.conf")
     admin.writes(
         "/etc/systemd/system/titus-keyd.service.d/key.conf",
-        "[Service]\nLoadCredential=\nLoadCredentialEncrypted=www.key:/etc/titus-py/www.key.cred\n",
+        "[Service]\nLoadCredential=\nLoadCredentialEncrypted=www.key:/etc/titus-py/www.key.cred\n"
+        # A machine within a container cannot always raise the limit for who is not root.
+        'Environment="KEYS=--key %d/www.key --lock-memory=try"\n',
     )
     without_key = re.sub("key = .*\n", "", _CONFIGURATION)
     admin.writes(
