@@ -9,6 +9,7 @@ to the end, so that a slow RSA operation holds up nobody else's. A channel is ar
 for one event at a time (EPOLLONESHOT): no two threads ever serve the same one.
 """
 
+import errno
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import TracebackType
 from typing import NamedTuple
 
 import prctl
@@ -54,6 +56,9 @@ __all__ = ["CannotLock", "Confinement", "Keyd", "confine", "confine_unprivileged
 
 #: How often channels past their time are looked for, in seconds.
 _SWEEP_INTERVAL = 1.0
+#: How long to leave clients in the listen queue where there was no descriptor, or no memory, for
+#: one; and how often to say so, in seconds.
+_ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
 #: Plenty for a signature; and all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -123,9 +128,18 @@ def _lock_memory(required: bool) -> bool:
         return False
 
 
-def _die(failed: threading.ExceptHookArgs) -> None:
-    """A thread that failed unforeseen ends keyd: whoever started it starts it anew."""
-    sys.excepthook(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+def _die(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """A thread that failed unforeseen ends keyd: whoever started it starts it anew.
+
+    In one line: for a traceback, Python would open its source, and the filter end it before
+    anything is said.
+    """
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
+    print(f"keyd: {kind.__name__}: {error} at {where}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -174,6 +188,7 @@ class Keyd:
         self._leaves_at: float | None = None
         self._left: Callable[[], object] = self.stop
         self._swept = time.monotonic()
+        self._shortage_told = -_SHORTAGE_INTERVAL
         self._stopped = threading.Event()
 
     def serve(self, threads: int, program: bytes, ready: Callable[[], None]) -> None:
@@ -182,7 +197,10 @@ class Keyd:
         All of ``threads`` take part, this one among them; ``ready`` is called when
         nothing is left to do but to serve. Raises OSError where the filter cannot be put on.
         """
-        threading.excepthook = _die
+        sys.excepthook = _die
+        threading.excepthook = lambda failed: _die(
+            failed.exc_type, failed.exc_value, failed.exc_traceback
+        )
         threading.stack_size(_STACK_OCTETS)
         door = threading.Barrier(threads)
 
@@ -238,8 +256,6 @@ class Keyd:
                 message, descriptors = b"", []
             try:
                 terms = Open.decode(message) if message else None
-                if terms is not None and not descriptors:
-                    raise Malformed("an open without a channel")
             except Malformed as error:
                 # Of another version than ours, perhaps. Others may have to do with us, too.
                 print(f"keyd: hanging up on a parent: {error}", file=sys.stderr)
@@ -252,6 +268,10 @@ class Keyd:
                 control.close()
                 gone()
                 self._leave_if_done()
+                return
+            if not descriptors:
+                # There was no number left for the channel, which is closed: that client fails.
+                self._say_short_of_descriptors(os.strerror(errno.EMFILE))
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
             self.open(terms, socket.socket(*kind, fileno=descriptors[0]), record)
@@ -272,8 +292,15 @@ class Keyd:
                 # Not armed again: who connects now is the next keyd's.
                 del self._sources[listener.fileno()]
                 return
-            with suppress(BlockingIOError, ConnectionAbortedError):
+            try:
                 accepted(listener.accept()[0])
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays, and would wake us for ever.
+                # The other threads go on.
+                self._say_short_of_descriptors(error.strerror)
+                time.sleep(_ACCEPT_PAUSE)
 
         self._arm_source(listener, hear)
 
@@ -283,6 +310,17 @@ class Keyd:
         descriptor = endpoint.fileno()
         self._channels[descriptor] = _Channel(terms, endpoint, record)
         self._epoll.register(descriptor, _READABLE_ONCE)
+
+    def _say_short_of_descriptors(self, reason: str | None) -> None:
+        """Once a second."""
+        now = time.monotonic()
+        if now - self._shortage_told >= _SHORTAGE_INTERVAL:
+            self._shortage_told = now
+            print(
+                f"keyd: no room for another connection: {reason}: raise LimitNOFILE=",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _arm_source(self, source: socket.socket, hear: Callable[[], None]) -> None:
         self._sources[source.fileno()] = hear

@@ -143,7 +143,7 @@ def test_keyd_on_its_own_is_not_ended_either(certificates: Certificates, tmp_pat
                 assert connects(path)
             finally:
                 keyd.terminate()
-        assert keyd.returncode == -signal.SIGTERM
+        assert keyd.returncode in {0, -signal.SIGTERM}
         path.unlink()
 
 

@@ -21,6 +21,7 @@ from titus_py.configuration.across_tables import (
     uid_warnings,
 )
 from titus_py.configuration.address import IPAddress
+from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
 from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
@@ -142,4 +143,6 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
         credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
     mistakes += too_many(tables, credentials, source)
     warnings = [*uid_warnings(tables, source), *exposed_files(credentials, source)]
+    if configuration is not None:
+        warnings += descriptor_warnings(configuration, source)
     return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)

@@ -19,6 +19,9 @@ __all__ = ["Arrivals"]
 
 #: How many clients to accept at once from one address before looking after all else again.
 _ACCEPT_AT_ONCE = 256
+#: How long to leave clients in the listen queue where there was no descriptor, or no memory, for
+#: one; and how often to say so.
+_PAUSE_SECONDS, _TELL_SECONDS = 0.1, 1.0
 #: How long there has to be room again before that is said.
 _NOT_FULL_SECONDS = 1.0
 
@@ -50,6 +53,8 @@ class Arrivals:
         for listener in self._listeners.values():
             listener.setblocking(False)
         self._accepting = self._kept_alive = False
+        self._pause: Timer | None = None
+        self._failure_told = -_TELL_SECONDS
         self._full_told = False
         self._full_timer: Timer | None = None
         self._waiting_timer: Timer | None = None
@@ -62,7 +67,7 @@ class Arrivals:
             self._tell("full", level="warning", max=self._plan.max_workers)
         elif self._full_told and not full and self._full_timer is None:
             self._full_timer = self._loop.after(_NOT_FULL_SECONDS, self._no_longer_full)
-        wanted = may_accept and self._has_room()
+        wanted = may_accept and self._has_room() and self._pause is None
         if wanted == self._accepting:
             return
         self._accepting = wanted
@@ -113,8 +118,8 @@ class Arrivals:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                # EMFILE, ENFILE, ENOBUFS, ENOMEM: it goes on as soon as a worker has ended.
-                self._tell("accept_failed", level="error", reason=error.strerror)
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays, and would wake us for ever.
+                self._rest(error)
                 return
             host, port = _plain(address[0]), address[1]
             limit = self._admission.refuse(host)
@@ -124,6 +129,19 @@ class Arrivals:
             else:
                 client.close()
                 self._limits_hit.note(limit, host)
+
+    def _rest(self, error: OSError) -> None:
+        """Leave clients where they are for a moment: until then, a connection may have ended."""
+        now = time.monotonic()
+        if now - self._failure_told >= _TELL_SECONDS:
+            self._failure_told = now
+            self._tell("accept_failed", level="error", reason=error.strerror)
+        if self._pause is None:
+            self._pause = self._loop.after(_PAUSE_SECONDS, self._go_on)
+
+    def _go_on(self) -> None:
+        """``adjust``, which follows, will look at the listeners again."""
+        self._pause = None
 
     def _wait(self, arrival: Arrival) -> None:
         """Have it wait for a worker. With too many, the one that has waited longest is reset.

@@ -4,7 +4,7 @@ Run by the parent, which trusts keyd and never waits for it.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keyd.linux.descriptors import send_descriptors
 from keyd.protocol import MAX_REFUSAL_OCTETS, Malformed, Open, Refusal
@@ -16,6 +16,8 @@ __all__ = ["Channels"]
 
 #: How soon to look again for a keyd that could not take a message.
 _PAUSE_SECONDS = 0.05
+#: How soon to ask for another keyd where there was no descriptor for one.
+_LOST_SECONDS = 1.0
 
 
 class Channels:
@@ -42,9 +44,16 @@ class Channels:
         if self._leaves:
             self._gone()
 
-    def take(self, keyd: socket.socket) -> None:
-        """Use this keyd from now on."""
+    def take(self, descriptors: Sequence[int]) -> None:
+        """Use the keyd that this descriptor leads to from now on.
+
+        Where there was no number left for it, keyd has been hung up on: there will be another.
+        """
         self._lose()
+        if not descriptors:
+            self._loop.after(_LOST_SECONDS, self._tell_lost)
+            return
+        keyd = socket.socket(fileno=descriptors[0])
         keyd.setblocking(False)
         self._keyd = keyd
         self._loop.watch(keyd.fileno(), self._hear)
@@ -73,6 +82,10 @@ class Channels:
                 return None
         return ours
 
+    def _tell_lost(self) -> None:
+        if self._keyd is None:
+            self._tell("keyd_lost", level="warning")
+
     def _lose(self) -> None:
         if self._keyd is not None:
             self._loop.unwatch(self._keyd.fileno())
@@ -82,7 +95,7 @@ class Channels:
 
     def _gone(self) -> None:
         self._lose()
-        self._tell("keyd_lost", level="warning")
+        self._tell_lost()
 
     def _hear(self) -> None:
         if self._keyd is None:

@@ -36,6 +36,7 @@ from titus_py.parent.arrivals import Arrivals
 from titus_py.parent.backends import Backends
 from titus_py.parent.channels import Channels
 from titus_py.parent.connections import Arrival, Connections
+from titus_py.parent.descriptors import connections_within
 from titus_py.parent.forks import Forks
 from titus_py.parent.outbox import Outbox
 from titus_py.parent.pool import Pool
@@ -52,7 +53,7 @@ class Parent:
     """One generation's listening sockets, workers and way to keyd."""
 
     def __init__(
-        self, plan: Plan, forks: Forks, supervisor: socket.socket, keyd: socket.socket | None
+        self, plan: Plan, forks: Forks, supervisor: socket.socket, keyd: int | None
     ) -> None:
         self._plan = plan
         self._forks = forks
@@ -81,7 +82,7 @@ class Parent:
         self._draining = False
         self._last_first = True
         if keyd is not None:
-            self._channels.take(keyd)
+            self._channels.take([keyd])
 
     def withdraw(self) -> None:
         """Say what this kernel cannot do for workers, and keep only what serving takes."""
@@ -182,7 +183,7 @@ class Parent:
             case "accept":
                 self._may_accept = not self._crippled
             case "use keyd":
-                self._channels.take(socket.socket(fileno=descriptors[0]))
+                self._channels.take(descriptors)
             case "use backend":
                 self._backends.move(order["vhosts"], resolved(order["addresses"]))
             case "retire":
@@ -229,15 +230,17 @@ def main() -> int:
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()
-    allow_many_descriptors()
+    descriptors = allow_many_descriptors()
     for descriptor in (arguments.supervisor_fd, arguments.keyd_fd):
         if descriptor is not None:
             os.set_inheritable(descriptor, False)
     plan = Plan.decode(read_all(os.dup(arguments.plan_fd)))
+    # Beyond them, clients wait in the listen queue, not here, where none is left for a worker.
+    most = connections_within(descriptors, plan.spare_workers)
+    plan = plan._replace(max_workers=min(plan.max_workers, most))
     forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd)
     supervisor = socket.socket(fileno=arguments.supervisor_fd)
-    keyd = socket.socket(fileno=arguments.keyd_fd) if arguments.keyd_fd is not None else None
-    parent = Parent(plan, forks, supervisor, keyd)
+    parent = Parent(plan, forks, supervisor, arguments.keyd_fd)
     parent.withdraw()
     if not forks.wait_until_ready():
         sys.exit("titus-py: the fork server did not start: see above")

@@ -24,7 +24,12 @@ from typing import Any, TypeVar
 import prctl
 
 from keyd.linux import seccomp
-from keyd.linux.credentials import forbid_core_dumps, hide_memory, keep_capabilities
+from keyd.linux.credentials import (
+    allow_many_descriptors,
+    forbid_core_dumps,
+    hide_memory,
+    keep_capabilities,
+)
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.linux.title import set_title
@@ -152,6 +157,7 @@ def _withdraw() -> None:
     set_title("titus-py", "titus-py: supervisor", *sys.argv[1:])
     forbid_core_dumps()
     hide_memory()
+    allow_many_descriptors()
     # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
     prctl.set_child_subreaper(True)
     keep_capabilities(SUPERVISOR_CAPABILITIES)
