@@ -3,7 +3,6 @@
 import itertools
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
