@@ -364,7 +364,7 @@ def test_after_ten_thousand_of_these_everything_is_as_before(
     kinds = {
         "not_tls": [bytes(range(200)), record(b"\2" + bytes(3))],
         "plain_http": [b"GET / HTTP/1.1\r\n\r\n"],
-        "bad_client_hello": [record(b"\1\1\0\0" + bytes(100)), record(b"")],
+        "bad_client_hello": [record(b"\1\3\0\0" + bytes(100)), record(b"")],
         "no_virtual_host": [unknown],
         "handshake_failed": [suiteless],
         "client_left": [b"", hello[:3], hello[:200], hello[:-1], hello],
