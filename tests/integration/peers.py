@@ -275,6 +275,8 @@ def served_by(listener: Listener, handle: Callable[[socket.socket], None]) -> It
 
 
 def echo(connection: socket.socket) -> None:
+    # Its client may be silent for as long as a test takes.
+    connection.settimeout(None)
     while octets := connection.recv(65536):
         connection.sendall(octets)
 

@@ -12,7 +12,6 @@ from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.connections import Arrival, Connections
-from titus_py.parent.keepalive import keep_alive
 from titus_py.parent.outbox import Tell
 
 __all__ = ["Arrivals"]
@@ -52,7 +51,7 @@ class Arrivals:
         }
         for listener in self._listeners.values():
             listener.setblocking(False)
-        self._accepting = self._kept_alive = False
+        self._accepting = False
         self._pause: Timer | None = None
         self._failure_told = -_TELL_SECONDS
         self._full_told = False
@@ -71,11 +70,6 @@ class Arrivals:
         if wanted == self._accepting:
             return
         self._accepting = wanted
-        if wanted and not self._kept_alive:
-            self._kept_alive = True
-            # Not sooner: another generation accepts on them, with another setting perhaps.
-            for listener in self._listeners.values():
-                keep_alive(listener, self._plan.limits.keepalive)
         for descriptor, listener in self._listeners.items():
             if wanted:
                 self._loop.watch(descriptor, partial(self._accept, listener))

@@ -1,7 +1,7 @@
 """TCP's keepalive (tcp(7)): how a peer that has vanished is noticed.
 
-Run by the parent, on its listening sockets, of which what they accept inherits it, and on
-connections to backends.
+Run by the supervisor, on listening sockets, from which what they accept inherits it, and by
+the parent, on connections to backends.
 """
 
 import socket

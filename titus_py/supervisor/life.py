@@ -48,6 +48,7 @@ from titus_py.configuration.address import (
 )
 from titus_py.configuration.checking import Checked
 from titus_py.configuration.held_uids import Held, HeldUids, any_process_has, process_with
+from titus_py.parent.keepalive import keep_alive
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.control import Answer, Control
@@ -114,7 +115,9 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     filters = _build_filters()
     passed = passed_listeners(passed_sockets())
     try:
-        listeners = listen((table.address for table in checked.configuration.listen), passed)
+        configuration = checked.configuration
+        addresses = [table.address for table in configuration.listen]
+        listeners = listen(addresses, configuration.limits.keepalive, passed)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         return 1
@@ -554,6 +557,9 @@ class _Supervisor:
         """Both of its processes serve."""
         if generation.parent is not None and not generation.retired:
             # Not before: whom it has accepted is lost with a generation that is abandoned.
+            # Not sooner: until now, another generation accepted on them.
+            for listener in self._wanted_listeners(generation).values():
+                keep_alive(listener, generation.configuration.limits.keepalive)
             self._order(generation.parent, {"do": "accept"})
         if generation is not self._serving or self._stops:
             return
@@ -664,6 +670,7 @@ class _Supervisor:
             self._see_that_uids_are_free(generation)
             added = listen(
                 (address for address in wanted if address not in self._listeners),
+                checked.configuration.limits.keepalive,
                 self._passed,
                 self._listeners,
             )

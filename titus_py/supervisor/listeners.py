@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from titus_py.configuration.address import IPAddress, canonical_ip
 from titus_py.parent.dialer import reset_at_close
+from titus_py.parent.keepalive import keep_alive
 
 __all__ = ["CannotListen", "listen", "passed_listeners", "unwanted"]
 
@@ -22,19 +23,22 @@ class CannotListen(Exception):
 
 def listen(
     addresses: Iterable[IPAddress],
+    keepalive: float,
     passed: Mapping[IPAddress, socket.socket],
     own: Mapping[IPAddress, socket.socket] | None = None,
 ) -> dict[IPAddress, socket.socket]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
-    ``own`` are those that listen already, and may be on wider or narrower addresses.
+    ``keepalive`` is the silence, in seconds, after which the peers of what they accept are asked
+    whether they are there; 0 is never. ``own`` are those that listen already, and may be on
+    wider or narrower addresses.
     Raises CannotListen, and then keeps none of the new ones.
     """
     listeners: dict[IPAddress, socket.socket] = {}
     for address in addresses:
         try:
             listeners[address] = passed.get(address) or _bind(address, own or {})
-            _prepare(listeners[address])
+            _prepare(listeners[address], keepalive)
         except OSError as error:
             for bound, listener in listeners.items():
                 if bound not in passed:
@@ -121,7 +125,8 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
     return listener
 
 
-def _prepare(listener: socket.socket) -> None:
+def _prepare(listener: socket.socket, keepalive: float) -> None:
     """What the connections that it accepts shall inherit."""
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(listener, keepalive)
     reset_at_close(listener)
