@@ -35,7 +35,7 @@ def tables(site: Certificate, directory: Path, *backends: str) -> dict[str, Any]
 
 def check(file: Path) -> "subprocess.CompletedProcess[str]":
     words = [TITUS_PY, "check", "--config", file]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_backends_that_are_not_there_are_warned_of(
@@ -86,7 +86,7 @@ def test_nobody_reads_what_a_command_says(
         stdout=theirs,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )
@@ -102,7 +102,7 @@ def test_nobody_reads_of_mistakes(tmp_path: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
     command = [TITUS_PY, "check", "--config", tmp_path / "titus.toml"]
-    ended = subprocess.run(command, stdout=theirs, stderr=theirs, timeout=60, check=False)
+    ended = subprocess.run(command, stdout=theirs, stderr=theirs, timeout=120, check=False)
     os.close(theirs)
     assert ended.returncode == 141
 
@@ -120,7 +120,7 @@ def test_systemd_has_the_port_by_another_address(
         [program, "serve", "--config", tmp_path / "titus.toml"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert ended.returncode == 1

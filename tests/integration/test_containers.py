@@ -44,7 +44,7 @@ SETTINGS = {
 
 def started(*command: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=30, check=False
+        [str(word) for word in command], capture_output=True, text=True, timeout=120, check=False
     )
 
 

@@ -26,7 +26,7 @@ def edited(instance: Instance, directory: Path, change: Callable[[str], str] = s
 
 def run(command: str, file: Path) -> "subprocess.CompletedProcess[str]":
     words = [TITUS_PY, command, "--config", file]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_second_instance_with_the_same_uids_does_not_start(

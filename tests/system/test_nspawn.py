@@ -38,7 +38,7 @@ def check(
     command = TITUS_PY, "check", "--config", directory / "titus.toml"
     words = *container, *options, "--", *command
     return subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
     )
 
 

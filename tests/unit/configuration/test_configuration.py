@@ -467,11 +467,14 @@ def _string(text: str, kind: str) -> str:
     if kind == "'" and not set("'\n") & set(text):
         return f"'{text}'"
     if kind == '"""':
-        text = text.replace("\\", r"\\").replace('"""', r"\"\"\"")
-        return f'"""\n{text}"""' if not text.endswith('"') else f'"""\n{text[:-1]}\\""""'
+        text = text.replace("\\", r"\\")
+        if kind in text or text.endswith('"'):
+            text = text.replace('"', r"\"")
+        return f'"""\n{text}"""'
     return json.dumps(text)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

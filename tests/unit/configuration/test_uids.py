@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titus_py.configuration.uids import (
@@ -90,6 +90,7 @@ def test_id_maps(tmp_path: Path, uid_map: str, gid_map: str, missing: str | None
     assert said is None or (missing is not None and missing in said)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30)), max_size=5),
     st.integers(0, 60),
