@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 
 from keyd.linux.process import open_standard_streams, run_for_reader
+from keyd.linux.systemd import Notifier
 
 __all__ = ["main"]
 
@@ -174,6 +175,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     checked = check(loaded, *helpers, running=tried_out)
     if checked.mistakes:
         report(checked)
+        Notifier()(status=f"not started: {checked.mistakes[0]}")
         return 2
     return 0 if tried_out else serve(checked, lambda: check(read(), running=True))
 

@@ -132,6 +132,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _installs(admin)
     _starts(admin)
     _reloads(admin)
+    _finds_its_address_in_use(admin)
     _is_killed(admin)
     _loses_a_process_and_the_journal(admin)
     _floods_the_journal(admin)
@@ -206,6 +207,19 @@ def _reloads(admin: Administrator) -> None:
     admin.types("sed -i 's/^backed/backend/' /etc/titus-py/titus.toml")
     admin.types("systemctl reload titus-py")
     assert admin.property("titus-py", "MainPID") == before
+
+
+def _finds_its_address_in_use(admin: Administrator) -> None:
+    """The reason is seen at once, and not covered by further attempts."""
+    admin.types("systemctl stop titus-py")
+    admin.types("systemd-run --unit=squatter python3 -m http.server 443")
+    admin.types("until ss --listening --tcp | grep https; do sleep 0.1; done")
+    admin.types("systemctl start titus-py", fails=True)
+    seen = admin.types("systemctl status titus-py", fails=True)
+    assert 'Status: "not started: cannot listen on [::]:443: Address already in use' in seen
+    admin.types("systemctl stop squatter")
+    admin.types("until systemctl --quiet is-active titus-py; do sleep 0.1; done")
+    admin.requests()
 
 
 def _is_killed(admin: Administrator) -> None:

@@ -113,6 +113,7 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
     filters = _build_filters()
+    notify = Notifier()
     passed = passed_listeners(passed_sockets())
     try:
         configuration = checked.configuration
@@ -120,11 +121,12 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
         listeners = listen(addresses, configuration.limits.keepalive, passed)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
+        notify(status=f"not started: {error}")
         return 1
     _withdraw()
     settings = checked.configuration.log
     log = Log(settings.format, least=settings.level)
-    return _Supervisor(read_again, filters, passed, listeners, log).run(checked)
+    return _Supervisor(read_again, filters, passed, listeners, log, notify).run(checked)
 
 
 def take_over(legacy: Legacy, read_again: Callable[[], Checked]) -> int:
@@ -143,7 +145,7 @@ def take_over(legacy: Legacy, read_again: Callable[[], Checked]) -> int:
     filters = _build_filters()
     _withdraw()
     log = Log(legacy.log_format, least=legacy.log_level, lost=legacy.log_lines_lost)
-    return _Supervisor(read_again, filters, passed, listeners, log).run(legacy)
+    return _Supervisor(read_again, filters, passed, listeners, log, Notifier()).run(legacy)
 
 
 def _build_filters() -> dict[str, str]:
@@ -181,6 +183,7 @@ class _Supervisor:
         passed: dict[IPAddress, socket.socket],
         listeners: dict[IPAddress, socket.socket],
         log: Log,
+        notify: Notifier,
     ) -> None:
         self._read_again = read_again
         self._filters = filters
@@ -191,7 +194,7 @@ class _Supervisor:
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._metrics_address: IPAddress | UnixAddress | None = None
-        self._notify = Notifier()
+        self._notify = notify
         self._loop = EventLoop()
         self._control: Control | None = None
         self._audits = AnnouncedAudits()
@@ -426,7 +429,7 @@ class _Supervisor:
                 return
             if generation.parent is None:
                 generation.uids = range(0)
-            self._fail()
+            self._fail(f"start: {error.strerror}")
             self._loop.after(_RETRY_SECONDS, lambda: self._start(generation))
 
     def _start_keyd_again(self, generation: Generation) -> None:
@@ -438,7 +441,7 @@ class _Supervisor:
                 self._order(generation.parent, {"do": "use keyd"}, [control.fileno()])
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
-            self._fail()
+            self._fail(f"start of keyd: {error.strerror}")
             self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
 
     def _connect_keyd(self, generation: Generation, path: Path) -> None:
@@ -571,16 +574,14 @@ class _Supervisor:
         if not self._reloading:
             self._notify(ready=1, status=self._status_text())
 
-    def _fail(self) -> None:
+    def _fail(self, why: str) -> None:
         """Count a failure, and give up where there have been too many."""
         now = time.monotonic()
         self._failures.append(now)
         if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
-            self._event(
-                "giving_up",
-                level="alarm",
-                reason=f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above",
-            )
+            reason = f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above"
+            self._event("giving_up", level="alarm", reason=reason)
+            self._notify(status=f"gave up: {why}")
             self._finish(1)
 
     # --- reload -----------------------------------------------------------------
@@ -605,7 +606,7 @@ class _Supervisor:
         self._event("reloading")
         self._notify.reloading()
         if program:
-            legacy, environment = self._legacy(), self._environment()
+            legacy, environment = self._legacy(), dict(os.environ)
             self._aside(
                 lambda: succession.try_out(legacy, environment, _READ_SECONDS), self._take_program
             )
@@ -806,7 +807,7 @@ class _Supervisor:
 
     def _fork_server_died(self, generation: Generation) -> None:
         if generation.crippled and not generation.retired and not self._stops:
-            self._fail()
+            self._fail("the fork server died")
             if self._exit_code is None:
                 self._renew(generation)
 
@@ -1073,10 +1074,10 @@ class _Supervisor:
         elif hung_up:
             self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
         else:
-            self._restart(generation, child)
+            self._restart(generation, child, how)
 
-    def _restart(self, generation: Generation, child: Child) -> None:
-        self._fail()
+    def _restart(self, generation: Generation, child: Child, how: str) -> None:
+        self._fail(f"{child.name} {how}")
         if self._exit_code is not None:
             return
         if child.name == "keyd":
