@@ -13,7 +13,7 @@ import pytest
 
 from .certificates import Authority, Certificate
 from .instance import Instance, Table, Uids, eventually, free_port
-from .peers import Listener, connect, echo, served_by
+from .peers import Listener, connect, echo, echo_for_many, served_by
 
 Certificates = Callable[..., Certificate]
 
@@ -111,6 +111,13 @@ def echoing() -> Iterator[Listener]:
     """A backend that sends back what it gets, and ends when its client does."""
     with Listener.tcp() as listener, served_by(listener, echo):
         yield listener
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[str]:
+    """The address of such a backend that never lets go of who says nothing."""
+    with echo_for_many() as address:
+        yield address
 
 
 @pytest.fixture

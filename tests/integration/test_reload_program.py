@@ -17,7 +17,7 @@ from titus_py.supervisor.control_client import ask
 
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Instance, Uids, eventually, free_port
-from .peers import Listener, TlsClient
+from .peers import TlsClient
 from .service import (
     PATIENCE,
     edit,
@@ -75,12 +75,12 @@ def why_not(instance: Instance) -> list[str]:
 
 
 def test_a_new_program_takes_over_and_nobody_is_refused(
-    serve: Serve, certificates: Certificates, echoing: Listener, program: Program, tmp_path: Path
+    serve: Serve, certificates: Certificates, patient: str, program: Program, tmp_path: Path
 ) -> None:
     metrics = free_port()
     site = install(certificates("P-256", "before.test"), tmp_path)
     instance = serve(
-        echoing.address,
+        patient,
         program=program.path,
         uids_count=6000,
         vhost=[{"certificate": site.certificate, "key": site.key}],
@@ -131,9 +131,9 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
 
 
 def test_the_command_waits_for_the_new_program(
-    serve: Serve, echoing: Listener, program: Program
+    serve: Serve, patient: str, program: Program
 ) -> None:
-    instance = serve(echoing.address, program=program.path)
+    instance = serve(patient, program=program.path)
     command = [TITUS_PY, "reload", "--program", "--pid", str(instance.pid)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -164,9 +164,9 @@ succession.Legacy.model_rebuild(force=True)
     ids=["incomplete", "killed", "too new"],
 )
 def test_a_program_that_cannot_take_over_is_not_executed(
-    serve: Serve, echoing: Listener, program: Program, statements: str, words: str
+    serve: Serve, patient: str, program: Program, statements: str, words: str
 ) -> None:
-    instance = serve(echoing.address, program=program.path)
+    instance = serve(patient, program=program.path)
     processes = generation_processes(instance)
     descriptors = instance.supervisor().descriptors
     program.install(statements)
@@ -186,9 +186,9 @@ def test_a_program_that_cannot_take_over_is_not_executed(
 
 
 def test_a_mistaken_configuration_keeps_the_program_that_serves(
-    serve: Serve, echoing: Listener, program: Program
+    serve: Serve, patient: str, program: Program
 ) -> None:
-    instance = serve(echoing.address, program=program.path)
+    instance = serve(patient, program=program.path)
     processes = generation_processes(instance)
     edit(instance, lambda tables: tables["worker"].update(maximum=3, drain="long"))
     reasons = why_not(instance)
@@ -200,10 +200,10 @@ def test_a_mistaken_configuration_keeps_the_program_that_serves(
 
 
 def test_a_program_that_comes_no_further_serves_what_was_served(
-    serve: Serve, echoing: Listener, program: Program
+    serve: Serve, patient: str, program: Program
 ) -> None:
     """The configuration is spoilt in between: the old generation is the new program's, in full."""
-    instance = serve(echoing.address, program=program.path)
+    instance = serve(patient, program=program.path)
     instance.expected_alarms |= {"parent_died", "keyd_died"}
     file = instance.directory / "titus.toml"
     good = file.read_bytes()
@@ -231,10 +231,10 @@ def test_a_program_that_comes_no_further_serves_what_was_served(
 
 
 def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
-    serve: Serve, echoing: Listener, program: Program, tmp_path: Path
+    serve: Serve, patient: str, program: Program, tmp_path: Path
 ) -> None:
     """Signals, reloads, questions: whenever they come."""
-    instance = serve(echoing.address, program=program.path)
+    instance = serve(patient, program=program.path)
     begun = tmp_path / "begun"
     program.install(
         "import os, time\nif 'TITUS_PY_LEGACY' in os.environ:\n"
@@ -258,11 +258,9 @@ def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
     instance.assert_nothing_is_left()
 
 
-def test_uids_are_handed_on(serve: Serve, echoing: Listener, program: Program) -> None:
+def test_uids_are_handed_on(serve: Serve, patient: str, program: Program) -> None:
     """The uids of a generation that has ended, and of one that has not, stay its own."""
-    instance = serve(
-        echoing.address, program=program.path, worker={"max": Uids.SIZE // 3 - 60, "spare": 4}
-    )
+    instance = serve(patient, program=program.path, worker={"max": Uids.SIZE // 3 - 60, "spare": 4})
     with TlsClient(instance.port) as first, TlsClient(instance.port) as second:
         assert talk(first.handshake())
         assert talk(second.handshake())
@@ -286,7 +284,7 @@ def test_uids_are_handed_on(serve: Serve, echoing: Listener, program: Program) -
 
 def test_the_service_manager_is_told_as_of_any_reload(
     serve: Serve,
-    echoing: Listener,
+    patient: str,
     program: Program,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -303,7 +301,7 @@ def test_the_service_manager_is_told_as_of_any_reload(
 
         monkeypatch.setenv("NOTIFY_SOCKET", str(path))
         monkeypatch.setenv("WATCHDOG_USEC", "4000000")
-        instance = serve(echoing.address, program=program.path)
+        instance = serve(patient, program=program.path)
         hear("READY=1")
         with ThreadPoolExecutor() as pool:
             reloads = pool.submit(reload_program, instance)
