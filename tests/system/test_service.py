@@ -496,7 +496,8 @@ def _looks_at_exposure(admin: Administrator) -> None:
 
 def _is_told_what_a_unit_does_not_see(admin: Administrator) -> None:
     """A shell sees it, and so does ``titus-py check``."""
-    admin.types("cp /etc/titus-py/www.key /root/www.key && chmod 600 /root/www.key")
+    admin.types("systemd-creds decrypt --name=www.key /etc/titus-py/www.key.cred /root/www.key")
+    admin.types("chmod 600 /root/www.key")
     hidden = _CONFIGURATION.replace("/etc/titus-py/www.key", "/root/www.key")
     hidden = hidden.replace('"127.0.0.1:8080"', '"unix:/tmp/app.sock"').replace("21100", "21101")
     admin.writes("/etc/titus-py/hidden.toml", hidden.replace('"titus-keyd"', "2100099999"))
