@@ -144,7 +144,9 @@ def run_for_reader(run: Callable[[], int]) -> int:
         try:
             return run()
         finally:
-            sys.stdout.flush()
+            # None where the descriptor was closed at the start.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         if not any(map(_is_unread, (1, 2))):
             raise

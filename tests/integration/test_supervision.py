@@ -244,9 +244,9 @@ def impatient(tmp_path: Path) -> Iterator[None]:
     script = tmp_path / "driver.py"
     script.write_text(
         "import sys\n"
-        "from titus_py.supervisor import life as supervisor\n"
+        "from titus_py.supervisor import children\n"
         "from titus_py.__main__ import main\n"
-        "supervisor._QUIET_SECONDS = 6.0\n"
+        "children._QUIET_SECONDS = 6.0\n"
         "sys.exit(main())\n"
     )
     driver = tmp_path / "titus-py"

@@ -28,7 +28,7 @@ from titus_py.between.plan import Limits, Plan, ResolvedAddress, VirtualHost
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import Checked
 
-__all__ = ["ALIVE_SECONDS", "Child", "Generation", "free_block"]
+__all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
 _FEW_HANDSHAKES = 64
 #: How often the parent and keyd say that they are alive.
@@ -166,6 +166,11 @@ class Generation:
         return "serving" if self.ready and self.announced else "starting"
 
     @property
+    def listening(self) -> list[IPAddress]:
+        """The addresses that its clients come to."""
+        return [table.address for table in self.configuration.listen]
+
+    @property
     def ready(self) -> bool:
         """Whether both of its processes serve, and know their backends."""
         return not (self.starting or self.waits_for_keyd or self.unresolved)
@@ -279,16 +284,6 @@ class Generation:
 def default_handshakes(connections: int) -> int:
     """How many of so many connections may be in their handshake: half, but a few at least."""
     return max(min(connections, _FEW_HANDSHAKES), connections // 2)
-
-
-def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
-    """The first ``count`` uids in a row that none of ``taken`` overlaps; None if there are none."""
-    start = uids.start
-    for block in sorted(taken, key=lambda block: block.start):
-        if start + count <= block.start:
-            break
-        start = max(start, block.stop)
-    return range(start, start + count) if start + count <= uids.stop else None
 
 
 def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:

@@ -5,20 +5,76 @@ Run by the supervisor, whose they are for as long as it runs.
 
 import errno
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from titus_py.configuration.address import IPAddress, canonical_ip
 from titus_py.parent.dialer import reset_at_close
 from titus_py.parent.keepalive import keep_alive
 
-__all__ = ["CannotListen", "listen", "passed_listeners", "unwanted"]
+__all__ = ["CannotListen", "Listeners", "listen", "passed_listeners"]
 
 _BACKLOG = 4096
 
 
 class CannotListen(Exception):
     """An address that cannot be listened on: which, and why."""
+
+
+class Listeners:
+    """The sockets that are listened on, by address.
+
+    ``passed`` are those that the service manager gave us: never closed but to stop, and used
+    again if need be. ``open`` are those that a configuration wants.
+    """
+
+    def __init__(
+        self, passed: dict[IPAddress, socket.socket], wanted: dict[IPAddress, socket.socket]
+    ) -> None:
+        self.passed = passed
+        self.open = wanted
+
+    def add(
+        self, addresses: Iterable[IPAddress], keepalive: float
+    ) -> dict[IPAddress, socket.socket]:
+        """Listen on those that are new (``listen``); returns these, which are not ``open`` yet.
+
+        Raises CannotListen, and then keeps none of them.
+        """
+        new = (address for address in addresses if address not in self.open)
+        return listen(new, keepalive, self.passed, self.open)
+
+    def wanted(self, addresses: Sequence[IPAddress]) -> dict[IPAddress, socket.socket]:
+        """The open ones on these addresses.
+
+        One within a wider address is among them: to close it would reset who is in its queue.
+        """
+        return {
+            address: listener
+            for address, listener in self.open.items()
+            if any(wanted.covers(address) for wanted in addresses)
+        }
+
+    def unheard(self, addresses: Sequence[IPAddress]) -> list[IPAddress]:
+        """Passed sockets that nobody accepts from: their clients would wait for ever."""
+        return [address for address in self.passed if address not in addresses]
+
+    def keep(self, addresses: Sequence[IPAddress]) -> None:
+        """Close what is on none of these addresses."""
+        wanted = self.wanted(addresses)
+        self.close({key: value for key, value in self.open.items() if key not in wanted})
+
+    def close(self, listeners: Mapping[IPAddress, socket.socket]) -> None:
+        for address, listener in listeners.items():
+            if address not in self.passed:
+                listener.close()
+            self.open.pop(address, None)
+
+    def close_all(self) -> None:
+        """To stop: the service manager's, too."""
+        for listener in self.open.values():
+            listener.close()
+        self.open.clear()
 
 
 def listen(
@@ -46,14 +102,6 @@ def listen(
             reason = f"{error.strerror}" + _why(error, address, passed)
             raise CannotListen(f"cannot listen on {address}: {reason}") from None
     return listeners
-
-
-def unwanted(
-    passed: Mapping[IPAddress, socket.socket], wanted: Iterable[IPAddress]
-) -> list[IPAddress]:
-    """Passed sockets that nobody accepts from: their clients would wait for ever."""
-    addresses = set(wanted)
-    return [address for address in passed if address not in addresses]
 
 
 def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str:

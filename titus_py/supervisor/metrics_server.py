@@ -14,7 +14,7 @@ from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.configuration.address import IPAddress, UnixAddress
 from titus_py.supervisor.exposition import CONTENT_TYPE
 
-__all__ = ["MetricsServer", "listen_at"]
+__all__ = ["MetricsAddress", "MetricsServer", "listen_at"]
 
 _CLIENTS = 16
 _CLIENT_SECONDS = 5.0
@@ -213,3 +213,37 @@ def _remove_stale(path: str) -> None:
         os.unlink(path)
     except (FileNotFoundError, BlockingIOError):
         pass
+
+
+class MetricsAddress:
+    """The one server that there is, at the address that the configuration says, or none."""
+
+    def __init__(self, loop: EventLoop, exposition: Callable[[], bytes]) -> None:
+        self._loop = loop
+        self._exposition = exposition
+        self._server: MetricsServer | None = None
+        self.address: IPAddress | UnixAddress | None = None
+
+    @property
+    def listener(self) -> socket.socket | None:
+        return self._server.listener if self._server else None
+
+    def change(self, address: IPAddress | UnixAddress | None) -> None:
+        """Have the numbers there, and nowhere else. Raises OSError, and then nothing changes."""
+        if address == self.address:
+            return
+        try:
+            listener = listen_at(address) if address is not None else None
+        except OSError as error:
+            raise OSError(f"metrics.address: {address}: {error.strerror or error}") from None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.address = address
+        if listener is not None:
+            self.adopt(address, listener)
+
+    def adopt(self, address: IPAddress | UnixAddress | None, listener: socket.socket) -> None:
+        """Have the numbers at an address that is listened on already."""
+        self.address = address
+        self._server = MetricsServer(self._loop, listener, self._exposition)

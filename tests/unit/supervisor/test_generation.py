@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.supervisor.generation import Child, free_block
+from titus_py.supervisor.generation import Child
+from titus_py.supervisor.uid_blocks import free_block
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""Where backends are: looked up, kept, passed on to the parents. Run by the supervisor."""
+
+from collections.abc import Callable, Iterable
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.plan import ResolvedAddress
+from titus_py.configuration.address import Address, NameAddress
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.record import Event
+from titus_py.supervisor.resolver import Addresses, Resolver, numeric
+
+__all__ = ["Backends"]
+
+#: How long a generation's clients wait for its backends' names to be looked up.
+_NAMES_SECONDS = 5.0
+#: How many virtual hosts one message to the parent may name.
+_ORDER_VHOSTS = 1000
+
+
+class Backends:
+    """``ready`` is called with a generation that waited for nothing but a name."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        generations: Iterable[Generation],
+        children: Children,
+        ready: Callable[[Generation], None],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._generations = generations
+        self._children = children
+        self._ready = ready
+        #: The last that is known of each.
+        self.addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
+        self._resolver = Resolver(loop, self._take)
+
+    def expect(self, generation: Generation) -> None:
+        """Have a generation wait for the names that nothing is known of yet, but not for long."""
+        generation.unresolved = {
+            vhost.backend
+            for vhost in generation.configuration.vhost
+            if isinstance(vhost.backend, NameAddress) and vhost.backend not in self.addresses
+        }
+        self._loop.after(_NAMES_SECONDS, lambda: self._stop_waiting_for_names(generation))
+
+    def resolve(self) -> None:
+        """Look up the backends of all generations, and no others."""
+        backends = {
+            vhost.backend
+            for generation in self._generations
+            for vhost in generation.configuration.vhost
+        }
+        names = [backend for backend in backends if isinstance(backend, NameAddress)]
+        for backend in backends:
+            if isinstance(backend, NameAddress):
+                continue
+            # Known without looking it up, and so before any parent is started.
+            try:
+                self.addresses[backend] = numeric(backend)
+            except OSError as error:
+                self._unresolved(backend, error.strerror)
+        self._resolver.resolve(names)
+
+    def _take(self, backend: NameAddress, found: Addresses | OSError) -> None:
+        """Pass on where a backend is now; an old answer is better than none."""
+        if isinstance(found, OSError):
+            self._unresolved(backend, found.strerror)
+        elif self.addresses.get(backend) != found:
+            self._pass_on(backend, found)
+        self._stop_waiting_for(backend)
+
+    def _unresolved(self, backend: Address, reason: str | None) -> None:
+        kept = len(self.addresses.get(backend, ()))
+        self._event(
+            "backend_unresolved", level="error", backend=str(backend), reason=reason, kept=kept
+        )
+
+    def _stop_waiting_for(self, backend: NameAddress) -> None:
+        """A generation that is ready but for this name may serve now."""
+        for generation in list(self._generations):
+            if backend in generation.unresolved:
+                generation.unresolved.remove(backend)
+                if generation.ready:
+                    self._ready(generation)
+
+    def _stop_waiting_for_names(self, generation: Generation) -> None:
+        """Name servers have had their time: serve without, as soon as they answer with."""
+        for backend in list(generation.unresolved):
+            self._unresolved(backend, f"no answer within {_NAMES_SECONDS:g} s")
+            self._stop_waiting_for(backend)
+
+    def _pass_on(self, backend: NameAddress, found: Addresses) -> None:
+        self.addresses[backend] = found
+        for generation in self._generations:
+            numbers = [
+                number
+                for number, vhost in enumerate(generation.configuration.vhost)
+                if vhost.backend == backend
+            ]
+            for first in range(0, len(numbers), _ORDER_VHOSTS):
+                if generation.parent is not None:
+                    vhosts = numbers[first : first + _ORDER_VHOSTS]
+                    order = {"do": "use backend", "vhosts": vhosts, "addresses": found}
+                    self._children.order(generation.parent, order)

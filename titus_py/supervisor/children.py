@@ -1,0 +1,132 @@
+"""The supervisor's ears and mouth: its children's sockets, and their ends.
+
+Run by the supervisor. What children say is trusted with the log, and with nothing else; what is
+done about it is decided elsewhere (``generations``).
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from keyd.linux.descriptors import receive_descriptors
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.report import complete_record, read_report
+from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
+from titus_py.supervisor.record import Event
+
+__all__ = ["START_SECONDS", "Children"]
+
+#: How long keyd may take to load its keys, and the parent its certificates.
+START_SECONDS = 60.0
+#: How long a child may say nothing at all before it is taken to hang: it says that it is
+#: alive every few seconds.
+_QUIET_SECONDS = 15.0
+#: How soon to offer a child again what it could not take.
+_RETRY_SECONDS = 0.05
+_EVENT_OCTETS = 64 * 1024
+
+
+class Children:
+    """``heard`` is called with each event that a child tells, ``ended`` when a child has ended
+    and everything that it said was heard: it is to be let go of then.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        heard: Callable[[Generation, Child, str, dict[str, Any]], None],
+        ended: Callable[[Generation, Child], None],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._heard = heard
+        self._ended = ended
+        #: When they were last looked after.
+        self._looked = time.monotonic()
+
+    def watch(self, generation: Generation, child: Child | None) -> None:
+        if child is None:
+            return
+        if child in generation.starting:
+            # keyd reads and checks every key, and a passphrase may be made to cost time.
+            patience = START_SECONDS + len(generation.certificates)
+            child.patience = self._loop.after(patience, child.kill)
+        self._loop.watch(child.pidfd, lambda: self._hear_last(generation, child))
+        self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
+
+    def order(
+        self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()
+    ) -> None:
+        """Tell a child something: now, or as soon as it has heard what it was told before."""
+        if child.queue(order, descriptors):
+            self._send_orders(child)
+
+    def let_go(self, child: Child) -> str:
+        """Of a child that has ended, or is about to; returns how."""
+        if child.patience is not None:
+            child.patience.cancel()
+        self._loop.unwatch(child.pidfd)
+        if child.socket.fileno() >= 0:
+            self._loop.unwatch(child.socket.fileno())
+        return child.bury()
+
+    def look_after(self, generations: Iterable[Generation]) -> None:
+        """End a child that has gone quiet: its successor will serve."""
+        now = time.monotonic()
+        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        was_away = now - self._looked > 2 * ALIVE_SECONDS
+        self._looked = now
+        for generation in generations:
+            for child in generation.children:
+                if was_away:
+                    child.last_heard = now
+                if child not in generation.starting and now - child.last_heard > _QUIET_SECONDS:
+                    self._event(f"{child.name}_hangs", level="alarm", pid=child.pid)
+                    child.kill()
+
+    def _send_orders(self, child: Child) -> None:
+        if not child.send_orders():
+            self._loop.after(_RETRY_SECONDS, lambda: self._send_orders(child))
+
+    def _hear_last(self, generation: Generation, child: Child) -> None:
+        while child.socket.fileno() >= 0 and self._hear(generation, child):
+            continue
+        self._ended(generation, child)
+
+    def _hear(self, generation: Generation, child: Child) -> bool:
+        """What a child has to say is an event; returns whether there may be more."""
+        for _ in range(100):
+            try:
+                message, reports = receive_descriptors(child.socket, _EVENT_OCTETS, 1)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                # It has ended without having heard everything. What it said is still there.
+                continue
+            if not message:
+                self._loop.unwatch(child.socket.fileno())
+                child.socket.close()
+                return False
+            child.last_heard = time.monotonic()
+            try:
+                event = json.loads(message)
+                name = event.pop("event")
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                # Longer than it may be, or not ours.
+                self._event("unintelligible", level="alarm", process=child.name, pid=child.pid)
+                child.kill()
+                for report in reports:
+                    os.close(report)
+                continue
+            for report in reports:
+                name = complete_record(event, read_report(report))
+                os.close(report)
+            if name == "connection_over" and not reports:
+                # There was no descriptor left for the report.
+                name = "connection_ended"
+                event["end"] = event["end"] or "not known: no descriptor for its report"
+            self._heard(generation, child, name, event)
+        return True

@@ -1,0 +1,161 @@
+"""Reaching a keyd that is a service of its own. Run by the supervisor, which never waits for it."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.record import Event
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.takeover import Takeover
+
+__all__ = ["KeydService"]
+
+#: How soon to look again for a keyd that is not there.
+_PAUSE_SECONDS = 0.2
+#: How long it may take to say which keys it has.
+_PATIENCE_SECONDS = 15.0
+
+
+class KeydService:
+    """``reload_for_keys`` asks for a reload since the keys have changed."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        service: Service,
+        generations: Generations,
+        children: Children,
+        takeover: Takeover,
+        reload_for_keys: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._service = service
+        self._generations = generations
+        self._children = children
+        self._takeover = takeover
+        self._reload_for_keys = reload_for_keys
+
+    def connect(self, generation: Generation) -> None:
+        """Again and again, until it is there, or the generation has no use for it."""
+        path = generation.configuration.keyd.socket
+        if path is None or self._is_of_no_use(generation):
+            return
+        try:
+            control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        except OSError:
+            self._loop.after(_PAUSE_SECONDS, lambda: self.connect(generation))
+            return
+
+        def stop_waiting() -> None:
+            self._loop.unwatch(control.fileno())
+            control.close()
+            reason = f"it has not said within {_PATIENCE_SECONDS:g} s which keys it has"
+            self._again(generation, path, reason)
+
+        def hear() -> None:
+            patience.cancel()
+            self._loop.unwatch(control.fileno())
+            with control:
+                keys, reason = _hear_keys(control)
+                if keys is not None and self._introduced(generation, control, keys):
+                    return
+            self._again(generation, path, reason)
+
+        try:
+            control.connect(str(path))
+        except OSError as error:
+            control.close()
+            self._again(generation, path, error.strerror or str(error))
+        else:
+            patience = self._loop.after(_PATIENCE_SECONDS, stop_waiting)
+            self._loop.watch(control.fileno(), hear)
+
+    def use_after_all(self, generation: Generation) -> None:
+        """There are no certificates to the keys of a keyd that was held back: use what it has."""
+        if generation.keyd_held:
+            generation.keyd_held = False
+            self.connect(generation)
+
+    def waits_for(self) -> str:
+        """The keyd that new clients wait for, if they do, and why it is not there."""
+        serving = self._generations.serving
+        path = serving.configuration.keyd.socket
+        if path is None or not serving.without_keyd:
+            return ""
+        return f"keyd at {path}" + (f": {serving.keyd_missed}" if serving.keyd_missed else "")
+
+    def _introduced(self, generation: Generation, control: socket.socket, keys: set[str]) -> bool:
+        """A keyd that is a service has said which keys it has; False to have it reached anew."""
+        path, parent = generation.configuration.keyd.socket, generation.parent
+        before, generation.keyds_keys = generation.keyds_keys, keys
+        missing = generation.key_ids - keys
+        awaited = self._takeover.awaited if self._takeover.awaits(generation) else None
+        if missing and awaited is not None and not awaited.patient:
+            self._takeover.abandon(generation, _lacks(generation, missing))
+            return True
+        if missing and before not in (None, keys):
+            # There may be certificates to them already. Until those serve, nobody is to be
+            # given a certificate whose key is gone: new clients wait.
+            generation.keyd_held = True
+            if generation is self._generations.serving:
+                self._reload_for_keys()
+            return True
+        for one in missing:
+            self._event("keyd_lacks_key", level="error", socket=str(path), key=one)
+        if parent is None:
+            return True
+        try:
+            self._children.order(parent, {"do": "use keyd"}, [control.fileno()])
+        except OSError:
+            return False
+        self._event("keyd_connected", socket=str(path), generation=generation.number)
+        generation.without_keyd = generation.waits_for_keyd = False
+        generation.keyd_missed = ""
+        if generation.ready:
+            self._takeover.ready(generation)
+        if before not in (None, keys) and generation is self._generations.serving:
+            self._reload_for_keys()
+        return True
+
+    def _is_of_no_use(self, generation: Generation) -> bool:
+        return bool(self._service.stops) or generation.retired or generation.parent is None
+
+    def _again(self, generation: Generation, path: Path, reason: str) -> None:
+        if not (generation.keyd_missed or generation.retired or generation.parent is None):
+            generation.keyd_missed = reason
+            self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
+            self._service.tell_status()
+        self._loop.after(_PAUSE_SECONDS, lambda: self.connect(generation))
+
+
+def _lacks(generation: Generation, missing: set[str]) -> str:
+    """Why keyd, a service of its own, cannot serve this generation, and what to do."""
+    files = [
+        str(credential.certificate)
+        for credential, facts in generation.certificates.items()
+        if facts.key_id.hex() in missing
+    ]
+    return (
+        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} has not the key of "
+        f"{', '.join(files)}: have it read its keys again (systemctl restart titus-keyd)"
+    )
+
+
+def _hear_keys(control: socket.socket) -> tuple[set[str] | None, str]:
+    """The keys that it has, or None and why that is not known."""
+    try:
+        introduction = control.recv(MAX_KEYS_OCTETS)
+        if not introduction:
+            return None, "it hung up without a word"
+        return {key.hex() for key in Keys.decode(introduction).keys}, "it could not be handed on"
+    except OSError as error:
+        return None, error.strerror or str(error)
+    except Malformed as error:
+        return None, f"it does not speak as keyd does: {error}"

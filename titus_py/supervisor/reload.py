@@ -1,0 +1,245 @@
+"""A reload: asked for, read, taken or refused, answered. Run by the supervisor.
+
+What takes its time (reading and checking a configuration, trying out another program) is done in a
+thread. A bad configuration changes nothing; a good one becomes a generation beside those that
+there are, and the reload is done when that one has taken over.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.configuration.checking import Checked
+from titus_py.configuration.held_uids import Held
+from titus_py.supervisor.children import START_SECONDS
+from titus_py.supervisor.control import Answer
+from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.listeners import CannotListen, Listeners
+from titus_py.supervisor.record import Event
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.starting import Starting
+from titus_py.supervisor.takeover import Awaited, Takeover
+from titus_py.supervisor.uid_blocks import NoUids, UidBlocks
+
+__all__ = ["READ_SECONDS", "Reload"]
+
+#: How long reading the configuration and the files that it names may take: longer than
+#: checking the most certificates that there may be.
+READ_SECONDS = 1000.0
+
+_Found = TypeVar("_Found")
+
+
+class Reload:
+    """``read_again`` reads and checks the configuration; it may take its time. ``adopt`` goes by
+    a generation's configuration in what is the supervisor's own, or raises OSError and does not.
+    ``change_program`` begins a reload that another program is to go on with.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        service: Service,
+        listeners: Listeners,
+        uids: UidBlocks,
+        generations: Generations,
+        takeover: Takeover,
+        starting: Starting,
+        keyd_service: KeydService,
+        read_again: Callable[[], Checked],
+        adopt: Callable[[Generation], None],
+        change_program: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._service = service
+        self._listeners = listeners
+        self._uids = uids
+        self._generations = generations
+        self._takeover = takeover
+        self._starting = starting
+        self._keyd_service = keyd_service
+        self._read_again = read_again
+        self._adopt = adopt
+        self._change_program = change_program
+        #: The one that goes on is none: it replaces a generation by another of the same.
+        self._renewing = False
+        self.asked_again = False
+        #: The next one is to begin with the program.
+        self.program_asked = False
+        #: Who waits for this one's outcome, and who for that of the one after it.
+        self.answers: list[Answer] = []
+        self.later_answers: list[Answer] = []
+
+    def answer(self, answer: Answer, program: bool = False) -> None:
+        """``titus-py reload``: begin one, and say what came of it."""
+        if self._service.stops:
+            answer({"reloaded": False, "problems": ["it is being stopped"]})
+            return
+        # One that goes on may have read the files already, or none at all.
+        (self.later_answers if self._service.reloading else self.answers).append(answer)
+        self.begin(program)
+
+    def begin(self, program: bool = False) -> None:
+        """Read the configuration anew; where the program is to be changed, the next one does."""
+        if self._service.stops:
+            return
+        self.program_asked = self.program_asked or program
+        if self._service.reloading:
+            self.asked_again = True
+            awaited = self._takeover.awaited
+            if self._renewing and awaited is not None and awaited.generation.waits_for_keyd:
+                # The configuration may say where keyd is: better than more of the same.
+                self._renewing = False
+                self._takeover.abandon_keyless(awaited.generation)
+            return
+        program, self.program_asked = self.program_asked, False
+        self._event("reloading")
+        self._service.begin_reload()
+        if program:
+            self._change_program()
+        else:
+            self.read()
+
+    def read(self) -> None:
+        self.aside(self._read_again, self._take)
+
+    def for_keys(self) -> None:
+        """keyd was started again, and its keys are not what they were: nor may certificates be."""
+        self._event("keys_changed", level="warning", action="reloading")
+        self.begin()
+
+    def aside(self, work: Callable[[], _Found], take: Callable[[_Found], None]) -> None:
+        """What takes its time, in a thread; and then, in this one, what comes of it.
+
+        The reload that it is a part of fails where nothing does.
+        """
+        try:
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            self.failed([f"it could not be read: {error.strerror}"])
+            return
+        found: list[_Found] = []
+
+        def run() -> None:
+            try:
+                found.append(work())
+            finally:
+                os.close(theirs)
+
+        def done() -> None:
+            too_late.cancel()
+            self._loop.unwatch(ours)
+            os.close(ours)
+            if found:
+                take(found[0])
+            else:
+                self.failed(["it could not be read: see the lines above"])
+
+        def give_up() -> None:
+            self._loop.unwatch(ours)
+            os.close(ours)
+            self.failed([f"it could not be read within {READ_SECONDS:g} s"])
+
+        too_late = self._loop.after(READ_SECONDS, give_up)
+        self._loop.watch(ours, done)
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:  # of processes, there are as many as there may be
+            self._event("start_failed", level="error", reason=str(error))
+            os.close(theirs)
+
+    def _take(self, checked: Checked) -> None:
+        """A good configuration takes over; a bad one changes nothing."""
+        if self._service.stops:
+            return
+        if checked.configuration is None:
+            self.failed([str(mistake) for mistake in checked.mistakes])
+            return
+        try:
+            generation = self._starting.prepare(checked)
+            self._uids.demand(generation, self._generations)
+            keepalive = generation.configuration.limits.keepalive
+            added = self._listeners.add(generation.listening, keepalive)
+        except (CannotListen, OSError, Held, NoUids) as error:
+            self.failed([str(error)])
+            return
+        self._generations.append(generation)
+        try:
+            self._adopt(generation)
+        except OSError as error:
+            self._listeners.close(added)
+            self._takeover.forget(generation)
+            self.failed([str(error)])
+            return
+        self._listeners.open |= added
+        awaited = Awaited(generation, self._renewing, self._settled)
+        self._takeover.expect(awaited, added)
+        self._starting.start(generation)
+
+    def _settled(self, problems: list[str]) -> None:
+        """The generation that was awaited has taken over, or has not."""
+        serving = self._generations.serving
+        if not problems:
+            self._ended({"reloaded": True, "generation": serving.number})
+            return
+        try:
+            self._adopt(serving)
+        except OSError as error:
+            self._event("start_failed", level="error", reason=str(error))
+        self.failed(problems)
+
+    def failed(self, problems: list[str]) -> None:
+        if self._service.stops:
+            return
+        for problem in problems:
+            self._event("reload_failed", level="error", problem=problem)
+        self._ended({"reloaded": False, "problems": problems})
+
+    def _ended(self, outcome: dict[str, object]) -> None:
+        serving = self._generations.serving
+        renewing, self._renewing = self._renewing, False
+        if renewing:
+            self._end_crippled(serving, serving.parent)
+        else:
+            self._loop.after(0, lambda: self.renew(serving))
+        self._service.end_reload()
+        for answer in self.answers:
+            answer(outcome)
+        self.answers, self.later_answers = self.later_answers, []
+        if self.asked_again:
+            self.asked_again = False
+            self.begin()
+        else:
+            self._keyd_service.use_after_all(serving)
+
+    # --- a fork server that has ended -----------------------------------------------
+
+    def renew(self, generation: Generation) -> None:
+        """Replace a generation that can make no more workers by another of the same.
+
+        Its connections go on, as in a reload; where there can be no other, they end, and it is
+        started anew. A reload that goes on may replace it as well: if it does not, it is
+        followed by this (``_ended``).
+        """
+        if not generation.crippled or generation.retired or self._service.stops:
+            return
+        if not self._service.reloading:
+            self._service.reloading = self._renewing = True
+            self._take(generation.checked)
+        else:
+            parent = generation.parent
+            self._loop.after(START_SECONDS, lambda: self._end_crippled(generation, parent))
+
+    def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
+        """Nothing has replaced it: end its parent, whose end is followed by a new start."""
+        crippled = generation.crippled and not generation.retired
+        if self._service.stops or self._renewing or not crippled:
+            return
+        if parent is not None and parent is generation.parent:
+            parent.kill()

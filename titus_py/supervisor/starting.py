@@ -1,0 +1,146 @@
+"""Starting a generation's keyd and parent, at first and again. Run by the supervisor."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.configuration.checking import Checked
+from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.record import Event
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.takeover import Takeover
+from titus_py.supervisor.uid_blocks import UidBlocks
+
+__all__ = ["Starting"]
+
+#: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
+_FAILURES, _FAILURES_SECONDS = 3, 10.0
+#: How soon to try again what could not be done for now.
+_RETRY_SECONDS = 0.05
+
+
+class Starting:
+    """``filters`` are the system call filters that processes are started with."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        service: Service,
+        generations: Generations,
+        children: Children,
+        takeover: Takeover,
+        keyd_service: KeydService,
+        listeners: Listeners,
+        uids: UidBlocks,
+        backends: Backends,
+        filters: Mapping[str, str],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._service = service
+        self._generations = generations
+        self._children = children
+        self._takeover = takeover
+        self._keyd_service = keyd_service
+        self._listeners = listeners
+        self._uids = uids
+        self._backends = backends
+        self.filters = filters
+        self._failures: deque[float] = deque(maxlen=_FAILURES)
+
+    def prepare(self, checked: Checked) -> Generation:
+        """A generation that has not been started. Raises OSError, Held."""
+        if checked.configuration is not None:
+            self._uids.hold(checked.configuration, checked.path)
+        generation = Generation(self._generations.next_number, checked, self.filters)
+        _prepare_chroot(generation.configuration.worker.chroot)
+        for warning in checked.warnings:
+            self._event("configuration", level="warning", problem=str(warning))
+        return generation
+
+    def start(self, generation: Generation) -> None:
+        """Start its keyd and its parent, as soon as there are uids for the workers."""
+        if self._service.stops or generation not in self._generations or generation.retired:
+            return
+        uids = self._uids.free(generation, self._generations)
+        if uids is None:
+            # Its own last parent's workers are still ending.
+            self._loop.after(_RETRY_SECONDS, lambda: self.start(generation))
+            return
+        try:
+            self._start_children(generation, uids)
+        except OSError as error:
+            self._event("start_failed", level="error", reason=error.strerror)
+            if self._takeover.awaits(generation):
+                self._takeover.abandon(generation)
+                return
+            if generation.parent is None:
+                generation.uids = range(0)
+            self.fail(f"start: {error.strerror}")
+            self._loop.after(_RETRY_SECONDS, lambda: self.start(generation))
+
+    def _start_children(self, generation: Generation, uids: range) -> None:
+        control = None
+        external = generation.configuration.keyd.socket is not None
+        if not external:
+            control = generation.start_keyd()
+            self._children.watch(generation, generation.keyd)
+        listeners = self._listeners.wanted(generation.listening)
+        descriptors = [listener.fileno() for listener in listeners.values()]
+        generation.start_parent(control, uids, descriptors, self._backends.addresses)
+        self._children.watch(generation, generation.parent)
+        if external:
+            self._keyd_service.connect(generation)
+
+    def start_keyd_again(self, generation: Generation) -> None:
+        parent = generation.parent
+        if self._service.stops or generation.retired or parent is None or generation.keyd:
+            return
+        try:
+            with generation.start_keyd() as control:
+                self._children.watch(generation, generation.keyd)
+                self._children.order(parent, {"do": "use keyd"}, [control.fileno()])
+        except OSError as error:
+            self._event("start_failed", level="error", reason=error.strerror)
+            self.fail(f"start of keyd: {error.strerror}")
+            self._loop.after(_RETRY_SECONDS, lambda: self.start_keyd_again(generation))
+
+    def bring_up(self, generation: Generation) -> None:
+        """What the program before was about to start, of the generation that serves."""
+        external = generation.configuration.keyd.socket is not None
+        if generation.parent is None:
+            self.start(generation)
+        elif not external and generation.keyd is None:
+            self.start_keyd_again(generation)
+        elif external and generation.without_keyd:
+            self._keyd_service.connect(generation)
+        elif generation.ready:
+            self._takeover.ready(generation)
+
+    def fail(self, why: str) -> None:
+        """Count a failure, and give up where there have been too many."""
+        now = time.monotonic()
+        self._failures.append(now)
+        if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
+            reason = f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above"
+            self._event("giving_up", level="alarm", reason=reason)
+            self._service.give_up(why)
+
+
+def _prepare_chroot(directory: Path) -> None:
+    """Make the empty directory; ``check`` has looked at one that was there already.
+
+    Raises OSError, which names the setting.
+    """
+    try:
+        directory.mkdir(mode=0o555, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"worker.chroot: {directory}: {error.strerror}") from None

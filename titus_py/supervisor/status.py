@@ -1,0 +1,116 @@
+"""What ``titus-py status`` and the metrics are told, and the service manager in one line.
+
+Run by the supervisor.
+"""
+
+import os
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from titus_py.between.plan import address_text
+from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.record import Record
+from titus_py.supervisor.service import Service
+
+__all__ = ["Status"]
+
+
+class Status:
+    """``started`` and ``begun`` are when the instance was: by the calendar, and by the clock that
+    nobody sets.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        service: Service,
+        generations: Generations,
+        listeners: Listeners,
+        backends: Backends,
+        keyd_service: KeydService,
+    ) -> None:
+        self._record = record
+        self._service = service
+        self._generations = generations
+        self._listeners = listeners
+        self._backends = backends
+        self._keyd_service = keyd_service
+        self.version = version("titus-py")
+        self.started, self.begun = datetime.now(UTC), time.monotonic()
+
+    def line(self) -> str:
+        """For ``systemctl status``."""
+        if self._service.stops:
+            return "stopping"
+        connections = sum(len(generation.connections) for generation in self._generations)
+        counts = self._record.metrics.counts()
+        waits = self._waits_for()
+        return (
+            f"{connections} connections now, {counts['accepted']} so far; "
+            f"generation {self._generations.serving.number}"
+            + (f"; waits for {waits}" if waits else "")
+        )
+
+    def _waits_for(self) -> str:
+        """What keeps new clients from being served, if anything does."""
+        starting = self._generations.serving.starting
+        return self._keyd_service.waits_for() or " and ".join(
+            sorted(child.name for child in starting)
+        )
+
+    def all(self) -> dict[str, object]:
+        """For ``titus-py status`` and the metrics."""
+        serving = self._generations.serving
+        now = datetime.now(UTC)
+        credentials = list(serving.certificates)
+        return {
+            "version": self.version,
+            "pid": os.getpid(),
+            "started": self.started.isoformat(),
+            "seconds_up": round(time.monotonic() - self.begun),
+            "listeners": [str(address) for address in self._listeners.open],
+            "generations": [
+                {
+                    "number": generation.number,
+                    "state": generation.state,
+                    "since": generation.started.isoformat(),
+                    "seconds": round(time.monotonic() - generation.begun),
+                    "parent": generation.parent and generation.parent.pid,
+                    "keyd": generation.keyd and generation.keyd.pid,
+                    "connections": len(generation.connections),
+                    "spares": generation.spares,
+                }
+                for generation in self._generations
+            ],
+            "vhosts": [
+                {
+                    "names": vhost.sni,
+                    "local_address": vhost.local_address,
+                    "local_port": vhost.local_port,
+                    "backend": str(vhost.backend),
+                    "addresses": [
+                        address_text(address)
+                        for _, address in self._backends.addresses.get(vhost.backend, ())
+                    ],
+                    "certificate": credentials.index(vhost.credential),
+                }
+                for vhost in serving.configuration.vhost
+            ],
+            "certificates": [
+                {
+                    "file": str(credential.certificate),
+                    "subject": facts.subject,
+                    "names": facts.names,
+                    "not_after": facts.not_after.isoformat(),
+                    "days_left": (facts.not_after - now).days,
+                }
+                for credential, facts in serving.certificates.items()
+            ],
+            "max_connections": serving.configuration.worker.max,
+            "log_lines_lost": self._record.log.lost,
+            "counts": self._record.metrics.counts(),
+        }

@@ -1,0 +1,178 @@
+"""Which generation has the new clients: taking over, handing over, giving up.
+
+Run by the supervisor.
+A generation that is to take over accepts nobody before it is ready. Until then, and where it comes
+to nothing, the one before it serves.
+"""
+
+import socket
+from collections.abc import Callable
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.configuration.address import IPAddress
+from titus_py.parent.keepalive import keep_alive
+from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.children import START_SECONDS, Children
+from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.record import Record
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.uid_blocks import UidBlocks
+
+__all__ = ["Awaited", "Takeover"]
+
+
+class Awaited:
+    """A generation that is to take over from the one that serves.
+
+    ``settled`` is called once: with nothing when it has taken over, or else with why it has not.
+    ``patient``: it is the same configuration again, and waits for its keyd as long as that takes.
+    """
+
+    def __init__(
+        self, generation: Generation, patient: bool, settled: Callable[[list[str]], None]
+    ) -> None:
+        self.generation = generation
+        self.patient = patient
+        self.settled = settled
+
+
+class Takeover:
+    def __init__(
+        self,
+        loop: EventLoop,
+        record: Record,
+        service: Service,
+        generations: Generations,
+        children: Children,
+        listeners: Listeners,
+        uids: UidBlocks,
+        backends: Backends,
+    ) -> None:
+        self._loop = loop
+        self._event = self._record = record
+        self._service = service
+        self._generations = generations
+        self._children = children
+        self._listeners = listeners
+        self._uids = uids
+        self._backends = backends
+        self.awaited: Awaited | None = None
+
+    def expect(self, awaited: Awaited, added: dict[IPAddress, socket.socket]) -> None:
+        """It is about to be started; ``added`` are the listeners that were opened for it."""
+        self.awaited = awaited
+        generation = awaited.generation
+        generation.added = added
+        if generation.configuration.keyd.socket is not None and not awaited.patient:
+            patience = START_SECONDS + len(generation.certificates)
+            self._loop.after(patience, lambda: self.abandon_keyless(generation))
+
+    def awaits(self, generation: Generation) -> bool:
+        """Whether it is to take over, and has not yet."""
+        awaited = self.awaited is not None and self.awaited.generation is generation
+        return awaited and not generation.announced
+
+    def ready(self, generation: Generation) -> None:
+        """Both of its processes serve."""
+        if generation.parent is not None and not generation.retired:
+            # Not before: whom it has accepted is lost with a generation that is abandoned.
+            # Not sooner: until now, another generation accepted on them.
+            for listener in self._listeners.wanted(generation.listening).values():
+                keep_alive(listener, generation.configuration.limits.keepalive)
+            self._children.order(generation.parent, {"do": "accept"})
+        if generation is not self._generations.serving or self._service.stops:
+            return
+        if not generation.announced:
+            generation.announced = True
+            for address in self._listeners.open:
+                self._event("listening", address=str(address), generation=generation.number)
+            self._retire_all_but(generation)
+        self._service.ready()
+
+    def abandon(
+        self,
+        generation: Generation,
+        why: str = "keyd or the parent did not start: see the lines above",
+    ) -> None:
+        """The awaited one could not be started: the one before goes on serving."""
+        awaited, self.awaited = self.awaited, None
+        self.end(generation)
+        # Also where one that serves is wider: its clients would come to this one, unheard.
+        self._listeners.close(generation.added)
+        if awaited is not None:
+            awaited.settled([why])
+        if self._generations.serving.ready:
+            self.ready(self._generations.serving)
+
+    def abandon_keyless(self, generation: Generation) -> None:
+        """It was to have its keys from a keyd that has not been there all this time."""
+        waits = self.awaits(generation) and generation.waits_for_keyd
+        if waits and not self._service.stops:
+            path = generation.configuration.keyd.socket
+            self.abandon(generation, f"keyd.socket: {path}: no keyd is there, or none that answers")
+
+    def _retire_all_but(self, generation: Generation) -> None:
+        """Leave all new connections to this generation; the others serve what they have."""
+        for other in self._generations:
+            if other is not generation and not other.retired:
+                other.retired = True
+                if other.parent is None:
+                    self.end(other)
+                else:
+                    other.retiring = True
+                    self._children.order(other.parent, {"do": "retire"})
+        self._listeners.keep(self._generations.serving.listening)
+        self.check_handed_over()
+
+    def check_handed_over(self) -> None:
+        """A reload is done when nobody but the new generation takes connections."""
+        awaited = self.awaited
+        if awaited is None or not awaited.generation.announced:
+            return
+        if not any(generation.retiring for generation in self._generations):
+            self.awaited = None
+            self._event("reloaded", generation=awaited.generation.number)
+            awaited.settled([])
+
+    # --- ending ---------------------------------------------------------------------
+
+    def end_all(self) -> None:
+        """Leave nothing behind."""
+        for generation in self._generations:
+            for child in generation.children:
+                child.kill()
+            for child in generation.children:
+                self.let_go(generation, child)
+
+    def end(self, generation: Generation) -> None:
+        """Of a generation that nobody needs any more: end what is left of it."""
+        for child in generation.children:
+            child.kill()
+            self.let_go(generation, child)
+        self.forget(generation)
+
+    def forget(self, generation: Generation) -> None:
+        """Of one that has no processes, or none any more."""
+        self._generations.remove(generation)
+        self._record.metrics.forget(generation.number)
+        self._backends.resolve()
+
+    def let_go(self, generation: Generation, child: Child) -> str:
+        """Of a child that has ended, or is about to; returns how."""
+        generation.starting.discard(child)
+        if child is generation.keyd:
+            generation.keyd = None
+        elif child is generation.parent:
+            generation.parent = None
+            generation.crippled = False
+            self._record_lost(generation)
+            self._uids.give_back(generation)
+        return self._children.let_go(child)
+
+    def _record_lost(self, generation: Generation) -> None:
+        """A parent has ended, and with it the connections whose end it did not tell."""
+        lost, generation.connections = generation.connections, {}
+        for begun in lost.values():
+            self._event("connection_ended", **begun, end="the parent ended")

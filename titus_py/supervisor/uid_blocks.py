@@ -1,0 +1,118 @@
+"""Which generation has which uids for its workers, and when they are free again.
+
+Run by the supervisor. Two generations never share a uid: a block is given back only once no
+process has any of its uids.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.configuration import Configuration
+from titus_py.configuration.held_uids import HeldUids, any_process_has, process_with
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.record import Event
+
+__all__ = ["NoUids", "UidBlocks", "free_block"]
+
+#: How soon to look whether uids have become free, and how often at the least.
+_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 1.0
+#: When to look once more for what a parent has left.
+_ORPHANS_SECONDS = 1.0
+
+
+class NoUids(Exception):
+    """There are none for another generation's workers; the text says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"worker.uids: {reason}")
+
+
+class UidBlocks:
+    """``held`` are the uids that other instances are kept from."""
+
+    def __init__(self, loop: EventLoop, event: Event, held: HeldUids) -> None:
+        self._loop = loop
+        self._event = event
+        self.held = held
+        #: Those that earlier parents' workers may still have.
+        self.used: list[range] = []
+
+    def hold(self, configuration: Configuration, path: str) -> None:
+        """Keep other instances from these uids, from now on until we end. Raises Held."""
+        keyd = configuration.keyd
+        try:
+            self.held.hold(configuration.worker.uids, None if keyd.socket else keyd.user.uid, path)
+        except OSError as error:
+            self._event("uids_not_held", level="warning", reason=error.strerror)
+
+    def free(self, generation: Generation, others: Iterable[Generation]) -> range | None:
+        """A block for this generation's workers; None if there is none for now."""
+        taken = [*self.used, *(other.uids for other in others if other.uids)]
+        return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
+
+    def demand(self, generation: Generation, others: Generations) -> None:
+        """Raises NoUids if there is no block for a generation beside those that there are."""
+        range_of_all, needed = generation.configuration.worker.uids, generation.uids_needed
+        uids = self.free(generation, others)
+        if uids is None and free_block(range_of_all, needed, [others.serving.uids]):
+            raise NoUids(
+                "connections of earlier generations still have too many of them: "
+                "widen the range, or wait for those connections to end"
+            )
+        if uids is None:
+            raise NoUids(
+                f"max + spare = {needed} workers find no room in the range beside those that "
+                "serve: widen it, or set one apart from the former"
+            )
+        # No process of ours has one of these: they are given back when none has.
+        if (uid := process_with(uids)) is not None:
+            raise NoUids(f"{uid} is the uid of a process that is not of this instance")
+
+    def give_back(self, generation: Generation) -> None:
+        """Its parent has ended: these uids are free as soon as no process has them."""
+        uids, generation.uids = generation.uids, range(0)
+        self.used.append(uids)
+        self._loop.after(0, lambda: self.release(uids))
+
+    def release(self, uids: range, pause: float = _PAUSE_SECONDS) -> None:
+        """Give used uids back, once no process can have them any more.
+
+        Soon, since a new parent may wait for them; but it takes a look at all processes.
+        """
+        _reap_orphans()
+        if any_process_has(uids):
+            longer = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            self._loop.after(pause, lambda: self.release(uids, longer))
+        else:
+            self.used.remove(uids)
+            # Its fork server has no uid of these, and may end a little later.
+            self._loop.after(_ORPHANS_SECONDS, _reap_orphans)
+
+
+def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
+    """The first ``count`` uids in a row that none of ``taken`` overlaps; None if there are none."""
+    start = uids.start
+    for block in sorted(taken, key=lambda block: block.start):
+        if start + count <= block.start:
+            break
+        start = max(start, block.stop)
+    return range(start, start + count) if start + count <= uids.stop else None
+
+
+def _reap_orphans() -> None:
+    """Take note of the end of workers and fork servers whose parent has ended, and could not.
+
+    They are of the session that the parent led. Of theirs alone: our own children, which are
+    of our session or lead one, are waited for elsewhere.
+    """
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    # Another thread may wait for a child of its own that is seen here.
+    with suppress(ChildProcessError, ProcessLookupError):
+        while (ended := os.waitid(os.P_ALL, 0, look)) is not None:
+            if os.getsid(ended.si_pid) in (os.getsid(0), ended.si_pid):
+                return
+            os.waitid(os.P_PID, ended.si_pid, os.WEXITED)

@@ -1,0 +1,151 @@
+"""What is done about what children say, and about their ends. Run by the supervisor."""
+
+from collections.abc import Callable
+from typing import Any
+
+from keyd.protocol import fingerprint
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor.announced_audits import AnnouncedAudits
+from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.record import Event
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.starting import Starting
+from titus_py.supervisor.takeover import Takeover
+
+__all__ = ["Upkeep"]
+
+#: How soon to start a keyd whose parent may have ended.
+_RETRY_SECONDS = 0.05
+_ENDS = frozenset({"connection_ended", "handshake_failed"})
+
+
+class Upkeep:
+    """``reload_for_keys`` asks for a reload since keyd's keys have changed; ``renew`` for a
+    generation in the place of one whose fork server has ended.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        service: Service,
+        generations: Generations,
+        takeover: Takeover,
+        starting: Starting,
+        keyd_service: KeydService,
+        audits: AnnouncedAudits,
+        reload_for_keys: Callable[[], None],
+        renew: Callable[[Generation], None],
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._service = service
+        self._generations = generations
+        self._takeover = takeover
+        self._starting = starting
+        self._keyd_service = keyd_service
+        self._audits = audits
+        self._reload_for_keys = reload_for_keys
+        self._renew = renew
+
+    def heard(self, generation: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
+        """Log what a child said, and keep count of the connections that there are."""
+        if name == "ready":
+            self._started(generation, child, event)
+            return
+        if name == "alive":
+            generation.spares = event.get("spares", generation.spares)
+        elif name == "retired":
+            generation.retiring = False
+            self._takeover.check_handed_over()
+        elif name == "connection_begun":
+            generation.connections[event["connection"]] = event
+        elif name in _ENDS:
+            generation.ended.append(generation.connections.pop(event["connection"], {}))
+        elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
+            name, event["level"] = "audit_refused", "info"
+        elif name == "keyd_refused":
+            _complete_refusal(generation, event)
+        elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
+            generation.without_keyd = True
+            self._keyd_service.connect(generation)
+        self._event(name, generation.number, **event)
+        if name == "fork_server_died":
+            generation.crippled = True
+            # Not now: it may be the end of everything, and the child is being heard.
+            self._loop.after(0, lambda: self._fork_server_died(generation))
+
+    def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
+        if child.patience is not None:
+            child.patience.cancel()
+        keys = event.pop("keys", None)
+        self._event(
+            f"{child.name}_started",
+            generation.number,
+            pid=child.pid,
+            generation=generation.number,
+            **event,
+        )
+        if keys is not None and keys != fingerprint(map(bytes.fromhex, generation.key_ids)):
+            self._reload_for_keys()
+        generation.starting.discard(child)
+        if generation.ready:
+            self._takeover.ready(generation)
+
+    def ended(self, generation: Generation, child: Child) -> None:
+        """A child has ended: as it was told to, or not."""
+        how = self._takeover.let_go(generation, child)
+        stops = self._service.stops
+        # keyd leaves when its parent has: that end is about to be heard of.
+        hung_up = child.name == "keyd" and how == "exited with 0"
+        if not (stops or generation.retired or hung_up) or how != "exited with 0":
+            self._event(
+                f"{child.name}_died",
+                level="alarm",
+                pid=child.pid,
+                generation=generation.number,
+                how=how,
+            )
+        if stops:
+            if not self._generations.parents:
+                self._service.exit_code = 0
+        elif generation.retired:
+            if generation.parent is None:
+                self._takeover.end(generation)
+                self._takeover.check_handed_over()
+        elif self._takeover.awaits(generation):
+            self._takeover.abandon(generation)
+        elif hung_up:
+            self._loop.after(_RETRY_SECONDS, lambda: self._starting.start_keyd_again(generation))
+        else:
+            self._restart(generation, child, how)
+
+    def _restart(self, generation: Generation, child: Child, how: str) -> None:
+        self._starting.fail(f"{child.name} {how}")
+        if self._service.exit_code is not None:
+            return
+        if child.name == "keyd":
+            self._starting.start_keyd_again(generation)
+            return
+        # A new parent starts with a new keyd.
+        for keyd in generation.children:
+            keyd.kill()
+            self._takeover.let_go(generation, keyd)
+        self._starting.start(generation)
+
+    def _fork_server_died(self, generation: Generation) -> None:
+        if generation.crippled and not generation.retired and not self._service.stops:
+            self._starting.fail("the fork server died")
+            if self._service.exit_code is None:
+                self._renew(generation)
+
+
+def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
+    """Add whose request it was: a worker may have ended before keyd came to it."""
+    connection = event["connection"]
+    for begun in (generation.connections.get(connection, {}), *reversed(generation.ended)):
+        if begun.get("connection") == connection:
+            event |= {"client": begun["client"], "uid": begun["uid"]}
+            return
