@@ -375,8 +375,13 @@ class _Supervisor:
             begun=self._status.begun,
         )
 
+    def _environment(self) -> dict[str, str]:
+        """What this program was started with."""
+        return {**os.environ, **self._service.environment}
+
     def _change_program(self) -> None:
         """Try out the program that is installed now, and then be it."""
+        # Without the way to the service manager: that is for the program that serves.
         legacy, environment = self._legacy(), dict(os.environ)
         self._reload.aside(
             lambda: succession.try_out(legacy, environment, READ_SECONDS), self._take_program

@@ -24,6 +24,11 @@ class Service:
         #: Set once it is over.
         self.exit_code: int | None = None
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What of the environment the service manager is reached by."""
+        return self._notify.environment
+
     def ready(self) -> None:
         """New clients are served; said by the reload itself, where one goes on."""
         if not self.reloading:
