@@ -61,9 +61,10 @@ $(DEB): build/stage packaging/deb $(wildcard packaging/debian/*)
 	packaging/deb $< $(VERSION)-$(REVISION) $@
 
 build/stage: $(VENV)/built $(PACKAGED)
-	rm -rf $@
+	rm -rf $@ $@.new
 	mkdir -p build
-	DESTDIR=$(CURDIR)/$@ PREFIX=/usr SYSCONFDIR=/etc packaging/install $(BIN)/python
+	DESTDIR=$(CURDIR)/$@.new PREFIX=/usr SYSCONFDIR=/etc packaging/install $(BIN)/python
+	mv $@.new $@
 	touch $@
 
 docs: $(VENV)/docs-packages
