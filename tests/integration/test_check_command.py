@@ -93,7 +93,9 @@ def test_nobody_reads_what_a_command_says(
     os.close(theirs)
     assert "Traceback" not in ended.stderr
     assert "BrokenPipeError" not in ended.stderr
-    assert ended.returncode == 141
+    # Python 3.13's argparse passes over help that cannot be written.
+    passed_over = command == "help" and unbuffered and not ended.returncode
+    assert ended.returncode == 141 or passed_over
 
 
 def test_nobody_reads_of_mistakes(tmp_path: Path) -> None:
