@@ -275,7 +275,7 @@ def served_by(listener: Listener, handle: Callable[[socket.socket], None]) -> It
 
 
 def echo(connection: socket.socket) -> None:
-    # Its client may be silent for as long as a test takes.
+    """However long its client is silent: between two words, a test may wait for a busy machine."""
     connection.settimeout(None)
     while octets := connection.recv(65536):
         connection.sendall(octets)

@@ -13,7 +13,7 @@ from unittest import mock
 from integration import instance as instances
 from integration.certificates import Authority, Certificate
 from integration.instance import Event, Instance, eventually, free_port
-from integration.peers import TIMEOUT, TlsClient, Truncated, connect, echo
+from integration.peers import TIMEOUT, TlsClient, Truncated, connect
 from OpenSSL import SSL
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "make_certificate",
     "one_more_connection",
     "over_tls",
-    "patient_echo",
     "take_over",
 ]
 
@@ -156,12 +155,6 @@ def over_tls(
 def one_more_connection(instance: Instance) -> None:
     """The instance still serves."""
     assert over_tls(instance, "localhost", b"still there") == b"still there"
-
-
-def patient_echo(connection: socket.socket) -> None:
-    """A backend's, however long its client is silent."""
-    connection.settimeout(None)
-    echo(connection)
 
 
 class Relay:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from integration.certificates import Certificate
 from integration.instance import Instance, eventually
-from integration.peers import Listener, TlsClient, served_by, was_reset
+from integration.peers import Listener, TlsClient, echo, served_by, was_reset
 
 from keyd import protocol
 from titus_py.between import messages
 
-from .harness import infected, make_certificate, one_more_connection, patient_echo, take_over
+from .harness import infected, make_certificate, one_more_connection, take_over
 from .infected_fork_server import random_message
 
 #: In sum; and so many at most from one worker, of which a channel's buffer takes a part.
@@ -30,7 +30,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, patient_echo):
+    with Listener.tcp() as listener, served_by(listener, echo):
         yield listener
 
 

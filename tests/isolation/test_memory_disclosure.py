@@ -15,11 +15,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from integration.certificates import Authority
 from integration.instance import Instance
-from integration.peers import TIMEOUT, Listener, TlsClient, served_by
+from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
 
 from titus_py.audit.key_search import Needle, needles
 
-from .harness import infected, over_tls, patient_echo
+from .harness import infected, over_tls
 
 PAST, CONCURRENT = 20, 5
 
@@ -33,7 +33,7 @@ def canary() -> str:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, patient_echo):
+    with Listener.tcp() as listener, served_by(listener, echo):
         yield listener
 
 

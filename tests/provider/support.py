@@ -139,8 +139,10 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
 
 def read_line(stream: IO[bytes], patience: float = PATIENCE) -> str:
     """One line, or AssertionError."""
-    ready, _, _ = select.select([stream], [], [], patience)
-    assert ready, "no output"
+    # Not select(2): whatever else is open here may be more than 1024 descriptors.
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    assert poll.poll(patience * 1000), "no output"
     return stream.readline().decode().rstrip("\n")
 
 
