@@ -212,7 +212,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     notify = Notifier()
     keys = _load_some_encrypted(arguments)
     introduction = Keys(tuple(keys)).encode()
-    # Whoever connects here states the terms: that is for root alone.
+    # A client that connects here states the terms: that is for root alone.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
         program = _withdraw(arguments)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
@@ -230,7 +230,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _listen(arguments: argparse.Namespace) -> NoReturn:
-    """Serve whoever may connect to a socket of our own, an operation each."""
+    """Serve the clients of a socket of our own, one operation for each connection."""
     set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()

@@ -1,7 +1,7 @@
 """A certificate's chain, as clients will judge it: what is doubtful about it, one line each.
 
-Runs in the short-lived ``keyd check``. None of it keeps a server from serving, which knows neither
-its clients nor whom they trust.
+Runs in the short-lived ``keyd check``. None of it keeps a server from serving: the server
+knows neither its clients nor the authorities that they trust.
 """
 
 import datetime

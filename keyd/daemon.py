@@ -81,7 +81,7 @@ class CannotLock(Exception):
 def confine_unprivileged(must_lock: bool) -> bool:
     """What a keyd that was never root can still give up; raises OSError, CannotLock.
 
-    Network and files are then up to whoever started it: a service manager. So is the
+    Network and files are then up to the service manager that started it. So is the
     limit on locked memory (RLIMIT_MEMLOCK). Returns whether all memory is locked.
     """
     forbid_core_dumps()
@@ -131,7 +131,7 @@ def _lock_memory(required: bool) -> bool:
 def _die(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """A thread that failed unforeseen ends keyd: whoever started it starts it anew.
+    """A thread that failed unforeseen ends keyd: its supervisor or service manager starts it anew.
 
     In one line: for a traceback, Python would open its source, and the filter end it before
     anything is said.
@@ -397,7 +397,7 @@ class Keyd:
     def _sweep(self) -> None:
         """Once in a while: tick, and hang up on channels past their time.
 
-        Only that: whoever serves the channel, now or woken by the hang-up, closes it.
+        Only that: the thread that serves the channel, now or woken by the hang-up, closes it.
         """
         now = time.monotonic()
         if now - self._swept < _SWEEP_INTERVAL:

@@ -13,7 +13,7 @@ reply      version(1) status(1) payload(0..1024)
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2)
            grants(n x (operations_mask(1) key(32))), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
-keys       version(1) 'K'(1) n x key(32): keyd's first word to whom it did not start
+keys       version(1) 'K'(1) n x key(32): keyd's first message to a parent that did not start it
 =========  =======================================================================
 
 ``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). The

@@ -1,6 +1,6 @@
 """The reference file: a key by name, for the provider to stand in for.
 
-Written by whoever sets a TLS server up, read by the provider (``provider/``). It
+Written by the administrator of a TLS server, read by the provider (``provider/``). It
 holds nothing secret: the public key and its SHA-256, PEM-like:
 
     -----BEGIN KEYD KEY REFERENCE-----

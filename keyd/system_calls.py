@@ -13,7 +13,7 @@ _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
 
 SERVING: Rules = {
-    # Channels: opened by the parent (recvmsg), or by whoever may connect (accept4).
+    # Channels: opened by the parent (recvmsg), or by a client that may connect (accept4).
     "epoll_wait": _ANYHOW,
     "epoll_pwait": _ANYHOW,
     "epoll_ctl": _ANYHOW,

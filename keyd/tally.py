@@ -1,6 +1,6 @@
-"""What keyd has done so far: numbers for whoever supervises it.
+"""What keyd has done so far: numbers for its supervisor.
 
-Run by keyd's threads. Nothing here says what was signed, or for whom.
+Run by keyd's threads. Nothing here says what was signed, or for which client.
 """
 
 import threading

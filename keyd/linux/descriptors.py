@@ -1,7 +1,7 @@
 """Descriptors along with a message (unix(7), SCM_RIGHTS).
 
 Python's own socket.send_fds and socket.recv_fds take flags and pass none on to the kernel:
-with them, whoever must not wait does.
+with them, a process that must not wait would wait.
 """
 
 import struct

@@ -167,8 +167,8 @@ def _is_unread(descriptor: int) -> bool:
 def open_standard_streams() -> None:
     """Make sure that descriptors 0, 1 and 2 are taken, by /dev/null if need be.
 
-    Whoever was started without one of them would have a socket or a key file of its own
-    there, and then what is meant for standard error would go into that.
+    A process that was started without one of them would have a socket or a key file of its own
+    there, and what is meant for standard error would go into it.
     """
     for _ in range(3):
         descriptor = os.open(os.devnull, os.O_RDWR)

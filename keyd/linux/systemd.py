@@ -48,7 +48,7 @@ class Notifier:
     def ready(self) -> None:
         """READY=1; and hang up, where no watchdog wants to hear more. For a service without reload.
 
-        Whoever takes the process over has one way less to process 1.
+        An attacker who controls the process has one way less to process 1.
         """
         self(ready=1)
         if self.watchdog is None and self._socket is not None:
@@ -61,7 +61,7 @@ class Notifier:
 
 
 def close_inherited() -> None:
-    """Close what whoever started us had open, but standard streams and sockets meant for us.
+    """Close inherited descriptors, but for standard streams and sockets meant for this process.
 
     To be called first of all: it cannot tell what else has been opened since.
     """

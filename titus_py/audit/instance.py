@@ -1,6 +1,6 @@
 """A running instance seen from outside: its processes, and what /proc says of them.
 
-Run as root by whoever looks at an instance: the demo, the tests. It trusts the kernel.
+Run as root, by the audit, the demo and the tests. It trusts the kernel.
 What a process says of itself (its command line) decides only which of the supervisor's
 children is which: workers and the fork server are known by whose children they are.
 """

@@ -1,7 +1,7 @@
 """Looking for a private key in the memory of processes (/proc/PID/mem; proc(5)).
 
-Run as root by whoever checks a running instance: the demo, the tests. The searcher holds
-the key itself, and is not to search itself. It trusts the kernel, and nothing that the
+Run as root, by the audit, the demo and the tests. The searching process holds
+the key itself, and must not search itself. It trusts the kernel, and nothing that the
 processes that it looks into say: it reads, and disturbs none of them.
 """
 

@@ -42,7 +42,7 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
     if None in counts:
         return not_available("Seccomp 2; this kernel does not say how many filters there are")
     if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
-        # Whoever started it may have put some on before.
+        # Its service manager may have put filters on before.
         return holds(f"Seccomp 2, {' and '.join(map(str, counts))} filters")
     expected = scene.inherited_filters + (2 if seen.stage == Stage.ESTABLISHED else 1)
     threads = f"; {len(seen.threads)} threads" if len(seen.threads) > 1 else ""

@@ -65,7 +65,7 @@ def _network(seen: Observation, scene: Scene) -> Seen:
         and seen.process.role is Role.KEYD
         and not scene.target.started(seen.process)
     ):
-        # systemd's PrivateNetwork= sets it up. It leads nowhere but to whoever else is in there.
+        # systemd's PrivateNetwork= sets it up. It leads only to processes in the same namespace.
         return holds(f"{own}: nothing but lo, and nobody else's")
     if interfaces != ["lo, down"]:
         return broken(f"{own} has: {'; '.join(interfaces)}")

@@ -1,8 +1,8 @@
 """Finding what to audit: the running instances, and the configuration of one.
 
 Run by ``titus-py audit``, as root. A supervisor is trusted with saying where its
-configuration is, if it is root's: whoever could make one of those needs no audit to read
-files. A process of anybody else that looks like one is passed over.
+configuration is, if it is root's: only root can make such a process, and root can read
+files anyway. A process of anybody else that looks like one is passed over.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A throwaway instance: to show (``demo``), and for tests of what is around it or in it.
 
-Run as root by whoever shows, or tests (``pytest_plugin``). The instance is the real
+Run as root, by the demo and by tests (``pytest_plugin``). The instance is the real
 ``titus-py serve``, as a child, with a certificate and an authority that exist for as long
 as it does, and users that nobody else on the machine has.
 """

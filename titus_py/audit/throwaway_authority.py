@@ -1,6 +1,6 @@
 """A certificate authority for as long as a demo or a test runs, and what it issues.
 
-Used by whoever starts a throwaway instance, and never by what serves. The certificates have the
+Used to start a throwaway instance, and never by a process that serves. The certificates have the
 extensions that RFC 5280 demands (§4.2.1): strict clients, as Python's are by default from 3.13
 on, accept no others.
 """

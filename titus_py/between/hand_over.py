@@ -1,6 +1,6 @@
 """Giving sockets away for good, between the parent and a worker.
 
-Run by both. Whoever closes a TCP socket last may have to wait: its SO_LINGER says for
+Run by both. The last process to close a TCP socket may have to wait: its SO_LINGER says for
 how long (socket(7)), and a worker that was taken over can set that, leave data unsent,
 and end. If the parent closed its own copy only afterwards, it would be the parent
 that waits. So the sockets travel in a socket pair of their own, closed here before the

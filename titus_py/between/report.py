@@ -143,7 +143,7 @@ def complete_record(ended: dict[str, Any], report: Report) -> str:
     ``end`` is empty where the worker ended by itself: then it has said why.
     """
     if not ended["end"] and report.end is End.NONE:
-        # Our code does say why. Whoever leaves like this has taken the worker over.
+        # Our code always says why. Code that leaves without a word is not ours.
         ended |= {"level": "alarm", "end": "exited without a word"}
     ended |= {
         "server_name": report.server_name or None,

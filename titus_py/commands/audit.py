@@ -1,4 +1,4 @@
-"""The command ``titus-py audit``. Run as root; see ``titus_py.audit`` for whom it trusts.
+"""The command ``titus-py audit``. Run as root; ``titus_py.audit`` says what it trusts.
 
 Exit codes: 0 all promises hold, 1 one does not, 2 there was nothing to audit, or no way to.
 """

@@ -277,7 +277,7 @@ def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -
             warned.add(path)
             try:
                 mode = stat.S_IMODE(path.stat().st_mode)
-            except OSError:  # Gone since it was found. Whoever opens it will say so.
+            except OSError:  # Gone since it was found. Opening it will say so.
                 continue
             if mode & 0o066:
                 yield source.mistake(

@@ -1,4 +1,4 @@
-"""What pydantic has against a configuration, in the words of whoever wrote that."""
+"""pydantic's objections to a configuration, in the words of a configuration file."""
 
 import json
 import re

@@ -1,12 +1,13 @@
 """Which uids are in use: by instances of titus-py, and by any process that there is.
 
-An instance holds its uids for as long as its supervisor lives; ``titus-py check`` and the start of
-another one look. A range is held by a lock on as many octets of one file, octet N for uid N: so
-it is the kernel that sees whether two ranges overlap. Whoever holds it writes who it is into these
-octets. Root's alone, and trusted.
+An instance holds its uids for as long as its supervisor lives. ``titus-py check`` and the start of
+another instance look at them. A range is held by a lock on as many octets of one file, octet N for
+uid N, so that the kernel sees whether two ranges overlap. The holder writes its pid and its
+configuration file into these octets. The file is root's alone, and trusted.
 
 The locks are those of an open file description (fcntl(2), F_OFD_SETLK). They end with its last
-descriptor, however the process ends. Whoever keeps the descriptor over an execve(2) keeps them.
+descriptor, however the process ends. A program that keeps the descriptor over an execve(2) keeps
+them.
 """
 
 import fcntl
@@ -45,7 +46,7 @@ class Holder(NamedTuple):
     shared: bool  #: only as keyd.user
 
     def is_ours(self, file: str) -> bool:
-        """Whether that is the instance with this file: us, who started us, or whom we check for."""
+        """Whether that is the instance with this file: this process, its parent, or it is checked."""
         return bool(file and file == self.file) or self.pid in (os.getpid(), os.getppid())
 
     def __str__(self) -> str:

@@ -288,7 +288,7 @@ class Backend(Table):
 
 
 class VirtualHost(Backend, Credentials, Match):
-    """[[vhost]]: whom a connection is for. The first that matches is taken."""
+    """[[vhost]]: the host that a connection is for. The first that matches is taken."""
 
     min_version: Version = Field(
         default="TLSv1.2", description="The lowest TLS version that is accepted."

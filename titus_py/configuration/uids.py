@@ -1,6 +1,6 @@
 """Whose uids are those that the configuration gives to workers and to keyd.
 
-A worker's uid is to be no other process's: whoever has it may end the worker, by kill(2). So
+A worker's uid must be no other process's: that process could end the worker, by kill(2). So
 the range must hold nobody that /etc knows of, and none that others hand out at will.
 """
 

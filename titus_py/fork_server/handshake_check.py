@@ -176,8 +176,8 @@ _NOT_HERE = {
     "kDHE+aRSA": "keyd signs for ECDHE, and not for DHE",
     "kRSA": "the RSA key exchange is not forward-secret: it takes rsa_key_exchange = true",
 }
-#: Suites that hardly any server has. Lists like "HIGH" hold them too: whoever asks for nothing else
-#: is told.
+#: Suites that hardly any server has. Lists like "HIGH" hold them too: an administrator
+#: who asks for nothing else is told.
 _NOWHERE = {
     "PSK": "there are no pre-shared keys",
     "SRP": "there are no passwords",

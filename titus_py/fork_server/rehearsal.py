@@ -41,7 +41,7 @@ def rehearse(terms: Terms) -> None:
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
     child = os.fork()
     if not child:
-        # So that it finds out, in any case, when nobody is left whom it plays for.
+        # Close our end, so that the child sees end-of-file when this process dies.
         ours.close()
         _play_everybody_else(theirs)
     theirs.close()

@@ -70,7 +70,7 @@ class LimitsHit:
     def __init__(self, loop: EventLoop, tell: Tell) -> None:
         self._loop = loop
         self._tell = tell
-        #: By limit: how often within this second, and by whom last.
+        #: By limit: how often it was hit within this second, and the last client that hit it.
         self._hit: dict[str, tuple[int, str]] = {}
 
     def note(self, limit: str, address: str) -> None:

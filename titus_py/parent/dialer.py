@@ -117,7 +117,7 @@ class Dialer:
         """What connecting has come to, as an errno; EALREADY where that is open.
 
         By a second connect(2), and not SO_ERROR: it makes the kernel note that there is a
-        connection. Until then, whoever holds the socket could connect it to elsewhere once
+        connection. Until then, a holder of the socket could connect it to another address once
         it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
         """
         return attempt.connect_ex(address)
@@ -170,7 +170,7 @@ class Dialer:
 
 
 def reset_at_close(side: socket.socket) -> None:
-    """Make the end of whoever holds this a reset of the connection (socket(7), SO_LINGER).
+    """Make the connection end in a reset when its last holder ends (socket(7), SO_LINGER).
 
     A worker that is killed must not look like a client, or a backend, that was done.
     """

@@ -13,7 +13,7 @@ import time
 __all__ = ["FIRST_CONNECTION", "LAST_CONNECTION", "AnnouncedAudits"]
 
 #: Beyond the microseconds of 142 years (real connections count those since boot), and exact
-#: to whoever reads a number as a double.
+#: to a reader that takes numbers as doubles.
 FIRST_CONNECTION, LAST_CONNECTION = 1 << 52, (1 << 53) - 1
 _SECONDS = 60.0
 _REFUSALS = 16

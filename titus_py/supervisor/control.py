@@ -32,7 +32,7 @@ def control_path(pid: int) -> Path:
 
 
 class Answer:
-    """Where the answer to a request goes: called with it, once; whoever is gone misses it."""
+    """Where the answer to a request goes: called with it, once. A client that is gone misses it."""
 
     def __init__(self, client: socket.socket, drop: Callable[[socket.socket], None]) -> None:
         self.client = client

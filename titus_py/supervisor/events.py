@@ -1,8 +1,8 @@
 """How loud events are, and which of them may be alarms.
 
 Read by the supervisor, for its log and its counts. An alarm is what no healthy instance
-does, whatever its clients, its backends and the network do: whoever is told of one is to
-come, and would stop coming if it were anything less.
+does, whatever its clients, its backends and the network do. Somebody is woken by an alarm, and
+would stop coming if it meant anything less.
 """
 
 __all__ = ["ALARMS", "LEVELS", "is_as_loud"]

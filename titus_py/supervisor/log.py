@@ -1,7 +1,7 @@
 """Events, one a line, on standard error: as text or as JSON; or in the journal, field by field.
 
 Run by the supervisor. Fields come from the parent, and some of them from workers:
-they are data, quoted. Whoever takes the lines may be slow, full or gone, so that a
+they are data, quoted. The reader of the log may be slow, full or gone, so that a
 thread of its own writes; what it cannot keep up with is counted, not waited for, and
 the count is the first thing that is said when it is listened to again.
 """

@@ -1,4 +1,4 @@
-"""The address that Prometheus reads: whoever connects gets the metrics, whatever they ask.
+"""The address that Prometheus reads: every connection gets the metrics, whatever it asks for.
 
 Run by the supervisor, as root, within its event loop. Of what a client sends it looks for
 a blank line and nothing else; it keeps none of it. A client is trusted to be anybody: it

@@ -1,8 +1,8 @@
 """Backends' names, looked up again and again, off the supervisor's path.
 
 Run by the supervisor. Each question is a thread's, which may take as long as the name servers
-like; all else is the event loop's. Whoever answers for a name is trusted with where its
-connections go, and with nothing else.
+like; all else is the event loop's. A name server is trusted with where a
+name's connections go, and with nothing else.
 """
 
 import errno
@@ -23,8 +23,8 @@ __all__ = ["Resolver", "numeric"]
 
 #: getaddrinfo(3) does not tell how long an answer holds.
 _INTERVAL_SECONDS = 30.0
-#: How many of a backend's addresses are of use. Whoever answers for its name decides how many
-#: there are, and all of them go into one message.
+#: How many of a backend's addresses are used. A name server decides how many there are, and all
+#: of them go into one message.
 _MAX_ADDRESSES = 64
 #: How many names are asked for at a time, of each family.
 _AT_ONCE = 8

@@ -77,8 +77,8 @@ class Takeover:
     def ready(self, generation: Generation) -> None:
         """Both of its processes serve."""
         if generation.parent is not None and not generation.retired:
-            # Not before: whom it has accepted is lost with a generation that is abandoned.
-            # Not sooner: until now, another generation accepted on them.
+            # Not before: the clients of a generation that is abandoned are lost with it.
+            # Keepalive not before either: until now, another generation accepted on these.
             for listener in self._listeners.wanted(generation.listening).values():
                 keep_alive(listener, generation.configuration.limits.keepalive)
             self._children.order(generation.parent, {"do": "accept"})

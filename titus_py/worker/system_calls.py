@@ -1,6 +1,6 @@
 """The system calls that a worker may make: two lists, the second within the first.
 
-Data for the supervisor, which has the filters built, and for whoever wants to know.
+Data for the supervisor, which has the filters built.
 Nothing here opens, creates, connects or binds anything, starts or touches another
 process, or makes memory executable; whatever is not listed kills the worker.
 """
@@ -38,7 +38,7 @@ ESTABLISHED: Rules = {
     "write": _ANYHOW,
     # The backend, the parent, keyd; recvmsg brings the backend's socket. There is no
     # sendmsg: it has an address, too, where no filter sees it, and it sends descriptors.
-    # One with SO_LINGER set makes wait whoever closes it last: the parent, or keyd.
+    # A socket with SO_LINGER set makes its last closer wait: that would be the parent, or keyd.
     "recvfrom": _ANYHOW,
     "sendto": _TO_ITS_PEER,
     # Not a look ahead: what is on its way from the parent (``hand_over``) is the parent's
