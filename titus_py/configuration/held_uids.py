@@ -46,7 +46,7 @@ class Holder(NamedTuple):
     shared: bool  #: only as keyd.user
 
     def is_ours(self, file: str) -> bool:
-        """Whether that is the instance with this file: this process, its parent, or it is checked."""
+        """Whether that is the instance with this file, this process, or its parent."""
         return bool(file and file == self.file) or self.pid in (os.getpid(), os.getppid())
 
     def __str__(self) -> str:
