@@ -133,14 +133,25 @@ class Uids:
         self._first = 10_000_000 + os.getpid() % 10_000 * self._PER_TEST_PROCESS
         self._next = 0
         self._upper = False
+        #: Those of instances that run: some run as long as all tests, and ranges come round again.
+        self._held: list[range] = []
 
     def take(self, count: int = SIZE) -> range:
-        if self._next + count > self._PER_TEST_PROCESS:
-            self._next = 0
-        first = self._first + self._next + self._upper * self._UPPER_HALF
-        self._next += count
-        self._upper = not self._upper
-        return range(first, first + count)
+        while True:
+            if self._next + count > self._PER_TEST_PROCESS:
+                self._next = 0
+            first = self._first + self._next + self._upper * self._UPPER_HALF
+            self._next += count
+            self._upper = not self._upper
+            uids = range(first, first + count)
+            if not any(uids.start < held.stop and held.start < uids.stop for held in self._held):
+                return uids
+
+    def hold(self, uids: range) -> None:
+        self._held.append(uids)
+
+    def give_back(self, uids: range) -> None:
+        self._held = [held for held in self._held if held != uids]
 
 
 #: For all tests of this process.
@@ -166,7 +177,8 @@ class Instance:
         program: Path | None = None,
     ) -> None:
         self.port = port
-        self.uids = uids
+        self.uids = self._given_uids = uids
+        UIDS.hold(uids)
         self.expected_alarms: set[str] = set()
         self.directory = log.parent
         self._log = log
@@ -412,6 +424,7 @@ class Instance:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait(5)
+        UIDS.give_back(self._given_uids)
         problems += [f"not foreseen: {event}" for event in self.events() if self._alarms(event)]
         assert not problems, "\n".join([*problems, self.log()[-8000:]])
 
