@@ -18,6 +18,7 @@ from .peers import Listener, TlsClient, reset
 
 def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
     """Connect, expect a reset; returns the backend's failure, and how long it took."""
+    earlier = len(instance.events())
     since = len(instance.events())
     with TlsClient(instance.port) as client:
         client.handshake()
@@ -28,7 +29,7 @@ def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
         host, port = client.socket.getsockname()
     failure = instance.wait_for_event("backend_unavailable", since=since)
     assert failure["level"] == "error"
-    ended = instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+    ended = instance.wait_for_event("connection_ended", since=earlier, client=f"{host}:{port}")
     assert ended["end"] == end
     assert ended["connection"] == failure["connection"]
     assert ended["detail"] == failure["reason"]

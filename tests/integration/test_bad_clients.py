@@ -51,6 +51,7 @@ def client_hello(server_name: str | None = "localhost", ciphers: str | None = No
 
 def answer_to(instance: Instance, *pieces: bytes) -> tuple[bytes, Event]:
     """What the proxy answers to these octets, until it closes, and what it logs."""
+    earlier = len(instance.events())
     with connect(instance.port) as client:
         name, port = client.getsockname()
         for piece in pieces:
@@ -58,7 +59,9 @@ def answer_to(instance: Instance, *pieces: bytes) -> tuple[bytes, Event]:
         answer = b""
         while octets := client.recv(65536):
             answer += octets
-    return answer, instance.wait_for_event("handshake_failed", client=f"{name}:{port}")
+    return answer, instance.wait_for_event(
+        "handshake_failed", since=earlier, client=f"{name}:{port}"
+    )
 
 
 def record(content: bytes, kind: int = 22, version: int = 1) -> bytes:
@@ -221,10 +224,11 @@ def wait_for_the_end_of(client: socket.socket) -> float:
 
 
 def test_silence_ends_with_the_handshake_timeout(impatient: Instance) -> None:
+    earlier = len(impatient.events())
     with connect(impatient.port) as client:
         assert 1.0 < wait_for_the_end_of(client) < 3.0
         host, port = client.getsockname()
-    event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
 
 
@@ -232,12 +236,13 @@ def test_silence_ends_with_the_handshake_timeout(impatient: Instance) -> None:
 def test_silence_after_a_beginning_ends_with_the_handshake_timeout(
     impatient: Instance, point: str
 ) -> None:
+    earlier = len(impatient.events())
     hello = client_hello()
     with connect(impatient.port) as client:
         client.sendall(hello if point == "the ClientHello" else hello[:100])
         assert 1.0 < wait_for_the_end_of(client) < 3.0
         host, port = client.getsockname()
-    event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
 
 
@@ -248,13 +253,14 @@ def dribble(client: socket.socket, octets: bytes) -> None:
 
 
 def test_an_octet_now_and_then_ends_with_the_handshake_timeout(impatient: Instance) -> None:
+    earlier = len(impatient.events())
     with connect(impatient.port) as client:
         host, port = client.getsockname()
         started = time.monotonic()
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             dribble(client, client_hello())
         assert time.monotonic() - started < 3.0
-    event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
     assert event["seconds"] < 2.0
 
@@ -262,12 +268,13 @@ def test_an_octet_now_and_then_ends_with_the_handshake_timeout(impatient: Instan
 def test_a_worker_that_has_to_be_ended_after_its_time_is_worth_a_warning(
     impatient: Instance,
 ) -> None:
+    earlier = len(impatient.events())
     with connect(impatient.port) as client:
         host, port = client.getsockname()
-        begun = impatient.wait_for_event("connection_begun", client=f"{host}:{port}")
+        begun = impatient.wait_for_event("connection_begun", since=earlier, client=f"{host}:{port}")
         impatient.worker_of(begun["uid"]).kill(signal.SIGSTOP)
         wait_for_the_end_of(client)
-    event = impatient.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "did not keep to its handshake timeout"
     assert event["level"] == "warning"
 
@@ -312,6 +319,7 @@ POINTS = [
 def test_a_client_may_leave_at_any_point_of_the_handshake(
     instance: Instance, point: Callable[[TlsClient], None], how: str
 ) -> None:
+    earlier = len(instance.events())
     client = TlsClient(instance.port)
     host, port = client.socket.getsockname()
     point(client)
@@ -319,21 +327,23 @@ def test_a_client_may_leave_at_any_point_of_the_handshake(
         reset(client.socket)
     else:
         client.socket.close()
-    event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
+    event = instance.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     # In TLS 1.3 a client that is gone is noticed when it is written to, at the latest.
     assert event["end"] == "client_left"
 
 
 def test_a_client_may_leave_right_after_its_last_handshake_message(instance: Instance) -> None:
+    earlier = len(instance.events())
     for leave in (reset, socket.socket.close):
         client = TlsClient(instance.port).handshake()
         host, port = client.socket.getsockname()
         leave(client.socket)
-        event = instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+        event = instance.wait_for_event("connection_ended", since=earlier, client=f"{host}:{port}")
         assert event["end"] in ("client_reset", "client_truncated")
 
 
 def test_a_client_that_refuses_the_certificate_is_named_as_such(instance: Instance) -> None:
+    earlier = len(instance.events())
     with TlsClient(instance.port) as client:
         # It trusts nobody.
         client.tls.set_verify(SSL.VERIFY_PEER)
@@ -341,7 +351,7 @@ def test_a_client_that_refuses_the_certificate_is_named_as_such(instance: Instan
         with pytest.raises(SSL.Error):
             client.handshake()
         client._flush()
-        event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
+        event = instance.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_failed"
     assert "unknown ca" in event["detail"]
 
@@ -437,6 +447,7 @@ def rsa_key_exchange(
 
 def answer_to_secret(instance: Instance, ciphertext: bytes) -> tuple[int | None, str]:
     """The alert, and what is logged, where a client sends this as its premaster secret."""
+    earlier = len(instance.events())
     exchange = len(ciphertext).to_bytes(2, "big") + ciphertext
     message = b"\x10" + len(exchange).to_bytes(3, "big") + exchange
     with connect(instance.port) as client:
@@ -449,7 +460,7 @@ def answer_to_secret(instance: Instance, ciphertext: bytes) -> tuple[int | None,
         flight = (message, 22), (b"\1", 20), (bytes(40), 22)
         client.sendall(b"".join(record(*part, version=3) for part in flight))
         alert = alert_in(receive_all(client))
-    event = instance.wait_for_event("handshake_failed", client=f"{name}:{port}")
+    event = instance.wait_for_event("handshake_failed", since=earlier, client=f"{name}:{port}")
     return alert, event["detail"]
 
 

@@ -103,11 +103,12 @@ def test_older_versions_get_protocol_version(instance: Instance, version: str) -
 
 
 def test_the_post_quantum_hybrid_is_what_a_client_that_has_it_gets(instance: Instance) -> None:
+    earlier = len(instance.events())
     with TlsClient(instance.port, "rsa.example") as client:
         client.handshake()
         assert client.tls.get_group_name() == "X25519MLKEM768"
         host, port = client.socket.getsockname()
-    event = instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+    event = instance.wait_for_event("connection_ended", since=earlier, client=f"{host}:{port}")
     assert event["group"] == "X25519MLKEM768"
     assert event["tls_version"] == "TLSv1.3"
 

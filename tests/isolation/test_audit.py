@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.instance import eventually
 
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target, throwaway
@@ -407,6 +408,10 @@ def test_an_instance_without_its_fork_server_is_not_called_sound(
     os.kill(pids[Role.PARENT], signal.SIGSTOP)
     try:
         os.kill(pids[Role.FORK_SERVER], signal.SIGKILL)
+        eventually(
+            lambda: all(one.role is not Role.FORK_SERVER for one in instance_processes(found.pid)),
+            "the fork server's end",
+        )
         with pytest.raises(CannotAudit, match="no fork server"):
             find_target(found.pid)
     finally:

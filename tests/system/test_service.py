@@ -213,7 +213,7 @@ def _finds_its_address_in_use(admin: Administrator) -> None:
     """The reason is seen at once, and not covered by further attempts."""
     admin.types("systemctl stop titus-py")
     admin.types("systemd-run --unit=squatter python3 -m http.server 443")
-    admin.types("until ss --listening --tcp | grep https; do sleep 0.1; done")
+    admin.types("until ss --listening --numeric --tcp | grep :443; do sleep 0.1; done")
     admin.types("systemctl start titus-py", fails=True)
     seen = admin.types("systemctl status titus-py", fails=True)
     assert 'Status: "not started: cannot listen on [::]:443: Address already in use' in seen
