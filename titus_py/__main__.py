@@ -1,17 +1,18 @@
-"""The command ``titus-py``: reads its arguments, and hands over to what does the work.
+"""The command ``titus-py``: reads its arguments, and calls the module that does the work.
 
-Each command's module is imported when it is asked for: the supervisor, which stays,
-has no use for what draws the demo's tables.
+Each command's module is imported only when the command is run. The supervisor, which stays,
+has no use for the library that draws the demo's tables.
 """
 
 import signal
 import sys
 
 if sys.argv[1:2] == ["serve"]:
-    # First of all: what is imported takes a third of a second, and by default these are its end.
-    # SIGHUP waits until the supervisor hears it, and is a reload then.
+    # Before the imports: they take a third of a second, and by default each of these signals
+    # would end the process. SIGHUP waits until the supervisor hears it, and is a reload then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    # Nothing has been started yet that would have to be ended in order, and no traceback helps.
+    # SIGINT ends the process at once: nothing has been started yet that would have to be ended
+    # in order, and a traceback would not help.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for _of_no_meaning in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Also of the library that the workers have: it is loaded for that."""
+    """Prints the versions of titus-py and of the workers' OpenSSL, which is loaded for that."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -138,11 +139,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
         return 2
 
-    # The supervisor loads no OpenSSL, and hashlib would: it has implementations of its own.
+    # The supervisor loads no OpenSSL. hashlib would load one, but also works without it.
     sys.modules["_hashlib"] = None  # type: ignore[assignment]
     from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper
 
-    # What they have to load takes as long as what we have to: side by side.
+    # The helpers start now, because loading takes them as long as it takes this process.
     helpers = Helper(KEYD_CHECK), Helper(HANDSHAKE_CHECK)
     from titus_py.commands.check import lacks, report
     from titus_py.configuration import Loaded, from_options, load

@@ -1,10 +1,10 @@
-"""pytest's way to titus-py: start it in front of your backend, and hold it to its promises.
+"""A pytest plugin: start titus-py in front of your backend, and check that it keeps its promises.
 
-Loaded by pytest, in every project that has titus-py installed: nothing is imported here
-that a test does not ask for. Its tests run as root, as titus-py itself is started.
+pytest loads this in every project that has titus-py installed, so it imports nothing until a
+test asks for it. Tests that use it run as root, because titus-py is started as root.
 
-Public are the fixture ``titus_instance`` and the functions ``audit`` and
-``assert_key_isolated``. ``docs/pytest-plugin.md`` has a complete example.
+The fixture ``titus_instance`` and the functions ``audit`` and ``assert_key_isolated`` are
+public. ``docs/pytest-plugin.md`` has a complete example.
 """
 
 import os
@@ -21,7 +21,7 @@ __all__ = ["StartTitus", "assert_key_isolated", "audit", "titus_instance"]
 
 
 class StartTitus(Protocol):
-    """What the fixture ``titus_instance`` is."""
+    """The type of the fixture ``titus_instance``."""
 
     def __call__(
         self, backend: str, key_type: str = "P-256", names: Sequence[str] = ("localhost",)
@@ -67,10 +67,10 @@ def titus_instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartTi
 def audit(instance: "TitusInstance | int") -> "tuple[Finding, ...]":
     """Hold a running instance against all its promises, as ``titus-py audit`` does.
 
-    ``instance`` is one of ``titus_instance``, or the pid of the supervisor of any other. Returns
-    what was found; raises AssertionError with a list of what does not hold. It opens a
-    connection, and asks keyd for what it must refuse: the instance's log has that as
-    ``audit_refused``.
+    ``instance`` comes from ``titus_instance``, or is the pid of any other instance's supervisor.
+    Returns the findings; raises AssertionError with a list of the promises that do not hold. The
+    audit opens a connection, and asks keyd for what keyd must refuse. The instance's log has
+    that as ``audit_refused``.
     """
     __tracebackhide__ = True
     from titus_py.audit import Verdict, find_target
@@ -82,11 +82,11 @@ def audit(instance: "TitusInstance | int") -> "tuple[Finding, ...]":
 
 
 def assert_key_isolated(instance: "TitusInstance | int") -> None:
-    """Find the private key in keyd's memory, and in that of no other process of the instance.
+    """Assert that the private key is in keyd's memory, and in no other process of the instance.
 
     ``instance`` is as for ``audit``. Raises AssertionError that says in which process and
-    which mapping the key was found. Workers end with their connections: to have one among
-    those that are searched, keep a connection open.
+    which mapping the key was found. A worker ends with its connection: to have one searched,
+    keep a connection open.
     """
     __tracebackhide__ = True
     from titus_py.audit import Verdict, find_target

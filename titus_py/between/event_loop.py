@@ -1,6 +1,6 @@
 """Descriptors and timers: what the supervisor and the parent wait for.
 
-Run by both. Callbacks must not block, and there is nothing here that does.
+Run by both. Callbacks must not block.
 """
 
 import heapq
@@ -44,24 +44,24 @@ class EventLoop:
         self._callbacks[descriptor] = callback
 
     def unwatch(self, descriptor: int) -> None:
-        """To be called before the descriptor is closed."""
+        """Call back no more. Must be called before the descriptor is closed."""
         del self._callbacks[descriptor]
         self._epoll.unregister(descriptor)
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """Call back once, that much later."""
+        """Call back once, after so many seconds."""
         timer = Timer(callback)
         due = time.monotonic() + seconds
         heapq.heappush(self._timers, (due, next(self._order), timer))
         return timer
 
     def run_once(self, wait: bool = True) -> None:
-        """Wait for what comes first (or for nothing), and call back all that is due."""
+        """Wait for a descriptor or a timer, if ``wait``; then make all calls that are due."""
         ready = self._epoll.poll(self._timeout() if wait else 0)
         due = [(descriptor, self._callbacks.get(descriptor)) for descriptor, _ in ready]
         for descriptor, callback in due:
-            # An earlier callback of this round may have ended this one's interest, and what
-            # it opened since then may have this one's number.
+            # An earlier callback of this round may have unwatched this descriptor, and opened
+            # another one with the same number.
             if callback is not None and self._callbacks.get(descriptor) is callback:
                 callback()
         now = time.monotonic()

@@ -1,11 +1,11 @@
 """Giving sockets away for good, between the parent and a worker.
 
 Run by both. The last process to close a TCP socket may have to wait: its SO_LINGER says for
-how long (socket(7)), and a worker that was taken over can set that, leave data unsent,
-and end. If the parent closed its own copy only afterwards, it would be the parent
-that waits. So the sockets travel in a socket pair of their own, closed here before the
-other end of the pair goes to the worker: the worker cannot touch what it does not have
-yet, and from then on the parent holds nothing.
+how long (socket(7)). An attacker who controls a worker can set that, leave data unsent, and
+end. If the parent closed its own copy only afterwards, the parent would wait. So the sockets
+travel in a socket pair of their own. The parent closes its copies before it sends the other
+end of the pair to the worker. Before that, the worker cannot touch the sockets. After it, the
+parent holds none of them.
 """
 
 import socket
@@ -16,10 +16,10 @@ from keyd.linux.descriptors import receive_descriptors, send_descriptors
 
 __all__ = ["KEYD_FD", "PARENT_FD", "give", "take"]
 
-#: Where a worker, and the fork server, find the socket to the parent.
+#: The descriptor of the socket to the parent, in a worker and in the fork server.
 PARENT_FD = 3
-#: Where a worker finds its channel to keyd: the first number that is free while the pair
-#: that brought it is open.
+#: The descriptor of a worker's channel to keyd: the first number that is free while the socket
+#: pair that brought the channel is open.
 KEYD_FD = 5
 
 

@@ -1,11 +1,11 @@
-"""What the parent says to its fork server and to a worker, and they to it.
+"""The messages between the parent and its fork server, and between the parent and a worker.
 
-Octets in, values out, and back. One message is one SOCK_SEQPACKET packet. A worker has
-two things to say, each of one fixed size; the parent trusts neither.
+Encoding and decoding only, no I/O. One message is one SOCK_SEQPACKET packet. A worker sends
+two kinds of message, each of a fixed size. The parent trusts neither.
 
 ===================  =========================================================
 worker: ready        'R'                    confined; may be given a client
-worker: dial         'D' vhost(2)           connect me to this one's backend
+worker: dial         'D' vhost(2)           connect me to this host's backend
 parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
                      and, where there is a vhost at all, the channel to keyd
 parent: backend      'B', with the connected socket; or 'F' and why there is none
@@ -33,7 +33,7 @@ __all__ = [
 
 BACKEND = b"B"
 BACKEND_FAILED = b"F"
-#: An answer about a backend: the kind and a short reason.
+#: The longest answer about a backend: its kind and a short reason.
 MAX_BACKEND_OCTETS = 256
 
 _DIAL = struct.Struct("!cH")
@@ -43,18 +43,18 @@ _CLIENT = struct.Struct("!cQ")
 #: How many virtual hosts there may be: a client's message may name all of them.
 MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
-#: One more than the longest message, so that a longer one shows.
+#: One more than a worker's longest message, so that a longer one is noticed.
 WORKER_MESSAGE_OCTETS = _DIAL.size + 1
 FORK_OCTETS = _FORK.size
 FORKED_OCTETS = _FORKED.size
 
 
 class Malformed(ValueError):
-    """A message that no worker that runs our code would send."""
+    """A message that a worker never sends while it runs our code."""
 
 
 class Ready(NamedTuple):
-    """The worker is confined."""
+    """The worker, or the fork server, is confined."""
 
     def encode(self) -> bytes:
         return b"R"
@@ -102,7 +102,7 @@ class Fork(NamedTuple):
 
 
 class Forked(NamedTuple):
-    """What came of an order: the worker's pid, or the errno that there is none for."""
+    """The result of an order: the worker's pid, or the errno with which forking failed."""
 
     uid: int
     pid: int
@@ -119,7 +119,7 @@ class Forked(NamedTuple):
 
 
 def decode_from_worker(message: bytes) -> Ready | Dial:
-    """Raise Malformed, saying what is wrong with the message."""
+    """Decode a worker's message; raises Malformed, which says what is wrong with it."""
     if message == b"R":
         return Ready()
     if len(message) == _DIAL.size and message[:1] == b"D":

@@ -1,8 +1,8 @@
 """What a parent is to do: the configuration, boiled down by the supervisor.
 
-Written by the supervisor, read once by the parent: JSON in a sealed file. It holds
-what the parent cannot or shall not find out for itself: certificates and key
-references as text, addresses resolved, listening sockets open.
+The supervisor writes it: JSON in a sealed file. The parent and its fork server read it once.
+It holds what they cannot, or must not, find out for themselves: certificates and key
+references as text, resolved addresses, the descriptors of open listening sockets.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | str
-#: A family and what connect(2) takes for it.
+#: An address family, and an address of it as connect(2) takes it.
 ResolvedAddress = tuple[int, SocketAddress]
 
 
@@ -55,7 +55,7 @@ class VirtualHost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that a parent needs to know. Times are in seconds."""
+    """All that a parent and its fork server need to know. Times are in seconds."""
 
     listeners: tuple[int, ...]
     vhosts: tuple[VirtualHost, ...]
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     connect_timeout: float
     limits: Limits
     chroot: str
-    #: Features of the kernel without which not to serve.
+    #: Kernel features that the parent must not serve without.
     required: tuple[str, ...]
     #: Programs for the workers' filters, as BPF in hexadecimal.
     handshake_filter: str
@@ -95,7 +95,7 @@ class Plan(NamedTuple):
 
 
 def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:
-    """JSON's lists, as connect(2)'s tuples."""
+    """Addresses as connect(2) takes them (tuples), from JSON (lists)."""
     return tuple(
         (family, tuple(address) if isinstance(address, list) else address)  # type: ignore[misc]
         for family, address in addresses
@@ -103,7 +103,7 @@ def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:
 
 
 def address_text(address: SocketAddress) -> str:
-    """What connect(2) takes, for people."""
+    """An address that connect(2) takes, in the form that people read."""
     if isinstance(address, str):
         return f"unix:{address}"
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"

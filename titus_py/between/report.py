@@ -1,11 +1,10 @@
 """What a worker says of its connection: a page that it writes and the supervisor reads.
 
-Shared by the parent, which makes it before it orders the worker, the worker, which finds it at an
-address that the fork server has reserved, and the supervisor. The worker keeps it up to
-date by storing into memory (no message that could flood, none that a worker killed at
-any point could fail to send). The supervisor reads it when the worker has ended and trusts
-none of it: it is for the record. The parent, which knows of all connections, does not read
-what a client's worker wrote.
+The parent makes the page before it orders the worker. The worker finds it at an address that
+the fork server has reserved, and keeps it up to date by storing into memory. So there is no
+message that could flood, and none that a killed worker could fail to send. The supervisor reads
+the page when the worker has ended. It is for the record, and the supervisor trusts none of it.
+The parent, which knows of all connections, does not read what a client's worker wrote.
 """
 
 import ctypes
@@ -30,7 +29,7 @@ __all__ = [
 #: cipher suite, group, server name, detail.
 _LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s")
 _OCTETS = 1024
-#: Where each of them is.
+#: Where these fields are.
 _PLACES = {
     "state": slice(0, 1),
     "end": slice(1, 2),
@@ -94,13 +93,13 @@ class ReportWriter:
     """The worker's side."""
 
     def __init__(self) -> None:
-        """Made by the fork server, over a page of its own: in a worker, the report is there."""
+        """Made by the fork server, over a page of its own. In a worker, the report is there."""
         self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         #: Where that page is.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
 
     def set(self, **fields: int | str) -> None:
-        """Store these fields of Report; octets are ``count``'s."""
+        """Store these fields of Report, except for the octets, which ``count`` stores."""
         for name, value in fields.items():
             place = _PLACES[name]
             if isinstance(value, str):
@@ -115,7 +114,7 @@ class ReportWriter:
 
 
 def make_report() -> int:
-    """A page of zeros for one worker: a sealed-size memory file, close-on-exec."""
+    """A page of zeros for one worker: a memory file whose size is sealed, close-on-exec."""
     descriptor = os.memfd_create("report", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, _OCTETS)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -124,7 +123,7 @@ def make_report() -> int:
 
 
 def read_report(descriptor: int) -> Report:
-    """Read what the worker wrote; whatever it wrote, this is a Report."""
+    """Read what the worker wrote. Whatever it wrote, the result is a valid Report."""
     state, end, *counts, version, suite, group, name, detail = _LAYOUT.unpack(
         os.pread(descriptor, _LAYOUT.size, 0)
     )
@@ -140,7 +139,7 @@ def read_report(descriptor: int) -> Report:
 def complete_record(ended: dict[str, Any], report: Report) -> str:
     """Add what a worker said to what the parent knows of a connection's end; returns the event.
 
-    ``end`` is empty where the worker ended by itself: then it has said why.
+    ``end`` in ``ended`` is empty if the worker ended by itself. Our code then has said why.
     """
     if not ended["end"] and report.end is End.NONE:
         # Our code always says why. Code that leaves without a word is not ours.

@@ -1,8 +1,8 @@
-"""Which virtual host a client asked for, the first that matches in the file's order, and what a
-client and it may agree on.
+"""Which virtual host a client asked for, and what a client and it may agree on.
 
-Used by the worker on a name that its client chose (unprivileged, the name not
-trusted), and by the supervisor to find virtual hosts that can never match.
+In the file's order, the first that matches is taken. Used by the worker on a name that its
+client chose (unprivileged, the name not trusted), by the parent on local addresses, and by
+the supervisor to find virtual hosts that can never match.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class TlsSettings(NamedTuple):
 
     @classmethod
     def decode(cls, fields: list[Any]) -> "TlsSettings":
-        """From what JSON has made of it."""
+        """From the list that JSON makes of it."""
         settings = cls(*fields)
         groups = settings.groups
         return settings._replace(groups=tuple(groups) if groups is not None else None)
@@ -37,7 +37,8 @@ def matches(pattern: str, server_name: str | None) -> bool:
     """
     if server_name is None:
         return pattern == ""
-    # str.lower() takes some non-ASCII letters to ASCII ones, and no such name is ours.
+    # str.lower() turns some non-ASCII letters into ASCII ones. A name with such letters matches
+    # no pattern.
     if not server_name.isascii():
         return False
     name = server_name.removesuffix(".").lower()
@@ -52,8 +53,8 @@ def matches(pattern: str, server_name: str | None) -> bool:
 def select(patterns: Sequence[tuple[str, ...] | None], server_name: str | None) -> int | None:
     """The index of the first virtual host that matches, None if none does.
 
-    ``patterns`` has one entry a virtual host: its patterns, or None where it takes any
-    name and none.
+    ``patterns`` has one entry for each virtual host: its patterns, or None if it takes any name,
+    and clients that send no name.
     """
     for index, names in enumerate(patterns):
         if names is None or any(matches(name, server_name) for name in names):

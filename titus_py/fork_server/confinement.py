@@ -1,9 +1,9 @@
 """A worker's confinement, from root to next to nothing, in two steps.
 
-What all workers have alike, the fork server puts on itself, once and for good, before it
-forks any: they inherit it (``confine_fork_server``). The rest each worker does as soon as
-it is forked (``worker_calls``), before any Python and before it has a client. Where any
-step fails, that process does not serve.
+The fork server puts on itself, once and for good, what is the same for all workers
+(``confine_fork_server``). They inherit it. Each worker does the rest as soon as it is
+forked (``worker_calls``), before any Python and before it has a client. If any step fails,
+that process does not serve.
 """
 
 import ctypes
@@ -49,8 +49,8 @@ __all__ = [
     "worker_calls",
 ]
 
-#: The namespaces that a worker is forked into: nobody else is in them. When the worker
-#: ends, being process 1 of its own, the kernel ends whatever it may have left behind.
+#: The namespaces that a worker is forked into. No other process is in them. The worker is
+#: process 1 there: when it ends, the kernel kills whatever processes it left behind.
 WORKER_NAMESPACES = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
 
 #: What the parent keeps.
@@ -65,19 +65,21 @@ FORK_SERVER_CAPABILITIES = {
     prctl.CAP_SETGID: "a gid for each worker",
 }
 
-#: What it takes to get there: the supervisor has these for the others, which drop them.
+#: Capabilities that confining takes. The supervisor keeps these for the other processes, which
+#: drop them.
 CONFINING_CAPABILITIES = {
     prctl.CAP_SYS_CHROOT: "chroot(2) into the empty directory",
     prctl.CAP_SETPCAP: "emptying bounding sets, locking securebits",
 }
 
-#: Where the fork server has its Landlock ruleset.
+#: The descriptor of the fork server's Landlock ruleset.
 RULESET_FD = 4
-#: Those, keyd's channel, the client and the backend, and one to spare.
+#: A worker's: the standard streams, the sockets to the parent, keyd, the client and the backend,
+#: and one to spare.
 _MAX_DESCRIPTORS = 8
-#: How many workers the fork server forks in a row.
+#: How many workers the fork server forks in a row, at most.
 MAX_ORDERS = 16
-#: To the fork server: what comes with each order, the pidfds, and its own.
+#: The fork server's: two that come with each order, each worker's pidfd, and its own.
 _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
 #: connection takes about one MiB.
@@ -106,10 +108,10 @@ class Given(NamedTuple):
 
 
 def confine_fork_server(chroot: str, parent: int) -> None:
-    """Everything that a process can inherit, in this order; ``parent`` is the socket to keep.
+    """Put on everything that workers can inherit, in this order.
 
-    What is loaded and opened from a path must have been before. Of the privileges, those
-    are left that it takes to make processes of other users.
+    ``parent`` is the socket to keep. Whatever has to be loaded or opened by a path must be so
+    before. Only the privileges for making processes of other users are left.
     """
     memory = _memory_in_use() + MEMORY_OCTETS
     ruleset = landlock.make_ruleset() if landlock.version() else -1
@@ -117,7 +119,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     enter_empty_root(chroot)
     os.setgroups([])
     stop_speculation(controllable_speculation())
-    # While it has the capability for it.
+    # These need CAP_SETPCAP, which the last of them drops.
     keep_capabilities([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
     forbid_regaining([*FORK_SERVER_CAPABILITIES, prctl.CAP_SETPCAP])
     keep_capabilities(FORK_SERVER_CAPABILITIES)
@@ -141,13 +143,13 @@ def confine_fork_server(chroot: str, parent: int) -> None:
 
 
 def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> list[Call]:
-    """The rest, as the system calls that a worker makes before anything else.
+    """The rest of the confinement: the system calls that a worker makes before anything else.
 
-    Namespaces are new since the fork. ``page`` is the address at which the worker's
-    report is to be: a page that the fork server has reserved.
+    Its namespaces are new since the fork. ``page`` is the address of a page that the fork
+    server has reserved: the worker's report is mapped there.
     """
-    # A domain of its own within the fork server's: what keeps one from signalling or tracing
-    # another holds between domains, and not within one.
+    # Each worker has a Landlock domain of its own, within the fork server's. Landlock keeps
+    # processes from signalling and tracing each other between domains, but not within one.
     own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
     shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
     writable = mmap.PROT_READ | mmap.PROT_WRITE
@@ -164,9 +166,9 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
         Call("prlimit64", (0, resource.RLIMIT_NPROC, ctypes.addressof(_NONE), 0)),
         Call("setgroups", (0, 0)),
         Call("setresgid", (uid, uid, uid)),
-        # All capabilities go with uid 0 (capabilities(7), "Effect of user ID changes").
+        # Leaving uid 0 drops all capabilities (capabilities(7), "Effect of user ID changes").
         Call("setresuid", (uid, uid, uid)),
-        # Both after that: a change of uid undoes them.
+        # These two come after the change of uid, which would undo them.
         Call("prctl", (_PR_SET_DUMPABLE, 0)),
         Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
         Call("prctl", (PR_SET_NAME, ctypes.addressof(_NAME))),
@@ -175,7 +177,7 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
 
 
 def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
-    """With the handshake done: no keyd any more, and the calls that it needed gone."""
+    """After the handshake: close keyd's channel, forbid calls that only the handshake needed."""
     return [
         Call("close", (KEYD_FD,)),
         Call("seccomp", (seccomp.SET_MODE_FILTER, 0, established_filter.address)),
@@ -183,8 +185,8 @@ def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
 
 
 def keep_only(parent: int, ruleset: int) -> None:
-    """Have the standard streams, these descriptors at their places, and nothing else."""
-    # First out of each other's way.
+    """Keep the standard streams, and these descriptors at their places. Close everything else."""
+    # Move them out of each other's way first.
     moved = [
         fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, RULESET_FD + 1)
         for descriptor in (parent, ruleset)
@@ -204,7 +206,7 @@ def _memory_in_use() -> int:
 
 
 def missing_features(landlock_version: int, speculation: Sequence[int]) -> list[str]:
-    """Which of the features that a kernel may lack this one does."""
+    """The features that this kernel lacks, of those that not every kernel has."""
     missing = []
     if not landlock_version:
         missing.append(LANDLOCK)

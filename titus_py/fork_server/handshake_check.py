@@ -1,12 +1,12 @@
-"""Whether a handshake is possible with what a configuration asks for, and what of that is not.
+"""Whether a configuration's TLS settings allow a handshake, and which of them have no effect.
 
 A short-lived child of ``check``, so that neither the supervisor nor ``titus-py check`` loads
 OpenSSL. It makes the contexts that the fork server will make, with the certificates and the key
-references that ``keyd check`` found, and leads a handshake of each kind to where keyd would be
-asked: there is none here, and no private key. Trusts the supervisor.
+references that ``keyd check`` found. It then takes a handshake of each TLS version to the point
+where keyd would be asked. There is no keyd here, and no private key. It trusts the supervisor.
 
-Standard input has a JSON list of questions (``_Question``), standard output gets a list of
-answers, to each [[setting, reason], ...] of its mistakes and of its warnings.
+Standard input is a JSON list of questions (``_Question``). Standard output is a JSON list of
+answers. Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 
-# The library reads it once it is loaded. The provider is told of no keyd.
+# OpenSSL reads this as it is loaded. It names no keyd to the provider.
 _CONFIGURATION = sealed_file("openssl.cnf", openssl_configuration("").encode())
 os.environ["OPENSSL_CONF"] = f"/proc/self/fd/{_CONFIGURATION}"
 
@@ -77,7 +77,7 @@ def main() -> int:
 
 @cache
 def _handshake_mistakes(question: _Question) -> Problems:
-    """What comes of the context that the fork server will make."""
+    """Mistakes that show when the fork server's context is made and used for handshakes."""
     settings = question.settings
     try:
         credentials = Credentials(question.chain or "", question.reference or "")
@@ -109,7 +109,7 @@ def _kind(chain: str) -> str:
 
 @cache
 def _cipher_mistakes(settings: TlsSettings, key: str | None) -> Problems:
-    """Of the two lists of suites: what leaves no handshake, or is asked for in error."""
+    """Mistakes in the two lists of suites: no handshake is possible, or a part is never offered."""
     ciphers, ciphersuites = settings.ciphers, settings.ciphersuites
     found = []
     if ciphers is not None:
@@ -149,7 +149,7 @@ def _offered(settings: TlsSettings) -> tuple[str, ...]:
 
 
 def _never(ciphers: str) -> Iterator[str]:
-    """What nobody can want who knows what it is, and has asked for all the same."""
+    """Reasons to remove the insecure parts of a cipher list, which have no effect."""
     selected = set(selected_suites(ciphers))
     for keyword, what in (("eNULL", "encryption"), ("aNULL", "authentication")):
         never = set(selected_suites(keyword))
@@ -171,13 +171,13 @@ def _elements(ciphers: str) -> list[str]:
     return [part for part in parts if part and part[0] not in "!-+"]
 
 
-#: Suites for RSA keys that other servers have, and why they are not had here.
+#: Suites for RSA keys that other servers offer, and why this one does not.
 _NOT_HERE = {
     "kDHE+aRSA": "keyd signs for ECDHE, and not for DHE",
     "kRSA": "the RSA key exchange is not forward-secret: it takes rsa_key_exchange = true",
 }
-#: Suites that hardly any server has. Lists like "HIGH" hold them too: an administrator
-#: who asks for nothing else is told.
+#: Suites that hardly any server offers. Lists like "HIGH" contain them too, so a warning is only
+#: for an element of the list that contains nothing else.
 _NOWHERE = {
     "PSK": "there are no pre-shared keys",
     "SRP": "there are no passwords",
@@ -188,7 +188,7 @@ _NOWHERE = {
 
 @cache
 def _left_out(settings: TlsSettings, key: str | None) -> Problems:
-    """What is asked for in vain: a line for each reason."""
+    """What the settings ask for without effect: a line for each reason."""
     found = []
     if settings.rsa_key_exchange and key not in (None, "RSA"):
         found.append(("rsa_key_exchange", "has no effect: the certificate is not for an RSA key"))
@@ -228,7 +228,7 @@ def _some(names: list[str]) -> str:
 
 @cache
 def _group_mistakes(settings: TlsSettings) -> Problems:
-    """Which groups this library has not: that there are such the configuration has checked."""
+    """The groups that this OpenSSL lacks. That their names are right has been checked before."""
     found = []
     for group in settings.groups or ():
         try:
@@ -241,7 +241,7 @@ def _group_mistakes(settings: TlsSettings) -> Problems:
 # --- what comes of it -------------------------------------------------------------------
 
 
-#: What OpenSSL has against a chain (SSL_CTX_set_security_level(3)), in other words.
+#: Why OpenSSL rejects a chain (SSL_CTX_set_security_level(3)), in plainer words.
 _TOO_WEAK = {
     "ca key too small": "its key is too short",
     "ca md too weak": "it is signed with a broken hash function (SHA-1, MD5)",
@@ -275,7 +275,7 @@ class _Failed(Exception):
 
 
 def _blamed(question: _Question, version: str, reason: str) -> tuple[str, str]:
-    """The setting to look at."""
+    """The setting to blame for a failed handshake, and the reason."""
     settings = question.settings
     if version == "TLSv1.2" and settings.groups is not None:
         return "groups", (
@@ -290,7 +290,7 @@ def _blamed(question: _Question, version: str, reason: str) -> tuple[str, str]:
 
 
 def _shake_hands(context: SSL.Context, settings: TlsSettings, version: str) -> None:
-    """Let a client that can do all that is offered come so far that keyd would be asked.
+    """Shake hands with a client that can do all that is offered, until keyd would be asked.
 
     Raises _Failed.
     """
@@ -323,14 +323,14 @@ def _client_context(settings: TlsSettings, version: str) -> SSL.Context:
     if settings.ciphersuites is not None:
         context.set_tls13_ciphersuites(settings.ciphersuites.encode())
     if settings.groups is not None:
-        # A client of TLS 1.2 names its certificates' curves in the same list (RFC 8422 §5.1).
+        # A TLS 1.2 client names the curves of certificates in the same list (RFC 8422 §5.1).
         set_groups(context, [*settings.groups, "P-256", "P-384", "P-521"])
     set_signature_schemes(context)
     return context
 
 
 def _reason(error: SSL.Error) -> str:
-    """The first of OpenSSL's reasons: the cause, and not what failed for it."""
+    """The first of OpenSSL's reasons: the cause, not its consequences."""
     reasons = [reason for _, _, reason in error.args[0] if reason] if error.args else []
     return reasons[0] if reasons else "no reason given"
 

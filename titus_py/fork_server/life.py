@@ -1,17 +1,17 @@
 """The fork server's life: load the certificates, confine itself, fork a worker for each order.
 
-Started by the parent, as root. What it loads, every worker inherits, and so it has never
-heard of a client: it gets uids and descriptors, and forks. What all workers have alike of
-their confinement it puts on itself first; it keeps what it takes to make processes of
+Started by the parent, as root. Every worker inherits its memory, so it learns nothing about
+clients: it gets uids and descriptors, and forks. First it puts the part of the confinement
+that is the same for all workers on itself. It keeps the privileges for making processes of
 other users, and no way to a file or a network. The workers are the parent's children
 (CLONE_PARENT), not its own. It trusts the parent.
 """
 
 import sys
 
-# Python's hashlib would bring the system's OpenSSL along, beside the one that pyOpenSSL
-# has: megabytes and mappings for each worker, and code that none needs. It has
-# implementations of its own.
+# Python's hashlib would load the system's OpenSSL beside the one of pyOpenSSL: megabytes and
+# mappings for each worker, and code that no worker needs. hashlib also has implementations
+# without OpenSSL.
 sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 import gc
@@ -51,10 +51,10 @@ _TITLE, _WORKERS_TITLE = "titus-py: fork server", "titus-py: worker"
 def main() -> int:
     """``python -m titus_py.fork_server.life``: started by the parent, on inherited descriptors.
 
-    ``--plan-fd``, ``--parent-fd``, and ``--openssl-conf-fd``, which the library has read by now
-    (OPENSSL_CONF names it).
+    The arguments are ``--plan-fd``, ``--parent-fd`` and ``--openssl-conf-fd``. OpenSSL has read
+    the last one by now (OPENSSL_CONF names it).
     """
-    # Not argparse: it, and the libraries that it loads, would be in every worker.
+    # Not argparse: every worker would inherit it, and the modules that it loads.
     given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
     command_line = CommandLine()
     command_line.write([_TITLE])
@@ -77,7 +77,7 @@ def main() -> int:
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
     gc.collect()
-    # What there is now stays: a worker's garbage collector has no business with it.
+    # A worker's garbage collector must not touch what exists now: that stays.
     gc.freeze()
     parent.send(Ready().encode())
     _serve(parent, terms, handshake_filter, command_line)
@@ -96,14 +96,14 @@ def _serve(
 ) -> None:
     """Fork as ordered, until the parent hangs up.
 
-    After each fork this process has to copy every page that it writes to: so it takes all
-    orders that there are, and forks in a row.
+    After each fork, this process has to copy every page that it writes to. So it takes all
+    orders that have come, and forks in a row.
     """
     while orders := _take_orders(parent):
         flags = WORKER_NAMESPACES | CLONE_PARENT
         page = terms.report.address
         calls = [worker_calls(handshake_filter, page, given) for given in orders]
-        # Theirs, written once for all of them: each would have to copy the page.
+        # The workers' title, written once for all of them: each would have to copy the page.
         command_line.write([_WORKERS_TITLE])
         children: list[Child] = []
         for encoded in [encode(own) for own in calls]:
@@ -117,7 +117,7 @@ def _serve(
 
 
 def _take_orders(parent: socket.socket) -> list[Given]:
-    """Wait for an order, and take those that are there; none if the parent has hung up."""
+    """Wait for an order, and take all that have come; returns none if the parent has hung up."""
     orders: list[Given] = []
     flags = 0
     while len(orders) < MAX_ORDERS:

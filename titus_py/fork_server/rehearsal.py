@@ -1,10 +1,10 @@
 """A few connections for practice, before the first worker is forked.
 
-Run by the fork server, as root, before it confines itself. Python fits its code to what it
-meets (PEP 659), and keeps what it looked up; OpenSSL fetches algorithms when they are first
-used. What has happened by the fork is every worker's; what has not, each would do for itself,
-in copies of the pages. All that is outside of a worker is played by a child. Nothing in it is
-secret: it uses a cipher suite without a certificate.
+Run by the fork server, as root, before it confines itself. Python adapts its code as it runs
+(PEP 659), and caches what it looks up. OpenSSL fetches algorithms when they are first used.
+Every worker inherits what has been done before the fork. The rest each worker would do for
+itself, in copies of the pages. A child process plays everything outside of the worker. Nothing
+here is secret: the cipher suite needs no certificate.
 """
 
 import os
@@ -27,16 +27,16 @@ from titus_py.worker.tls import note_close_notify, reseed
 
 __all__ = ["rehearse"]
 
-#: Python takes eight runs of a function to begin with it.
+#: Python begins to adapt a function after eight runs.
 _CONNECTIONS = 12
 _SERVER_NAME = "localhost"
 _MESSAGE_OCTETS = 1024
-#: They take milliseconds.
+#: How long a step may take. All of practice takes milliseconds.
 _PATIENCE_SECONDS = 10
 
 
 def rehearse(terms: Terms) -> None:
-    """Serve them. Raises RuntimeError where not each comes to a clean end, OSError."""
+    """Serve the connections. Raises RuntimeError if one does not end cleanly, and OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
     child = os.fork()
@@ -53,7 +53,7 @@ def rehearse(terms: Terms) -> None:
         narrowing=b"",
         report=ReportWriter(),
     )
-    # As a worker has it.
+    # Of the same type as a worker's.
     parent = socket.SocketType(fileno=ours.detach())
     try:
         for _ in range(_CONNECTIONS):
@@ -73,7 +73,7 @@ def rehearse(terms: Terms) -> None:
 
 
 def _anonymous_context(method: int) -> SSL.Context:
-    """For either side, without a certificate."""
+    """A context for either side, without a certificate."""
     context = SSL.Context(method)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
@@ -82,7 +82,7 @@ def _anonymous_context(method: int) -> SSL.Context:
 
 
 def _play_everybody_else(worker: socket.socket) -> NoReturn:
-    """The parent, clients and backends; ends the process."""
+    """Play the parent, the clients and the backends; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
         context = _anonymous_context(SSL.TLS_CLIENT_METHOD)

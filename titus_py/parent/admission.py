@@ -1,6 +1,6 @@
 """Limits by address, prefix and rate: clients that are turned away before a worker sees them.
 
-Run by the parent, on nothing but the addresses of clients. No I/O.
+Run by the parent. Of a client, only the address counts.
 """
 
 import time
@@ -13,27 +13,27 @@ from titus_py.parent.outbox import Tell
 
 __all__ = ["Admission", "LimitsHit"]
 
-#: How often a limit that is being hit is spoken of.
+#: How often a limit that is being hit is logged.
 _TELL_SECONDS = 1.0
-#: RFC 6177: what one site has, at the least. IPv4's is what one operator often has.
+#: A /64 is the least that one site has (RFC 6177). A /24 is what one operator of IPv4 often has.
 _IPV6_PREFIX_GROUPS = 4
 _IPV4_PREFIX_OCTETS = 3
 
 
 class Admission:
-    """Counts the connections that there are, and the rate of new ones."""
+    """Counts connections by address and prefix, and measures the rate of new ones."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits
         self._clock = clock
         self._addresses: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
-        #: A bucket of connections, refilled at the configured rate, holding a second's worth.
+        #: A token bucket. It is refilled at the configured rate, and holds a second's worth.
         self._tokens = limits.connections_per_second or 0.0
         self._refilled = clock()
 
     def refuse(self, address: str) -> str | None:
-        """The limit that this new client would exceed; None, and it is counted, if none."""
+        """Return the limit that this new client would exceed. If none, count it; return None."""
         limits = self._limits
         prefix = _prefix(address)
         if _reached(self._addresses[address], limits.connections_per_address):
@@ -47,7 +47,7 @@ class Admission:
         return None
 
     def leave(self, address: str) -> None:
-        """A client that was let in is gone."""
+        """Stop counting a client that was let in."""
         for counts, key in ((self._addresses, address), (self._prefixes, _prefix(address))):
             counts[key] -= 1
             if not counts[key]:
@@ -65,7 +65,7 @@ class Admission:
 
 
 class LimitsHit:
-    """Says that a limit was hit: once a second for each, however often that was."""
+    """Reports that a limit was hit: once a second for each limit, however often it was hit."""
 
     def __init__(self, loop: EventLoop, tell: Tell) -> None:
         self._loop = loop
@@ -80,7 +80,7 @@ class LimitsHit:
         self._hit[limit] = count + 1, address
 
     def say_last(self) -> None:
-        """At the end: what has not been said yet."""
+        """Report, before the parent ends, what has not been reported yet."""
         for limit in list(self._hit):
             self._say(limit)
 
@@ -94,7 +94,7 @@ def _reached(count: int, limit: int | None) -> bool:
 
 
 def _prefix(address: str) -> str:
-    """The /64 of an IPv6 address, the /24 of an IPv4 one; in no particular form."""
+    """The /64 of an IPv6 address, or the /24 of an IPv4 one, as a key to count by."""
     if ":" not in address:
         return ".".join(address.split(".")[:_IPV4_PREFIX_OCTETS])
     head, _, tail = address.partition("%")[0].partition("::")

@@ -16,17 +16,17 @@ from titus_py.parent.outbox import Tell
 
 __all__ = ["Arrivals"]
 
-#: How many clients to accept at once from one address before looking after all else again.
+#: How many clients to accept in a row from one listening socket before anything else is served.
 _ACCEPT_AT_ONCE = 256
-#: How long to leave clients in the listen queue where there was no descriptor, or no memory, for
-#: one; and how often to say so.
+#: When accept(2) fails for want of a descriptor or of memory: how long to leave clients in the
+#: listen queue, and how often to log it.
 _PAUSE_SECONDS, _TELL_SECONDS = 0.1, 1.0
-#: How long there has to be room again before that is said.
+#: How long after there is room again to look once more: if there still is, that is logged.
 _NOT_FULL_SECONDS = 1.0
 
 
 class Arrivals:
-    """The listening sockets, and the queue of those who wait for a worker."""
+    """The listening sockets, and the queue of clients that wait for a worker."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Arrivals:
     ) -> None:
         self._loop = loop
         self._plan = plan
-        #: The latest last.
+        #: The client that came last is last.
         self._waiting = waiting
         self._connections = connections
         self._admission = admission
@@ -59,7 +59,7 @@ class Arrivals:
         self._waiting_timer: Timer | None = None
 
     def adjust(self, may_accept: bool) -> None:
-        """Take clients exactly while there is, or soon will be, a worker for them."""
+        """Accept clients only while there is, or soon will be, a worker for them."""
         full = len(self._connections.busy) >= self._plan.max_workers
         if full and not self._full_told:
             self._full_told = True
@@ -77,19 +77,19 @@ class Arrivals:
                 self._loop.unwatch(descriptor)
 
     def close(self) -> None:
-        """Accept no more, ever: new clients are another generation's."""
+        """Stop accepting for good: another generation takes the new clients."""
         self.adjust(False)
         for listener in self._listeners.values():
             listener.close()
         self._listeners.clear()
 
     def keep(self, count: int) -> None:
-        """Turn away those who have waited longest, until so many are left."""
+        """Reset the clients that have waited longest, until ``count`` are left."""
         while len(self._waiting) > count:
             self._turn_away(self._waiting.popleft())
 
     def _no_longer_full(self) -> None:
-        """Say so only where it lasts: connections may come and go around the maximum."""
+        """Report room only if it is still there: connections may come and go at the maximum."""
         self._full_timer = None
         if len(self._connections.busy) < self._plan.max_workers:
             self._full_told = False
@@ -100,7 +100,7 @@ class Arrivals:
         return len(self._connections.busy) + len(self._waiting) < self._plan.max_workers
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take those who have come, faster than workers can be forked: a surge is soon past."""
+        """Accept the clients in the listen queue, without waiting for workers to be forked."""
         for _ in range(_ACCEPT_AT_ONCE):
             if not self._has_room():
                 return
@@ -112,7 +112,8 @@ class Arrivals:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays, and would wake us for ever.
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the listen queue, and would
+                # wake this loop without end.
                 self._rest(error)
                 return
             host, port = _plain(address[0]), address[1]
@@ -125,7 +126,7 @@ class Arrivals:
                 self._limits_hit.note(limit, host)
 
     def _rest(self, error: OSError) -> None:
-        """Leave clients where they are for a moment: until then, a connection may have ended."""
+        """Pause accepting. When the pause is over, a connection may have ended."""
         now = time.monotonic()
         if now - self._failure_told >= _TELL_SECONDS:
             self._failure_told = now
@@ -134,14 +135,14 @@ class Arrivals:
             self._pause = self._loop.after(_PAUSE_SECONDS, self._go_on)
 
     def _go_on(self) -> None:
-        """``adjust``, which follows, will look at the listeners again."""
+        """End the pause. ``adjust``, which is called next, watches the listening sockets again."""
         self._pause = None
 
     def _wait(self, arrival: Arrival) -> None:
-        """Have it wait for a worker. With too many, the one that has waited longest is reset.
+        """Queue a client for a worker. If too many wait, reset the one that has waited longest.
 
-        Those in their handshake count as well, but are not displaced here: only a client that
-        gets a worker ends another's handshake, so that takes as long as workers take to fork.
+        Clients in their handshake count as well, but are not reset here. A handshake is ended
+        only when another client gets a worker, and so no faster than workers are forked.
         """
         self._waiting.append(arrival)
         room = self._plan.limits.handshakes - len(self._connections.handshaking)

@@ -1,4 +1,4 @@
-"""Backends: where each virtual host's is, and connecting to it on a worker's word.
+"""The addresses of each virtual host's backend, and connecting to it when a worker asks.
 
 Run by the parent. The supervisor says where backends are; the worker only says which virtual
 host its client asked for.
@@ -27,11 +27,11 @@ class Backends:
         self._addresses = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
 
     def move(self, vhosts: Iterable[int], addresses: tuple[ResolvedAddress, ...]) -> None:
-        """These virtual hosts' backend is to be found at other addresses now."""
+        """From now on, connect to these addresses for these virtual hosts' backend."""
         self._addresses.update(dict.fromkeys(vhosts, addresses))
 
     def dial(self, worker: Worker, vhost: int) -> None:
-        """Connect, without waiting; the worker gets the socket, or why there is none."""
+        """Connect, without waiting. The worker gets the socket, or the reason for having none."""
 
         def done(backend: socket.socket | None, reason: str) -> None:
             self._answer(worker, backend, reason)
@@ -56,6 +56,6 @@ class Backends:
             else:
                 give(worker.socket, messages.BACKEND, [backend])
         except OSError as error:
-            # It may have gone in the meantime; then its end is on record already.
+            # The worker may have ended meanwhile. Its end is recorded when its pidfd tells of it.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
                 worker.kill(f"does not take its backend: {error.strerror}")

@@ -1,4 +1,4 @@
-"""The parent's way to keyd: opening a worker's channel, and hearing what keyd refused.
+"""The parent's socket to keyd: opening channels for workers, and hearing what keyd refused.
 
 Run by the parent, which trusts keyd and never waits for it.
 """
@@ -14,16 +14,16 @@ from titus_py.parent.worker import Offer
 
 __all__ = ["Channels"]
 
-#: How soon to look again for a keyd that could not take a message.
+#: How soon to try again when keyd could not take a message, or no descriptor was left.
 _PAUSE_SECONDS = 0.05
-#: How soon to ask for another keyd where there was no descriptor for one.
+#: How soon to report keyd as lost, and so get another one, when there was no descriptor for it.
 _LOST_SECONDS = 1.0
 
 
 class Channels:
-    """The control socket of the keyd that there is, if there is one.
+    """The control socket to keyd, while there is one.
 
-    ``refused`` is called with each refusal that keyd tells of.
+    ``refused`` is called with each refusal that keyd reports.
     """
 
     def __init__(self, loop: EventLoop, tell: Tell, refused: Callable[[Refusal], None]) -> None:
@@ -31,23 +31,24 @@ class Channels:
         self._tell = tell
         self._refused = refused
         self._keyd: socket.socket | None = None
-        #: It has said, by closing its side, that it is about to leave.
+        #: keyd has shut down its side for writing: it is about to leave.
         self._leaves = False
 
     @property
     def there(self) -> bool:
-        """Whether there is a keyd for clients that are yet to be accepted."""
+        """Whether there is a keyd for clients that have not been accepted yet."""
         return self._keyd is not None and not self._leaves
 
     def done(self) -> None:
-        """Nobody waits for a channel: a keyd that is about to leave may do so."""
+        """No client waits for a channel: hang up on a keyd that is about to leave."""
         if self._leaves:
             self._gone()
 
     def take(self, descriptors: Sequence[int]) -> None:
-        """Use the keyd that this descriptor leads to from now on.
+        """From now on, use the keyd at this descriptor.
 
-        Where there was no number left for it, keyd has been hung up on: there will be another.
+        ``descriptors`` is empty if this process had no descriptor free to receive it. The kernel
+        has then closed the connection to keyd, and another one will come.
         """
         self._lose()
         if not descriptors:
@@ -59,9 +60,9 @@ class Channels:
         self._loop.watch(keyd.fileno(), self._hear)
 
     def open(self, connection: int, offer: Offer, lifetime: float) -> socket.socket | None:
-        """A worker's channel, for one operation within ``lifetime`` seconds.
+        """Open a worker's channel, for one operation within ``lifetime`` seconds.
 
-        None if there is none for now: the loop wakes up when it is time to ask again.
+        Returns None if that is not possible now. The loop wakes up when it is time to try again.
         """
         if self._keyd is None:
             return None
@@ -76,7 +77,7 @@ class Channels:
             try:
                 send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
             except OSError:
-                # Full or gone. If it is alive, it will have caught up in a moment.
+                # keyd's queue is full, or keyd is gone. If it is alive, it soon catches up.
                 ours.close()
                 self._loop.after(_PAUSE_SECONDS, lambda: None)
                 return None
@@ -107,8 +108,8 @@ class Channels:
         except ConnectionResetError:
             message = b""
         if not message:
-            # Those who are accepted already it still serves. One that has ended hangs up, which
-            # is heard whatever is waited for.
+            # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
+            # the hang-up (EPOLLHUP), even to a caller that waits for no event.
             self._leaves = True
             self._loop.unwatch(self._keyd.fileno())
             self._loop.watch(self._keyd.fileno(), self._gone, 0)

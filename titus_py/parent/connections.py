@@ -1,6 +1,6 @@
 """Connections that have a worker: begun, established, over. Run by the parent.
 
-Of what a worker says, only the two messages of ``between.messages`` are understood here.
+A worker may send only the two messages of ``between.messages``; anything else is an alarm.
 """
 
 import socket
@@ -23,17 +23,18 @@ from titus_py.parent.worker import Offer, Worker
 
 __all__ = ["Arrival", "Connections"]
 
-#: How much longer than its handshake timeout a worker may take to act on it itself.
+#: How long after its handshake timeout a worker may take to end by itself.
 _GRACE_SECONDS = 2.0
-#: Why one that takes longer still is ended: it was starved of processor time, or is not ours.
+#: Why a worker that takes longer still is killed: it got no processor time, or runs other code
+#: than ours.
 _OVERDUE = "did not keep to its handshake timeout"
-#: What an honest worker may hear as well: that keyd was too slow, that it was started with other
-#: keys than its configuration has, that its OpenSSL has failed.
+#: Refusals that an honest worker may get: keyd was too slow, keyd was started with other keys than
+#: the configuration has, or keyd's OpenSSL failed.
 _NOBODYS_FAULT = (Status.EXPIRED, Status.UNKNOWN_KEY, Status.FAILED)
 
 
 class Arrival(NamedTuple):
-    """A client that nobody serves yet."""
+    """A client that has no worker yet."""
 
     client: socket.socket
     address: str
@@ -44,7 +45,7 @@ class Arrival(NamedTuple):
 
 
 class Connections:
-    """Each is a worker with a client."""
+    """The workers that have a client."""
 
     def __init__(
         self,
@@ -61,19 +62,22 @@ class Connections:
         self._limits_hit = limits_hit
         self._backends = backends
         self._tell = tell
-        #: By uid: all of them.
+        #: All of them, by uid.
         self.busy: dict[int, Worker] = {}
-        #: Those whose handshake is not done, the longest-serving first.
+        #: Those whose handshake is not done yet, the oldest first.
         self.handshaking: dict[int, Worker] = {}
-        # Unique for as long as the machine runs, whatever is restarted and however the
-        # wall clock is set.
+        # Connection numbers are unique until the machine reboots, whatever is restarted and
+        # however the wall clock is set.
         self.next_number = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         self.offer = lru_cache(maxsize=1024)(self._offer)
 
     def begin(
         self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[socket.socket]
     ) -> None:
-        """Give a client to a spare worker: its socket, behind the channel to keyd if it has one."""
+        """Give a client to a spare worker.
+
+        ``sockets`` are the channel to keyd, if there is one, and then the client's socket.
+        """
         connection = self.next_number
         self.next_number += 1
         self._make_room()
@@ -84,7 +88,7 @@ class Connections:
         worker.offer = offer
         worker.started = time.monotonic()
         worker.deadline = self._loop.after(
-            # One that has not asked for its backend by then is not going to.
+            # A worker that has not asked for its backend by then never will.
             self._plan.handshake_timeout + _GRACE_SECONDS,
             lambda: worker.kill(_OVERDUE),
         )
@@ -93,7 +97,7 @@ class Connections:
             give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")
-        # With the worker on its way already.
+        # Reported only now, so that the worker does not wait for this.
         self._tell(
             "connection_begun",
             connection=connection,
@@ -103,7 +107,7 @@ class Connections:
         )
 
     def hear(self, worker: Worker) -> bool:
-        """What a worker says; returns whether that is that it is ready for a client."""
+        """Receive a worker's message; returns whether it says "ready for a client"."""
         try:
             octets = worker.socket.recv(messages.WORKER_MESSAGE_OCTETS)
         except BlockingIOError:
@@ -111,7 +115,7 @@ class Connections:
         except ConnectionResetError:
             octets = b""
         if not octets:
-            # It has hung up, or ended: the pidfd will tell.
+            # The worker has closed its socket, or ended. If it has ended, its pidfd tells.
             self._loop.unwatch(worker.socket.fileno())
             worker.socket.close()
             return False
@@ -135,7 +139,7 @@ class Connections:
         return False
 
     def ended(self, worker: Worker, how: str) -> None:
-        """Record it: ``how`` its worker ended where that was not by itself."""
+        """Record a connection's end; ``how`` is empty if its worker exited as it should."""
         if worker.dialer is not None:
             worker.dialer.cancel()
         if worker.deadline is not None:
@@ -162,7 +166,7 @@ class Connections:
         )
 
     def refused(self, refusal: Refusal) -> None:
-        """keyd did not do what a worker asked: it says which connection's that was."""
+        """keyd refused what a worker asked, and says for which connection: report it."""
         worker = next(
             (worker for worker in self.busy.values() if worker.connection == refusal.connection),
             None,
@@ -179,15 +183,15 @@ class Connections:
         )
 
     def _make_room(self) -> None:
-        """With too many in their handshake, the slowest of them is ended."""
+        """If too many are in their handshake, kill the worker of the oldest one."""
         if len(self.handshaking) >= self._plan.limits.handshakes:
-            # Off the list now, and not when it has ended: the next newcomer ends the next one.
+            # Off the list now, not when it has ended, so that the next newcomer ends another one.
             slowest = self.handshaking.pop(next(iter(self.handshaking)))
             slowest.kill("handshakes_limit")
             self._limits_hit.note("handshakes", slowest.address)
 
     def _established(self, worker: Worker, vhost: int) -> None:
-        """The handshake is done, as the worker says: connect it to that host's backend."""
+        """A worker says that its handshake is done: connect to its virtual host's backend."""
         worker.vhost = vhost
         self.handshaking.pop(worker.uid, None)
         if worker.deadline is not None:
@@ -199,7 +203,7 @@ class Connections:
         self._backends.dial(worker, vhost)
 
     def _alarm(self, worker: Worker, event: str, attempted: str) -> None:
-        """A worker did what our code does not do: say so, once, and end it."""
+        """A worker did what our code never does: raise an alarm, once, and kill it."""
         if worker.killed_for:
             return
         self._tell(

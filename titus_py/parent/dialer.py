@@ -1,8 +1,7 @@
 """Connecting to a backend on a worker's behalf, without waiting for it.
 
-Run by the parent. The addresses were resolved by the supervisor; which of them
-takes the connection is up to the backends, and so is how long that takes: nothing
-here blocks.
+Run by the parent. The supervisor has resolved the addresses. Which of them accepts the
+connection, and how long that takes, is up to the backends, so nothing here blocks.
 """
 
 import errno
@@ -22,22 +21,23 @@ __all__ = ["MAX_ATTEMPTS", "Dialer", "reset_at_close"]
 
 #: How long an attempt is on its own before the next one begins beside it (RFC 8305 §5).
 _ATTEMPT_SECONDS = 0.25
-#: How many there are at a time, each with a descriptor. Before one more begins, the longest is
-#: given up: it has had 1.25 s, and so a second SYN, which is sent after 1 s (RFC 6298 §2).
+#: How many attempts run at a time, each with a descriptor. When one more begins, the oldest is
+#: given up. Unless others failed sooner, it has had 1.25 s, and so a second SYN, which is sent
+#: after 1 s (RFC 6298 §2).
 MAX_ATTEMPTS = 5
-#: connect(2) on a unix socket whose queue is full fails at once: how soon to try again.
+#: How soon to try a unix socket again whose queue is full: connect(2) then fails at once.
 _RETRY_SECONDS = 0.02
-#: How many addresses' failures the reason names: the latest.
+#: How many failures the reason names: the latest ones.
 _NAMED_FAILURES = 4
 
 
 class Dialer:
-    """One connection to a backend: to the first of its addresses that answers (RFC 8305).
+    """Connects to the first of a backend's addresses that answers (RFC 8305).
 
-    Its keepalive begins after so many seconds of silence, or never (0).
-    An address is tried when the one before it has failed, or has not answered soon; that one may
-    still answer first. ``done`` is called once: with the connected socket, or with None and the
-    reason.
+    The next address is tried when the one before it has failed, or has not answered soon. The
+    earlier one may still answer first. ``keepalive`` is how many seconds of silence come before
+    the first probe; 0 is no keepalive. ``done`` is called once: with the connected socket, or with
+    None and the reason.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Dialer:
         self._left = deque(addresses)
         self._keepalive = keepalive
         self._done = done
-        #: Those that go on, the longest first.
+        #: The attempts that are under way, the oldest first.
         self._attempts: dict[socket.socket, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._next_attempt: Timer | None = None
@@ -91,7 +91,7 @@ class Dialer:
             self._give_up("" if self._failures else "no address")
 
     def _try(self, family: int, address: SocketAddress) -> int:
-        """What an attempt comes to at once, as an errno; EALREADY where that is open."""
+        """Begin an attempt; returns its outcome as an errno, EALREADY if it is under way."""
         try:
             attempt = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
@@ -100,10 +100,10 @@ class Dialer:
         try:
             outcome = attempt.connect_ex(address)
         except OSError as error:
-            # Python has objections of its own, which it raises.
+            # Python itself rejects some addresses.
             outcome = error.errno or errno.EIO
         if outcome == errno.EINPROGRESS:
-            # One on this machine has answered by now.
+            # A backend on this machine has answered by now.
             outcome = self._outcome(attempt, address)
         if not outcome:
             self._succeeded(attempt)
@@ -114,11 +114,11 @@ class Dialer:
         return outcome
 
     def _outcome(self, attempt: socket.socket, address: SocketAddress) -> int:
-        """What connecting has come to, as an errno; EALREADY where that is open.
+        """An attempt's outcome as an errno; EALREADY while it is under way.
 
-        By a second connect(2), and not SO_ERROR: it makes the kernel note that there is a
-        connection. Until then, a holder of the socket could connect it to another address once
-        it is reset (sendto with MSG_FASTOPEN), and a worker is to hold it.
+        Asked by a second connect(2), not by SO_ERROR: only connect(2) makes the kernel note that
+        there is a connection. Without that, the worker that gets the socket could connect it to
+        another address once it is reset (sendto with MSG_FASTOPEN).
         """
         return attempt.connect_ex(address)
 
@@ -143,7 +143,7 @@ class Dialer:
             self._succeeded(attempt)
 
     def _release(self, attempt: socket.socket) -> SocketAddress:
-        """Of one that is no longer waited for; returns where it led."""
+        """Stop waiting for an attempt; returns its address."""
         self._loop.unwatch(attempt.fileno())
         return self._attempts.pop(attempt)
 
@@ -172,6 +172,6 @@ class Dialer:
 def reset_at_close(side: socket.socket) -> None:
     """Make the connection end in a reset when its last holder ends (socket(7), SO_LINGER).
 
-    A worker that is killed must not look like a client, or a backend, that was done.
+    When a worker is killed, neither peer may take that for the other one's clean end.
     """
     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

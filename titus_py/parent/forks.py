@@ -1,6 +1,6 @@
-"""The parent's side of its fork server: starting it, orders, and what came of them.
+"""The parent's side of its fork server: starting it, sending orders, receiving the results.
 
-Run by the parent, which trusts the fork server and never waits for it once it is there.
+Run by the parent, which trusts the fork server and never waits for it once it has started.
 """
 
 import os
@@ -19,17 +19,17 @@ from titus_py.fork_server.confinement import MAX_ORDERS
 
 __all__ = ["Forks"]
 
-#: What is started, as Python is to be told of it.
+#: Python's arguments for the fork server.
 _PROGRAM = ("-m", "titus_py.fork_server.life")
-#: How long it may leave an order unanswered before it is taken to hang.
+#: How long the fork server may answer no order before the parent takes it to hang.
 _QUIET_SECONDS = 5.0
 
 
 class Forks:
     """One fork server, started with the plan that the parent has.
 
-    ``done`` is called back with what came of each order and the worker's pidfd (-1 where
-    there is none), ``lost`` once, with how the fork server ended.
+    ``done`` is called with the result of each order and the worker's pidfd (-1 if there is
+    none). ``lost`` is called once, with how the fork server ended, if it was not told to.
     """
 
     def __init__(self, plan_fd: int, openssl_conf_fd: int) -> None:
@@ -48,7 +48,7 @@ class Forks:
                 stdout=subprocess.DEVNULL,
                 env={
                     "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
-                    # Each symbol that is bound later is bound by every worker anew.
+                    # A symbol that is not bound at the start is bound anew by every worker.
                     "LD_BIND_NOW": "1",
                 },
                 pass_fds=tuple(given.values()),
@@ -59,11 +59,11 @@ class Forks:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._orders = 0
         self._finishing = False
-        #: When it was last seen to be at work, or had nothing to do.
+        #: When it last answered, or had nothing to do; and when ``look_after`` last ran.
         self._last_seen = self._looked = time.monotonic()
 
     def wait_until_ready(self) -> bool:
-        """Once, before there is anybody to serve; False if it could not confine itself."""
+        """Wait, before there is any client; returns False if the fork server failed to start."""
         return self._socket.recv(len(Ready().encode()) + 1) == Ready().encode()
 
     def watch(
@@ -89,9 +89,10 @@ class Forks:
         self._orders += 1
 
     def look_after(self) -> None:
-        """End it where it has had orders for too long, and answered none: it hangs."""
+        """Kill the fork server if it has had orders for too long and answered none: it hangs."""
         now = time.monotonic()
-        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        # If this process itself was stopped (SIGSTOP, a paused virtual machine), the time since
+        # the last answer says nothing.
         if now - self._looked > _QUIET_SECONDS:
             self._last_seen = now
         self._looked = now
@@ -99,7 +100,7 @@ class Forks:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def finish(self) -> None:
-        """No more orders: it leaves when it has answered those that it has."""
+        """Send no more orders. The fork server leaves when it has answered those that it has."""
         self._finishing = True
         if not self._orders:
             self._close()
@@ -116,10 +117,10 @@ class Forks:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                # It has ended without having taken every order. What it said is still there.
+                # It ended with orders unread. What it had sent can still be received.
                 continue
             if not message:
-                # It has ended, or is about to: the pidfd will tell.
+                # It has ended, or is about to: its pidfd will tell.
                 self._close()
                 return
             self._orders -= 1

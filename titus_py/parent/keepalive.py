@@ -1,23 +1,23 @@
 """TCP's keepalive (tcp(7)): how a peer that has vanished is noticed.
 
-Run by the supervisor, on listening sockets, from which what they accept inherits it, and by
-the parent, on connections to backends.
+Run by the supervisor on listening sockets, whose accepted connections inherit it, and by the
+parent on connections to backends.
 """
 
 import socket
 
 __all__ = ["PROBES", "keep_alive"]
 
-#: How many are sent, in as long a time as the peer was silent before the first.
+#: How many probes are sent. They take as long as the silence before the first one.
 PROBES = 4
 
 
 def keep_alive(side: socket.socket, silence: float) -> None:
-    """Ask a peer that was silent for so many seconds, and end the connection at twice that.
+    """Probe a peer after so many seconds of silence; end the connection after twice as many.
 
-    0 turns it off. Nothing is asked while octets are on their way to the peer: those are sent
-    again, for as long as the system's tcp_retries2 says. TCP_USER_TIMEOUT would make that
-    shorter, and would also end the connection of a peer that is there and does not read.
+    0 turns it off. No probe is sent while octets are on their way to the peer. TCP sends those
+    again, for as long as the system's tcp_retries2 says. TCP_USER_TIMEOUT would shorten that, but
+    would also end the connection of a peer that is alive and does not read.
     """
     side.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(silence))
     if silence:

@@ -1,10 +1,10 @@
 """The parent's life: accept clients, have workers forked, hand each a client.
 
 Started anew by the supervisor for each generation of the configuration, as root.
-It accepts, connects to backends and notes how each worker ended; its fork server makes
+It accepts, connects to backends and notes how each worker ended. Its fork server makes
 the workers, which are the parent's children. It never reads a client's octet, holds no
-key and no certificate, and looks no name up. It trusts the supervisor, the fork server
-and keyd, and of what workers say the little that ``messages`` decodes.
+private key and resolves no name. It trusts the supervisor, the fork server and keyd. It
+does not trust workers, and understands only the two messages that ``messages`` decodes.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from titus_py.parent.worker import Worker
 
 __all__ = ["main"]
 
-#: How often to say to the supervisor that all is well.
+#: How often to tell the supervisor that this process is alive.
 _ALIVE_SECONDS = 3.0
 _SUPERVISOR_MESSAGE_OCTETS = 64 * 1024
 
 
 class Parent:
-    """One generation's listening sockets, workers and way to keyd."""
+    """One generation's listening sockets, workers and socket to keyd."""
 
     def __init__(
         self, plan: Plan, forks: Forks, supervisor: socket.socket, keyd: int | None
@@ -61,7 +61,7 @@ class Parent:
         self._loop = loop = EventLoop()
         self._outbox = Outbox(loop, supervisor)
         self._tell = tell = self._outbox.put
-        #: Clients that have no worker yet, the latest last.
+        #: Clients that have no worker yet; the client that came last is last.
         self._waiting: deque[Arrival] = deque()
         admission = Admission(plan.limits)
         self._limits_hit = LimitsHit(loop, tell)
@@ -77,7 +77,7 @@ class Parent:
             loop, plan, forks, self._waiting, tell, self._hear_worker, self._connections.ended
         )
         self._may_accept = False
-        #: Without a fork server.
+        #: The fork server has ended.
         self._crippled = False
         self._draining = False
         self._last_first = True
@@ -85,7 +85,7 @@ class Parent:
             self._channels.take([keyd])
 
     def withdraw(self) -> None:
-        """Say what this kernel cannot do for workers, and keep only what serving takes."""
+        """Report the kernel features that are missing; keep only the capabilities for serving."""
         missing = missing_features(landlock.version(), controllable_speculation())
         for feature in missing:
             self._tell("not_available", level="warning", feature=feature)
@@ -94,7 +94,7 @@ class Parent:
             sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
         capabilities = list(PARENT_CAPABILITIES)
         if any(vhost.backend.startswith("unix:") for vhost in self._plan.vhosts):
-            # To connect to a socket whose owner and mode do not have root in mind.
+            # For unix sockets whose owner and mode do not let root connect.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
         keep_capabilities(capabilities)
 
@@ -115,9 +115,9 @@ class Parent:
     def _serve_waiting(self) -> None:
         """Give spares to the client that came last and to the one that came first, in turn.
 
-        In a surge, the last one still waits for an answer, or was turned away and tries
-        again. The others get on as well: nobody waits for as long as others keep coming.
-        Without a surge there is a spare for all.
+        In a surge, the client that came last still waits for an answer, or was turned away and
+        tries again. Serving the first one as well keeps it from waiting for as long as others
+        come. Without a surge there is a spare for every client.
         """
         while self._pool.spares and self._waiting:
             served = -1 if self._last_first else 0
@@ -131,16 +131,20 @@ class Parent:
             self._pool.dismiss_spares()
 
     def _hand_over(self, arrival: Arrival) -> bool:
-        """Give a client to a spare worker, together with its channel to keyd, if keyd is there."""
+        """Give a client to a spare worker, with a channel to keyd if a virtual host applies.
+
+        Returns False if no channel can be opened now.
+        """
         offer = self._connections.offer(arrival.local_address, arrival.local_port)
         sockets = [arrival.client]
         if offer.vhosts:
             number, lifetime = self._connections.next_number, self._plan.handshake_timeout
             channel = self._channels.open(number, offer, lifetime)
             if channel is None:
-                # keyd is gone, or busy: this client waits.
+                # keyd is gone or busy, or no descriptor is left: this client waits.
                 return False
-            # In this order: the first of them gets the number that the provider knows.
+            # The channel goes first: the first socket gets the descriptor number that the
+            # provider uses.
             sockets.insert(0, channel)
         self._connections.begin(self._pool.spares.popleft(), arrival, offer, sockets)
         return True
@@ -153,7 +157,7 @@ class Parent:
             self._pool.may_serve(worker)
 
     def _cannot_fork(self, how: str) -> None:
-        """The fork server has ended: accept no more, and serve those for whom there is a worker.
+        """The fork server has ended: accept no more, and keep only clients that can get a worker.
 
         Clients in the listen queue are for the generation that takes over.
         """
@@ -196,7 +200,7 @@ class Parent:
                 self._close_all("closed at once")
 
     def _stop_accepting(self) -> None:
-        """Let connections end from now on; new clients are another generation's."""
+        """Stop accepting for good, let connections end: another generation takes new clients."""
         self._drain()
         self._arrivals.close()
 
@@ -211,7 +215,7 @@ class Parent:
         self._adjust_accepting()
 
     def _say_alive(self) -> None:
-        """To the supervisor, which ends a parent that hangs, as this ends a fork server."""
+        """Kill a fork server that hangs. Tell the supervisor, which kills a parent that hangs."""
         self._forks.look_after()
         self._tell("alive", spares=len(self._pool.spares))
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
@@ -235,7 +239,7 @@ def main() -> int:
         if descriptor is not None:
             os.set_inheritable(descriptor, False)
     plan = Plan.decode(read_all(os.dup(arguments.plan_fd)))
-    # Beyond them, clients wait in the listen queue, not here, where none is left for a worker.
+    # Accept only as many clients as there are descriptors for. The others wait in the listen queue.
     most = connections_within(descriptors, plan.spare_workers)
     plan = plan._replace(max_workers=min(plan.max_workers, most))
     forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd)

@@ -1,7 +1,7 @@
-"""What the parent tells the supervisor, on its way. Run by the parent, which never waits for it.
+"""Events from the parent to the supervisor. Run by the parent, which waits only when it ends.
 
-The supervisor may be slow: what it does not take is kept for a while, and then counted
-instead. A flood of ordinary events leaves room for alarms.
+The supervisor may be slow. Events that it does not take are queued. If the queue is full, they
+are dropped and counted. Part of the queue is for alarms only.
 """
 
 import json
@@ -17,7 +17,7 @@ from titus_py.between.event_loop import EventLoop
 __all__ = ["Outbox", "Tell"]
 
 _EVENTS, _ALARMS = 10_000, 1_000
-#: How soon to offer again what was not taken.
+#: How soon to send again what was not taken.
 _PAUSE_SECONDS = 0.01
 #: How long to wait for a supervisor that does not take the last events.
 _LAST_SECONDS = 5.0
@@ -41,7 +41,7 @@ class Outbox:
     def put(self, event: str, report: int | None = None, **fields: object) -> None:
         """Have an event sent; never waits.
 
-        A worker's report goes along as it is, unread, and is closed here.
+        The descriptor of a worker's report is sent along, unread, and closed here.
         """
         room = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
         if len(self._waiting) >= room:
@@ -59,21 +59,21 @@ class Outbox:
             self._send()
 
     def send_last(self) -> None:
-        """At the end: nobody is left to be kept waiting, so this may take a moment."""
+        """Send the rest before the parent ends. No client is left, so this may wait."""
         self._supervisor.settimeout(_LAST_SECONDS)
         with suppress(OSError):
             while self._waiting:
                 self._send_one(0)
 
     def _send(self) -> None:
-        """As many as the supervisor takes for now, and the others soon."""
+        """Send as many as the supervisor takes now, and the others soon."""
         try:
             while self._waiting:
                 self._send_one(socket.MSG_DONTWAIT)
         except (BrokenPipeError, ConnectionResetError):
             self._waiting.clear()
         except OSError:
-            # Its queue is full, or too many descriptors are on their way.
+            # The socket's queue is full, or too many descriptors are on their way.
             self._loop.after(_PAUSE_SECONDS, self._send)
 
     def _send_one(self, flags: int) -> None:

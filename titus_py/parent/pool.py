@@ -1,7 +1,8 @@
-"""The workers that there are: ordered, spare, busy, ended. Run by the parent.
+"""The parent's workers: ordered, spare, busy, ended. Run by the parent.
 
-When to have spares forked and how many, what to do when forking fails, and reaping. It trusts
-the fork server; of a worker it only knows what the kernel says of it.
+The pool decides when to have spares forked, how many, and what to do when forking fails. It reaps
+workers that have ended. It trusts the fork server. About a worker that has had a client, it trusts
+only the kernel.
 """
 
 import errno
@@ -24,19 +25,19 @@ from titus_py.parent.worker import Worker
 __all__ = ["Pool"]
 
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
-#: How soon to look again for the end of a worker without a pidfd.
+#: How often to look whether a worker without a pidfd has ended.
 _REAP_SECONDS = 0.1
-#: How long forking waits for the client that was just given a worker to be served.
+#: How long forking is put off, so that the client that just got a worker is served first.
 _SPARES_SECONDS = 0.02
-#: Workers in a row that fail to confine themselves before the parent gives up.
+#: How many workers in a row may fail to confine themselves: then the parent gives up.
 _MAX_FAILED_WORKERS = 5
 
 
 class Pool:
-    """``waiting`` are the clients that wait for a worker: looked at for whether there are any.
+    """``waiting`` are the clients that wait for a worker. Only whether there are any matters.
 
-    ``heard`` is called when a worker's socket can be read, ``ended`` when a worker that had
-    a client has ended: with how, or nothing where it exited as it should.
+    ``heard`` is called when a worker's socket can be read. ``ended`` is called when a worker that
+    had a client has ended: with how it ended, or an empty text if it exited as it should.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class Pool:
         self._ended = ended
         # The uid that was freed longest ago is taken first.
         self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
-        #: By uid: all of them, and those that are not ready yet.
+        #: All workers, by uid; and the uids of those that are not ready yet.
         self._workers: dict[int, Worker] = {}
         self._forming: set[int] = set()
-        #: Those that are ready for a client.
+        #: Workers that are ready for a client.
         self.spares: deque[Worker] = deque()
         self._draining = False
         self._failed_workers = 0
@@ -75,7 +76,7 @@ class Pool:
 
     @property
     def coming(self) -> int:
-        """How many there are, or will soon be, for clients that have none."""
+        """How many workers without a client there are, or soon will be."""
         return len(self.spares) + len(self._forming)
 
     def drain(self) -> None:
@@ -83,7 +84,7 @@ class Pool:
         self._draining = True
 
     def dismiss_spares(self) -> None:
-        """End those that have no client: nobody is left for them to serve."""
+        """End the workers that have no client: none will come for them."""
         self.spares.clear()
         for worker in self._workers.values():
             if worker.offer is None:
@@ -98,9 +99,9 @@ class Pool:
     def look_at_spares(self) -> None:
         """Once half of the spares are used up, have as many forked as are missing, in a row.
 
-        After each fork the fork server pays for every page that it writes to: in a row, and
-        undisturbed, it writes to few. It does not begin while the client is served that got
-        the last one, unless there are too few left for that.
+        After each fork, the fork server pays for every page that it writes to. It writes to few
+        if it forks in a row and undisturbed. Forking is put off for a moment, while the client
+        that got the last spare is served, unless a client waits or few spares are left.
         """
         left = self.coming
         if left > self._plan.spare_workers // 2 or not self._may_fork():
@@ -111,7 +112,10 @@ class Pool:
             self._spares_timer = self._loop.after(_SPARES_SECONDS, self._fork_spares)
 
     def may_serve(self, worker: Worker) -> None:
-        """Once it has been forked, and has said that it is confined, in whatever order."""
+        """Make a worker a spare once it has been forked and has said that it is confined.
+
+        The two may come in either order.
+        """
         if worker.ready and worker.pidfd >= 0:
             self._failed_workers = 0
             self._forming.discard(worker.uid)
@@ -153,7 +157,7 @@ class Pool:
         self._fork_timer = None
 
     def _fork(self) -> None:
-        """Have a worker forked; ``forked`` will hear of it. Raises OSError."""
+        """Order a worker; ``forked`` is called with the result. Raises OSError."""
         ours, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with workers:
             report = make_report()
@@ -172,10 +176,10 @@ class Pool:
         self._loop.watch(ours.fileno(), lambda: self._heard(worker))
 
     def forked(self, forked: Forked, pidfd: int) -> None:
-        """What came of an order; ``pidfd`` is -1 where there is none."""
+        """Take the result of an order; ``pidfd`` is -1 if there is none."""
         worker = self._workers.get(forked.uid)
         if worker is None:
-            # It was forgotten meanwhile. It finds that we hung up.
+            # The worker was forgotten meanwhile. It sees end-of-file on its socket, and leaves.
             if pidfd >= 0:
                 self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
             return
@@ -185,7 +189,7 @@ class Pool:
             self._fork_failed(os.strerror(forked.error))
             return
         if pidfd < 0:
-            # There was no descriptor left for it. A spare that nobody can watch is of no use.
+            # No descriptor was left for the pidfd. A spare that cannot be watched is of no use.
             worker.hang_up()
             self._fork_failed(os.strerror(errno.EMFILE))
             self._reap_unwatched(worker, forked.pid)
@@ -214,7 +218,7 @@ class Pool:
         if worker.offer is not None:
             self._ended(worker, how)
             return
-        # It never had a client: what it says is our code's.
+        # The worker never had a client, so our code wrote its report.
         why = read_report(worker.report).detail
         os.close(worker.report)
         if how and not self._draining:
@@ -228,7 +232,10 @@ class Pool:
         self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
 
     def _forget(self, worker: Worker) -> None:
-        """It has ended, or never began; its namespace ended with it: nobody has its uid."""
+        """Forget a worker that has ended, or never began, and free its uid.
+
+        Its pid namespace has ended with it, so no process has that uid.
+        """
         if worker.socket.fileno() >= 0:
             self._loop.unwatch(worker.socket.fileno())
             worker.socket.close()
@@ -237,7 +244,7 @@ class Pool:
         self._uids.append(worker.uid)
 
     def forget_unforked(self) -> None:
-        """Forget workers that were ordered and may never come; one that does finds nobody."""
+        """Forget workers that may never be forked. One that is sees end-of-file, and leaves."""
         for worker in [one for one in self._workers.values() if one.pidfd < 0]:
             self._forget(worker)
             os.close(worker.report)
@@ -248,7 +255,7 @@ class Pool:
         os.close(pidfd)
 
     def _reap_unwatched(self, worker: Worker, pid: int) -> None:
-        """A spare that was told to leave; its pid is its own until this has seen its end."""
+        """Reap a spare that was told to leave. Until then, no other process gets its pid."""
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
             self._loop.after(_REAP_SECONDS, lambda: self._reap_unwatched(worker, pid))
             return

@@ -22,7 +22,7 @@ class Offer(NamedTuple):
 
 
 class Worker:
-    """From the order to fork it until it has been reaped. Times are of time.monotonic(3)."""
+    """One worker, from the order to fork it until it is reaped. Times are time.monotonic()'s."""
 
     __slots__ = (
         "address",
@@ -64,15 +64,15 @@ class Worker:
         self.vhost: int | None = None
 
     def kill(self, reason: str) -> None:
-        """End it. The first reason is the one that is logged."""
+        """Kill the worker. If there are several reasons, the first is logged."""
         self.killed_for = self.killed_for or reason
-        # Before it has been forked there is nothing to kill: the pool ends it then.
+        # A worker that has not been forked yet is killed by the pool as soon as it is.
         if self.pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def hang_up(self) -> None:
-        """Let it see end-of-file: a spare leaves by itself then."""
-        # One that has just ended has hung up already.
+        """Let the worker see end-of-file: a spare then leaves by itself."""
+        # A worker that has just ended has hung up already.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)

@@ -1,11 +1,11 @@
 """The first message of a TLS connection, read for one thing: the server's name.
 
-Run by the worker, on the first octets that its client sent: hostile. Bytes in,
-value out; no I/O. The virtual host is chosen from this before OpenSSL sees an
-octet, since OpenSSL settles the protocol version before its own callback for the
-name is called: with it, a virtual host could not have versions of its own, nor
-could pyOpenSSL's callback refuse a name. OpenSSL then reads the same octets and
-judges all the rest of them.
+Run by the worker, on the first octets that its client sent: hostile. Octets in,
+value out; no I/O. The virtual host is chosen by this name before OpenSSL sees an
+octet. OpenSSL's own callback for the name comes too late: the protocol version is
+settled by then, and a virtual host could not have versions of its own. Nor can
+pyOpenSSL's callback refuse a name. OpenSSL then reads the same octets, and judges
+the rest of them.
 
 RFC 8446 §4.1.2 (ClientHello) and §5.1 (records), RFC 6066 §3 (server_name).
 """
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 #: The longest ClientHello that there can be, without its header: 2 octets of version, 32 of
-#: random, and four vectors at their longest. It is also what OpenSSL takes at most.
+#: random, and four vectors at their longest. This is also OpenSSL's limit.
 MAX_MESSAGE_OCTETS = 2 + 32 + (1 + 32) + (2 + 65534) + (1 + 255) + (2 + 65535)
 
 _HANDSHAKE = 22
@@ -32,16 +32,16 @@ _MAX_RECORD_OCTETS = 16 * 1024
 _MESSAGE_HEADER_OCTETS = 4
 _SERVER_NAME = 0
 _HOST_NAME = 0
-#: A name in the DNS has no more (RFC 1035 §2.3.4).
+#: No name in the DNS is longer (RFC 1035 §2.3.4).
 _MAX_NAME_OCTETS = 255
 
-#: How a request begins, as far as a record's header would go.
+#: How HTTP requests begin: at most as many octets as a record's header has.
 _HTTP = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELET", b"CONNE", b"OPTIO", b"TRACE", b"PATCH",
          b"PRI ")  # fmt: skip
 
 
 class Alert:
-    """AlertDescription (RFC 8446 §6), as far as they are ours to send."""
+    """The alerts that are sent here, and not by OpenSSL (AlertDescription, RFC 8446 §6)."""
 
     UNEXPECTED_MESSAGE = 10
     RECORD_OVERFLOW = 22
@@ -72,16 +72,16 @@ def fatal_alert(description: int) -> bytes:
 
 
 class ClientHelloReader:
-    """Puts one ClientHello together from octets as they come, each looked at once.
+    """Puts one ClientHello together from octets as they come; looks at each octet once.
 
-    However a client cuts it, into segments and into records, the work is in proportion to
-    its octets; there are at most six for each octet of the message.
+    The work is in proportion to the octets, however a client cuts the message into segments and
+    records. There are at most six octets for each one of the message.
     """
 
     __slots__ = ("_end", "_header", "_left", "_message")
 
     def __init__(self) -> None:
-        #: What there is of a record's header, and what is to come of the record's content.
+        #: What has come of a record's header, and how much of its content is still to come.
         self._header = b""
         self._left = 0
         self._message = bytearray()
@@ -89,9 +89,9 @@ class ClientHelloReader:
         self._end = 0
 
     def feed(self, octets: bytes) -> ClientHello | None:
-        """Take what came next; None as long as the message is not whole.
+        """Take the next octets; returns None until the message is whole.
 
-        Raises InvalidClientHello as soon as it cannot become one.
+        Raises InvalidClientHello as soon as the octets cannot become a ClientHello.
         """
         message = self._message
         position = 0
@@ -130,7 +130,7 @@ class ClientHelloReader:
         self._header = b""
 
     def _refuse_record_type(self) -> None:
-        """Unless it is the beginning of an HTTP request, of which more is to come."""
+        """Raise InvalidClientHello, unless more octets could show this to be an HTTP request."""
         start = self._header
         if self._message:
             reason = f"a record of type {start[0]} within the ClientHello"
@@ -155,7 +155,7 @@ class ClientHelloReader:
 
 
 class _Fields:
-    """Takes fields off the front; what is missing is an InvalidClientHello."""
+    """Takes fields off the front; raises InvalidClientHello if one is cut short."""
 
     __slots__ = ("_octets", "_position")
 
@@ -204,7 +204,7 @@ def _host_name(data: _Fields) -> str:
     name = names.vector(2)
     if not name:
         raise InvalidClientHello("a server_name of 0 octets")
-    # What can be decoded, and cannot be a name (RFC 8446 §6.2).
+    # From here on: a field that can be decoded, but cannot be a name (RFC 8446 §6.2).
     if len(name) > _MAX_NAME_OCTETS:
         reason = f"a server_name of {len(name)} octets"
         raise InvalidClientHello(reason, Alert.ILLEGAL_PARAMETER)

@@ -1,7 +1,7 @@
-"""The end of one side's connection, as TCP has it.
+"""Ending one side's connection, at the level of TCP.
 
-Run by the worker. A close whose last octets matter waits for them: a reset that comes from
-our own kernel would overtake them (tcp(7), SO_LINGER).
+Run by the worker. If the last octets matter, the close has to wait until they have arrived: a
+reset from our own kernel would overtake them (tcp(7), SO_LINGER).
 """
 
 import fcntl
@@ -16,7 +16,7 @@ __all__ = ["SIOCINQ", "SIOCOUTQ", "part", "stop_resetting", "unacknowledged", "u
 
 # tcp(7), unix(7)
 SIOCINQ, SIOCOUTQ = 0x541B, 0x5411
-#: How long a peer has to read the last word, in seconds, and how much it may send meanwhile.
+#: How long a peer has to read the last word, in seconds, and how many octets it may send meanwhile.
 _SECONDS = 1.0
 _OCTETS = 16 * 1024 * 1024
 _PIECE_OCTETS = 64 * 1024
@@ -30,7 +30,7 @@ def stop_resetting(side: SocketType) -> None:
 def unacknowledged(side: SocketType) -> int:
     """How many octets were sent that the peer's kernel has not acknowledged.
 
-    None to a peer that has reset the connection. A unix socket's are the peer's at once.
+    0 if the peer has reset the connection. 0 for a unix socket: the peer has the octets at once.
     """
     if side.family == socket.AF_UNIX:
         return 0
@@ -52,10 +52,11 @@ def _ask(side: SocketType, request: int) -> int:
 
 
 def part(side: SocketType, last_word: bytes = b"") -> None:
-    """Send the last word, if it has not been sent yet, and close once the peer has read it.
+    """Send the last word, if it has not been sent yet; close when the peer has ended its side.
 
-    A client that is still writing would otherwise find a reset, and not what was sent before
-    it: for a TLS alert, RFC 8446 §6.2 has it sent and the connection closed after it.
+    Close earlier if that takes too long. What the peer sends meanwhile is thrown away: unread, it
+    would make the close a reset, and the peer might not get what was sent before. RFC 8446 §6.2
+    has a TLS alert sent first, and the connection closed after it.
     """
     stop_resetting(side)
     with suppress(OSError):

@@ -1,9 +1,9 @@
 """A worker's life: wait, shake hands, pump, leave.
 
-Forked by the fork server, one for each connection. Starts as root with what that one
-holds, is confined before it runs any of this, and then hears one client and one
-backend: hostile, both. Trusts the parent and keyd. Whatever a worker does to
-itself, only its own connection is affected.
+Forked by the fork server, one for each connection. A worker starts as root, with what
+the fork server holds. It is confined before it runs any of this. Then it hears one
+client and one backend, both hostile. It trusts the parent and keyd. Whatever a worker
+does to itself, only its own connection is affected.
 """
 
 import os
@@ -38,9 +38,9 @@ from titus_py.worker.tls import reseed
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
 
-#: How long a spare has waited when it is taken for one that will go on waiting, in ms.
+#: After how many ms of waiting a spare is expected to wait for longer.
 _IDLE_MS = 250
-#: What is read of a ClientHello at once.
+#: How many octets of a ClientHello are read at once.
 _PIECE_OCTETS = 64 * 1024
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
@@ -67,15 +67,15 @@ class Terms(NamedTuple):
     #: System calls (``confinement.narrowing_calls``), encoded.
     narrowing: bytes
     report: ReportWriter
-    #: A ClientHello, to touch with it what a handshake will.
+    #: A ClientHello, for touching the memory that a handshake will write to.
     hello: bytes
 
 
 class _Over(Exception):
     """The connection ends here, for this reason.
 
-    ``farewell`` is what to send before a clean close, beside the alert that OpenSSL
-    may have sent; None is a reset.
+    ``farewell`` is what to send before a clean close, in addition to an alert that OpenSSL
+    may have sent. If it is None, the connection is reset.
     """
 
     def __init__(self, end: End, detail: str = "", farewell: bytes | None = None) -> None:
@@ -88,7 +88,7 @@ class _Over(Exception):
 def live(terms: Terms, failed: str) -> NoReturn:
     """Everything a worker does once it is confined; ends the process, whatever happens.
 
-    ``failed`` says that it could not be confined, and why.
+    ``failed`` is why it could not be confined; empty if it is.
     """
     code = 70  # EX_SOFTWARE (sysexits.h), unless it comes to a good end
     report = terms.report
@@ -119,30 +119,30 @@ def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
 
 
 def _touch(terms: Terms) -> None:
-    """While nobody waits: write to what a handshake will, so that no client waits for that.
+    """Write, while no client waits, to the pages that a handshake will write to.
 
-    A page that this process writes to for the first time is copied then.
+    A page is copied when this process first writes to it. No client has to wait for that now.
     """
     ClientHelloReader().feed(terms.hello)
     connection = SSL.Connection(terms.sites[0].context)
     connection.set_accept_state()
     connection.bio_write(terms.hello)
-    # It comes as far as the signature: keyd has not been asked to listen to this worker yet.
+    # The handshake fails at the signature: this worker has no channel to keyd yet.
     with suppress(SSL.Error):
         connection.do_handshake()
 
 
 def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketType] | None:
-    """Be a spare, for as long as it takes; None if the parent has no use for one."""
+    """Be a spare until a client comes; returns None if the parent hangs up instead."""
     poll = select.poll()
     poll.register(parent, select.POLLIN)
-    # One that is needed at once has no time for it, and the processor has better to do.
+    # A spare that is needed at once has no time for this, and others need the processor more.
     if not poll.poll(_IDLE_MS):
         _touch(terms)
     message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
     if not message:
         return None
-    # The provider looks for keyd at a fixed number.
+    # The provider looks for keyd at a fixed descriptor number.
     if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
         raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
     return Client.decode(message), SocketType(fileno=descriptors[-1])
@@ -151,7 +151,7 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketTy
 def _serve(
     terms: Terms, report: ReportWriter, parent: SocketType, client: Client, peer: SocketType
 ) -> tuple[End, str]:
-    """One connection; returns how it ended and a detail for the record."""
+    """Serve one connection; returns how it ended and a detail for the record."""
     deadline = time.monotonic() + terms.handshake_timeout
     peer.setblocking(False)
     report.set(state=State.HANDSHAKE)
@@ -168,7 +168,7 @@ def _serve(
             cipher_suite=connection.get_cipher_name() or "",
             group=connection.get_group_name() or "",
         )
-        # It is the parent that connects. Meanwhile: give up what only the handshake needed.
+        # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
         parent.send(Dial(vhost).encode())
         make(terms.narrowing)
         backend = _take_backend(parent)
@@ -188,10 +188,10 @@ def _serve(
 
 
 def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, bytes]:
-    """The client's first message, and what of it is no longer in the socket.
+    """The client's first message, and the octets of it that are no longer in the socket.
 
-    Most come in one piece, which is left there. Of one that does not, each piece but the
-    last is taken out: there may be more than a receive buffer holds.
+    Most messages come in one piece, which is left in the socket. If there are several, each
+    but the last is taken out: the message may be longer than the receive buffer.
     """
     reader = ClientHelloReader()
     taken = bytearray()
@@ -230,9 +230,9 @@ def _choose_site(terms: Terms, client: Client, hello: ClientHello) -> int:
 
 
 def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connection:
-    """OpenSSL, to which what was taken comes first, and the socket's octets after it."""
+    """Start OpenSSL's side. It reads the octets in ``taken`` first, and then the socket."""
     if not taken:
-        # All that it asks of the socket is its descriptor.
+        # pyOpenSSL asks the socket for its descriptor, and for nothing else.
         connection = SSL.Connection(context, peer)  # type: ignore[arg-type]
         connection.set_accept_state()
         return connection
@@ -242,7 +242,7 @@ def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connecti
     try:
         connection.do_handshake()
     except SSL.WantReadError:
-        # It has had it all. pyOpenSSL has no name for this.
+        # OpenSSL has read all of ``taken``: go on with the socket. pyOpenSSL has no method for it.
         lib.SSL_set_fd(connection._ssl, peer.fileno())
     except SSL.Error as error:
         raise _Over(End.HANDSHAKE_FAILED, describe(error)) from None
@@ -268,12 +268,13 @@ def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) 
 
 
 def _acknowledge(peer: SocketType) -> None:
-    """Now, and not with what there is to send next: that may have to be asked for first.
+    """Acknowledge at once what the client sent, not along with what is sent to it next.
 
-    A client whose TCP holds small segments back until others are acknowledged (RFC 9293
-    §3.7.4) would wait with its request for as long as the kernel does here: 40 ms.
+    The next octets to the client may be the answer to a request. A client whose TCP holds small
+    segments back until others are acknowledged (RFC 9293 §3.7.4) would hold back that request,
+    for the 40 ms by which our kernel delays the acknowledgement.
     """
-    # Not all that can be practised with is TCP.
+    # The rehearsal's sockets are not TCP.
     with suppress(OSError):
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
@@ -286,7 +287,7 @@ def _await(peer: SocketType, events: int, deadline: float) -> None:
 
 
 def _take_backend(parent: SocketType) -> SocketType:
-    """What the parent has connected to."""
+    """The backend's socket, which the parent has connected."""
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
@@ -294,7 +295,7 @@ def _take_backend(parent: SocketType) -> SocketType:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost frame of an unforeseen exception: no traceback can leave here."""
+    """An unforeseen exception and its innermost frame: a worker cannot print a traceback."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,19 +1,19 @@
 """Octets in both directions between a TLS client and a plaintext backend.
 
-Run by the worker, once the handshake is done. What happens on one side is mirrored
-to the other. A clean end of one direction (close_notify, FIN) is passed on when all
-that came before it has been, and the other direction goes on. An unclean end (RST, a TLS
-stream without its close_notify, a record that is none) is passed on as a reset, once the
-other side's kernel has acknowledged what had been sent before it. A receiver that takes
-nothing for ``half_closed_timeout`` is reset without that.
+Run by the worker, once the handshake is done. What happens on one side is mirrored to the
+other. A clean end of one direction (close_notify, FIN) is passed on after all octets that
+came before it, and the other direction goes on. An unclean end (RST, an invalid record, or,
+with ``truncated_is_reset``, a TLS stream without close_notify) is passed on as a reset, once
+the other side's kernel has acknowledged what was sent before it. A receiver that takes
+nothing for ``half_closed_timeout`` is reset without waiting for that.
 
-A reset is what both sockets do by themselves when this process ends, however it
-ends: they came with SO_LINGER and a timeout of zero (``reset_at_close``). Only a
-connection that came to a clean end in both directions has that taken off.
+When this process ends, however it ends, both sockets reset their connections: they came
+with SO_LINGER and a timeout of zero (``reset_at_close``). This is taken off both when both
+directions have ended cleanly, and off the client's socket after an alert to it (``part``).
 
-One thing is beyond this: OpenSSL reads no more after a write that failed. What a client
-sent that resets the connection while octets are on their way to it is delivered as far as
-it had been read by then.
+One loss remains: OpenSSL reads no more after a failed write. If a client resets the
+connection while octets are on their way to it, what it sent is delivered only as far as it
+had been read by then.
 """
 
 import errno
@@ -34,21 +34,21 @@ from titus_py.worker.farewell import part, stop_resetting, unacknowledged, unrea
 
 __all__ = ["Pump"]
 
-#: What is held at most for a direction, beside one TLS record within OpenSSL.
+#: The most that is held for a direction, beside one TLS record within OpenSSL.
 _BUFFER_OCTETS = 256 * 1024
-#: A record's plaintext at most (RFC 8446 §5.1): a read of this size leaves nothing
+#: The longest plaintext of a record (RFC 8446 §5.1). A read of this size leaves nothing
 #: behind in OpenSSL, where poll(2) would not see it.
 _RECORD_OCTETS = 16 * 1024
 
-#: How long to wait until looking again whether the last octets were acknowledged: at first,
-#: and at most, in seconds.
+#: How long to wait before looking again whether the last octets were acknowledged, in
+#: seconds: the first time, and at most.
 _PAUSES = 0.001, 0.1
-#: An end that has nothing to add to its name.
+#: Errors that say nothing beyond the name of the end.
 _RESETS = errno.ECONNRESET, errno.EPIPE
 
 
 class _Ended(Exception):
-    """The connection is over, uncleanly; both sides are to be reset."""
+    """The connection is over, and its end was not clean."""
 
     def __init__(self, end: End, detail: str = "") -> None:
         super().__init__(end, detail)
@@ -59,10 +59,11 @@ class _Ended(Exception):
 class Pump:
     """One connection. Both sockets are non-blocking.
 
-    ``count`` is told the octets from and to the client so far. A connection that
-    stands still for ``idle_timeout`` seconds is ended; one of which a direction has ended,
-    for ``half_closed_timeout`` seconds. ``truncated_is_reset``: a TLS stream that ends without
-    close_notify is the backend's reset, and otherwise its clean end.
+    ``count`` is called with the octets from and to the client so far. A connection that stands
+    still for ``idle_timeout`` seconds is ended. Once a direction has ended,
+    ``half_closed_timeout`` holds instead, if it is shorter. A TLS stream that ends without
+    close_notify is passed on to the backend as a reset if ``truncated_is_reset``, otherwise as
+    a clean end.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Pump:
         self._count = count
         self._truncated_is_reset = truncated_is_reset
         self._half_closed_timeout = half_closed_timeout
-        #: How long the connection may stand still, and what has come to its end then.
+        #: How long the connection may stand still, and the end that is recorded after that.
         self._patience_ms = None if idle_timeout is None else idle_timeout * 1000
         self._stood_still = End.IDLE
         # Mapped, and not a bytearray: what is never written to takes no memory.
@@ -90,19 +91,20 @@ class Pump:
             memoryview(mmap.mmap(-1, _BUFFER_OCTETS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             for _ in range(2)
         )
-        #: What of it is still to be passed on.
+        #: The part of each buffer that is still to be passed on.
         self._to_backend = self._from_client[:0]
         self._to_client = self._from_backend[:0]
         self._octets_from_client = 0
         self._octets_to_client = 0
-        #: The direction has no more to come; then, that this was passed on.
+        #: Whether this side has ended its stream, and whether that end was passed on.
         self._client_ended = self._client_end_passed = False
         self._backend_ended = self._backend_end_passed = False
         #: A failed write has used up the error that would tell an RST from an end of file.
         self._backend_error_lost = False
-        #: What there is to say of a clean end.
+        #: The detail of a clean end.
         self._remark = ""
-        #: TLS may need the opposite of what is being done (SSL_get_error(3)).
+        #: TLS may have to write in order to read, and to read in order to write
+        #: (SSL_get_error(3)).
         self._read_wants_write = False
         self._write_wants_read = False
 
@@ -112,8 +114,7 @@ class Pump:
             self._pump()
         except _Ended as ended:
             undelivered = self._deliver(ended.end)
-            # Not left to Python: of a socket that it finds unclosed, it would first ask
-            # the peer's name, which is nothing that a worker may.
+            # The backend's is closed first: ``part`` may have to wait for the client.
             self._backend.close()
             if ended.end is End.CLIENT_PROTOCOL_ERROR:
                 part(self._client_socket)
@@ -134,15 +135,16 @@ class Pump:
         client_hung_up = False
         poll.register(client_fd, client_events)
         while not (self._client_end_passed and self._backend_end_passed):
-            # The client always, were it only for a reset, which poll(2) reports unasked.
+            # The client is watched until it hangs up, if only for a reset: poll(2) reports that
+            # unasked.
             if client_events != (wanted := self._client_events()):
                 if wanted or not client_hung_up:
                     poll.register(client_fd, wanted)
                 else:
                     poll.unregister(client_fd)
                 client_events = wanted
-            # The backend not where nothing is wanted of it: what it had sent before a
-            # reset is still the client's.
+            # The backend is not watched while nothing is wanted of it: what it sent before a
+            # reset must still reach the client.
             if backend_events != (wanted := self._backend_events()):
                 if wanted:
                     poll.register(backend_fd, wanted)
@@ -156,14 +158,15 @@ class Pump:
                 if descriptor == backend_fd:
                     self._backend_ready()
                 elif events & select.POLLERR:
-                    # Before anything is written to it: what it had sent is still the backend's.
+                    # Raise before anything is written to the client: what it sent must still
+                    # reach the backend.
                     number = self._client_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     raise _Ended(End.CLIENT_RESET, _reason(number))
                 elif client_events:
                     self._client_ready()
                 else:
-                    # Both its directions have ended, and the backend has yet to take what it
-                    # sent. That is no news a second time.
+                    # POLLHUP: both of the client's directions have ended, and the backend has yet
+                    # to take what the client sent. poll(2) would report that again and again.
                     poll.unregister(client_fd)
                     client_hung_up = True
             self._count(self._octets_from_client, self._octets_to_client)
@@ -218,7 +221,8 @@ class Pump:
                 ended = _client_failure(error)
                 break
             received += octets
-            # A short record is most often the last for now: to look would cost an exception.
+            # A short record is most often the last for now. Trying to read on would cost an
+            # exception.
             if octets < _RECORD_OCTETS and not self._client.pending():
                 break
         self._to_backend = self._from_client[:received]
@@ -229,7 +233,10 @@ class Pump:
         self._write_backend()
 
     def _client_has_ended(self) -> _Ended | None:
-        """With a close_notify, or with a FIN alone: OpenSSL makes no difference (``tls``)."""
+        """The client ended its stream, with a close_notify or with a FIN alone.
+
+        OpenSSL makes no difference between the two (``tls.note_close_notify``).
+        """
         if not alerts.close_notify_received():
             if self._truncated_is_reset:
                 return _Ended(End.CLIENT_TRUNCATED)
@@ -239,7 +246,7 @@ class Pump:
         return None
 
     def _half_closed(self) -> None:
-        """One direction has ended: the other one is not waited for as long any more."""
+        """One direction has ended: from now on, wait less long for the other one."""
         patience_ms = self._half_closed_timeout * 1000
         if self._patience_ms is None or patience_ms < self._patience_ms:
             self._patience_ms = patience_ms
@@ -252,7 +259,7 @@ class Pump:
             except BlockingIOError:
                 return
             except OSError as error:
-                # EPIPE: the backend's FIN had come before its RST, and stays a clean end.
+                # EPIPE: the backend's FIN came before its RST. That FIN stays a clean end.
                 self._backend_error_lost = error.errno != errno.EPIPE
                 raise _backend_failure(error) from None
             self._to_backend = self._to_backend[sent:]
@@ -285,8 +292,8 @@ class Pump:
     def _write_client(self) -> None:
         """Pass on what the backend sent, a TLS record at a time.
 
-        Not several: of those, OpenSSL may send some twice where the client meanwhile begins
-        a message of the handshake (a KeyUpdate in two parts).
+        If OpenSSL were given several at once, it might send some twice when the client
+        meanwhile begins a message of the handshake (a KeyUpdate in two parts).
         """
         self._write_wants_read = False
         try:
@@ -312,7 +319,7 @@ class Pump:
                 and not self._to_client
                 and self._client_ended
             ):
-                # Nobody is left to hear the close_notify; nothing is lost by that.
+                # The client is gone, and cannot receive the close_notify. Nothing is lost by that.
                 self._backend_end_passed = True
                 return
             if not self._client_ended:
@@ -322,10 +329,10 @@ class Pump:
     # --- the last octets ----------------------------------------------------------
 
     def _deliver(self, end: End) -> str:
-        """See that what was sent before an unclean end arrives; returns what did not, in words.
+        """Deliver what was sent before an unclean end; returns what did not arrive, in words.
 
-        What comes from a side that is not passed on any more is thrown away meanwhile: a
-        peer that writes first and reads afterwards gets to its reading by that.
+        Meanwhile, what comes from a side that is no longer passed on is read and thrown away.
+        A peer that writes first and reads afterwards might otherwise never get to read.
         """
         if end in (End.IDLE, End.HALF_CLOSED):
             return ""
@@ -333,7 +340,8 @@ class Pump:
             # OpenSSL has sent the alert.
             with suppress(OSError):
                 self._client_socket.shutdown(socket.SHUT_WR)
-        # A client that has reset the connection did not end its stream.
+        # From now on, a stream without close_notify has no clean end: a client that has reset the
+        # connection did not end its stream.
         self._truncated_is_reset = True
         #: How much of what the backend sends is still passed on; None is all of it.
         allowance = unread(self._backend) if end is End.CLIENT_TRUNCATED else None
@@ -371,7 +379,7 @@ class Pump:
             self._throw_away(ready & thrown_away, thrown_away, receivers)
 
     def _stop_sending(self, end: End, receivers: set[SocketType]) -> None:
-        """This was an end that leaves one side without any use for octets."""
+        """Drop what was to be sent to a side that this end leaves without any use for it."""
         if end in (End.CLIENT_RESET, End.CLIENT_PROTOCOL_ERROR):
             self._to_client = self._from_backend[:0]
             self._backend_ended = self._backend_end_passed = True
@@ -383,7 +391,7 @@ class Pump:
             receivers.discard(self._backend)
 
     def _wait_for(self, thrown_away: set[SocketType], seconds: float) -> set[SocketType]:
-        """Which side is ready for what there is to do with it, after so many seconds at most."""
+        """Wait for so many seconds at most; returns the sides that are ready for what is wanted."""
         poll = select.poll()
         sides = {side.fileno(): side for side in (self._client_socket, self._backend)}
         for side, events, ended in (
@@ -402,7 +410,7 @@ class Pump:
         thrown_away: set[SocketType],
         receivers: set[SocketType],
     ) -> None:
-        """Take what came from a side that is not listened to, until that ends."""
+        """Read and discard what comes from a side that is no longer passed on, until it ends."""
         for side in ready:
             if not (self._client_ended if side is self._client_socket else self._backend_ended):
                 continue
@@ -427,7 +435,7 @@ def _backend_failure(error: OSError) -> _Ended:
 
 
 def _reason(number: int) -> str:
-    """What there is to say beside that the connection was reset: that nobody answers, perhaps."""
+    """The error in words (that a peer does not answer, perhaps); empty if it is a mere reset."""
     return "" if number <= 0 or number in _RESETS else os.strerror(number)
 
 

@@ -1,8 +1,9 @@
 """TLS settings: one OpenSSL context for each virtual host.
 
-Run by the fork server, before it forks; workers inherit the contexts. The private key
-in each is a reference: its operations go to keyd through the provider, which
-OPENSSL_CONF has to have loaded before this module is imported.
+Run by the fork server before it forks (workers inherit the contexts), and by
+``handshake_check``. The private key in a context is a reference: its operations go to keyd
+through the provider. OPENSSL_CONF has to name a configuration that loads the provider
+before this module is imported. Workers run ``reseed``.
 """
 
 import os
@@ -22,7 +23,7 @@ from titus_py.between.virtual_host import TlsSettings
 from titus_py.worker import alerts
 
 with warnings.catch_warnings():
-    # Deprecated for making random numbers, which is not what it is used for here.
+    # It is deprecated for making random numbers. Here it is only used for reseeding.
     warnings.simplefilter("ignore", DeprecationWarning)
     from OpenSSL import rand
 
@@ -48,24 +49,24 @@ _TLS12_SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20"
 #: Without forward secrecy: only where the RSA key exchange is turned on.
 _TLS12_RSA_SUITES = "kRSA+AESGCM"
 
-#: What a TLS 1.2 handshake can be completed with: keyd signs the parameters of ECDHE and no
-#: others, and decrypts for the RSA key exchange. (The tags of CCM8 are too short for OpenSSL.)
+#: Suites that a TLS 1.2 handshake can be completed with: keyd signs the parameters of ECDHE and
+#: no others, and decrypts for the RSA key exchange. (OpenSSL finds the tags of CCM8 too short.)
 _ECDHE = "kECDHE+aRSA:kECDHE+aECDSA:!eNULL:!AESCCM8"
 _RSA_KEY_EXCHANGE = "kRSA:!eNULL:!AESCCM8"
 
-#: OpenSSL's security level (SSL_CTX_set_security_level(3)), of which a setting only makes more.
+#: OpenSSL's security level (SSL_CTX_set_security_level(3)). A setting can only raise it.
 BUILT_IN_LEVEL = 2
 
 #: The schemes that keyd signs with (``keyd.protocol``), in OpenSSL's order. OpenSSL's own list has
-#: others, that a client could ask for.
+#: others, which a client could ask for.
 _SIGNATURE_SCHEMES = (
     "ecdsa_secp256r1_sha256:ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ed25519:"
     "rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:rsa_pss_rsae_sha512:"
     "rsa_pkcs1_sha256:rsa_pkcs1_sha384:rsa_pkcs1_sha512"
 )
 
-#: OpenSSL's default, without the groups that keyd signs no parameters of: those of finite fields,
-#: and SM2's.
+#: OpenSSL's default groups, without those whose parameters keyd does not sign: those of finite
+#: fields, and SM2's.
 _GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "X448", "P-384", "P-521")
 
 #: SSL_OP_PRIORITIZE_CHACHA, for which pyOpenSSL has no name.
@@ -80,11 +81,11 @@ class Credentials(NamedTuple):
 
 
 def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context:
-    """A server's context; raises SSL.Error where OpenSSL does not take what it is given."""
+    """A server's context; raises SSL.Error if OpenSSL rejects what it is given."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(VERSIONS[settings.min_version])
     context.set_max_proto_version(VERSIONS[settings.max_version])
-    suites: Sequence[str] = ["DEFAULT"]  # of no use to TLS 1.3, which it goes with
+    suites: Sequence[str] = ["DEFAULT"]  # for TLS 1.3 alone, which does not use them
     if settings.min_version == "TLSv1.2":
         suites = offered_suites(settings.ciphers, settings.rsa_key_exchange)
     level = f"@SECLEVEL={security_level(settings.ciphers)}"
@@ -93,11 +94,11 @@ def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context
         context.set_tls13_ciphersuites(settings.ciphersuites.encode())
     set_groups(context, settings.groups)
     set_signature_schemes(context)
-    # Resumption would need a secret that every worker shares, or a store that does.
+    # Resumption would need a secret, or a store, that all workers share.
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
-    # The order is ours (RFC 9325 §4.1), but that a client which prefers ChaCha20 has no AES in
-    # its hardware, and knows better.
+    # The server's order holds (RFC 9325 §4.1), with one exception: a client that prefers ChaCha20
+    # has no AES in its hardware, and gets ChaCha20.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
     with _as_path(credentials.certificate_chain) as path:
@@ -109,9 +110,10 @@ def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context
 
 
 def note_close_notify(context: SSL.Context) -> None:
-    """Have ``alerts`` know of a close_notify, and OpenSSL take a mere end of file for one.
+    """Have ``alerts`` note a close_notify, and OpenSSL take a mere end of file for one.
 
-    It would otherwise send an alert and write no more, where only one direction has ended.
+    At an end of file, OpenSSL would otherwise send an alert and write no more, though only one
+    direction has ended.
     """
     context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
     callback = ffi.cast("void (*)(SSL *, int, int)", alerts.CALLBACK)
@@ -122,8 +124,8 @@ def note_close_notify(context: SSL.Context) -> None:
 def offered_suites(ciphers: str | None, rsa_key_exchange: bool) -> tuple[str, ...]:
     """The TLS 1.2 suites of a setting that a handshake can be completed with, best first.
 
-    Whatever the setting says: those of ECDHE, in its order, and where the RSA key exchange is
-    turned on those of it after them; if the setting names none, the default ones.
+    First come the ECDHE suites of the setting, or of the default, in that order. If the RSA key
+    exchange is turned on, its suites follow: those that the setting names, or the default ones.
     """
     selected = selected_suites(ciphers or _TLS12_SUITES)
     possible = set(selected_suites(_ECDHE))
@@ -137,7 +139,7 @@ def offered_suites(ciphers: str | None, rsa_key_exchange: bool) -> tuple[str, ..
 
 @cache
 def selected_suites(ciphers: str) -> tuple[str, ...]:
-    """The TLS 1.2 suites that OpenSSL makes of a cipher list (ciphers(1)): none, perhaps."""
+    """The TLS 1.2 suites that OpenSSL makes of a cipher list (ciphers(1)); possibly none."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_tls13_ciphersuites(b"")
     try:
@@ -156,18 +158,18 @@ def security_level(ciphers: str | None) -> int:
 def set_groups(context: SSL.Context, groups: Sequence[str] | None) -> None:
     """The groups for the key exchange, best first; raises ValueError for one that is unknown.
 
-    A client that has guessed another than the best one keeps to its guess, for that saves a round
-    trip, but not where the best one is post-quantum and the other is not.
+    A client that has guessed another group than the best one keeps its guess, which saves a round
+    trip. The exception: the best one is post-quantum, and the guess is not.
     """
     kinds = groupby(groups or _GROUPS, lambda group: "MLKEM" in group)
-    # SSL_CTX_set1_groups_list(3); pyOpenSSL has the function, and no method for it.
+    # SSL_CTX_set1_groups_list(3). pyOpenSSL has the function, but no method for it.
     names = " / ".join(":".join(kind) for _, kind in kinds)
     if lib.SSL_CTX_set1_curves_list(context._context, names.encode()) != 1:
         raise ValueError(f"OpenSSL does not know each of these groups: {names}")
 
 
 def set_signature_schemes(context: SSL.Context) -> None:
-    """Those that keyd signs with: SSL_CTX_set1_sigalgs_list(3), as above."""
+    """Allow the schemes that keyd signs with, and no others (SSL_CTX_set1_sigalgs_list(3))."""
     if lib.SSL_CTX_set1_sigalgs_list(context._context, _SIGNATURE_SCHEMES.encode()) != 1:
         raise ValueError("OpenSSL does not know each scheme that keyd signs with")
 
@@ -185,16 +187,17 @@ def client_hello() -> bytes:
 def reseed() -> None:
     """Make this process's random numbers its own: every child's first act.
 
-    OpenSSL knows a fork by a changed process id. A worker is process 1 of its namespace, and
-    its fork server is not; but that is chance, and two workers' generators in the same
-    state would be a catastrophe. RAND_add(3) makes them take in fresh entropy.
+    OpenSSL notices a fork by a changed process id. A worker is process 1 of its namespace, and
+    the fork server is not, so OpenSSL does notice; but that is chance. Two workers whose
+    generators are in the same state would be a catastrophe. RAND_add(3) makes the generators
+    take in fresh entropy.
     """
     rand.add(os.urandom(48), 48)
 
 
 @contextmanager
 def _as_path(text: str) -> Iterator[str]:
-    """A path by which OpenSSL can read this text: it takes files only."""
+    """A path at which OpenSSL can read this text: it takes only files."""
     descriptor = sealed_file("pem", text.encode())
     try:
         yield f"/proc/self/fd/{descriptor}"
