@@ -4,7 +4,7 @@ import signal
 import sys
 
 if sys.argv[1:2] in (["control"], ["listen"]):
-    # First of all: by default, these would be its end, and they have nothing to say to it.
+    # Before anything else: by default these signals end the process, and keyd has no use for them.
     for _of_no_meaning in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
 
@@ -39,10 +39,10 @@ from keyd.system_calls import SERVING
 __all__ = ["main"]
 
 _BACKLOG = 128
-#: How long those may take whose handshake has begun, when keyd is told to stop: others wait for
-#: the next one meanwhile.
+#: How long handshakes that have begun may still take when keyd is told to stop. New clients wait
+#: for the next keyd meanwhile.
 _LEAVE_SECONDS = 3.0
-#: Beside the cores, so that a slow key does not hold up the quick ones.
+#: One more than there are cores, so that a slow key does not hold up the quick ones.
 _THREADS = (os.cpu_count() or 1) + 1
 
 
@@ -60,7 +60,7 @@ def _run() -> int:
     try:
         code: int = arguments.run(arguments)
     except CannotLock as error:
-        # As for mistaken options: it will be so the next time, too.
+        # The exit code for mistaken options: another start would fail in the same way.
         print(f"keyd: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -166,11 +166,11 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
 
-    # After confine(): a change of uid undoes it.
+    # After confine(): a change of uid clears the parent-death signal.
     prctl.set_pdeathsig(signal.SIGKILL)
 
     def tell(event: str, **fields: object) -> None:
-        # A supervisor that does not keep up misses one; the next has the totals again.
+        # A supervisor that does not keep up misses this event; the next one has the totals again.
         with suppress(OSError):
             supervisor.send(json.dumps({"event": event, **fields}).encode(), socket.MSG_DONTWAIT)
 
@@ -190,13 +190,13 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _leave() -> NoReturn:
-    """End here and now: the filter has no calls for taking an interpreter down."""
+    """End at once: the filter does not allow the calls that shut an interpreter down."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _leave_when_told(keyd: Keyd) -> None:
-    """At SIGTERM, answer what has been asked; at the second one, end at once."""
+    """At the first SIGTERM, finish what has begun, then end; at the second, end at once."""
 
     def leave(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -212,7 +212,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     notify = Notifier()
     keys = _load_some_encrypted(arguments)
     introduction = Keys(tuple(keys)).encode()
-    # A client that connects here states the terms: that is for root alone.
+    # A client of this socket states the terms, so only root may connect.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
         program = _withdraw(arguments)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
@@ -279,7 +279,7 @@ def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> s
 
 
 def _withdraw(arguments: argparse.Namespace) -> bytes:
-    """Confine this process, all but for the filter, which is returned."""
+    """Confine this process, except for the filter, which is returned."""
     program = seccomp.build(SERVING)
     must_lock = arguments.lock_memory == "required"
     if os.geteuid() != 0:
@@ -294,7 +294,7 @@ def _withdraw(arguments: argparse.Namespace) -> bytes:
 
 
 def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKey]:
-    """Those keys of the command line that need the passphrase get it."""
+    """Load the keys of the command line; only encrypted ones get the passphrase file."""
     return _load(
         [
             (path, arguments.passphrase_file if b"ENCRYPTED" in Path(path).read_bytes() else None)
@@ -305,7 +305,7 @@ def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKe
 
 def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
     loaded = [load_private_key(path, passphrase_file) for path, passphrase_file in files]
-    # Of each kind, one: what the library loads late is the same for the others.
+    # One key of each kind: what the library loads late is the same for the others.
     for key in {_kind(key): key for key in loaded}.values():
         rehearse(key)
     return {key_id(key.public_key()): key for key in loaded}

@@ -1,4 +1,4 @@
-"""Certificates, and whether a key is theirs.
+"""Certificates, and whether a key belongs to one.
 
 Runs in the short-lived ``keyd check`` alone: keyd itself has no use for certificates, nor
 for the time that it takes to load what reads them.
@@ -18,7 +18,7 @@ from keyd.reference import UnsupportedKey, key_id, reference_pem
 
 __all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_chain", "refer_to"]
 
-#: Labels of what is no certificate as TLS shows it, and might be taken for one.
+#: Labels of PEM blocks that might be taken for a certificate as TLS shows it, and are none.
 _MISLABELLED = {
     "TRUSTED CERTIFICATE": "has OpenSSL's trust settings in it: take them out with 'openssl x509'",
     "CERTIFICATE REQUEST": "is only a request for a certificate",
@@ -27,7 +27,7 @@ _MISLABELLED = {
     "PKCS7": "is to be unpacked, with 'openssl pkcs7 -print_certs'",
     "CMS": "is to be unpacked, with 'openssl pkcs7 -print_certs'",
 }
-#: The second is OpenSSL's former name for it.
+#: The second is OpenSSL's former label for a certificate.
 _LABELS = ("CERTIFICATE", "X509 CERTIFICATE")
 
 
@@ -35,7 +35,7 @@ class KeyFiles(NamedTuple):
     """The files of one virtual host."""
 
     certificate: str
-    #: None where the key is in another keyd: then there is nothing to hold it against.
+    #: None where the key is in another keyd: then the certificate is not compared with it.
     key: str | None
     passphrase_file: str | None = None
 
@@ -48,11 +48,11 @@ class Problem(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What ``keyd check`` has to say of one KeyFiles."""
+    """What ``keyd check`` found about one KeyFiles."""
 
     mistakes: list[Problem]
     warnings: list[Problem]
-    #: PEM: the certificates of the file, and nothing else that it may hold.
+    #: The certificates of the file as PEM, without anything else that it may hold.
     chain: str | None = None
     key_id: str | None = None
     reference: str | None = None
@@ -62,7 +62,7 @@ class Findings(NamedTuple):
 
 
 def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
-    """Hold certificate and key against each other and against the clock."""
+    """Check a certificate, its key and its chain against each other and against the clock."""
     mistakes: list[Problem] = []
     warnings: list[Problem] = []
     key = None
@@ -108,7 +108,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
 def load_chain(path: str) -> list[Located]:
     """The certificates of a file, at least one; raises UnusableKey.
 
-    Of other blocks, such as the key's, nothing is looked at but that they are whole.
+    Other blocks, such as the key's, only have to be whole.
     """
     chain = []
     try:
@@ -131,8 +131,8 @@ def load_chain(path: str) -> list[Located]:
 def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
     """The id of the key that a certificate is for, and its reference; raises UnusableKey."""
     try:
-        # Such a key must not sign anything but PSS, nor decrypt (RFC 4055 §1.2), and the library
-        # does not tell it from one that may: so keyd could not keep a worker from asking for it.
+        # A key bound to PSS must make no other signature and must not decrypt (RFC 4055 §1.2). The
+        # library does not tell it from a plain RSA key, so keyd could not refuse that to a worker.
         if leaf.public_key_algorithm_oid == x509.PublicKeyAlgorithmOID.RSASSA_PSS:
             raise UnsupportedKey(
                 "an RSA key that is bound to PSS (id-RSASSA-PSS): get one for a plain RSA key, "

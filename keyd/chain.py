@@ -1,7 +1,7 @@
-"""A certificate's chain, as clients will judge it: what is doubtful about it, one line each.
+"""What clients may refuse about a certificate's chain, one line each.
 
-Runs in the short-lived ``keyd check``. None of it keeps a server from serving: the server
-knows neither its clients nor the authorities that they trust.
+Runs in the short-lived ``keyd check``. These are warnings, and keep no server from serving: the
+server knows neither its clients nor the authorities that they trust.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 __all__ = ["UNREADABLE", "Located", "doubts", "name_of"]
 
-#: What the library has against a certificate: some of it only once it is asked for a part.
+#: What the library raises for a bad certificate: some of it only when a part of it is read.
 UNREADABLE = (
     ValueError,
     UnsupportedAlgorithm,
@@ -23,19 +23,19 @@ UNREADABLE = (
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
 )
-#: Certificates that end sooner than this are warned of.
+#: Warn of certificates that expire sooner than this.
 _EXPIRY_WARNING = datetime.timedelta(days=21)
 
 
 class Located(NamedTuple):
-    """A certificate, and the number of the line in its file that it begins in."""
+    """A certificate, and the number of the line in its file where it begins."""
 
     certificate: x509.Certificate
     line: int
 
 
 def doubts(path: str, chain: Sequence[Located], now: datetime.datetime) -> Iterator[str]:
-    """What clients may refuse about a chain, the server's own certificate first."""
+    """What clients may refuse about a chain that begins with the server's own certificate."""
     leaf, *others = chain
     yield from _out_of_date(path, leaf.certificate, now)
     for other in others:
@@ -47,7 +47,7 @@ def doubts(path: str, chain: Sequence[Located], now: datetime.datetime) -> Itera
 
 
 def name_of(certificate: x509.Certificate) -> str:
-    """Its subject, as far as it can be read (RFC 4514)."""
+    """The certificate's subject, as far as it can be read (RFC 4514)."""
     try:
         return certificate.subject.rfc4514_string() or "a certificate without a subject"
     except UNREADABLE:
@@ -67,7 +67,7 @@ def _out_of_date(what: str, certificate: x509.Certificate, now: datetime.datetim
 def _unpopular_key(path: str, leaf: x509.Certificate) -> Iterator[str]:
     try:
         key = leaf.public_key()
-    except UNREADABLE:  # a mistake, which is said elsewhere
+    except UNREADABLE:  # reported elsewhere, as a mistake
         return
     kind = None
     if isinstance(key, ed25519.Ed25519PublicKey):
@@ -79,7 +79,7 @@ def _unpopular_key(path: str, leaf: x509.Certificate) -> Iterator[str]:
 
 
 def _broken_order(path: str, chain: Sequence[Located]) -> Iterator[str]:
-    """The first certificate that the next one has not issued (RFC 5246 §7.4.2)."""
+    """The first certificate that was not issued by the next one (RFC 5246 §7.4.2)."""
     remedy = "put each certificate before its issuer's, the server's own first"
     for this, following in itertools.pairwise(chain):
         if _issued(this.certificate, following.certificate):
@@ -100,7 +100,7 @@ def _broken_order(path: str, chain: Sequence[Located]) -> Iterator[str]:
 
 
 def _dead_end(path: str, leaf: x509.Certificate, last: x509.Certificate) -> Iterator[str]:
-    """A leaf that says where its issuer's certificate is to be had needs it in the file."""
+    """A lone leaf that is self-signed, or that says where to get its issuer's certificate."""
     if last is not leaf:
         return
     if _issued(leaf, leaf):
@@ -121,7 +121,10 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 
 def _names_its_issuers_place(leaf: x509.Certificate) -> bool:
-    """RFC 5280 §4.2.2.1: as every public authority does, and few that are a company's own."""
+    """Whether a certificate says where to get its issuer's (RFC 5280 §4.2.2.1).
+
+    Those of every public authority do, and those of few companies' own authorities.
+    """
     try:
         access = leaf.extensions.get_extension_for_class(x509.AuthorityInformationAccess)
         leaf.issuer.rfc4514_string()

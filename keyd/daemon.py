@@ -1,12 +1,12 @@
 """keyd's life: load the keys, confine, serve.
 
-Runs as root until the keys are loaded, then as a user of its own in an empty
-root. Hears the parent (opening channels: trusted with the terms) and workers
-(requests: trusted with nothing). Reads no network socket.
+Runs as root until the keys are loaded, then as a user of its own in an empty root. It
+reads from the parent, which opens channels and is trusted with their terms, and from
+workers, which send requests and are trusted with nothing. It reads no network socket.
 
-Each of a few threads waits on the same epoll, takes one event and deals with it
-to the end, so that a slow RSA operation holds up nobody else's. A channel is armed
-for one event at a time (EPOLLONESHOT): no two threads ever serve the same one.
+A few threads wait on the same epoll. Each takes one event and handles it to the end, so
+that a slow RSA operation delays no other connection. A channel is armed for one event at
+a time (EPOLLONESHOT), so that no two threads ever serve the same channel.
 """
 
 import errno
@@ -54,35 +54,35 @@ from keyd.tally import Tally
 
 __all__ = ["CannotLock", "Confinement", "Keyd", "confine", "confine_unprivileged"]
 
-#: How often channels past their time are looked for, in seconds.
+#: How often to look for expired channels, in seconds.
 _SWEEP_INTERVAL = 1.0
-#: How long to leave clients in the listen queue where there was no descriptor, or no memory, for
-#: one; and how often to say so, in seconds.
+#: In seconds: how long to leave clients in the listen queue when there is no descriptor or no
+#: memory for one, and how often to log that.
 _ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
-#: Plenty for a signature; and all of it is locked into memory.
+#: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 
 
 class Confinement(NamedTuple):
-    """Where keyd withdraws to once the keys are loaded."""
+    """How keyd is confined once the keys are loaded."""
 
     uid: int
     gid: int
     chroot: str
-    #: Whether keyd goes without locked memory where there can be none.
+    #: Whether keyd refuses to serve where its memory cannot be locked.
     must_lock: bool
 
 
 class CannotLock(Exception):
-    """Memory cannot be locked, and has to be; the text says why, and what there is to do."""
+    """Memory has to be locked and cannot be; the text says why, and what to do about it."""
 
 
 def confine_unprivileged(must_lock: bool) -> bool:
-    """What a keyd that was never root can still give up; raises OSError, CannotLock.
+    """Confine a keyd that was never root, as far as it can; raises OSError, CannotLock.
 
-    Network and files are then up to the service manager that started it. So is the
-    limit on locked memory (RLIMIT_MEMLOCK). Returns whether all memory is locked.
+    The service manager that started it has to take network and files away, and sets
+    the limit on locked memory (RLIMIT_MEMLOCK). Returns whether all memory is locked.
     """
     forbid_core_dumps()
     allow_many_descriptors()
@@ -94,8 +94,8 @@ def confine_unprivileged(must_lock: bool) -> bool:
 def confine(to: Confinement) -> bool:
     """Leave the network, the file system and every privilege behind; raises OSError, CannotLock.
 
-    All but the filter, which waits for the threads. Returns whether memory that is yet to
-    be used is locked, too.
+    The filter comes later, once there are threads. Returns whether future memory is
+    locked, too.
     """
     leave_namespaces(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     forbid_core_dumps()
@@ -106,13 +106,16 @@ def confine(to: Confinement) -> bool:
     enter_empty_root(to.chroot)
     forbid_regaining(last_needed)
     become(to.uid, to.gid)
-    # After become(): a change of uid undoes it.
+    # After become(): a change of uid resets the flag.
     hide_memory()
     return locked
 
 
 def _lock_memory(required: bool) -> bool:
-    """Whether all is locked, what is to come as well. Raises CannotLock where it is required."""
+    """Lock memory; returns whether future memory is locked, too.
+
+    Where it cannot be locked, raises CannotLock if it is ``required``.
+    """
     try:
         return lock_memory()
     except OSError as error:
@@ -131,10 +134,10 @@ def _lock_memory(required: bool) -> bool:
 def _die(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """A thread that failed unforeseen ends keyd: its supervisor or service manager starts it anew.
+    """End keyd when a thread has failed unforeseen; its supervisor or service manager restarts it.
 
-    In one line: for a traceback, Python would open its source, and the filter end it before
-    anything is said.
+    The report is one line: for a traceback, Python would open its source files, and the filter
+    would kill keyd before anything is printed.
     """
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -184,7 +187,7 @@ class Keyd:
         self._channels: dict[int, _Channel] = {}
         self._sources: dict[int, Callable[[], None]] = {}
         self._parents: set[socket.socket] = set()
-        #: Once it is to leave: when, at the latest, and how.
+        #: Once keyd has been told to leave: the latest time for it, and what to call then.
         self._leaves_at: float | None = None
         self._left: Callable[[], object] = self.stop
         self._swept = time.monotonic()
@@ -194,8 +197,8 @@ class Keyd:
     def serve(self, threads: int, program: bytes, ready: Callable[[], None]) -> None:
         """Serve until ``stop``, behind this filter.
 
-        All of ``threads`` take part, this one among them; ``ready`` is called when
-        nothing is left to do but to serve. Raises OSError where the filter cannot be put on.
+        ``threads`` threads take part, this one included. ``ready`` is called when all is set
+        up. Raises OSError where the filter cannot be installed.
         """
         sys.excepthook = _die
         threading.excepthook = lambda failed: _die(
@@ -222,10 +225,11 @@ class Keyd:
         self._stopped.set()
 
     def leave(self, seconds: float, left: Callable[[], object]) -> None:
-        """Take nobody any more; ``left`` is called once all that were taken have been answered.
+        """Accept no new clients; ``left`` is called once every channel and parent is gone.
 
-        After so many seconds in any case. Parents learn of it by the end of what this says to
-        them, and may open channels until they hang up: for clients that they have accepted.
+        It is called after so many seconds in any case. Parents learn of this by end of file on
+        their socket. Until they close it, they may open channels for clients that they have
+        already accepted.
         """
         self._left = left
         self._leaves_at = time.monotonic() + seconds
@@ -241,7 +245,7 @@ class Keyd:
         """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
 
         def record(refusal: Refusal) -> None:
-            # A parent that does not keep up misses it; the tally has counted it.
+            # A parent that does not keep up misses this refusal; the tally has counted it.
             with suppress(OSError):
                 control.send(refusal.encode(), socket.MSG_DONTWAIT)
 
@@ -257,7 +261,7 @@ class Keyd:
             try:
                 terms = Open.decode(message) if message else None
             except Malformed as error:
-                # Of another version than ours, perhaps. Others may have to do with us, too.
+                # Perhaps it has another version than ours. keyd goes on, for other parents.
                 print(f"keyd: hanging up on a parent: {error}", file=sys.stderr)
                 terms = None
             if terms is None:
@@ -270,7 +274,8 @@ class Keyd:
                 self._leave_if_done()
                 return
             if not descriptors:
-                # There was no number left for the channel, which is closed: that client fails.
+                # No descriptor was left for the channel, so it is closed: that client's handshake
+                # fails.
                 self._say_short_of_descriptors(os.strerror(errno.EMFILE))
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
@@ -284,12 +289,12 @@ class Keyd:
     def hear_listener(
         self, listener: socket.socket, accepted: Callable[[socket.socket], None]
     ) -> None:
-        """Hand everybody who connects here to ``accepted``."""
+        """Call ``accepted`` with each connection to this listener."""
         listener.setblocking(False)
 
         def hear() -> None:
             if self._leaves_at is not None:
-                # Not armed again: who connects now is the next keyd's.
+                # Not armed again: new connections are for the next keyd.
                 del self._sources[listener.fileno()]
                 return
             try:
@@ -297,8 +302,8 @@ class Keyd:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:
-                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays, and would wake us for ever.
-                # The other threads go on.
+                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would wake
+                # this thread again and again. The other threads go on.
                 self._say_short_of_descriptors(error.strerror)
                 time.sleep(_ACCEPT_PAUSE)
 
@@ -312,7 +317,7 @@ class Keyd:
         self._epoll.register(descriptor, _READABLE_ONCE)
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
-        """Once a second."""
+        """Log it, at most once a second."""
         now = time.monotonic()
         if now - self._shortage_told >= _SHORTAGE_INTERVAL:
             self._shortage_told = now
@@ -359,12 +364,12 @@ class Keyd:
             self._close(descriptor, channel)
             return
         _reply(channel, Reply(Status.DONE, result))
-        # Afterwards: nobody needs to wait for that.
+        # After the reply, so that the worker does not wait for the tally.
         self.tally.done(operation, time.monotonic() - started)
         self._epoll.modify(descriptor, _READABLE_ONCE)
 
     def _grant(self, channel: _Channel, message: bytes) -> tuple[Operation, bytes]:
-        """Hold a request against the channel's terms, count it, and do it."""
+        """Check a request against the channel's terms, count it, and perform it."""
         try:
             request = Request.decode(message)
         except Malformed as error:
@@ -389,15 +394,16 @@ class Keyd:
         return request.operation, result
 
     def _close(self, descriptor: int, channel: _Channel) -> None:
-        # Forgotten before closed: the number may be another channel's at once.
+        # Forget the channel before closing it: another one may get its number at once.
         del self._channels[descriptor]
         channel.socket.close()
         self._leave_if_done()
 
     def _sweep(self) -> None:
-        """Once in a while: tick, and hang up on channels past their time.
+        """Once in a while: tick, leave if the time for it is over, and shut down expired channels.
 
-        Only that: the thread that serves the channel, now or woken by the hang-up, closes it.
+        A channel is not closed here. The thread that serves it closes it: one that is serving it
+        now, or one that the shutdown wakes.
         """
         now = time.monotonic()
         if now - self._swept < _SWEEP_INTERVAL:
@@ -418,6 +424,6 @@ def _say_no_more(parent: socket.socket) -> None:
 
 
 def _reply(channel: _Channel, reply: Reply) -> None:
-    """A worker that does not take its answer, or is gone, loses it."""
+    """Send a reply. It is lost if the worker does not read it, or is gone."""
     with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         channel.socket.send(reply.encode())

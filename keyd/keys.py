@@ -1,8 +1,8 @@
 """Private keys, read from files.
 
 Runs in keyd, before it gives its privileges up, and in the short-lived ``keyd check``, so
-that no other program needs to open a key to judge it. Files come from the
-administrator: trusted, but mistakes are to be named.
+that no other program needs to open a key to judge it. The files are the
+administrator's: they are trusted, but mistakes in them have to be named.
 """
 
 import base64
@@ -32,10 +32,10 @@ class UnusableKey(ValueError):
 
 
 def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
-    """Read a PEM private key; raises UnusableKey, also for a passphrase that it has not."""
+    """Read a PEM private key; raises UnusableKey, also for a passphrase that it does not need."""
     passphrase = None
     if passphrase_file is not None:
-        # One line, as `openssl -passin file:` has it; the newline is not part of it.
+        # The first line without its newline, as `openssl -passin file:` reads it.
         text = read(passphrase_file, "passphrase_file")
         passphrase = text.split(b"\n", 1)[0].rstrip(b"\r")
         if not passphrase:
@@ -105,7 +105,7 @@ def _is_sound(key: rsa.RSAPrivateKey) -> bool:
 
 
 def _why_unreadable(pem: bytes, said: str) -> str | None:
-    """What else than damage, or a wrong passphrase, keeps the library from reading this key."""
+    """Why the library cannot read this key; None for damage or a wrong passphrase."""
     labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----", pem)]
     private = next((label for label in labels if label.endswith("PRIVATE KEY")), None)
     if private is None:
@@ -116,7 +116,7 @@ def _why_unreadable(pem: bytes, said: str) -> str | None:
         return "holds no PEM private key"
     if private == "OPENSSH PRIVATE KEY":
         return "is in OpenSSH's format: convert a copy of it with 'ssh-keygen -p -m PEM -f COPY'"
-    # Of two encodings, the two that the library says it of: PKCS #8, and OpenSSL's own before that.
+    # What the library says of PKCS #8, and of OpenSSL's own encoding from before that.
     if said.startswith(("Unknown key encryption algorithm", "Key encrypted with unknown cipher")):
         return (
             "is encrypted with a cipher that cannot be read here: encrypt it with AES, with "
@@ -131,7 +131,7 @@ def _why_unreadable(pem: bytes, said: str) -> str | None:
 
 
 def _is_pkcs8_version_2(pem: bytes) -> bool:
-    """A SEQUENCE that begins with the INTEGER 1; it is 0 in version 1 (RFC 5208 §5)."""
+    """Whether it is a SEQUENCE that begins with the INTEGER 1 (0 in version 1; RFC 5208 §5)."""
     base64_text = pem.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
     try:
         der = base64.b64decode(base64_text)
@@ -141,7 +141,7 @@ def _is_pkcs8_version_2(pem: bytes) -> bool:
 
 
 def read(path: str, field: str) -> bytes:
-    """A file that this setting names; raises UnusableKey."""
+    """Read the file that this setting names; raises UnusableKey."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The blocks of a PEM file (RFC 7468): each of them whole, or the file is refused.
+"""The blocks of a PEM file (RFC 7468): each of them is whole, or the file is refused.
 
-Runs in the short-lived ``keyd check`` and ``keyd reference``. Libraries pass over what has no
-end or another label: of a file that is cut off, or is being written, they take the beginning.
+Runs in the short-lived ``keyd check`` and ``keyd reference``. Libraries skip a block that has no
+end or another label: of a file that is cut off, or is being written, they read the beginning.
 """
 
 import re
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 __all__ = ["Block", "Damaged", "blocks"]
 
-#: What is meant to be the first or last line of a block, rightly written or not.
+#: What is meant to be the first or last line of a block, correctly written or not.
 _BOUNDARY = re.compile(rb"(-{3,}|-{5,} )(BEGIN|END)\b ?([^\r\n-]*)(-*)")
-#: The start of one, where the file ends.
+#: The start of such a line at the end of the file.
 _CUT_OFF = re.compile(rb"^(?:-{1,5}|-----B(?:E(?:GI?)?)?)\Z", re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """A label, the number of the line that it begins in, and the text from there to its end."""
+    """A block's label, the number of its first line, and its text from that line to its last."""
 
     label: str
     line: int
@@ -34,7 +34,7 @@ class Damaged(ValueError):
 
 
 def blocks(content: bytes) -> Iterator[Block]:
-    """The blocks of a file, in order; what is around them may be anything. Raises Damaged."""
+    """The blocks of a file, in order; any text may be around them. Raises Damaged."""
     open_block: tuple[str, int, int] | None = None  # label, line, offset
     for found in _BOUNDARY.finditer(content):
         line = _line(content, found.start())

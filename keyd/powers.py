@@ -1,7 +1,7 @@
 """keyd's whole power, in one table: what it will do with a private key, and for what octets.
 
-Runs in keyd. Trusts nobody: a request comes from a worker that may have been
-taken over, so the octets to be signed are parsed here and whatever a TLS server
+Runs in keyd, and trusts nobody. An attacker may control the worker that sends a
+request. So the octets to be signed are parsed here, and anything that a TLS server
 would not sign is refused. Padding is chosen here, never by the worker.
 """
 
@@ -26,7 +26,7 @@ class NotTLS(ValueError):
 
 
 def perform(operation: Operation, key: PrivateKey, parameter: int, payload: bytes) -> bytes:
-    """Do the operation; raises NotTLS for whatever it is not meant for.
+    """Perform the operation; raises NotTLS for anything that it is not meant for.
 
     This may take milliseconds: the caller is one of several threads.
     """
@@ -34,10 +34,10 @@ def perform(operation: Operation, key: PrivateKey, parameter: int, payload: byte
 
 
 def rehearse(key: PrivateKey) -> None:
-    """Do with a key, once, what a key of its kind will be asked for.
+    """Use a key once for what keys of its kind will be used for.
 
-    So the library loads whatever it loads late: in keyd's empty root there will be nothing to
-    load it from.
+    This makes the library load now what it would load late: in keyd's empty root, there is
+    nothing to load it from.
     """
     octets = _TLS13_SERVER + bytes(32)
     for name, scheme in _SCHEMES.items():
@@ -175,12 +175,12 @@ def _check_server_key_exchange(octets: bytes) -> None:
 
 
 def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
-    """The premaster secret, or random octets, alike in length and time.
+    """The premaster secret, or random octets of the same length, after the same time.
 
-    RFC 5246 §7.4.7.1: padding and version are checked without saying so. OpenSSL
-    answers bad padding with a pseudo-random message (implicit rejection), so that
-    what is left is to compare a length and a version and to choose between two
-    values, each computed in any case, and from as many octets in any case
+    RFC 5246 §7.4.7.1: the answer does not tell whether padding and version were right.
+    OpenSSL answers bad padding with a pseudo-random message (implicit rejection). What
+    is left is to compare a length and a version, and to choose between two values. Both
+    values are always computed, and always from the same number of octets
     (``bench/decrypt_timing.py`` measures it).
     """
     if not isinstance(key, rsa.RSAPrivateKey):
@@ -189,7 +189,8 @@ def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
     try:
         secret = key.decrypt(ciphertext, padding.PKCS1v15())
     except ValueError:
-        # Not as long as the modulus, or a number above it: that much the sender knows already.
+        # The ciphertext is not as long as the modulus, or is a number above it. The sender knows
+        # that already.
         return substitute
     padded = secret.ljust(len(ciphertext), b"\0")
     good = hmac.compare_digest(padded[:2], parameter.to_bytes(2, "big"))

@@ -13,7 +13,7 @@ reply      version(1) status(1) payload(0..1024)
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2)
            grants(n x (operations_mask(1) key(32))), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
-keys       version(1) 'K'(1) n x key(32): keyd's first message to a parent that did not start it
+keys       version(1) 'K'(1) n x key(32): first message to each client of ``keyd control``
 =========  =======================================================================
 
 ``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). The
@@ -51,7 +51,7 @@ __all__ = [
 
 VERSION = 1
 KEY_ID_OCTETS = 32
-#: An RSA-8192 ciphertext or signature is the longest thing that is ever sent.
+#: The longest payload is an RSA-8192 ciphertext or signature.
 MAX_PAYLOAD_OCTETS = 1024
 PREMASTER_SECRET_OCTETS = 48
 
@@ -71,7 +71,7 @@ MAX_OPEN_OCTETS = 64 * 1024
 
 
 class Malformed(ValueError):
-    """A message that no peer that keeps to the protocol would send."""
+    """A message that violates the protocol."""
 
 
 class Operation(enum.IntEnum):
@@ -82,7 +82,7 @@ class Operation(enum.IntEnum):
 
 
 class Status(enum.IntEnum):
-    """How keyd answered. Anything but DONE is also the channel's end."""
+    """How keyd answered. After any status but DONE, keyd closes the channel."""
 
     DONE = 0
     MALFORMED = 1
@@ -204,7 +204,7 @@ class Open(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """keyd to the parent: what was refused to which connection, for the record."""
+    """From keyd to the parent, for the record: what keyd refused to which connection."""
 
     connection: int
     status: Status
@@ -230,7 +230,7 @@ class Refusal(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """keyd to a supervisor that did not start it: the keys that it has."""
+    """From keyd to a supervisor that did not start it: the keys that keyd has."""
 
     keys: tuple[bytes, ...]
 
@@ -255,7 +255,7 @@ class Keys(NamedTuple):
 
 
 def fingerprint(keys: Iterable[bytes]) -> str:
-    """The same for the same keys, and as short for thousands: their ids, XORed, in hexadecimal."""
+    """The keys' ids, XORed, in hexadecimal: short for any number of keys, in any order."""
     ids = (int.from_bytes(key, "big") for key in keys)
     return reduce(operator.xor, ids, 0).to_bytes(KEY_ID_OCTETS, "big").hex()
 

@@ -1,4 +1,4 @@
-"""The reference file: a key by name, for the provider to stand in for.
+"""The reference file: it names a private key, so that the provider can stand in for it.
 
 Written by the administrator of a TLS server, read by the provider (``provider/``). It
 holds nothing secret: the public key and its SHA-256, PEM-like:
@@ -11,7 +11,7 @@ holds nothing secret: the public key and its SHA-256, PEM-like:
                Ed25519:       key       RFC 8032 §5.1.5
     -----END KEYD KEY REFERENCE-----
 
-The provider also knows RSA-PSS (as RSA), which is not written here: see ``certificates``.
+The provider also reads RSA-PSS (as RSA), which this module does not write: see ``certificates``.
 """
 
 import base64
@@ -37,7 +37,7 @@ class UnsupportedKey(ValueError):
 
 
 def kind_of_key(key: PublicKeyTypes | PrivateKeyTypes) -> str:
-    """As in ``an Ed448 key``: what the library calls it, in other words."""
+    """The kind of a key in words, as in ``an Ed448 key``."""
     kind = re.sub("(Public|Private)Key$", "", type(key).__name__)
     return f"{'an' if kind[0] in 'AEIOX' else 'a'} {kind} key"
 

@@ -36,7 +36,7 @@ SERVING: Rules = {
     "mremap": _ANYHOW,
     "munmap": _ANYHOW,
     "madvise": _ANYHOW,
-    # OpenSSL: have I been forked, and fresh entropy.
+    # OpenSSL: to see whether it was forked, and for fresh entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,
     # Threads and time.

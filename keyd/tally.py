@@ -11,7 +11,7 @@ from keyd.protocol import Operation, Status
 
 __all__ = ["LATENCY_BOUNDS", "Tally"]
 
-#: Upper bounds of the classes of an operation's duration, in seconds; one more is open.
+#: Upper bounds of the classes of durations, in seconds; one more class has no bound.
 LATENCY_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -39,9 +39,10 @@ class Tally:
             self._changed = True
 
     def news(self) -> dict[str, object] | None:
-        """The totals, if they are not what they were when this was last called.
+        """The totals, or None if they have not changed since the last call.
 
-        ``seconds`` has, for each bound and for none, how many took at most so long.
+        ``seconds`` has, for each bound, how many operations took at most so long; and, as its
+        last entry, how many there were.
         """
         with self._lock:
             if not self._changed:

@@ -1,6 +1,6 @@
 """The operating system's part: processes, credentials, sealed files, sockets' descriptors.
 
-One room for every call that is Linux's own and that Python's standard library
-lacks. It lies in ``keyd`` because keyd stands on its own and the proxy stands on
-keyd; nothing here knows of either.
+This package has every call of Linux's that Python's standard library lacks. It is part
+of ``keyd`` because keyd imports nothing of the proxy, and the proxy may import keyd.
+Nothing here knows of either.
 """

@@ -1,7 +1,7 @@
 """Giving privileges up (credentials(7), capabilities(7), prctl(2), getrlimit(2)).
 
-Run by each process as it withdraws to what it needs. Every function either does
-what it says or raises OSError: the caller must not go on.
+Run by each process as it gives up what it does not need. Every function either does
+what it says or raises OSError; then the caller must not go on.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ __all__ = [
     "stop_speculation",
 ]
 
-# python-prctl knows the capabilities and securebits of the day it was written.
+# python-prctl does not know capabilities and securebits that are newer than itself.
 _PR_SET_SECUREBITS = 28
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
@@ -42,7 +42,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_empty_root(directory: str) -> None:
-    """chroot(2) into an empty directory, and stand in it."""
+    """chroot(2) into an empty directory, and make it the working directory."""
     os.chdir(directory)
     if os.listdir("."):
         raise PermissionError(f"{directory} is not empty")
@@ -51,10 +51,10 @@ def enter_empty_root(directory: str) -> None:
 
 
 def keep_capabilities(kept: Iterable[int]) -> None:
-    """Have no other capabilities than these (by number), now and from now on.
+    """Drop all capabilities but these (by number), now and from now on.
 
-    Bounding, permitted and effective sets are cut down to them, the inheritable and
-    ambient sets emptied. One that this process did not have, it does not get. Needs
+    The bounding, permitted and effective sets are cut down to them; the inheritable and
+    ambient sets are emptied. The process gains no capability that it did not have. Needs
     CAP_SETPCAP.
     """
     wanted = sum(1 << capability for capability in set(kept))
@@ -73,7 +73,7 @@ def keep_capabilities(kept: Iterable[int]) -> None:
 
 
 def permitted_capabilities() -> set[int]:
-    """By number: those that this process has, or can have at any time (capget(2))."""
+    """The capabilities, by number, that this process has or can have at any time (capget(2))."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()
     _check(_libc.capget(header, sets), "capget")
@@ -84,9 +84,9 @@ def permitted_capabilities() -> set[int]:
 def forbid_regaining(bounding: Iterable[int]) -> None:
     """Close the ways back to a capability, before ``become`` gives the last one up.
 
-    The bounding set, which here holds at most ``bounding``, is emptied; uid 0 will mean
-    nothing, no capability can become ambient or outlast a change of uid, and none of
-    this can be undone (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
+    The bounding set, which here holds at most ``bounding``, is emptied. From now on, uid 0
+    gives no capability, and no capability can become ambient or outlast a change of uid.
+    None of this can be undone (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
     """
     for capability in bounding:
         _prctl(_PR_CAPBSET_DROP, capability)
@@ -94,7 +94,7 @@ def forbid_regaining(bounding: Iterable[int]) -> None:
         _PR_SET_SECUREBITS,
         prctl.SECBIT_NOROOT
         | prctl.SECBIT_NOROOT_LOCKED
-        # Left off, and locked so: it is by this that become() drops all capabilities.
+        # Locked while it is off: so become() still drops all capabilities.
         | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
         | prctl.SECBIT_KEEP_CAPS_LOCKED
         | _SECBIT_NO_CAP_AMBIENT_RAISE
@@ -103,10 +103,10 @@ def forbid_regaining(bounding: Iterable[int]) -> None:
 
 
 def become(uid: int, gid: int) -> None:
-    """Be this user and this group alone, for good: real, effective and saved.
+    """Become this user and this group alone, for good: real, effective and saved.
 
-    Without any capability: those go with uid 0 (capabilities(7), "Effect of user ID
-    changes on capabilities"). And no_new_privs.
+    All capabilities are lost with uid 0 (capabilities(7), "Effect of user ID changes on
+    capabilities"). Sets no_new_privs as well.
     """
     os.setgroups([])
     os.setresgid(gid, gid, gid)
@@ -115,19 +115,19 @@ def become(uid: int, gid: int) -> None:
 
 
 def hide_memory() -> None:
-    """Be non-dumpable: no core dump, no ptrace(2), /proc/PID root's (prctl(2)).
+    """Become non-dumpable: no core dump, no ptrace(2), /proc/PID is root's (prctl(2)).
 
-    After the last change of uid, since that sets the flag again.
+    Call this after the last change of uid, which resets the flag.
     """
     prctl.set_dumpable(False)
 
 
 def lock_memory() -> bool:
-    """Keep this process's memory from being swapped out: what there is and what is to come.
+    """Keep this process's memory from being swapped out, present and future memory.
 
-    Needs CAP_IPC_LOCK. What is to come counts against RLIMIT_MEMLOCK once that is given
-    up, and to raise the limit takes CAP_SYS_RESOURCE; without it, what there is now is
-    locked, and the answer is False.
+    Needs CAP_IPC_LOCK. Once that is given up, future memory counts against RLIMIT_MEMLOCK,
+    and raising that limit takes CAP_SYS_RESOURCE. Where the limit cannot be raised, only
+    present memory is locked, and False is returned.
     """
     flags = _MCL_CURRENT | _MCL_ONFAULT
     try:
@@ -140,7 +140,7 @@ def lock_memory() -> bool:
 
 
 def forbid_core_dumps() -> None:
-    """RLIMIT_CORE at zero, hard."""
+    """Set RLIMIT_CORE to zero, soft and hard."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -170,7 +170,7 @@ def controllable_speculation() -> tuple[int, ...]:
 
 
 def stop_speculation(features: Iterable[int]) -> None:
-    """Turn these off for good (PR_SPEC_FORCE_DISABLE)."""
+    """Turn these features off for good (PR_SPEC_FORCE_DISABLE)."""
     for feature in features:
         prctl.set_speculation_ctrl(feature, prctl.SPEC_FORCE_DISABLE)
 

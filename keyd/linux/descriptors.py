@@ -1,7 +1,7 @@
-"""Descriptors along with a message (unix(7), SCM_RIGHTS).
+"""Sending and receiving file descriptors with a message (unix(7), SCM_RIGHTS).
 
-Python's own socket.send_fds and socket.recv_fds take flags and pass none on to the kernel:
-with them, a process that must not wait would wait.
+Python's own socket.send_fds and socket.recv_fds take flags, and do not pass them on to the
+kernel: with them, a process that must not block would block.
 """
 
 import struct
@@ -16,7 +16,7 @@ _INT = struct.Struct("=i")
 def send_descriptors(
     to: SocketType, octets: bytes, descriptors: Sequence[int], flags: int = 0
 ) -> None:
-    """One message of a packet socket. Raises OSError: BlockingIOError where it would wait."""
+    """Send one message on a packet socket. Raises OSError; BlockingIOError if it would block."""
     packed = struct.pack(f"={len(descriptors)}i", *descriptors)
     to.sendmsg([octets], [(SOL_SOCKET, SCM_RIGHTS, packed)] if descriptors else [], flags)
 
@@ -24,10 +24,9 @@ def send_descriptors(
 def receive_descriptors(
     giver: SocketType, octets: int, count: int, flags: int = 0
 ) -> tuple[bytes, list[int]]:
-    """A message of at most so many octets and up to ``count`` descriptors, close-on-exec.
+    """Receive a message of at most so many octets and up to ``count`` descriptors, close-on-exec.
 
-    An empty message says that the other side is gone. Raises OSError: BlockingIOError where
-    it would wait.
+    An empty message is end of file. Raises OSError; BlockingIOError if it would block.
     """
     message, ancillary, _, _ = giver.recvmsg(
         octets, CMSG_SPACE(count * _INT.size), flags | MSG_CMSG_CLOEXEC

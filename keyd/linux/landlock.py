@@ -1,6 +1,6 @@
-"""Landlock (landlock(7)): every right it knows of, denied.
+"""Denying every right that Landlock knows of (landlock(7)).
 
-A second lock on doors that the empty root and the filter keep shut already.
+The empty root and the system call filter deny them already; this is a second barrier.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def make_ruleset() -> int:
 
 
 def restrict_self(ruleset: int) -> None:
-    """Have this process, for good, only the rights that the ruleset grants; raises OSError.
+    """Limit this process, for good, to the rights that the ruleset grants; raises OSError.
 
     Needs no_new_privs.
     """

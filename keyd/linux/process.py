@@ -1,7 +1,7 @@
 """Making a process, in new namespaces where asked (clone(2), namespaces(7), pidfd_open(2)).
 
-Run by the fork server, which is root and has one thread; and, as they start, by the
-programs that an administrator or a service manager starts.
+Run by the fork server, which is root and has one thread. Programs that an administrator
+or a service manager starts run parts of it as they start.
 """
 
 import os
@@ -33,8 +33,8 @@ __all__ = [
     "why_failed",
 ]
 
-#: The child's parent is the caller's; what a process that is process 1 of its pid
-#: namespace may not do.
+#: The child gets the caller's own parent as its parent. Process 1 of a pid namespace may
+#: not use this.
 CLONE_PARENT = 0x0000_8000
 CLONE_NEWUTS = 0x0400_0000
 CLONE_NEWIPC = 0x0800_0000
@@ -48,7 +48,7 @@ _FOR_THE_FIRST_PROCESS = frozenset(
         signal.SIGTERM,
         signal.SIGUSR1,
         signal.SIGUSR2,
-        # Python ignores it, once it runs.
+        # Python ignores SIGPIPE once it runs.
         signal.SIGPIPE,
     }
 )
@@ -59,7 +59,7 @@ _ZEROS = (0,) * 6
 class Call(NamedTuple):
     """A system call by its name (one of ``spawn.NUMBERS``) with its arguments, at most six.
 
-    A pointer is an address, of what has to stay where it is.
+    A pointer is passed as an address; what is there has to stay there.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Call(NamedTuple):
 
 
 class Child(NamedTuple):
-    """What came of ``clone``.
+    """The result of ``clone``.
 
-    To the caller, the child's pid and a pidfd (close-on-exec), or the errno for which there
-    is no child: EAGAIN where a limit on processes is reached, ENOMEM, EPERM without
-    CAP_SYS_ADMIN (clone(2)). In the child, ``pid`` is 0, and ``failed`` the number of the
-    call that failed, with its errno; -1 if none did.
+    In the caller: the child's pid and a pidfd (close-on-exec), or the errno if there is no
+    child: EAGAIN where a limit on processes is reached, ENOMEM, EPERM without CAP_SYS_ADMIN
+    (clone(2)). In the child: ``pid`` is 0, and ``failed`` is the index of the call that
+    failed, with its errno; it is -1 if none failed.
     """
 
     pid: int
@@ -82,7 +82,7 @@ class Child(NamedTuple):
 
 
 def encode(calls: Iterable[Call]) -> bytes:
-    """As ``clone`` and ``make`` take them."""
+    """Encode calls for ``clone`` and ``make``."""
     return b"".join(
         _CALL.pack(NUMBERS[name], *arguments, *_ZEROS[len(arguments) :])
         for name, arguments in calls
@@ -90,15 +90,15 @@ def encode(calls: Iterable[Call]) -> bytes:
 
 
 def clone(flags: int = 0, calls: bytes = b"") -> Child:
-    """Fork this process, its child in the namespaces that ``flags`` names.
+    """Fork this process; the child is in the new namespaces that ``flags`` names.
 
-    In the child the calls (``encode``) are made, in order, before it returns; none is made
-    after one that fails. Raises ValueError where they are not whole.
+    In the child, ``calls`` (from ``encode``) are made in order before this returns; after
+    one that fails, no other is made. Raises ValueError where ``calls`` is cut off.
 
-    The system call is made directly: neither Python's nor libc's after-fork hooks
-    run. They mend what other threads may have held locked, and there are none;
-    what they touch costs some 180 page faults in each child. What the child must
-    renew is its randomness, before it draws any.
+    The system call is made directly, without Python's and libc's after-fork hooks. Those
+    hooks repair what other threads may have held locked, and there are no other threads;
+    they would cost some 180 page faults in each child. The child must renew its
+    randomness before it draws any.
     """
     return Child(*spawn(flags, calls))
 
@@ -111,22 +111,22 @@ def why_failed(child: Child, calls: Sequence[Call]) -> str:
 
 
 def how_ended(code: int) -> str:
-    """What a process ended with, in words; ``code`` is negative for the number of a signal."""
+    """How a process ended, in words; a negative ``code`` is the number of a signal."""
     if code >= 0:
         return f"exited with {code}"
     try:
         return f"killed by {signal.Signals(-code).name}"
-    except ValueError:  # a real-time one
+    except ValueError:  # a real-time signal
         return f"killed by signal {-code}"
 
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """What is started meanwhile never hears the signals that are for the first process.
+    """Block signals that are for the first process, in all processes that are started meanwhile.
 
     ``systemctl kill`` sends them to each process of a unit, a terminal to a process group. By
-    default they end a process, also one that has not come to its first line. A signal mask
-    is inherited through fork(2) and execve(2).
+    default they end a process, even before it has run its first line. The signal mask is
+    inherited through fork(2) and execve(2).
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_FIRST_PROCESS)
     try:
@@ -138,19 +138,19 @@ def signals_held_back() -> Iterator[None]:
 def run_for_reader(run: Callable[[], int]) -> int:
     """Run a command that writes to standard output; returns its exit code.
 
-    Where nobody reads that any more (``| head``), it ends as SIGPIPE would have ended it.
+    If nobody reads its output any more (``| head``), the exit code is that of SIGPIPE.
     """
     try:
         try:
             return run()
         finally:
-            # None where the descriptor was closed at the start.
+            # sys.stdout is None if its descriptor was closed at the start.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
         if not any(map(_is_unread, (1, 2))):
             raise
-        # What is still to be written, as Python ends, has to go somewhere.
+        # Python still writes what is left as it ends: that goes to /dev/null.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in filter(_is_unread, (1, 2)):
             os.dup2(nowhere, descriptor)
@@ -158,7 +158,7 @@ def run_for_reader(run: Callable[[], int]) -> int:
 
 
 def _is_unread(descriptor: int) -> bool:
-    """Whether it is a pipe or a socket whose other end is closed (poll(2))."""
+    """Whether the descriptor is a pipe or a socket whose other end is closed (poll(2))."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -167,8 +167,8 @@ def _is_unread(descriptor: int) -> bool:
 def open_standard_streams() -> None:
     """Make sure that descriptors 0, 1 and 2 are taken, by /dev/null if need be.
 
-    A process that was started without one of them would have a socket or a key file of its own
-    there, and what is meant for standard error would go into it.
+    Otherwise a process that was started without one of them would open a socket or a key file
+    under that number, and text for standard error would be written into it.
     """
     for _ in range(3):
         descriptor = os.open(os.devnull, os.O_RDWR)

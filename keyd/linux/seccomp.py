@@ -1,8 +1,8 @@
-"""System call filters (seccomp(2)): building them, and putting them on.
+"""System call filters (seccomp(2)): building them, and installing them.
 
-``build`` is run by the supervisor, or by a keyd on its own, while it is still root:
-libseccomp knows every architecture's numbers, and is not carried into the process
-that the filter is for. That process only runs ``install``.
+``build`` is run by the supervisor, or by a keyd on its own before it confines itself. It
+uses libseccomp, which knows every architecture's numbers. A process that is given its
+filter only runs ``install``, and does not load libseccomp.
 """
 
 import ctypes
@@ -25,26 +25,26 @@ class Only(NamedTuple):
     value: int
 
 
-#: What is allowed: a system call's name, and the alternatives under which it is; a call
-#: without any condition is allowed with one empty alternative.
+#: The allowed system calls: each has a name, and alternatives, one of which has to hold. A call
+#: that is always allowed has one empty alternative.
 Rules = Mapping[str, tuple[tuple[Only, ...], ...]]
 
 
 class Flag(IntFlag):
-    """seccomp(2)'s flags that are of use here."""
+    """The flags of seccomp(2) that are used here."""
 
     ONE_THREAD = 0
     ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 
 
 def build(rules: Rules) -> bytes:
-    """A filter that allows these calls and kills the process for any other, as BPF.
+    """Build a filter, as BPF, that allows these calls and kills the process for any other.
 
-    So it does for a call of another architecture's (the 32-bit ones). Raises OSError or
+    A call of another architecture (a 32-bit one) kills it, too. Raises OSError or
     RuntimeError where libseccomp is missing or does not know a call.
     """
-    # Here and nowhere else: the processes that a filter is for do without these, and without
-    # the libraries that they load.
+    # Imported only here: processes that are given a filter do without these modules, and
+    # without the libraries that they load.
     import tempfile
 
     import pyseccomp
@@ -69,7 +69,7 @@ class _SockFprog(ctypes.Structure):
 
 
 class Program:
-    """A filter as the kernel takes it: ``address`` is that of its struct sock_fprog."""
+    """A filter as the kernel takes it; ``address`` is the address of its struct sock_fprog."""
 
     def __init__(self, bpf: bytes) -> None:
         self._fprog = _SockFprog(len(bpf) // 8, bpf)
@@ -80,11 +80,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def install(program: Program, flag: Flag = Flag.ONE_THREAD) -> None:
-    """Put a filter on, for good; filters add up. Needs no_new_privs. Raises OSError."""
+    """Install a filter for good; filters add up. Needs no_new_privs. Raises OSError."""
     result = _libc.syscall(
         _SYS_SECCOMP, SET_MODE_FILTER, int(flag), ctypes.c_void_p(program.address)
     )
     if result:
-        # With TSYNC, a positive result is a thread that could not be brought along.
+        # With TSYNC, a positive result is the id of a thread that cannot have the filter.
         error = ctypes.get_errno()
         raise OSError(error, f"seccomp: {os.strerror(error)} ({result})")

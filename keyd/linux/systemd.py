@@ -15,13 +15,13 @@ _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 
 class Notifier:
-    """The way to the service manager, where there is one. Never blocks.
+    """A socket to the service manager, where there is one. Never blocks.
 
-    Connected at once: from an empty root, the manager's socket could not be found.
+    It is connected at once: from an empty root, the manager's socket could not be found.
     """
 
     def __init__(self) -> None:
-        #: What of the environment this was made from, for a program that is executed in our place.
+        #: The variables that this was made from, for a program that is executed in our place.
         self.environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         address = os.environ.pop("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
@@ -29,12 +29,12 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             with suppress(OSError):
                 self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
-        #: How often a watchdog wants to hear from us, in seconds; None if there is none.
+        #: How often to notify the watchdog, in seconds; None if there is no watchdog.
         self.watchdog: float | None = None
         watched_pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
         microseconds = os.environ.pop("WATCHDOG_USEC", "")
         if microseconds.isdecimal() and watched_pid == str(os.getpid()):
-            # Half of it, as sd_watchdog_enabled(3) advises.
+            # Half of the watchdog's time, as sd_watchdog_enabled(3) advises.
             self.watchdog = int(microseconds) / 2_000_000
 
     def __call__(self, **fields: object) -> None:
@@ -46,9 +46,9 @@ class Notifier:
                 self._socket.send(text.encode())
 
     def ready(self) -> None:
-        """READY=1; and hang up, where no watchdog wants to hear more. For a service without reload.
+        """Send READY=1 and, without a watchdog, close the socket. For a service without reload.
 
-        An attacker who controls the process has one way less to process 1.
+        An attacker who controls the process then has one way less to process 1.
         """
         self(ready=1)
         if self.watchdog is None and self._socket is not None:
@@ -56,14 +56,14 @@ class Notifier:
             self._socket = None
 
     def reloading(self) -> None:
-        """RELOADING=1, with the time that Type=notify-reload asks for."""
+        """Send RELOADING=1, with the time that Type=notify-reload asks for."""
         self(reloading=1, monotonic_usec=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
 
 
 def close_inherited() -> None:
     """Close inherited descriptors, but for standard streams and sockets meant for this process.
 
-    To be called first of all: it cannot tell what else has been opened since.
+    Call this before anything is opened: it would close that, too.
     """
     count = os.environ.get("LISTEN_FDS", "")
     ours = os.environ.get("LISTEN_PID") == str(os.getpid()) and count.isdecimal()
@@ -71,7 +71,7 @@ def close_inherited() -> None:
 
 
 def passed_sockets() -> dict[str, list[socket.socket]]:
-    """The listening sockets that we were started with, by name; forgets about them."""
+    """The listening sockets that we were started with, by name; clears their variables."""
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")

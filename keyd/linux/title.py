@@ -1,6 +1,6 @@
-"""What a process is called in ps(1) and top(1), and where the kernel speaks of it.
+"""A process's name in ps(1), in top(1) and in the kernel's messages.
 
-Run by each process as it starts. It decides nothing: what a process calls itself is for people.
+Run by each process as it starts. The name is for people, and gives no rights.
 """
 
 import ctypes
@@ -12,15 +12,15 @@ import prctl
 
 __all__ = ["NAME_OCTETS", "PR_SET_NAME", "CommandLine", "set_title"]
 
-#: Of the shorter name, which the kernel uses (prctl(2), PR_SET_NAME).
+#: The option that sets the short name, which the kernel uses, and its longest length (prctl(2)).
 PR_SET_NAME, NAME_OCTETS = 15, 15
 
 
 class CommandLine:
-    """The memory that /proc/PID/cmdline shows: the process's own, and so for it to write to."""
+    """The memory that /proc/PID/cmdline shows: it is the process's own, which may write to it."""
 
     def __init__(self) -> None:
-        """Look where it is: in /proc, which a process in an empty root does not have."""
+        """Find it by /proc, which a process in an empty root does not have."""
         self._start = self._octets = 0
         with suppress(OSError):
             with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
@@ -30,13 +30,13 @@ class CommandLine:
             self._octets = int(fields[46]) - self._start
 
     def write(self, words: Iterable[str]) -> None:
-        """Have these words in the place of what was there; where they do not fit, that stays."""
+        """Replace the command line by these words; if they do not fit, it stays as it is."""
         content = b"".join(os.fsencode(word) + b"\0" for word in words)
         if len(content) <= self._octets:
             ctypes.memmove(self._start, content.ljust(self._octets, b"\0"), self._octets)
 
 
 def set_title(name: str, *words: str) -> None:
-    """``name`` is the short one, at most 15 octets; ``words`` are the new command line."""
+    """Set the short name, at most 15 octets, and the command line, to ``words``."""
     prctl.set_name(name)
     CommandLine().write(words)

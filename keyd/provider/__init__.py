@@ -9,7 +9,7 @@ _DIRECTORY = Path(__file__).parent
 
 
 def provider_path() -> Path:
-    """Where the package's build put the provider; raises FileNotFoundError."""
+    """The file that the package's build made of the provider; raises FileNotFoundError."""
     for suffix in EXTENSION_SUFFIXES:
         path = _DIRECTORY / f"keyd_provider{suffix}"
         if path.exists():

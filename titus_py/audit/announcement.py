@@ -1,6 +1,6 @@
-"""Telling the supervisor of an audit, so that what keyd refuses to it rings no alarm.
+"""Announcing an audit to the supervisor, so that keyd's refusals to it raise no alarm.
 
-Run by ``titus-py audit``, as root. The supervisor is trusted with a number, and with no more.
+Run by ``titus-py audit``, as root. The supervisor is trusted to give a number, and no more.
 """
 
 from pathlib import Path
@@ -12,16 +12,16 @@ from titus_py.supervisor.control_client import NoAnswer, ask
 
 __all__ = ["UNANNOUNCED", "announce"]
 
-#: What an audit is refused under that could not announce itself: no connection has it either.
+#: The connection number of an audit that could not announce itself. No client's connection has it.
 UNANNOUNCED = 0
 _SECONDS = 5.0
 
 
 def announce(supervisor: int) -> int:
-    """The number of a connection to be refused under; UNANNOUNCED where nobody gives one."""
+    """The connection number for refusals to this audit; UNANNOUNCED if there is none to be had."""
     try:
-        # The socket has the process id that the supervisor has to itself, and may be in a file
-        # system that only the supervisor sees.
+        # The socket is named after the pid in the supervisor's own pid namespace, and may be in a
+        # file system that only the supervisor sees.
         pid = int(status(supervisor)["NSpid"].split()[-1])
         directory = Path(f"/proc/{supervisor}/root{CONTROL_DIRECTORY}")
         connection = ask(pid, {"do": "audit"}, _SECONDS, directory).get("connection")

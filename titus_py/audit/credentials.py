@@ -1,7 +1,7 @@
-"""Checks: who a process is, and what it may do as that.
+"""Checks: a process's user and groups, its privileges, and who can look into it.
 
-Run by ``titus-py audit``. Credentials are a thread's own (credentials(7)): each thread
-of a process is looked at.
+Run by ``titus-py audit``. Each thread has its own credentials (credentials(7)), so each
+thread of a process is looked at.
 """
 
 import ctypes
@@ -55,8 +55,8 @@ def _uid(seen: Observation, scene: Scene) -> Seen:
         right = int(uids[0]) in scene.target.configuration.worker.uids and uids == gids
         parent = scene.newest(Role.PARENT)
         newest = parent is not None and parent.pid == seen.process.ppid
-    # Those of an earlier configuration, still there after a reload, are as that one said; and
-    # a keyd that is a service of its own, as that says.
+    # A process of an earlier configuration, still there after a reload, has the ids that that
+    # one said. A keyd that is a service of its own has the ids that its service says.
     right = right or (not newest and "0" not in uids + gids)
     if not right:
         return broken(f"{text}: not what the configuration says")
@@ -78,7 +78,7 @@ def _no_capabilities(seen: Observation, _: Scene) -> Seen:
 
 
 def _capabilities_to_fork(seen: Observation, _: Scene) -> Seen:
-    # It never executes a program, and what it forks is to have none.
+    # The fork server never executes a program, and its workers must not have any capability.
     return _at_most(seen, _mask(FORK_SERVER_CAPABILITIES), 0)
 
 
@@ -96,7 +96,7 @@ def _mask(capabilities: Iterable[int]) -> int:
 
 
 def _at_most(seen: Observation, allowed: int, bounding: int) -> Seen:
-    # Neither set that execve(2) adds to may hold any.
+    # The inheritable and ambient sets must be empty: a program could get capabilities from them.
     masks = dict.fromkeys(_SETS, allowed) | {"CapBnd": bounding, "CapInh": 0, "CapAmb": 0}
     excess = {
         f"{name} has {_names(beyond)}"
@@ -150,7 +150,7 @@ def _hidden_by_attempt(seen: Observation, _: Scene) -> Seen:
 
 
 def _control() -> bool:
-    """Whether a process that is like the parent, but dumpable, can be looked into."""
+    """The control: whether a process like the parent, but dumpable, can be looked into."""
     program = (
         "from keyd.linux.credentials import keep_capabilities\n"
         "keep_capabilities([])\n"
@@ -168,11 +168,11 @@ def _control() -> bool:
 
 
 def _can_look_into(pid: int) -> bool:
-    """Whether a thread of root's without CAP_SYS_PTRACE may (ptrace(2), PTRACE_MODE_READ)."""
+    """Whether a root thread without CAP_SYS_PTRACE can (ptrace(2), PTRACE_MODE_READ)."""
     results = []
 
     def attempt() -> None:
-        # Capabilities are a thread's own: only this one, which ends here, is without.
+        # Each thread has its own capabilities: only this thread loses one, and it ends here.
         libc = ctypes.CDLL(None, use_errno=True)
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
         sets = (ctypes.c_uint32 * 6)()
@@ -195,7 +195,7 @@ def _can_look_into(pid: int) -> bool:
 
 _UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD})
 _PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER})
-#: What workers have from the fork server, it has put on itself.
+#: Workers inherit this from the fork server, which confined itself.
 _CONFINED = frozenset({Role.WORKER, Role.KEYD, Role.FORK_SERVER})
 _STATUS = "/proc/PID/task/*/status"
 

@@ -1,7 +1,7 @@
-"""Checks: what a process holds open, each thing by its name.
+"""Checks: what a process holds open, each descriptor by a name.
 
-Run by ``titus-py audit``. A unix socket is what its other end makes it: which process of
-the instance holds that (sock_diag(7)).
+Run by ``titus-py audit``. A unix socket is named after the process of the instance that
+holds its other end (sock_diag(7)).
 """
 
 import os
@@ -34,7 +34,7 @@ _KINDS = {
     r"anon_inode:\[landlock-ruleset\]": _RULESET,
 }
 
-#: What a process may hold, and how much of each (None: any number).
+#: What a process may hold, and how many of each (None: any number).
 _Allowed = dict[str, int | None]
 _SPARE: _Allowed = {_NULL: 3, _TO_PARENT: 1}
 _HANDSHAKE: _Allowed = {**_SPARE, _CLIENT: 1, "socket to keyd": 1, _CLOSED: 1}
@@ -48,7 +48,7 @@ _KEYD: _Allowed = {
     "socket to the supervisor": 1,
     "socket to worker": None,
     _CLOSED: None,
-    # Of a service with a watchdog (sd_notify(3)).
+    # For a service with a watchdog (sd_notify(3)).
     _TO_MANAGER: 1,
 }
 _FORK_SERVER: _Allowed = {
@@ -56,7 +56,7 @@ _FORK_SERVER: _Allowed = {
     _ERRORS: 1,
     _TO_PARENT: 1,
     _RULESET: 1,
-    # In passing: with an order, and back.
+    # Held for a moment: they come with an order, or go back with the answer.
     _WORKERS: None,
     _REPORT: None,
     _PIDFD: None,
@@ -80,7 +80,7 @@ _PARENT: _Allowed = {
 
 
 def names(seen: Observation, scene: Scene) -> dict[int, str]:
-    """What each of a process's descriptors is, in words; the kernel's where we have none."""
+    """What each of a process's descriptors is: in our words, or else in the kernel's."""
     return {number: _name(seen, scene, number) for number in sorted(seen.descriptors)}
 
 
@@ -127,7 +127,8 @@ def _socket_name(scene: Scene, inode: int) -> str:
         Role.WORKER if _passes_on(other, unix.peer) else other.process.role
         for other in scene.holders.get(unix.peer, [])
     }
-    # A process forked meanwhile holds what its maker does, until it has closed it.
+    # A process that was just forked holds the descriptors of the process that forked it, until it
+    # has closed them. That other process is earlier in this order.
     for role in (Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER):
         if role in holders:
             return f"socket to {'' if role is Role.WORKER else 'the '}{role}".replace(
@@ -137,7 +138,7 @@ def _socket_name(scene: Scene, inode: int) -> str:
 
 
 def _leads_to_manager(seen: Observation, scene: Scene, inode: int) -> bool:
-    """Whether a keyd that is a service has here its way to who started it, who hears datagrams."""
+    """Whether this is the datagram socket of a keyd that is a service to what started it."""
     if seen.process.role is not Role.KEYD or scene.target.started(seen.process):
         return False
     unix = scene.unix(inode)
@@ -150,7 +151,7 @@ def _leads_to_manager(seen: Observation, scene: Scene, inode: int) -> bool:
 
 
 def _passes_on(seen: Observation, inode: int) -> bool:
-    """Whether that is a fork server, and this socket one that a worker is about to have."""
+    """Whether that is a fork server that holds this socket for a new worker."""
     return seen.process.role is Role.FORK_SERVER and seen.sockets.get(PARENT_FD) != inode
 
 

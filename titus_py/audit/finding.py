@@ -13,7 +13,7 @@ __all__ = ["Check", "Finding", "Seen", "Subject", "Verdict", "broken", "holds", 
 
 
 class Verdict(StrEnum):
-    """Whether a promise holds. ``NOT_AVAILABLE``: it could not be kept, or looked at, here."""
+    """Whether a promise holds. ``NOT_AVAILABLE``: it cannot be kept, or not be checked, here."""
 
     HOLDS = "holds"
     BROKEN = "broken"
@@ -40,7 +40,7 @@ def not_available(text: str) -> Seen:
 
 
 class Subject(NamedTuple):
-    """The process that a finding is about. ``stage`` is a worker's: how far it has come."""
+    """The process that a finding is about. ``stage`` says how far a worker has come."""
 
     role: str
     pid: int

@@ -1,6 +1,6 @@
 """Findings in the order in which people read them. Used by the table and the page.
 
-Workers are alike: but for what is broken, one entry speaks for several.
+Workers are alike: one entry stands for several, unless it is about something broken.
 """
 
 import re
@@ -15,7 +15,7 @@ __all__ = ["Group", "Row", "grouped"]
 
 
 class Row(NamedTuple):
-    """A finding, and of how many processes it is the same."""
+    """A finding, and how many processes it is the same for."""
 
     finding: Finding
     processes: int = 1
@@ -37,9 +37,10 @@ _MANY = (Stage.SPARE, Stage.HANDSHAKE, Stage.ESTABLISHED)
 
 
 def grouped(findings: Sequence[Finding], by_stage: bool) -> list[Group]:
-    """By process, the privileged first; where something is broken, that process first.
+    """Groups of findings by process: broken ones first, then the most privileged ones.
 
-    All workers are one group, or one for each stage and each time that a stage was looked at.
+    All workers are one group. With ``by_stage``, there is one group for each stage, and one for
+    each time that the audit's own worker was looked at.
     """
     titles: dict[str, list[Finding]] = {}
     for finding in sorted(findings, key=_rank):
@@ -51,7 +52,7 @@ def grouped(findings: Sequence[Finding], by_stage: bool) -> list[Group]:
 def _rank(finding: Finding) -> tuple[int, bool]:
     role, stage = finding.subject.role, finding.subject.stage
     rank = _IN_ORDER.index(Role(role)) if role in _IN_ORDER else len(_IN_ORDER)
-    # The probe's worker after those of the same kind: it tells a story of its own.
+    # The probe's worker comes after all other workers.
     return rank, bool(stage) and stage not in _MANY
 
 
@@ -87,7 +88,7 @@ def _rows(findings: Sequence[Finding]) -> list[Row]:
 
 
 def _kind(seen: str) -> str:
-    """What was seen, whatever the numbers in it."""
+    """What was seen, with every number replaced by 0."""
     return re.sub(r"[0-9]+", "0", seen)
 
 

@@ -1,8 +1,8 @@
 """A running instance seen from outside: its processes, and what /proc says of them.
 
-Run as root, by the audit, the demo and the tests. It trusts the kernel.
-What a process says of itself (its command line) decides only which of the supervisor's
-children is which: workers and the fork server are known by whose children they are.
+Run as root, by the audit, the demo and the tests. It trusts the kernel. A process's own
+command line only tells the supervisor's children from each other. Workers and the fork
+server are known as children of the parent.
 """
 
 import os
@@ -39,15 +39,15 @@ class Role(StrEnum):
     FORK_SERVER = "fork server"
     KEYD = "keyd"
     WORKER = "worker"
-    CHECK = "keyd check"  #: short-lived: holds keys and certificates against each other
+    CHECK = "keyd check"  #: short-lived: checks keys and certificates
     OTHER = "other"
 
 
 class Process(NamedTuple):
     """A process, as /proc has it.
 
-    ``uid`` is the effective one. ``started`` (clock ticks since boot) tells two apart that
-    had the same pid one after the other.
+    ``uid`` is the effective one. ``started`` (clock ticks since boot) tells processes apart
+    that had the same pid one after the other.
     """
 
     pid: int
@@ -58,7 +58,7 @@ class Process(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """An established TCP connection, by its local end's socket."""
+    """An established TCP connection; ``inode`` is that of its local socket."""
 
     inode: int
     local: IPAddress
@@ -82,7 +82,7 @@ def all_processes() -> list[Process]:
 def instance_processes(supervisor: int) -> list[Process]:
     """The supervisor and all its descendants, parents before their children.
 
-    Nothing if there is no process with this pid.
+    The list is empty if there is no process with this pid.
     """
     processes = all_processes()
     found = [process for process in processes if process.pid == supervisor]
@@ -103,11 +103,12 @@ def instance_processes(supervisor: int) -> list[Process]:
 
 
 def _fork_server(parent: int, children: Iterable[Process]) -> Process | None:
-    """Which of a parent's children that is: root's, and in the parent's own pid namespace.
+    """The child of a parent that runs as root, and in the parent's own pid namespace.
 
-    A worker that has just been forked has its command line, and is root's, too, but is in
-    a pid namespace of its own from the first. The oldest, if something is so wrong that
-    there are several: the others then are workers that are not what they should be.
+    A worker that has just been forked has the fork server's command line and runs as root,
+    too, but is in a pid namespace of its own from the start. If there are several such
+    children, something is wrong: the oldest is the fork server, and the others are workers
+    that are not confined as they should be.
     """
     candidates = [
         process
@@ -118,7 +119,7 @@ def _fork_server(parent: int, children: Iterable[Process]) -> Process | None:
 
 
 def _depth(pid: int) -> int:
-    """In how many pid namespaces it is, counted from ours (proc(5)); 0 if it is gone."""
+    """How many pid namespaces a process is in, counted from ours (proc(5)); 0 if it is gone."""
     try:
         return len(status(pid)["NSpid"].split())
     except (FileNotFoundError, ProcessLookupError):
@@ -149,12 +150,12 @@ def _role(above: Role, pid: int) -> Role:
 
 
 def is_parent(words: Sequence[bytes]) -> bool:
-    """Whether that is a parent's command line: as it is started, or as it has renamed itself."""
+    """Whether that is the command line of a parent, before or after it has renamed itself."""
     return b"titus_py.parent.life" in words or title(Role.PARENT) in words
 
 
 def title(role: Role) -> bytes:
-    """What a process that is this in its instance has for a command line, or begins it with."""
+    """The command line of a process with this role, or the beginning of it."""
     return (role if role is Role.KEYD else f"titus-py: {role}").encode()
 
 
@@ -190,10 +191,10 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def connections_to(port: int, processes: Iterable[Process]) -> dict[Process, Connection]:
-    """Which of these processes serve a TCP connection to this local port, and which one.
+    """The processes that hold a TCP connection to this local port, each with its connection.
 
-    Connections are those of the caller's network namespace: where a socket was made is where
-    it belongs, whatever namespace the process that holds it lives in.
+    Only connections of the caller's network namespace are found. A socket belongs to the
+    namespace that it was made in, whichever namespace the process that holds it is in.
     """
     connections = {f"socket:[{found.inode}]": found for found in _connections(port)}
     serving = {}
@@ -226,7 +227,7 @@ def _address(text: str) -> IPAddress:
     words = bytes.fromhex(host)
     packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
-    # An interface's name is not there: link-local addresses stay as they are.
+    # The name of the interface is not there, so link-local addresses stay as they are.
     try:
         host = canonical_ip(socket.inet_ntop(family, packed))
     except ValueError:

@@ -1,8 +1,8 @@
 """Looking for a private key in the memory of processes (/proc/PID/mem; proc(5)).
 
-Run as root, by the audit, the demo and the tests. The searching process holds
-the key itself, and must not search itself. It trusts the kernel, and nothing that the
-processes that it looks into say: it reads, and disturbs none of them.
+Run as root, by the audit, the demo and the tests. The searching process holds the key,
+so it must not search itself. It trusts the kernel, and nothing that the searched
+processes say. It only reads, and disturbs none of them.
 """
 
 import base64
@@ -25,26 +25,26 @@ from keyd.powers import PrivateKey
 
 __all__ = ["Hit", "Needle", "Search", "Skipped", "needles", "search", "search_all"]
 
-#: A shorter number is found by chance, and guessed more easily than stolen.
+#: A shorter number would be found by chance, and is guessed more easily than stolen.
 _MIN_OCTETS = 16
-#: Of base64 text, per number: two windows this long, within this many characters.
+#: In base64 text, two windows of this length are sought per number, within this many characters.
 _WINDOW, _WINDOWS_SPAN = 24, 56
-#: A piece of memory that stays in the processor's cache while every needle is looked for.
+#: So small a piece of memory stays in the processor's cache while every needle is looked for.
 _PIECE_OCTETS = 512 * 1024
-#: Enough to make the point, whatever a process has filled its memory with.
+#: A search ends after so many hits, whatever the process has filled its memory with.
 _MAX_HITS = 10_000
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-#: /proc/PID/pagemap: 8 octets a page. Of the last one's bits, 0x80 says "present", 0x40
-#: "swapped", and 0x04 "guard": a page that nobody can read, and that is in use for that.
+#: /proc/PID/pagemap: 8 octets a page. In the last octet, 0x80 is "present", 0x40 is "swapped",
+#: and 0x04 is "guard": a page that is there so that nobody can read it.
 _PAGEMAP_ENTRY = 8
 _PAGEMAP_BLOCK = 64 * 1024 * _PAGEMAP_ENTRY
 _IN_USE = bytes(bool(entry & 0xC0) and not entry & 0x04 for entry in range(256))
 _IN_USE_RUN = re.compile(b"\x01+")
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
 
-# memmem(3) is three times as fast as bytes.find here, and re far slower than either; and
-# while ctypes is in it, other threads run.
+# memmem(3) is three times as fast as bytes.find here, and re is far slower than either. Other
+# threads can run while ctypes calls it.
 _memmem = ctypes.CDLL(None).memmem
 _memmem.restype = ctypes.c_void_p
 _memmem.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
@@ -62,7 +62,7 @@ class Needle(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A needle, and where it was. ``mapping`` is as in /proc/PID/maps."""
+    """A needle, and where it was found. ``mapping`` is as in /proc/PID/maps."""
 
     pid: int
     mapping: str
@@ -85,8 +85,8 @@ class Skipped(NamedTuple):
 class Search(NamedTuple):
     """What was found in one process.
 
-    ``octets`` were read. ``ended`` is True where the process was gone before the search
-    was done: what it had not been asked for yet, nobody knows.
+    ``octets`` is how much was read. ``ended`` is True if the process ended during the
+    search: then the rest of its memory was not searched.
     """
 
     pid: int
@@ -108,10 +108,11 @@ class _Span(NamedTuple):
 def needles(key: PrivateKey) -> list[Needle]:
     """What gives a private key away, wherever in memory it is.
 
-    Its secret numbers in either byte order and as Python's own integers, each by the half
-    that is later in memory: an allocator writes into the beginning of what was freed. The
-    same numbers in base64, at each of the three ways in which they may lie in a text: so a
-    PEM of any format is found by a part, with line breaks and without. And the whole DER.
+    First, its secret numbers in either byte order and as Python's own integers. Of each, the
+    half that is later in memory is sought: an allocator writes into the beginning of what was
+    freed. Second, the same numbers in base64, at each of the three alignments that they may
+    have in a text. So a part of a PEM of any format is found, with line breaks and without.
+    Third, the whole DER.
     """
     found = []
     for name, number in _secret_numbers(key).items():
@@ -144,7 +145,7 @@ def _secret_numbers(key: PrivateKey) -> dict[str, int]:
             return {"scalar": key.private_numbers().private_value}
         case ed25519.Ed25519PrivateKey():
             seed = key.private_bytes_raw()
-            # What the seed becomes when it is used (RFC 8032 §5.1.5) signs just as well.
+            # What is derived from the seed (RFC 8032 §5.1.5) is enough to sign with.
             digest = hashlib.sha512(seed).digest()
             scalar = int.from_bytes(digest[:32], "little")
             scalar = scalar & ((1 << 254) - 8) | 1 << 254
@@ -176,7 +177,7 @@ def _base64_windows(octets: bytes) -> Iterator[bytes]:
     """
     for before in range(3):
         encoded = base64.b64encode(bytes(before) + octets)
-        # Of the characters at both ends, some bits are the neighbours'.
+        # The characters at both ends may contain bits of the neighbouring octets.
         inner = encoded[-(-before * 8 // 6) : (before + len(octets)) * 8 // 6]
         start = max(0, (len(inner) - _WINDOWS_SPAN) // 2)
         inner = inner[start : start + _WINDOWS_SPAN]
@@ -207,10 +208,10 @@ def search_all(pids: Iterable[int], sought: Sequence[Needle]) -> list[Search]:
 def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Search:
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
-    Read is what the process has in use (present or swapped pages, whatever their
-    protection) and all that it shares. A page that it never touched holds zeros or its
-    file's content, and reading it would bring it in. Raises PermissionError without
-    CAP_SYS_PTRACE, ValueError for a needle without octets.
+    The search reads the pages that the process has in use (present or swapped, whatever
+    their protection) and all shared mappings. It skips pages that the process never
+    touched: they hold zeros or their file's content, and reading would bring them in.
+    Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
     """
     if not all(needle.octets for needle in sought):
         raise ValueError("an empty needle is everywhere")
@@ -226,7 +227,7 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         except (FileNotFoundError, ProcessLookupError):
             return Search(pid, [], [], 0, ended=True)
         reader = _Reader(pid, memory, sought, piece)
-        # Without mappings it is a zombie.
+        # A process without mappings is a zombie.
         ended = not mappings
         skipped = []
         try:
@@ -234,7 +235,7 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
                 for part in _in_use(span, shared, pagemap):
                     reader.read(part)
             if reader.skipped:
-                # What the process has given back since is no memory of its any more.
+                # What the process has unmapped since is not its memory any more.
                 left = [span for span, _ in _mappings(pid)]
                 skipped = [part for part in reader.skipped if _is_mapped(part, left)]
         except _Enough:
@@ -245,7 +246,7 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
 
 
 def _mappings(pid: int) -> list[tuple[_Span, bool]]:
-    """/proc/PID/maps, in ascending order: where, and whether it is shared."""
+    """/proc/PID/maps, in ascending order: each mapping, and whether it is shared."""
     found = []
     text = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
     for line in text.splitlines():
@@ -263,7 +264,7 @@ def _is_mapped(part: Skipped, mappings: Iterable[_Span]) -> bool:
 
 def _in_use(mapping: _Span, shared: bool, pagemap: int | None) -> Iterator[_Span]:
     """The parts of a mapping that are worth reading."""
-    # Beyond 2^63 ([vsyscall]) nothing is a process's own, and pagemap knows nothing.
+    # Beyond 2^63 ([vsyscall]) no memory is a process's own, and pagemap has no entries.
     if pagemap is None or shared or mapping.start >= 1 << 63:
         yield mapping
         return
@@ -287,8 +288,8 @@ class _Enough(Exception):
 class _Reader:
     """Reads spans in ascending order, and looks at each octet once for each needle.
 
-    The end of what was read is kept in front of what comes next, so that a needle may
-    lie across two pieces, or two mappings.
+    It keeps the end of what it has read in front of what comes next. So it finds a needle
+    that lies across two pieces, or two mappings.
     """
 
     def __init__(self, pid: int, memory: int, sought: Sequence[Needle], piece: int) -> None:
@@ -332,7 +333,7 @@ class _Reader:
 
     def _look(self, span: _Span, address: int, count: int) -> None:
         for name, octets in self._sought:
-            # What is kept was looked at: only a needle that ends beyond it is new.
+            # The kept octets were searched before: only a needle that ends beyond them is new.
             place = max(0, self._kept - len(octets) + 1)
             filled = self._kept + count
             while found := _memmem(self._base + place, filled - place, octets, len(octets)):
@@ -348,7 +349,7 @@ class _Reader:
         self._view[: self._kept] = bytes(self._view[filled - self._kept : filled])
 
     def _skip(self, span: _Span, address: int, error: OSError | OverflowError) -> int:
-        """Note that there is no reading here; returns where to go on."""
+        """Note that this memory cannot be read; returns the address to go on from."""
         if isinstance(error, OverflowError):
             # pread(2) has no offset for it: [vsyscall], the kernel's own page.
             self.skipped.append(Skipped(span.mapping, address, span.end - address, "no offset"))

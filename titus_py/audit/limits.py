@@ -1,7 +1,7 @@
 """Checks: what the kernel refuses a process: system calls, resources, speculation.
 
-Run by ``titus-py audit``. What a filter allows cannot be read from outside without
-stopping the process: its lists are in ``worker_filter`` and ``keyd.system_calls``.
+Run by ``titus-py audit``. What a filter allows cannot be read from outside without stopping
+the process; the lists are in ``titus_py.worker.system_calls`` and ``keyd.system_calls``.
 """
 
 from keyd.linux import landlock
@@ -23,7 +23,7 @@ _FORK_SERVER_LIMITS = {
     "nice priority": 0,
     "realtime priority": 0,
 }
-#: And a worker.
+#: What a worker may have at most.
 _WORKER_LIMITS = {**_FORK_SERVER_LIMITS, "open files": 8, "processes": 0}
 _ADDRESS_SPACE = "address space"
 
@@ -42,7 +42,7 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
     if None in counts:
         return not_available("Seccomp 2; this kernel does not say how many filters there are")
     if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
-        # Its service manager may have put filters on before.
+        # Its service manager may have installed filters before.
         return holds(f"Seccomp 2, {' and '.join(map(str, counts))} filters")
     expected = scene.inherited_filters + (2 if seen.stage == Stage.ESTABLISHED else 1)
     threads = f"; {len(seen.threads)} threads" if len(seen.threads) > 1 else ""
@@ -59,7 +59,7 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
 def _limits(seen: Observation, scene: Scene) -> Seen:
     is_worker = seen.process.role is Role.WORKER
     most: dict[str, int] = dict(_WORKER_LIMITS if is_worker else _FORK_SERVER_LIMITS)
-    # What the fork server had when it was confined is what the bound was reckoned from.
+    # The bound was computed from what the fork server had when it was confined.
     servers = scene.of(Role.FORK_SERVER)
     peaks = [int(server.threads[0]["VmPeak"].split()[0]) * 1024 for server in servers]
     if peaks:

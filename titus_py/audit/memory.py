@@ -1,7 +1,7 @@
 """Checks: what is in a process's memory, and where the private keys are.
 
 Run by ``titus-py audit``, which reads the private keys itself, to know what to look for.
-It looks into everybody's memory and never into its own.
+It searches the memory of the instance's processes, and never its own.
 """
 
 import re
@@ -35,7 +35,7 @@ def _mappings(seen: Observation, scene: Scene) -> Seen:
         f"{mapping.permissions} {mapping.name} at {mapping.start:#x}"
         for mapping in seen.mappings
         if ("w" in mapping.permissions and "x" in mapping.permissions)
-        # A file that was replaced since is "... (deleted)".
+        # The name of a file that was replaced since ends with "(deleted)".
         or mapping.name.removesuffix(" (deleted)") in secret
     ]
     if wrong:
@@ -84,7 +84,7 @@ CHECKS = (
 
 
 def key_needles(target: Target) -> list[Needle]:
-    """What to look for, of every key in the configuration. Raises CannotAudit."""
+    """What to look for, for every key of ``Target.key_files``. Raises CannotAudit."""
     found = []
     for path, passphrase_file in target.key_files():
         try:
@@ -98,7 +98,10 @@ def key_needles(target: Target) -> list[Needle]:
 def look_for_keys(
     target: Target, processes: Sequence[Process], stages: dict[int, str], sought: Sequence[Needle]
 ) -> Iterator[Finding]:
-    """Findings for each process that outlived the search; the newest keyd's are its control."""
+    """Findings for each process, unless it ended during the search and nothing was found in it.
+
+    The newest keyd is the control: the keys must be found in it.
+    """
     keyds = [process for process in processes if process.role is Role.KEYD]
     newest = max(keyds, key=lambda process: process.started, default=None)
     how = f"/proc/PID/mem, searched for {len(sought)} forms of the keys' numbers"
@@ -133,7 +136,7 @@ def look_for_keys(
 
 
 def _control(found: Search, sought: Sequence[Needle]) -> Seen:
-    """Without this, not to find the keys elsewhere would mean nothing."""
+    """The control: not to find the keys elsewhere means nothing unless they are found in keyd."""
     keys = {needle.name.partition(":")[0] for needle in sought}
     missing = keys - {hit.needle.partition(":")[0] for hit in found.hits}
     if found.ended or missing:
@@ -148,7 +151,7 @@ def _nothing(found: Search) -> Seen:
     if found.hits:
         first, *others = found.hits
         return broken(f"{first}" + (f", and {len(others)} more" if others else ""))
-    # The kernel's own page, which nobody can write, has no offset to read it at.
+    # The kernel's own pages may be unreadable; no process can write them.
     unread = [skipped for skipped in found.skipped if skipped.mapping not in _KERNELS]
     if unread:
         what = ", ".join(f"{skipped.mapping} ({skipped.reason})" for skipped in unread[:3])
@@ -160,7 +163,7 @@ _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 
 
 def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
-    """``started`` by titus-py: as root, which may lock what there is, whatever the limit."""
+    """``started``: by titus-py, as root, which may lock present memory whatever the limit."""
     locked = loose = 0
     exposed = []
     for start, end, permissions, flags in _flagged_mappings(pid):

@@ -1,7 +1,7 @@
-"""What of the machine's files is in sight in another mount namespace, as systemd makes one.
+"""Which files of the machine are visible in another mount namespace, as systemd makes one.
 
 Run by ``titus-py audit``, as root, for a keyd that is a unit of its own. It trusts the kernel
-(proc_pid_mountinfo(5)). What may be seen there is named; all else is one thing too many.
+(proc_pid_mountinfo(5)). What may be visible there is listed here; anything else is too much.
 """
 
 import os
@@ -12,25 +12,24 @@ from typing import NamedTuple
 
 __all__ = ["Mount", "in_sight", "mounts"]
 
-#: Programs, libraries, how to find those, and what the kernel says of the machine.
+#: Programs, libraries, the cache for finding libraries, and what the kernel says of the machine.
 _SAME = ("/sys", "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache")
-#: File systems that have no file of anybody's: the kernel's own words.
+#: File systems that show what the kernel says, and hold nobody's files.
 _KERNELS = {"proc", "sysfs", "cgroup", "cgroup2", "selinuxfs", "securityfs", "debugfs", "tracefs"}
 _KERNELS |= {"bpf", "pstore", "efivarfs", "configfs", "fusectl", "binfmt_misc"}
-#: What systemd puts into each unit: its credentials, and ways to be told things.
+#: What systemd mounts into each unit: its credentials, and ways to communicate.
 _MANAGERS = (
     r"/run/credentials(/[^/]+)?|/run/systemd/(incoming|notify|journal/[a-z-]+)|/run/host(/.*)?"
 )
-#: What stands for what is not to be seen; and the directories for temporary files that are a
-#: unit's own.
+#: What systemd mounts over hidden files; and a unit's own directories for temporary files.
 _HIDDEN, _PRIVATE = r".*/inaccessible/[a-z]+", r".*/systemd-private-[^/]+/tmp"
 
 
 class Mount(NamedTuple):
-    """A mounted file system: ``root`` is what of it is mounted, ``device`` (major:minor) which."""
+    """A mount: ``device`` (major:minor) is the file system, ``root`` the mounted part of it."""
 
     number: int
-    on: int  #: the number of the one that it is mounted on
+    on: int  #: the number of the mount that it is mounted on
     device: str
     root: str
     place: str
@@ -39,7 +38,7 @@ class Mount(NamedTuple):
 
 
 def mounts(pid: int | str) -> list[Mount]:
-    """Those of a process that are in sight. Raises OSError where it has ended."""
+    """The visible mounts of a process. Raises OSError if it has ended."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     found = {mount.number: mount for mount in map(_mount, lines)}
     covered = {
@@ -63,9 +62,9 @@ def _unescaped(path: str) -> str:
 
 
 def in_sight(pid: int, visible: Sequence[Mount]) -> list[str]:
-    """What a process sees of the machine's that it should not, in words."""
+    """What a process sees of the machine and should not see, in words."""
     machines = {mount.device for mount in mounts("self")}
-    # What the machine does not have was made for this process.
+    # A file system that the machine does not have was made for this process.
     return [text for mount in visible if mount.device in machines and (text := _wrong(pid, mount))]
 
 
@@ -81,7 +80,7 @@ def _wrong(pid: int, mount: Mount) -> str:
     if place == "/":
         return "its root is the machine's" if _same(theirs, ours) else ""
     if any(PurePosixPath(place).is_relative_to(path) for path in _SAME):
-        # And not something else in its place.
+        # It must not be something else in that place.
         return "" if _same(theirs, ours) else f"{place} is not what it is on the machine"
     return f"{place}, of the machine's"
 

@@ -1,8 +1,8 @@
-"""What /proc says of an instance at one time: a look at each process, and at all of them.
+"""What /proc says of an instance at one time: of each process, and of all of them.
 
 Run by ``titus-py audit``, as root. It trusts the kernel. Processes come and go while they
-are looked at: one that went is left out, and what did not fit together is looked at again
-(``run``).
+are looked at. A process that has ended is left out; what did not fit together is looked at
+again (``run``).
 """
 
 import os
@@ -52,23 +52,23 @@ class Observation(NamedTuple):
     """One process, as /proc has it."""
 
     process: Process
-    #: A worker's, else nothing; ``stage_of`` tells it from what the worker holds.
+    #: A worker's stage (``stage_of``); empty for other processes.
     stage: str
     #: /proc/PID/status of each thread, the main one first.
     threads: tuple[dict[str, str], ...]
     namespaces: dict[str, str]
     root: str
-    #: What is in it, its owner and its mode.
+    #: The names in the root directory; its owner and its mode.
     root_content: tuple[str, ...]
     root_owner: int
     root_mode: int
-    #: Soft and hard.
+    #: Soft and hard limit, by name.
     limits: dict[str, tuple[str, str]]
     descriptors: dict[int, str]
     mappings: tuple[Mapping, ...]
     arguments: tuple[bytes, ...]
     environment: tuple[bytes, ...]
-    #: Whose /proc/PID/environ is: root's where the process is not dumpable.
+    #: The uid that owns /proc/PID/environ: root's if the process is not dumpable.
     owner_of_proc: int
 
     @property
@@ -92,7 +92,7 @@ class Scene:
     """All processes of an instance at one time, and what it takes to judge them."""
 
     def __init__(self, target: Target, deadline: float = 0.0) -> None:
-        """``deadline`` (time.monotonic) is until when a worker may still be confining itself."""
+        """Until ``deadline`` (time.monotonic), wait for workers that are confining themselves."""
         self.target = target
         self.inherited_filters = _filters(status(target.supervisor.pid))
         self.observations: list[Observation] = []
@@ -103,11 +103,11 @@ class Scene:
                 self.observations.append(_observe(process))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-        # After the descriptors: a socket that is not here is one that was closed since.
+        # After the descriptors: a socket that is missing here was closed since.
         self._unix = unix_sockets()
         for seen in self.observations:
             if self._unix is not None and seen.process.role is Role.KEYD:
-                # What it has opened itself, in a network that a service manager gave it.
+                # Sockets that keyd has opened in a network namespace that a service manager made.
                 self._unix |= unix_sockets_of(seen.pid)
         self._tcp = tcp_sockets()
         self.everyone = all_processes()
@@ -117,7 +117,7 @@ class Scene:
         ]
 
     def _once_confined(self, process: Process, deadline: float) -> Process:
-        """The worker, with the uid that it has then. Its filter is the last that it puts on."""
+        """Wait until a worker has a filter, its last step; returns it with the uid it has then."""
         while True:
             fields = status(process.pid)
             if _filters(fields) > self.inherited_filters or time.monotonic() > deadline:
@@ -144,7 +144,7 @@ class Scene:
 
     @cached_property
     def holders(self) -> dict[int, list[Observation]]:
-        """Who of the instance holds a socket, by its inode."""
+        """The processes of the instance that hold a socket, by its inode."""
         found: dict[int, list[Observation]] = {}
         for seen in self.observations:
             for inode in seen.sockets.values():
@@ -153,13 +153,13 @@ class Scene:
 
     @cached_property
     def inhabitants(self) -> dict[str, set[int]]:
-        """Which processes of the machine, as far as in sight, are in a namespace."""
+        """The processes of the machine that are in a namespace, as far as they are visible."""
         found: dict[str, set[int]] = {}
         for process in self.everyone:
             try:
                 kinds = namespaces(process.pid)
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                # Gone; or in a container's outer world, closed even to this root.
+                # It has ended; or it is outside of our container, and closed even to root in it.
                 continue
             for namespace in kinds.values():
                 found.setdefault(namespace, set()).add(process.pid)
@@ -181,7 +181,7 @@ class Scene:
 
 
 def stage_of(worker: Observation, scene: Scene) -> Stage:
-    """From what it holds; the number of its filters only says that a handshake is done."""
+    """A worker's stage, by its sockets; its number of filters only shows a finished handshake."""
     client = backend = False
     for inode in worker.sockets.values():
         tcp, unix = scene.tcp(inode), scene.unix(inode)
@@ -198,7 +198,7 @@ _STREAM = 1
 
 
 def _filters(fields: dict[str, str]) -> int:
-    """How many, or where the kernel does not say, whether there are any."""
+    """How many filters there are; where the kernel does not say, 1 if there are any."""
     return int(fields.get("Seccomp_filters", int(fields["Seccomp"] == "2")))
 
 

@@ -192,7 +192,7 @@ def _row(row: Row) -> str:
     kind = finding.verdict.replace(" ", "-")
     seen = finding.seen + (f" ({row.processes} workers alike)" if row.processes > 1 else "")
     if finding.verdict is not Verdict.HOLDS and finding.subject.stage:
-        # The group is of several processes: which of them?
+        # The group has several processes: say which one this is about.
         seen = f"{finding.subject}: {seen}"
     return (
         f'<tr class="{kind}"><td class="verdict"><span class="mark {kind}">'

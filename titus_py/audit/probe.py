@@ -1,8 +1,8 @@
 """The live probe: a connection like any client's, and the worker that serves it.
 
-Run by ``titus-py audit``. It sends a TLS handshake and not an octet more; the backend sees
-a connection come and go. Certificates are not verified: the one that is configured has to
-come, whoever signed it.
+Run by ``titus-py audit``. It makes a TLS handshake and sends no data; the backend sees a
+connection come and go. Certificates are not verified: the server has to show the configured
+one, whichever authority signed it.
 """
 
 import socket
@@ -27,10 +27,10 @@ from titus_py.configuration.address import IPAddress, canonical_ip
 __all__ = ["Probe", "Unanswered"]
 
 _SECONDS = 5.0
-#: For a worker to end after its connection has; and between two looks at anything.
+#: How long a worker may take to end after its connection; and the pause between two looks.
 _END_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
-#: For the other side to say goodbye as well.
+#: How long to wait for the server's close_notify, and then for the worker to end by itself.
 _FAREWELL_SECONDS = 1.0
 
 
@@ -73,7 +73,7 @@ class Probe:
         self.close()
 
     def close(self) -> None:
-        """With a reset, after which there is nothing that a worker could still wait for."""
+        """Reset the connection, so that there is nothing that a worker could still wait for."""
         connection = self._tls or self._socket
         if connection.fileno() >= 0:
             reset = struct.pack("ii", 1, 0)
@@ -82,7 +82,7 @@ class Probe:
             connection.close()
 
     def find_worker(self) -> Finding:
-        """Before the handshake: who holds this connection's other end."""
+        """Before the handshake: find the process that holds this connection's other end."""
         ours = self._socket.getsockname()
         holders: list[Process] = []
 
@@ -99,7 +99,7 @@ class Probe:
         def settled() -> bool:
             if not served():
                 return False
-            # On its way from the parent to the worker, both hold it.
+            # While the parent hands the connection to the worker, both hold it.
             time.sleep(_PAUSE_SECONDS)
             return served()
 
@@ -118,7 +118,7 @@ class Probe:
         )
 
     def shake_hands(self) -> Finding:
-        """Raises Unanswered."""
+        """Make the handshake, and compare the certificate. Raises Unanswered."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -142,7 +142,7 @@ class Probe:
         )
 
     def end(self) -> Finding:
-        """Say goodbye, then leave, and see the worker go."""
+        """Send close_notify, then reset the connection, and see whether the worker ends."""
         worker = self.worker
         seen = not_available("its worker was not found")
         if worker is not None:
@@ -150,7 +150,7 @@ class Probe:
             gone = self._say_goodbye() and _eventually(
                 lambda: not _alive(self._target, worker), _FAREWELL_SECONDS
             )
-            # A backend may go on after its client's last word, but not after a reset.
+            # A backend may go on after a client's close_notify, but not after a reset.
             self.close()
             gone = gone or _eventually(lambda: not _alive(self._target, worker), _END_SECONDS)
             seconds = time.monotonic() - start
@@ -170,7 +170,7 @@ class Probe:
         )
 
     def _say_goodbye(self) -> bool:
-        """A close_notify; returns whether the other side had one, too."""
+        """Send close_notify; returns whether the server sent one, too."""
         if self._tls is None:
             return False
         self._tls.settimeout(_FAREWELL_SECONDS)
@@ -203,7 +203,7 @@ def _eventually(condition: Callable[[], bool], seconds: float = _SECONDS) -> boo
 
 
 def _place(target: Target) -> _Place:
-    """The first virtual host that a client can come to: where, and by which name."""
+    """The first virtual host that a client can reach: at which address, and by which name."""
     configuration = target.configuration
     for wanted in configuration.vhost:
         for listen in configuration.listen:

@@ -1,9 +1,9 @@
-"""keyd asked for what it must refuse, and for the one thing that it is there for.
+"""Asking keyd for what it must refuse, and for the one signature that it must make.
 
 Run by ``titus-py audit``, as root. It borrows the parent's socket to keyd
-(pidfd_getfd(2)) to open channels of its own, each for one signature with one key, and
-is on them what a worker that was taken over would be. Each refusal shows in the
-instance's log, under a number that no client's connection ever has (``announcement``).
+(pidfd_getfd(2)) to open channels of its own, each for one signature with one key. On them
+it asks as a worker could that an attacker controls. Each refusal is in the instance's log,
+under a number that no client's connection ever has (``announcement``).
 """
 
 import base64
@@ -49,7 +49,7 @@ _Key = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 
 class _Keyd:
-    """Our end of the parent's way to keyd."""
+    """The parent's socket to keyd, borrowed."""
 
     def __init__(self, control: socket.socket, connection: int) -> None:
         self._control = control
@@ -69,7 +69,7 @@ class _Keyd:
 def ask_keyd(scene: Scene, certificate: Certificate, connection: int) -> Iterator[Finding]:
     """Findings about keyd's answers, for the key of this certificate.
 
-    ``connection`` is what they are recorded under.
+    ``connection`` is the number that keyd's refusals are logged under.
     """
     keyd = scene.newest(Role.KEYD)
     key = certificate.public_key()
@@ -108,12 +108,12 @@ def _announced(keyd: Observation, connection: int) -> Finding:
 
 
 def _borrow_control(scene: Scene, keyd: Observation) -> socket.socket | None:
-    """The parent's socket to keyd: the one whose other end keyd holds, now and in a moment."""
+    """The parent's socket to keyd: the one whose other end keyd holds."""
     held = set(keyd.sockets.values())
     for parent in scene.of(Role.PARENT):
         for number, inode in parent.sockets.items():
             unix = scene.unix(inode)
-            # A channel on its way to a worker is gone by now.
+            # A channel that was on its way to a worker passes here, but is closed by now.
             if unix is None or unix.kind != socket.SOCK_SEQPACKET or unix.peer not in held:
                 continue
             descriptor = _get_descriptor(parent.pid, number)
@@ -139,16 +139,16 @@ def _get_descriptor(pid: int, number: int) -> int | None:
     return descriptor if descriptor >= 0 else None
 
 
-# --- what it is there for -------------------------------------------------------
+# --- what it must sign ----------------------------------------------------------
 
 
 def _certificate_verify() -> bytes:
-    """What a TLS 1.3 server signs (RFC 8446 §4.4.3), of a handshake that never was."""
+    """What a TLS 1.3 server signs (RFC 8446 §4.4.3), for a handshake that never took place."""
     return b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + secrets.token_bytes(32)
 
 
 def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
-    """The control, and on the same channel a second operation."""
+    """The control: one signature; then a second request on the same channel."""
     with closing(way.open(_sign_only(key))) as channel:
         octets = _certificate_verify()
         request = Request(Operation.SIGN, _scheme(key), key_id(key), octets)
@@ -212,7 +212,7 @@ def _to_be_signed_certificate() -> bytes:
 
 
 def _token() -> bytes:
-    """What is signed of a JSON Web Token (RFC 7515 §5.1)."""
+    """The part of a JSON Web Token that is signed (RFC 7515 §5.1)."""
     parts = {"alg": "ES256", "typ": "JWT"}, {"sub": "administrator", "exp": 4_102_444_800}
     texts = (base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in parts)
     return b".".join(texts)
@@ -227,7 +227,7 @@ def _ciphertext() -> bytes:
     return b"\x01" * 256
 
 
-#: What the terms of a channel allow as far as they know, and only the octets are wrong.
+#: Requests that a channel's terms allow: only their octets are wrong.
 _REFUSALS: tuple[tuple[str, str, Operation, Callable[[], bytes]], ...] = (
     ("refuses_certificate", "does not sign a certificate", Operation.SIGN,
      _to_be_signed_certificate),
@@ -237,7 +237,7 @@ _REFUSALS: tuple[tuple[str, str, Operation, Callable[[], bytes]], ...] = (
 
 
 def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
-    """What a channel's terms do not allow, and what is no request at all."""
+    """Requests that a channel's terms do not allow, and a message that is no request."""
     sign = Request(Operation.SIGN, _scheme(key), key_id(key), _certificate_verify())
     decrypt = Request(Operation.DECRYPT, 0x0303, key_id(key), _ciphertext())
     yield _finding(
@@ -274,14 +274,14 @@ def _refused(way: _Keyd, key: _Key, request: Request, status: Status) -> Seen:
 
 
 def _ask(channel: socket.socket, message: bytes) -> Reply | str:
-    """keyd's reply, or what came in its place."""
+    """keyd's reply, or what happened in its place, in words."""
     try:
         channel.send(message)
         answer = channel.recv(MAX_REPLY_OCTETS + 1)
     except TimeoutError:
         return "no answer"
     except OSError as error:
-        # Hung up before we were done.
+        # keyd hung up before we were done.
         return error.strerror or "hung up"
     if not answer:
         return "hung up"
@@ -295,7 +295,7 @@ def _judge(reply: Reply | str, status: Status) -> Seen:
     if isinstance(reply, Reply):
         refused = reply.status is status and not reply.payload
         return holds(f"refused: {_words(reply)}") if refused else broken(_words(reply))
-    # Past its time a channel may be hung up on before it is asked anything.
+    # keyd may hang up on an expired channel before it gets the request.
     return holds(reply) if status is Status.EXPIRED and reply != "no answer" else broken(reply)
 
 

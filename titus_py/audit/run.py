@@ -35,10 +35,10 @@ UNSEEN = (
     "a process's securebits",
 )
 
-#: So long a worker may take to confine itself; it has no client before.
+#: How long a worker may take to confine itself; until then it has no client.
 _CONFINING_SECONDS = 3.0
-#: Processes come, go and move on while they are looked at: what does not hold is looked at
-#: again, this often and after this long.
+#: Processes come, go and move on while they are looked at. What does not hold is looked at
+#: again, this many times in all, and after this pause.
 _LOOKS, _PAUSE_SECONDS = 4, 0.15
 
 
@@ -73,7 +73,7 @@ class Audit(NamedTuple):
 
 
 def audit(target: Target) -> Audit:
-    """Make all checks. Raises CannotAudit where the instance ends meanwhile."""
+    """Make all checks. Raises CannotAudit if the instance ends meanwhile."""
     at, start = datetime.now(UTC), time.monotonic()
     findings = list(_findings(target))
     uname = platform.uname()
@@ -139,7 +139,7 @@ def _only_known(target: Target) -> Finding:
         strangers = [process for process in processes if process.role not in _KNOWN]
         if not strangers:
             break
-        # A helper of the supervisor's that checks a new configuration is soon gone.
+        # The supervisor may have a helper that checks a new configuration: it ends soon.
         time.sleep(_PAUSE_SECONDS)
     if strangers:
         seen = broken(", ".join(f"{p.pid} (uid {p.uid}), a child of {p.ppid}" for p in strangers))
@@ -157,13 +157,13 @@ def _only_known(target: Target) -> Finding:
 
 
 def _examine(target: Target, wanted: dict[Process, str]) -> Iterator[Finding]:
-    """What the checks say of these processes; of those that end meanwhile, nothing.
+    """Findings about these processes; none about a process that ends while something is broken.
 
-    ``wanted`` says what to call a worker's stage, where it is not for ``Scene`` to tell.
+    ``wanted`` has, for each process, the name of its stage; if that is empty, ``Scene`` finds it.
     """
     keys = {(process.pid, process.started): stage for process, stage in wanted.items()}
     latest: dict[tuple[int, int], list[Finding]] = {}
-    # The probe's worker has a client: it is confined, or never was.
+    # The probe's worker has a client: if it is not confined yet, it never will be.
     has_client = any(wanted.values())
     deadline = time.monotonic() + (0.0 if has_client else _CONFINING_SECONDS)
     for look in range(_LOOKS):
@@ -180,7 +180,7 @@ def _examine(target: Target, wanted: dict[Process, str]) -> Iterator[Finding]:
                 found = [_called(finding, keys[key]) for finding in found]
             latest[key] = pending[key] = found
         for key in [key for key in latest if key not in pending and _any_broken(latest[key])]:
-            # It has ended: what did not hold may have been its end.
+            # The process has ended: that may be why something did not hold.
             del latest[key]
         if not any(map(_any_broken, latest.values())):
             break

@@ -1,4 +1,4 @@
-"""Whose sockets are whose: both ends of unix sockets, and TCP's addresses.
+"""Which sockets belong together: both ends of unix sockets, and the ports of TCP sockets.
 
 Run by ``titus-py audit``, as root, in the instance's network namespace. It trusts the
 kernel (sock_diag(7), proc_net_tcp(5)).
@@ -37,7 +37,7 @@ _LISTEN = "0A"
 
 
 class Unix(NamedTuple):
-    """A unix socket; ``peer`` is the other end's inode, 0 where there is none (any more)."""
+    """A unix socket; ``peer`` is the other end's inode, 0 if there is none (any more)."""
 
     kind: int
     peer: int
@@ -52,7 +52,7 @@ class Tcp(NamedTuple):
 
 
 def unix_sockets() -> dict[int, Unix] | None:
-    """All of this network namespace by inode; None where the kernel cannot tell (unix_diag)."""
+    """This network namespace's unix sockets by inode; None if the kernel lacks unix_diag."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
             request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ALL, 0, _UDIAG_SHOW_PEER, _ALL, _ALL)
@@ -68,11 +68,11 @@ def unix_sockets() -> dict[int, Unix] | None:
 
 
 def unix_sockets_of(pid: int) -> dict[int, Unix]:
-    """Those of this process's network namespace; nothing where it has ended."""
+    """The unix sockets of this process's network namespace; none if it has ended."""
     found: dict[int, Unix] = {}
 
     def look() -> None:
-        # The namespace is a thread's own: only this one, which ends there, goes.
+        # A namespace is a thread's own: only this thread enters it, and it ends there.
         with suppress(FileNotFoundError, ProcessLookupError):
             descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -114,7 +114,7 @@ def _peer(attributes: bytes) -> int:
 
 
 def tcp_sockets() -> dict[int, Tcp]:
-    """All of this network namespace by inode, but for those that are not connected (any more)."""
+    """This network namespace's TCP sockets by inode, except those that no process holds."""
     found = {}
     for name in ("tcp", "tcp6"):
         try:
@@ -123,7 +123,7 @@ def tcp_sockets() -> dict[int, Tcp]:
             continue
         for line in lines:
             _, local, remote, state, *_, inode = line.split()[:10]
-            # Nobody's: a connection that waits for the rest of its time has the inode 0.
+            # No process holds a socket with inode 0, such as a connection in TIME_WAIT.
             if inode != "0":
                 ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
                 found[int(inode)] = Tcp(state == _LISTEN, *ports)

@@ -1,4 +1,4 @@
-"""Checks: what of the machine a process is in sight of: namespaces, network, root directory.
+"""Checks: what a process can see of the machine: namespaces, network, root directory.
 
 Run by ``titus-py audit``. To see what is in a network namespace, a thread of the audit
 enters it, and ends there.
@@ -45,7 +45,7 @@ def _namespaces(kinds: tuple[str, ...]) -> "Check":
     )
 
 
-#: Who shares a network namespace: workers inherit it from their fork server.
+#: These share a network namespace: workers inherit it from their fork server.
 _FORKED = frozenset({Role.FORK_SERVER, Role.WORKER})
 
 
@@ -65,7 +65,7 @@ def _network(seen: Observation, scene: Scene) -> Seen:
         and seen.process.role is Role.KEYD
         and not scene.target.started(seen.process)
     ):
-        # systemd's PrivateNetwork= sets it up. It leads only to processes in the same namespace.
+        # systemd's PrivateNetwork= sets lo up. It leads only to processes in the same namespace.
         return holds(f"{own}: nothing but lo, and nobody else's")
     if interfaces != ["lo, down"]:
         return broken(f"{own} has: {'; '.join(interfaces)}")
@@ -73,16 +73,16 @@ def _network(seen: Observation, scene: Scene) -> Seen:
 
 
 def _descendants(scene: Scene, of: set[int]) -> set[int]:
-    """What the instance started since it was looked at."""
+    """The processes that the instance has started since it was looked at."""
     return {process.pid for process in scene.everyone if process.ppid in of}
 
 
 def _interfaces(pid: int) -> list[str]:
-    """What interfaces the process's network namespace has, and whether they are up."""
+    """The interfaces of the process's network namespace, and whether they are up."""
     found: list[str] = []
 
     def look() -> None:
-        # The namespace is a thread's own: only this one, which ends there, goes.
+        # A namespace is a thread's own: only this thread enters it, and it ends there.
         with suppress(FileNotFoundError, ProcessLookupError):
             descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -119,7 +119,7 @@ def _root(seen: Observation, scene: Scene) -> Seen:
 
 
 def _root_of_a_unit(seen: Observation, scene: Scene) -> Seen:
-    """systemd's RootDirectory=: "/" of a mount namespace that keyd alone is in."""
+    """With systemd's RootDirectory=, the root is "/" of a mount namespace that only keyd is in."""
     namespace = seen.namespaces["mnt"]
     if others := scene.inhabitants.get(namespace, set()) - {seen.pid}:
         return broken(f"{namespace} is also that of process {min(others)}")

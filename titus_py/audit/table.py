@@ -11,7 +11,7 @@ from titus_py.audit.run import UNSEEN, Audit
 
 __all__ = ["show", "show_broken"]
 
-#: Narrower than that, and how it was looked at is left to the other forms.
+#: A narrower table leaves out how it was looked at; the other forms have that.
 _WIDE = 120
 
 _MARKS = {
@@ -22,7 +22,7 @@ _MARKS = {
 
 
 def show(audit: Audit, console: Console) -> None:
-    """The summary comes last: that is where a terminal's reader is."""
+    """Show an audit, with the summary last: a terminal shows the end."""
     console.print(f"[bold]titus-py audit[/] of supervisor {audit.supervisor}")
     console.print(
         Text(f"configuration {audit.source}; listening on {', '.join(audit.listening)}", "dim")
@@ -46,7 +46,7 @@ def show(audit: Audit, console: Console) -> None:
 
 
 def show_broken(audit: Audit, console: Console) -> None:
-    """What does not hold, and which instance that is about; nothing where all holds."""
+    """Show what does not hold, and for which instance; nothing if all holds."""
     if not audit.holds:
         console.print(f"[bold]titus-py audit[/] of supervisor {audit.supervisor}, {audit.source}")
         _list_broken(audit, console)
@@ -82,7 +82,7 @@ def _seen(row: Row) -> str:
     if row.processes > 1:
         return f"{row.finding.seen} ({row.processes} workers alike)"
     if row.finding.verdict is not Verdict.HOLDS and row.finding.subject.stage:
-        # The group is of several processes: which of them?
+        # The group has several processes: say which one this is about.
         return f"{row.finding.subject}: {row.finding.seen}"
     return row.finding.seen
 

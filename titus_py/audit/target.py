@@ -1,8 +1,8 @@
 """Finding what to audit: the running instances, and the configuration of one.
 
-Run by ``titus-py audit``, as root. A supervisor is trusted with saying where its
-configuration is, if it is root's: only root can make such a process, and root can read
-files anyway. A process of anybody else that looks like one is passed over.
+Run by ``titus-py audit``, as root. A supervisor that runs as root is trusted to say where
+its configuration is: only root can start such a process, and root can read files anyway. A
+process of another user that looks like a supervisor is passed over.
 """
 
 import argparse
@@ -28,7 +28,7 @@ __all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 _CAP_SYS_PTRACE = 19
-#: Where one of these is missing, nobody could be held to its promises.
+#: An instance without one of these cannot be audited.
 _NEEDED = (Role.PARENT, Role.FORK_SERVER, Role.KEYD)
 
 
@@ -37,7 +37,7 @@ class CannotAudit(Exception):
 
 
 class LivesElsewhere(CannotAudit):
-    """It is in a container of its own: from here, nothing means what it means to it."""
+    """The instance is in a container of its own: its addresses or files are not the ones here."""
 
     def __init__(self, supervisor: int) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class Target(NamedTuple):
     source: str
 
     def processes(self) -> list[Process]:
-        """Those of now, the supervisor first. Raises CannotAudit if it has ended."""
+        """The instance's processes now, the supervisor first; raises CannotAudit if it is gone."""
         found = instance_processes(self.supervisor.pid)
         if not found or found[0].started != self.supervisor.started:
             raise CannotAudit("the instance ended while it was looked at")
@@ -77,12 +77,12 @@ class Target(NamedTuple):
         return sorted(found, key=str)
 
     def started(self, process: Process) -> bool:
-        """Whether it is a child of the supervisor, and not a service of its own."""
+        """Whether a process is a child of the supervisor, and not a service of its own."""
         return process.ppid == self.supervisor.pid
 
 
 def _keyds_elsewhere(parents: Sequence[Process]) -> list[Process]:
-    """Those who hold the other end of a parent's socket, and were started as ``keyd control``."""
+    """Processes started as ``keyd control`` that hold the other end of a parent's socket."""
     unix = unix_sockets() or {}
     peers = {unix[inode].peer for parent in parents for inode in _inodes(parent.pid) & set(unix)}
     found = []
@@ -117,7 +117,7 @@ def _key_options(pid: int) -> list[tuple[Path, Path | None]]:
         except OSError as error:
             raise CannotAudit(f"keyd's key {path} cannot be read: {error.strerror}") from None
         if not path.is_absolute():
-            # Where it was relative to, nobody knows any more: keyd is in its empty root.
+            # What the path was relative to is not known any more: keyd is in its empty root.
             raise CannotAudit(f"keyd's key {path} cannot be found: start keyd with absolute paths")
         found.append((path, options.passphrase_file if encrypted else None))
     return found
@@ -131,14 +131,14 @@ def _words(pid: int) -> list[bytes]:
 
 
 def find_supervisors() -> list[Process]:
-    """The supervisors of all instances in sight: root's processes with a parent below them."""
+    """The supervisors of all visible instances: root's processes that have a parent as a child."""
     processes = {process.pid: process for process in all_processes()}
     parents = [
         process
         for process in processes.values()
         if process.uid == 0 and is_parent(_words(process.pid))
     ]
-    # What a parent starts has its command line, until it has executed a program of its own.
+    # A child of a parent has the parent's command line until it has executed a program.
     pids = {process.pid for process in parents}
     supervisors = {process.ppid for process in parents if process.ppid not in pids}
     return [
@@ -177,13 +177,16 @@ def _require_privilege() -> None:
 
 
 def _require_same_view(supervisor: int) -> None:
-    """Addresses must mean to us what they mean to the instance."""
+    """Raise LivesElsewhere if the instance has another network namespace than we have."""
     if namespaces("self")["net"] != namespaces(supervisor)["net"]:
         raise LivesElsewhere(supervisor)
 
 
 def _require_same_file(supervisor: int, path: Path) -> None:
-    """A mount namespace of its own (systemd's) does no harm, unless it hides this."""
+    """Raise LivesElsewhere if the supervisor has another file at this path, or none.
+
+    A mount namespace of its own, such as systemd makes, does no harm otherwise.
+    """
     try:
         if os.path.samefile(path, f"/proc/{supervisor}/root{path}"):
             return
@@ -222,12 +225,12 @@ def _configuration(supervisor: int) -> tuple[Loaded, str]:
 
 
 def _credentials(supervisor: int) -> Path | None:
-    """Where systemd has put those that it was started with (systemd.exec(5))."""
+    """The directory of the credentials that systemd gave the supervisor (systemd.exec(5))."""
     for word in Path(f"/proc/{supervisor}/environ").read_bytes().split(b"\0"):
         name, _, directory = word.partition(b"=")
         if name == b"CREDENTIALS_DIRECTORY":
             path = Path(os.fsdecode(directory))
-            # In the unit's own mount namespace, perhaps.
+            # It may be in the unit's own mount namespace.
             return path if path.is_dir() else Path(f"/proc/{supervisor}/root{path}")
     return None
 

@@ -1,8 +1,8 @@
-"""A throwaway instance: to show (``demo``), and for tests of what is around it or in it.
+"""A throwaway instance: for ``demo``, and for tests of what is around it or in it.
 
 Run as root, by the demo and by tests (``pytest_plugin``). The instance is the real
-``titus-py serve``, as a child, with a certificate and an authority that exist for as long
-as it does, and users that nobody else on the machine has.
+``titus-py serve``, as a child. Its certificate and authority exist for as long as it does,
+and no other process on the machine has its uids.
 """
 
 import json
@@ -23,7 +23,7 @@ from titus_py.configuration.uids import GENERATIONS
 
 __all__ = ["PROGRAM", "SPARE", "Event", "TitusInstance"]
 
-#: What is started, to be followed by the command's options.
+#: The program to start; a command and its options follow.
 PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
 
 Event = dict[str, Any]
@@ -31,7 +31,7 @@ Event = dict[str, Any]
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _MAX, SPARE = 100, 2
-#: From where to take users: beyond what anybody gives out (``configuration.uids``).
+#: The range to take uids from: beyond those that any system gives out (``configuration.uids``).
 _FIRST_UID, _LAST_UID = 2_101_000_000, 2_147_000_000
 
 
@@ -44,7 +44,7 @@ class TitusInstance:
     """
 
     def __init__(self, directory: Path, backend: str, key_type: str, names: Sequence[str]) -> None:
-        """Start it; it is there from now on, to be stopped, whatever becomes of it."""
+        """Start the instance. From now on it has to be stopped, even if it does not listen."""
         self.port = _free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.ca_file = directory / "ca.crt"
@@ -60,13 +60,13 @@ class TitusInstance:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # The terminal's Ctrl-C is for the tests, which stop it in their own time.
+                # The terminal's Ctrl-C must not reach it: the tests stop it when they are done.
                 start_new_session=True,
             )
         self.pid = self._process.pid
 
     def wait_until_listening(self) -> None:
-        """Raises RuntimeError if it has ended, or does not come to it."""
+        """Raises RuntimeError if it has ended, or does not listen in time."""
         deadline = time.monotonic() + _START_SECONDS
         while not self.events("listening"):
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -90,8 +90,8 @@ class TitusInstance:
         return found[0]
 
     def stop(self) -> int:
-        """End it, and every connection; returns its exit code. Done at the test's end anyway."""
-        # Once: let connections end. Twice: end them.
+        """End it, and every connection; returns its exit code. A test's end does this anyway."""
+        # The first SIGTERM lets connections end, the second one ends them.
         signals = (signal.SIGTERM, 0.2), (signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, None)
         for number, seconds in signals:
             if self._process.poll() is None:
@@ -130,7 +130,7 @@ class TitusInstance:
         return "\n".join(lines) + "\n"
 
     def _make_certificate(self, key_type: str, names: Sequence[str]) -> None:
-        """An authority that forgets its key at once, and what it issued."""
+        """Write an authority's certificate, and a certificate and key. Its own key is not kept."""
         authority = ThrowawayAuthority()
         issued = authority.issue(key_type, [*names, "127.0.0.1"])
         self.ca_file.write_bytes(authority.certificate)
@@ -151,7 +151,7 @@ def _free_port() -> int:
 
 
 def _free_uids(count: int) -> range:
-    """Users that no process has, at random: other tests look for some at the same time."""
+    """Uids that no process has, at random: other tests may choose some at the same time."""
     taken = {process.uid for process in all_processes()}
     while True:
         first = _FIRST_UID + secrets.randbelow(_LAST_UID - _FIRST_UID - count)

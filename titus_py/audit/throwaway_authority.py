@@ -1,4 +1,4 @@
-"""A certificate authority for as long as a demo or a test runs, and what it issues.
+"""A certificate authority that exists as long as a demo or a test runs, and what it issues.
 
 Used to start a throwaway instance, and never by a process that serves. The certificates have the
 extensions that RFC 5280 demands (§4.2.1): strict clients, as Python's are by default from 3.13
@@ -30,7 +30,7 @@ KEY_TYPES: dict[str, Callable[[], PrivateKey]] = {
 }
 
 _VALIDITY = datetime.timedelta(days=90)
-#: Begun so long ago that no clock is behind.
+#: Certificates are valid since so long ago, for clocks that are behind.
 _AGE = datetime.timedelta(days=1)
 
 #: The bits of a KeyUsage (RFC 5280 §4.2.1.3).
@@ -48,7 +48,7 @@ class Issued(NamedTuple):
 
 
 class ThrowawayAuthority:
-    """``certificate`` is its own, as PEM: what a client has to trust."""
+    """An authority; ``certificate`` is its own, as PEM, which a client has to trust."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -62,9 +62,9 @@ class ThrowawayAuthority:
         self.certificate = root.public_bytes(Encoding.PEM)
 
     def issue(self, key_type: str, names: Sequence[str]) -> Issued:
-        """For these names, of which some may be IP addresses, with a new key.
+        """Issue a certificate with a new key for these names; some may be IP addresses.
 
-        ``key_type`` is one of KEY_TYPES. Valid for 90 days.
+        ``key_type`` is one of KEY_TYPES. The certificate is valid for 90 days.
         """
         key = KEY_TYPES[key_type]()
         uses = ["digital_signature"]

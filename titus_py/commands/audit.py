@@ -20,7 +20,7 @@ __all__ = ["audit_main"]
 
 def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> int:
     """Audit the instance with this supervisor, or all instances. Returns the exit code."""
-    # The private keys are read here, to be looked for elsewhere.
+    # This process reads the private keys, to look for them in others.
     forbid_core_dumps()
     hide_memory()
     audits, problems = _audits(pid)
@@ -29,7 +29,7 @@ def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> i
             html.write_text(as_html(audits), encoding="utf-8")
     except OSError as error:
         problems.append(error)
-    # Where others could be audited, these are no failure.
+    # Instances in containers are no failure if others could be audited.
     elsewhere = [one for one in problems if isinstance(one, LivesElsewhere)] if audits else []
     for problem in problems:
         if problem not in elsewhere:
@@ -48,7 +48,7 @@ def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> i
 
 
 def _audits(pid: int | None) -> tuple[list[Audit], list[CannotAudit | OSError]]:
-    """What was found, and of which instances nothing could be, for what reason."""
+    """The audits, and for each instance that could not be audited, the reason."""
     audits: list[Audit] = []
     problems: list[CannotAudit | OSError] = []
     pids = [pid] if pid is not None else [process.pid for process in find_supervisors()]

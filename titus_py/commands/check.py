@@ -1,6 +1,6 @@
 """The command ``titus-py check``: every mistake in a configuration, a line each.
 
-Run by the administrator. What reads keys and certificates is a child (``configuration.checking``).
+Run by the administrator. A child process reads keys and certificates (``configuration.checking``).
 """
 
 import os
@@ -16,9 +16,9 @@ __all__ = ["check_main", "lacks", "report"]
 
 
 def lacks(loaded: Loaded) -> bool:
-    """Say what there is not on this machine that it takes to serve; returns whether there is any.
+    """Say what this machine lacks to serve the configuration; returns whether it lacks anything.
 
-    Without that, there is no use in going on: what checks the files may fail for the same reason.
+    If it does, do not go on: checking the files may fail for the same reason.
     """
     reasons = lacking(loaded.configuration)
     if reasons:
@@ -39,7 +39,7 @@ def report(checked: Checked | Loaded) -> None:
 def check_main(path: str | Path, credentials: Path | None = None) -> int:
     """The command ``titus-py check``. Returns its exit code: 0, or 2 if there are mistakes."""
     loaded = load(path, credentials)
-    # Of another user than root, it is not known what root has here.
+    # Another user than root cannot tell what root lacks here.
     if not os.geteuid() and lacks(loaded):
         return 2
     checked = check(loaded)

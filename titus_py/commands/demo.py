@@ -1,8 +1,8 @@
 """``titus-py demo``: a throwaway instance, a real request, and a look at what protects the key.
 
-Runs as root, since the instance does. It makes the key, and is therefore not among the
-processes that it searches; what it shows was read from /proc while the connection was open.
-Everything that it makes is below one temporary directory, or a child of its own.
+Runs as root, since the instance does. It makes the key, and therefore does not search itself.
+What it shows was read from /proc while the connection was open. Everything that it makes is
+below one temporary directory, or is a child process of its own.
 """
 
 import os
@@ -50,7 +50,7 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: The kernel's own pages in every process, some of which cannot be read.
 _KERNEL_PAGES = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]")
 
-#: What /proc/PID/status calls the two that a process can turn off (prctl(2)).
+#: The two speculation features that a process can turn off, as /proc/PID/status names them.
 _SPECULATION = ("Speculation_Store_Bypass", "SpeculationIndirectBranch")
 
 
@@ -59,7 +59,7 @@ class _Failed(Exception):
 
 
 class _Answer(NamedTuple):
-    """What curl got, and what it said about it."""
+    """The answer that curl got, and whether curl verified the certificate."""
 
     head: str
     body: str
@@ -100,7 +100,7 @@ def demo() -> int:
         console.print(Text(f"\nThe demo failed: {failed}", style="bold red"))
         return 1
     except OSError as error:
-        # A process that is gone, or a root that may not look into others.
+        # A process has ended, or root may not look into others here.
         console.print(Text(f"\nThe demo failed: {error}", style="bold red"))
         return 1
     except KeyboardInterrupt:
@@ -116,7 +116,8 @@ def _show(console: Console, stack: ExitStack) -> None:
     with _interrupts_later():
         instance = TitusInstance(directory, backend.address, "RSA-2048", ["localhost"])
         stack.callback(instance.stop)
-        # Undone in reverse: from here on, whatever ends the demo, its end is not interrupted.
+        # Callbacks run in reverse: whatever ends the demo, interrupts are ignored before the
+        # instance is stopped.
         stack.callback(_ignore_interrupts)
     instance.wait_until_listening()
 
@@ -152,7 +153,7 @@ def _show(console: Console, stack: ExitStack) -> None:
 
 
 class _Backend(ThreadingHTTPServer):
-    """Answers any request, when ``release`` is set; ``arrived`` is set by the first."""
+    """Answers any request once ``release`` is set; the first request sets ``arrived``."""
 
     daemon_threads = True
 
@@ -174,7 +175,7 @@ class _Backend(ThreadingHTTPServer):
                 backend.shutdown()
 
     def handle_error(self, *_: object) -> None:
-        """Where the connection was reset, curl or the log says so."""
+        """Print nothing: if the connection was reset, curl or the log says so."""
 
 
 class _Greeter(BaseHTTPRequestHandler):
@@ -193,13 +194,13 @@ class _Greeter(BaseHTTPRequestHandler):
         self.wfile.write(_GREETING)
 
     def log_message(self, format: str, *_: object) -> None:
-        """Standard error is not for this."""
+        """Print nothing to standard error."""
         del format
 
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Not by ignoring or blocking them: what is started meanwhile would inherit that."""
+    """Delay interrupts, without ignoring or blocking them: child processes would inherit that."""
     noted: list[int] = []
     for number in _INTERRUPTS:
         signal.signal(number, lambda number, _: noted.append(number))
@@ -274,7 +275,7 @@ def _look(instance: TitusInstance) -> _Sight:
 def _settled(supervisor: int) -> list[Process]:
     """The instance's processes, once each worker has confined itself, or after a while anyway.
 
-    One has just been forked in the place of the one that took the connection.
+    A worker has just been forked to replace the one that took the connection.
     """
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
@@ -287,7 +288,7 @@ def _settled(supervisor: int) -> list[Process]:
 
 
 def _facts(process: Process) -> dict[str, str]:
-    """What holds this process back, as /proc has it now: only what does."""
+    """What confines this process, as /proc has it now; what does not is left out."""
     pid, uid = process.pid, process.uid
     fields = status(pid)
     facts = {}
@@ -316,7 +317,7 @@ def _facts(process: Process) -> dict[str, str]:
         facts["New privileges"] = "never"
     if fields.get("Seccomp") == "2":
         facts["System calls"] = "filtered (seccomp)"
-    # /proc's files are the process's own user's, unless it is non-dumpable (proc(5)).
+    # Files in /proc/PID belong to the process's user, unless it is non-dumpable (proc(5)).
     if uid and os.stat(f"/proc/{pid}/status").st_uid == 0:
         facts["Its memory"] = "no dump, no ptrace"
     resident, locked = (int(fields[name].split()[0]) for name in ("VmRSS", "VmLck"))
@@ -333,12 +334,13 @@ def _facts(process: Process) -> dict[str, str]:
 
 
 def _alone(pid: int) -> bool:
-    """Whether no other process is in its pid namespace, as far as can be seen."""
+    """Whether no other visible process is in this process's pid namespace."""
     mine = os.readlink(f"/proc/{pid}/ns/pid")
     depth = len(status(pid)["NSpid"].split())
     for other in all_processes():
         with suppress(FileNotFoundError, ProcessLookupError):
-            # The others are outside for sure, and not all of them let root look closer.
+            # Processes in fewer namespaces are certainly not in this one, and root may not look
+            # into all of them.
             if other.pid == pid or len(status(other.pid)["NSpid"].split()) < depth:
                 continue
             try:
@@ -355,7 +357,7 @@ def _interfaces(pid: int) -> list[str]:
 
 
 def _limits_of_zero(pid: int) -> list[str]:
-    """Which of these the process can have none of (hard limits; getrlimit(2))."""
+    """The resources of which the process can have none (hard limits; getrlimit(2))."""
     names = {
         "Max processes": "processes",
         "Max open files": "new files",

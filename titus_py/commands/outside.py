@@ -1,7 +1,7 @@
-"""What ``titus-py check`` knows of what is outside the configuration: no mistakes, but warnings.
+"""What ``titus-py check`` finds outside of the configuration: warnings, not mistakes.
 
-Run by ``titus-py check`` alone: it may ask name servers, for which no serving process waits. None
-of it is a mistake. A backend may be started later; a unit may have been given another sandbox.
+Run by ``titus-py check`` alone: it may ask name servers, and no serving process waits for them.
+A backend may be started later; a unit may have been given another sandbox.
 """
 
 import socket
@@ -17,7 +17,7 @@ __all__ = ["warnings"]
 
 #: How long all names together may take.
 _RESOLVE_SECONDS = 5.0
-#: Where the units' files are, as ``make install`` and the package lay them out; and drop-ins.
+#: Where ``make install``, the package and administrators put unit files.
 _UNITS = ("/usr/lib/systemd/system", "/usr/local/lib/systemd/system", "/etc/systemd/system")
 #: What the units hide, and by which setting (systemd.exec(5)).
 _HIDDEN = {
@@ -30,7 +30,7 @@ _HIDDEN = {
 
 
 def warnings(loaded: Loaded) -> list[Mistake]:
-    """For a configuration without mistakes; else nothing."""
+    """The warnings for a configuration; none if it has mistakes."""
     configuration, source = loaded.configuration, loaded.source
     if configuration is None:
         return []
@@ -62,7 +62,7 @@ def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistak
 
 
 def _looked_up(backends: Sequence[NameAddress]) -> dict[NameAddress, str]:
-    """Why a name has no address, or "" where it has one; nothing of those that take too long."""
+    """Why a name has no address, or "" if it has one; names that take too long are left out."""
     found: dict[NameAddress, str] = {}
 
     def look_up(backend: NameAddress) -> None:
@@ -83,7 +83,7 @@ def _looked_up(backends: Sequence[NameAddress]) -> dict[NameAddress, str]:
 
 
 def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Iterator[Mistake]:
-    """What is there, and is not for titus-py.service: its ``check`` is run outside of it."""
+    """Paths that the unit hides from titus-py, and not from ``check``, which runs outside of it."""
     unit = _unit_of(source)
     if unit is None:
         return
@@ -104,7 +104,7 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
 
 
 def _unit_of(source: Source) -> str | None:
-    """The unit that serves this file, if there is one: by where ``make install`` puts both."""
+    """The unit that serves this file, if there is one, by the places of both."""
     file = Path(source.path)
     if file.parent.name != "titus-py" or file.suffix != ".toml":
         return None

@@ -1,6 +1,6 @@
 """``titus-py reload``: have an instance read its configuration anew, and say what came of it.
 
-Run by the administrator or systemd, as root. All the work is the supervisor's; this waits.
+Run by the administrator or systemd, as root. The supervisor does the work; this waits for it.
 """
 
 import sys
@@ -21,7 +21,9 @@ def reload(
     directory: Path = DIRECTORY,
     seconds: float = _SECONDS,
 ) -> int:
-    """Reload one instance: the only one, or the one of this process id; its program, too.
+    """Reload one instance: the only one, or the one of this process id.
+
+    With ``program``, it reloads its program, too.
 
     Returns the exit code: 0 once the new configuration serves, 1 if it does not (the old
     one goes on), 2 if there is no such instance, or more than one.

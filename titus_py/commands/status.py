@@ -1,7 +1,7 @@
 """``titus-py status``: what the running instances say of themselves.
 
-Run by the administrator, as root. Each instance is asked by its control socket, and
-trusted; names and certificates are shown as text that cannot steer a terminal.
+Run by the administrator, as root. Each instance is asked on its control socket, and its
+answer is trusted. Names and certificates are shown as text that cannot steer a terminal.
 """
 
 import json
@@ -23,7 +23,7 @@ __all__ = ["show", "status"]
 
 _ANSWER_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
-#: Days left of a certificate, from which on it is nothing to worry about.
+#: A certificate with at least so many days left is shown in green, or in yellow.
 _SOON_DAYS, _NOW_DAYS = 14, 3
 #: How many names of a certificate, or a virtual host, are shown.
 _NAMES = 3
@@ -98,7 +98,7 @@ def _one_shown(answer: dict[str, Any] | NoAnswer) -> RenderableType:
     try:
         return show(answer)
     except (KeyError, TypeError, ValueError):
-        # While it is being upgraded, say.
+        # For example while it is being upgraded.
         version, pid = answer.get("version"), answer.get("pid")
         problem = f"titus-py: process {pid} is of another version, {version}: --json shows it"
         return Text(printable(problem), style="yellow")
@@ -244,7 +244,7 @@ def _short(octets: float) -> str:
 
 
 def _long(seconds: int) -> str:
-    """How long that is, to the second, for as long as seconds matter."""
+    """A duration in words, with seconds if it is shorter than an hour."""
     days, rest = divmod(seconds, 86_400)
     hours, rest = divmod(rest, 3600)
     minutes, seconds = divmod(rest, 60)
