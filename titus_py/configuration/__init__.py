@@ -1,8 +1,8 @@
-"""The configuration: what it may say, and every mistake in it at once.
+"""The configuration: reads it, and finds every mistake in it at once.
 
-Imported by the supervisor (root) and the command-line tools alone: pydantic is more
-than the parent and its workers should carry. It trusts the operator's intent, not the
-operator's typing. It never opens a key: what is inside is for ``check`` to ask keyd.
+Only the supervisor (root) and the command-line tools import this: pydantic is too large for the
+parent and its workers. The operator's intent is trusted, the operator's typing is not. No key is
+opened here: ``check`` asks keyd about it.
 """
 
 from titus_py.configuration.loading import Loaded, from_options, load

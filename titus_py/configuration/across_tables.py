@@ -1,4 +1,4 @@
-"""What concerns several tables: checked on those that hold, whatever is wrong with others."""
+"""Checks across several tables: made on the valid ones, whatever is wrong with others."""
 
 import itertools
 import stat
@@ -41,7 +41,7 @@ __all__ = [
     "uid_warnings",
 ]
 
-#: With some room: an *open* holds 1,900, the list of a keyd's keys 2,047.
+#: With some room to spare: an *open* message holds 1,900 keys, keyd's list of its keys 2,047.
 _MAX_KEYS = 1800
 
 _AnyTable = TypeVar("_AnyTable", bound=Table)
@@ -50,7 +50,7 @@ _AnyTable = TypeVar("_AnyTable", bound=Table)
 def each_valid(
     model: type[_AnyTable], tables: dict[str, Any], name: str, source: Source
 ) -> Iterator[tuple[int, _AnyTable]]:
-    """Those tables of an array that hold as far as ``model`` reads them, with their indices."""
+    """The tables of an array that are valid as far as ``model`` reads them, with their indices."""
     array = tables.get(name)
     if isinstance(array, list):
         for index, table in enumerate(array):
@@ -110,7 +110,7 @@ def uid_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
 
 
 def _lack_of_uids(worker: Uids, generations: int) -> str | None:
-    """What is lacking where each of so many generations is to have uids of its own."""
+    """What to report if so many generations have too few uids; None if there are enough."""
     each = worker.max + worker.spare
     if len(worker.uids) >= generations * each:
         return None
@@ -146,7 +146,7 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
 def too_many(
     tables: dict[str, Any], credentials: Collection[Credential], source: Source
 ) -> Iterator[Mistake]:
-    """More than one message can name (``titus_py.between.messages``, ``keyd.protocol``)."""
+    """More than one message can name: see ``titus_py.between.messages``, ``keyd.protocol``."""
     keys = {credential.key or credential.certificate for credential in credentials}
     vhosts = tables.get("vhost")
     if isinstance(vhosts, list) and len(vhosts) > MAX_VHOSTS:
@@ -171,7 +171,7 @@ def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mis
 def metrics_mistakes(
     tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
 ) -> Iterator[Mistake]:
-    """The metrics' address has to be one that nothing else here has."""
+    """The metrics' address must not be used by anything else in the configuration."""
     metrics = valid_part(Metrics, tables["metrics"], source)
     address = metrics.address if metrics else None
     if isinstance(address, IPAddress):
@@ -209,9 +209,9 @@ def never_received(
 def never_matching(
     vhosts: Mapping[int, Match], listeners: Collection[IPAddress], source: Source
 ) -> Iterator[Mistake]:
-    """The virtual hosts to which earlier ones leave nothing.
+    """The virtual hosts that never match, because earlier ones take everything.
 
-    Of all connections that the virtual hosts can tell apart, each kind is tried once.
+    Each kind of connection that the virtual hosts can tell apart is tried once.
     """
     endpoints = _endpoints(vhosts, listeners)
     takers = _takers(vhosts)
@@ -227,7 +227,7 @@ def never_matching(
                 break
             first_takers.add(first)
         else:
-            if first_takers:  # None: nothing listens there, which is said elsewhere.
+            if first_takers:  # If empty, nothing listens there: ``never_received`` reports it.
                 earlier = ", ".join(source.reference(f"vhost[{i}]") for i in sorted(first_takers))
                 yield source.mistake(
                     f"vhost[{j}]", f"can never match: all that it could is taken by {earlier}"
@@ -237,7 +237,7 @@ def never_matching(
 def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[IPAddress]) -> list[IPAddress]:
     """The local addresses and ports that connections can arrive at.
 
-    A wildcard listener also stands for itself: for an address that no virtual host names.
+    A wildcard listener is itself included: it stands for an address that no virtual host names.
     """
     named = {vhost.local_address for vhost in vhosts.values() if vhost.local_address is not None}
     return list(listeners) + [
@@ -250,10 +250,10 @@ def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[IPAddress]) ->
 
 
 def _takers(vhosts: Mapping[int, Match]) -> dict[str | None, list[int]]:
-    """For a server name of each kind that patterns can tell apart, who takes it, in order.
+    """The virtual hosts, in order, that take each kind of server name that patterns tell apart.
 
-    ``?`` stands for a label that no pattern has, None for no server name. What
-    ``virtual_host.matches`` says of one pattern, this says of thousands without trying each.
+    ``?`` stands for a label that no pattern has, None for no server name. The result agrees with
+    ``virtual_host.matches``, but does not try each of thousands of patterns.
     """
     by_pattern: dict[str | None, list[int]] = {}
     for i, vhost in vhosts.items():
@@ -277,7 +277,7 @@ def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -
             warned.add(path)
             try:
                 mode = stat.S_IMODE(path.stat().st_mode)
-            except OSError:  # Gone since it was found. Opening it will say so.
+            except OSError:  # The file has gone since it was found. Opening it will say so.
                 continue
             if mode & 0o066:
                 yield source.mistake(

@@ -1,7 +1,7 @@
 """Addresses as the operator writes them (ADDR on the command line and in the file).
 
-Imported by the supervisor (root), the parent (root) and the command-line tools, and
-therefore light. Text in, values out: nothing here resolves, binds or connects.
+Imported by the supervisor (root) and the command-line tools. Text in, values out: nothing here
+resolves, binds or connects.
 """
 
 import os
@@ -106,7 +106,7 @@ def parse_listen(text: str) -> IPAddress:
         case UnixAddress():
             reason = f"{text!r} is a unix socket, which only a backend can be"
         case NameAddress(name):
-            # What it resolves to can be several addresses, and change while we run.
+            # A name can have several addresses, and they can change while we run.
             reason = f"{name!r} is a name, and a listening address is numeric"
     raise ValueError(f"{reason}: expected {_LISTEN_FORMS}")
 
@@ -146,7 +146,7 @@ def canonical_ip(text: str) -> str:
     number, percent, interface = text.partition("%")
     family = socket.AF_INET6 if ":" in number else socket.AF_INET
     try:
-        # inet_pton says of a NUL something else than of other nonsense.
+        # inet_pton raises another exception for a NUL than for other bad text.
         packed = socket.inet_pton(family, number if _IP_CHARACTERS.fullmatch(number) else "")
     except OSError:
         raise ValueError(f"expected an IPv4 or IPv6 address, not {text!r}") from None
@@ -174,7 +174,7 @@ def host_name(text: str) -> str:
             f"{text!r} is no host name: expected labels of letters, digits and "
             "hyphens, such as www.example.org"
         )
-    # So does every resolver see it: what ends in a number is an IPv4 address, or a slip in one.
+    # Every resolver takes a name that ends in a number for an IPv4 address.
     if _NUMERIC_LABEL.fullmatch(labels[-1]):
         raise ValueError(f"{text!r} ends in a number, so it is an IP address or a slip in one")
     return name
@@ -210,7 +210,7 @@ def _parse(text: str, forms: str) -> Address:
 
 def _a_label_hint(text: str) -> str:
     """How to write an internationalized name in ASCII (RFC 5891 §4.4), if there is a way."""
-    # Needed only to explain a mistake: not worth its megabyte in every process.
+    # Imported only to explain a mistake: it takes a megabyte.
     from unicodedata import normalize
 
     try:

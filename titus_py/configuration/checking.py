@@ -1,9 +1,9 @@
-"""Checking a configuration to the end: also what only the keys' own process may look at.
+"""Checks a configuration completely: keys, certificates and handshakes too.
 
 Runs in the supervisor (root) and in ``titus-py check``. Neither may hold a private key or
 load a TLS library. So a short-lived child, ``keyd check``, reads the keys and certificates, and
 another, ``titus_py.fork_server.handshake_check``, tries what the workers will do with them. Their
-answers are trusted as keyd is, once they have the right form.
+answers are trusted like keyd's, once their form is checked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +22,12 @@ from titus_py.configuration.uids_in_use import uids_in_use
 __all__ = ["CertificateFacts", "Checked", "check"]
 
 _TIMEOUT_SECONDS = 30.0
-#: Of names, or virtual hosts, in a message.
+#: How many names, or virtual hosts, a message shows.
 _SHOWN = 5
 
 
 class CertificateFacts(NamedTuple):
-    """What is public about a certificate whose key was found to belong to it."""
+    """What is public about a certificate that was checked without a mistake."""
 
     chain: str  #: PEM: the certificate and the rest of its chain, and nothing else
     key_id: bytes  #: SHA-256 of the SubjectPublicKeyInfo, 32 octets
@@ -40,9 +40,9 @@ class CertificateFacts(NamedTuple):
 class Checked(NamedTuple):
     """A configuration that can be served, or every mistake in it.
 
-    ``configuration`` is None exactly if there are mistakes; if there are none, ``certificates``
-    has an entry for each virtual host's ``credential``. ``files`` are those that were read, as
-    they were before that: what has changed since is still news.
+    ``configuration`` is None exactly if there are mistakes. If there are none, ``certificates``
+    has an entry for each virtual host's ``credential``. ``files`` watches the files that were
+    read, from before they were read: no later change is missed.
     """
 
     configuration: Configuration | None
@@ -50,7 +50,7 @@ class Checked(NamedTuple):
     warnings: list[Mistake]
     certificates: dict[Credential, CertificateFacts]
     files: FileWatch
-    #: The configuration's, "" where it came from options.
+    #: The configuration file; "" if the configuration came from options.
     path: str = ""
 
 
@@ -95,12 +95,12 @@ def check(
     timeout: float = _TIMEOUT_SECONDS,
     running: bool = False,
 ) -> Checked:
-    """Hold every certificate and key of a configuration against each other and the clock.
+    """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
-    And try whether a handshake is possible with them. Asks helpers, which may have been started
-    ahead, and waits for each for up to ``timeout`` seconds, and half a second more for each
-    certificate. ``running``: for a reload, by the instance itself. Raises nothing: a helper that
-    fails is a mistake too.
+    Asks two helpers, which may have been started ahead. Waits for each for up to ``timeout``
+    seconds, and half a second more for each certificate or virtual host that it checks.
+    ``running``: the instance itself checks, for a reload. Raises nothing: a helper that fails is
+    a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
@@ -109,7 +109,7 @@ def check(
     certificates = {}
     files = FileWatch(path for credential in loaded.credentials for path in credential if path)
     try:
-        # Each key is read and checked, and a passphrase may be made to cost time.
+        # Each key is read and checked. Decrypting one may be made slow on purpose.
         answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
         for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = vhosts
@@ -159,7 +159,7 @@ def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[
 def _misnamed(
     loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
 ) -> Iterator[Mistake]:
-    """Virtual hosts that show a certificate for other names."""
+    """Warnings of virtual hosts whose certificate is for other names."""
     vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
     for number, vhost in enumerate(vhosts):
         facts = certificates.get(vhost.credential)
@@ -179,7 +179,7 @@ def _misnamed(
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of many."""
+    """A few of many names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -190,7 +190,7 @@ def _try_handshakes(
     certificates: Mapping[Credential, CertificateFacts],
     timeout: float,
 ) -> tuple[list[Mistake], list[Mistake]]:
-    """The mistakes and the warnings that come of it. Raises Unanswered."""
+    """The mistakes and the warnings that handshakes show. Raises Unanswered."""
     if loaded.configuration is None:
         helper.dismiss()
         return [], []
@@ -220,7 +220,7 @@ def _try_handshakes(
 
 
 def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -> list[Mistake]:
-    """One line for what is wrong with many virtual hosts in the same way."""
+    """One line for each problem, even if many virtual hosts have it."""
     alike: dict[tuple[str, str], list[str]] = {}
     for number, problems in enumerate(found):
         for problem in problems:
@@ -232,7 +232,7 @@ def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -
 
 
 def _also(source: Source, vhosts: Sequence[str]) -> str:
-    """Who else a mistake concerns."""
+    """The other virtual hosts that a mistake concerns, as the end of its message."""
     return f" (also {_some(list(map(source.reference, vhosts)))})" if vhosts else ""
 
 

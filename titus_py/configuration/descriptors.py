@@ -1,4 +1,4 @@
-"""Whether there may be as many descriptors here as ``worker.max`` connections take."""
+"""Whether the descriptor limit is high enough for ``worker.max`` connections."""
 
 import resource
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ __all__ = ["descriptor_warnings"]
 
 
 def descriptor_warnings(configuration: Configuration, source: Source) -> Iterator[Mistake]:
-    """Where the hard limit, to which each process raises its own, is too low."""
+    """Warns if the hard limit is too low. Each process raises its soft limit to that."""
     worker = configuration.worker
     needed = descriptors_needed(worker.max, worker.spare)
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""pydantic's objections to a configuration, in the words of a configuration file."""
+"""Explains pydantic's errors in the words of a configuration file."""
 
 import json
 import re
@@ -12,7 +12,7 @@ __all__ = ["explained"]
 
 
 def explained(details: ErrorDetails, source: Source) -> Mistake:
-    """One of the errors that pydantic has found."""
+    """The mistake behind one of pydantic's errors."""
     location = details["loc"]
     key = ""
     for part in location:

@@ -1,8 +1,8 @@
-"""Files that may be replaced while we run: certificates, by whatever renews them.
+"""Watches files that may be replaced while we run, such as renewed certificates.
 
-Run by the supervisor, which looks at what stat(2) tells and opens none of them. It
-asks now and again instead of being told (inotify(7)): a link to a link to a file, as
-renewal tools lay them out, changes in more places than can be watched.
+Run by the supervisor, which only calls stat(2) and opens none of the files. It polls instead of
+using inotify(7): renewal tools make a link to a link to a file, which changes in more places
+than can be watched.
 """
 
 import os
@@ -15,16 +15,16 @@ _State = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class FileWatch:
-    """Tells, of a set of files, that they have changed and then stayed as they are."""
+    """Tells when a set of files has changed and then stayed the same."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = tuple(dict.fromkeys(files))
         self._known = self._last = self._look()
 
     def settled_change(self) -> bool:
-        """Whether they differ from before, and no longer from when this was last called.
+        """Whether the files have changed, but not since the last call. True once for each change.
 
-        Once for each change: somebody who writes two files, or one slowly, is waited for.
+        So a program that writes two files, or one slowly, is given time to finish.
         """
         state, last = self._look(), self._last
         self._last = state

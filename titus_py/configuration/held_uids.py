@@ -1,4 +1,4 @@
-"""Which uids are in use: by instances of titus-py, and by any process that there is.
+"""Which uids are in use: by instances of titus-py, and by any process.
 
 An instance holds its uids for as long as its supervisor lives. ``titus-py check`` and the start of
 another instance look at them. A range is held by a lock on as many octets of one file, octet N for
@@ -39,14 +39,14 @@ _LOOK_SECONDS = 0.05
 
 
 class Holder(NamedTuple):
-    """Who holds uids: a supervisor, by its configuration file ("" where it has options instead)."""
+    """A supervisor that holds uids, with its configuration file ("" if it has options instead)."""
 
     pid: int
     file: str
     shared: bool  #: only as keyd.user
 
     def is_ours(self, file: str) -> bool:
-        """Whether that is the instance with this file, this process, or its parent."""
+        """Whether the holder is the instance with this file, this process, or its parent."""
         return bool(file and file == self.file) or self.pid in (os.getpid(), os.getppid())
 
     def __str__(self) -> str:
@@ -62,15 +62,15 @@ class Held(Exception):
 
 
 class HeldUids:
-    """Those that this process holds, until it ends."""
+    """The uids that this process holds until it ends."""
 
     def __init__(self, descriptor: int = -1, path: Path = UIDS_FILE) -> None:
-        """``descriptor`` is that of the supervisor before this one, if it left it (succession)."""
+        """``descriptor`` is that of the file, if the previous program left it (``succession``)."""
         self._path = path
         self.descriptor = descriptor
 
     def hold(self, workers: range, keyd: int | None, file: str) -> None:
-        """Hold these as well; ``keyd`` may be several instances' user. Raises Held, OSError."""
+        """Hold these uids too. Instances may share the uid ``keyd``. Raises Held, OSError."""
         if self.descriptor < 0:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -93,7 +93,7 @@ class HeldUids:
 
 
 def is_running(file: str, path: Path = UIDS_FILE) -> bool:
-    """Whether an instance with this configuration file holds uids, whichever these are."""
+    """Whether an instance with this configuration file holds any uids."""
     return holder(_instance(file), path) is not None
 
 
@@ -104,7 +104,7 @@ def _instance(file: str) -> range:
 
 
 def holder(uids: range, path: Path = UIDS_FILE) -> Holder | None:
-    """Which instance holds any of these, if it can be seen. Raises nothing."""
+    """The instance that holds any of these uids, if it can be seen. Raises nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -132,15 +132,15 @@ def _holder(descriptor: int, uids: range, kind: int) -> Holder | None:
 
 
 def any_process_has(uids: range) -> bool:
-    """Whether any process that is to be seen from here runs as one of these users."""
+    """Whether any process that can be seen from here has one of these uids."""
     return process_with(uids) is not None
 
 
 def process_with(uids: range, patience: float = 0.0) -> int | None:
-    """The first of these uids that a process has, even after so many seconds; None if none has.
+    """The first of these uids that a process still has after ``patience`` seconds; None if none.
 
-    Asked by getpriority(2), which knows of each process of a user, and not of /proc,
-    where a service manager may have hidden others' processes (ProtectProc=).
+    Asks getpriority(2), which knows each process of a user. /proc is not asked: a service manager
+    may have hidden other users' processes there (ProtectProc=).
     """
     until = time.monotonic() + patience
     while (uid := next(filter(_has_processes, uids), None)) is not None:
@@ -152,7 +152,7 @@ def process_with(uids: range, patience: float = 0.0) -> int | None:
 
 def _has_processes(uid: int) -> bool:
     try:
-        # Python takes a C int; to the kernel, the upper half of them are uids, too.
+        # Python takes a C int, so a uid from 2^31 on is passed as a negative number.
         os.getpriority(os.PRIO_USER, uid if uid < 1 << 31 else uid - (1 << 32))
     except ProcessLookupError:
         return False

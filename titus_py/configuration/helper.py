@@ -1,7 +1,7 @@
-"""A short-lived child that is asked one thing, in JSON, and answers it.
+"""A short-lived child that answers one question, in JSON.
 
 Started by the supervisor and by ``titus-py check``, for what neither may load or read itself.
-Starting and asking are two steps: what a helper has to load, it loads while others work.
+Starting and asking are two steps, so that a helper loads its code while others work.
 """
 
 import json
@@ -13,7 +13,7 @@ from keyd.linux.process import signals_held_back
 
 __all__ = ["HANDSHAKE_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
 
-#: Isolated: neither the working directory nor the environment decides what reads the keys.
+#: -I (isolated): the working directory and the environment cannot change what reads the keys.
 KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
 HANDSHAKE_CHECK = (sys.executable, "-I", "-m", "titus_py.fork_server.handshake_check")
 
@@ -26,12 +26,12 @@ class Helper:
     """A program that reads standard input to its end, writes its answer, and exits."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Start it; that it cannot be started is its answer."""
+        """Start the helper. If that fails, ``ask`` says so."""
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._problem = ""
         try:
-            # Where we end, so does it: its standard streams are pipes of ours.
+            # It needs no signal: when we end, its standard streams (our pipes) close, and it ends.
             with signals_held_back():
                 self._process = subprocess.Popen(
                     command,
@@ -44,7 +44,7 @@ class Helper:
             self._problem = f"{command[0]}: {error.strerror}"
 
     def ask(self, question: object, timeout: float) -> bytes:
-        """What it writes to its standard output. Raises Unanswered."""
+        """Ask; returns what the helper writes to its standard output. Raises Unanswered."""
         process = self._process
         if process is None:
             raise Unanswered(self._problem)
@@ -60,7 +60,7 @@ class Helper:
         return answer
 
     def dismiss(self) -> None:
-        """End it: there is nothing to ask, or nothing more."""
+        """End the helper, with nothing more to ask."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             self._process.communicate()

@@ -1,4 +1,4 @@
-"""From a file, or from a few options, to a configuration or to every mistake in it."""
+"""Turns a file, or a few options, into a configuration or into every mistake in it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ class Loaded(NamedTuple):
     """A configuration, or every mistake in it.
 
     ``configuration`` is None exactly if there are mistakes. ``credentials`` are the
-    certificates with their keys, each with the virtual hosts (``vhost[0]``) that use it: also
-    where other parts of the file are mistaken, so that these files too can be checked at once.
+    certificates with their keys, each with the virtual hosts (``vhost[0]``) that use it. They are
+    there even if other parts of the file are mistaken, so that their files can be checked too.
     """
 
     source: Source
@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
 def load(path: str | Path, credentials: Path | None = None) -> Loaded:
     """The configuration in a TOML file. Raises nothing: what is wrong is in ``mistakes``.
 
-    ``credentials`` is where systemd has put the unit's, if not those of this process.
+    ``credentials`` is the directory with the unit's systemd credentials; None: this process's own.
     """
     source = Source(str(path), Path(path).parent, credentials=credentials or _own_credentials())
     try:
@@ -107,7 +107,7 @@ def _failed(source: Source, key: str, reason: str) -> Loaded:
 
 
 def _validated(content: dict[str, Any], source: Source) -> Loaded:
-    # Their defaults too are to be validated, and in the same pass.
+    # Absent tables are added, so that their defaults are validated in the same pass.
     tables = {
         "worker": {},
         "limits": {},
@@ -123,7 +123,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     except ValidationError as error:
         mistakes = [explained(details, source) for details in error.errors(include_url=False)]
 
-    # What concerns several tables is checked on those that hold, whatever is wrong with others.
+    # Checks across several tables are made on the valid ones, whatever is wrong with others.
     listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
     vhosts = dict(each_valid(Match, tables, "vhost", source))
     mistakes += uid_mistakes(tables, source)

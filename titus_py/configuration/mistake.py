@@ -20,11 +20,11 @@ __all__ = [
 
 
 class Mistake(NamedTuple):
-    """One thing that is wrong, or for warnings doubtful, and where the operator finds it.
+    """One thing that is wrong (in a warning, doubtful), and where the operator finds it.
 
-    ``file`` is empty where the configuration came from command-line options, ``key`` where
-    the mistake is about the file as a whole. ``line`` counts from 1, and ``name`` is the key as
-    people read it: a virtual host by its first server name.
+    ``file`` is empty if the configuration came from command-line options. ``key`` is empty if
+    the mistake is about the file as a whole. ``line`` counts from 1. ``name`` is the key as
+    people read it, with a virtual host's first server name.
     """
 
     file: str
@@ -39,15 +39,16 @@ class Mistake(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """One line that any terminal can take, whatever a file or its name holds."""
+    """The text as one line that is safe for any terminal, whatever a file or its name holds."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Source(NamedTuple):
     """Where a configuration came from, for naming its mistakes as the operator wrote them.
 
-    ``lines`` are those of the file's tables and keys, ``labels`` what tells the tables of an
-    array apart (``vhost[0]``). ``credentials`` is where systemd has put those of the unit.
+    ``lines`` are the line numbers of the file's tables and keys. ``labels`` are names that tell
+    the tables of an array (``vhost[0]``) apart. ``credentials`` is the directory with the unit's
+    systemd credentials.
     """
 
     file: str
@@ -59,7 +60,7 @@ class Source(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The file, wherever one stands; "" where there is none."""
+        """The file's path from any working directory; "" if there is no file."""
         return str(self.directory / Path(self.file).name) if self.file else ""
 
     def mistake(self, key: str, reason: str) -> Mistake:
@@ -77,19 +78,19 @@ class Source(NamedTuple):
         return key
 
     def reference(self, key: str) -> str:
-        """The same, for another mistake to point at: an option, or with the line."""
+        """The key as another mistake refers to it: the option, or the name with its line."""
         line = self.line(key)
         return self.option(key) or self.name(key) + (f" (line {line})" if line else "")
 
     def line(self, key: str) -> int | None:
-        """Where the key is, or else the table that it is in, or should be."""
+        """The line of the key, or else of the table that it is in, or should be in."""
         while key and key not in self.lines:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return self.lines.get(key)
 
 
 def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
-    """What people call a virtual host, or a listening address: by the name that it is for."""
+    """Names that tell virtual hosts, and listening addresses, apart for people."""
     labels = {}
     for array, key in (("vhost", "sni"), ("listen", "address")):
         found = tables.get(array)
@@ -106,7 +107,7 @@ def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
 
 
 class Valid(NamedTuple):
-    """The context of a configuration that was valid once: its files are not looked at again."""
+    """The context for a configuration that was valid before: its files are not looked at again."""
 
 
 def described(value: object) -> str:

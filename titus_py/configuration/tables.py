@@ -1,6 +1,6 @@
 """The tables of the configuration: their keys, defaults and descriptions.
 
-The reference (``docs/reference.py``) is written from what is here.
+``docs/reference.py`` writes the reference from this file.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ class Credential(NamedTuple):
     """The files of one certificate and its key: absolute paths."""
 
     certificate: Path
-    #: None where a keyd that is not started by titus-py has it.
+    #: None if a keyd that titus-py does not start has the key.
     key: Path | None
     passphrase_file: Path | None
 
@@ -125,7 +125,7 @@ class Worker(Uids):
 
 
 class Limits(Table):
-    """[limits]: how much of the proxy a client may have. Each that was hit is counted."""
+    """[limits]: how much of the proxy a client may have. Each limit that was hit is counted."""
 
     connections_per_address: Annotated[Integer, Field(ge=1)] | None = Field(
         default=None, description="How many connections one client address may have. Absent: any."

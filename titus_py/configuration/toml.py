@@ -1,7 +1,7 @@
-"""From the octets of a TOML file to its tables, and the lines that they are on.
+"""Reads a TOML file: its tables, and the lines that they are on.
 
-``tomllib`` reads the file. It tells no lines but of the first thing that is not TOML, so a small
-scanner finds the line of each table and key: it knows strings, comments and brackets.
+``tomllib`` reads the file. It tells a line only for the first thing that is not TOML, so a small
+scanner finds the line of each table and key. The scanner knows strings, comments and brackets.
 """
 
 import codecs
@@ -28,7 +28,7 @@ class NotTOML(Exception):
         self.line = line
 
 
-#: What tomllib says, by how it begins, in words that name the slip that is behind it.
+#: How tomllib's messages begin, and for each the slip that is behind it, in plain words.
 _NO_CLOSING_QUOTE = "a string has no closing quote"
 _SLIPS = {
     "Illegal character '\\n'": _NO_CLOSING_QUOTE,
@@ -83,7 +83,7 @@ def _explained(said: str, text: str) -> NotTOML:
     slip = next((slip for start, slip in _SLIPS.items() if reason.startswith(start)), reason)
     position = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", place)
     if position is None:
-        # "at end of document": something that was begun further up has no end.
+        # "at end of document": something further up was not closed.
         line = _line_of_open_string(text) or max(lines_of(text).values(), default=None)
         return NotTOML(f"not valid TOML: {slip}", line)
     return NotTOML(f"not valid TOML: {slip} (column {position[2]})", int(position[1]))
@@ -101,7 +101,7 @@ def _line_of_open_string(text: str) -> int | None:
 def lines_of(text: str) -> dict[str, int]:
     """The lines of the tables and keys in a TOML document (https://toml.io/en/v1.0.0)."""
     lines: dict[str, int] = {}
-    #: How many tables there have been of each array.
+    #: How many tables of each array there were so far.
     counts: dict[str, int] = {}
     table, line, at = "", 1, 0
     while at < len(text):
@@ -125,7 +125,7 @@ def lines_of(text: str) -> dict[str, int]:
 
 
 def _end_of_statement(text: str, at: int) -> int:
-    """Behind the end of the line on which what begins here ends: a list may take several."""
+    """The offset of the line after the statement that begins at ``at``: lists may take several."""
     depth = 0
     for token in _TOKEN.finditer(text, at):
         if token[0] in "[{":

@@ -1,7 +1,7 @@
-"""Whose uids are those that the configuration gives to workers and to keyd.
+"""Whether somebody else has the uids that the configuration gives to workers and to keyd.
 
-A worker's uid must be no other process's: that process could end the worker, by kill(2). So
-the range must hold nobody that /etc knows of, and none that others hand out at will.
+No other process may have a worker's uid: it could end the worker with kill(2). So the range must
+hold no user or group in /etc, and no uid that other programs hand out at will.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,13 @@ __all__ = [
     "users_and_groups",
 ]
 
-#: Beyond what useradd hands out as subordinate ids (login.defs(5), SUB_UID_MAX: 600100000), what
-#: systemd-nspawn takes (to 1879048191), and what SSSD maps to by default (to 2000200000); below
+#: Above what useradd hands out as subordinate ids (login.defs(5), SUB_UID_MAX: 600100000), what
+#: systemd-nspawn takes (to 1879048191), and what SSSD maps to by default (to 2000200000). Below
 #: 2^31, where some programs' uids end.
 DEFAULT_UIDS = range(2_100_000_000, 2_100_065_536)
 DEFAULT_KEYD_UID = 2_099_999_999
-#: The one that serves, the one that a reload starts, and one before with connections left.
+#: The generation that serves, the one that a reload starts, and an earlier one with connections
+#: left.
 GENERATIONS = 3
 
 #: https://systemd.io/UIDS-GIDS/
@@ -38,7 +39,7 @@ _SYSTEMD = {
 
 
 class Owner(NamedTuple):
-    """Who has, or gives out, uids (or gids) of a range."""
+    """A range of uids (or gids), and who has them or hands them out."""
 
     ids: range
     what: str
@@ -50,7 +51,7 @@ class Owner(NamedTuple):
 
 
 def users_and_groups(wanted: range, etc: Path = Path("/etc")) -> Iterator[Owner]:
-    """Those whose uid or gid is one of these."""
+    """The users and groups whose uid or gid is one of these."""
     for file, kind in (("passwd", "user"), ("group", "group")):
         for name, _, number, *_ in _entries(etc / file, 3):
             if number.isdecimal() and int(number) in wanted:
@@ -59,7 +60,7 @@ def users_and_groups(wanted: range, etc: Path = Path("/etc")) -> Iterator[Owner]
 
 
 def handed_out(wanted: range, etc: Path = Path("/etc")) -> Iterator[Owner]:
-    """Who may give some of these ids to processes at any time: container engines, systemd."""
+    """The programs that may give these ids to processes at any time: container engines, systemd."""
     for file in ("subuid", "subgid"):
         for name, first, count, *_ in _entries(etc / file, 3):
             if first.isdecimal() and count.isdecimal():
@@ -72,9 +73,9 @@ def handed_out(wanted: range, etc: Path = Path("/etc")) -> Iterator[Owner]:
 
 
 def unmapped(wanted: range, proc: Path = Path("/proc")) -> str | None:
-    """Which ids the user namespace that this process is in has not, if it lacks any of these.
+    """The first of these ids that this process's user namespace lacks, as a reason; else None.
 
-    user_namespaces(7). None also where there is no /proc to ask, which is said elsewhere.
+    See user_namespaces(7). None also if /proc is not there to ask: that is reported elsewhere.
     """
     for kind in ("uid", "gid"):
         try:

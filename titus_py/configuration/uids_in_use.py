@@ -1,7 +1,7 @@
-"""Whether others use the uids that a configuration gives away: instances, and any process.
+"""Whether other instances, or any other process, use the uids that a configuration gives away.
 
-Run by the supervisor, as root, and by ``titus-py check``. What runs of this very instance is no
-mistake, of course: it is known by its configuration file, or by being who asks.
+Run by the supervisor, as root, and by ``titus-py check``. Processes of the same instance are no
+mistake. It is known by its configuration file, or as the process that asks or its parent.
 """
 
 from pathlib import Path
@@ -13,16 +13,16 @@ from titus_py.configuration.uids import GENERATIONS
 
 __all__ = ["uids_in_use"]
 
-#: What an instance that was killed a moment ago leaves behind is given time to end.
+#: How long the processes of an instance that was just killed may take to end.
 _PATIENCE_SECONDS = 3.0
 
 
 def uids_in_use(
     loaded: Loaded, running: bool, held: Path = UIDS_FILE
 ) -> tuple[list[Mistake], list[Mistake]]:
-    """The mistakes and the warnings that come of it. Raises nothing.
+    """The mistakes and the warnings about uids in use. Raises nothing.
 
-    ``running``: asked by the instance itself, for a reload, which looks at processes itself.
+    ``running``: the instance itself asks, for a reload. It looks at processes itself.
     """
     configuration, source = loaded.configuration, loaded.source
     mistakes: list[Mistake] = []
@@ -35,7 +35,7 @@ def uids_in_use(
         reason = f"some of them are those of {other}: each instance has uids of its own"
         mistakes.append(source.mistake("worker.uids", reason))
     if running or other is not None or is_running(source.path, held):
-        # What else there is may be this instance's own.
+        # Other processes with these uids may be this instance's own.
         return mistakes, warnings
     needed = worker.uids[: GENERATIONS * (worker.max + worker.spare)]
     if (uid := process_with(needed, _PATIENCE_SECONDS)) is not None:
@@ -57,7 +57,7 @@ def uids_in_use(
 
 
 def _process_of(uid: int) -> str:
-    """Which one it is, where that can be seen."""
+    """The process with this uid, as the end of a message; "" if it cannot be seen."""
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             if directory.stat().st_uid == uid:

@@ -1,4 +1,4 @@
-"""What a single value may look like, and what becomes of it: each a type for ``tables``."""
+"""Types for ``tables``: how a single value may be written, and what it becomes."""
 # ruff: noqa: TRY004 -- pydantic makes a mistake of a ValueError, and lets a TypeError through
 
 import os
@@ -57,8 +57,8 @@ _TLS13_SUITES = (
     "TLS_AES_128_CCM_SHA256",
     "TLS_AES_128_CCM_8_SHA256",
 )
-#: The groups that keyd signs parameters of in TLS 1.2, and those that only TLS 1.3 has, with
-#: their other names.
+#: The groups whose TLS 1.2 parameters keyd signs, and those that only TLS 1.3 has. Each with its
+#: other names.
 _GROUPS = {
     "X25519MLKEM768": (),
     "SecP256r1MLKEM768": (),
@@ -185,7 +185,7 @@ def _path(value: object, info: ValidationInfo) -> Path:
     """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
     text = _text(value)
     if "-----BEGIN" in text or ("\n" in text and "PRIVATE" in text):
-        # Not repeated: every log would have it.
+        # The value is not repeated: it would get into every log.
         raise ValueError(
             "expected a path, not what the file holds (if this is a private key, it has been in "
             "this file, and in the memory of a process that is to have none: replace it)"

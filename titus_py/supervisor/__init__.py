@@ -1,4 +1,5 @@
 """The supervisor: generations, reload, listeners, log, metrics, control.
 
-Root, from beginning to end. Hears signals, root's commands and its own children.
+Runs as root from start to end. Hears signals, root's commands, its own children, name servers
+and the readers of the metrics.
 """

@@ -1,10 +1,10 @@
-"""Audits that have announced themselves: what keyd refuses to them is no alarm.
+"""Announced audits: when keyd refuses a request of theirs, that is no alarm.
 
-Run by the supervisor, for ``titus-py audit``, which asks keyd for what it must refuse. The
-control socket is root's alone, and what is announced is one number, at random, that no
-client's connection ever has: a worker does not choose under which number it is refused,
-its parent does. So nothing that a worker does is hidden; and it holds for a short time,
-and for so many refusals as an audit makes.
+Run by the supervisor, for ``titus-py audit``, which asks keyd for what it must refuse. Only
+root can use the control socket. The audit gets a random connection number that no client's
+connection ever has. A worker cannot choose that number for its own requests: its parent sets
+it. So no refusal of a worker's request is hidden. An announcement holds for a short time, and
+for as many refusals as an audit needs.
 """
 
 import os
@@ -12,8 +12,8 @@ import time
 
 __all__ = ["FIRST_CONNECTION", "LAST_CONNECTION", "AnnouncedAudits"]
 
-#: Beyond the microseconds of 142 years (real connections count those since boot), and exact
-#: to a reader that takes numbers as doubles.
+#: Real connections are numbered by microseconds since boot: these begin after 142 years of them.
+#: They are exact even for a reader that takes numbers as doubles.
 FIRST_CONNECTION, LAST_CONNECTION = 1 << 52, (1 << 53) - 1
 _SECONDS = 60.0
 _REFUSALS = 16
@@ -27,14 +27,14 @@ class _Audit:
 
 
 class AnnouncedAudits:
-    """Those of the last minute, a few at most; each holds for so many seconds."""
+    """The latest announced audits, a few at most. Each holds for ``seconds``."""
 
     def __init__(self, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._audits: dict[int, _Audit] = {}
 
     def announce(self) -> int:
-        """The number under which this one will be refused."""
+        """Announce an audit; returns the connection number for its requests."""
         while len(self._audits) >= _MOST:
             del self._audits[next(iter(self._audits))]
         number = FIRST_CONNECTION | int.from_bytes(os.urandom(8)) >> 12
@@ -42,7 +42,7 @@ class AnnouncedAudits:
         return number
 
     def expect(self, connection: object) -> bool:
-        """Whether a refusal of this connection is an audit's; takes note of it."""
+        """Whether a refusal to this connection is an audit's. If so, counts it."""
         audit = self._audits.get(connection) if isinstance(connection, int) else None
         if audit is None or not audit.left or time.monotonic() > audit.until:
             return False

@@ -1,4 +1,4 @@
-"""Where backends are: looked up, kept, passed on to the parents. Run by the supervisor."""
+"""Backends' addresses: looked up, kept, passed on to the parents. Run by the supervisor."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,7 +19,7 @@ _ORDER_VHOSTS = 1000
 
 
 class Backends:
-    """``ready`` is called with a generation that waited for nothing but a name."""
+    """``ready`` is called with a generation that waited only for a name, and no longer does."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class Backends:
         self._generations = generations
         self._children = children
         self._ready = ready
-        #: The last that is known of each.
+        #: The last known addresses of each backend.
         self.addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         self._resolver = Resolver(loop, self._take)
 
     def expect(self, generation: Generation) -> None:
-        """Have a generation wait for the names that nothing is known of yet, but not for long."""
+        """Make a generation wait, for a limited time, for names without a known address."""
         generation.unresolved = {
             vhost.backend
             for vhost in generation.configuration.vhost
@@ -58,7 +58,7 @@ class Backends:
         for backend in backends:
             if isinstance(backend, NameAddress):
                 continue
-            # Known without looking it up, and so before any parent is started.
+            # A numeric address needs no lookup, so it is known before any parent is started.
             try:
                 self.addresses[backend] = numeric(backend)
             except OSError as error:
@@ -66,7 +66,7 @@ class Backends:
         self._resolver.resolve(names)
 
     def _take(self, backend: NameAddress, found: Addresses | OSError) -> None:
-        """Pass on where a backend is now; an old answer is better than none."""
+        """Pass on a backend's new addresses; after a failed lookup, keep the old ones."""
         if isinstance(found, OSError):
             self._unresolved(backend, found.strerror)
         elif self.addresses.get(backend) != found:
@@ -80,7 +80,7 @@ class Backends:
         )
 
     def _stop_waiting_for(self, backend: NameAddress) -> None:
-        """A generation that is ready but for this name may serve now."""
+        """Stop waiting for this name. A generation that is ready now may serve."""
         for generation in list(self._generations):
             if backend in generation.unresolved:
                 generation.unresolved.remove(backend)
@@ -88,7 +88,7 @@ class Backends:
                     self._ready(generation)
 
     def _stop_waiting_for_names(self, generation: Generation) -> None:
-        """Name servers have had their time: serve without, as soon as they answer with."""
+        """Serve without the names that are still unknown. Later answers are passed on."""
         for backend in list(generation.unresolved):
             self._unresolved(backend, f"no answer within {_NAMES_SECONDS:g} s")
             self._stop_waiting_for(backend)

@@ -1,7 +1,7 @@
-"""The supervisor's ears and mouth: its children's sockets, and their ends.
+"""The children's sockets and ends: sends orders, hears events, notices that a child has ended.
 
-Run by the supervisor. What children say is trusted with the log, and with nothing else; what is
-done about it is decided elsewhere (``generations``).
+Run by the supervisor. Children's events are trusted with the log, and with nothing else.
+``upkeep`` decides what is done about them.
 """
 
 import json
@@ -20,17 +20,17 @@ __all__ = ["START_SECONDS", "Children"]
 
 #: How long keyd may take to load its keys, and the parent its certificates.
 START_SECONDS = 60.0
-#: How long a child may say nothing at all before it is taken to hang: it says that it is
-#: alive every few seconds.
+#: How long a child may be silent before it counts as hung. It reports every few seconds that it
+#: is alive.
 _QUIET_SECONDS = 15.0
-#: How soon to offer a child again what it could not take.
+#: How soon to send an order again that a child could not take.
 _RETRY_SECONDS = 0.05
 _EVENT_OCTETS = 64 * 1024
 
 
 class Children:
-    """``heard`` is called with each event that a child tells, ``ended`` when a child has ended
-    and everything that it said was heard: it is to be let go of then.
+    """``heard`` is called with each event of a child. ``ended`` is called when a child has ended
+    and all its events were heard; it has to call ``let_go``.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Children:
         self._event = event
         self._heard = heard
         self._ended = ended
-        #: When they were last looked after.
+        #: When ``look_after`` last ran.
         self._looked = time.monotonic()
 
     def watch(self, generation: Generation, child: Child | None) -> None:
         if child is None:
             return
         if child in generation.starting:
-            # keyd reads and checks every key, and a passphrase may be made to cost time.
+            # keyd reads and checks every key. Decrypting one may be made slow on purpose.
             patience = START_SECONDS + len(generation.certificates)
             child.patience = self._loop.after(patience, child.kill)
         self._loop.watch(child.pidfd, lambda: self._hear_last(generation, child))
@@ -60,12 +60,12 @@ class Children:
     def order(
         self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()
     ) -> None:
-        """Tell a child something: now, or as soon as it has heard what it was told before."""
+        """Send a child an order: now, or once it has taken the earlier ones."""
         if child.queue(order, descriptors):
             self._send_orders(child)
 
     def let_go(self, child: Child) -> str:
-        """Of a child that has ended, or is about to; returns how."""
+        """Stop watching a child that has ended or is about to; returns how it ended."""
         if child.patience is not None:
             child.patience.cancel()
         self._loop.unwatch(child.pidfd)
@@ -74,9 +74,10 @@ class Children:
         return child.bury()
 
     def look_after(self, generations: Iterable[Generation]) -> None:
-        """End a child that has gone quiet: its successor will serve."""
+        """Kill a child that has gone silent: its successor will serve."""
         now = time.monotonic()
-        # Who has not been running (SIGSTOP, a virtual machine that was paused) cannot tell.
+        # If we were not running ourselves (SIGSTOP, a paused virtual machine), silence means
+        # nothing.
         was_away = now - self._looked > 2 * ALIVE_SECONDS
         self._looked = now
         for generation in generations:
@@ -97,14 +98,14 @@ class Children:
         self._ended(generation, child)
 
     def _hear(self, generation: Generation, child: Child) -> bool:
-        """What a child has to say is an event; returns whether there may be more."""
+        """Hear a child's events; returns whether there may be more."""
         for _ in range(100):
             try:
                 message, reports = receive_descriptors(child.socket, _EVENT_OCTETS, 1)
             except BlockingIOError:
                 return False
             except ConnectionResetError:
-                # It has ended without having heard everything. What it said is still there.
+                # The child ended without reading all orders. Its events can still be read.
                 continue
             if not message:
                 self._loop.unwatch(child.socket.fileno())
@@ -115,7 +116,7 @@ class Children:
                 event = json.loads(message)
                 name = event.pop("event")
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                # Longer than it may be, or not ours.
+                # The message was too long and is cut off, or our code did not send it.
                 self._event("unintelligible", level="alarm", process=child.name, pid=child.pid)
                 child.kill()
                 for report in reports:
@@ -125,7 +126,7 @@ class Children:
                 name = complete_record(event, read_report(report))
                 os.close(report)
             if name == "connection_over" and not reports:
-                # There was no descriptor left for the report.
+                # No descriptor was left to receive the report.
                 name = "connection_ended"
                 event["end"] = event["end"] or "not known: no descriptor for its report"
             self._heard(generation, child, name, event)

@@ -1,8 +1,8 @@
 """The control socket: how ``titus-py status`` and ``titus-py reload`` reach the supervisor.
 
-Run by the supervisor. Only root may connect: the directory and the socket are root's
-alone. One request and one answer, JSON, each in one SOCK_SEQPACKET packet; a client
-that does not listen loses its answer.
+Run by the supervisor. Only root may connect to the socket. Each client sends one request and
+gets one answer, both JSON, each in one SOCK_SEQPACKET packet. A client that does not read
+loses its answer.
 """
 
 import json
@@ -32,7 +32,7 @@ def control_path(pid: int) -> Path:
 
 
 class Answer:
-    """Where the answer to a request goes: called with it, once. A client that is gone misses it."""
+    """Sends a client the answer to its request; called once. A client that has gone gets none."""
 
     def __init__(self, client: socket.socket, drop: Callable[[socket.socket], None]) -> None:
         self.client = client
@@ -55,11 +55,11 @@ class Control:
         handlers: Mapping[str, Callable[[Answer], None]],
         listener: socket.socket | None = None,
     ) -> None:
-        """``listener`` is one that listens already. Raises OSError where there can be none."""
+        """``listener`` is a socket that listens already; None: make one. Raises OSError."""
         self._loop = loop
         self._handlers = handlers
         self._clients: set[socket.socket] = set()
-        #: Those that have not asked anything yet, the first to come first.
+        #: Clients that have not sent a request yet, oldest first.
         self._silent: dict[socket.socket, None] = {}
         self._path = control_path(os.getpid())
         self.listener = listener or _listen_at(self._path)
@@ -70,14 +70,14 @@ class Control:
             self._loop.watch(self.listener.fileno(), self._accept)
 
     def adopt(self, client: socket.socket) -> Answer:
-        """A client that the program before this one had heard, and has not answered."""
+        """Take over a client whose request the previous program has not answered."""
         client.setblocking(False)
         self._clients.add(client)
         self._loop.watch(client.fileno(), lambda: self._hear(client))
         return Answer(client, self._drop)
 
     def close(self) -> None:
-        """At the end: nothing is watched any more."""
+        """Close and remove the socket. Called at the end, when the event loop has stopped."""
         self.listener.close()
         self._path.unlink(missing_ok=True)
 
@@ -87,13 +87,13 @@ class Control:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
-            # No descriptor left: the client stays in the queue, and would wake us for ever.
+            # No descriptor is left. The client stays in the queue and would wake us for ever.
             self._loop.unwatch(self.listener.fileno())
             self._loop.after(_PAUSE_SECONDS, self._listen)
             return
         client.setblocking(False)
         if len(self._clients) >= _MAX_CLIENTS:
-            # In favour of who asks, against who only waits.
+            # Close the client that has been silent longest, or else the new one.
             if not self._silent:
                 client.close()
                 return
@@ -127,7 +127,7 @@ class Control:
 def _listen_at(path: Path) -> socket.socket:
     CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
     _remove_left_behind()
-    # Of one that had our process id, and was killed.
+    # A killed supervisor that had our process id may have left its socket.
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.setblocking(False)
@@ -141,7 +141,7 @@ def _listen_at(path: Path) -> socket.socket:
 
 
 def _wanted(request: bytes) -> str:
-    # RecursionError: arrays within arrays within arrays.
+    # RecursionError: arrays nested too deeply.
     with suppress(ValueError, RecursionError):
         decoded = json.loads(request)
         if isinstance(decoded, dict):
@@ -150,9 +150,9 @@ def _wanted(request: bytes) -> str:
 
 
 def _remove_left_behind() -> None:
-    """Sockets of supervisors that were killed.
+    """Remove the sockets that killed supervisors left.
 
-    One that listens is alive, though in a process namespace that is not ours.
+    A socket that listens is kept: its supervisor is alive, in another pid namespace.
     """
     for path in CONTROL_DIRECTORY.glob("*.control"):
         if path.stem.isdecimal() and not _exists(int(path.stem)) and not listens(path):
@@ -160,20 +160,20 @@ def _remove_left_behind() -> None:
 
 
 def listens(path: Path) -> bool:
-    """Whether there is anybody behind this control socket. Raises PermissionError."""
+    """Whether a supervisor listens on this control socket. Raises PermissionError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
         except BlockingIOError:
-            return True  # It is there, and behind.
+            return True  # It listens; its queue is full.
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         return True
 
 
 def _exists(pid: int) -> bool:
-    """Not by looking into /proc, where a service manager may have hidden it (ProtectProc=)."""
+    """Whether a process exists. /proc is not asked: it may be hidden there (ProtectProc=)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

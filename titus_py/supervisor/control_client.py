@@ -1,8 +1,8 @@
-"""Finding running instances, and asking one: the client's side of their control sockets.
+"""Finds running instances and asks them: the client's side of the control sockets.
 
-Run by ``titus-py status`` and ``titus-py reload``, as root: the sockets are in a directory
-of root's, one for each instance, named after its supervisor's process id. What an instance
-answers is trusted to be an answer, and checked for no more than that.
+Run by ``titus-py status`` and ``titus-py reload``, as root. Each instance has one socket in a
+directory of root's, named after its supervisor's process id. Answers are trusted; only their
+form (a JSON object) is checked.
 """
 
 import json
@@ -21,12 +21,12 @@ __all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
 DIRECTORY = CONTROL_DIRECTORY
 _SUFFIX = ".control"
 _MAX_ANSWER_OCTETS = 4 * 1024 * 1024
-#: How soon to try again where too many others wait.
+#: How soon to try again when the listen queue is full.
 _QUEUE_SECONDS = 0.02
 
 
 class NoAnswer(Exception):
-    """An instance that did not answer; the text says how."""
+    """An instance did not answer; the text says why."""
 
 
 def find_instances(directory: Path = DIRECTORY) -> list[int]:
@@ -47,7 +47,7 @@ def find_instances(directory: Path = DIRECTORY) -> list[int]:
 
 
 def instances_to_ask(command: str, pid: int | None, directory: Path = DIRECTORY) -> list[int]:
-    """Those that run, or the one that was named; none, with the reason on standard error."""
+    """All running instances, or only ``pid``. If there is none, says why on standard error."""
     try:
         running = find_instances(directory)
     except PermissionError:
@@ -64,7 +64,7 @@ def instances_to_ask(command: str, pid: int | None, directory: Path = DIRECTORY)
 def ask(
     pid: int, question: Mapping[str, object], seconds: float, directory: Path = DIRECTORY
 ) -> dict[str, Any]:
-    """Put a question to an instance, and wait so long for its answer. Raises NoAnswer."""
+    """Ask an instance, and wait up to ``seconds`` for its answer. Raises NoAnswer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         try:
             _connect(connection, _path(pid, directory), time.monotonic() + seconds)
@@ -87,7 +87,7 @@ def ask(
 
 
 def _connect(connection: socket.socket, path: str, deadline: float) -> None:
-    """Wait for a place in the queue of who listens. Raises OSError."""
+    """Connect, waiting for a place in the listen queue. Raises OSError."""
     connection.setblocking(False)
     while True:
         try:

@@ -1,18 +1,18 @@
-"""Counters that nothing can blow up: by label, and by duration. Run by the supervisor."""
+"""Counters of bounded size: by label, and by duration. Run by the supervisor."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 __all__ = ["OTHER", "Histogram", "Tally"]
 
-#: What is counted beyond the values that a label may take on.
+#: The label value for everything beyond the values that a label may have.
 OTHER = "other"
-#: How many values a label may take on beyond those that are known beforehand.
+#: How many values a label may have beyond those that are known beforehand.
 _ROOM = 32
 
 
 class Tally:
-    """Counts by the value of one label, which takes on only so many values."""
+    """Counts by the value of one label. The number of values is bounded."""
 
     def __init__(self, known: Iterable[str] = (), room: int = _ROOM) -> None:
         self.counts = dict.fromkeys(known, 0)
@@ -28,7 +28,7 @@ class Tally:
         return sum(self.counts.values())
 
     def some(self) -> dict[str, int]:
-        """Those that have been counted at all, the most frequent first."""
+        """The counts above zero, the highest first."""
         counted = [(value, count) for value, count in self.counts.items() if count]
         return dict(sorted(counted, key=lambda pair: -pair[1]))
 
@@ -38,7 +38,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        #: Not cumulative; the last is of what is beyond all bounds.
+        #: Not cumulative. The last one counts values above all bounds.
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 

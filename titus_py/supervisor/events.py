@@ -1,8 +1,8 @@
 """How loud events are, and which of them may be alarms.
 
-Read by the supervisor, for its log and its counts. An alarm is what no healthy instance
-does, whatever its clients, its backends and the network do. Somebody is woken by an alarm, and
-would stop coming if it meant anything less.
+Read by the supervisor, for its log and its counts. An alarm is an event that no healthy
+instance logs, whatever its clients, its backends and the network do. An alarm wakes somebody:
+false ones would soon be ignored.
 """
 
 __all__ = ["ALARMS", "LEVELS", "is_as_loud"]
@@ -10,8 +10,8 @@ __all__ = ["ALARMS", "LEVELS", "is_as_loud"]
 #: From the quietest to the loudest.
 LEVELS = ("info", "warning", "error", "alarm")
 
-#: The events that are alarms, or can be. Each is counted from the start, as zero: to
-#: Prometheus, a series that begins with one has never risen.
+#: The events that are alarms, or can be. Each is counted from the start, as zero: Prometheus
+#: sees no rise in a series that begins with one.
 ALARMS = frozenset(
     {
         "connection_ended",
@@ -32,8 +32,8 @@ ALARMS = frozenset(
 
 
 def is_as_loud(level: str, least: str) -> bool:
-    """Whether an event of this level is to be recorded where ``least`` is the quietest that is.
+    """Whether to record an event of this level; ``least`` is the quietest level recorded.
 
-    One whose level is unknown is.
+    An event of unknown level is recorded.
     """
     return level not in LEVELS or LEVELS.index(level) >= LEVELS.index(least)

@@ -143,7 +143,7 @@ class _Family:
     def __init__(self, name: str, kind: str, description: str) -> None:
         self._name = name
         self._head = f"# HELP {name} {_escaped(description)}\n# TYPE {name} {kind}\n"
-        #: By what identifies them: a series must not come twice.
+        #: By name and labels: no series may come twice.
         self._samples: dict[str, float] = {}
 
     def add(self, value: float, suffix: str = "", **labels: object) -> "_Family":

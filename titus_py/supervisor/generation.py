@@ -1,7 +1,8 @@
 """A generation: one configuration, one parent and one keyd, and the sockets between them.
 
-Run by the supervisor. Both are started with execve(2), so that each begins with a
-clean address space, and each gets exactly the descriptors that its arguments name.
+Run by the supervisor. Parent and keyd are started with execve(2), so that each begins with a
+clean address space. Beside its standard streams, each gets exactly the descriptors that its
+arguments and its plan name.
 """
 
 import json
@@ -33,18 +34,18 @@ __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 _FEW_HANDSHAKES = 64
 #: How often the parent and keyd say that they are alive.
 ALIVE_SECONDS = 3.0
-#: What is started, as Python is to be told of it.
+#: The arguments with which Python starts each of them.
 _KEYD = ("-m", "keyd", "serve")
 _PARENT = ("-m", "titus_py.parent.life")
-#: In the words of SSL_CONF_cmd(3), what pyOpenSSL has no call for: without resumption,
-#: a TLS 1.3 ticket is of no use.
+#: A setting that pyOpenSSL has no call for (SSL_CONF_cmd(3)). Without resumption, a TLS 1.3
+#: ticket is of no use.
 _TLS_COMMANDS = "NumTickets = 0"
 
 
 class Child:
-    """A process that the supervisor started, and its end of their socket.
+    """A process that the supervisor started, and the supervisor's end of their socket.
 
-    ``process`` is its pid where the program that the supervisor ran before has started it.
+    ``process`` is only a pid if the supervisor's previous program started it (``succession``).
     """
 
     def __init__(
@@ -53,24 +54,24 @@ class Child:
         self.name = name
         self.socket = end
         self.pid = process if isinstance(process, int) else process.pid
-        #: While it is starting: what ends it if that takes too long.
+        #: While the child is starting: the timer that kills it if that takes too long.
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(self.pid)
         self.started = self.last_heard = time.monotonic()
         self._process = process
-        #: What it has not been told yet, with descriptors of our own.
+        #: Orders not sent yet, each with our own duplicates of its descriptors.
         self._orders: deque[tuple[bytes, list[int]]] = deque()
 
     def queue(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> bool:
-        """Have ``send_orders`` tell it something; returns whether nothing else waited for that."""
+        """Queue an order for ``send_orders``; returns whether no other one waits."""
         octets = json.dumps(order).encode()
         self._orders.append((octets, [os.dup(descriptor) for descriptor in descriptors]))
         return len(self._orders) == 1
 
     def send_orders(self) -> bool:
-        """Send what it takes; returns whether that was all. Never waits for it.
+        """Send the orders that the child takes, without waiting; returns whether that was all.
 
-        A child that is gone or stuck is noticed otherwise.
+        A child that has gone or hangs is noticed elsewhere.
         """
         while self._orders:
             octets, descriptors = self._orders[0]
@@ -85,7 +86,7 @@ class Child:
 
     @property
     def has_heard_all(self) -> bool:
-        """Whether nothing waits for it to take it."""
+        """Whether no order waits to be sent."""
         return not self._orders
 
     def _drop_order(self) -> None:
@@ -97,7 +98,7 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def bury(self) -> str:
-        """After its end: let go of it; returns how it ended, in words."""
+        """Reap the child and close its descriptors; returns how it ended, in words."""
         if isinstance(self._process, int):
             code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
         else:
@@ -110,10 +111,10 @@ class Child:
 
 
 class Generation:
-    """What a configuration came to when it was read, and the two processes that serve it.
+    """A configuration as it was read, and the two processes that serve it.
 
-    The certificates are as they were checked, whatever has become of the files since: these may
-    hold a private key as well, and are only ever read by keyd and ``keyd check``.
+    The certificates are those that were checked, even if the files have changed since. The files
+    are not read here: they may also hold a private key, so only keyd and ``keyd check`` do that.
     """
 
     def __init__(self, number: int, checked: Checked, filters: Mapping[str, str]) -> None:
@@ -126,30 +127,31 @@ class Generation:
         self.files = checked.files
         self.keyd: Child | None = None
         self.parent: Child | None = None
-        #: A keyd that is a service of its own, and not connected to yet.
+        #: keyd is a service of its own, and is not connected yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
-        #: Its parent has no way to that keyd, now or again; and why, once that is known.
+        #: The parent has no connection to that keyd: not yet, or not any more. ``keyd_missed`` is
+        #: why, once that is known.
         self.without_keyd = self.waits_for_keyd
         self.keyd_missed = ""
-        #: keyd is there, with other keys: first the certificates are to be read anew.
+        #: keyd is there, but with other keys: it is not used before certificates are read anew.
         self.keyd_held = False
         #: Backends' names that have not been looked up yet.
         self.unresolved: set[NameAddress] = set()
-        #: The keys that it had when it was last connected to.
+        #: The keys that keyd had when it was last connected.
         self.keyds_keys: set[str] | None = None
-        #: Replaced by a later one: it serves what it has, and takes no more.
+        #: Replaced by a later generation: it keeps its connections and takes no new ones.
         self.retired = False
-        #: Has been told so, and may not have heard it.
+        #: Its parent was told to retire, and has not confirmed it.
         self.retiring = False
-        #: Its fork server has ended: it can make no more workers.
+        #: Its fork server has ended: no more workers can be made.
         self.crippled = False
-        #: Said to be listening.
+        #: It has taken over, and that it listens was logged.
         self.announced = False
-        #: Those of its children that are not ready yet.
+        #: The children that are not ready yet.
         self.starting: set[Child] = set()
-        #: The connections that its parent has, by number, as they were begun.
+        #: The parent's live connections, by number: the event with which each began.
         self.connections: dict[int, dict[str, Any]] = {}
-        #: The latest that are over: what keyd says may come later than their end.
+        #: The latest connections that have ended: a refusal of keyd's may be heard after the end.
         self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
         #: The listeners that were opened for it.
         self.added: dict[IPAddress, socket.socket] = {}
@@ -167,12 +169,12 @@ class Generation:
 
     @property
     def listening(self) -> list[IPAddress]:
-        """The addresses that its clients come to."""
+        """The addresses that its clients connect to."""
         return [table.address for table in self.configuration.listen]
 
     @property
     def ready(self) -> bool:
-        """Whether both of its processes serve, and know their backends."""
+        """Whether both processes serve, and no backend's name is waited for."""
         return not (self.starting or self.waits_for_keyd or self.unresolved)
 
     @property
@@ -252,7 +254,7 @@ class Generation:
         self.starting.add(self.parent)
 
     def adopt(self, name: str, pid: int, descriptor: int, starting: bool) -> None:
-        """Take on a process that another program has started in our place, and its socket."""
+        """Take over a process that this process's previous program started, and its socket."""
         end = socket.socket(fileno=descriptor)
         end.setblocking(False)
         child = Child(name, pid, end)
@@ -282,12 +284,12 @@ class Generation:
 
 
 def default_handshakes(connections: int) -> int:
-    """How many of so many connections may be in their handshake: half, but a few at least."""
+    """How many of these connections may be in their handshake: half, but at least 64 (or all)."""
     return max(min(connections, _FEW_HANDSHAKES), connections // 2)
 
 
 def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
-    """keyd, and the parent's end of its control socket. Raises OSError."""
+    """Start keyd; returns it and the parent's end of its control socket. Raises OSError."""
     parents_end, keyds_end = _socketpair()
     settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
     given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
@@ -295,7 +297,7 @@ def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
 
 
 def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
-    """The parent of this plan; the socket becomes the parent's. Raises OSError."""
+    """Start the parent with this plan. It gets the socket ``keyd``. Raises OSError."""
     milliseconds = int(plan.handshake_timeout * 1000)
     channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
     openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
@@ -314,22 +316,22 @@ def _start(
     given: dict[str, int],
     shared: Sequence[int] = (),
 ) -> Child:
-    """Start a Python program. What it is given it alone holds from now on."""
+    """Start a Python program. The descriptors in ``given`` are closed here: only it has them."""
     ours, theirs = _socketpair()
     ours.setblocking(False)
     given = given | {"supervisor-fd": theirs.detach()}
     arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
     try:
-        # The supervisor alone tells it to end.
+        # Only the supervisor tells it to end, so it must not hear signals to the whole unit.
         with signals_held_back():
             process = subprocess.Popen(
-                # Isolated (-I): no PYTHON* variable and no current directory has a say.
+                # -I (isolated): PYTHON* variables and the current directory are ignored.
                 [sys.executable, "-I", *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={},
                 pass_fds=(*given.values(), *shared),
-                # What a parent that was killed leaves is known by its session.
+                # If a parent is killed, the processes that it leaves are known by its session.
                 start_new_session=True,
             )
     finally:

@@ -1,7 +1,7 @@
-"""The generations that there are. Run by the supervisor.
+"""The list of generations. Run by the supervisor.
 
-One configuration, one parent and one keyd are a generation. The last one is the one that serves,
-or is about to; the others serve the connections that they have.
+A generation is one configuration, one parent and one keyd. The last generation serves, or is
+about to. The others serve the connections that they have.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ class Generations:
         self._all: list[Generation] = []
 
     def __iter__(self) -> Iterator[Generation]:
-        """From the oldest to the newest; they may change meanwhile."""
+        """From the oldest to the newest. The list may change meanwhile."""
         return iter(self._all.copy())
 
     def append(self, generation: Generation) -> None:
-        """From now on it is the one that serves, or is about to."""
+        """Add the generation that serves from now on, or is about to."""
         self._all.append(generation)
 
     def remove(self, generation: Generation) -> None:

@@ -1,8 +1,9 @@
-"""systemd's journal, by its native protocol: an event's fields stay fields.
+"""Writes events to systemd's journal, by its native protocol: an event's fields stay fields.
 
 Run by the supervisor, as root, on the log's own thread. The journal is trusted to keep what
-it is told; it may be slow, restarting or gone. Fields come from the parent, and some of
-them from workers: a value's length is stated, so that it cannot pass for another field.
+it is sent; it may be slow, restarting or gone. Fields come from the parent, and some of them
+from workers. A value with a line break is sent with its length, so that no part of it can pass
+for another field.
 
 The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 """
@@ -19,11 +20,11 @@ from keyd.linux.sealed import sealed_file
 __all__ = ["PASSING", "SOCKET", "Journal", "entry", "is_standard_error"]
 
 SOCKET = "/run/systemd/journal/socket"
-#: What ``Journal.write`` raises where the journal is behind, or being restarted.
+#: What ``Journal.write`` raises while the journal is too slow, or being restarted.
 PASSING = (BlockingIOError, ConnectionRefusedError, FileNotFoundError)
 _IDENTIFIER = "titus-py"
-#: As syslog numbers them (syslog(3)). An alarm is "action must be taken immediately", 1; an
-#: emergency, 0, would be written to every terminal (journald.conf(5), MaxLevelWall).
+#: syslog's numbers (syslog(3)). An alarm is 1, "action must be taken immediately". An emergency,
+#: 0, would be written to every terminal (journald.conf(5), MaxLevelWall).
 _PRIORITIES = {"info": 6, "warning": 4, "error": 3, "alarm": 1}
 _UNKNOWN_PRIORITY = 5
 _LENGTH = struct.Struct("<Q")
@@ -70,19 +71,19 @@ def _field(name: str, value: object) -> bytes:
 
 
 class Journal:
-    """A way to the journal that survives its restart."""
+    """A socket to the journal that goes on working when the journal is restarted."""
 
     def __init__(self, path: str = SOCKET) -> None:
-        """Connects to nothing yet: see ``write``."""
+        """Does not connect: ``write`` sends to the path."""
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # The kernel's own waiting: for a datagram socket without a peer, poll(2) does none.
+        # Let the kernel wait: poll(2) cannot, for a datagram socket that is not connected.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _WAIT)
 
     def write(self, octets: bytes) -> None:
-        """Send one entry, or raise OSError: within a tenth of a second, either way."""
+        """Send one entry, or raise OSError; either within a tenth of a second."""
         try:
-            # To the path, each time: there may be a new socket behind it.
+            # To the path each time: a restarted journal has a new socket there.
             self._socket.sendto(octets, self._path)
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
@@ -90,11 +91,11 @@ class Journal:
             self._write_as_file(octets)
 
     def _write_as_file(self, octets: bytes) -> None:
-        """What is too long for a datagram goes as a sealed file."""
+        """Send an entry that is too long for a datagram as a sealed file."""
         descriptor = sealed_file("journal-entry", octets)
         try:
             rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", descriptor)
-            # Not socket.send_fds, which has no regard for the address.
+            # Not socket.send_fds, which ignores the address.
             self._socket.sendmsg([], [rights], 0, self._path)
         finally:
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Reaching a keyd that is a service of its own. Run by the supervisor, which never waits for it."""
+"""Connects to a keyd that is a service of its own. Run by the supervisor; never blocks it."""
 
 import socket
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from titus_py.supervisor.takeover import Takeover
 
 __all__ = ["KeydService"]
 
-#: How soon to look again for a keyd that is not there.
+#: How soon to try again to connect to keyd.
 _PAUSE_SECONDS = 0.2
-#: How long it may take to say which keys it has.
+#: How long keyd may take to say which keys it has.
 _PATIENCE_SECONDS = 15.0
 
 
 class KeydService:
-    """``reload_for_keys`` asks for a reload since the keys have changed."""
+    """``reload_for_keys`` asks for a reload because the keys have changed."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class KeydService:
         self._reload_for_keys = reload_for_keys
 
     def connect(self, generation: Generation) -> None:
-        """Again and again, until it is there, or the generation has no use for it."""
+        """Connect to keyd: again and again, until it answers or the generation needs it no more."""
         path = generation.configuration.keyd.socket
         if path is None or self._is_of_no_use(generation):
             return
@@ -78,13 +78,13 @@ class KeydService:
             self._loop.watch(control.fileno(), hear)
 
     def use_after_all(self, generation: Generation) -> None:
-        """There are no certificates to the keys of a keyd that was held back: use what it has."""
+        """Use a keyd that was held back: the reload brought no certificates for its new keys."""
         if generation.keyd_held:
             generation.keyd_held = False
             self.connect(generation)
 
     def waits_for(self) -> str:
-        """The keyd that new clients wait for, if they do, and why it is not there."""
+        """The keyd that new clients wait for, and why it is not there; "" if they do not wait."""
         serving = self._generations.serving
         path = serving.configuration.keyd.socket
         if path is None or not serving.without_keyd:
@@ -92,7 +92,7 @@ class KeydService:
         return f"keyd at {path}" + (f": {serving.keyd_missed}" if serving.keyd_missed else "")
 
     def _introduced(self, generation: Generation, control: socket.socket, keys: set[str]) -> bool:
-        """A keyd that is a service has said which keys it has; False to have it reached anew."""
+        """Act on which keys a keyd has said that it has. Returns False to connect to it anew."""
         path, parent = generation.configuration.keyd.socket, generation.parent
         before, generation.keyds_keys = generation.keyds_keys, keys
         missing = generation.key_ids - keys
@@ -101,8 +101,8 @@ class KeydService:
             self._takeover.abandon(generation, _lacks(generation, missing))
             return True
         if missing and before not in (None, keys):
-            # There may be certificates to them already. Until those serve, nobody is to be
-            # given a certificate whose key is gone: new clients wait.
+            # There may be certificates for the new keys already. New clients wait until those
+            # serve: no client must get a certificate whose key is gone.
             generation.keyd_held = True
             if generation is self._generations.serving:
                 self._reload_for_keys()
@@ -136,7 +136,7 @@ class KeydService:
 
 
 def _lacks(generation: Generation, missing: set[str]) -> str:
-    """Why keyd, a service of its own, cannot serve this generation, and what to do."""
+    """Why a keyd that is a service cannot serve this generation, and what to do."""
     files = [
         str(credential.certificate)
         for credential, facts in generation.certificates.items()
@@ -149,7 +149,7 @@ def _lacks(generation: Generation, missing: set[str]) -> str:
 
 
 def _hear_keys(control: socket.socket) -> tuple[set[str] | None, str]:
-    """The keys that it has, or None and why that is not known."""
+    """The keys that keyd has, or None; and what to report if it cannot be used."""
     try:
         introduction = control.recv(MAX_KEYS_OCTETS)
         if not introduction:

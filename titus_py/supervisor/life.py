@@ -1,8 +1,8 @@
 """The supervisor's life: bind, start a generation, keep it running, replace it, stop.
 
-Runs as root, from beginning to end. It hears signals, root's commands and its own children; never
-a client's octet, never a private key, and it does not load OpenSSL. Each duty is an object's of
-its own; here they are put together.
+Runs as root from start to end. It hears signals, root's commands, its own children, name servers
+and the readers of the metrics. It never reads an octet of a TLS client, never has a private key,
+and does not load OpenSSL. Each duty has a class of its own; this file puts them together.
 """
 
 import os
@@ -59,9 +59,9 @@ __all__ = ["serve", "take_over"]
 
 #: How often to look for changed certificates.
 _FILES_SECONDS = 3.0
-#: How soon to try again what could not be done for now.
+#: How soon to try again something that cannot be done yet.
 _RETRY_SECONDS = 0.05
-#: How long beyond the drain time the parent has to end.
+#: How long the parent may take to end after the drain time.
 _STOP_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -69,7 +69,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     """Serve a configuration without mistakes; returns the exit code.
 
-    ``read_again`` reads and checks it anew for a reload; it may take its time.
+    ``read_again`` reads and checks the configuration anew for a reload; it may be slow.
     """
     if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
@@ -91,10 +91,10 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
 
 
 def take_over(legacy: Legacy, read_again: Callable[[], Checked]) -> int:
-    """Go on where the program that this process ran before has left off; returns the exit code.
+    """Go on where this process's previous program left off; returns the exit code.
 
-    The configuration is read by ``read_again`` and taken as in a reload: until it serves, and
-    where it cannot, what was served before is.
+    ``read_again`` reads the configuration, which takes over as in a reload. Until it serves, and
+    if it cannot, the previous configuration is served.
     """
     passed, listeners = {}, {}
     for left in legacy.listeners:
@@ -120,13 +120,13 @@ def _build_filters() -> dict[str, str]:
 
 
 def _withdraw() -> None:
-    """Before there is a second thread: capabilities are each thread's own."""
-    # With its options: which of several instances it is.
+    """Give up privileges. Called before a second thread starts: capabilities are per thread."""
+    # The title has the options, which tell several instances apart.
     set_title("titus-py", "titus-py: supervisor", *sys.argv[1:])
     forbid_core_dumps()
     hide_memory()
     allow_many_descriptors()
-    # Whatever process 1 is, and whenever it would take note of orphans: their uids are ours.
+    # Reap orphans here: process 1 might do it late or never, and until then they keep their uids.
     prctl.set_child_subreaper(True)
     keep_capabilities(SUPERVISOR_CAPABILITIES)
 
@@ -233,7 +233,7 @@ class _Supervisor:
         while self._service.exit_code is None:
             self._loop.run_once()
         self._takeover.end_all()
-        # As Python ends, it gives signals back what they do by default: another one would kill.
+        # When Python ends, it restores the default actions: a further signal would kill us.
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if self._control is not None:
@@ -269,13 +269,13 @@ class _Supervisor:
         answer({"connection": connection})
 
     def _hear_signals(self) -> None:
-        """Signals end the loop's wait by octets on a socket (signal.set_wakeup_fd)."""
+        """Have signals wake the loop by octets on a socket (signal.set_wakeup_fd)."""
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup = ours, theirs
-        # The socket only wakes: of many signals at once, it does not take an octet for each.
+        # The socket only wakes the loop: it may not hold an octet for each of many signals.
         noted: deque[int] = deque()
 
         def hear() -> None:
@@ -292,11 +292,11 @@ class _Supervisor:
         for number in _SIGNALS:
             signal.signal(number, lambda number, _: noted.append(number))
         self._loop.watch(ours.fileno(), hear)
-        # Those that came while the program was exchanged have waited.
+        # Signals that came while the program was replaced were blocked; they arrive now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _stop(self, reason: str) -> None:
-        """Once: let connections end. Twice: end them."""
+        """At the first call, let connections end. At the second, end them."""
         self._service.stops += 1
         self._listeners.close_all()
         drain = self._generations.serving.configuration.worker.drain
@@ -315,7 +315,7 @@ class _Supervisor:
             self._service.exit_code = 0
 
     def _adopt(self, generation: Generation) -> None:
-        """Go by its configuration in what is the supervisor's own. Raises OSError, and then not."""
+        """Apply its configuration to metrics, log and backends. On OSError, nothing has changed."""
         self._metrics.change(generation.configuration.metrics.address)
         for address in self._listeners.unheard(generation.listening):
             self._event("not_accepted", level="warning", address=str(address))
@@ -330,7 +330,7 @@ class _Supervisor:
         self._loop.after(ALIVE_SECONDS, self._look_after_children)
 
     def _look_at_files(self) -> None:
-        """Reload where a certificate or key is not what it was."""
+        """Reload if a certificate or key file has changed, and that is configured."""
         serving = self._generations.serving
         if serving.configuration.service.reload_on_change and serving.files.settled_change():
             self._event("files_changed", action="reloading")
@@ -376,26 +376,26 @@ class _Supervisor:
         )
 
     def _environment(self) -> dict[str, str]:
-        """What this program was started with."""
+        """The environment that this program was started with."""
         return {**os.environ, **self._service.environment}
 
     def _change_program(self) -> None:
-        """Try out the program that is installed now, and then be it."""
-        # Without the way to the service manager: that is for the program that serves.
+        """Try out the installed program, and then become it."""
+        # Without the service manager's variables: they are for the program that serves.
         legacy, environment = self._legacy(), dict(os.environ)
         self._reload.aside(
             lambda: succession.try_out(legacy, environment, READ_SECONDS), self._take_program
         )
 
     def _take_program(self, problems: list[str]) -> None:
-        """It has understood all: be that program. Or else go on as this one."""
+        """Become the new program if its trial found no problems. Else go on as this one."""
         if self._service.stops:
             return
         if problems:
             self._reload.failed(problems)
             return
         if not all(child.has_heard_all for one in self._generations for child in one.children):
-            # Nobody else could tell them what they have not taken yet.
+            # Only this program can send the orders that children have not taken yet.
             self._loop.after(_RETRY_SECONDS, lambda: self._take_program([]))
             return
         log = self._record.log
@@ -407,7 +407,7 @@ class _Supervisor:
             self._reload.failed([f"{sys.executable}: {error.strerror}"])
 
     def _go_on(self, legacy: Legacy) -> None:
-        """As the next program: take up everything, and go on with the reload that this is."""
+        """Start as the new program: take over everything, then go on with the reload."""
         self._status.started, self._status.begun = legacy.started, legacy.begun
         self._record.metrics.inherit(legacy.counts)
         self._listen_for_control(

@@ -1,6 +1,6 @@
 """Listening sockets: bound here, or handed over by the service manager.
 
-Run by the supervisor, whose they are for as long as it runs.
+Run by the supervisor, which owns them as long as it runs.
 """
 
 import errno
@@ -22,10 +22,10 @@ class CannotListen(Exception):
 
 
 class Listeners:
-    """The sockets that are listened on, by address.
+    """The listening sockets, by address.
 
-    ``passed`` are those that the service manager gave us: never closed but to stop, and used
-    again if need be. ``open`` are those that a configuration wants.
+    ``passed`` are those from the service manager. They are closed only to stop, so that a later
+    configuration can use them again. ``open`` are those that a configuration wants.
     """
 
     def __init__(
@@ -37,17 +37,18 @@ class Listeners:
     def add(
         self, addresses: Iterable[IPAddress], keepalive: float
     ) -> dict[IPAddress, socket.socket]:
-        """Listen on those that are new (``listen``); returns these, which are not ``open`` yet.
+        """Listen on the new addresses (``listen``); returns their sockets, not yet in ``open``.
 
-        Raises CannotListen, and then keeps none of them.
+        Raises CannotListen; then none of them is kept.
         """
         new = (address for address in addresses if address not in self.open)
         return listen(new, keepalive, self.passed, self.open)
 
     def wanted(self, addresses: Sequence[IPAddress]) -> dict[IPAddress, socket.socket]:
-        """The open ones on these addresses.
+        """The open sockets on these addresses.
 
-        One within a wider address is among them: to close it would reset who is in its queue.
+        A socket on a part of a wider address is included: to close it would reset the clients in
+        its queue.
         """
         return {
             address: listener
@@ -56,11 +57,11 @@ class Listeners:
         }
 
     def unheard(self, addresses: Sequence[IPAddress]) -> list[IPAddress]:
-        """Passed sockets that nobody accepts from: their clients would wait for ever."""
+        """The passed sockets' addresses that nobody accepts from: clients would wait for ever."""
         return [address for address in self.passed if address not in addresses]
 
     def keep(self, addresses: Sequence[IPAddress]) -> None:
-        """Close what is on none of these addresses."""
+        """Close the sockets that are on none of these addresses."""
         wanted = self.wanted(addresses)
         self.close({key: value for key, value in self.open.items() if key not in wanted})
 
@@ -71,7 +72,7 @@ class Listeners:
             self.open.pop(address, None)
 
     def close_all(self) -> None:
-        """To stop: the service manager's, too."""
+        """Close all open sockets, to stop: those from the service manager too."""
         for listener in self.open.values():
             listener.close()
         self.open.clear()
@@ -85,10 +86,10 @@ def listen(
 ) -> dict[IPAddress, socket.socket]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
-    ``keepalive`` is the silence, in seconds, after which the peers of what they accept are asked
-    whether they are there; 0 is never. ``own`` are those that listen already, and may be on
+    ``keepalive``: after so many seconds of silence, the peer of an accepted connection is asked
+    whether it is still there; 0: never. ``own`` are the sockets that listen already, perhaps on
     wider or narrower addresses.
-    Raises CannotListen, and then keeps none of the new ones.
+    Raises CannotListen; then none of the new sockets is kept.
     """
     listeners: dict[IPAddress, socket.socket] = {}
     for address in addresses:
@@ -105,7 +106,7 @@ def listen(
 
 
 def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str:
-    """What is behind it, where that is known."""
+    """The cause of the error, as the end of its message; "" if it is not known."""
     if error.errno == errno.EADDRINUSE:
         for other in passed:
             if other.covers(address) or address.covers(other):
@@ -133,9 +134,9 @@ def passed_listeners(
 
 @contextmanager
 def _sharing(listeners: list[socket.socket]) -> Iterator[None]:
-    """Meanwhile, these let another one on their port that wants to share it (socket(7)).
+    """Meanwhile, let another socket that wants to share their port bind to it (socket(7)).
 
-    The kernel keeps it in mind, and lets no user but ours, which is root, on that port.
+    The kernel remembers this for the port, and lets only our user, root, share it.
     """
     for listener in listeners:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -152,7 +153,7 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
     except OSError as error:
         if error.errno != errno.EAFNOSUPPORT or address.host != "::":
             raise
-        # "Every address", on a kernel without IPv6.
+        # On a kernel without IPv6, "every address" is every IPv4 address.
         return _bind(IPAddress("0.0.0.0", address.port), own)
     overlapping = [
         listening
@@ -162,7 +163,7 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
-            # "::" is every address of both families, any other one is itself.
+            # "::" is every address of both families. Any other address is only itself.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
         with _sharing([listener, *overlapping] if overlapping else []):
             listener.bind(address.sockaddr())
@@ -174,7 +175,7 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
 
 
 def _prepare(listener: socket.socket, keepalive: float) -> None:
-    """What the connections that it accepts shall inherit."""
+    """Set the options that accepted connections inherit."""
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     keep_alive(listener, keepalive)
     reset_at_close(listener)

@@ -1,9 +1,9 @@
-"""Events, one a line, on standard error: as text or as JSON; or in the journal, field by field.
+"""Writes events: one a line to standard error, as text or JSON; or to the journal, as fields.
 
-Run by the supervisor. Fields come from the parent, and some of them from workers:
-they are data, quoted. The reader of the log may be slow, full or gone, so that a
-thread of its own writes; what it cannot keep up with is counted, not waited for, and
-the count is the first thing that is said when it is listened to again.
+Run by the supervisor. Fields come from the parent, and some of them from workers, so they are
+quoted as data. The reader of the log may be slow, full or gone, so a thread of its own writes.
+Nobody waits for that thread: events that find no room are lost and counted. The count is logged
+first when the log can be written again.
 """
 
 import json
@@ -22,23 +22,23 @@ from titus_py.supervisor.events import is_as_loud
 __all__ = ["Log", "as_text"]
 
 _QUEUE_LINES = 20_000
-#: Beyond those there is room for so many alarms: a flood of anything else leaves it to them.
+#: Room for so many more alarms, which a flood of other events cannot take.
 _QUEUE_ALARMS = 1_000
 _STANDARD_ERROR = 2
-#: How soon to try again at a journal that is behind, or being restarted.
+#: How soon to try again when the journal is too slow, or being restarted.
 _PAUSE_SECONDS = 0.1
 
 
 class _Sink(Protocol):
     def write(self, octets: bytes) -> None:
-        """Take a whole line or entry; raises OSError where it does not."""
+        """Write a whole line or entry, or raise OSError."""
 
 
 class Log:
-    """Where events go: ``form`` is "text" or "json", ``least`` the level of the quietest.
+    """The log. ``form`` is "text" or "json"; ``least`` is the quietest level that is recorded.
 
-    As text they go to the journal itself if that is where standard error leads. ``lost`` are
-    those that a log before this one has lost already, and said so.
+    Text goes to the journal itself if standard error leads there. ``lost`` is how many events an
+    earlier log has lost, and reported as lost.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Log:
         self._lines: queue.Queue[tuple[_Sink, bytes] | None] = queue.Queue(
             _QUEUE_LINES + _QUEUE_ALARMS
         )
-        # Each of these is written by one thread only.
+        # Each of these is changed by one thread only.
         self._not_queued = lost
         self._not_written = 0
         self._reported = lost
@@ -62,7 +62,7 @@ class Log:
 
     @property
     def lost(self) -> int:
-        """How many events nobody will ever read."""
+        """How many events were lost."""
         return self._not_queued + self._not_written
 
     def __call__(self, event: str, level: str = "info", **fields: object) -> None:
@@ -77,7 +77,7 @@ class Log:
             self._not_queued += 1
 
     def close(self, seconds: float = 2.0) -> None:
-        """Give what is queued so much time to be written; what then is not, is lost."""
+        """Let the queue be written for up to ``seconds``. Events that are left then are lost."""
         deadline = time.monotonic() + seconds
         try:
             self._lines.put(None, timeout=seconds)
@@ -110,13 +110,13 @@ class Log:
                 self._not_written += 1
 
     def _written(self, sink: _Sink, octets: bytes) -> bool:
-        """Write it; returns whether it could be."""
+        """Write a line or entry; returns whether that succeeded."""
         while True:
             try:
                 sink.write(octets)
                 return True
             except journal.PASSING:
-                # Meanwhile the queue keeps what comes, as far as it goes.
+                # Meanwhile new events wait in the queue, until it is full.
                 time.sleep(_PAUSE_SECONDS)
             except OSError:
                 # A full disk, a closed pipe: the proxy goes on without its log.
@@ -124,19 +124,19 @@ class Log:
 
 
 class _StandardError:
-    """Descriptor 2 itself: Python's object would keep what it could not write."""
+    """Descriptor 2 itself: Python's sys.stderr would keep what it could not write."""
 
     def __init__(self) -> None:
         self._within_a_line = False
 
     def write(self, octets: bytes) -> None:
-        # The disk was full in the middle of one: what follows starts a line of its own.
+        # The last write failed within a line (the disk was full): begin a new line.
         left = memoryview(b"\n" + octets if self._within_a_line else octets)
         while left:
             try:
                 written = os.write(_STANDARD_ERROR, left)
             except BlockingIOError:
-                # Somebody else's choice for what we share; this thread may wait.
+                # Another process that shares this file made it non-blocking. This thread may wait.
                 poll = select.poll()
                 poll.register(_STANDARD_ERROR, select.POLLOUT)
                 poll.poll()
@@ -166,6 +166,6 @@ def _quoted(value: object) -> str:
 
 
 def _dumped(value: object) -> str:
-    """JSON that is one line to everybody, and steers no terminal (C1 controls, U+2028)."""
+    """JSON on one line, without characters that break lines or control terminals (U+2028, C1)."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if text.isprintable() else json.dumps(value, default=str)

@@ -1,9 +1,9 @@
-"""What is counted of events. How Prometheus reads it is in ``exposition``.
+"""Counts events. ``exposition`` writes the counts as Prometheus reads them.
 
-Run by the supervisor, as root, within its event loop: counting must be cheap. What is
-counted comes from the parent and keyd, and part of that from workers, which may have been
-taken over. So no text of a worker's becomes a label unless it is one that is known here,
-and nothing that a field holds can make counting fail.
+Run by the supervisor, as root, within its event loop: counting must be cheap. Events come from
+the parent and keyd, and some of their fields from workers, which an attacker may control. So a
+worker's text becomes a label only if it is known here. No value of a field can make counting
+fail.
 """
 
 import re
@@ -19,7 +19,7 @@ from titus_py.supervisor.events import ALARMS
 
 __all__ = ["Metrics"]
 
-#: Of connections and of workers: from a health check to a day of WebSocket.
+#: For connections and workers: from a health check to a day of WebSocket.
 _DURATION_BOUNDS = (
     0.01,
     0.03,
@@ -46,7 +46,7 @@ _SUITES = {
             "TLS_AES_128_CCM_8_SHA256",
         }
     ),
-    # What keyd can be of use for: ECDHE, and the RSA key exchange.
+    # The suites that keyd can serve: ECDHE, and the RSA key exchange.
     "TLSv1.2": frozenset(
         exchange + cipher
         for exchange in ("ECDHE-ECDSA-", "ECDHE-RSA-", "")
@@ -87,8 +87,8 @@ _GROUPS = {
     )
 } | {"prime256v1": "secp256r1", "": "none"}
 
-#: A series that is not there before its first count looks to Prometheus as if it had never
-#: risen: what the alert rules watch is there from the start, as zero.
+#: The series that the alert rules watch. They are there from the start, as zero: Prometheus sees
+#: no rise in a series that begins with its first count.
 _ENDS = tuple(end.name.lower() for end in End if end is not End.NONE)
 _FAILURES = (
     "not_tls",
@@ -102,12 +102,12 @@ _FAILURES = (
 )
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
 _CHILDREN = ("keyd", "parent", "fork_server", "worker")
-#: Signals that say something of a worker's end; a worker may choose among the others.
+#: Signals that tell something about a worker's end. A worker may choose among the others.
 _TELLING_SIGNALS = ("SIGSYS", "SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGTRAP")
-#: What a worker reports beyond this many octets a second (100 Gbit/s) is not true.
+#: The most octets a second (100 Gbit/s) that a worker's report is believed.
 _PLAUSIBLE_RATE = 12_500_000_000
 
-#: The counters that are plain numbers, as their attributes are named.
+#: The counters that are plain numbers, by the names of their attributes.
 _NUMBERS = (
     "started",
     "accepted",
@@ -135,7 +135,7 @@ class _Operations(NamedTuple):
 
 
 class Metrics:
-    """The counters of a supervisor's life: they survive its children."""
+    """The counters of the supervisor. They survive its children."""
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -151,7 +151,7 @@ class Metrics:
         self.decrypted = 0
         self.refused = Tally(_REFUSALS)
         self.keyd_latency = Histogram(LATENCY_BOUNDS)
-        #: What each generation's keyd has last said.
+        #: What each generation's keyd last reported.
         self._operations: dict[int, _Operations] = {}
         self.alarms = Tally([*sorted(ALARMS), OTHER], room=0)
         self.deaths = Tally(_CHILDREN)
@@ -179,9 +179,9 @@ class Metrics:
         }
 
     def record(self, event: str, fields: Mapping[str, object], generation: int = 0) -> None:
-        """Count an event, of the supervisor's own or of a child of this generation.
+        """Count an event of the supervisor, or of a child of this generation.
 
-        ``fields`` are as they go to the log, ``level`` among them. Raises nothing.
+        ``fields`` are as they are logged, ``level`` included. Raises nothing.
         """
         handler = self._handlers.get(event)
         if handler is not None:
@@ -190,7 +190,7 @@ class Metrics:
             self.alarms.add(_word(event))
 
     def forget(self, generation: int) -> None:
-        """A generation is gone, and what its keyd has said need not be remembered."""
+        """Forget the reports of the keyd of a generation that has gone."""
         self._operations.pop(generation, None)
 
     @property
@@ -213,7 +213,7 @@ class Metrics:
         }
 
     def leave(self) -> dict[str, Any]:
-        """All counters, as JSON has it, for the program that is to count on from here."""
+        """All counters, as JSON values, for the next program (``inherit``)."""
         return {
             "numbers": {name: getattr(self, name) for name in _NUMBERS},
             "tallies": {name: tally.counts for name, tally in self._tallies.items()},
@@ -227,7 +227,7 @@ class Metrics:
         }
 
     def inherit(self, left: Mapping[str, Any]) -> None:
-        """Count on from where another program's counters were: those that are known here, too."""
+        """Go on counting from another program's counters, as far as they are known here too."""
         for name in _NUMBERS:
             setattr(self, name, left["numbers"].get(name, getattr(self, name)))
         for name, tally in self._tallies.items():
@@ -245,7 +245,7 @@ class Metrics:
         self.reloads |= left["reloads"]
 
     def counts(self) -> dict[str, Any]:
-        """Counts for ``titus-py status``: what can be told in a few lines."""
+        """The counts that ``titus-py status`` shows: those that fit in a few lines."""
         return {
             "accepted": self.accepted,
             "handshakes": sum(self.handshakes.values()),
@@ -271,7 +271,7 @@ class Metrics:
 
     def _connection_ended(self, fields: Mapping[str, object], generation: int) -> None:
         del generation
-        # There is none where the parent was killed: nobody knows how far that one had come.
+        # Missing if the parent was killed: then nobody knows how far the connection had come.
         if "tls_version" in fields:
             version = str(fields["tls_version"])
             suite = str(fields.get("cipher_suite"))
@@ -319,7 +319,7 @@ class Metrics:
         )
         before = self._operations.get(generation, _Operations())
         if now.signed < before.signed or now.decrypted < before.decrypted:
-            # Another keyd, whose start was not heard of.
+            # This is another keyd, whose start was not heard.
             before = _Operations()
         self._operations[generation] = now
         self.signed += now.signed - before.signed
@@ -337,7 +337,7 @@ class Metrics:
         self.reloading = True
 
     def _reload_ended(self, how: str) -> None:
-        # A failed one has an event for each mistake: it counts once.
+        # A failed reload has an event for each mistake, but counts once.
         if self.reloading:
             self.reloading = False
             self.reloads[how] += 1
@@ -353,7 +353,7 @@ class Metrics:
 
 
 def _end(fields: Mapping[str, object]) -> str:
-    """How a connection ended, as a label: a worker has no say beyond what is known here."""
+    """How a connection ended, as a label. A worker can choose only among labels known here."""
     text = str(fields.get("end"))
     if text.startswith("exited with "):
         return "exited"
@@ -373,5 +373,5 @@ def _count(value: object) -> int:
 
 
 def _number(value: object) -> float:
-    """A duration in seconds; 0 for what is none (a NaN, too, compares as false)."""
+    """A duration in seconds; 0 for anything else (comparisons with NaN are false)."""
     return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0

@@ -1,8 +1,8 @@
-"""The address that Prometheus reads: every connection gets the metrics, whatever it asks for.
+"""Serves the metrics to Prometheus: every connection gets them, whatever it asks for.
 
-Run by the supervisor, as root, within its event loop. Of what a client sends it looks for
-a blank line and nothing else; it keeps none of it. A client is trusted to be anybody: it
-has bounded time, and there are only so many at once.
+Run by the supervisor, as root, within its event loop. It looks only for a blank line in what a
+client sends, and keeps no more than the last three octets. A client may be anybody, so its time
+is bounded, and so is the number of clients.
 """
 
 import os
@@ -19,24 +19,24 @@ __all__ = ["MetricsAddress", "MetricsServer", "listen_at"]
 _CLIENTS = 16
 _CLIENT_SECONDS = 5.0
 _REQUEST_OCTETS = 8 * 1024
-#: How much more is read, unseen, so that unread octets do not make the close a reset.
+#: How much more is read and dropped: closing with unread octets would send a reset.
 _UNREAD_OCTETS = 64 * 1024
-#: How long a text is good for: however many ask, it is not made more often than this.
+#: How long a text is used: it is made no more often than this, however many clients ask.
 _TEXT_SECONDS = 0.25
-#: How long to leave the listening socket alone when there are no descriptors left.
+#: How long to leave the listening socket alone when no descriptor is left.
 _PAUSE_SECONDS = 1.0
 _BACKLOG = 32
 
 
 class MetricsServer:
-    """Serves what ``text`` returns on a listening socket, which becomes its own."""
+    """Serves what ``text`` returns on a listening socket, which it owns from then on."""
 
     def __init__(self, loop: EventLoop, listener: socket.socket, text: Callable[[], bytes]) -> None:
         self._loop = loop
         self.listener = listener
         self._text = text
         self._answer: bytes | None = None
-        #: The one that has been here longest is the first.
+        #: By descriptor, the oldest client first.
         self._clients: dict[int, _Client] = {}
         self._open = True
         listener.setblocking(False)
@@ -47,7 +47,7 @@ class MetricsServer:
         return len(self._clients)
 
     def close(self) -> None:
-        """Leave, and let every client go. A unix socket's file stays: see ``listen_at``."""
+        """Close the socket and every client. A unix socket's file stays: see ``listen_at``."""
         self._pause()
         self._open = False
         self.listener.close()
@@ -60,12 +60,12 @@ class MetricsServer:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:
-            # EMFILE and its kin: the client stays in the queue, and would wake us for ever.
+            # EMFILE or the like: the client stays in the queue and would wake us for ever.
             self._pause()
             self._loop.after(_PAUSE_SECONDS, self._resume)
             return
         if len(self._clients) >= _CLIENTS:
-            # Sixteen that do nothing must not shut out the one that asks.
+            # Close the oldest: idle clients must not shut out one that asks.
             next(iter(self._clients.values())).close()
         descriptor = peer.fileno()
         self._clients[descriptor] = _Client(
@@ -98,7 +98,7 @@ class MetricsServer:
 
 
 class _Client:
-    """One who asks: waits for the end of the request's head, answers, leaves."""
+    """One client: waits for the end of the request's head, answers, closes."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class _Client:
         self._socket.close()
 
     def _receive(self, most: int) -> bytes | None:
-        """What there is; None, once closed, if there will be no more."""
+        """The octets that are there. At end of file or an error, closes and returns None."""
         try:
             octets = self._socket.recv(most)
         except BlockingIOError:
@@ -175,8 +175,8 @@ class _Client:
 def listen_at(address: IPAddress | UnixAddress) -> socket.socket:
     """A listening socket for the metrics; raises OSError.
 
-    A unix socket is its owner's and its group's; one that is left of an earlier run, and that
-    nobody listens on any more, is replaced.
+    Only its owner and its group can connect to a unix socket. One that an earlier run left, and
+    that nobody listens on, is replaced.
     """
     if isinstance(address, IPAddress):
         listener = socket.socket(address.family, socket.SOCK_STREAM)
@@ -186,7 +186,7 @@ def listen_at(address: IPAddress | UnixAddress) -> socket.socket:
         if isinstance(address, IPAddress):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if address.family == socket.AF_INET6:
-                # As for the clients' addresses: "::" is every address of both families.
+                # As with [[listen]]: "::" is every address of both families.
                 v6_only = address.host != "::"
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6_only)
             listener.bind(address.sockaddr())
@@ -202,7 +202,7 @@ def listen_at(address: IPAddress | UnixAddress) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket's file if nobody listens there. Raises OSError, also if somebody does not."""
+    """Remove a socket's file if nobody listens there. Raises OSError if that cannot be done."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return
@@ -216,7 +216,7 @@ def _remove_stale(path: str) -> None:
 
 
 class MetricsAddress:
-    """The one server that there is, at the address that the configuration says, or none."""
+    """The metrics server at the configured address, or none."""
 
     def __init__(self, loop: EventLoop, exposition: Callable[[], bytes]) -> None:
         self._loop = loop
@@ -229,7 +229,7 @@ class MetricsAddress:
         return self._server.listener if self._server else None
 
     def change(self, address: IPAddress | UnixAddress | None) -> None:
-        """Have the numbers there, and nowhere else. Raises OSError, and then nothing changes."""
+        """Serve the metrics only at this address. Raises OSError; then nothing has changed."""
         if address == self.address:
             return
         try:
@@ -244,6 +244,6 @@ class MetricsAddress:
             self.adopt(address, listener)
 
     def adopt(self, address: IPAddress | UnixAddress | None, listener: socket.socket) -> None:
-        """Have the numbers at an address that is listened on already."""
+        """Serve the metrics on a socket that listens already."""
         self.address = address
         self._server = MetricsServer(self._loop, listener, self._exposition)

@@ -1,8 +1,9 @@
-"""What titus-py needs of the machine, or the container, that it is started on, and finds or not.
+"""Checks that the machine, or the container, gives titus-py what it needs.
 
-Asked as root before anything is started, and by ``titus-py check``: a process that lacks a
-capability would otherwise end at the step that needs it, and be started again for ever. What the
-capabilities' names do not tell (a user namespace, a filter of system calls) a child tries out.
+Run as root before anything is started, and by ``titus-py check``. Otherwise a process that lacks
+a capability would end at the step that needs it, and be started again for ever. A user namespace
+or a system call filter can forbid a step although the capability is there, so a child tries the
+steps out.
 """
 
 import json
@@ -25,14 +26,14 @@ from titus_py.fork_server.confinement import (
 
 __all__ = ["REQUIRED_CAPABILITIES", "SUPERVISOR_CAPABILITIES", "lacking"]
 
-#: Without one of these, it does not serve.
+#: Without any one of these, titus-py does not serve.
 REQUIRED_CAPABILITIES = {
     **PARENT_CAPABILITIES,
     **FORK_SERVER_CAPABILITIES,
     **CONFINING_CAPABILITIES,
 }
 
-#: What the supervisor keeps, for itself or for what it starts, and what for.
+#: What the supervisor keeps, for itself or for its children, each with its reason.
 SUPERVISOR_CAPABILITIES = {
     **REQUIRED_CAPABILITIES,
     prctl.CAP_DAC_OVERRIDE: "keyd reads keys, the parent connects to unix sockets, of any owner",
@@ -49,9 +50,9 @@ _NAMES = {
 
 
 def lacking(configuration: Configuration | None) -> list[str]:
-    """What there is not, and what for: nothing where all is well.
+    """What is missing, each with what it is for; empty if all is well.
 
-    Without a configuration, what would be needed with any.
+    Without a configuration: what any configuration would need.
     """
     there = permitted_capabilities()
     found = [
@@ -63,14 +64,14 @@ def lacking(configuration: Configuration | None) -> list[str]:
         found.append(
             "/proc is not mounted: the fork server's limits and OpenSSL's settings take it"
         )
-    # What takes a capability that is not there fails for that reason.
+    # With something missing, a step may fail only because of that: then none is tried.
     if not found:
         found += [_EXPLAINED[step](why) for step, why in _tried(configuration)]
     return found
 
 
 def _tried(configuration: Configuration | None) -> Iterator[tuple[str, str]]:
-    """Which steps fail, and why, in a child that is gone afterwards."""
+    """The steps that fail, and why. A short-lived child tries them."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""What happens: counted, and logged where it is of interest to a reader. Run by the supervisor."""
+"""Counts every event, and logs those that interest a reader. Run by the supervisor."""
 
 from typing import Any, Protocol
 
@@ -7,7 +7,7 @@ from titus_py.supervisor.metrics import Metrics
 
 __all__ = ["Event", "Record"]
 
-#: What children say that is of no interest to a reader.
+#: Children's events that do not interest a reader.
 _NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations"})
 
 
@@ -23,7 +23,7 @@ class Record:
         self.metrics = Metrics()
 
     def __call__(self, name: str, of_generation: int = 0, **fields: Any) -> None:
-        """An event: ``of_generation`` is the number of the one whose child told it."""
+        """Record an event. ``of_generation``: the number of the generation whose child sent it."""
         self.metrics.record(name, {"level": "info", **fields}, of_generation)
         if name not in _NOT_FOR_THE_LOG:
             self.log(name, **fields)

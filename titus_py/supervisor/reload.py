@@ -1,8 +1,8 @@
 """A reload: asked for, read, taken or refused, answered. Run by the supervisor.
 
-What takes its time (reading and checking a configuration, trying out another program) is done in a
-thread. A bad configuration changes nothing; a good one becomes a generation beside those that
-there are, and the reload is done when that one has taken over.
+Slow work (reading and checking a configuration, trying out another program) is done in a thread.
+A bad configuration changes nothing. A good one becomes a new generation beside the others; the
+reload is done when that generation has taken over.
 """
 
 import os
@@ -27,17 +27,17 @@ from titus_py.supervisor.uid_blocks import NoUids, UidBlocks
 
 __all__ = ["READ_SECONDS", "Reload"]
 
-#: How long reading the configuration and the files that it names may take: longer than
-#: checking the most certificates that there may be.
+#: How long reading the configuration and the files that it names may take: longer than checking
+#: the largest number of certificates that is possible.
 READ_SECONDS = 1000.0
 
 _Found = TypeVar("_Found")
 
 
 class Reload:
-    """``read_again`` reads and checks the configuration; it may take its time. ``adopt`` goes by
-    a generation's configuration in what is the supervisor's own, or raises OSError and does not.
-    ``change_program`` begins a reload that another program is to go on with.
+    """``read_again`` reads and checks the configuration; it may be slow. ``adopt`` applies a
+    generation's configuration to the supervisor itself, or raises OSError and changes nothing.
+    ``change_program`` begins a reload that another program goes on with.
     """
 
     def __init__(
@@ -67,26 +67,27 @@ class Reload:
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
-        #: The one that goes on is none: it replaces a generation by another of the same.
+        #: This is a renewal and no reload: a generation is replaced by one with the same
+        #: configuration.
         self._renewing = False
         self.asked_again = False
-        #: The next one is to begin with the program.
+        #: The next reload begins by changing the program.
         self.program_asked = False
-        #: Who waits for this one's outcome, and who for that of the one after it.
+        #: The clients that wait for the outcome of this reload, and of the next one.
         self.answers: list[Answer] = []
         self.later_answers: list[Answer] = []
 
     def answer(self, answer: Answer, program: bool = False) -> None:
-        """``titus-py reload``: begin one, and say what came of it."""
+        """For ``titus-py reload``: begin a reload, and answer once it is over."""
         if self._service.stops:
             answer({"reloaded": False, "problems": ["it is being stopped"]})
             return
-        # One that goes on may have read the files already, or none at all.
+        # A reload in progress may have read the files already, and a renewal reads none.
         (self.later_answers if self._service.reloading else self.answers).append(answer)
         self.begin(program)
 
     def begin(self, program: bool = False) -> None:
-        """Read the configuration anew; where the program is to be changed, the next one does."""
+        """Read the configuration anew. With ``program``, the installed program does that."""
         if self._service.stops:
             return
         self.program_asked = self.program_asked or program
@@ -94,7 +95,7 @@ class Reload:
             self.asked_again = True
             awaited = self._takeover.awaited
             if self._renewing and awaited is not None and awaited.generation.waits_for_keyd:
-                # The configuration may say where keyd is: better than more of the same.
+                # Give the renewal up: the new configuration may name a keyd that is there.
                 self._renewing = False
                 self._takeover.abandon_keyless(awaited.generation)
             return
@@ -110,14 +111,14 @@ class Reload:
         self.aside(self._read_again, self._take)
 
     def for_keys(self) -> None:
-        """keyd was started again, and its keys are not what they were: nor may certificates be."""
+        """keyd was started again with other keys: reload, the certificates may be others too."""
         self._event("keys_changed", level="warning", action="reloading")
         self.begin()
 
     def aside(self, work: Callable[[], _Found], take: Callable[[_Found], None]) -> None:
-        """What takes its time, in a thread; and then, in this one, what comes of it.
+        """Call ``work`` in a thread, and then ``take`` in this one, with the result.
 
-        The reload that it is a part of fails where nothing does.
+        Without a result, the reload fails.
         """
         try:
             ours, theirs = os.pipe2(os.O_CLOEXEC)
@@ -150,12 +151,12 @@ class Reload:
         self._loop.watch(ours, done)
         try:
             threading.Thread(target=run, daemon=True).start()
-        except RuntimeError as error:  # of processes, there are as many as there may be
+        except RuntimeError as error:  # the limit on processes is reached
             self._event("start_failed", level="error", reason=str(error))
             os.close(theirs)
 
     def _take(self, checked: Checked) -> None:
-        """A good configuration takes over; a bad one changes nothing."""
+        """Have a good configuration take over. A bad one changes nothing."""
         if self._service.stops:
             return
         if checked.configuration is None:
@@ -183,7 +184,7 @@ class Reload:
         self._starting.start(generation)
 
     def _settled(self, problems: list[str]) -> None:
-        """The generation that was awaited has taken over, or has not."""
+        """End the reload: the awaited generation has taken over, or has failed."""
         serving = self._generations.serving
         if not problems:
             self._ended({"reloaded": True, "generation": serving.number})
@@ -221,11 +222,11 @@ class Reload:
     # --- a fork server that has ended -----------------------------------------------
 
     def renew(self, generation: Generation) -> None:
-        """Replace a generation that can make no more workers by another of the same.
+        """Replace a generation that can make no more workers by one with the same configuration.
 
-        Its connections go on, as in a reload; where there can be no other, they end, and it is
-        started anew. A reload that goes on may replace it as well: if it does not, it is
-        followed by this (``_ended``).
+        Its connections go on, as in a reload. If it cannot be replaced, they end, and it is
+        started anew. A reload in progress may replace it too; if not, the renewal follows
+        (``_ended``).
         """
         if not generation.crippled or generation.retired or self._service.stops:
             return
@@ -237,7 +238,7 @@ class Reload:
             self._loop.after(START_SECONDS, lambda: self._end_crippled(generation, parent))
 
     def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
-        """Nothing has replaced it: end its parent, whose end is followed by a new start."""
+        """If nothing has replaced the generation, kill its parent: a new start follows."""
         crippled = generation.crippled and not generation.retired
         if self._service.stops or self._renewing or not crippled:
             return

@@ -1,8 +1,8 @@
-"""Backends' names, looked up again and again, off the supervisor's path.
+"""Looks up backends' names, again and again, without delaying the supervisor.
 
-Run by the supervisor. Each question is a thread's, which may take as long as the name servers
-like; all else is the event loop's. A name server is trusted with where a
-name's connections go, and with nothing else.
+Run by the supervisor. Each question has a thread, which may wait as long as the name servers
+take. Everything else runs in the event loop. A name server is trusted with where a name's
+connections go, and with nothing else.
 """
 
 import errno
@@ -21,16 +21,16 @@ from titus_py.configuration.address import IPAddress, NameAddress, UnixAddress
 
 __all__ = ["Resolver", "numeric"]
 
-#: getaddrinfo(3) does not tell how long an answer holds.
+#: How often to ask again: getaddrinfo(3) does not tell how long an answer is valid.
 _INTERVAL_SECONDS = 30.0
 #: How many of a backend's addresses are used. A name server decides how many there are, and all
 #: of them go into one message.
 _MAX_ADDRESSES = 64
-#: How many names are asked for at a time, of each family.
+#: How many names are looked up at a time, for each family.
 _AT_ONCE = 8
 #: The order in which they are tried (RFC 8305 §4).
 _FAMILIES = (socket.AF_INET6, socket.AF_INET)
-#: It is certain that there is no address of this family. After anything else there may be.
+#: Only after these errors is it certain that there is no address of this family.
 _NO_ADDRESS = frozenset({socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_ADDRFAMILY})
 _HOSTS = Path("/etc/hosts")
 
@@ -46,12 +46,12 @@ def numeric(backend: IPAddress | UnixAddress) -> Addresses:
 
 
 class Resolver:
-    """Looks names up: each at once when it is asked to, and all of them every half minute.
+    """Looks names up: at once when they are set, and then every half minute.
 
     A and AAAA are asked for independently, so that a name server that does not answer one of
-    them delays nothing: ``take`` is called with what there is, and again when there is more. It
-    is called with an OSError where neither has an address. Where a name server fails with one
-    family, what it said of that before is kept.
+    them delays nothing. ``take`` is called with the addresses that are known, and again when
+    there are more. It is called with an OSError if both lookups fail. After a failed lookup, that
+    family's last addresses are kept, unless the error says for certain that there are none.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Resolver:
         #: Questions that wait for a thread, and those that have one.
         self._waiting: dict[socket.AddressFamily, deque[NameAddress]] = {}
         self._asked: set[_Question] = set()
-        #: The last good answer to each, and what went wrong since it was last asked.
+        #: The last good answer to each question, and the errors since names were last asked for.
         self._known: dict[_Question, Addresses] = {}
         self._errors: dict[_Question, OSError] = {}
-        #: What threads have found, and how they say so.
+        #: The threads' answers, and the pipe by which they wake the event loop.
         self._answers: deque[tuple[_Question, Addresses | OSError]] = deque()
         self._readable, self._signal = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         loop.watch(self._readable, self._hear)
@@ -83,7 +83,7 @@ class Resolver:
         self._ask()
 
     def _ask(self) -> None:
-        """About every name; where an answer is still awaited, that will do."""
+        """Ask for every name, but for those whose answer is still awaited."""
         for family in _FAMILIES:
             unasked = (name for name in self._names if (name, family) not in self._asked)
             self._waiting[family] = deque(unasked)
@@ -91,7 +91,7 @@ class Resolver:
         self._start_threads()
 
     def _start_threads(self) -> None:
-        """For each family there are so many: one that is not answered does not delay the other."""
+        """Start up to so many for each family: one that gets no answers delays no other."""
         for family, waiting in self._waiting.items():
             busy = sum(of == family for _, of in self._asked)
             for _ in range(min(_AT_ONCE - busy, len(waiting))):
@@ -99,11 +99,11 @@ class Resolver:
                 self._asked.add(question)
                 try:
                     threading.Thread(target=self._answer, args=(question,), daemon=True).start()
-                except RuntimeError as error:  # of processes, there are as many as there may be
+                except RuntimeError as error:  # the limit on processes is reached
                     self._note(question, OSError(errno.EAGAIN, str(error)))
 
     def _answer(self, question: _Question) -> None:
-        """In a thread of its own."""
+        """Runs in a thread of its own."""
         try:
             self._note(question, _look_up(*question))
         except OSError as error:
@@ -111,7 +111,7 @@ class Resolver:
 
     def _note(self, question: _Question, answer: Addresses | OSError) -> None:
         self._answers.append((question, answer))
-        # A pipe that is full is readable as it is.
+        # A full pipe wakes the event loop anyway.
         with suppress(BlockingIOError):
             os.write(self._signal, b"!")
 
@@ -135,19 +135,19 @@ class Resolver:
         both = [(name, family) for family in _FAMILIES]
         errors = [self._errors[one] for one in both if one in self._errors]
         if len(errors) == len(both):
-            # That there is no address of one family is the lesser news.
+            # Any other error tells more than that a family has no address.
             self._take(name, min(errors, key=lambda error: error.errno in _NO_ADDRESS))
         elif found := _interleaved([self._known.get(one, ()) for one in both]):
             self._take(name, found[:_MAX_ADDRESSES])
 
 
 def _look_up(backend: NameAddress, family: socket.AddressFamily) -> Addresses:
-    """Its addresses of one family, at least one; blocks; raises OSError."""
-    # By family, a name that has an IPv4 address in the file alone would be looked for in the DNS
-    # as well, and go where that says.
+    """A name's addresses of one family, at least one. Blocks. Raises OSError."""
+    # A name in /etc/hosts is asked for without a family. Otherwise a name with only an IPv4
+    # address there would be looked up in the DNS too, and its connections would go there.
     asked = socket.AF_UNSPEC if _is_in_hosts_file(backend.name) else family
     answers = socket.getaddrinfo(backend.name, backend.port, asked, socket.SOCK_STREAM)
-    # A family that is not built in makes for addresses of another shape.
+    # If Python was built without IPv6, such an address is a tuple of another form.
     found = dict.fromkeys(
         (of, address) for of, _, _, _, address in answers if isinstance(address[0], str)
     )
@@ -157,7 +157,7 @@ def _look_up(backend: NameAddress, family: socket.AddressFamily) -> Addresses:
 
 
 def _is_in_hosts_file(name: str) -> bool:
-    """hosts(5): an address, and names for it; what follows a # is a comment."""
+    """Whether hosts(5) has the name. A line is an address and its names; # begins a comment."""
     try:
         lines = _HOSTS.read_text(errors="replace").lower().splitlines()
     except OSError:
@@ -166,5 +166,5 @@ def _is_in_hosts_file(name: str) -> bool:
 
 
 def _interleaved(families: Iterable[Addresses]) -> Addresses:
-    """In turn, so that the second to be tried is of the other family (RFC 8305 §4)."""
+    """Alternate families, so that the second address tried is of the other (RFC 8305 §4)."""
     return tuple(one for one in chain.from_iterable(zip_longest(*families)) if one is not None)

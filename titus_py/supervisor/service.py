@@ -1,6 +1,6 @@
-"""How the supervisor stands to the service manager: starting, serving, reloading, stopping.
+"""The supervisor's state, as the service manager is told: starting, serving, reloading, stopping.
 
-Run by the supervisor. Without a service manager nothing is sent, and the rest is the same.
+Run by the supervisor. Without a service manager, nothing is sent; all else is the same.
 """
 
 from collections.abc import Callable
@@ -12,25 +12,25 @@ __all__ = ["Service"]
 
 
 class Service:
-    """``status`` is asked for the one line that ``systemctl status`` shows."""
+    """``status`` returns the line that ``systemctl status`` shows."""
 
     def __init__(self, loop: EventLoop, notify: Notifier, status: Callable[[], str]) -> None:
         self._loop = loop
         self._status = status
         self._notify = notify
-        #: How often it has been told to stop.
+        #: How many times the supervisor has been told to stop.
         self.stops = 0
         self.reloading = False
-        #: Set once it is over.
+        #: Set when the supervisor has to end.
         self.exit_code: int | None = None
 
     @property
     def environment(self) -> dict[str, str]:
-        """What of the environment the service manager is reached by."""
+        """The environment variables by which the service manager is reached."""
         return self._notify.environment
 
     def ready(self) -> None:
-        """New clients are served; said by the reload itself, where one goes on."""
+        """Tell that new clients are served. During a reload, ``end_reload`` tells it."""
         if not self.reloading:
             self._notify(ready=1, status=self._status())
 
@@ -43,7 +43,7 @@ class Service:
         self._notify(ready=1, status=self._status())
 
     def stop(self, seconds: float) -> None:
-        """Being stopped, which may take so long: longer than the manager may have patience."""
+        """Tell that we stop, and how long that may take: the manager might not wait as long."""
         self._notify(stopping=1, extend_timeout_usec=int(seconds * 1_000_000))
 
     def give_up(self, why: str) -> None:
@@ -54,7 +54,7 @@ class Service:
         self._notify(status=self._status())
 
     def feed_watchdog(self) -> None:
-        """Now, and again and again, where one wants to be fed."""
+        """Tell the watchdog, if there is one, that we are alive: now and regularly."""
         if self._notify.watchdog is not None:
             self._notify(watchdog=1)
             self._loop.after(self._notify.watchdog, self.feed_watchdog)

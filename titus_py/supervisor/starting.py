@@ -1,4 +1,4 @@
-"""Starting a generation's keyd and parent, at first and again. Run by the supervisor."""
+"""Starts a generation's keyd and parent, the first time and again. Run by the supervisor."""
 
 import time
 from collections import deque
@@ -20,14 +20,14 @@ from titus_py.supervisor.uid_blocks import UidBlocks
 
 __all__ = ["Starting"]
 
-#: So many failures of keyd or the parent within so many seconds, and the supervisor gives up.
+#: After so many failures of keyd or the parent within so many seconds, the supervisor gives up.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
-#: How soon to try again what could not be done for now.
+#: How soon to try again something that cannot be done yet.
 _RETRY_SECONDS = 0.05
 
 
 class Starting:
-    """``filters`` are the system call filters that processes are started with."""
+    """``filters`` are the system call filters for the processes."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Starting:
         self._failures: deque[float] = deque(maxlen=_FAILURES)
 
     def prepare(self, checked: Checked) -> Generation:
-        """A generation that has not been started. Raises OSError, Held."""
+        """Make a generation, without starting it. Raises OSError, Held."""
         if checked.configuration is not None:
             self._uids.hold(checked.configuration, checked.path)
         generation = Generation(self._generations.next_number, checked, self.filters)
@@ -72,7 +72,7 @@ class Starting:
             return
         uids = self._uids.free(generation, self._generations)
         if uids is None:
-            # Its own last parent's workers are still ending.
+            # The workers of this generation's last parent are still ending.
             self._loop.after(_RETRY_SECONDS, lambda: self.start(generation))
             return
         try:
@@ -114,7 +114,7 @@ class Starting:
             self._loop.after(_RETRY_SECONDS, lambda: self.start_keyd_again(generation))
 
     def bring_up(self, generation: Generation) -> None:
-        """What the program before was about to start, of the generation that serves."""
+        """Start what the previous program was about to start of the generation that serves."""
         external = generation.configuration.keyd.socket is not None
         if generation.parent is None:
             self.start(generation)
@@ -126,7 +126,7 @@ class Starting:
             self._takeover.ready(generation)
 
     def fail(self, why: str) -> None:
-        """Count a failure, and give up where there have been too many."""
+        """Count a failure, and give up if there have been too many."""
         now = time.monotonic()
         self._failures.append(now)
         if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
@@ -136,7 +136,7 @@ class Starting:
 
 
 def _prepare_chroot(directory: Path) -> None:
-    """Make the empty directory; ``check`` has looked at one that was there already.
+    """Make the empty directory if it does not exist. ``check`` has looked at one that does.
 
     Raises OSError, which names the setting.
     """

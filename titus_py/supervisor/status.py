@@ -1,4 +1,4 @@
-"""What ``titus-py status`` and the metrics are told, and the service manager in one line.
+"""The state of the instance, for ``titus-py status``, the metrics and the service manager.
 
 Run by the supervisor.
 """
@@ -20,8 +20,8 @@ __all__ = ["Status"]
 
 
 class Status:
-    """``started`` and ``begun`` are when the instance was: by the calendar, and by the clock that
-    nobody sets.
+    """``started`` and ``begun`` are when the instance started, by the calendar and by the
+    monotonic clock.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Another program in the supervisor's place: what the one leaves, and how the next is started.
+"""Replaces the supervisor's program: what the old one leaves, and how the new one is started.
 
-Run by the supervisor, as root. ``titus-py reload --program`` has it execute the program that is
-installed now, execve(2), in its own process: its children stay its children, its pid the service
-manager's. What it holds and knows it writes into a sealed file, ``Legacy``; descriptors stay open.
+Run by the supervisor, as root. ``titus-py reload --program`` makes it execute the installed program
+in its own process (execve(2)). So its children stay its children, and the service manager still
+knows its pid. It writes its state into a sealed file (``Legacy``); its descriptors stay open.
 
-The next program may be newer or older. So it is tried first: started beside this one, it reads the
-configuration, and what it would be left. Only what has understood both is executed.
+The new program may be newer or older. So it is tried first: started beside this one, it reads the
+configuration and the state that it would get. It is executed only if it has understood both.
 """
 
 import os
@@ -37,14 +37,15 @@ __all__ = [
     "try_out",
 ]
 
-#: Where the next program finds the descriptor of its legacy; and one that is only tried out.
+#: The environment variables with the descriptor of the legacy: for the next program, and for one
+#: that is only tried out.
 _VARIABLE = "TITUS_PY_LEGACY"
 _REHEARSAL = "TITUS_PY_REHEARSAL"
 _WARNING = "warning: "
 
 
 class CannotTakeOver(Exception):
-    """A legacy that this program does not understand; the text says what of it."""
+    """This program does not understand the legacy; the text says which part of it."""
 
 
 class _Left(BaseModel):
@@ -52,7 +53,7 @@ class _Left(BaseModel):
 
 
 class LeftChild(_Left):
-    """A parent or keyd that goes on, unaware."""
+    """A parent or keyd that runs on, and is not told of the new program."""
 
     pid: int
     socket: int
@@ -60,10 +61,10 @@ class LeftChild(_Left):
 
 
 class LeftGeneration(_Left):
-    """What of a ``Generation`` is not to be had otherwise."""
+    """What the next program cannot find out about a ``Generation`` otherwise."""
 
     number: int
-    #: As in a file: each program reads it by its own rules.
+    #: As in a configuration file: each program reads it by its own rules.
     configuration: dict[str, Any]
     certificates: list[tuple[Credential, CertificateFacts]]
     keyd: LeftChild | None
@@ -95,18 +96,19 @@ class Listener(_Left):
 class Legacy(_Left):
     """All that one supervisor leaves to the next. Sockets are descriptors."""
 
-    #: Also of what parents and keyds say and are told: those that go on are the old program's.
-    #: Another number is for what a supervisor of the version before would not understand.
+    #: The version of this, and of the messages to and from parents and keyds: those that run on
+    #: are of the old program. It changes if a supervisor of the version before would not
+    #: understand them.
     version: Literal[1] = 1
     generations: list[LeftGeneration]
     listeners: list[Listener]
-    #: The file by which other instances are kept from this one's uids; -1 if there is none.
+    #: The file that keeps other instances from this one's uids; -1 if there is none.
     held_uids: int
     used_uids: list[tuple[int, int]]
-    #: By the backend: its addresses, as the parent is told of them.
+    #: Each backend with its addresses, as they are sent to the parent.
     addresses: list[tuple[str, list[list[Any]]]]
     control: int | None
-    #: Who waits for this reload's outcome, and who for the next one's.
+    #: The clients that wait for the outcome of this reload, and of the next one.
     answers: list[int]
     later_answers: list[int]
     asked_again: bool
@@ -138,11 +140,11 @@ class Legacy(_Left):
         ]
 
 
-# --- the one that leaves ----------------------------------------------------------
+# --- the old program --------------------------------------------------------------
 
 
 def leave(generation: Generation) -> LeftGeneration:
-    """What the next supervisor has to know of it."""
+    """What the next supervisor has to know of a generation."""
 
     def left(child: Child | None) -> LeftChild | None:
         if child is None or child.socket.fileno() < 0:
@@ -175,7 +177,7 @@ def leave(generation: Generation) -> LeftGeneration:
 
 
 def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> list[str]:
-    """Start the installed program beside this one; returns why it cannot take over, if so."""
+    """Start the installed program beside this one; returns the reasons why it cannot take over."""
     descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
     try:
         done = subprocess.run(
@@ -185,7 +187,7 @@ def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> l
             stderr=subprocess.PIPE,
             env={**environment, _REHEARSAL: str(descriptor)},
             pass_fds=(descriptor,),
-            # What it leaves behind, should it die, is then known for what it is.
+            # If it dies, the processes that it leaves are known by its session.
             start_new_session=True,
             timeout=seconds,
             check=False,
@@ -201,7 +203,7 @@ def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> l
     lines = done.stderr.decode(errors="replace").splitlines()
     problems = [line for line in lines if line and not line.startswith(_WARNING)]
     if done.returncode != 2 or not problems:
-        # It did not come so far as to say what it does not like: of a traceback, the last line.
+        # It failed before it could name a problem. The last line of a traceback says most.
         return [f"the new program failed: {(problems or ['it gave no reason'])[-1]}"]
     return problems
 
@@ -209,9 +211,9 @@ def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> l
 def execute(
     legacy: Legacy, environment: Mapping[str, str], signals: Iterable[signal.Signals]
 ) -> NoReturn:
-    """Be the installed program from now on. Raises OSError, and then nothing has changed.
+    """Become the installed program. Raises OSError; then nothing has changed.
 
-    The signals wait until that program hears them.
+    The signals are blocked until that program hears them.
     """
     descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
     kept = [descriptor, *legacy.descriptors]
@@ -230,15 +232,15 @@ def execute(
 
 
 def _command() -> list[str]:
-    """As this program was started itself."""
+    """The command that this program was started with."""
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-# --- the next ----------------------------------------------------------------------
+# --- the new program ---------------------------------------------------------------
 
 
 def inherited() -> Legacy | None:
-    """What this program was left by the one before, if it was executed by one. Once."""
+    """What the previous program left, if it executed this one. Can be called once."""
     legacy = _legacy(_VARIABLE)
     if legacy is not None:
         for descriptor in legacy.descriptors:
@@ -247,7 +249,7 @@ def inherited() -> Legacy | None:
 
 
 def rehearse() -> bool:
-    """Whether this program is only tried out; then it has understood what it would be left.
+    """Whether this program is only tried out. If so, it has understood the legacy.
 
     Raises CannotTakeOver.
     """
@@ -272,7 +274,7 @@ def _legacy(variable: str) -> Legacy | None:
 def inherit(
     left: LeftGeneration, filters: Mapping[str, str], tried_out: bool = False
 ) -> Generation:
-    """The generation as it was; without its processes, if only to try. Raises CannotTakeOver."""
+    """The generation as it was; if ``tried_out``, without processes. Raises CannotTakeOver."""
     try:
         configuration = Configuration.model_validate(left.configuration, context=Valid())
     except ValidationError as error:
@@ -305,6 +307,6 @@ def inherit(
 
 
 def _first(error: ValidationError) -> str:
-    """What the first thing is that it does not understand, and why."""
+    """The first thing that was not understood, and why."""
     problem = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, problem['loc']))} ({problem['msg']})"

@@ -1,8 +1,7 @@
-"""Which generation has the new clients: taking over, handing over, giving up.
+"""Decides which generation gets the new clients: taking over, handing over, giving up.
 
-Run by the supervisor.
-A generation that is to take over accepts nobody before it is ready. Until then, and where it comes
-to nothing, the one before it serves.
+Run by the supervisor. A generation that is to take over accepts no client before it is ready.
+Until then, and if it fails, the generation before it serves.
 """
 
 import socket
@@ -26,8 +25,9 @@ __all__ = ["Awaited", "Takeover"]
 class Awaited:
     """A generation that is to take over from the one that serves.
 
-    ``settled`` is called once: with nothing when it has taken over, or else with why it has not.
-    ``patient``: it is the same configuration again, and waits for its keyd as long as that takes.
+    ``settled`` is called once: with an empty list when it has taken over, else with the reasons
+    why it has not. ``patient``: it has the same configuration as the one before, and waits for
+    its keyd as long as that takes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Takeover:
         self.awaited: Awaited | None = None
 
     def expect(self, awaited: Awaited, added: dict[IPAddress, socket.socket]) -> None:
-        """It is about to be started; ``added`` are the listeners that were opened for it."""
+        """A generation is about to be started. ``added`` are the listeners opened for it."""
         self.awaited = awaited
         generation = awaited.generation
         generation.added = added
@@ -70,15 +70,15 @@ class Takeover:
             self._loop.after(patience, lambda: self.abandon_keyless(generation))
 
     def awaits(self, generation: Generation) -> bool:
-        """Whether it is to take over, and has not yet."""
+        """Whether this generation is to take over, and has not yet."""
         awaited = self.awaited is not None and self.awaited.generation is generation
         return awaited and not generation.announced
 
     def ready(self, generation: Generation) -> None:
-        """Both of its processes serve."""
+        """Let a generation accept clients: both of its processes serve."""
         if generation.parent is not None and not generation.retired:
-            # Not before: the clients of a generation that is abandoned are lost with it.
-            # Keepalive not before either: until now, another generation accepted on these.
+            # Not earlier: if a generation is abandoned, its clients are lost with it.
+            # Keepalive not earlier either: another generation accepted on these sockets until now.
             for listener in self._listeners.wanted(generation.listening).values():
                 keep_alive(listener, generation.configuration.limits.keepalive)
             self._children.order(generation.parent, {"do": "accept"})
@@ -96,10 +96,10 @@ class Takeover:
         generation: Generation,
         why: str = "keyd or the parent did not start: see the lines above",
     ) -> None:
-        """The awaited one could not be started: the one before goes on serving."""
+        """End the awaited generation, which could not be started. The one before goes on."""
         awaited, self.awaited = self.awaited, None
         self.end(generation)
-        # Also where one that serves is wider: its clients would come to this one, unheard.
+        # Even within a wider address that serves: clients would come to these, unaccepted.
         self._listeners.close(generation.added)
         if awaited is not None:
             awaited.settled([why])
@@ -107,14 +107,14 @@ class Takeover:
             self.ready(self._generations.serving)
 
     def abandon_keyless(self, generation: Generation) -> None:
-        """It was to have its keys from a keyd that has not been there all this time."""
+        """Abandon a generation whose keyd, a service of its own, has not been there in time."""
         waits = self.awaits(generation) and generation.waits_for_keyd
         if waits and not self._service.stops:
             path = generation.configuration.keyd.socket
             self.abandon(generation, f"keyd.socket: {path}: no keyd is there, or none that answers")
 
     def _retire_all_but(self, generation: Generation) -> None:
-        """Leave all new connections to this generation; the others serve what they have."""
+        """Leave all new connections to this generation. The others serve those that they have."""
         for other in self._generations:
             if other is not generation and not other.retired:
                 other.retired = True
@@ -127,7 +127,7 @@ class Takeover:
         self.check_handed_over()
 
     def check_handed_over(self) -> None:
-        """A reload is done when nobody but the new generation takes connections."""
+        """End the reload if only the new generation takes connections now."""
         awaited = self.awaited
         if awaited is None or not awaited.generation.announced:
             return
@@ -139,7 +139,7 @@ class Takeover:
     # --- ending ---------------------------------------------------------------------
 
     def end_all(self) -> None:
-        """Leave nothing behind."""
+        """Kill and reap all children."""
         for generation in self._generations:
             for child in generation.children:
                 child.kill()
@@ -147,20 +147,20 @@ class Takeover:
                 self.let_go(generation, child)
 
     def end(self, generation: Generation) -> None:
-        """Of a generation that nobody needs any more: end what is left of it."""
+        """End what is left of a generation that is not needed any more."""
         for child in generation.children:
             child.kill()
             self.let_go(generation, child)
         self.forget(generation)
 
     def forget(self, generation: Generation) -> None:
-        """Of one that has no processes, or none any more."""
+        """Remove a generation without processes."""
         self._generations.remove(generation)
         self._record.metrics.forget(generation.number)
         self._backends.resolve()
 
     def let_go(self, generation: Generation, child: Child) -> str:
-        """Of a child that has ended, or is about to; returns how."""
+        """Remove a child that has ended or is about to; returns how it ended."""
         generation.starting.discard(child)
         if child is generation.keyd:
             generation.keyd = None
@@ -172,7 +172,7 @@ class Takeover:
         return self._children.let_go(child)
 
     def _record_lost(self, generation: Generation) -> None:
-        """A parent has ended, and with it the connections whose end it did not tell."""
+        """Record the connections that ended with their parent, whose end it did not report."""
         lost, generation.connections = generation.connections, {}
         for begun in lost.values():
             self._event("connection_ended", **begun, end="the parent ended")

@@ -17,15 +17,15 @@ from titus_py.supervisor.record import Event
 
 __all__ = ["NoUids", "UidBlocks", "free_block"]
 
-#: How soon to look whether uids have become free, and how often at the least.
+#: How soon to look whether uids are free, and the longest pause between two looks.
 _PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
-#: When to look once more for what a parent has left.
+#: When to look once more for processes that a parent has left.
 _ORPHANS_SECONDS = 1.0
 
 
 class NoUids(Exception):
-    """There are none for another generation's workers; the text says why."""
+    """There are no uids for another generation's workers; the text says why."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"worker.uids: {reason}")
@@ -38,11 +38,11 @@ class UidBlocks:
         self._loop = loop
         self._event = event
         self.held = held
-        #: Those that earlier parents' workers may still have.
+        #: The blocks that earlier parents' workers may still have.
         self.used: list[range] = []
 
     def hold(self, configuration: Configuration, path: str) -> None:
-        """Keep other instances from these uids, from now on until we end. Raises Held."""
+        """Keep other instances from these uids until we end. Raises Held."""
         keyd = configuration.keyd
         try:
             self.held.hold(configuration.worker.uids, None if keyd.socket else keyd.user.uid, path)
@@ -50,12 +50,12 @@ class UidBlocks:
             self._event("uids_not_held", level="warning", reason=error.strerror)
 
     def free(self, generation: Generation, others: Iterable[Generation]) -> range | None:
-        """A block for this generation's workers; None if there is none for now."""
+        """A free block for this generation's workers; None if there is none now."""
         taken = [*self.used, *(other.uids for other in others if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
     def demand(self, generation: Generation, others: Generations) -> None:
-        """Raises NoUids if there is no block for a generation beside those that there are."""
+        """Raises NoUids if there is no block for a generation beside the existing ones."""
         range_of_all, needed = generation.configuration.worker.uids, generation.uids_needed
         uids = self.free(generation, others)
         if uids is None and free_block(range_of_all, needed, [others.serving.uids]):
@@ -68,20 +68,21 @@ class UidBlocks:
                 f"max + spare = {needed} workers find no room in the range beside those that "
                 "serve: widen it, or set one apart from the former"
             )
-        # No process of ours has one of these: they are given back when none has.
+        # No process of ours has one of these uids: a block is free only when none has.
         if (uid := process_with(uids)) is not None:
             raise NoUids(f"{uid} is the uid of a process that is not of this instance")
 
     def give_back(self, generation: Generation) -> None:
-        """Its parent has ended: these uids are free as soon as no process has them."""
+        """Free the uids of a generation whose parent has ended, once no process has them."""
         uids, generation.uids = generation.uids, range(0)
         self.used.append(uids)
         self._loop.after(0, lambda: self.release(uids))
 
     def release(self, uids: range, pause: float = _PAUSE_SECONDS) -> None:
-        """Give used uids back, once no process can have them any more.
+        """Free used uids, once no process has them any more.
 
-        Soon, since a new parent may wait for them; but it takes a look at all processes.
+        The first looks come soon, since a new parent may wait. Then they get rarer, since each
+        goes through all processes.
         """
         _reap_orphans()
         if any_process_has(uids):
@@ -89,7 +90,7 @@ class UidBlocks:
             self._loop.after(pause, lambda: self.release(uids, longer))
         else:
             self.used.remove(uids)
-            # Its fork server has no uid of these, and may end a little later.
+            # The fork server has none of these uids, and may end a little later.
             self._loop.after(_ORPHANS_SECONDS, _reap_orphans)
 
 
@@ -104,13 +105,13 @@ def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
 
 
 def _reap_orphans() -> None:
-    """Take note of the end of workers and fork servers whose parent has ended, and could not.
+    """Reap workers and fork servers whose parent has ended before them.
 
-    They are of the session that the parent led. Of theirs alone: our own children, which are
-    of our session or lead one, are waited for elsewhere.
+    They are in the session that the parent led. Our own children are in our session or lead one
+    themselves: those are reaped elsewhere.
     """
     look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    # Another thread may wait for a child of its own that is seen here.
+    # Another thread may reap a child of its own that was seen here.
     with suppress(ChildProcessError, ProcessLookupError):
         while (ended := os.waitid(os.P_ALL, 0, look)) is not None:
             if os.getsid(ended.si_pid) in (os.getsid(0), ended.si_pid):

@@ -1,4 +1,4 @@
-"""What is done about what children say, and about their ends. Run by the supervisor."""
+"""Acts on what children report, and on their ends. Run by the supervisor."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,14 @@ from titus_py.supervisor.takeover import Takeover
 
 __all__ = ["Upkeep"]
 
-#: How soon to start a keyd whose parent may have ended.
+#: How soon to start keyd again. Its end may mean that its parent has ended.
 _RETRY_SECONDS = 0.05
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
 
 
 class Upkeep:
-    """``reload_for_keys`` asks for a reload since keyd's keys have changed; ``renew`` for a
-    generation in the place of one whose fork server has ended.
+    """``reload_for_keys`` asks for a reload because keyd's keys have changed. ``renew`` replaces a
+    generation whose fork server has ended.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Upkeep:
         self._renew = renew
 
     def heard(self, generation: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
-        """Log what a child said, and keep count of the connections that there are."""
+        """Record a child's event, act on it, and keep track of the live connections."""
         if name == "ready":
             self._started(generation, child, event)
             return
@@ -74,7 +74,7 @@ class Upkeep:
         self._event(name, generation.number, **event)
         if name == "fork_server_died":
             generation.crippled = True
-            # Not now: it may be the end of everything, and the child is being heard.
+            # Not now: this may end everything, and the child is still being heard.
             self._loop.after(0, lambda: self._fork_server_died(generation))
 
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
@@ -95,10 +95,10 @@ class Upkeep:
             self._takeover.ready(generation)
 
     def ended(self, generation: Generation, child: Child) -> None:
-        """A child has ended: as it was told to, or not."""
+        """Act on a child's end, whether or not it was told to end."""
         how = self._takeover.let_go(generation, child)
         stops = self._service.stops
-        # keyd leaves when its parent has: that end is about to be heard of.
+        # keyd exits when its parent has ended. The parent's end is about to be heard.
         hung_up = child.name == "keyd" and how == "exited with 0"
         if not (stops or generation.retired or hung_up) or how != "exited with 0":
             self._event(
@@ -143,7 +143,7 @@ class Upkeep:
 
 
 def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
-    """Add whose request it was: a worker may have ended before keyd came to it."""
+    """Add whose request it was, even if the worker ended before keyd answered."""
     connection = event["connection"]
     for begun in (generation.connections.get(connection, {}), *reversed(generation.ended)):
         if begun.get("connection") == connection:
