@@ -245,9 +245,13 @@ class Keyd:
         """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
 
         def record(refusal: Refusal) -> None:
-            # A parent that does not keep up misses this refusal; the tally has counted it.
-            with suppress(OSError):
+            try:
                 control.send(refusal.encode(), socket.MSG_DONTWAIT)
+            except OSError:
+                # A parent that does not keep up misses this refusal; the tally has counted it.
+                # One that was told that keyd leaves can be told nothing more.
+                if self._leaves_at is not None:
+                    _print_refusal(refusal)
 
         def hear() -> None:
             try:
@@ -257,7 +261,8 @@ class Keyd:
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                message, descriptors = b"", []
+                # The parent ended with refusals unread. What it had sent is still there.
+                return
             try:
                 terms = Open.decode(message) if message else None
             except Malformed as error:
@@ -337,7 +342,7 @@ class Keyd:
                 source = self._sources.get(descriptor)
                 if source is not None:
                     source()
-                    if descriptor in self._sources:
+                    if self._sources.get(descriptor) is source:
                         self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
                 else:
                     self._answer(descriptor, self._channels[descriptor])
@@ -416,6 +421,14 @@ class Keyd:
             if channel.deadline < now:
                 with suppress(OSError):
                     channel.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _print_refusal(refusal: Refusal) -> None:
+    print(
+        f"keyd: refused, connection {refusal.connection}, {refusal.status.name}: {refusal.detail}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _say_no_more(parent: socket.socket) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from titus_py.supervisor.control import control_path
 from titus_py.supervisor.control_client import ask
 
 from .conftest import Certificates, Serve
@@ -256,6 +257,27 @@ def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
         instance.signal(signal.SIGTERM)
         assert instance.wait(PATIENCE) == 0
     instance.assert_nothing_is_left()
+
+
+def test_who_asked_may_hang_up_meanwhile(
+    serve: Serve, patient: str, program: Program, tmp_path: Path
+) -> None:
+    """The program changes all the same, and what it changes to can be stopped."""
+    instance = serve(patient, program=program.path)
+    begun = tmp_path / "begun"
+    program.install(
+        "import os, time\nif 'TITUS_PY_REHEARSAL' in os.environ:\n"
+        f"    open({str(begun)!r}, 'w').close()\n    time.sleep(1)\n"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asks:
+        asks.connect(str(control_path(instance.pid)))
+        asks.send(b'{"do": "reload program"}')
+        eventually(begun.exists, "the new program, tried out", PATIENCE)
+    instance.wait_for_event("program_changed", PATIENCE)
+    instance.wait_for_event("reloaded", PATIENCE, generation=2)
+    assert serves(instance)
+    assert not instance.events_named("reload_failed")
+    assert instance.terminate() == 0
 
 
 def test_uids_are_handed_on(serve: Serve, patient: str, program: Program) -> None:

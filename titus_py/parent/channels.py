@@ -106,7 +106,8 @@ class Channels:
         except BlockingIOError:
             return
         except ConnectionResetError:
-            message = b""
+            # keyd ended with orders unread. What it had sent is still there to be heard.
+            return
         if not message:
             # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -222,10 +222,10 @@ class _Supervisor:
                 self._go_on(first)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
-            self._service.exit_code = 1
+            self._service.end(1)
         except Held as error:
             self._event("start_failed", level="error", reason=f"worker.uids: {error}")
-            self._service.exit_code = 2
+            self._service.end(2)
         else:
             self._look_after_children()
             self._service.feed_watchdog()
@@ -312,7 +312,7 @@ class _Supervisor:
             self._children.order(parent, order)
             self._loop.after(drain + _STOP_SECONDS, parent.kill)
         if not parents:
-            self._service.exit_code = 0
+            self._service.end(0)
 
     def _adopt(self, generation: Generation) -> None:
         """Apply its configuration to metrics, log and backends. On OSError, nothing has changed."""
@@ -361,8 +361,8 @@ class _Supervisor:
                 for backend, addresses in self._backends.addresses.items()
             ],
             control=self._control.listener.fileno() if self._control else None,
-            answers=[answer.client.fileno() for answer in self._reload.answers],
-            later_answers=[answer.client.fileno() for answer in self._reload.later_answers],
+            answers=_who_waits(self._reload.answers),
+            later_answers=_who_waits(self._reload.later_answers),
             asked_again=self._reload.asked_again,
             program_asked=self._reload.program_asked,
             metrics=None if metrics is None else metrics.fileno(),
@@ -394,7 +394,8 @@ class _Supervisor:
         if problems:
             self._reload.failed(problems)
             return
-        if not all(child.has_heard_all for one in self._generations for child in one.children):
+        children = [child for one in self._generations for child in one.children]
+        if not all(child.has_heard_all and child.socket.fileno() >= 0 for child in children):
             # Only this program can send the orders that children have not taken yet.
             self._loop.after(_RETRY_SECONDS, lambda: self._take_program([]))
             return
@@ -445,3 +446,9 @@ class _Supervisor:
         self._service.reloading = True
         self._starting.bring_up(serving)
         self._reload.read()
+
+
+def _who_waits(answers: Sequence[Answer]) -> list[int]:
+    """The descriptors of clients that wait for an answer: some may have hung up."""
+    descriptors = (answer.client.fileno() for answer in answers)
+    return [descriptor for descriptor in descriptors if descriptor >= 0]

@@ -88,7 +88,7 @@ class Reload:
 
     def begin(self, program: bool = False) -> None:
         """Read the configuration anew. With ``program``, the installed program does that."""
-        if self._service.stops:
+        if self._service.ends:
             return
         self.program_asked = self.program_asked or program
         if self._service.reloading:

@@ -48,7 +48,17 @@ class Service:
 
     def give_up(self, why: str) -> None:
         self._notify(status=f"gave up: {why}")
-        self.exit_code = 1
+        self.end(1)
+
+    def end(self, code: int) -> None:
+        """It is over. The first exit code counts."""
+        if self.exit_code is None:
+            self.exit_code = code
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing is to be started any more."""
+        return bool(self.stops) or self.exit_code is not None
 
     def tell_status(self) -> None:
         self._notify(status=self._status())

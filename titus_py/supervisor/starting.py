@@ -68,7 +68,7 @@ class Starting:
 
     def start(self, generation: Generation) -> None:
         """Start its keyd and its parent, as soon as there are uids for the workers."""
-        if self._service.stops or generation not in self._generations or generation.retired:
+        if self._service.ends or generation not in self._generations or generation.retired:
             return
         uids = self._uids.free(generation, self._generations)
         if uids is None:
@@ -102,7 +102,7 @@ class Starting:
 
     def start_keyd_again(self, generation: Generation) -> None:
         parent = generation.parent
-        if self._service.stops or generation.retired or parent is None or generation.keyd:
+        if self._service.ends or generation.retired or parent is None or generation.keyd:
             return
         try:
             with generation.start_keyd() as control:
@@ -127,6 +127,8 @@ class Starting:
 
     def fail(self, why: str) -> None:
         """Count a failure, and give up if there have been too many."""
+        if self._service.ends:
+            return
         now = time.monotonic()
         self._failures.append(now)
         if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:

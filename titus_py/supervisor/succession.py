@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Literal, NoReturn
 
@@ -224,10 +225,12 @@ def execute(
         environment = {**environment, _VARIABLE: str(descriptor)}
         os.execve(sys.executable, _command(), environment)  # noqa: S606 -- no shell is right
     except OSError:
-        for one in kept:
-            os.set_inheritable(one, False)
-        os.close(descriptor)
+        # First of all: without these, nothing could stop this program any more.
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(descriptor)
+        for one in legacy.descriptors:
+            with suppress(OSError):
+                os.set_inheritable(one, False)
         raise
 
 

@@ -110,7 +110,7 @@ class Upkeep:
             )
         if stops:
             if not self._generations.parents:
-                self._service.exit_code = 0
+                self._service.end(0)
         elif generation.retired:
             if generation.parent is None:
                 self._takeover.end(generation)

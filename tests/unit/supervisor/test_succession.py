@@ -1,6 +1,9 @@
 """What one program leaves to the next comes out as it went in, and nothing else is understood."""
 
 import json
+import os
+import signal
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,14 @@ from titus_py.configuration import Configuration, Credential, load
 from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.supervisor.generation import Generation
-from titus_py.supervisor.succession import CannotTakeOver, LeftGeneration, inherit, leave
+from titus_py.supervisor.succession import (
+    CannotTakeOver,
+    LeftGeneration,
+    Legacy,
+    execute,
+    inherit,
+    leave,
+)
 
 CREDENTIAL = Credential(Path("/nowhere/www.crt"), Path("/nowhere/www.key"), None)
 FACTS = CertificateFacts(
@@ -101,3 +111,42 @@ def test_what_it_does_not_know_it_does_not_take(configuration: Configuration) ->
     left["configuration"]["worker"]["of_tomorrow"] = 1
     with pytest.raises(CannotTakeOver, match=r"worker\.of_tomorrow .*only a restart"):
         inherit(LeftGeneration.model_validate(left), {}, tried_out=True)
+
+
+def test_a_program_that_cannot_be_executed_leaves_the_signals_as_they_were(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a descriptor is closed by now. Blocked, they could not stop this program."""
+    left = legacy(leave(generation_of(configuration)))
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    descriptors = os.listdir("/proc/self/fd")
+    for answers in ([], [-1]):
+        with pytest.raises(OSError, match=r"No such file|Bad file descriptor"):
+            execute(left.model_copy(update={"answers": answers}), {}, signals)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        assert os.listdir("/proc/self/fd") == descriptors
+
+
+def legacy(generation: LeftGeneration) -> Legacy:
+    return Legacy(
+        generations=[generation],
+        listeners=[],
+        held_uids=-1,
+        used_uids=[],
+        addresses=[],
+        control=None,
+        answers=[],
+        later_answers=[],
+        asked_again=False,
+        program_asked=False,
+        metrics=None,
+        metrics_address=None,
+        counts={},
+        log_format="json",
+        log_level="info",
+        log_lines_lost=0,
+        started=datetime(2030, 1, 1, tzinfo=UTC),
+        begun=0.0,
+    )
