@@ -386,10 +386,10 @@ def ask_more(place: Place) -> None:
 
 def pass_descriptors(place: Place) -> None:
     """To the parent, which would hold it, or wait in closing it (SO_LINGER)."""
-    data = ctypes.create_string_buffer(b"D\0\0", 3)  # a request that is in order
+    data = ctypes.create_string_buffer(b"D\0\0\xff", 4)  # a request that is in order
     control = struct.pack("QiiiI", 20, socket.SOL_SOCKET, 1, place.client, 0)
     held = ctypes.create_string_buffer(control)
-    vector = struct.pack("QQ", ctypes.addressof(data), 3)
+    vector = struct.pack("QQ", ctypes.addressof(data), 4)
     vectors = ctypes.create_string_buffer(vector)
     header = struct.pack(
         "QIxxxxQQQQixxxx", 0, 0, ctypes.addressof(vectors), 1, ctypes.addressof(held), 24, 0

@@ -32,6 +32,7 @@ from isolation.attacks import ATTEMPTS, Place, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
+from titus_py.between.messages import Dial
 from titus_py.between.report import End
 from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
@@ -183,7 +184,7 @@ def random_message(source: random.Random, to: str) -> bytes:
     if source.random() < 0.4:
         return source.randbytes(source.choice([1, 2, 3, 4, 5, 36, 37, 100, 1060, 1061, 2000]))
     if to == "parent":
-        message = bytearray(source.choice([b"R", b"D\0\0", b"D\0\1", b"D\xff\xff", b"C", b"B"]))
+        message = bytearray(source.choice([b"R", *[dial.encode() for dial in _DIALS], b"C", b"B"]))
     else:
         scheme = source.choice([0x0403, 0x0804, 0x0401, 0x0807, 0x0303])
         message = bytearray(
@@ -207,6 +208,7 @@ def random_message(source: random.Random, to: str) -> bytes:
     return bytes(message)
 
 
+_DIALS = [Dial(0, None), Dial(0, 0), Dial(1, None), Dial(65535, None)]
 _KEY = bytes(32)
 _PAYLOADS = [
     b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32),

@@ -178,7 +178,12 @@ def test_alarms(instance: Instance, stage: str, deed: str, end: str | None) -> N
 
 @pytest.mark.parametrize(
     ("message", "attempted"),
-    [("44ffff", "Dial(vhost=65535)"), ("52", "Ready()"), ("440001", "Dial(vhost=1)")],
+    [
+        ("44ffffff", "Dial(vhost=65535, protocol=None)"),
+        ("52", "Ready()"),
+        ("440001ff", "Dial(vhost=1, protocol=None)"),
+        ("44000000", "Dial(vhost=0, protocol=0)"),
+    ],
 )
 def test_messages_out_of_place(instance: Instance, message: str, attempted: str) -> None:
     """Well-formed, but not what a worker would say now, or may have."""

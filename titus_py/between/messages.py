@@ -5,7 +5,9 @@ two kinds of message, each of a fixed size. The parent trusts neither.
 
 ===================  =========================================================
 worker: ready        'R'                    confined; may be given a client
-worker: dial         'D' vhost(2)           connect me to this host's backend
+worker: dial         'D' vhost(2) protocol(1)
+                     connect me to the backend that this host has for the protocol:
+                     its place in the host's alpn, or 255 where none was negotiated
 parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
                      and, where there is a vhost at all, the channel to keyd
 parent: backend      'B', with the connected socket; or 'F' and why there is none
@@ -36,10 +38,13 @@ BACKEND_FAILED = b"F"
 #: The longest answer about a backend: its kind and a short reason.
 MAX_BACKEND_OCTETS = 256
 
-_DIAL = struct.Struct("!cH")
+_DIAL = struct.Struct("!cHB")
+_NO_PROTOCOL = 255
 _FORK = struct.Struct("!cI")
 _FORKED = struct.Struct("!cII")
 _CLIENT = struct.Struct("!cQ")
+#: How many protocols a virtual host may have: a dial has one octet to name one, or none.
+MAX_PROTOCOLS = _NO_PROTOCOL
 #: How many virtual hosts there may be: a client's message may name all of them.
 MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
@@ -61,12 +66,18 @@ class Ready(NamedTuple):
 
 
 class Dial(NamedTuple):
-    """The worker wants this virtual host's backend."""
+    """The worker wants the backend that this virtual host has for a protocol.
+
+    ``protocol`` is the protocol's index in the virtual host's ``alpn``, or None if the client and
+    the worker negotiated none.
+    """
 
     vhost: int
+    protocol: int | None
 
     def encode(self) -> bytes:
-        return _DIAL.pack(b"D", self.vhost)
+        protocol = _NO_PROTOCOL if self.protocol is None else self.protocol
+        return _DIAL.pack(b"D", self.vhost, protocol)
 
 
 class Client(NamedTuple):
@@ -123,5 +134,6 @@ def decode_from_worker(message: bytes) -> Ready | Dial:
     if message == b"R":
         return Ready()
     if len(message) == _DIAL.size and message[:1] == b"D":
-        return Dial(_DIAL.unpack(message)[1])
+        _, vhost, protocol = _DIAL.unpack(message)
+        return Dial(vhost, None if protocol == _NO_PROTOCOL else protocol)
     raise Malformed(f"{len(message)} octets, the first {message[:1]!r}")

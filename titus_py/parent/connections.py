@@ -132,6 +132,7 @@ class Connections:
             and worker.offer is not None
             and worker.dialer is None
             and message.vhost in worker.offer.vhosts
+            and message.protocol is None
         ):
             self._established(worker, message.vhost)
         else:

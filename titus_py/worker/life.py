@@ -169,7 +169,7 @@ def _serve(
             group=connection.get_group_name() or "",
         )
         # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
-        parent.send(Dial(vhost).encode())
+        parent.send(Dial(vhost, None).encode())
         make(terms.narrowing)
         backend = _take_backend(parent)
     except _Over as over:

@@ -8,6 +8,7 @@ from titus_py.between.messages import (
     FORK_OCTETS,
     FORKED_OCTETS,
     MAX_CLIENT_OCTETS,
+    MAX_PROTOCOLS,
     MAX_VHOSTS,
     WORKER_MESSAGE_OCTETS,
     Client,
@@ -20,9 +21,10 @@ from titus_py.between.messages import (
 )
 
 
-@given(st.integers(0, 65535))
-def test_a_dial_comes_back(vhost: int) -> None:
-    assert decode_from_worker(Dial(vhost).encode()) == Dial(vhost)
+@given(st.integers(0, 65535), st.none() | st.integers(0, MAX_PROTOCOLS - 1))
+def test_a_dial_comes_back(vhost: int, protocol: int | None) -> None:
+    dial = Dial(vhost, protocol)
+    assert decode_from_worker(dial.encode()) == dial
 
 
 def test_a_ready_comes_back() -> None:
@@ -52,7 +54,7 @@ def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -
 
 def test_the_largest_messages_fit() -> None:
     assert len(Client(2**64 - 1, tuple(range(MAX_VHOSTS))).encode()) == MAX_CLIENT_OCTETS
-    assert len(Dial(65535).encode()) < WORKER_MESSAGE_OCTETS
+    assert len(Dial(65535, None).encode()) < WORKER_MESSAGE_OCTETS
     assert len(Ready().encode()) < WORKER_MESSAGE_OCTETS
 
 
@@ -66,7 +68,8 @@ def test_any_octets_from_a_worker_are_a_message_or_malformed(octets: bytes) -> N
 
 
 @pytest.mark.parametrize(
-    "octets", [b"", b"r", b"RR", b"R\0", b"D", b"D\0", b"D\0\0\0", b"C" + bytes(8), b"B", b"F"]
+    "octets",
+    [b"", b"r", b"RR", b"R\0", b"D", b"D\0\0", b"D\0\0\0\0", b"C" + bytes(8), b"B", b"F"],
 )
 def test_a_worker_has_two_things_to_say(octets: bytes) -> None:
     with pytest.raises(Malformed):
