@@ -49,7 +49,6 @@ class VirtualHost(NamedTuple):
     key_reference: str
     key: str
     backend: str
-    addresses: tuple[ResolvedAddress, ...]
     tls: TlsSettings
     truncated: str
 
@@ -59,6 +58,8 @@ class Plan(NamedTuple):
 
     listeners: tuple[int, ...]
     vhosts: tuple[VirtualHost, ...]
+    #: The addresses of each backend that a virtual host names, by that name.
+    addresses: dict[str, tuple[ResolvedAddress, ...]]
     first_uid: int
     last_uid: int
     max_workers: int
@@ -82,15 +83,12 @@ class Plan(NamedTuple):
         fields = json.loads(octets)
         fields["limits"] = Limits(*fields["limits"])
         fields["vhosts"] = tuple(
-            VirtualHost(
-                **vhost
-                | {
-                    "addresses": resolved(vhost["addresses"]),
-                    "tls": TlsSettings.decode(vhost["tls"]),
-                }
-            )
+            VirtualHost(**vhost | {"tls": TlsSettings.decode(vhost["tls"])})
             for vhost in fields["vhosts"]
         )
+        fields["addresses"] = {
+            backend: resolved(addresses) for backend, addresses in fields["addresses"].items()
+        }
         return cls(**fields)
 
 

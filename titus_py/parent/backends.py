@@ -1,4 +1,4 @@
-"""The addresses of each virtual host's backend, and connecting to it when a worker asks.
+"""The addresses of each backend, and connecting to it when a worker asks.
 
 Run by the parent. The supervisor says where backends are; the worker only says which virtual
 host its client asked for.
@@ -6,7 +6,6 @@ host its client asked for.
 
 import errno
 import socket
-from collections.abc import Iterable
 
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
@@ -24,14 +23,15 @@ class Backends:
         self._loop = loop
         self._plan = plan
         self._tell = tell
-        self._addresses = {number: vhost.addresses for number, vhost in enumerate(plan.vhosts)}
+        self._addresses = plan.addresses.copy()
 
-    def move(self, vhosts: Iterable[int], addresses: tuple[ResolvedAddress, ...]) -> None:
-        """From now on, connect to these addresses for these virtual hosts' backend."""
-        self._addresses.update(dict.fromkeys(vhosts, addresses))
+    def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
+        """From now on, connect to these addresses for this backend."""
+        self._addresses[backend] = addresses
 
     def dial(self, worker: Worker, vhost: int) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
+        name = self._plan.vhosts[vhost].backend
 
         def done(backend: socket.socket | None, reason: str) -> None:
             self._answer(worker, backend, reason)
@@ -40,12 +40,12 @@ class Backends:
                     "backend_unavailable",
                     level="error",
                     connection=worker.connection,
-                    backend=self._plan.vhosts[vhost].backend,
+                    backend=name,
                     reason=reason,
                 )
 
         timeout, keepalive = self._plan.connect_timeout, self._plan.limits.keepalive
-        worker.dialer = Dialer(self._loop, self._addresses[vhost], timeout, keepalive, done)
+        worker.dialer = Dialer(self._loop, self._addresses[name], timeout, keepalive, done)
         worker.dialer.start()
 
     def _answer(self, worker: Worker, backend: socket.socket | None, reason: str) -> None:

@@ -189,7 +189,7 @@ class Parent:
             case "use keyd":
                 self._channels.take(descriptors)
             case "use backend":
-                self._backends.move(order["vhosts"], resolved(order["addresses"]))
+                self._backends.move(order["backend"], resolved(order["addresses"]))
             case "retire":
                 self._stop_accepting()
                 self._tell("retired")

@@ -14,8 +14,6 @@ __all__ = ["Backends"]
 
 #: How long a generation's clients wait for its backends' names to be looked up.
 _NAMES_SECONDS = 5.0
-#: How many virtual hosts one message to the parent may name.
-_ORDER_VHOSTS = 1000
 
 
 class Backends:
@@ -41,19 +39,15 @@ class Backends:
     def expect(self, generation: Generation) -> None:
         """Make a generation wait, for a limited time, for names without a known address."""
         generation.unresolved = {
-            vhost.backend
-            for vhost in generation.configuration.vhost
-            if isinstance(vhost.backend, NameAddress) and vhost.backend not in self.addresses
+            backend
+            for backend in generation.backends
+            if isinstance(backend, NameAddress) and backend not in self.addresses
         }
         self._loop.after(_NAMES_SECONDS, lambda: self._stop_waiting_for_names(generation))
 
     def resolve(self) -> None:
         """Look up the backends of all generations, and no others."""
-        backends = {
-            vhost.backend
-            for generation in self._generations
-            for vhost in generation.configuration.vhost
-        }
+        backends = {backend for generation in self._generations for backend in generation.backends}
         names = [backend for backend in backends if isinstance(backend, NameAddress)]
         for backend in backends:
             if isinstance(backend, NameAddress):
@@ -95,14 +89,7 @@ class Backends:
 
     def _pass_on(self, backend: NameAddress, found: Addresses) -> None:
         self.addresses[backend] = found
+        order = {"do": "use backend", "backend": str(backend), "addresses": found}
         for generation in self._generations:
-            numbers = [
-                number
-                for number, vhost in enumerate(generation.configuration.vhost)
-                if vhost.backend == backend
-            ]
-            for first in range(0, len(numbers), _ORDER_VHOSTS):
-                if generation.parent is not None:
-                    vhosts = numbers[first : first + _ORDER_VHOSTS]
-                    order = {"do": "use backend", "vhosts": vhosts, "addresses": found}
-                    self._children.order(generation.parent, order)
+            if generation.parent is not None and backend in generation.backends:
+                self._children.order(generation.parent, order)

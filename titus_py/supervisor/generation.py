@@ -123,6 +123,8 @@ class Generation:
         self.number = number
         self.checked = checked
         self.configuration = checked.configuration
+        #: Where its clients' connections go on to.
+        self.backends = frozenset(vhost.backend for vhost in self.configuration.vhost)
         self.certificates = checked.certificates
         self.files = checked.files
         self.keyd: Child | None = None
@@ -225,10 +227,8 @@ class Generation:
         worker, limits = self.configuration.worker, self.configuration.limits
         plan = Plan(
             listeners=tuple(listeners),
-            vhosts=tuple(
-                self._virtual_host(vhost, addresses.get(vhost.backend, ()))
-                for vhost in self.configuration.vhost
-            ),
+            vhosts=tuple(map(self._virtual_host, self.configuration.vhost)),
+            addresses={str(backend): addresses.get(backend, ()) for backend in self.backends},
             first_uid=uids[0],
             last_uid=uids[-1],
             max_workers=worker.max,
@@ -265,9 +265,7 @@ class Generation:
         if starting:
             self.starting.add(child)
 
-    def _virtual_host(
-        self, vhost: configuration.VirtualHost, addresses: tuple[ResolvedAddress, ...]
-    ) -> VirtualHost:
+    def _virtual_host(self, vhost: configuration.VirtualHost) -> VirtualHost:
         facts = self.certificates[vhost.credential]
         return VirtualHost(
             server_names=vhost.sni,
@@ -277,7 +275,6 @@ class Generation:
             key_reference=facts.reference,
             key=facts.key_id.hex(),
             backend=str(vhost.backend),
-            addresses=addresses,
             tls=vhost.tls,
             truncated=vhost.truncated,
         )

@@ -35,7 +35,7 @@ def test_a_slow_child_hears_all_orders_in_order(
     child_and_ear: tuple[Child, socket.socket],
 ) -> None:
     child, ear = child_and_ear
-    orders = [{"do": "use backend", "vhosts": [number]} for number in range(3000)]
+    orders = [{"do": "use backend", "backend": f"{number}:80"} for number in range(3000)]
     assert [child.queue(order) for order in orders] == [True] + [False] * 2999
     assert not child.send_orders(), "it takes a part of them"
     heard = []
