@@ -1,0 +1,53 @@
+"""Which files of a directory belong together."""
+
+from pathlib import Path
+
+import pytest
+
+from titus_py.configuration.certificate_dir import Pair, pairs
+
+
+def test_the_layout_of_certbot_is_understood_as_it_is(tmp_path: Path) -> None:
+    live, archive = tmp_path / "live", tmp_path / "archive"
+    for name in ("www.example.org", "example.com-0001"):
+        (archive / name).mkdir(parents=True)
+        (live / name).mkdir(parents=True)
+        for stem in ("cert", "chain", "fullchain", "privkey"):
+            (archive / name / f"{stem}2.pem").touch()
+            (live / name / f"{stem}.pem").symlink_to(f"../../archive/{name}/{stem}2.pem")
+        (live / name / "README").touch()
+    (live / "README").touch()
+    assert pairs(live) == [
+        Pair(name, live / name / "fullchain.pem", live / name / "privkey.pem")
+        for name in ("example.com-0001", "www.example.org")
+    ]
+
+
+def test_a_file_may_hold_both(tmp_path: Path) -> None:
+    (tmp_path / "b.example.pem").touch()
+    (tmp_path / "a.example.pem").symlink_to("b.example.pem")
+    assert pairs(tmp_path) == [
+        Pair(f"{name}.example", path := tmp_path / f"{name}.example.pem", path) for name in "ab"
+    ]
+
+
+@pytest.mark.parametrize("kept", ["fullchain.pem", "privkey.pem"])
+def test_half_a_pair_is_not_passed_over(tmp_path: Path, kept: str) -> None:
+    (tmp_path / "half").mkdir()
+    # A link that leads nowhere is there as well.
+    (tmp_path / "half" / kept).symlink_to("gone.pem")
+    assert [pair.name for pair in pairs(tmp_path)] == ["half"]
+
+
+def test_everything_else_is_passed_over(tmp_path: Path) -> None:
+    for name in ("empty", ".hidden", "..data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".hidden" / "fullchain.pem").touch()
+    for name in ("README", "site.crt", "site.key", ".old.pem", "site.pem.bak"):
+        (tmp_path / name).touch()
+    assert pairs(tmp_path) == []
+
+
+def test_a_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        pairs(tmp_path / "nowhere")

@@ -1,0 +1,45 @@
+"""The certificates of a directory, each with its key: which files belong together.
+
+Run by the supervisor and by the commands. It lists names, and opens none of the files.
+
+A pair is a subdirectory with ``fullchain.pem`` and ``privkey.pem``, which is how certbot lays out
+/etc/letsencrypt/live, or a file ``NAME.pem`` with both in it. Links are followed. Everything else,
+certbot's README for example, and what begins with a dot is passed over.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Pair", "pairs"]
+
+_CERTIFICATE, _KEY, _BOTH = "fullchain.pem", "privkey.pem", ".pem"
+
+
+class Pair(NamedTuple):
+    """The files of one certificate and its key: the same file twice if it has both."""
+
+    name: str
+    certificate: Path
+    key: Path
+
+
+def pairs(directory: Path) -> list[Pair]:
+    """The pairs of a directory, by name; raises OSError.
+
+    A subdirectory with only one of the two files counts: the other one is missing, and reading it
+    says so.
+    """
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            path = directory / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                certificate, key = path / _CERTIFICATE, path / _KEY
+                if os.path.lexists(certificate) or os.path.lexists(key):
+                    found.append(Pair(entry.name, certificate, key))
+            elif entry.name.endswith(_BOTH):
+                found.append(Pair(entry.name.removesuffix(_BOTH), path, path))
+    return sorted(found)
