@@ -174,6 +174,20 @@ def worker_keeps_keyd(_: str) -> None:
     leave_out_of_narrowing("close")
 
 
+@breaks("descriptors", "worker", within="fork_server")
+def worker_keeps_keyd_and_is_slow(_: str) -> None:
+    """Its client's handshake is done long before it comes to what it does not do."""
+    import select
+
+    from titus_py.fork_server import life as fork_server
+    from titus_py.worker import life as worker
+
+    # Practice would take too long.
+    fork_server.rehearse = nothing
+    worker._acknowledge = lambda _: select.poll().poll(1000)
+    leave_out_of_narrowing("close")
+
+
 @breaks("mappings", "worker", within="fork_server")
 def worker_writable_code(_: str) -> None:
     from keyd.linux.process import Call

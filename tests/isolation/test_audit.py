@@ -27,12 +27,12 @@ from integration.instance import eventually
 
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit import Audit, CannotAudit, Verdict, audit, find_target, throwaway
-from titus_py.audit.instance import Role, instance_processes
+from titus_py.audit.instance import Process, Role, instance_processes
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.run import CHECKS
-from titus_py.audit.throwaway import TitusInstance
+from titus_py.audit.throwaway import SPARE, TitusInstance
 from titus_py.supervisor.control_client import ask
 
 from . import breakages
@@ -447,9 +447,38 @@ def test_a_protection_taken_out_is_noticed(
     assert (checks, roles) == ({breakage.check}, breakage.roles), made.having(Verdict.BROKEN)
 
 
+def test_without_a_backend_nothing_is_said_of_what_comes_after(
+    instance: TitusInstance, tmp_path: Path
+) -> None:
+    configuration, _ = another(instance, tmp_path, backend='backend = "127.0.0.1:1"')
+    with beside(configuration) as pid:
+        made = audit(find_target(pid))
+    assert made.holds, broken(made)
+    (later,) = (
+        one
+        for one in made.findings
+        if one.subject.stage == "after its handshake" and one.check != "certificate"
+    )
+    assert later.verdict is Verdict.NOT_AVAILABLE
+    assert "is there a backend?" in later.seen
+
+
+def spare(instance: TitusInstance) -> Process:
+    """A worker that stays: one that is confined, and waits for a client."""
+    found: list[Process] = []
+
+    def at_rest() -> bool:
+        found[:] = [one for one in instance_processes(instance.pid) if one.role is Role.WORKER]
+        return len(found) == SPARE and all(worker.uid for worker in found)
+
+    # A worker is root until it is confined; one that has had a client is about to end.
+    eventually(at_rest, "none but spare workers", 30)
+    return found[0]
+
+
 def test_a_uid_that_somebody_else_has_is_noticed(instance: TitusInstance) -> None:
-    worker = next(p for p in instance_processes(instance.pid) if p.role is Role.WORKER)
-    with subprocess.Popen(["sleep", "60"], user=worker.uid, group=worker.uid) as stranger:
+    uid = spare(instance).uid
+    with subprocess.Popen(["sleep", "60"], user=uid, group=uid) as stranger:
         try:
             assert broken(audit(find_target(instance.pid))) == ({"uid"}, {"worker"})
         finally:
@@ -457,7 +486,7 @@ def test_a_uid_that_somebody_else_has_is_noticed(instance: TitusInstance) -> Non
 
 
 def test_an_interface_in_an_empty_network_is_noticed(instance: TitusInstance) -> None:
-    worker = next(p for p in instance_processes(instance.pid) if p.role is Role.WORKER)
+    worker = spare(instance)
     # Held, since the worker may be the one that serves the probe, and end with it.
     network = os.open(f"/proc/{worker.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 

@@ -8,7 +8,7 @@ again (``run``).
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from titus_py.audit.instance import (
 from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets, unix_sockets_of
 from titus_py.audit.target import Target
 
-__all__ = ["Mapping", "Observation", "Scene", "Stage", "stage_of"]
+__all__ = ["Mapping", "Observation", "Scene", "Stage", "has_backend", "stage_of"]
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _LIMIT = re.compile(r"(.+?)  +(\S+) +(\S+) *(\S*)")
@@ -84,8 +84,7 @@ class Observation(NamedTuple):
     @property
     def sockets(self) -> dict[int, int]:
         """Its descriptors that are sockets, with their inodes."""
-        found = {number: _SOCKET.fullmatch(what) for number, what in self.descriptors.items()}
-        return {number: int(match[1]) for number, match in found.items() if match}
+        return _sockets(self.descriptors)
 
 
 class Scene:
@@ -165,9 +164,9 @@ class Scene:
                 found.setdefault(namespace, set()).add(process.pid)
         return found
 
-    @cached_property
+    @property
     def listening_ports(self) -> frozenset[int]:
-        return frozenset(listen.address.port for listen in self.target.configuration.listen)
+        return self.target.listening_ports
 
     @cached_property
     def secret_files(self) -> dict[tuple[int, int], Path]:
@@ -182,19 +181,48 @@ class Scene:
 
 def stage_of(worker: Observation, scene: Scene) -> Stage:
     """A worker's stage, by its sockets; its number of filters only shows a finished handshake."""
-    client = backend = False
-    for inode in worker.sockets.values():
-        tcp, unix = scene.tcp(inode), scene.unix(inode)
-        if tcp is not None and tcp.local in scene.listening_ports:
-            client = True
-        elif tcp is not None or (unix is not None and unix.kind == _STREAM):
-            backend = True
+    client, backend = _ends(worker.sockets.values(), scene.tcp, scene.unix, scene.listening_ports)
     if backend or (worker.filters or 0) > scene.inherited_filters + 1:
         return Stage.ESTABLISHED
     return Stage.HANDSHAKE if client else Stage.SPARE
 
 
+def has_backend(worker: Process, target: Target) -> bool:
+    """Whether a worker holds a connection to a backend by now.
+
+    Raises FileNotFoundError or ProcessLookupError if it has ended.
+    """
+    inodes = _sockets(descriptors(worker.pid)).values()
+    unix = unix_sockets() or {}
+    return _ends(inodes, tcp_sockets().get, unix.get, target.listening_ports)[1]
+
+
+def _ends(
+    inodes: Iterable[int],
+    tcp: Callable[[int], Tcp | None],
+    unix: Callable[[int], Unix | None],
+    listening_ports: Container[int],
+) -> tuple[bool, bool]:
+    """Whether one of a worker's sockets is a client's, and whether one is a backend's."""
+    client = backend = False
+    for inode in inodes:
+        if (found := tcp(inode)) is not None:
+            if found.local in listening_ports:
+                client = True
+            else:
+                backend = True
+        elif (stream := unix(inode)) is not None and stream.kind == _STREAM:
+            backend = True
+    return client, backend
+
+
 _STREAM = 1
+
+
+def _sockets(descriptors: dict[int, str]) -> dict[int, int]:
+    """Those of a process's descriptors that are sockets, with their inodes."""
+    found = {number: _SOCKET.fullmatch(what) for number, what in descriptors.items()}
+    return {number: int(match[1]) for number, match in found.items() if match}
 
 
 def _filters(fields: dict[str, str]) -> int:

@@ -11,7 +11,7 @@ from titus_py.audit import credentials, descriptors, limits, memory, surrounding
 from titus_py.audit.announcement import announce
 from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.instance import Process, Role
-from titus_py.audit.observation import Scene
+from titus_py.audit.observation import Scene, Stage, has_backend
 from titus_py.audit.probe import Probe, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
@@ -40,6 +40,8 @@ _CONFINING_SECONDS = 3.0
 #: Processes come, go and move on while they are looked at. What does not hold is looked at
 #: again, this many times in all, and after this pause.
 _LOOKS, _PAUSE_SECONDS = 4, 0.15
+#: How long a worker may take after its client's handshake, besides connecting to the backend.
+_ESTABLISHING_SECONDS = 10.0
 
 
 class Host(NamedTuple):
@@ -156,10 +158,13 @@ def _only_known(target: Target) -> Finding:
     )
 
 
-def _examine(target: Target, wanted: dict[Process, str]) -> Iterator[Finding]:
+def _examine(
+    target: Target, wanted: dict[Process, str], only: Stage | None = None
+) -> Iterator[Finding]:
     """Findings about these processes; none about a process that ends while something is broken.
 
     ``wanted`` has, for each process, the name of its stage; if that is empty, ``Scene`` finds it.
+    With ``only``, a worker is not judged while it is seen in another stage.
     """
     keys = {(process.pid, process.started): stage for process, stage in wanted.items()}
     latest: dict[tuple[int, int], list[Finding]] = {}
@@ -172,6 +177,8 @@ def _examine(target: Target, wanted: dict[Process, str]) -> Iterator[Finding]:
         for seen in scene.observations:
             key = seen.process.pid, seen.process.started
             if key not in keys or (key in latest and not _any_broken(latest[key])):
+                continue
+            if only is not None and seen.stage != only:
                 continue
             found = [
                 check.find(seen, scene) for check in CHECKS if seen.process.role in check.roles
@@ -199,12 +206,18 @@ def _called(finding: Finding, stage: str) -> Finding:
 
 
 def _established(target: Target, worker: Process) -> Iterator[Finding]:
-    """What the checks say of the probe's worker once its handshake is done."""
-    found = list(_examine(target, {worker: "after its handshake"}))
-    if found:
+    """What the checks say of the probe's worker once it has its backend.
+
+    The client's handshake may be done before the worker's is. Until the worker has its backend,
+    it may still have what only the handshake needs; when it has, it has given that up.
+    """
+    patience = target.configuration.worker.connect_timeout + _ESTABLISHING_SECONDS
+    seen = not_available("it ended before it could be looked at: is there a backend?")
+    if not _gets_backend(target, worker, patience):
+        seen = not_available(f"{patience:g} s after its client's handshake it has no backend")
+    elif found := list(_examine(target, {worker: "after its handshake"}, Stage.ESTABLISHED)):
         yield from found
         return
-    seen = not_available("it ended before it could be looked at: is there a backend?")
     yield Finding(
         "connection",
         Subject.of(worker, "after its handshake"),
@@ -213,3 +226,16 @@ def _established(target: Target, worker: Process) -> Iterator[Finding]:
         seen.text,
         seen.verdict,
     )
+
+
+def _gets_backend(target: Target, worker: Process, seconds: float) -> bool:
+    """Wait until a worker has its backend, or has ended; returns whether it did in time."""
+    deadline = time.monotonic() + seconds
+    try:
+        while not has_backend(worker, target):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return True

@@ -76,6 +76,10 @@ class Target(NamedTuple):
                     found |= set(_key_options(process.pid))
         return sorted(found, key=str)
 
+    @property
+    def listening_ports(self) -> frozenset[int]:
+        return frozenset(listen.address.port for listen in self.configuration.listen)
+
     def started(self, process: Process) -> bool:
         """Whether a process is a child of the supervisor, and not a service of its own."""
         return process.ppid == self.supervisor.pid
