@@ -179,10 +179,15 @@ def test_alarms(instance: Instance, stage: str, deed: str, end: str | None) -> N
 @pytest.mark.parametrize(
     ("message", "attempted"),
     [
-        ("44ffffff", "Dial(vhost=65535, protocol=None)"),
+        ("44ffffff", "Dial(vhost=65535, protocol=None, facts=None)"),
         ("52", "Ready()"),
-        ("440001ff", "Dial(vhost=1, protocol=None)"),
-        ("44000000", "Dial(vhost=0, protocol=0)"),
+        ("440001ff", "Dial(vhost=1, protocol=None, facts=None)"),
+        ("44000000", "Dial(vhost=0, protocol=0, facts=None)"),
+        (
+            "440000ff017601730131",
+            "Dial(vhost=0, protocol=None, facts=TlsFacts(version='v', cipher_suite='s', "
+            "server_name='1'))",
+        ),
     ],
 )
 def test_messages_out_of_place(instance: Instance, message: str, attempted: str) -> None:

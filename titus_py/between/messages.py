@@ -1,13 +1,15 @@
 """The messages between the parent and its fork server, and between the parent and a worker.
 
 Encoding and decoding only, no I/O. One message is one SOCK_SEQPACKET packet. A worker sends
-two kinds of message, each of a fixed size. The parent trusts neither.
+two kinds of message, of a fixed size or with fixed maxima. The parent trusts neither.
 
 ===================  =========================================================
 worker: ready        'R'                    confined; may be given a client
 worker: dial         'D' vhost(2) protocol(1)
                      connect me to the backend that this host has for the protocol:
-                     its place in the host's alpn, or 255 where none was negotiated
+                     its place in the host's alpn, or 255 where none was negotiated.
+                     For a host that sends TLS facts to its backend, there follow, each
+                     with its length(1): TLS version, cipher suite, server name
 parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
                      and, where there is a vhost at all, the channel to keyd
 parent: backend      'B', with the connected socket; or 'F' and why there is none
@@ -30,6 +32,7 @@ __all__ = [
     "Forked",
     "Malformed",
     "Ready",
+    "TlsFacts",
     "decode_from_worker",
 ]
 
@@ -40,6 +43,8 @@ MAX_BACKEND_OCTETS = 256
 
 _DIAL = struct.Struct("!cHB")
 _NO_PROTOCOL = 255
+#: The longest of each text in TlsFacts: a server name is no longer than 255 (RFC 1035 §2.3.4).
+_FACTS_OCTETS = (16, 64, 255)
 _FORK = struct.Struct("!cI")
 _FORKED = struct.Struct("!cII")
 _CLIENT = struct.Struct("!cQ")
@@ -49,7 +54,7 @@ MAX_PROTOCOLS = _NO_PROTOCOL
 MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than a worker's longest message, so that a longer one is noticed.
-WORKER_MESSAGE_OCTETS = _DIAL.size + 1
+WORKER_MESSAGE_OCTETS = _DIAL.size + sum(1 + most for most in _FACTS_OCTETS) + 1
 FORK_OCTETS = _FORK.size
 FORKED_OCTETS = _FORKED.size
 
@@ -65,6 +70,35 @@ class Ready(NamedTuple):
         return b"R"
 
 
+class TlsFacts(NamedTuple):
+    """What a worker says of its client's TLS: printable ASCII; the name is empty if none was sent.
+
+    Version and suite are in OpenSSL's words.
+    """
+
+    version: str
+    cipher_suite: str
+    server_name: str
+
+    def encode(self) -> bytes:
+        return b"".join(bytes((len(text),)) + text.encode() for text in self)
+
+    @classmethod
+    def decode(cls, octets: bytes) -> "TlsFacts":
+        """For the parent, which does not trust the worker. Raises Malformed."""
+        texts = []
+        for most in _FACTS_OCTETS:
+            length = octets[0] if octets else most + 1
+            text = octets[1 : 1 + length].decode("latin-1")
+            if length > most or len(text) < length or not (text.isascii() and text.isprintable()):
+                raise Malformed(f"TLS facts of {len(octets)} octets")
+            texts.append(text)
+            octets = octets[1 + length :]
+        if octets:
+            raise Malformed(f"{len(octets)} octets after the TLS facts")
+        return cls(*texts)
+
+
 class Dial(NamedTuple):
     """The worker wants the backend that this virtual host has for a protocol.
 
@@ -74,10 +108,13 @@ class Dial(NamedTuple):
 
     vhost: int
     protocol: int | None
+    #: Exactly for a virtual host that passes them on to its backend.
+    facts: TlsFacts | None = None
 
     def encode(self) -> bytes:
         protocol = _NO_PROTOCOL if self.protocol is None else self.protocol
-        return _DIAL.pack(b"D", self.vhost, protocol)
+        facts = b"" if self.facts is None else self.facts.encode()
+        return _DIAL.pack(b"D", self.vhost, protocol) + facts
 
 
 class Client(NamedTuple):
@@ -133,7 +170,8 @@ def decode_from_worker(message: bytes) -> Ready | Dial:
     """Decode a worker's message; raises Malformed, which says what is wrong with it."""
     if message == b"R":
         return Ready()
-    if len(message) == _DIAL.size and message[:1] == b"D":
-        _, vhost, protocol = _DIAL.unpack(message)
-        return Dial(vhost, None if protocol == _NO_PROTOCOL else protocol)
+    if _DIAL.size <= len(message) < WORKER_MESSAGE_OCTETS and message[:1] == b"D":
+        _, vhost, protocol = _DIAL.unpack_from(message)
+        facts = TlsFacts.decode(message[_DIAL.size :]) if len(message) > _DIAL.size else None
+        return Dial(vhost, None if protocol == _NO_PROTOCOL else protocol, facts)
     raise Malformed(f"{len(message)} octets, the first {message[:1]!r}")

@@ -51,6 +51,13 @@ class VirtualHost(NamedTuple):
     backend: str
     tls: TlsSettings
     truncated: str
+    #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
+    send_proxy: str | None
+
+    @property
+    def passes_tls_facts(self) -> bool:
+        """Whether the backend is told what a worker says of its client's TLS."""
+        return self.send_proxy == "v2-tls"
 
 
 class Plan(NamedTuple):

@@ -164,7 +164,7 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
         table.add_row(
             _text(shown),
             _text(_at(vhost["local_address"], vhost["local_port"])),
-            _text(vhost["backend"]),
+            _text(vhost["backend"] + _introduced(vhost["send_proxy"])),
             _text(", ".join(vhost["addresses"]))
             if vhost["addresses"]
             else Text("not resolved", style="red"),
@@ -229,6 +229,10 @@ def _text(text: str) -> Text:
 def _at(address: str | None, port: int | None) -> str:
     host = f"[{address}]" if address and ":" in address else address or "*"
     return f"{host}:{port or '*'}"
+
+
+def _introduced(send_proxy: str | None) -> str:
+    return f", PROXY {send_proxy}" if send_proxy else ""
 
 
 def _or_dash(pid: int | None) -> str:

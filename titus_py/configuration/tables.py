@@ -285,6 +285,13 @@ class Backend(Table):
         "unix:/run/app.sock. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the next "
         "one where one fails, or has not answered within 250 ms."
     )
+    send_proxy: Literal["v1", "v2", "v2-tls"] | None = Field(
+        default=None,
+        description="The PROXY header that the backend gets before anything else, and must expect: "
+        'its client\'s address and the one it came to, as a line of text ("v1") or in binary '
+        '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite. '
+        "Absent: none, and the backend sees titus-py's address as its client's.",
+    )
 
 
 class VirtualHost(Backend, Credentials, Match):

@@ -88,7 +88,7 @@ def _site(vhost: VirtualHost) -> Site:
     credentials = Credentials(vhost.certificate_chain, vhost.key_reference)
     context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
-    return Site(names, context, vhost.truncated == "reset")
+    return Site(names, context, vhost.truncated == "reset", vhost.passes_tls_facts)
 
 
 def _serve(

@@ -10,6 +10,7 @@ import socket
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
+from titus_py.between.messages import Dial
 from titus_py.between.plan import Plan, ResolvedAddress
 from titus_py.parent.dialer import Dialer
 from titus_py.parent.outbox import Tell
@@ -24,16 +25,27 @@ class Backends:
         self._plan = plan
         self._tell = tell
         self._addresses = plan.addresses.copy()
+        if any(vhost.send_proxy for vhost in plan.vhosts):
+            # Others do not need it in their memory.
+            from titus_py.parent.introduction import introduce
+
+            self._introduce = introduce
 
     def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
         """From now on, connect to these addresses for this backend."""
         self._addresses[backend] = addresses
 
-    def dial(self, worker: Worker, vhost: int) -> None:
+    def dial(self, worker: Worker, dial: Dial) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
-        name = self._plan.vhosts[vhost].backend
+        vhost = self._plan.vhosts[dial.vhost]
+        name = vhost.backend
 
         def done(backend: socket.socket | None, reason: str) -> None:
+            if backend is not None and vhost.send_proxy is not None:
+                reason = self._introduce(backend, vhost.send_proxy, worker.ends, dial.facts, None)
+                if reason:
+                    backend.close()
+                    backend = None
             self._answer(worker, backend, reason)
             if backend is None:
                 self._tell(

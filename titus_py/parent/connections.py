@@ -19,7 +19,7 @@ from titus_py.between.virtual_host import applies_to
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.backends import Backends
 from titus_py.parent.outbox import Tell
-from titus_py.parent.worker import Offer, Worker
+from titus_py.parent.worker import Ends, Offer, Worker
 
 __all__ = ["Arrival", "Connections"]
 
@@ -83,6 +83,7 @@ class Connections:
         self._make_room()
         worker.connection = connection
         worker.address = arrival.address
+        worker.ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer
@@ -133,8 +134,9 @@ class Connections:
             and worker.dialer is None
             and message.vhost in worker.offer.vhosts
             and message.protocol is None
+            and (message.facts is not None) == self._plan.vhosts[message.vhost].passes_tls_facts
         ):
-            self._established(worker, message.vhost)
+            self._established(worker, message)
         else:
             self._alarm(worker, "unexpected_message", str(message))
         return False
@@ -191,9 +193,9 @@ class Connections:
             slowest.kill("handshakes_limit")
             self._limits_hit.note("handshakes", slowest.address)
 
-    def _established(self, worker: Worker, vhost: int) -> None:
+    def _established(self, worker: Worker, dial: Dial) -> None:
         """A worker says that its handshake is done: connect to its virtual host's backend."""
-        worker.vhost = vhost
+        worker.vhost = dial.vhost
         self.handshaking.pop(worker.uid, None)
         if worker.deadline is not None:
             worker.deadline.cancel()
@@ -201,7 +203,7 @@ class Connections:
             worker.deadline = self._loop.after(
                 self._plan.limits.lifetime, lambda: worker.kill("lifetime")
             )
-        self._backends.dial(worker, vhost)
+        self._backends.dial(worker, dial)
 
     def _alarm(self, worker: Worker, event: str, attempted: str) -> None:
         """A worker did what our code never does: raise an alarm, once, and kill it."""

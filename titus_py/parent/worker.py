@@ -10,7 +10,16 @@ from keyd.protocol import Operation
 from titus_py.between.event_loop import Timer
 from titus_py.parent.dialer import Dialer
 
-__all__ = ["Offer", "Worker"]
+__all__ = ["Ends", "Offer", "Worker"]
+
+
+class Ends(NamedTuple):
+    """The two ends of a client's connection: numeric addresses, and ports."""
+
+    client: str
+    client_port: int
+    server: str
+    server_port: int
 
 
 class Offer(NamedTuple):
@@ -30,6 +39,7 @@ class Worker:
         "connection",
         "deadline",
         "dialer",
+        "ends",
         "forked",
         "killed_for",
         "local",
@@ -53,6 +63,7 @@ class Worker:
         self.connection = 0
         self.address = ""
         self.client = ""
+        self.ends = Ends("", 0, "", 0)
         self.local = ""
         self.forked = time.monotonic()
         self.started = 0.0

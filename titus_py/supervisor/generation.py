@@ -277,6 +277,7 @@ class Generation:
             backend=str(vhost.backend),
             tls=vhost.tls,
             truncated=vhost.truncated,
+            send_proxy=vhost.send_proxy,
         )
 
 

@@ -92,6 +92,7 @@ class Status:
                     "local_address": vhost.local_address,
                     "local_port": vhost.local_port,
                     "backend": str(vhost.backend),
+                    "send_proxy": vhost.send_proxy,
                     "addresses": [
                         address_text(address)
                         for _, address in self._backends.addresses.get(vhost.backend, ())

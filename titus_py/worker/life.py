@@ -22,7 +22,7 @@ from OpenSSL._util import lib
 from keyd.linux.process import make
 from titus_py.between import messages
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
-from titus_py.between.messages import Client, Dial, Ready
+from titus_py.between.messages import Client, Dial, Ready, TlsFacts
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
 from titus_py.worker.client_hello import (
@@ -55,6 +55,8 @@ class Site(NamedTuple):
     context: SSL.Context
     #: Whether a TLS stream that ends without close_notify is a reset to the backend.
     truncated_is_reset: bool
+    #: Whether the backend is told the TLS version, the cipher suite and the server name.
+    passes_tls_facts: bool = False
 
 
 class Terms(NamedTuple):
@@ -162,14 +164,19 @@ def _serve(
         connection = _begin(terms.sites[vhost].context, peer, taken)
         _shake_hands(connection, peer, deadline)
         _acknowledge(peer)
+        version = connection.get_protocol_version_name()
+        cipher_suite = connection.get_cipher_name() or ""
         report.set(
             state=State.ESTABLISHED,
-            tls_version=connection.get_protocol_version_name(),
-            cipher_suite=connection.get_cipher_name() or "",
+            tls_version=version,
+            cipher_suite=cipher_suite,
             group=connection.get_group_name() or "",
         )
         # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
-        parent.send(Dial(vhost, None).encode())
+        facts = None
+        if terms.sites[vhost].passes_tls_facts:
+            facts = TlsFacts(version, cipher_suite, hello.server_name or "")
+        parent.send(Dial(vhost, None, facts).encode())
         make(terms.narrowing)
         backend = _take_backend(parent)
     except _Over as over:

@@ -17,13 +17,22 @@ from titus_py.between.messages import (
     Forked,
     Malformed,
     Ready,
+    TlsFacts,
     decode_from_worker,
 )
 
 
-@given(st.integers(0, 65535), st.none() | st.integers(0, MAX_PROTOCOLS - 1))
-def test_a_dial_comes_back(vhost: int, protocol: int | None) -> None:
-    dial = Dial(vhost, protocol)
+def texts(most: int) -> st.SearchStrategy[str]:
+    return st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=most)
+
+
+@given(
+    st.integers(0, 65535),
+    st.none() | st.integers(0, MAX_PROTOCOLS - 1),
+    st.none() | st.builds(TlsFacts, texts(16), texts(64), texts(255)),
+)
+def test_a_dial_comes_back(vhost: int, protocol: int | None, facts: TlsFacts | None) -> None:
+    dial = Dial(vhost, protocol, facts)
     assert decode_from_worker(dial.encode()) == dial
 
 
@@ -54,7 +63,8 @@ def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -
 
 def test_the_largest_messages_fit() -> None:
     assert len(Client(2**64 - 1, tuple(range(MAX_VHOSTS))).encode()) == MAX_CLIENT_OCTETS
-    assert len(Dial(65535, None).encode()) < WORKER_MESSAGE_OCTETS
+    facts = TlsFacts("v" * 16, "s" * 64, "n" * 255)
+    assert len(Dial(65535, None, facts).encode()) == WORKER_MESSAGE_OCTETS - 1
     assert len(Ready().encode()) < WORKER_MESSAGE_OCTETS
 
 
@@ -69,7 +79,25 @@ def test_any_octets_from_a_worker_are_a_message_or_malformed(octets: bytes) -> N
 
 @pytest.mark.parametrize(
     "octets",
-    [b"", b"r", b"RR", b"R\0", b"D", b"D\0\0", b"D\0\0\0\0", b"C" + bytes(8), b"B", b"F"],
+    [
+        b"",
+        b"r",
+        b"RR",
+        b"R\0",
+        b"D",
+        b"D\0\0",
+        b"D\0\0\0\0",
+        # TLS facts: one too few or too many, too long, cut off, not printable, not ASCII.
+        b"D\0\0\0" + b"\1v\1s",
+        b"D\0\0\0" + b"\1v\1s\1n\0",
+        b"D\0\0\0" + b"\x11" + b"v" * 17 + b"\1s\1n",
+        b"D\0\0\0" + b"\1v\1s\2n",
+        b"D\0\0\0" + b"\1v\1s\1\n",
+        b"D\0\0\0" + b"\1v\1s\1\xe9",
+        b"C" + bytes(8),
+        b"B",
+        b"F",
+    ],
 )
 def test_a_worker_has_two_things_to_say(octets: bytes) -> None:
     with pytest.raises(Malformed):

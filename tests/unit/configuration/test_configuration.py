@@ -104,6 +104,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "key": f"{directory}/site.key",
                 "passphrase_file": None,
                 "backend": "127.0.0.1:80",
+                "send_proxy": None,
                 "min_version": "TLSv1.2",
                 "max_version": "TLSv1.3",
                 "ciphers": None,

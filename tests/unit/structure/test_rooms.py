@@ -56,6 +56,8 @@ FOR_WORKERS = {
     "titus_py.worker.pump",
     "titus_py.worker.tls",
 }
+#: What a parent loads only where the configuration uses it.
+ON_REQUEST = {"titus_py.parent.introduction", "titus_py.parent.proxy_header"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -118,3 +120,12 @@ def test_what_a_worker_holds() -> None:
     ).stdout.split()
     ours = {name for name in loaded if name.partition(".")[0] in ("titus_py", "keyd")}
     assert ours == FOR_WORKERS
+
+
+def test_what_a_parent_does_not_hold_unasked() -> None:
+    """A parent without the setting has no pages of what serves it."""
+    program = "import sys, titus_py.parent.life; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert not {name for name in loaded if name in ON_REQUEST}

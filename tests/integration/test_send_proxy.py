@@ -1,0 +1,111 @@
+"""The client's address, told to the backend before anything else: ``send_proxy``."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from OpenSSL import SSL
+from proxyprotocol.result import ProxyResult
+from proxyprotocol.v2 import ProxyProtocolV2
+
+from .conftest import Serve
+from .instance import free_port
+from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset
+from .proxy_peers import Server, haproxy_server, nginx_server
+
+
+@pytest.fixture(scope="module", params=["nginx", "haproxy"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    kind = {"nginx": nginx_server, "haproxy": haproxy_server}[request.param]
+    with kind(tmp_path_factory.mktemp(request.param)) as running:
+        yield running
+
+
+def told(port: int, source: str, name: str = "localhost") -> tuple[list[str], tuple[str, int]]:
+    """What the backend says that it was told, in its words; and the client's own end."""
+    host = "::1" if ":" in source else "127.0.0.1"
+    client = socket.create_connection((host, port), TIMEOUT, (source, 0))
+    with TlsClient(port, name, source=client) as tls:
+        tls.handshake()
+        tls.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = tls.receive_all().decode()
+        return answer.rpartition("\r\n\r\n")[2].split(), client.getsockname()[:2]
+
+
+@pytest.mark.parametrize("how", ["v1", "v2", "v2-tls"])
+def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
+    serve: Serve, server: Server, how: str
+) -> None:
+    port, both = free_port(), free_port()
+    instance = serve(
+        listen=[{"address": f"127.0.0.1:{port}"}, {"address": f"[::]:{both}"}],
+        vhost=[
+            {"backend": server.address, "send_proxy": how, "local_port": port},
+            {"backend": server.unix, "send_proxy": how, "local_port": both},
+        ],
+    )
+    for to, source in ((port, "127.8.8.8"), (both, "127.8.8.9"), (both, "::1")):
+        words, client = told(to, source)
+        server_address = "::1" if ":" in source else "127.0.0.1"
+        assert words[:4] == [source, str(client[1]), server_address, str(to)]
+        # This nginx has no word for the name.
+        assert words[4:] == (["localhost"] if "haproxy" in server.unix and how == "v2-tls" else [])
+    assert not instance.events_named("backend_unavailable")
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with Listener.tcp() as listening:
+        yield listening
+
+
+def first_words(backend: Listener, client: TlsClient) -> tuple[ProxyResult, bytes]:
+    """The header of version 2 that came first, and the octets after it."""
+    client.send(b"the client's")
+    with backend.accept() as connection:
+        head = receive_exactly(connection, 16)
+        body = receive_exactly(connection, int.from_bytes(head[14:], "big"))
+        return ProxyProtocolV2().unpack(head + body), receive_exactly(connection, 12)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [(SSL.TLS1_3_VERSION, "www.example.org"), (SSL.TLS1_2_VERSION, None)],
+)
+def test_tls_facts(serve: Serve, listener: Listener, version: int, name: str | None) -> None:
+    instance = serve(listener.address, vhost=[{"send_proxy": "v2-tls"}])
+    with TlsClient(instance.port, name, versions=(version, version)) as client:
+        client.handshake()
+        result, after = first_words(listener, client)
+        assert after == b"the client's"
+        assert (str(result.source[0]), result.source[1]) == client.socket.getsockname()
+        tlv = result.tlv
+        assert tlv.authority == name
+        assert tlv.ssl.version == client.tls.get_protocol_version_name()
+        assert tlv.ssl.cipher == client.tls.get_cipher_name()
+        assert tlv.alpn is None
+
+
+def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(
+    serve: Serve, listener: Listener
+) -> None:
+    """Whether the parent or the worker meets the reset: the client's connection ends with it."""
+    instance = serve(listener.address, vhost=[{"send_proxy": "v2"}])
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        reset(listener.accept())
+        with pytest.raises((ConnectionResetError, Truncated)):
+            client.receive_all()
+    ended = instance.wait_for_event("connection_ended")
+    assert ended["end"] in ("backend_reset", "backend_unavailable")
+
+
+def test_without_it_nothing_comes_first(serve: Serve, listener: Listener) -> None:
+    instance = serve(listener.address)
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        client.send(b"at once")
+        with listener.accept() as connection:
+            assert receive_exactly(connection, 7) == b"at once"

@@ -1,0 +1,126 @@
+"""What a backend is told of its client, as a parser that is not ours reads it."""
+
+import socket
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from proxyprotocol.result import ProxyResult
+from proxyprotocol.tlv import SSLClient
+from proxyprotocol.v1 import ProxyProtocolV1
+from proxyprotocol.v2 import ProxyProtocolV2
+
+from titus_py.between.messages import TlsFacts
+from titus_py.parent.introduction import introduce
+from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
+from titus_py.parent.worker import Ends
+
+NAMES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=255)
+ADDRESSES = st.ip_addresses().map(str) | st.ip_addresses(v=4).map("::ffff:{}".format)
+ENDS = st.builds(Ends, ADDRESSES, st.integers(0, 65535), ADDRESSES, st.integers(0, 65535))
+FACTS = st.builds(
+    TlsFacts,
+    st.sampled_from(["TLSv1.2", "TLSv1.3"]),
+    st.sampled_from(["TLS_AES_256_GCM_SHA384", "ECDHE-RSA-AES128-GCM-SHA256"]),
+    NAMES,
+)
+
+
+def plain(address: str) -> IPv4Address | IPv6Address:
+    number = ip_address(address)
+    mapped = number.ipv4_mapped if isinstance(number, IPv6Address) else None
+    return mapped or number
+
+
+def assert_has(result: ProxyResult, ends: Ends) -> None:
+    addresses = [plain(ends.client), plain(ends.server)]
+    read = [result.source[0], result.dest[0]]
+    assert [plain(str(address)) for address in read] == addresses
+    assert len({address.version for address in read}) == 1
+    # IPv6 is for those that IPv4 cannot name.
+    assert read == addresses or {address.version for address in addresses} == {4, 6}
+    assert (result.source[1], result.dest[1]) == (ends.client_port, ends.server_port)
+
+
+@given(ENDS)
+def test_version_1(ends: Ends) -> None:
+    octets = version_1(ends)
+    assert len(octets) <= 107
+    assert_has(ProxyProtocolV1().unpack(octets), ends)
+
+
+@given(ENDS, st.none() | FACTS, st.none() | NAMES.filter(bool))
+def test_version_2(ends: Ends, facts: TlsFacts | None, protocol: str | None) -> None:
+    octets = version_2(ends, facts, protocol)
+    result = ProxyProtocolV2().unpack(octets)
+    assert_has(result, ends)
+    assert result.protocol == socket.SOCK_STREAM
+    tlv = result.tlv
+    assert tlv.alpn == (protocol.encode() if protocol else None)
+    if facts is None:
+        assert not tlv.authority
+        assert not tlv.ssl
+        return
+    assert tlv.authority == (facts.server_name or None)
+    assert tlv.ssl.client == SSLClient.PP2_CLIENT_SSL
+    assert tlv.ssl.verify != 0, "that would say that a client's certificate is good"
+    assert (tlv.ssl.version, tlv.ssl.cipher) == (facts.version, facts.cipher_suite)
+
+
+def test_an_interface_stays_at_home() -> None:
+    ends = Ends("fe80::1%eth0", 5, "fe80::2%eth0", 443)
+    assert version_1(ends) == b"PROXY TCP6 fe80::1 fe80::2 5 443\r\n"
+
+
+@pytest.mark.parametrize("encode", [version_1, version_2])
+def test_what_is_no_address_is_not_sent(encode: object) -> None:
+    with pytest.raises(CannotEncode, match="'nowhere' is no IP address"):
+        encode(Ends("127.0.0.1", 1, "nowhere", 2))
+
+
+ENDS_HERE = Ends("192.0.2.1", 1, "192.0.2.2", 443)
+
+
+def test_what_cannot_be_encoded_is_not_written() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        assert introduce(ours, "v1", ENDS_HERE._replace(client="?"), None, None).startswith(
+            "PROXY header: '?' is no"
+        )
+        ours.close()
+        assert theirs.recv(1) == b""
+
+
+def test_a_backend_without_room_is_a_failure() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(65536))
+        why = introduce(ours, "v2", ENDS_HERE, None, None)
+        assert why == "PROXY header: Resource temporarily unavailable"
+
+
+class _WithLittleRoom(socket.socket):
+    """Takes ten octets at a time: of one segment, this kernel takes all or nothing."""
+
+    def send(self, octets: bytes, flags: int = 0) -> int:  # type: ignore[override]
+        return super().send(octets[:10], flags)
+
+
+def test_a_part_of_a_header_is_a_failure() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, _WithLittleRoom(fileno=ours.detach()) as backend:
+        why = introduce(backend, "v2", ENDS_HERE, None, None)
+        assert why == "PROXY header: 10 of 28 octets were taken"
+
+
+def test_a_backend_that_is_gone_is_a_failure() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours:
+        assert introduce(ours, "v2", ENDS_HERE, None, None) == "PROXY header: Broken pipe"

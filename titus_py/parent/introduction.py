@@ -1,0 +1,38 @@
+"""Introducing a client to its backend: the PROXY header, written before anything else.
+
+Imported by the parent where a virtual host sends one. The parent writes the header because it
+accepted the client: a worker may be controlled by its client by now, and would name any address.
+The worker gets the backend's socket only after that.
+"""
+
+import socket
+
+from titus_py.between.messages import TlsFacts
+from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
+from titus_py.parent.worker import Ends
+
+__all__ = ["introduce"]
+
+
+def introduce(
+    backend: socket.socket,
+    how: str,
+    ends: Ends,
+    facts: TlsFacts | None,
+    protocol: str | None,
+) -> str:
+    """Write the header that the virtual host's ``send_proxy`` asks for, in one piece.
+
+    ``backend`` is non-blocking, and nothing has been written to it yet. Returns why that did not
+    succeed, or nothing. A backend that has got a part of a header is of no use to anybody.
+    """
+    try:
+        header = version_1(ends) if how == "v1" else version_2(ends, facts, protocol)
+        written = backend.send(header)
+    except CannotEncode as error:
+        return f"PROXY header: {error}"
+    except OSError as error:
+        return f"PROXY header: {error.strerror}"
+    if written < len(header):
+        return f"PROXY header: {written} of {len(header)} octets were taken"
+    return ""

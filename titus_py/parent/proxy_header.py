@@ -1,0 +1,97 @@
+"""The PROXY protocol's header, as a backend gets it: addresses in, octets out; no I/O.
+
+Imported by the parent where a virtual host sends one. The addresses are those that the parent
+knows. The TLS facts are a worker's words, and no better than that worker.
+
+The format: haproxy's proxy-protocol.txt, section 2.
+"""
+
+import socket
+import struct
+
+from titus_py.between.messages import TlsFacts
+from titus_py.parent.worker import Ends
+
+__all__ = ["CannotEncode", "version_1", "version_2"]
+
+_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+#: Version 2, and the command: the connection is on behalf of another.
+_PROXY = 0x21
+#: The address families, each with a stream.
+_TCP4, _TCP6 = 0x11, 0x21
+_HEAD = struct.Struct("!12sBBH")
+_PORTS = struct.Struct("!HH")
+_TLV = struct.Struct("!BH")
+_MAX_LENGTH = 0xFFFF
+
+_ALPN, _AUTHORITY, _SSL = 0x01, 0x02, 0x20
+#: Within the TLV of SSL.
+_SSL_VERSION, _SSL_CIPHER = 0x21, 0x23
+_SSL_HEAD = struct.Struct("!BI")
+#: The client came over TLS.
+_CLIENT_SSL = 0x01
+#: "Verify" of a client that has shown no certificate: anything but zero.
+_NOT_VERIFIED = 1
+
+_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+class CannotEncode(ValueError):
+    """What does not fit into a header."""
+
+
+def version_1(ends: Ends) -> bytes:
+    """The line of version 1: at most 107 octets. Raises CannotEncode."""
+    family, client, server = _packed(ends)
+    name = "TCP4" if family == socket.AF_INET else "TCP6"
+    addresses = (socket.inet_ntop(family, octets) for octets in (client, server))
+    return f"PROXY {name} {' '.join(addresses)} {ends.client_port} {ends.server_port}\r\n".encode()
+
+
+def version_2(ends: Ends, facts: TlsFacts | None = None, protocol: str | None = None) -> bytes:
+    """The header of version 2, with TLVs for these facts. Raises CannotEncode."""
+    family, client, server = _packed(ends)
+    body = client + server + _PORTS.pack(ends.client_port, ends.server_port)
+    if protocol is not None:
+        body += _tlv(_ALPN, protocol.encode())
+    if facts is not None:
+        if facts.server_name:
+            body += _tlv(_AUTHORITY, facts.server_name.encode())
+        body += _tlv(_SSL, _about_tls(facts))
+    if len(body) > _MAX_LENGTH:
+        raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
+    kind = _TCP4 if family == socket.AF_INET else _TCP6
+    return _HEAD.pack(_SIGNATURE, _PROXY, kind, len(body)) + body
+
+
+def _about_tls(facts: TlsFacts) -> bytes:
+    return (
+        _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED)
+        + _tlv(_SSL_VERSION, facts.version.encode())
+        + _tlv(_SSL_CIPHER, facts.cipher_suite.encode())
+    )
+
+
+def _tlv(kind: int, value: bytes) -> bytes:
+    return _TLV.pack(kind, len(value)) + value
+
+
+def _packed(ends: Ends) -> tuple[socket.AddressFamily, bytes, bytes]:
+    """The family that both addresses have, and both: IPv6 if only one of them is an IPv4 address.
+
+    IPv4-mapped addresses (RFC 4291 §2.5.5.2) count as IPv4. The interface of a link-local address
+    is left out: it means nothing elsewhere.
+    """
+    both = []
+    for address in (ends.client, ends.server):
+        number = address.partition("%")[0]
+        family = socket.AF_INET6 if ":" in number else socket.AF_INET
+        try:
+            octets = socket.inet_pton(family, number)
+        except OSError:
+            raise CannotEncode(f"{address!r} is no IP address") from None
+        both.append(octets.removeprefix(_MAPPED) if len(octets) == 16 else octets)
+    if all(len(octets) == 4 for octets in both):
+        return socket.AF_INET, both[0], both[1]
+    client, server = (_MAPPED + octets if len(octets) == 4 else octets for octets in both)
+    return socket.AF_INET6, client, server
