@@ -19,7 +19,6 @@ from .peers import Listener, TlsClient, reset
 def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
     """Connect, expect a reset; returns the backend's failure, and how long it took."""
     earlier = len(instance.events())
-    since = len(instance.events())
     with TlsClient(instance.port) as client:
         client.handshake()
         started = time.monotonic()
@@ -27,11 +26,10 @@ def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
             client.receive()
         taken = time.monotonic() - started
         host, port = client.socket.getsockname()
-    failure = instance.wait_for_event("backend_unavailable", since=since)
-    assert failure["level"] == "error"
     ended = instance.wait_for_event("connection_ended", since=earlier, client=f"{host}:{port}")
     assert ended["end"] == end
-    assert ended["connection"] == failure["connection"]
+    failure = instance.wait_for_event("backend_unavailable", connection=ended["connection"])
+    assert failure["level"] == "error"
     assert ended["detail"] == failure["reason"]
     return failure["reason"], taken
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
-from .instance import Instance
+from .instance import Instance, free_port
 from .peers import Listener, TlsClient, alert_in
 
 TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
@@ -214,11 +214,11 @@ def test_curl_gets_the_servers_choice(instance: Instance) -> None:
 def group_of(instance: Instance, name: str, *groups: str, version: str = "TLSv1.3") -> str | None:
     """What a client that can do these has agreed upon, by the proxy's own word."""
     option = "-" + version.lower().replace("v", "").replace(".", "_")
-    before = len(instance.events())
-    suite = agreed(instance, name, option, "-groups", ":".join(groups))
+    before, here = len(instance.events()), f"127.0.0.1:{free_port()}"
+    suite = agreed(instance, name, option, "-bind", here, "-groups", ":".join(groups))
     if suite is None:
         return None
-    event = instance.wait_for_event("connection_ended", since=before)
+    event = instance.wait_for_event("connection_ended", since=before, client=here)
     group: str = event["group"]
     return group
 

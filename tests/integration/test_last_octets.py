@@ -22,7 +22,7 @@ from .peers import (
     reset,
     was_reset,
 )
-from .test_pump import MUCH, Pair, connected, end_of
+from .test_pump import MUCH, Pair, connected, end_of, ended
 
 SIOCOUTQ = 0x5411
 
@@ -57,10 +57,6 @@ def receive_slowly(client: TlsClient, length: int) -> bytes:
         octets += client.receive(min(16384, length - len(octets)))
         time.sleep(0.002)
     return bytes(octets)
-
-
-def detail_of(pair: Pair) -> object:
-    return pair.instance.events_named("connection_ended")[-1]["detail"]
 
 
 # --- a backend's reset ------------------------------------------------------------------
@@ -155,8 +151,9 @@ def test_a_truncated_stream_may_be_a_clean_end(serve: Serve, backend: Listener) 
             accepted.shutdown(socket.SHUT_WR)
             assert client.receive_all() == b"answer"
             pair = Pair(instance, client, accepted)
-            assert end_of(pair) == "clean"
-            assert detail_of(pair) == "the client sent no close_notify"
+            event = ended(pair)
+            assert event["end"] == "clean"
+            assert event["detail"] == "the client sent no close_notify"
 
 
 def test_a_reset_is_no_clean_end_where_truncation_is(serve: Serve, backend: Listener) -> None:

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from OpenSSL import SSL
 
 from .conftest import Serve
-from .instance import Instance, Process, eventually
+from .instance import Event, Instance, Process, eventually
 from .peers import (
     Listener,
     TlsClient,
@@ -75,11 +75,15 @@ def connected(instance: Instance, listener: Listener, version: int) -> Iterator[
             yield Pair(instance, client, backend)
 
 
+def ended(pair: Pair) -> Event:
+    """What the log has of this connection's end."""
+    host, port = pair.client.socket.getsockname()[:2]
+    return pair.instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+
+
 def end_of(pair: Pair) -> str:
     """How the log has it that this connection ended."""
-    host, port = pair.client.socket.getsockname()[:2]
-    event = pair.instance.wait_for_event("connection_ended", client=f"{host}:{port}")
-    end: str = event["end"]
+    end: str = ended(pair)["end"]
     return end
 
 
@@ -167,8 +171,8 @@ def test_octets_are_counted_for_the_log(pair: Pair) -> None:
     pair.client.receive_exactly(300_000)
     pair.client.close_notify()
     pair.backend.shutdown(socket.SHUT_WR)
-    assert end_of(pair) == "clean"
-    event = pair.instance.events_named("connection_ended")[-1]
+    event = ended(pair)
+    assert event["end"] == "clean"
     assert (event["octets_from_client"], event["octets_to_client"]) == (1000, 300_000)
 
 

@@ -10,7 +10,7 @@ import pytest
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
-from .instance import Instance
+from .instance import Instance, free_port
 from .peers import Listener, TlsClient, alert_in
 
 TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
@@ -95,11 +95,12 @@ def test_no_signature_is_made_with_sha_1(instance: Instance) -> None:
 
 @pytest.mark.parametrize("version", ["-tls1", "-tls1_1"])
 def test_older_versions_get_protocol_version(instance: Instance, version: str) -> None:
-    answer = s_client(instance, version, "-cipher", "DEFAULT:@SECLEVEL=0")
+    earlier, here = len(instance.events()), f"127.0.0.1:{free_port()}"
+    answer = s_client(instance, version, "-bind", here, "-cipher", "DEFAULT:@SECLEVEL=0")
     assert answer.returncode == 1
     assert "alert protocol version" in answer.stderr
-    event = instance.wait_for_event("handshake_failed", detail="unsupported protocol")
-    assert event["end"] == "handshake_failed"
+    event = instance.wait_for_event("handshake_failed", since=earlier, client=here)
+    assert (event["end"], event["detail"]) == ("handshake_failed", "unsupported protocol")
 
 
 def test_the_post_quantum_hybrid_is_what_a_client_that_has_it_gets(instance: Instance) -> None:
