@@ -14,12 +14,13 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from titus_py import configuration
+from titus_py.configuration.tables import table_of
 from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.metrics import Metrics
 
@@ -75,14 +76,21 @@ class Table(NamedTuple):
 
 
 def tables() -> Iterator[Table]:
-    for name, field in configuration.Configuration.model_fields.items():
-        repeated = field.is_required()
-        model: type[BaseModel] = field.annotation.__args__[0] if repeated else field.annotation
-        heading = f"[[{name}]]" if repeated else f"[{name}]"
+    yield from _tables_of(configuration.Configuration, "")
+
+
+def _tables_of(outer: type[BaseModel], prefix: str) -> Iterator[Table]:
+    for name, field in outer.model_fields.items():
+        model = table_of(field)
+        if model is None:
+            continue
+        repeated = get_origin(field.annotation) is tuple
+        heading = f"[[{prefix}{name}]]" if repeated else f"[{prefix}{name}]"
         description = " ".join(model.__doc__.split()).removeprefix(f"{heading}: ")
         defaults = model.model_construct().model_dump(warnings=False)
         keys = [_key(key, of, defaults.get(key)) for key, of in model.model_fields.items()]
         yield Table(heading, description[0].upper() + description[1:], keys)
+        yield from _tables_of(model, f"{prefix}{name}.")
 
 
 def _key(name: str, field: FieldInfo, default: Any) -> Key:

@@ -8,6 +8,7 @@ import datetime
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.chain import UNREADABLE, Located, doubts, name_of
@@ -59,6 +60,8 @@ class Findings(NamedTuple):
     subject: str = ""
     names: tuple[str, ...] = ()
     not_after: str | None = None
+    #: Of the key: a server can show a client one certificate of each kind.
+    kind: str = ""
 
 
 def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
@@ -102,6 +105,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
         _subject(leaf),
         _names(leaf),
         leaf.not_valid_after_utc.isoformat(),
+        _kind(leaf),
     )
 
 
@@ -151,6 +155,16 @@ def _is_for(certificate: x509.Certificate, key: PrivateKey) -> bool:
         return certificate.public_key() == key.public_key()
     except UNREADABLE:
         return False
+
+
+def _kind(leaf: x509.Certificate) -> str:
+    try:
+        key = leaf.public_key()
+    except UNREADABLE:
+        return ""
+    if isinstance(key, rsa.RSAPublicKey):
+        return "RSA"
+    return "ECDSA" if isinstance(key, ec.EllipticCurvePublicKey) else "Ed25519"
 
 
 def _subject(leaf: x509.Certificate) -> str:

@@ -158,7 +158,7 @@ def contexts(certificate: Certificate) -> dict[str, SSL.Context]:
     credentials = Credentials(certificate.certificate.read_text(), certificate.key.read_text())
     return {
         name: make_context(
-            credentials, TlsSettings("TLSv1.2", "TLSv1.3", ciphers, None, None, False)
+            [credentials], TlsSettings("TLSv1.2", "TLSv1.3", ciphers, None, None, False)
         )
         for name, ciphers in (("default", None), ("mozilla", MOZILLA))
     }

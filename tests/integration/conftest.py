@@ -44,6 +44,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Authority(tmp_path_factory.mktemp("authority")).issue
 
 
+def _certificate(table: Table, certificates: Certificates) -> Table:
+    """What a virtual host has if it says nothing of certificates."""
+    if "certificates" in table or "certificate_dir" in table:
+        return {}
+    issued = certificates()
+    return {"certificate": issued.certificate, "key": issued.key}
+
+
 def _factory(certificates: Certificates, directories: pytest.TempPathFactory) -> Iterator[Serve]:
     instances: list[Instance] = []
 
@@ -59,12 +67,7 @@ def _factory(certificates: Certificates, directories: pytest.TempPathFactory) ->
         complete: Table = {
             "listen": [{"address": f"127.0.0.1:{free_port()}"}],
             "vhost": [
-                {
-                    "certificate": (issued := certificates()).certificate,
-                    "key": issued.key,
-                    "backend": backend,
-                    **table,
-                }
+                {"backend": backend, **_certificate(table, certificates), **table}
                 for table in vhost
             ],
             **tables,

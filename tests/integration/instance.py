@@ -113,9 +113,23 @@ def toml(tables: Mapping[str, Any]) -> str:
         heading = f"[[{name}]]" if isinstance(content, list) else f"[{name}]"
         for table in content if isinstance(content, list) else [content]:
             lines.append(heading)
+            within = {
+                f"{name}.{key}": value for key, value in table.items() if _holds_tables(value)
+            }
             # JSON's strings, numbers, booleans and arrays of them are TOML's.
-            lines += [f"{key} = {json.dumps(value, default=str)}" for key, value in table.items()]
+            lines += [
+                f"{key} = {json.dumps(value, default=str)}"
+                for key, value in table.items()
+                if f"{name}.{key}" not in within
+            ]
+            lines.append(toml(within))
     return "\n".join(lines) + "\n"
+
+
+def _holds_tables(value: object) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and any(isinstance(one, Mapping) for one in value)
+    )
 
 
 class Uids:

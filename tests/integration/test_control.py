@@ -105,7 +105,7 @@ def test_a_status_is_what_there_is(
     assert [vhost["backend"] for vhost in told["vhosts"]] == [echoing.address, "localhost:9"]
     assert told["vhosts"][0]["addresses"] == [echoing.address]
     assert "127.0.0.1:9" in told["vhosts"][1]["addresses"]
-    assert [vhost["certificate"] for vhost in told["vhosts"]] == [0, 1]
+    assert [vhost["certificates"] for vhost in told["vhosts"]] == [[0], [1]]
     shown = told["certificates"]
     assert [one["names"] for one in shown] == [
         ["www.example.org", "example.org"],

@@ -2,11 +2,13 @@
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 
@@ -272,3 +274,34 @@ def test_a_unix_socket_is_found_relative_to_the_configuration(serve: Serve) -> N
         with listener.accept() as backend:
             backend.sendall(b"found")
             assert client.receive_exactly(5) == b"found"
+
+
+# --- several certificates --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_two_kinds(serve_all: Serve, site: Site, certificates: Certificates) -> Instance:
+    table = site("both.example")
+    del table["certificate"], table["key"]
+    issued = [certificates(kind, "both.example") for kind in ("RSA-2048", "P-256")]
+    table["certificates"] = [{"certificate": one.certificate, "key": one.key} for one in issued]
+    return serve_all(vhost=[table])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (["-tls1_3"], ec.EllipticCurvePublicKey),
+        (["-tls1_2"], ec.EllipticCurvePublicKey),
+        (["-tls1_3", "-sigalgs", "rsa_pss_rsae_sha256"], rsa.RSAPublicKey),
+        (["-tls1_2", "-cipher", "ECDHE+aRSA"], rsa.RSAPublicKey),
+    ],
+)
+def test_a_client_is_shown_the_certificate_that_it_can_verify(
+    of_two_kinds: Instance, options: list[str], kind: type
+) -> None:
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{of_two_kinds.port}", *options]
+    said = subprocess.run(command, input=b"", capture_output=True, timeout=20, check=True).stdout
+    pem = said[said.index(b"-----BEGIN") :]
+    assert isinstance(x509.load_pem_x509_certificate(pem).public_key(), kind)
+    assert b"both.example" in said

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from titus_py.audit.finding import Finding, Subject, broken, holds, not_available
 from titus_py.audit.instance import Process, Role, connections_to
@@ -127,10 +126,11 @@ class Probe:
         except OSError as error:
             raise Unanswered(f"no handshake with {self.place.address}: {error}") from None
         self.certificate = x509.load_der_x509_certificate(self._tls.getpeercert(True) or b"")
-        configured = x509.load_pem_x509_certificates(self.place.vhost.certificate.read_bytes())[0]
+        files = [one.certificate for one in self.place.vhost.credentials.values()]
+        configured = [x509.load_pem_x509_certificates(file.read_bytes())[0] for file in files]
         text = f"{self._tls.version()}, {self.certificate.subject.rfc4514_string() or 'no subject'}"
-        same = self.certificate.public_bytes(Encoding.DER) == configured.public_bytes(Encoding.DER)
-        seen = holds(text) if same else broken(f"{text}: not {self.place.vhost.certificate}")
+        same = self.certificate in configured
+        seen = holds(text) if same else broken(f"{text}: not {' or '.join(map(str, files))}")
         name = self.place.name or "no name"
         return Finding(
             "certificate",

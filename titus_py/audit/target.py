@@ -66,9 +66,10 @@ class Target(NamedTuple):
     def key_files(self) -> list[tuple[Path, Path | None]]:
         """The private keys, each with the file of its passphrase if it may need one."""
         found = {
-            (vhost.key, vhost.passphrase_file)
+            (one.key, one.passphrase_file)
             for vhost in self.configuration.vhost
-            if vhost.key is not None
+            for one in vhost.credentials.values()
+            if one.key is not None
         }
         if self.configuration.keyd.socket is not None:
             for process in self.processes():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from titus_py.between.virtual_host import TlsSettings
 
 __all__ = [
+    "Certificate",
     "Limits",
     "Plan",
     "ResolvedAddress",
@@ -39,15 +40,21 @@ class Limits(NamedTuple):
     lifetime: float | None
 
 
+class Certificate(NamedTuple):
+    """What a host shows, PEM; ``key`` is the SHA-256 of the public key, in hexadecimal."""
+
+    chain: str
+    key_reference: str
+    key: str
+
+
 class VirtualHost(NamedTuple):
-    """One [[vhost]]; ``key`` is the SHA-256 of the public key, in hexadecimal."""
+    """One [[vhost]]; its certificates are each for another kind of key."""
 
     server_names: tuple[str, ...] | None
     local_address: str | None
     local_port: int | None
-    certificate_chain: str
-    key_reference: str
-    key: str
+    certificates: tuple[Certificate, ...]
     backend: str
     tls: TlsSettings
     truncated: str
@@ -90,7 +97,13 @@ class Plan(NamedTuple):
         fields = json.loads(octets)
         fields["limits"] = Limits(*fields["limits"])
         fields["vhosts"] = tuple(
-            VirtualHost(**vhost | {"tls": TlsSettings.decode(vhost["tls"])})
+            VirtualHost(
+                **vhost
+                | {
+                    "certificates": tuple(Certificate(*one) for one in vhost["certificates"]),
+                    "tls": TlsSettings.decode(vhost["tls"]),
+                }
+            )
             for vhost in fields["vhosts"]
         )
         fields["addresses"] = {

@@ -89,11 +89,9 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         return
     paths = {"keyd.socket": configuration.keyd.socket}
     for i, vhost in enumerate(configuration.vhost):
-        paths |= {
-            f"vhost[{i}].certificate": vhost.certificate,
-            f"vhost[{i}].key": vhost.key,
-            f"vhost[{i}].passphrase_file": vhost.passphrase_file,
-        }
+        for place, credential in vhost.credentials.items():
+            for field, path in credential._asdict().items():
+                paths[f"vhost[{i}].{place}{field}"] = path
         if isinstance(vhost.backend, UnixAddress):
             paths[f"vhost[{i}].backend"] = Path(vhost.backend.path)
     for key, path in paths.items():

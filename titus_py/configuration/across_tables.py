@@ -29,6 +29,7 @@ from titus_py.configuration.uids import (
 )
 
 __all__ = [
+    "certificate_mistakes",
     "each_valid",
     "exposed_files",
     "key_mistakes",
@@ -128,19 +129,46 @@ def _lack_of_uids(worker: Uids, generations: int) -> str | None:
 def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     """Either titus-py starts a keyd, which needs every key, or another keyd has them all."""
     keyd = valid_part(KeydSocket, tables["keyd"], source)
-    vhosts = tables.get("vhost")
-    if keyd is None or not isinstance(vhosts, list):
+    if keyd is None:
         return
-    for i, vhost in enumerate(vhosts):
-        if isinstance(vhost, dict) and keyd.socket is None and "key" not in vhost:
-            yield source.mistake(f"vhost[{i}].key", "is missing")
-        elif isinstance(vhost, dict) and keyd.socket is not None:
+    for place, table in _with_certificate(tables):
+        if keyd.socket is None and "key" not in table:
+            yield source.mistake(f"{place}.key", "is missing")
+        elif keyd.socket is not None:
             for field in ("key", "passphrase_file"):
-                if field in vhost:
+                if field in table:
                     yield source.mistake(
-                        f"vhost[{i}].{field}",
+                        f"{place}.{field}",
                         f"is not for this program to read: the keyd at {keyd.socket} has the keys",
                     )
+
+
+def certificate_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """A virtual host has one certificate, or tables with several of them."""
+    for i, vhost in _tables(tables.get("vhost")):
+        if vhost.get("certificates"):
+            reason = "goes into one of the tables [[vhost.certificates]]"
+            for field in ("certificate", "key", "passphrase_file"):
+                if vhost.get(field) is not None:
+                    yield source.mistake(f"vhost[{i}].{field}", reason)
+        elif "certificate" not in vhost:
+            yield source.mistake(f"vhost[{i}].certificate", "is missing")
+
+
+def _with_certificate(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables that name a certificate and its key, and where they are."""
+    for i, vhost in _tables(tables.get("vhost")):
+        if not vhost.get("certificates"):
+            yield f"vhost[{i}]", vhost
+        for j, table in _tables(vhost.get("certificates")):
+            yield f"vhost[{i}].certificates[{j}]", table
+
+
+def _tables(value: object) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The tables of an array, with their indices; what is no table is a mistake already."""
+    for index, table in enumerate(value if isinstance(value, list) else []):
+        if isinstance(table, dict):
+            yield index, table
 
 
 def too_many(
@@ -269,7 +297,7 @@ def _takers(vhosts: Mapping[int, Match]) -> dict[str | None, list[int]]:
 
 def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -> Iterator[Mistake]:
     warned = set()
-    for credential, (vhost, *_) in credentials.items():
+    for credential, (place, *_) in credentials.items():
         for field in ("key", "passphrase_file"):
             path = getattr(credential, field)
             if path is None or path in warned:
@@ -281,7 +309,7 @@ def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -
                 continue
             if mode & 0o066:
                 yield source.mistake(
-                    f"{vhost}.{field}",
+                    f"{place}{field}",
                     f"{path}: others than its owner can read or write it "
                     f"(mode {mode:04o}): chmod 600",
                 )

@@ -6,13 +6,14 @@ another, ``titus_py.fork_server.handshake_check``, tries what the workers will d
 answers are trusted like keyd's, once their form is checked.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from titus_py.configuration import Configuration, Credential, Loaded, Mistake
+from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Source
@@ -35,13 +36,14 @@ class CertificateFacts(NamedTuple):
     subject: str  #: RFC 4514
     names: tuple[str, ...]  #: DNS names and IP addresses of the subjectAltName
     not_after: datetime
+    kind: str = ""  #: of its key, as far as a server can show one of each: RSA, ECDSA or Ed25519
 
 
 class Checked(NamedTuple):
     """A configuration that can be served, or every mistake in it.
 
     ``configuration`` is None exactly if there are mistakes. If there are none, ``certificates``
-    has an entry for each virtual host's ``credential``. ``files`` watches the files that were
+    has an entry for each credential of a virtual host. ``files`` watches the files that were
     read, from before they were read: no later change is missed.
     """
 
@@ -68,6 +70,7 @@ class _Answer(BaseModel):
     subject: str
     names: tuple[str, ...]
     not_after: AwareDatetime | None
+    kind: str = ""
 
     @model_validator(mode="after")
     def _mistakes_or_facts(self) -> Self:
@@ -79,7 +82,7 @@ class _Answer(BaseModel):
         if self.mistakes or not (self.chain and self.key_id and self.reference and self.not_after):
             return None
         key_id = bytes.fromhex(self.key_id)
-        public = self.subject, self.names, self.not_after
+        public = self.subject, self.names, self.not_after, self.kind
         return CertificateFacts(self.chain, key_id, self.reference, *public)
 
 
@@ -111,12 +114,12 @@ def check(
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
         answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
-        for (credential, vhosts), answer in zip(loaded.credentials.items(), answers, strict=True):
-            first, *others = vhosts
-            also = _also(source, others)
+        for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
+            first, *others = places
+            also = _also(source, [place.removesuffix(".") for place in others])
             for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
                 found += [
-                    source.mistake(f"{first}.{problem.field}", problem.reason + also)
+                    source.mistake(f"{first}{problem.field}", problem.reason + also)
                     for problem in problems
                 ]
             if (facts := answer.facts()) is not None:
@@ -125,6 +128,7 @@ def check(
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
     warnings += _misnamed(loaded, certificates)
+    mistakes += _of_one_kind(loaded, certificates)
     try:
         tried = _try_handshakes(handshake_check, loaded, certificates, timeout)
         mistakes += tried[0]
@@ -159,23 +163,52 @@ def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[
 def _misnamed(
     loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
 ) -> Iterator[Mistake]:
-    """Warnings of virtual hosts whose certificate is for other names."""
+    """Warnings of virtual hosts with a certificate for other names than they have, or others."""
     vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
     for number, vhost in enumerate(vhosts):
-        facts = certificates.get(vhost.credential)
-        if facts is None:
-            continue
-        if not facts.names:
-            yield loaded.source.mistake(
-                f"vhost[{number}].certificate",
-                f"{vhost.certificate} has no name in it (subjectAltName): no client will accept it",
-            )
-        elif missing := uncovered(vhost.sni or (), facts.names):
-            yield loaded.source.mistake(
-                f"vhost[{number}].sni",
-                f"{vhost.certificate} is not for {_some(missing)}, and clients will refuse it: "
-                f"it is for {_some(facts.names)}",
-            )
+        shown = {
+            place: (credential.certificate, certificates[credential].names)
+            for place, credential in vhost.credentials.items()
+            if credential in certificates
+        }
+        for place, (file, names) in shown.items():
+            if not names:
+                yield loaded.source.mistake(
+                    f"vhost[{number}].{place}certificate",
+                    f"{file} has no name in it (subjectAltName): no client will accept it",
+                )
+            elif missing := uncovered(vhost.sni or (), names):
+                yield loaded.source.mistake(
+                    f"vhost[{number}].sni",
+                    f"{file} is not for {_some(missing)}, and clients will refuse it: "
+                    f"it is for {_some(names)}",
+                )
+        for (one, names), (other, others) in itertools.pairwise(shown.values()):
+            if set(names) != set(others):
+                yield loaded.source.mistake(
+                    f"vhost[{number}].certificates",
+                    f"{one} is for {_some(names)}, and {other} for {_some(others)}: which of them "
+                    "a client is shown depends on the kinds of keys that it knows",
+                )
+
+
+def _of_one_kind(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Mistakes of virtual hosts with two certificates of which OpenSSL would show only one."""
+    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
+    for number, vhost in enumerate(vhosts):
+        first: dict[str, str] = {}
+        for place, credential in vhost.credentials.items():
+            if (facts := certificates.get(credential)) is None:
+                continue
+            key = f"vhost[{number}].{place}certificate"
+            if (other := first.setdefault(facts.kind, key)) != key:
+                yield loaded.source.mistake(
+                    key,
+                    f"{credential.certificate} is for a key of the same kind ({facts.kind}) as "
+                    f"{loaded.source.reference(other)}: there can be one of each kind",
+                )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -197,15 +230,7 @@ def _try_handshakes(
     vhosts = loaded.configuration.vhost
     question = []
     for vhost in vhosts:
-        facts = certificates.get(vhost.credential)
-        question.append(
-            {
-                "certificate": str(vhost.certificate),
-                "chain": facts and facts.chain,
-                "reference": facts and facts.reference,
-                "settings": vhost.tls,
-            }
-        )
+        question.append({"certificates": list(_shown(vhost, certificates)), "settings": vhost.tls})
     octets = helper.ask(question, timeout + len(vhosts) / 2)
     try:
         answers = _HANDSHAKES.validate_json(octets)
@@ -217,6 +242,20 @@ def _try_handshakes(
         _for_all_alike(loaded.source, [mistakes for mistakes, _ in answers]),
         _for_all_alike(loaded.source, [warnings for _, warnings in answers]),
     )
+
+
+def _shown(
+    vhost: VirtualHost, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[dict[str, str]]:
+    """The certificates of a virtual host that nothing is wrong with, for a handshake check."""
+    for place, credential in vhost.credentials.items():
+        if (facts := certificates.get(credential)) is not None:
+            yield {
+                "setting": f"{place}certificate",
+                "file": str(credential.certificate),
+                "chain": facts.chain,
+                "reference": facts.reference,
+            }
 
 
 def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -> list[Mistake]:

@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 from pydantic_core import ErrorDetails
 
 from titus_py.configuration.mistake import Mistake, Source, described, nearest
-from titus_py.configuration.tables import TABLES, Configuration
+from titus_py.configuration.tables import TABLES, Configuration, Table, table_of
 
 __all__ = ["explained"]
 
@@ -26,12 +27,13 @@ def explained(details: ErrorDetails, source: Source) -> Mistake:
 
 
 def _unknown_key(details: ErrorDetails) -> str:
-    *path, key = map(str, details["loc"])
-    table = TABLES[path[0]] if path else Configuration
+    *path, key = details["loc"]
+    table = _table(path)
     is_table = isinstance(details["input"], dict) or (
         isinstance(details["input"], list) and dict in map(type, details["input"])
     )
     kind = "table" if is_table else "key"
+    key = str(key)
     meant = nearest(key.lower().replace("-", "_"), table.model_fields)
     homes = [_heading(name) for name, model in TABLES.items() if key in model.model_fields]
     if homes and not (path and meant):
@@ -39,6 +41,15 @@ def _unknown_key(details: ErrorDetails) -> str:
     if meant:
         return f"unknown {kind}: did you mean {meant}?"
     return f"unknown {kind}: known here are {', '.join(table.model_fields)}"
+
+
+def _table(path: Sequence[str | int]) -> type[Table]:
+    """The model of the table at this place, which may be within another table."""
+    table: type[Table] = Configuration
+    for part in path:
+        if isinstance(part, str):
+            table = table_of(table.model_fields[part]) or table
+    return table
 
 
 def _reason(details: ErrorDetails, key: str) -> str:
@@ -52,7 +63,7 @@ def _reason(details: ErrorDetails, key: str) -> str:
         case "tuple_type":
             return f"expected tables, each headed {_heading(key)}, not {found}"
         case "model_type":
-            return f"expected a table, {_heading(key.partition('[')[0])}, not {found}"
+            return f"expected a table, {_heading(key)}, not {found}"
         case "literal_error":
             return f"expected {limits['expected']}, not {found}".replace("'", '"')
         case "int_type":
@@ -66,5 +77,7 @@ def _reason(details: ErrorDetails, key: str) -> str:
     return details["msg"]
 
 
-def _heading(table: str) -> str:
-    return f"[[{table}]]" if table in ("listen", "vhost") else f"[{table}]"
+def _heading(key: str) -> str:
+    table = re.sub(r"\[\d+\]", "", key)
+    arrays = ("listen", "vhost", "vhost.certificates")
+    return f"[[{table}]]" if table in arrays else f"[{table}]"

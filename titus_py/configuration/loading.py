@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from titus_py.configuration import toml
 from titus_py.configuration.across_tables import (
+    certificate_mistakes,
     each_valid,
     exposed_files,
     key_mistakes,
@@ -35,7 +36,7 @@ class Loaded(NamedTuple):
     """A configuration, or every mistake in it.
 
     ``configuration`` is None exactly if there are mistakes. ``credentials`` are the
-    certificates with their keys, each with the virtual hosts (``vhost[0]``) that use it. They are
+    certificates with their keys, each with the places of its settings (``vhost[0].``). They are
     there even if other parts of the file are mistaken, so that their files can be checked too.
     """
 
@@ -127,6 +128,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
     vhosts = dict(each_valid(Match, tables, "vhost", source))
     mistakes += uid_mistakes(tables, source)
+    mistakes += certificate_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)
     mistakes += overlaps(listeners, source)
     mistakes += metrics_mistakes(tables, listeners, source)
@@ -140,7 +142,8 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
 
     credentials: dict[Credential, list[str]] = {}
     for i, table in each_valid(Credentials, tables, "vhost", source):
-        credentials.setdefault(table.credential, []).append(f"vhost[{i}]")
+        for place, credential in table.credentials.items():
+            credentials.setdefault(credential, []).append(f"vhost[{i}].{place}")
     mistakes += too_many(tables, credentials, source)
     warnings = [*uid_warnings(tables, source), *exposed_files(credentials, source)]
     if configuration is not None:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import IPAddress
@@ -44,6 +45,7 @@ from titus_py.configuration.values import (
 __all__ = [
     "TABLES",
     "Backend",
+    "Certificate",
     "Configuration",
     "Credential",
     "Credentials",
@@ -59,6 +61,7 @@ __all__ = [
     "Uids",
     "VirtualHost",
     "Worker",
+    "table_of",
 ]
 
 
@@ -73,6 +76,10 @@ class Credential(NamedTuple):
 
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _described(table: type[Table], key: str) -> str:
+    return table.model_fields[key].description or ""
 
 
 class Uids(Table):
@@ -256,8 +263,8 @@ class Match(Table):
         return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
 
 
-class Credentials(Table):
-    """The part of [[vhost]] that names what it shows to clients."""
+class Certificate(Table):
+    """[[vhost.certificates]]: one of several certificates of a virtual host."""
 
     certificate: File = Field(
         description="The certificate in PEM, followed by the rest of its chain. What else the file "
@@ -272,9 +279,37 @@ class Credentials(Table):
         default=None, description="A file whose first line is the passphrase of an encrypted key."
     )
 
+
+class Credentials(Table):
+    """The part of [[vhost]] that names what it shows to clients."""
+
+    certificate: File | None = Field(
+        default=None,
+        description=_described(Certificate, "certificate") + " Absent where there are several: "
+        "[[vhost.certificates]].",
+    )
+    key: File | None = Field(default=None, description=_described(Certificate, "key"))
+    passphrase_file: File | None = Field(
+        default=None, description=_described(Certificate, "passphrase_file")
+    )
+    certificates: tuple[Certificate, ...] = Field(
+        default=(),
+        description="Several certificates for the same names, one for each kind of key (RSA, "
+        "ECDSA, Ed25519), instead of certificate and key: tables headed [[vhost.certificates]], "
+        "each with certificate, key and, if need be, passphrase_file. A client is shown the first "
+        "that it can verify: ECDSA, then Ed25519, then RSA.",
+    )
+
     @property
-    def credential(self) -> Credential:
-        return Credential(self.certificate, self.key, self.passphrase_file)
+    def credentials(self) -> dict[str, Credential]:
+        """By the place of their keys within [[vhost]]: "", or ``certificates[0].``, and so on."""
+        places: dict[str, Credentials | Certificate] = {"": self}
+        places |= {f"certificates[{i}].": one for i, one in enumerate(self.certificates)}
+        return {
+            place: Credential(one.certificate, one.key, one.passphrase_file)
+            for place, one in places.items()
+            if one.certificate is not None
+        }
 
 
 class Backend(Table):
@@ -379,6 +414,14 @@ class Configuration(Table):
     vhost: Annotated[tuple[VirtualHost, ...], AfterValidator(_not_empty)] = Field(
         description="The virtual hosts, the first that matches taken: one table each."
     )
+
+
+def table_of(field: FieldInfo) -> type[Table] | None:
+    """The model of a key that is a table, or an array of tables; None for any other key."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, Table):
+            return kind
+    return None
 
 
 TABLES: Mapping[str, type[Table]] = {

@@ -109,12 +109,7 @@ def lines_of(text: str) -> dict[str, int]:
             brackets, heading, key = head.groups()
             path = ".".join(part.strip("\"'") for part in _PARTS.findall(heading or key))
             if brackets:
-                array, dot, rest = path.partition(".")
-                if brackets == "[[" and not rest:
-                    counts[array] = counts.get(array, 0) + 1
-                path = table = (f"{array}[{counts[array] - 1}]" if array in counts else array) + (
-                    dot + rest
-                )
+                path = table = _indexed(path, brackets == "[[", counts)
             elif table:
                 path = f"{table}.{path}"
             lines.setdefault(path, line)
@@ -122,6 +117,21 @@ def lines_of(text: str) -> dict[str, int]:
         line += text.count("\n", at, end)
         at = end
     return lines
+
+
+def _indexed(heading: str, is_array: bool, counts: dict[str, int]) -> str:
+    """``vhost.certificates`` as ``vhost[0].certificates[1]``; counts the table if it is another."""
+    path = ""
+    *outer, last = heading.split(".")
+    for part in outer:
+        path += part
+        if path in counts:
+            path += f"[{counts[path] - 1}]"
+        path += "."
+    path += last
+    if is_array:
+        counts[path] = counts.get(path, 0) + 1
+    return f"{path}[{counts[path] - 1}]" if path in counts else path
 
 
 def _end_of_statement(text: str, at: int) -> int:

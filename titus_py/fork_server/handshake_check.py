@@ -5,8 +5,9 @@ OpenSSL. It makes the contexts that the fork server will make, with the certific
 references that ``keyd check`` found. It then takes a handshake of each TLS version to the point
 where keyd would be asked. There is no keyd here, and no private key. It trusts the supervisor.
 
-Standard input is a JSON list of questions (``_Question``). Standard output is a JSON list of
-answers. Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
+Standard input is a JSON list of questions, one for each virtual host: its settings, and those of
+its certificates that nothing is wrong with (``_Shown``). Standard output is a JSON list of answers.
+Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
 """
 
 import json
@@ -50,47 +51,55 @@ Problems = list[tuple[str, str]]
 _SHOWN = 3
 
 
-class _Question(NamedTuple):
-    """A virtual host; the files of its certificate are None if something is wrong with them."""
+class _Shown(NamedTuple):
+    """One certificate of a virtual host."""
 
-    certificate: str | None  #: the path
-    chain: str | None
-    reference: str | None
-    settings: TlsSettings
+    setting: str  #: the setting that names it
+    file: str
+    chain: str
+    reference: str
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.chain, self.reference)
 
 
 def main() -> int:
     """``python -m titus_py.fork_server.handshake_check``."""
     answers = []
-    for fields in json.load(sys.stdin):
-        question = _Question(**fields | {"settings": TlsSettings.decode(fields["settings"])})
-        settings = question.settings
-        key = _kind(question.chain) if question.chain is not None else None
-        mistakes = _cipher_mistakes(settings, key) + _group_mistakes(settings)
-        warnings = [] if mistakes else _left_out(settings, key)
-        if key is not None and not mistakes:
-            mistakes = _handshake_mistakes(question)
+    for question in json.load(sys.stdin):
+        settings = TlsSettings.decode(question["settings"])
+        shown = [_Shown(**fields) for fields in question["certificates"]]
+        keys = tuple(_kind(one.chain) for one in shown)
+        mistakes = _cipher_mistakes(settings, keys) + _group_mistakes(settings)
+        warnings = [] if mistakes else _left_out(settings, keys)
+        if not mistakes:
+            for one, key in zip(shown, keys, strict=True):
+                mistakes = mistakes + _handshake_mistakes(one, key, settings)
         answers.append((mistakes, warnings))
     json.dump(answers, sys.stdout)
     return 0
 
 
 @cache
-def _handshake_mistakes(question: _Question) -> Problems:
-    """Mistakes that show when the fork server's context is made and used for handshakes."""
-    settings = question.settings
+def _handshake_mistakes(shown: _Shown, key: str, settings: TlsSettings) -> Problems:
+    """Mistakes that show when the fork server's context is made and used for handshakes.
+
+    Each certificate is tried alone: of several, a client sees one.
+    """
     try:
-        credentials = Credentials(question.chain or "", question.reference or "")
-        context = make_context(credentials, settings)
+        context = make_context([shown.credentials], settings)
     except SSL.Error as error:
-        return [_refused(question, error)]
+        return [_refused(shown, settings, error)]
     found = []
     for version in VERSIONS:
-        if settings.min_version <= version <= settings.max_version:
+        # The TLS 1.2 suites may be for another one of the virtual host's certificates.
+        possible = version != "TLSv1.2" or _fit(settings, (key,))
+        if settings.min_version <= version <= settings.max_version and possible:
             try:
                 _shake_hands(context, settings, version)
             except _Failed as failed:
-                found.append(_blamed(question, version, str(failed)))
+                found.append(_blamed(shown, settings, version, str(failed)))
     return found
 
 
@@ -108,7 +117,7 @@ def _kind(chain: str) -> str:
 
 
 @cache
-def _cipher_mistakes(settings: TlsSettings, key: str | None) -> Problems:
+def _cipher_mistakes(settings: TlsSettings, keys: tuple[str, ...]) -> Problems:
     """Mistakes in the two lists of suites: no handshake is possible, or a part is never offered."""
     ciphers, ciphersuites = settings.ciphers, settings.ciphersuites
     found = []
@@ -116,9 +125,9 @@ def _cipher_mistakes(settings: TlsSettings, key: str | None) -> Problems:
         found += [("ciphers", reason) for reason in _never(ciphers)]
         if not found and not selected_suites(ciphers):
             found.append(("ciphers", f"OpenSSL finds no cipher suite in {ciphers!r}"))
-    if not found and settings.min_version == "TLSv1.2" and not _fit(settings, key):
-        reasons = [reason for setting, reason in _left_out(settings, key) if setting == "ciphers"]
-        if key is not None:
+    if not found and settings.min_version == "TLSv1.2" and not _fit(settings, keys):
+        reasons = [reason for setting, reason in _left_out(settings, keys) if setting == "ciphers"]
+        for key in keys[:1]:
             # Ed25519 goes with the suites of ECDSA (RFC 8422 §5.10).
             kind = "RSA" if key == "RSA" else "ECDSA"
             reasons.append(
@@ -135,13 +144,13 @@ def _cipher_mistakes(settings: TlsSettings, key: str | None) -> Problems:
     return found
 
 
-def _fit(settings: TlsSettings, key: str | None) -> set[str]:
-    """The TLS 1.2 suites that are offered and go with this kind of key, or with any."""
+def _fit(settings: TlsSettings, keys: tuple[str, ...]) -> set[str]:
+    """The TLS 1.2 suites that are offered and go with one of these keys; without keys, all."""
     offered = set(_offered(settings))
-    if key is None:
+    if not keys:
         return offered
     ecdsa = set(selected_suites("aECDSA"))
-    return offered - ecdsa if key == "RSA" else offered & ecdsa
+    return set[str]().union(*(offered - ecdsa if key == "RSA" else offered & ecdsa for key in keys))
 
 
 def _offered(settings: TlsSettings) -> tuple[str, ...]:
@@ -187,10 +196,11 @@ _NOWHERE = {
 
 
 @cache
-def _left_out(settings: TlsSettings, key: str | None) -> Problems:
+def _left_out(settings: TlsSettings, keys: tuple[str, ...]) -> Problems:
     """What the settings ask for without effect: a line for each reason."""
     found = []
-    if settings.rsa_key_exchange and key not in (None, "RSA"):
+    has_rsa = not keys or "RSA" in keys
+    if settings.rsa_key_exchange and not has_rsa:
         found.append(("rsa_key_exchange", "has no effect: the certificate is not for an RSA key"))
     if settings.ciphers is None or settings.min_version != "TLSv1.2":
         return found
@@ -200,7 +210,7 @@ def _left_out(settings: TlsSettings, key: str | None) -> Problems:
     reasons = [
         ([suite for suite in selected if suite in missing.intersection(selected_suites(kind))], why)
         for kind, why in _NOT_HERE.items()
-        if key in (None, "RSA")
+        if has_rsa
     ]
     reasons += [
         ([element for element in elements if _are(element, kind, missing)], why)
@@ -249,23 +259,23 @@ _TOO_WEAK = {
 }
 
 
-def _refused(question: _Question, error: SSL.Error) -> tuple[str, str]:
+def _refused(shown: _Shown, settings: TlsSettings, error: SSL.Error) -> tuple[str, str]:
     """Which certificate of the chain OpenSSL does not take, and why."""
-    chain = x509.load_pem_x509_certificates((question.chain or "").encode())
+    chain = x509.load_pem_x509_certificates(shown.chain.encode())
     where = "it"
     for length in range(1, len(chain) + 1):
         part = "".join(one.public_bytes(Encoding.PEM).decode() for one in chain[:length])
         try:
-            make_context(Credentials(part, question.reference or ""), question.settings)
+            make_context([Credentials(part, shown.reference)], settings)
         except SSL.Error:
             if length > 1:
                 where = f"certificate {length}, {name_of(chain[length - 1])}"
             break
     reason = _reason(error)
-    level = security_level(question.settings.ciphers)
+    level = security_level(settings.ciphers)
     return (
-        "certificate",
-        f"{question.certificate}: no handshake is possible with {where}: "
+        shown.setting,
+        f"{shown.file}: no handshake is possible with {where}: "
         f"{_TOO_WEAK.get(reason, reason)} (OpenSSL at security level {level}: {reason})",
     )
 
@@ -274,9 +284,8 @@ class _Failed(Exception):
     """A handshake cannot be completed; the text says why, in OpenSSL's words."""
 
 
-def _blamed(question: _Question, version: str, reason: str) -> tuple[str, str]:
+def _blamed(shown: _Shown, settings: TlsSettings, version: str, reason: str) -> tuple[str, str]:
     """The setting to blame for a failed handshake, and the reason."""
-    settings = question.settings
     if version == "TLSv1.2" and settings.groups is not None:
         return "groups", (
             f"no TLS 1.2 handshake is possible with {', '.join(settings.groups)} ({reason}): "
@@ -284,9 +293,7 @@ def _blamed(question: _Question, version: str, reason: str) -> tuple[str, str]:
         )
     if version == "TLSv1.3" and settings.ciphersuites is not None:
         return "ciphersuites", f"no handshake is possible with {version}: {reason}"
-    return "certificate", (
-        f"{question.certificate}: no handshake is possible with it: {version}: {reason}"
-    )
+    return shown.setting, (f"{shown.file}: no handshake is possible with it: {version}: {reason}")
 
 
 def _shake_hands(context: SSL.Context, settings: TlsSettings, version: str) -> None:

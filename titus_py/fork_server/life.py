@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def _site(vhost: VirtualHost) -> Site:
-    credentials = Credentials(vhost.certificate_chain, vhost.key_reference)
+    credentials = [Credentials(one.chain, one.key_reference) for one in vhost.certificates]
     context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
     return Site(names, context, vhost.truncated == "reset", vhost.passes_tls_facts)

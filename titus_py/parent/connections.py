@@ -232,8 +232,9 @@ class Connections:
             operations = {Operation.SIGN}
             if vhost.tls.rsa_key_exchange:
                 operations.add(Operation.DECRYPT)
-            key = bytes.fromhex(vhost.key)
-            grants[key] = grants.get(key, frozenset()) | operations
+            for certificate in vhost.certificates:
+                key = bytes.fromhex(certificate.key)
+                grants[key] = grants.get(key, frozenset()) | operations
         return Offer(vhosts, grants)
 
 

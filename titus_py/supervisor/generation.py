@@ -25,7 +25,7 @@ from keyd.provider import openssl_configuration
 from titus_py import configuration
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD
-from titus_py.between.plan import Limits, Plan, ResolvedAddress, VirtualHost
+from titus_py.between.plan import Certificate, Limits, Plan, ResolvedAddress, VirtualHost
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import Checked
 
@@ -190,17 +190,15 @@ class Generation:
     @property
     def key_ids(self) -> set[str]:
         """The keys that keyd is to have: SHA-256 of the public key, in hexadecimal."""
-        return {
-            self.certificates[vhost.credential].key_id.hex() for vhost in self.configuration.vhost
-        }
+        return {facts.key_id.hex() for facts in self.certificates.values()}
 
     def start_keyd(self) -> socket.socket:
         """Start keyd; returns the parent's end of its control socket. Raises OSError."""
         keyd = self.configuration.keyd.user
         files = dict.fromkeys(
-            (str(vhost.key), vhost.passphrase_file and str(vhost.passphrase_file))
-            for vhost in self.configuration.vhost
-            if vhost.key is not None
+            (str(one.key), one.passphrase_file and str(one.passphrase_file))
+            for one in self.certificates
+            if one.key is not None
         )
         self.keyd, control = _start_keyd(
             {
@@ -266,14 +264,14 @@ class Generation:
             self.starting.add(child)
 
     def _virtual_host(self, vhost: configuration.VirtualHost) -> VirtualHost:
-        facts = self.certificates[vhost.credential]
+        shown = [self.certificates[one] for one in vhost.credentials.values()]
         return VirtualHost(
             server_names=vhost.sni,
             local_address=vhost.local_address,
             local_port=vhost.local_port,
-            certificate_chain=facts.chain,
-            key_reference=facts.reference,
-            key=facts.key_id.hex(),
+            certificates=tuple(
+                Certificate(facts.chain, facts.reference, facts.key_id.hex()) for facts in shown
+            ),
             backend=str(vhost.backend),
             tls=vhost.tls,
             truncated=vhost.truncated,

@@ -97,7 +97,7 @@ class Status:
                         address_text(address)
                         for _, address in self._backends.addresses.get(vhost.backend, ())
                     ],
-                    "certificate": credentials.index(vhost.credential),
+                    "certificates": [credentials.index(one) for one in vhost.credentials.values()],
                 }
                 for vhost in serving.configuration.vhost
             ],

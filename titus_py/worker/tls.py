@@ -74,14 +74,17 @@ _PRIORITIZE_CHACHA = 1 << 21
 
 
 class Credentials(NamedTuple):
-    """What a context presents: PEM text, both."""
+    """A certificate that a context presents, and its key: PEM text, both."""
 
     certificate_chain: str
     key_reference: str
 
 
-def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context:
-    """A server's context; raises SSL.Error if OpenSSL rejects what it is given."""
+def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> SSL.Context:
+    """A server's context; raises SSL.Error if OpenSSL rejects what it is given.
+
+    The credentials are each for another kind of key: OpenSSL shows a client what it can verify.
+    """
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(VERSIONS[settings.min_version])
     context.set_max_proto_version(VERSIONS[settings.max_version])
@@ -101,11 +104,12 @@ def make_context(credentials: Credentials, settings: TlsSettings) -> SSL.Context
     # has no AES in its hardware, and gets ChaCha20.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
-    with _as_path(credentials.certificate_chain) as path:
-        context.use_certificate_chain_file(path)
-    with _as_path(credentials.key_reference) as path:
-        context.use_privatekey_file(path)
-    context.check_privatekey()
+    for one in credentials:
+        with _as_path(one.certificate_chain) as path:
+            context.use_certificate_chain_file(path)
+        with _as_path(one.key_reference) as path:
+            context.use_privatekey_file(path)
+        context.check_privatekey()
     return context
 
 

@@ -68,7 +68,7 @@ def make_status() -> dict[str, Any]:
                 "backend": "app:8080",
                 "send_proxy": "v1",
                 "addresses": ["192.0.2.7:8080"],
-                "certificate": 0,
+                "certificates": [0],
             },
             {
                 "names": None,
@@ -77,7 +77,7 @@ def make_status() -> dict[str, Any]:
                 "backend": "unix:/run/app.sock",
                 "send_proxy": None,
                 "addresses": [],
-                "certificate": 0,
+                "certificates": [0],
             },
         ],
         "certificates": [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,13 @@ def write_key(path: Path, key: Key, passphrase: bytes | None = None) -> None:
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
 
 
-def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> None:
+def write_certificate(
+    path: Path,
+    key: Key,
+    days: int = 90,
+    age: int = 1,
+    names: Sequence[str] = ("www.example.org", "*.example.org"),
+) -> None:
     """Begun ``age`` days ago and ending ``days`` from now."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "www.example.org")])
     now = datetime.datetime.now(datetime.UTC)
@@ -81,9 +88,7 @@ def write_certificate(path: Path, key: Key, days: int = 90, age: int = 1) -> Non
         .not_valid_before(now - datetime.timedelta(days=age))
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.DNSName("www.example.org"), x509.DNSName("*.example.org")]
-            ),
+            x509.SubjectAlternativeName([x509.DNSName(name) for name in names]),
             critical=False,
         )
         .add_extension(_SIGNS, critical=True)
@@ -116,7 +121,7 @@ def test_the_facts_of_a_good_certificate(tmp_path: Path, keys: dict[str, Key], k
     found = [warning.reason.partition(":")[0] for warning in result.warnings]
     assert found == (doubtful if kind == "ed25519" else [])
     assert result.configuration is not None
-    facts = result.certificates[result.configuration.vhost[0].credential]
+    facts = result.certificates[result.configuration.vhost[0].credentials[""]]
     assert facts.key_id == key_id(public)
     assert facts.reference.encode() == reference_pem(public)
     assert facts.subject == "CN=www.example.org"
@@ -475,3 +480,92 @@ def test_a_name_that_the_certificate_is_not_for_is_warned_of(
         "b.example, a.b.example.org, and clients will refuse it: it is for www.example.org, "
         "*.example.org"
     )
+
+
+# --- several certificates for one host -------------------------------------------------
+
+
+def several(directory: Path, *kinds: str) -> str:
+    tables = "".join(
+        f'[[vhost.certificates]]\ncertificate = "{directory}/{kind}.crt"\n'
+        f'key = "{directory}/{kind}.key"\n'
+        for kind in kinds
+    )
+    return f'[[vhost]]\nsni = ["www.example.org"]\nbackend = "127.0.0.1:80"\n{tables}'
+
+
+def test_a_certificate_for_each_kind_of_key(tmp_path: Path, keys: dict[str, Key]) -> None:
+    for kind, key in keys.items():
+        write_certificate(tmp_path / f"{kind}.crt", key)
+        write_key(tmp_path / f"{kind}.key", key)
+    result = checked(tmp_path, several(tmp_path, *keys))
+    assert result.mistakes == []
+    assert {facts.kind for facts in result.certificates.values()} == {"RSA", "ECDSA", "Ed25519"}
+    assert not any("depends on the kinds" in warning.reason for warning in result.warnings)
+
+
+def test_of_two_for_keys_of_one_kind_clients_would_see_one(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    keys = {"one": keys["ec"], "rsa": keys["rsa"], "two": ec.generate_private_key(ec.SECP384R1())}
+    for kind, key in keys.items():
+        write_certificate(tmp_path / f"{kind}.crt", key)
+        write_key(tmp_path / f"{kind}.key", key)
+    (mistake,) = checked(tmp_path, several(tmp_path, *keys)).mistakes
+    assert mistake.key == "vhost[0].certificates[2].certificate"
+    assert str(mistake).endswith(
+        f':13: vhost "www.example.org": certificates[2].certificate: {tmp_path}/two.crt is for a '
+        'key of the same kind (ECDSA) as vhost "www.example.org": certificates[0].certificate '
+        "(line 7): there can be one of each kind"
+    )
+
+
+def test_names_that_differ_are_worth_a_warning(tmp_path: Path, keys: dict[str, Key]) -> None:
+    write_certificate(tmp_path / "ec.crt", keys["ec"])
+    write_certificate(tmp_path / "rsa.crt", keys["rsa"], names=("www.example.org",))
+    for kind in ("ec", "rsa"):
+        write_key(tmp_path / f"{kind}.key", keys[kind])
+    result = checked(tmp_path, several(tmp_path, "ec", "rsa"))
+    assert result.mistakes == []
+    (warning,) = [one for one in result.warnings if one.key == "vhost[0].certificates"]
+    assert warning.reason == (
+        f"{tmp_path}/ec.crt is for www.example.org, *.example.org, and {tmp_path}/rsa.crt for "
+        "www.example.org: which of them a client is shown depends on the kinds of keys that it "
+        "knows"
+    )
+
+
+def test_a_suite_for_one_of_the_keys_is_enough(tmp_path: Path, keys: dict[str, Key]) -> None:
+    for kind in ("ec", "rsa"):
+        write_certificate(tmp_path / f"{kind}.crt", keys[kind])
+        write_key(tmp_path / f"{kind}.key", keys[kind])
+    settings = 'ciphers = "ECDHE+aRSA+AESGCM"\nrsa_key_exchange = true\n[[vhost.certificates]]'
+    text = several(tmp_path, "ec", "rsa").replace("[[vhost.certificates]]", settings, 1)
+    result = checked(tmp_path, text)
+    assert result.mistakes == []
+    assert not any("rsa_key_exchange" in warning.key for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ("", "certificate", "is missing"),
+        ("certificates = []\n", "certificate", "is missing"),
+        ('certificates = "a.crt"\n', "certificates", "expected tables, each headed [[vhost.certif"),
+        ('key = "site.key"\n{both}', "key", "goes into one of the tables [[vhost.certificates]]"),
+        ("[[vhost.certificates]]\n", "certificates[0].certificate", "is missing"),
+        ("[[vhost.certificates]]\n", "certificates[0].key", "is missing"),
+        ("{both}kye = 1\n", "certificates[0].kye", "unknown key: did you mean key?"),
+    ],
+)
+def test_how_several_certificates_are_not_written(
+    tmp_path: Path, keys: dict[str, Key], text: str, key: str, reason: str
+) -> None:
+    write_certificate(tmp_path / "site.crt", keys["ec"])
+    write_key(tmp_path / "site.key", keys["ec"])
+    both = '[[vhost.certificates]]\ncertificate = "site.crt"\nkey = "site.key"\n'
+    found = checked(tmp_path, '[[vhost]]\nbackend = ":80"\n' + text.replace("{both}", both))
+    assert any(
+        mistake.key == f"vhost[0].{key}" and mistake.reason.startswith(reason)
+        for mistake in found.mistakes
+    ), found.mistakes

@@ -103,6 +103,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "certificate": f"{directory}/site.crt",
                 "key": f"{directory}/site.key",
                 "passphrase_file": None,
+                "certificates": [],
                 "backend": "127.0.0.1:80",
                 "send_proxy": None,
                 "min_version": "TLSv1.2",
@@ -171,7 +172,7 @@ def test_everything_said(load_text: Load) -> None:
     assert first.backend == NameAddress("app.example.org", 80)
     assert second.backend == UnixAddress(f"{loaded.source.directory}/app.sock")
     assert second.sni is None
-    assert list(loaded.credentials.values()) == [["vhost[0]"], ["vhost[1]"]]
+    assert list(loaded.credentials.values()) == [["vhost[0]."], ["vhost[1]."]]
     assert hash(configuration) == hash(configuration)
 
 
@@ -362,7 +363,7 @@ def test_every_mistake_at_once(load_text: Load) -> None:
         "worker.drain",
         "worker.uids",
     ]
-    assert list(loaded.credentials.values()) == [["vhost[1]"]]
+    assert list(loaded.credentials.values()) == [["vhost[1]."]]
 
 
 @pytest.mark.parametrize("key", ["listen", "vhost"])
