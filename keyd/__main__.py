@@ -22,12 +22,20 @@ from typing import NoReturn
 import prctl
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from keyd.daemon import CannotLock, Confinement, Keyd, confine, confine_unprivileged
+from keyd.daemon import (
+    CannotLock,
+    Confinement,
+    Keyd,
+    confine,
+    confine_unprivileged,
+    lock_before_keys,
+)
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
-from keyd.linux.credentials import forbid_core_dumps, hide_memory
+from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
 from keyd.linux.sealed import read_all
+from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
 from keyd.powers import PrivateKey, rehearse
@@ -52,6 +60,9 @@ def main() -> int:
     # Before any key is read, whatever the command.
     forbid_core_dumps()
     hide_memory()
+    # Those that serve insist on it (``lock_before_keys``).
+    with suppress(OSError):
+        lock_memory_meanwhile()
     return run_for_reader(_run)
 
 
@@ -161,6 +172,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     for descriptor in (supervisor, parent):
         descriptor.set_inheritable(False)
 
+    lock_before_keys(settings["must_lock"])
+    guards = guard()
     keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
@@ -180,7 +193,12 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
             tell("operations", **operations)
 
     def ready() -> None:
-        tell("ready", keys=fingerprint(keys), all_memory_locked=locked)
+        tell(
+            "ready",
+            keys=fingerprint(keys),
+            all_memory_locked=locked,
+            guards=", ".join(guards) or "none",
+        )
 
     keyd = Keyd(keys, tick)
     keyd.hear_parent(parent, gone=keyd.stop)
@@ -210,11 +228,12 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()
+    guards = _protect(arguments)
     keys = _load_some_encrypted(arguments)
     introduction = Keys(tuple(keys)).encode()
     # A client of this socket states the terms, so only root may connect.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
-        program = _withdraw(arguments)
+        program = _withdraw(arguments, guards)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
         def accepted(parent: socket.socket) -> None:
@@ -236,9 +255,10 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     notify = Notifier()
     user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
     gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
+    guards = _protect(arguments)
     keys = _load_some_encrypted(arguments)
     with _listener(arguments, user.pw_uid, gid, mode=0o660) as listener:
-        program = _withdraw(arguments)
+        program = _withdraw(arguments, guards)
         granted = {Operation.SIGN}
         if arguments.rsa_key_exchange:
             granted.add(Operation.DECRYPT)
@@ -278,7 +298,16 @@ def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> s
     return listener
 
 
-def _withdraw(arguments: argparse.Namespace) -> bytes:
+def _protect(arguments: argparse.Namespace) -> str:
+    """Protect the memory that keys are about to be read into; raises CannotLock.
+
+    Returns what guards it from other processes of the same core, in words.
+    """
+    lock_before_keys(arguments.lock_memory == "required")
+    return ", ".join(guard()) or "none"
+
+
+def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
     """Confine this process, except for the filter, which is returned."""
     program = seccomp.build(SERVING)
     must_lock = arguments.lock_memory == "required"
@@ -290,6 +319,7 @@ def _withdraw(arguments: argparse.Namespace) -> bytes:
         user = pwd.getpwnam(arguments.user)
         Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
         confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot, must_lock))
+    print(f"keyd: guards against other processes of its core: {guards}", file=sys.stderr)
     return program
 
 

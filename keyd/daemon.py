@@ -34,6 +34,7 @@ from keyd.linux.credentials import (
     hide_memory,
     keep_capabilities,
     lock_memory,
+    lock_memory_meanwhile,
 )
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.namespaces import leave_namespaces
@@ -52,7 +53,14 @@ from keyd.protocol import (
 )
 from keyd.tally import Tally
 
-__all__ = ["CannotLock", "Confinement", "Keyd", "confine", "confine_unprivileged"]
+__all__ = [
+    "CannotLock",
+    "Confinement",
+    "Keyd",
+    "confine",
+    "confine_unprivileged",
+    "lock_before_keys",
+]
 
 #: How often to look for expired channels, in seconds.
 _SWEEP_INTERVAL = 1.0
@@ -111,24 +119,43 @@ def confine(to: Confinement) -> bool:
     return locked
 
 
+def lock_before_keys(required: bool) -> None:
+    """Lock memory before a key is read: what was swapped out once stays on the disk.
+
+    Where it cannot be locked, raises CannotLock if it is ``required``.
+    """
+    try:
+        lock_memory_meanwhile()
+    except OSError as error:
+        if required:
+            raise _cannot_lock(error) from None
+
+
 def _lock_memory(required: bool) -> bool:
-    """Lock memory; returns whether future memory is locked, too.
+    """Lock memory for good; returns whether future memory is locked, too.
 
     Where it cannot be locked, raises CannotLock if it is ``required``.
     """
     try:
         return lock_memory()
     except OSError as error:
-        reason = (
-            f"memory cannot be locked ({error.strerror}): what is missing is CAP_IPC_LOCK or a "
-            "higher RLIMIT_MEMLOCK (LimitMEMLOCK=)"
-        )
         if required:
-            raise CannotLock(
-                f'{reason}; with lock_memory = "try" (--lock-memory=try), keyd goes without'
-            ) from None
-        print(f"keyd: {reason}; the keys may be swapped out", file=sys.stderr)
+            raise _cannot_lock(error) from None
+        print(f"keyd: {_why_unlocked(error)}; the keys may be swapped out", file=sys.stderr)
         return False
+
+
+def _cannot_lock(error: OSError) -> CannotLock:
+    return CannotLock(
+        f'{_why_unlocked(error)}; with lock_memory = "try" (--lock-memory=try), keyd goes without'
+    )
+
+
+def _why_unlocked(error: OSError) -> str:
+    return (
+        f"memory cannot be locked ({error.strerror}): what is missing is CAP_IPC_LOCK or a higher "
+        "RLIMIT_MEMLOCK (LimitMEMLOCK=)"
+    )
 
 
 def _die(

@@ -22,6 +22,7 @@ __all__ = [
     "keep_capabilities",
     "limit",
     "lock_memory",
+    "lock_memory_meanwhile",
     "permitted_capabilities",
     "stop_speculation",
 ]
@@ -137,6 +138,21 @@ def lock_memory() -> bool:
         pass
     _check(_libc.mlockall(flags), "mlockall")
     return bool(flags & _MCL_FUTURE)
+
+
+def lock_memory_meanwhile() -> None:
+    """The same until ``lock_memory``, and for future memory whatever the limit is.
+
+    CAP_IPC_LOCK allows that for as long as it is there. Without it, and with a limit, only present
+    memory is locked: more than the limit could not be had at all.
+    """
+    flags = _MCL_CURRENT | _MCL_ONFAULT
+    if (
+        prctl.CAP_IPC_LOCK in permitted_capabilities()
+        or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    ):
+        flags |= _MCL_FUTURE
+    _check(_libc.mlockall(flags), "mlockall")
 
 
 def forbid_core_dumps() -> None:

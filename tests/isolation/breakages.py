@@ -561,9 +561,17 @@ def keyd_filter_of_one_thread(_: str) -> None:
 
 @breaks("locked", "keyd", within="keyd")
 def keyd_swappable(_: str) -> None:
-    from keyd import daemon
+    from keyd import __main__, daemon
 
     daemon.lock_memory = lambda: False
+    daemon.lock_memory_meanwhile = __main__.lock_memory_meanwhile = nothing
+
+
+@breaks("speculation", "keyd", within="keyd")
+def keyd_speculation(_: str) -> None:
+    from keyd import __main__
+
+    __main__.guard = list
 
 
 @breaks("descriptors", "keyd", within="keyd")

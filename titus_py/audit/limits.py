@@ -99,6 +99,7 @@ def _speculation(seen: Observation, scene: Scene) -> Seen:
         return broken(text)
     if "fixed" in verdicts:
         required = SPECULATION in scene.target.configuration.worker.require
+        required = required and seen.process.role is not Role.KEYD
         return broken(f"{text}; required by worker.require") if required else not_available(text)
     return holds(text)
 
@@ -152,7 +153,7 @@ CHECKS = (
     ),
     Check(
         "speculation",
-        frozenset({Role.FORK_SERVER, Role.WORKER}),
+        frozenset({Role.FORK_SERVER, Role.WORKER, Role.KEYD}),
         "indirect-branch and store-bypass speculation off for good, where it can be",
         "/proc/PID/status: Speculation*",
         _speculation,
