@@ -224,8 +224,8 @@ def over_a_channel(key: rsa.RSAPrivateKey) -> tuple[Measure, Callable[[], None]]
     keyd = Keyd({name: key})
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     grants = {name: frozenset({Operation.DECRYPT})}
-    terms = Open(1, 0xFFFF_FFFF, 0xFFFF, grants)
-    keyd.open(terms, keyds, lambda refusal: print(refusal, file=sys.stderr))
+    terms = Open(1, 0xFFFF_FFFF, 0xFFFF, 0)
+    keyd.open(terms, grants, keyds, lambda refusal: print(refusal, file=sys.stderr))
     server = threading.Thread(target=keyd._work, daemon=True)
     server.start()
 

@@ -230,7 +230,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     notify = Notifier()
     guards = _protect(arguments)
     keys = _load_some_encrypted(arguments)
-    introduction = Keys(tuple(keys)).encode()
+    introduction = Keys.of(keys).encode()
     # A client of this socket states the terms, so only root may connect.
     with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
         program = _withdraw(arguments, guards)
@@ -263,13 +263,13 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         if arguments.rsa_key_exchange:
             granted.add(Operation.DECRYPT)
         grants = dict.fromkeys(keys, frozenset(granted))
-        terms = Open(0, lifetime_ms=60_000, operations=1, grants=grants)
+        terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
         def record(refusal: Refusal) -> None:
             print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)
 
-        keyd.hear_listener(listener, lambda client: keyd.open(terms, client, record))
+        keyd.hear_listener(listener, lambda client: keyd.open(terms, grants, client, record))
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()

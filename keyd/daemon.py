@@ -41,8 +41,10 @@ from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.powers import NotTLS, PrivateKey, perform
 from keyd.protocol import (
-    MAX_OPEN_OCTETS,
+    MAX_CONTROL_OCTETS,
     MAX_REQUEST_OCTETS,
+    Grants,
+    GrantSet,
     Malformed,
     Open,
     Operation,
@@ -50,6 +52,7 @@ from keyd.protocol import (
     Reply,
     Request,
     Status,
+    decode_control,
 )
 from keyd.tally import Tally
 
@@ -179,14 +182,40 @@ class _Channel:
     __slots__ = ("connection", "deadline", "grants", "operations", "record", "socket")
 
     def __init__(
-        self, terms: Open, endpoint: socket.socket, record: Callable[[Refusal], None]
+        self,
+        terms: Open,
+        grants: Grants,
+        endpoint: socket.socket,
+        record: Callable[[Refusal], None],
     ) -> None:
         self.socket = endpoint
         self.record = record
         self.connection = terms.connection
         self.deadline = time.monotonic() + terms.lifetime_ms / 1000
         self.operations = terms.operations
-        self.grants = terms.grants
+        self.grants = grants
+
+
+class _GrantSets:
+    """The sets of grants that one parent has announced, by number."""
+
+    def __init__(self) -> None:
+        self._sets: dict[int, dict[bytes, frozenset[Operation]]] = {}
+        self._in_use: set[int] = set()
+
+    def add(self, announced: GrantSet) -> None:
+        """Raises Malformed for more in a set that channels have been opened with."""
+        known = self._sets.setdefault(announced.number, {})
+        if announced.number in self._in_use and not announced.grants.items() <= known.items():
+            raise Malformed(f"more grants for set {announced.number}, which is in use")
+        known.update(announced.grants)
+
+    def use(self, number: int) -> Grants:
+        """Raises Malformed for a set that was not announced."""
+        if number not in self._sets:
+            raise Malformed(f"an open with set {number}, which was not announced")
+        self._in_use.add(number)
+        return self._sets[number]
 
 
 class _Refused(Exception):
@@ -270,6 +299,7 @@ class Keyd:
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
         """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
+        sets = _GrantSets()
 
         def record(refusal: Refusal) -> None:
             try:
@@ -283,7 +313,7 @@ class Keyd:
         def hear() -> None:
             try:
                 message, descriptors = receive_descriptors(
-                    control, MAX_OPEN_OCTETS + 1, 1, socket.MSG_DONTWAIT
+                    control, MAX_CONTROL_OCTETS + 1, 1, socket.MSG_DONTWAIT
                 )
             except BlockingIOError:
                 return
@@ -291,12 +321,16 @@ class Keyd:
                 # The parent ended with refusals unread. What it had sent is still there.
                 return
             try:
-                terms = Open.decode(message) if message else None
+                order = decode_control(message) if message else None
+                if isinstance(order, GrantSet):
+                    sets.add(order)
+                elif order is not None:
+                    grants = sets.use(order.grants)
             except Malformed as error:
                 # Perhaps it has another version than ours. keyd goes on, for other parents.
                 print(f"keyd: hanging up on a parent: {error}", file=sys.stderr)
-                terms = None
-            if terms is None:
+                order = None
+            if order is None:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 del self._sources[control.fileno()]
@@ -305,13 +339,15 @@ class Keyd:
                 gone()
                 self._leave_if_done()
                 return
+            if isinstance(order, GrantSet):
+                return
             if not descriptors:
                 # No descriptor was left for the channel, so it is closed: that client's handshake
                 # fails.
                 self._say_short_of_descriptors(os.strerror(errno.EMFILE))
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
-            self.open(terms, socket.socket(*kind, fileno=descriptors[0]), record)
+            self.open(order, grants, socket.socket(*kind, fileno=descriptors[0]), record)
 
         self._parents.add(control)
         if self._leaves_at is not None:
@@ -341,11 +377,17 @@ class Keyd:
 
         self._arm_source(listener, hear)
 
-    def open(self, terms: Open, endpoint: socket.socket, record: Callable[[Refusal], None]) -> None:
+    def open(
+        self,
+        terms: Open,
+        grants: Grants,
+        endpoint: socket.socket,
+        record: Callable[[Refusal], None],
+    ) -> None:
         """Serve this channel from now on; ``record`` is told of refusals, and must not block."""
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = _Channel(terms, endpoint, record)
+        self._channels[descriptor] = _Channel(terms, grants, endpoint, record)
         self._epoll.register(descriptor, _READABLE_ONCE)
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:

@@ -10,13 +10,17 @@ byte order:
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
 reply      version(1) status(1) payload(0..1024)
-open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2)
-           grants(n x (operations_mask(1) key(32))), the channel by SCM_RIGHTS
+grants     version(1) 'G'(1) set(4) n x (operations_mask(1) key(32)): adds to a set
+open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4), the
+           channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
-keys       version(1) 'K'(1) n x key(32): first message to each client of ``keyd control``
+keys       version(1) 'K'(1) n x the first 8 octets of a key: the first message to each
+           client of ``keyd control``
 =========  =======================================================================
 
-``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). The
+``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). A parent
+announces a set of grants once, in as many messages as it takes, and then names it by
+number: a channel costs the same for one key and for thousands. The
 ``parameter`` is the SignatureScheme (RFC 8446 §4.2.3) of a *sign*, and the
 ClientHello's legacy_version of a *decrypt* (RFC 5246 §7.4.7.1).
 """
@@ -30,13 +34,17 @@ from typing import NamedTuple
 
 __all__ = [
     "KEY_ID_OCTETS",
+    "MAX_CONTROL_OCTETS",
+    "MAX_KEYS",
     "MAX_KEYS_OCTETS",
-    "MAX_OPEN_OCTETS",
     "MAX_PAYLOAD_OCTETS",
     "MAX_REFUSAL_OCTETS",
     "MAX_REPLY_OCTETS",
     "MAX_REQUEST_OCTETS",
     "PREMASTER_SECRET_OCTETS",
+    "SHORT_ID_OCTETS",
+    "GrantSet",
+    "Grants",
     "Keys",
     "Malformed",
     "Open",
@@ -46,28 +54,38 @@ __all__ = [
     "Request",
     "SignatureScheme",
     "Status",
+    "decode_control",
     "fingerprint",
 ]
 
 VERSION = 1
+#: Of the messages between keyd and its parents.
+CONTROL_VERSION = 2
 KEY_ID_OCTETS = 32
+#: How much of a key's id is enough to tell it from others, where nothing depends on it.
+SHORT_ID_OCTETS = 8
 #: The longest payload is an RSA-8192 ciphertext or signature.
 MAX_PAYLOAD_OCTETS = 1024
 PREMASTER_SECRET_OCTETS = 48
 
 _REQUEST = struct.Struct("!BBH32s")
 _REPLY = struct.Struct("!BB")
-_OPEN = struct.Struct("!BcQIH")
+_OPEN = struct.Struct("!BcQIHI")
+_GRANT_SET = struct.Struct("!BcI")
 _REFUSAL = struct.Struct("!BcQB")
 _GRANT = struct.Struct("!B32s")
 
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
 MAX_REPLY_OCTETS = _REPLY.size + MAX_PAYLOAD_OCTETS
 MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
-#: Enough for some 2,000 keys.
-MAX_KEYS_OCTETS = 64 * 1024
-#: Enough for some 1,900 distinct keys behind one listening address.
-MAX_OPEN_OCTETS = 64 * 1024
+#: How many keys one keyd may have: their list fits into one message, whose room is by default 208
+#: KiB (net.core.wmem_default).
+MAX_KEYS = 20_000
+MAX_KEYS_OCTETS = 2 + MAX_KEYS * SHORT_ID_OCTETS
+#: How many grants one message has: several messages fit into a socket's buffer.
+_GRANTS_AT_ONCE = 900
+#: The longest message of a parent.
+MAX_CONTROL_OCTETS = _GRANT_SET.size + _GRANTS_AT_ONCE * _GRANT.size
 
 
 class Malformed(ValueError):
@@ -161,46 +179,69 @@ class Reply(NamedTuple):
             raise Malformed(f"a reply of status {status}") from None
 
 
+#: What a channel may do with which key.
+Grants = Mapping[bytes, frozenset[Operation]]
+
+
+class GrantSet(NamedTuple):
+    """Grants that channels are opened with, and the number by which ``Open`` names them.
+
+    A set that is too large for one message comes in several, one after the other.
+    """
+
+    number: int
+    grants: Grants
+
+    def encode(self) -> list[bytes]:
+        head = _GRANT_SET.pack(CONTROL_VERSION, b"G", self.number)
+        packed = [_GRANT.pack(_mask(operations), key) for key, operations in self.grants.items()]
+        return [
+            head + b"".join(packed[start : start + _GRANTS_AT_ONCE])
+            for start in range(0, len(packed), _GRANTS_AT_ONCE)
+        ]
+
+    @classmethod
+    def decode(cls, message: bytes) -> "GrantSet":
+        """Raise Malformed, saying what is wrong with the message."""
+        if not _GRANT_SET.size < len(message) <= MAX_CONTROL_OCTETS:
+            raise Malformed(f"grants of {len(message)} octets")
+        version, kind, number = _GRANT_SET.unpack_from(message)
+        _expect(version, kind, b"G")
+        grants = message[_GRANT_SET.size :]
+        if len(grants) % _GRANT.size:
+            raise Malformed(f"grants of {len(message)} octets")
+        return cls(number, {key: _operations(mask) for mask, key in _GRANT.iter_unpack(grants)})
+
+
 class Open(NamedTuple):
     """The parent's terms for one new channel.
 
     ``connection`` names the connection in keyd's records, ``lifetime_ms`` is how
     long from now the channel may be used, ``operations`` how often, and
-    ``grants`` what it may do with which key.
+    ``grants`` the number of the set that says what it may do with which key.
     """
 
     connection: int
     lifetime_ms: int
     operations: int
-    grants: Mapping[bytes, frozenset[Operation]]
+    grants: int
 
     def encode(self) -> bytes:
-        """Raise Malformed where the grants do not fit into one message."""
-        head = _OPEN.pack(VERSION, b"O", self.connection, self.lifetime_ms, self.operations)
-        message = head + b"".join(
-            _GRANT.pack(_mask(operations), key) for key, operations in self.grants.items()
-        )
-        if len(message) > MAX_OPEN_OCTETS:
-            raise Malformed(f"{len(self.grants)} keys for one channel")
-        return message
+        return _OPEN.pack(CONTROL_VERSION, b"O", *self)
 
     @classmethod
     def decode(cls, message: bytes) -> "Open":
         """Raise Malformed, saying what is wrong with the message."""
-        if not _OPEN.size < len(message) <= MAX_OPEN_OCTETS:
+        if len(message) != _OPEN.size:
             raise Malformed(f"an open of {len(message)} octets")
-        version, kind, connection, lifetime_ms, operations = _OPEN.unpack_from(message)
-        if (version, kind) != (VERSION, b"O"):
-            raise Malformed(f"a control message of version {version}, kind {kind!r}")
-        grants = message[_OPEN.size :]
-        if len(grants) % _GRANT.size:
-            raise Malformed(f"grants of {len(grants)} octets")
-        return cls(
-            connection,
-            lifetime_ms,
-            operations,
-            {key: _operations(mask) for mask, key in _GRANT.iter_unpack(grants)},
-        )
+        version, kind, *terms = _OPEN.unpack(message)
+        _expect(version, kind, b"O")
+        return cls(*terms)
+
+
+def decode_control(message: bytes) -> GrantSet | Open:
+    """A message of a parent's. Raise Malformed, saying what is wrong with it."""
+    return GrantSet.decode(message) if message[1:2] == b"G" else Open.decode(message)
 
 
 class Refusal(NamedTuple):
@@ -211,7 +252,7 @@ class Refusal(NamedTuple):
     detail: str
 
     def encode(self) -> bytes:
-        head = _REFUSAL.pack(VERSION, b"R", self.connection, self.status)
+        head = _REFUSAL.pack(CONTROL_VERSION, b"R", self.connection, self.status)
         return (head + self.detail.encode())[:MAX_REFUSAL_OCTETS]
 
     @classmethod
@@ -220,8 +261,7 @@ class Refusal(NamedTuple):
         if not _REFUSAL.size <= len(message) <= MAX_REFUSAL_OCTETS:
             raise Malformed(f"a refusal of {len(message)} octets")
         version, kind, connection, status = _REFUSAL.unpack_from(message)
-        if (version, kind) != (VERSION, b"R"):
-            raise Malformed(f"a control message of version {version}, kind {kind!r}")
+        _expect(version, kind, b"R")
         try:
             known = Status(status)
         except ValueError:
@@ -230,26 +270,34 @@ class Refusal(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """From keyd to a supervisor that did not start it: the keys that keyd has."""
+    """From keyd to a supervisor that did not start it: the keys that keyd has, by short ids.
+
+    The supervisor compares them with the keys that it needs, to say which are missing.
+    """
 
     keys: tuple[bytes, ...]
 
+    @classmethod
+    def of(cls, keys: Iterable[bytes]) -> "Keys":
+        """From whole ids."""
+        return cls(tuple(key[:SHORT_ID_OCTETS] for key in keys))
+
     def encode(self) -> bytes:
         """Raise Malformed where the keys do not fit into one message."""
-        message = bytes((VERSION,)) + b"K" + b"".join(self.keys)
-        if len(message) > MAX_KEYS_OCTETS:
-            raise Malformed(f"{len(self.keys)} keys in one keyd")
-        return message
+        if len(self.keys) > MAX_KEYS:
+            raise Malformed(f"{len(self.keys)} keys in one keyd, and {MAX_KEYS} at most")
+        return bytes((CONTROL_VERSION,)) + b"K" + b"".join(self.keys)
 
     @classmethod
     def decode(cls, message: bytes) -> "Keys":
         """Raise Malformed, saying what is wrong with the message."""
         keys = message[2:]
-        if message[:2] != bytes((VERSION,)) + b"K" or len(keys) % KEY_ID_OCTETS:
+        if message[:2] != bytes((CONTROL_VERSION,)) + b"K" or len(keys) % SHORT_ID_OCTETS:
             raise Malformed(f"{len(message)} octets that do not list keys")
         return cls(
             tuple(
-                keys[start : start + KEY_ID_OCTETS] for start in range(0, len(keys), KEY_ID_OCTETS)
+                keys[start : start + SHORT_ID_OCTETS]
+                for start in range(0, len(keys), SHORT_ID_OCTETS)
             )
         )
 
@@ -258,6 +306,11 @@ def fingerprint(keys: Iterable[bytes]) -> str:
     """The keys' ids, XORed, in hexadecimal: short for any number of keys, in any order."""
     ids = (int.from_bytes(key, "big") for key in keys)
     return reduce(operator.xor, ids, 0).to_bytes(KEY_ID_OCTETS, "big").hex()
+
+
+def _expect(version: int, kind: bytes, expected: bytes) -> None:
+    if (version, kind) != (CONTROL_VERSION, expected):
+        raise Malformed(f"a control message of version {version}, kind {kind!r}")
 
 
 def _mask(operations: frozenset[Operation]) -> int:

@@ -23,7 +23,7 @@ from bench.processes import Failed, running
 from bench.stage import Stage
 from keyd.keys import load_private_key
 from keyd.powers import perform
-from keyd.protocol import MAX_KEYS_OCTETS, Keys, Open, Operation, SignatureScheme
+from keyd.protocol import MAX_KEYS_OCTETS, GrantSet, Keys, Open, Operation, SignatureScheme
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id, reference_pem
 
@@ -99,7 +99,9 @@ class _Ways:
         assert self._control is not None
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, keyds:
-            terms = Open(1, _LIFETIME_MS, _MOST, {self._id: frozenset({Operation.SIGN})})
+            terms = Open(1, _LIFETIME_MS, _MOST, 0)
+            for grants in GrantSet(0, {self._id: frozenset({Operation.SIGN})}).encode():
+                self._control.send(grants)
             socket.send_fds(self._control, [terms.encode()], [keyds.fileno()])
             configuration = self._directory / f"openssl-{ours.fileno()}.cnf"
             # An earlier signer with this number may be reading the same.

@@ -631,6 +631,21 @@ def _change_terms(**changes: Any) -> None:
     Open.decode = classmethod(decode)  # type: ignore[assignment,method-assign]
 
 
+def _change_grants(change: Callable[[Any], Any]) -> None:
+    """Likewise, other grants."""
+    from keyd import daemon
+    from titus_py.supervisor.announced_audits import FIRST_CONNECTION
+
+    real = daemon.Keyd.open
+
+    def opened(self: Any, terms: Any, grants: Any, *others: Any) -> None:
+        real(
+            self, terms, grants if terms.connection < FIRST_CONNECTION else change(grants), *others
+        )
+
+    daemon.Keyd.open = opened  # type: ignore[method-assign]
+
+
 @breaks("refuses_second", "keyd", within="keyd")
 def keyd_does_not_count(_: str) -> None:
     _change_terms(operations=lambda stated: stated + 9)
@@ -645,7 +660,7 @@ def keyd_has_no_clock(_: str) -> None:
 def keyd_decrypts(_: str) -> None:
     from keyd.protocol import Operation
 
-    _change_terms(grants=lambda stated: dict.fromkeys(stated, frozenset(Operation)))
+    _change_grants(lambda stated: dict.fromkeys(stated, frozenset(Operation)))
 
 
 @breaks("refuses_other_key", "keyd", within="keyd")
@@ -656,7 +671,7 @@ def keyd_grants_every_key(_: str) -> None:
         def get(self, key: bytes, default: object = None) -> frozenset[Operation]:  # type: ignore[override]
             return frozenset({Operation.SIGN})
 
-    _change_terms(grants=lambda stated: Every())
+    _change_grants(lambda stated: Every())
 
 
 @breaks("refuses_malformed", "keyd", within="keyd")

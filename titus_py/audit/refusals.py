@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from cryptography.exceptions import InvalidSignature
@@ -25,6 +25,8 @@ from cryptography.x509 import Certificate
 
 from keyd.protocol import (
     MAX_REPLY_OCTETS,
+    Grants,
+    GrantSet,
     Malformed,
     Open,
     Operation,
@@ -55,13 +57,16 @@ class _Keyd:
         self._control = control
         self._connection = connection
 
-    def open(
-        self, grants: Mapping[bytes, frozenset[Operation]], lifetime_ms: int = _LIFETIME_MS
-    ) -> socket.socket:
+    def open(self, grants: Grants, lifetime_ms: int = _LIFETIME_MS) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_TIMEOUT)
-        terms = Open(self._connection, lifetime_ms, operations=1, grants=grants)
+        # The parent numbers its own sets from 0. Each audit uses the same number for the same set.
+        (octets,) = GrantSet(0, grants).encode()
+        number = int.from_bytes(hashlib.sha256(octets).digest()[:4]) | 1 << 31
+        (octets,) = GrantSet(number, grants).encode()
+        terms = Open(self._connection, lifetime_ms, operations=1, grants=number)
         with theirs:
+            self._control.send(octets)
             socket.send_fds(self._control, [terms.encode()], [theirs.fileno()])
         return ours
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from keyd.protocol import MAX_KEYS
 from titus_py.between.messages import MAX_VHOSTS
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.mistake import Mistake, Source
@@ -41,9 +42,6 @@ __all__ = [
     "uid_mistakes",
     "uid_warnings",
 ]
-
-#: With some room to spare: an *open* message holds 1,900 keys, keyd's list of its keys 2,047.
-_MAX_KEYS = 1800
 
 _AnyTable = TypeVar("_AnyTable", bound=Table)
 
@@ -179,8 +177,8 @@ def too_many(
     vhosts = tables.get("vhost")
     if isinstance(vhosts, list) and len(vhosts) > MAX_VHOSTS:
         yield source.mistake("vhost", f"more than {MAX_VHOSTS} tables: split them among instances")
-    if len(keys) > _MAX_KEYS:
-        reason = f"more than {_MAX_KEYS} different keys: split them among instances"
+    if len(keys) > MAX_KEYS:
+        reason = f"more than {MAX_KEYS} different keys: split them among instances"
         yield source.mistake("vhost", reason)
 
 

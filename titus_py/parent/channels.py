@@ -4,6 +4,7 @@ Run by the parent, which trusts keyd and never waits for it.
 """
 
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from keyd.linux.descriptors import send_descriptors
@@ -31,6 +32,9 @@ class Channels:
         self._tell = tell
         self._refused = refused
         self._keyd: socket.socket | None = None
+        #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
+        self._announced: set[int] = set()
+        self._announcing: deque[bytes] = deque()
         #: keyd has shut down its side for writing: it is about to leave.
         self._leaves = False
 
@@ -66,7 +70,11 @@ class Channels:
         """
         if self._keyd is None:
             return None
-        terms = Open(connection, int(lifetime * 1000), operations=1, grants=offer.grants)
+        number = offer.grants.number
+        if number not in self._announced:
+            self._announced.add(number)
+            self._announcing.extend(offer.grants.encode())
+        terms = Open(connection, int(lifetime * 1000), operations=1, grants=number)
         try:
             ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
@@ -75,6 +83,9 @@ class Channels:
             return None
         with keyds:
             try:
+                while self._announcing:
+                    self._keyd.send(self._announcing[0])
+                    self._announcing.popleft()
                 send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
             except OSError:
                 # keyd's queue is full, or keyd is gone. If it is alive, it soon catches up.
@@ -93,6 +104,8 @@ class Channels:
             self._keyd.close()
             self._keyd = None
             self._leaves = False
+            self._announced.clear()
+            self._announcing.clear()
 
     def _gone(self) -> None:
         self._lose()

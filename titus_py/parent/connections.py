@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from keyd.protocol import Operation, Refusal, Status
+from keyd.protocol import GrantSet, Operation, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
@@ -70,6 +70,8 @@ class Connections:
         # however the wall clock is set.
         self.next_number = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         self.offer = lru_cache(maxsize=1024)(self._offer)
+        #: What is offered at one local address or another, by the virtual hosts.
+        self._offers: dict[tuple[int, ...], Offer] = {}
 
     def begin(
         self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[socket.socket]
@@ -226,6 +228,12 @@ class Connections:
             for number, vhost in enumerate(self._plan.vhosts)
             if applies_to(vhost.local_address, vhost.local_port, address, port)
         )
+        if vhosts not in self._offers:
+            grants = GrantSet(len(self._offers), self._grants(vhosts))
+            self._offers[vhosts] = Offer(vhosts, grants)
+        return self._offers[vhosts]
+
+    def _grants(self, vhosts: tuple[int, ...]) -> dict[bytes, frozenset[Operation]]:
         grants: dict[bytes, frozenset[Operation]] = {}
         for number in vhosts:
             vhost = self._plan.vhosts[number]
@@ -235,7 +243,7 @@ class Connections:
             for certificate in vhost.certificates:
                 key = bytes.fromhex(certificate.key)
                 grants[key] = grants.get(key, frozenset()) | operations
-        return Offer(vhosts, grants)
+        return grants
 
 
 def _text(host: str, port: int) -> str:

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from keyd.protocol import Operation
+from keyd.protocol import GrantSet
 from titus_py.between.event_loop import Timer
 from titus_py.parent.dialer import Dialer
 
@@ -26,8 +26,7 @@ class Offer(NamedTuple):
     """What a client that came to one local address may have."""
 
     vhosts: tuple[int, ...]
-    #: By SHA-256 of the public key, 32 octets.
-    grants: dict[bytes, frozenset[Operation]]
+    grants: GrantSet
 
 
 class Worker:

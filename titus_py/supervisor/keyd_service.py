@@ -4,7 +4,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from keyd.protocol import MAX_KEYS_OCTETS, Keys, Malformed
+from keyd.protocol import MAX_KEYS_OCTETS, SHORT_ID_OCTETS, Keys, Malformed
 from titus_py.between.event_loop import EventLoop
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
@@ -92,10 +92,14 @@ class KeydService:
         return f"keyd at {path}" + (f": {serving.keyd_missed}" if serving.keyd_missed else "")
 
     def _introduced(self, generation: Generation, control: socket.socket, keys: set[str]) -> bool:
-        """Act on which keys a keyd has said that it has. Returns False to connect to it anew."""
+        """Act on which keys a keyd has said that it has, by short ids.
+
+        Returns False to connect to it anew.
+        """
         path, parent = generation.configuration.keyd.socket, generation.parent
         before, generation.keyds_keys = generation.keyds_keys, keys
-        missing = generation.key_ids - keys
+        digits = 2 * SHORT_ID_OCTETS
+        missing = {key for key in generation.key_ids if key[:digits] not in keys}
         awaited = self._takeover.awaited if self._takeover.awaits(generation) else None
         if missing and awaited is not None and not awaited.patient:
             self._takeover.abandon(generation, _lacks(generation, missing))

@@ -8,7 +8,7 @@ import pytest
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
-from keyd.protocol import Open, Operation, Refusal, Status
+from keyd.protocol import GrantSet, Open, Operation, Refusal, Reply, Request, Status
 
 GRANTS = {bytes(32): frozenset({Operation.SIGN})}
 
@@ -24,7 +24,9 @@ def connected(keyd: Keyd) -> tuple[socket.socket, Callable[[], None], list[None]
 def open_channel(parent: socket.socket) -> socket.socket:
     worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with keyds:
-        terms = Open(connection=7, lifetime_ms=60_000, operations=1, grants=GRANTS)
+        (grants,) = GrantSet(3, GRANTS).encode()
+        parent.send(grants)
+        terms = Open(connection=7, lifetime_ms=60_000, operations=1, grants=3)
         send_descriptors(parent, terms.encode(), [keyds.fileno()])
     return worker
 
@@ -38,6 +40,7 @@ def test_a_channel_is_opened_of_a_parent_that_ended_with_refusals_unread() -> No
     keyd = Keyd({})
     parent, hear, gone = connected(keyd)
     with open_channel(parent) as worker:
+        hear()
         hear()
         worker.send(b"nonsense")
         refuse_all(keyd)
@@ -57,6 +60,7 @@ def test_what_is_refused_while_keyd_leaves_is_recorded(capsys: pytest.CaptureFix
     left: list[float] = []
     with parent, open_channel(parent) as worker:
         hear()
+        hear()
         keyd.leave(60, lambda: left.append(time.monotonic()))
         assert parent.recv(100) == b""
         worker.send(b"nonsense")
@@ -72,7 +76,98 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
     parent, hear, _ = connected(keyd)
     with parent, open_channel(parent) as worker:
         hear()
+        hear()
         worker.send(b"nonsense")
         refuse_all(keyd)
         assert Refusal.decode(parent.recv(1000)).status is Status.MALFORMED
     assert not capsys.readouterr().err
+
+
+# --- what a parent grants ----------------------------------------------------------------
+
+ONE, OTHER = bytes(32), bytes([1]) * 32
+SIGN, BOTH = frozenset({Operation.SIGN}), frozenset(Operation)
+
+
+def opened_with(parent: socket.socket, number: int, hear: Callable[[], None]) -> socket.socket:
+    worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with keyds:
+        terms = Open(connection=7, lifetime_ms=60_000, operations=9, grants=number)
+        send_descriptors(parent, terms.encode(), [keyds.fileno()])
+    hear()
+    return worker
+
+
+def announce(parent: socket.socket, hear: Callable[[], None], grants: GrantSet) -> None:
+    for message in grants.encode():
+        parent.send(message)
+        hear()
+
+
+def answered(keyd: Keyd, worker: socket.socket, operation: Operation, key: bytes) -> Status:
+    worker.send(Request(operation, 0x0804, key, b"x").encode())
+    refuse_all(keyd)
+    return Reply.decode(worker.recv(100)).status
+
+
+@pytest.mark.parametrize(
+    ("number", "operation", "key", "status"),
+    [
+        (0, Operation.SIGN, ONE, Status.UNKNOWN_KEY),
+        (0, Operation.SIGN, OTHER, Status.NOT_GRANTED),
+        (0, Operation.DECRYPT, ONE, Status.NOT_GRANTED),
+        (7, Operation.SIGN, OTHER, Status.UNKNOWN_KEY),
+        (7, Operation.DECRYPT, OTHER, Status.UNKNOWN_KEY),
+        (7, Operation.SIGN, ONE, Status.NOT_GRANTED),
+    ],
+)
+def test_a_channel_may_do_what_its_set_says(
+    number: int, operation: Operation, key: bytes, status: Status
+) -> None:
+    keyd = Keyd({})
+    parent, hear, _ = connected(keyd)
+    with parent:
+        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+        announce(parent, hear, GrantSet(7, {OTHER: BOTH}))
+        with opened_with(parent, number, hear) as worker:
+            assert answered(keyd, worker, operation, key) is status
+
+
+def test_a_set_of_thousands_comes_in_several_messages() -> None:
+    keyd = Keyd({})
+    parent, hear, _ = connected(keyd)
+    keys = [number.to_bytes(32, "big") for number in range(5000)]
+    with parent:
+        announce(parent, hear, GrantSet(0, dict.fromkeys(keys, SIGN)))
+        for key in (keys[0], keys[2500], keys[-1]):
+            with opened_with(parent, 0, hear) as worker:
+                assert answered(keyd, worker, Operation.SIGN, key) is Status.UNKNOWN_KEY
+        with opened_with(parent, 0, hear) as worker:
+            assert answered(keyd, worker, Operation.SIGN, b"?" * 32) is Status.NOT_GRANTED
+
+
+def test_keyd_hangs_up_on_a_parent_that_names_no_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also on one that names a set of another parent's."""
+    keyd = Keyd({})
+    other, hear_other, _ = connected(keyd)
+    parent, hear, gone = connected(keyd)
+    with other, parent:
+        announce(other, hear_other, GrantSet(0, {ONE: SIGN}))
+        with opened_with(parent, 0, hear) as worker:
+            assert gone
+            assert worker.recv(100) == b""
+    assert "an open with set 0, which was not announced" in capsys.readouterr().err
+
+
+def test_a_set_stays_as_it_is_once_it_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    keyd = Keyd({})
+    parent, hear, gone = connected(keyd)
+    with parent:
+        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+        with opened_with(parent, 0, hear) as worker:
+            announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+            assert not gone
+            announce(parent, hear, GrantSet(0, {OTHER: SIGN}))
+            assert gone
+            assert answered(keyd, worker, Operation.SIGN, OTHER) is Status.NOT_GRANTED
+    assert "more grants for set 0, which is in use" in capsys.readouterr().err

@@ -5,13 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keyd.protocol import (
+    CONTROL_VERSION,
     KEY_ID_OCTETS,
-    MAX_OPEN_OCTETS,
+    MAX_CONTROL_OCTETS,
+    MAX_KEYS,
+    MAX_KEYS_OCTETS,
     MAX_PAYLOAD_OCTETS,
     MAX_REFUSAL_OCTETS,
     MAX_REPLY_OCTETS,
     MAX_REQUEST_OCTETS,
     VERSION,
+    GrantSet,
+    Keys,
     Malformed,
     Open,
     Operation,
@@ -39,6 +44,11 @@ opens = st.builds(
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**32 - 1),
     st.integers(0, 65535),
+    st.integers(0, 2**32 - 1),
+)
+grant_sets = st.builds(
+    GrantSet,
+    st.integers(0, 2**32 - 1),
     st.dictionaries(keys, operations, min_size=1, max_size=20),
 )
 refusals = st.builds(
@@ -64,6 +74,12 @@ def test_an_open_comes_back(terms: Open) -> None:
     assert Open.decode(terms.encode()) == terms
 
 
+@given(grant_sets)
+def test_a_set_of_grants_comes_back(grants: GrantSet) -> None:
+    (message,) = grants.encode()
+    assert GrantSet.decode(message) == grants
+
+
 @given(refusals)
 def test_a_refusal_comes_back(refusal: Refusal) -> None:
     assert Refusal.decode(refusal.encode()) == refusal
@@ -83,19 +99,22 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
     assert Request(Operation.DECRYPT, 0x0303, KEY, b"x").encode() == b"\1\2\3\3" + KEY + b"x"
     assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
     assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
-    terms = Open(7, 10_000, 1, {KEY: frozenset({Operation.SIGN, Operation.DECRYPT})})
-    assert terms.encode() == b"\1O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\6" + KEY
+    terms = Open(7, 10_000, 1, 9)
+    assert terms.encode() == (b"\2O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
+    grants = GrantSet(9, {KEY: frozenset({Operation.SIGN, Operation.DECRYPT})})
+    assert grants.encode() == [b"\2G" + b"\0\0\0\x09" + b"\6" + KEY]
 
 
 # --- whatever else ---------------------------------------------------------------------
 
 
 @given(st.binary(max_size=MAX_REQUEST_OCTETS + 1))
-@pytest.mark.parametrize("kind", [Request, Reply, Open, Refusal])
+@pytest.mark.parametrize("kind", [Request, Reply, Open, GrantSet, Refusal])
 def test_any_octets_are_a_message_or_malformed(
-    kind: type[Request | Reply | Open | Refusal], octets: bytes
+    kind: type[Request | Reply | Open | GrantSet | Refusal], octets: bytes
 ) -> None:
-    for message in (octets, bytes((VERSION,)) + octets):
+    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\2G", b"\2R")
+    for message in (head + octets for head in heads):
         try:
             decoded = kind.decode(message)
         except Malformed:
@@ -146,41 +165,66 @@ def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
         Reply.decode(octets)
 
 
-def opening(kind: bytes = b"\1O", grants: bytes = b"\2" + KEY) -> bytes:
-    return kind + bytes(14) + grants
-
-
 @pytest.mark.parametrize(
     "octets",
-    [
-        b"",
-        opening(grants=b""),
-        opening(grants=b"\2" + KEY[:-1]),
-        opening(grants=b"\2" + KEY + b"\2"),
-        opening(grants=b"\0" + KEY),
-        opening(grants=b"\1" + KEY),
-        opening(grants=b"\x08" + KEY),
-        opening(grants=b"\xff" + KEY),
-        opening(kind=b"\2O"),
-        opening(kind=b"\1R"),
-        opening(grants=(b"\2" + KEY) * 2000),
-    ],
+    [b"", b"\2O" + bytes(17), b"\2O" + bytes(19), b"\1O" + bytes(18), b"\2R" + bytes(18)],
 )
 def test_an_open_that_is_none_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):
         Open.decode(octets)
 
 
-def test_an_open_has_room_for_so_many_keys() -> None:
-    def terms(count: int) -> Open:
-        granted = frozenset({Operation.SIGN})
-        keys = (number.to_bytes(KEY_ID_OCTETS, "big") for number in range(count))
-        return Open(1, 1000, 1, dict.fromkeys(keys, granted))
+def grants(kind: bytes = b"\2G", grants: bytes = b"\2" + KEY) -> bytes:
+    return kind + bytes(4) + grants
 
-    assert len(terms(1900).encode()) <= MAX_OPEN_OCTETS
-    assert Open.decode(terms(1900).encode()) == terms(1900)
-    with pytest.raises(Malformed, match="2000 keys for one channel"):
-        terms(2000).encode()
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"",
+        b"\2G",
+        grants(grants=b""),
+        grants(grants=b"\2" + KEY[:-1]),
+        grants(grants=b"\2" + KEY + b"\2"),
+        grants(grants=b"\0" + KEY),
+        grants(grants=b"\1" + KEY),
+        grants(grants=b"\x08" + KEY),
+        grants(grants=b"\xff" + KEY),
+        grants(kind=b"\1G"),
+        grants(kind=b"\2R"),
+        grants(grants=(b"\2" + KEY) * 901),
+    ],
+)
+def test_grants_that_are_none_are_malformed(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        GrantSet.decode(octets)
+
+
+@pytest.mark.parametrize("count", [1, 900, 901, 20_000])
+def test_a_set_of_any_size_comes_in_messages_that_fit(count: int) -> None:
+    granted = frozenset({Operation.SIGN})
+    keys = [number.to_bytes(KEY_ID_OCTETS, "big") for number in range(count)]
+    messages = GrantSet(5, dict.fromkeys(keys, granted)).encode()
+    assert max(map(len, messages)) <= MAX_CONTROL_OCTETS
+    decoded = [GrantSet.decode(message) for message in messages]
+    assert {one.number for one in decoded} == {5}
+    assert [key for one in decoded for key in one.grants] == keys
+
+
+def test_the_list_of_keys_has_room_for_all_of_them() -> None:
+    keys = [number.to_bytes(KEY_ID_OCTETS, "little") for number in range(MAX_KEYS + 1)]
+    octets = Keys.of(keys[:-1]).encode()
+    assert len(octets) == MAX_KEYS_OCTETS
+    assert Keys.decode(octets).keys == tuple(key[:8] for key in keys[:-1])
+    with pytest.raises(Malformed, match="20001 keys in one keyd, and 20000 at most"):
+        Keys.of(keys).encode()
+
+
+@pytest.mark.parametrize("octets", [b"", b"\1K" + bytes(8), b"\2K" + bytes(7), b"\2O" + bytes(8)])
+def test_a_list_of_keys_that_is_none_is_malformed(octets: bytes) -> None:
+    """Also that of a keyd of an earlier version."""
+    with pytest.raises(Malformed):
+        Keys.decode(octets)
 
 
 def test_the_longest_messages_fit_where_they_are_read() -> None:
