@@ -10,6 +10,11 @@ _titus_py() {
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;
+        --kind)
+            options='rsa-2048 rsa-3072 rsa-4096 rsa-8192 p-256 p-384 p-521 ed25519'
+            mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
+            return
+            ;;
         --listen | --backend)
             return
             ;;
@@ -23,10 +28,18 @@ _titus_py() {
         check) options='--config --credentials' ;;
         audit) options='--pid --json --quiet --html' ;;
         status) options='--pid --json --watch' ;;
+        rekey)
+            options='--config --kind --install --dry-run --pid'
+            if [[ $word != -* ]]; then
+                compopt -o filenames
+                mapfile -t COMPREPLY < <(compgen -d -- "$word")
+                return
+            fi
+            ;;
         reload) options='--pid --program' ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
-        options='serve check demo audit status reload --help --version'
+        options='serve check demo audit status reload rekey --help --version'
     else
         options="$options --help"
     fi

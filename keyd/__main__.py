@@ -128,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check")  # titus-py's: JSON in, JSON out
     check.set_defaults(run=_check)
 
+    make = commands.add_parser("make")  # titus-py's: on an inherited descriptor
+    make.add_argument("--settings-fd", type=int, required=True)
+    make.add_argument("--orders-fd", type=int, required=True)
+    make.set_defaults(run=_make)
+
     serve = commands.add_parser("serve")  # titus-py's: on inherited descriptors
     serve.add_argument("--settings-fd", type=int, required=True)
     serve.add_argument("--parent-fd", type=int, required=True)
@@ -357,6 +362,20 @@ def _reference(arguments: argparse.Namespace) -> int:
 def _openssl_conf(arguments: argparse.Namespace) -> int:
     sys.stdout.write(openssl_configuration(f"socket = {arguments.socket}"))
     return 0
+
+
+def _make(arguments: argparse.Namespace) -> NoReturn:
+    """Make keys as ordered, confined; see there."""
+    # Imported here, as above.
+    from keyd.making import confine, serve
+
+    set_title("keyd-make", "keyd: making keys")
+    settings = json.loads(read_all(arguments.settings_fd))
+    orders = socket.socket(fileno=arguments.orders_fd)
+    guard()
+    confine(Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock"))))
+    serve(orders)
+    _leave()
 
 
 def _check(arguments: argparse.Namespace) -> int:

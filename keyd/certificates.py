@@ -59,6 +59,7 @@ class Findings(NamedTuple):
     reference: str | None = None
     subject: str = ""
     names: tuple[str, ...] = ()
+    not_before: str | None = None
     not_after: str | None = None
     #: Of the key: a server can show a client one certificate of each kind.
     kind: str = ""
@@ -104,6 +105,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
         reference,
         _subject(leaf),
         _names(leaf),
+        leaf.not_valid_before_utc.isoformat(),
         leaf.not_valid_after_utc.isoformat(),
         _kind(leaf),
     )

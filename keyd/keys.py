@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from keyd.powers import PrivateKey
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
 
-__all__ = ["UnusableKey", "load_private_key", "read"]
+__all__ = ["UnusableKey", "load_private_key", "passphrase_in", "read"]
 
 
 class UnusableKey(ValueError):
@@ -35,9 +35,7 @@ def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
     """Read a PEM private key; raises UnusableKey, also for a passphrase that it does not need."""
     passphrase = None
     if passphrase_file is not None:
-        # The first line without its newline, as `openssl -passin file:` reads it.
-        text = read(passphrase_file, "passphrase_file")
-        passphrase = text.split(b"\n", 1)[0].rstrip(b"\r")
+        passphrase = passphrase_in(read(passphrase_file, "passphrase_file"))
         if not passphrase:
             raise UnusableKey("passphrase_file", f"{passphrase_file}: its first line is empty")
     pem = read(path, "key")
@@ -70,6 +68,11 @@ def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
     if isinstance(key, rsa.RSAPrivateKey) and not _is_sound(key):
         raise UnusableKey("key", f"{path} is damaged: its numbers are not those of an RSA key")
     return key
+
+
+def passphrase_in(text: bytes) -> bytes:
+    """The first line without its newline, as ``openssl -passin file:`` reads it."""
+    return text.split(b"\n", 1)[0].rstrip(b"\r")
 
 
 def _is_sound(key: rsa.RSAPrivateKey) -> bool:

@@ -1,4 +1,4 @@
-"""The system calls that keyd may make once it serves: data for its filter.
+"""The system calls that keyd may make once it serves, and ``keyd make``: data for their filters.
 
 No file is opened, no socket made, no program started, no memory made executable.
 """
@@ -7,7 +7,7 @@ import mmap
 
 from keyd.linux.seccomp import Only, Rules
 
-__all__ = ["SERVING"]
+__all__ = ["MAKING", "SERVING"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
@@ -49,5 +49,29 @@ SERVING: Rules = {
     "rt_sigprocmask": _ANYHOW,
     "rt_sigaction": _ANYHOW,
     "exit": _ANYHOW,
+    "exit_group": _ANYHOW,
+}
+
+MAKING: Rules = {
+    # Orders, with the descriptors that are read and written; and answers.
+    "recvmsg": _ANYHOW,
+    "sendto": _ANYHOW,
+    "read": _ANYHOW,
+    "write": _ANYHOW,
+    "close": _ANYHOW,
+    # Memory, none of it executable.
+    "brk": _ANYHOW,
+    "mmap": _NOT_EXECUTABLE,
+    "mprotect": _NOT_EXECUTABLE,
+    "mremap": _ANYHOW,
+    "munmap": _ANYHOW,
+    "madvise": _ANYHOW,
+    # OpenSSL: to see whether it was forked, and for fresh entropy.
+    "getpid": _ANYHOW,
+    "getrandom": _ANYHOW,
+    # Locks, and the end.
+    "futex": _ANYHOW,
+    "rt_sigreturn": _ANYHOW,
+    "rt_sigprocmask": _ANYHOW,
     "exit_group": _ANYHOW,
 }

@@ -26,6 +26,8 @@ from keyd.linux.systemd import Notifier
 
 __all__ = ["main"]
 
+#: What ``keyd make`` makes.
+_KEY_KINDS = ("rsa-2048", "rsa-3072", "rsa-4096", "rsa-8192", "p-256", "p-384", "p-521", "ed25519")
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 
 
@@ -90,6 +92,28 @@ def _parser() -> argparse.ArgumentParser:
         help="have the program itself replaced, too, by the one that is installed now",
     )
     reload.set_defaults(run=_reload)
+
+    rekey = commands.add_parser(
+        "rekey",
+        help="make new keys, and requests to have them certified",
+        description="Beside each key: NAME.new.key, and NAME.new.csr to be certified. The answer "
+        "is put there as NAME.new.crt, and --install puts it in place with its key, and reloads. "
+        "Exit code 0: done; 1: something failed; 2: there are mistakes, and nothing was done.",
+    )
+    rekey.add_argument(
+        "asked",
+        nargs="+",
+        metavar="NAME | DIRECTORY",
+        help="a virtual host's name, or a directory (written with a slash) of certificates",
+    )
+    rekey.add_argument("--config", type=Path, metavar="FILE")
+    rekey.add_argument("--kind", choices=_KEY_KINDS, help="of the keys (default: as they are)")
+    rekey.add_argument(
+        "--install", action="store_true", help="put the certificates that have come in place"
+    )
+    rekey.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    rekey.add_argument("--pid", type=int, help="the supervisor of the instance, if several run")
+    rekey.set_defaults(run=_rekey)
 
     demo = commands.add_parser("demo", help="show a real request, and what protects the key")
     demo.set_defaults(run=_demo)
@@ -197,6 +221,19 @@ def _reload(arguments: argparse.Namespace) -> int:
     from titus_py.commands.reload import reload
 
     return reload(arguments.pid, arguments.program)
+
+
+def _rekey(arguments: argparse.Namespace) -> int:
+    from titus_py.commands.rekey import rekey
+
+    return rekey(
+        arguments.asked,
+        arguments.config,
+        arguments.kind,
+        arguments.install,
+        arguments.dry_run,
+        arguments.pid,
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:

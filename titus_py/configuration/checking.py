@@ -20,7 +20,7 @@ from titus_py.configuration.mistake import Source
 from titus_py.configuration.names import uncovered
 from titus_py.configuration.uids_in_use import uids_in_use
 
-__all__ = ["CertificateFacts", "Checked", "check"]
+__all__ = ["Answer", "CertificateFacts", "Checked", "ask_keyd_check", "check"]
 
 _TIMEOUT_SECONDS = 30.0
 #: How many names, or virtual hosts, a message shows.
@@ -61,7 +61,9 @@ class _Problem(BaseModel):
     reason: str
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What ``keyd check`` found about one certificate and its key."""
+
     mistakes: list[_Problem]
     warnings: list[_Problem]
     chain: str | None
@@ -69,6 +71,7 @@ class _Answer(BaseModel):
     reference: str | None
     subject: str
     names: tuple[str, ...]
+    not_before: AwareDatetime | None = None
     not_after: AwareDatetime | None
     kind: str = ""
 
@@ -86,7 +89,7 @@ class _Answer(BaseModel):
         return CertificateFacts(self.chain, key_id, self.reference, *public)
 
 
-_ANSWERS = TypeAdapter(list[_Answer])
+_ANSWERS = TypeAdapter(list[Answer])
 #: For each virtual host its mistakes and its warnings, each a setting and a reason.
 _HANDSHAKES = TypeAdapter(list[tuple[list[tuple[str, str]], list[tuple[str, str]]]])
 
@@ -113,7 +116,7 @@ def check(
     files = FileWatch(path for credential in loaded.credentials for path in credential if path)
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
-        answers = _ask(keyd_check, list(loaded.credentials), timeout + len(loaded.credentials) / 2)
+        answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout)
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
             also = _also(source, [place.removesuffix(".") for place in others])
@@ -142,7 +145,13 @@ def check(
     return Checked(configuration, mistakes, warnings, certificates, files, source.path)
 
 
-def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[_Answer]:
+def ask_keyd_check(
+    helper: Helper, credentials: Sequence[Credential], timeout: float = _TIMEOUT_SECONDS
+) -> list[Answer]:
+    """Have these files read and held against each other; an answer for each. Raises Unanswered.
+
+    Waits for up to ``timeout`` seconds, and half a second more for each of them.
+    """
     if not credentials:
         helper.dismiss()
         return []
@@ -150,7 +159,7 @@ def _ask(helper: Helper, credentials: list[Credential], timeout: float) -> list[
         {field: path and str(path) for field, path in credential._asdict().items()}
         for credential in credentials
     ]
-    octets = helper.ask(question, timeout)
+    octets = helper.ask(question, timeout + len(credentials) / 2)
     try:
         answers = _ANSWERS.validate_json(octets)
     except ValidationError as error:

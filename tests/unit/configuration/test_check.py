@@ -393,7 +393,8 @@ def test_options_are_named_as_options(tmp_path: Path, keys: dict[str, Key]) -> N
         ("print('[]')", "0 answers to 1 questions"),
         (
             "print('[{\"mistakes\": [], \"warnings\": [], \"chain\": null, \"key_id\": null,"
-            " \"reference\": null, \"subject\": \"\", \"names\": [], \"not_after\": null}]')",
+            " \"reference\": null, \"subject\": \"\", \"names\": [], \"not_before\": null,"
+            " \"not_after\": null}]')",
             "neither mistakes nor facts",
         ),
     ],

@@ -1,0 +1,101 @@
+"""Files that are there whole or not at all, whenever the machine or the command is stopped.
+
+Run by ``titus-py rekey``, as root. What a file holds is copied by the kernel: a private key never
+comes into this process's memory. Each function raises OSError.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["copy", "forget", "link", "new_file", "point", "sync"]
+
+_COPIED_AT_ONCE = 1 << 20
+
+
+@contextmanager
+def new_file(path: Path, mode: int, like: os.stat_result) -> Iterator[int]:
+    """A file to write, which appears at ``path`` when the block ends well.
+
+    Its owner and group are those of ``like``. It overwrites nothing: where something is there
+    already, FileExistsError. Until then the file is ``.NAME.tmp``; one that an interrupted run has
+    left is removed, so only one process at a time may make files here.
+    """
+    temporary = _temporary(path)
+    descriptor = _create(temporary, mode, like)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+        os.link(temporary, path)
+    finally:
+        os.close(descriptor)
+        temporary.unlink()
+    sync(path.parent)
+
+
+def copy(sources: Sequence[Path], path: Path, mode: int, like: os.stat_result) -> None:
+    """Have what is in ``sources``, one after the other, at ``path``, in place of what is there.
+
+    ``mode``, and the owner and group of ``like``, are the copy's.
+    """
+    temporary = _temporary(path)
+    descriptor = _create(temporary, mode, like)
+    try:
+        for number, source in enumerate(sources):
+            if number:
+                # Each PEM block wants lines of its own, and the last line may lack its end.
+                os.write(descriptor, b"\n")
+            with open(source, "rb", buffering=0) as file:
+                while os.sendfile(descriptor, file.fileno(), None, _COPIED_AT_ONCE):
+                    continue
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def point(path: Path, target: Path) -> None:
+    """Have a symbolic link to ``target`` at ``path``, in place of what is there."""
+    temporary = _temporary(path)
+    forget(path)
+    temporary.symlink_to(os.path.relpath(target, path.parent))
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def link(path: Path, other: Path) -> None:
+    """Another name for the same file; FileExistsError where something has it already."""
+    os.link(path, other)
+    sync(other.parent)
+
+
+def forget(path: Path) -> None:
+    """Remove what an interrupted run has left of a file that was to appear at ``path``."""
+    _temporary(path).unlink(missing_ok=True)
+
+
+def sync(directory: Path) -> None:
+    """Have the directory's names on the disk before anything that comes after."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _create(path: Path, mode: int, like: os.stat_result) -> int:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        os.fchown(descriptor, like.st_uid, like.st_gid)
+        os.fchmod(descriptor, mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
