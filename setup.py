@@ -29,5 +29,6 @@ setup(
         extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
         extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
+        extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
     ]
 )

@@ -144,13 +144,18 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
 
 
 class Nginx:
-    """A stock nginx: files of a directory below /, PUT into it below /upload."""
+    """A stock nginx: files of a directory below /, PUT into it below /upload.
+
+    At ``h2_address`` it speaks HTTP/2, without TLS and with no other version of HTTP before it,
+    and passes gRPC on to ``grpc_address``.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.files = directory / "files"
         self.uploads = directory / "upload"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self.h2_address, self.grpc_address = (f"127.0.0.1:{free_port()}" for _ in range(2))
         for path in (self.files, self.uploads):
             path.mkdir()
         (self.files / "index.html").write_text("It works.\n")
@@ -174,6 +179,11 @@ class Nginx:
                     listen 127.0.0.1:{self.port};
                     root {self.files};
                     location /upload/ {{ root {directory}; dav_methods PUT; }}
+                }}
+                server {{
+                    listen {self.h2_address} http2;
+                    root {self.files};
+                    location /grpc. {{ grpc_pass grpc://{self.grpc_address}; }}
                 }}
             }}
             """

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titus_py.configuration.toml import key_text
+
 TITUS_PY = Path(sys.executable).parent / "titus-py"
 Event = dict[str, Any]
 Table = dict[str, Any]
@@ -118,7 +120,7 @@ def toml(tables: Mapping[str, Any]) -> str:
             }
             # JSON's strings, numbers, booleans and arrays of them are TOML's.
             lines += [
-                f"{key} = {json.dumps(value, default=str)}"
+                f"{key_text(key)} = {json.dumps(value, default=str)}"
                 for key, value in table.items()
                 if f"{name}.{key}" not in within
             ]

@@ -42,6 +42,7 @@ class TlsClient:
         source: socket.socket | None = None,
         receive_buffer: int | None = None,
         groups: Sequence[str] | None = None,
+        protocols: Sequence[str] = (),
     ) -> None:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(versions[0])
@@ -53,11 +54,16 @@ class TlsClient:
             context.set_cipher_list(ciphers.encode())
         if groups is not None:
             set_groups(context, groups)
+        if protocols:
+            context.set_alpn_protos([protocol.encode() for protocol in protocols])
         self.tls = SSL.Connection(context, None)
         self.tls.set_connect_state()
         if server_name is not None:
             self.tls.set_tlsext_host_name(server_name.encode())
         self.socket = source or connect(port, host, receive_buffer)
+        name = self.socket.getsockname()
+        #: As the log has an IPv4 client, also once its socket is closed.
+        self.name = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else ""
         self.received = b""
         self.octets_sent = 0
 

@@ -88,6 +88,18 @@ def test_tls_facts(serve: Serve, listener: Listener, version: int, name: str | N
         assert tlv.alpn is None
 
 
+@pytest.mark.parametrize(("how", "told"), [("v2-tls", b"http/1.1"), ("v2", None)])
+def test_the_protocol_is_a_tls_fact(
+    serve: Serve, listener: Listener, how: str, told: bytes | None
+) -> None:
+    vhost = {"send_proxy": how, "alpn": ["h2", "http/1.1"]}
+    instance = serve(listener.address, vhost=[vhost])
+    with TlsClient(instance.port, protocols=["http/1.1"]) as client:
+        client.handshake()
+        result, _ = first_words(listener, client)
+        assert result.tlv.alpn == told
+
+
 def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(
     serve: Serve, listener: Listener
 ) -> None:

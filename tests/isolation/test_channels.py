@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from integration.certificates import Certificate
 from integration.instance import Instance, eventually
-from integration.peers import Listener, TlsClient, echo, served_by, was_reset
+from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by, was_reset
 
 from keyd import protocol
 from titus_py.between import messages
@@ -196,6 +196,34 @@ def test_messages_out_of_place(instance: Instance, message: str, attempted: str)
     [alarm] = [event for event in result.alarms if event["event"] == "unexpected_message"]
     assert alarm["attempted"] == attempted
     assert result.end["end"] == "unexpected_message"
+
+
+def test_protocols_that_a_virtual_host_has_not(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    """A worker that was taken over gets to the backends of its virtual hosts' protocols alone."""
+    with Listener.tcp() as of_protocol:
+        of_protocol.socket.setblocking(False)
+        negotiates = {"alpn": ["x/1"], "backends": {"x/1": of_protocol.address}}
+        requires = {"sni": ["localhost"], "alpn_required": True}
+        hosts = [negotiates | requires, {"sni": [""]}, negotiates]
+        with infected(tmp_path, certificate, backend.address, vhost=hosts) as instance:
+            for message, attempted in (
+                ("44000201", "Dial(vhost=2, protocol=1,"),
+                ("440002fe", "Dial(vhost=2, protocol=254,"),
+                ("440000ff", "Dial(vhost=0, protocol=None,"),
+                ("44000100", "Dial(vhost=1, protocol=0,"),
+            ):
+                result = take_over(instance, "h", "burst", "parent", message)
+                (alarm,) = (event for event in result.alarms if "attempted" in event)
+                assert alarm["attempted"].startswith(attempted)
+                with pytest.raises(BlockingIOError):
+                    of_protocol.accept()
+            # The control: what it has.
+            with TlsClient(instance.port, "h.burst.parent.44000200.attack.test") as client:
+                client.socket.sendall(client.first_flight())
+                of_protocol.socket.settimeout(TIMEOUT)
+                of_protocol.accept().close()
 
 
 def test_nothing_outlives_its_connection(

@@ -86,7 +86,11 @@ def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
     kept = set(PARENT_CAPABILITIES)
     if seen.process.role is Role.SUPERVISOR:
         kept = set(SUPERVISOR_CAPABILITIES)
-    elif any(isinstance(v.backend, UnixAddress) for v in scene.target.configuration.vhost):
+    elif any(
+        isinstance(backend, UnixAddress)
+        for vhost in scene.target.configuration.vhost
+        for backend in vhost.all_backends.values()
+    ):
         kept.add(prctl.CAP_DAC_OVERRIDE)
     return _at_most(seen, _mask(kept), _mask(kept))
 

@@ -55,7 +55,9 @@ class VirtualHost(NamedTuple):
     local_address: str | None
     local_port: int | None
     certificates: tuple[Certificate, ...]
+    #: Where its connections go, but for those of the protocols that ``backends`` has.
     backend: str
+    backends: dict[str, str]
     tls: TlsSettings
     truncated: str
     #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
@@ -65,6 +67,10 @@ class VirtualHost(NamedTuple):
     def passes_tls_facts(self) -> bool:
         """Whether the backend is told what a worker says of its client's TLS."""
         return self.send_proxy == "v2-tls"
+
+    def backend_for(self, protocol: str | None) -> str:
+        """``protocol`` is what the client and its worker negotiated (ALPN)."""
+        return self.backends.get(protocol, self.backend) if protocol else self.backend
 
 
 class Plan(NamedTuple):

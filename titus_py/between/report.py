@@ -73,6 +73,7 @@ class End(IntEnum):
     WORKER_FAILED = 14
     IDLE = 15
     HALF_CLOSED = 16
+    NO_APPLICATION_PROTOCOL = 17
 
 
 class Report(NamedTuple):

@@ -20,13 +20,15 @@ class TlsSettings(NamedTuple):
     ciphersuites: str | None
     groups: tuple[str, ...] | None
     rsa_key_exchange: bool
+    #: Application protocols, best first; None: none is negotiated.
+    alpn: tuple[str, ...] | None = None
+    #: Whether a client has to negotiate one.
+    alpn_required: bool = False
 
     @classmethod
     def decode(cls, fields: list[Any]) -> "TlsSettings":
         """From the list that JSON makes of it."""
-        settings = cls(*fields)
-        groups = settings.groups
-        return settings._replace(groups=tuple(groups) if groups is not None else None)
+        return cls._make(tuple(one) if isinstance(one, list) else one for one in fields)
 
 
 def matches(pattern: str, server_name: str | None) -> bool:

@@ -43,16 +43,18 @@ def warnings(loaded: Loaded) -> list[Mistake]:
 
 def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     for i, vhost in enumerate(configuration.vhost):
-        if isinstance(vhost.backend, UnixAddress) and not Path(vhost.backend.path).is_socket():
-            reason = f"no socket is at {vhost.backend.path}: does the backend run?"
-            yield source.mistake(f"vhost[{i}].backend", reason)
+        for setting, backend in vhost.all_backends.items():
+            if isinstance(backend, UnixAddress) and not Path(backend.path).is_socket():
+                reason = f"no socket is at {backend.path}: does the backend run?"
+                yield source.mistake(f"vhost[{i}].{setting}", reason)
 
 
 def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     users: dict[NameAddress, list[str]] = {}
     for i, vhost in enumerate(configuration.vhost):
-        if isinstance(vhost.backend, NameAddress):
-            users.setdefault(vhost.backend, []).append(f"vhost[{i}].backend")
+        for setting, backend in vhost.all_backends.items():
+            if isinstance(backend, NameAddress):
+                users.setdefault(backend, []).append(f"vhost[{i}].{setting}")
     why = _looked_up(list(users))
     for backend, (first, *others) in users.items():
         if reason := why.get(backend, f"no answer within {_RESOLVE_SECONDS:g} s"):
@@ -92,8 +94,9 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         for place, credential in vhost.credentials.items():
             for field, path in credential._asdict().items():
                 paths[f"vhost[{i}].{place}{field}"] = path
-        if isinstance(vhost.backend, UnixAddress):
-            paths[f"vhost[{i}].backend"] = Path(vhost.backend.path)
+        for setting, backend in vhost.all_backends.items():
+            if isinstance(backend, UnixAddress):
+                paths[f"vhost[{i}].{setting}"] = Path(backend.path)
     for key, path in paths.items():
         for directory, setting in _HIDDEN.items():
             if path is not None and path.resolve().is_relative_to(directory):

@@ -161,15 +161,20 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
     for vhost in vhosts:
         names = vhost["names"]
         shown = "any name" if names is None else _some([name or "no name" for name in names])
-        table.add_row(
-            _text(shown),
-            _text(_at(vhost["local_address"], vhost["local_port"])),
-            _text(vhost["backend"] + _introduced(vhost["send_proxy"])),
-            _text(", ".join(vhost["addresses"]))
-            if vhost["addresses"]
-            else Text("not resolved", style="red"),
-        )
+        at = _at(vhost["local_address"], vhost["local_port"])
+        send_proxy = vhost["send_proxy"]
+        table.add_row(_text(shown), _text(at), *_backend(vhost, send_proxy))
+        for one in vhost["backends"]:
+            table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, send_proxy))
     return table
+
+
+def _backend(of: Mapping[str, Any], send_proxy: str | None) -> tuple[Text, Text]:
+    """As it is configured, and its addresses."""
+    addresses = _text(", ".join(of["addresses"])) if of["addresses"] else None
+    return _text(of["backend"] + _introduced(send_proxy)), addresses or Text(
+        "not resolved", style="red"
+    )
 
 
 def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> Table:
@@ -177,6 +182,8 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("connections", f"{live} now, {counts['accepted']} accepted")
     table.add_row("handshakes", _tally(counts["handshakes"], "failed", counts["failed"]))
+    if counts["protocols"]:
+        table.add_row("protocols", _listed(counts["protocols"]))
     table.add_row(
         "octets",
         f"{_short(counts['octets_from_clients'])} from clients, "

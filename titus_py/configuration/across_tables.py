@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from keyd.protocol import MAX_KEYS
 from titus_py.between.messages import MAX_VHOSTS
-from titus_py.configuration.address import IPAddress
+from titus_py.configuration.address import Address, IPAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import (
     Backend,
@@ -38,6 +38,7 @@ __all__ = [
     "never_matching",
     "never_received",
     "overlaps",
+    "shared_backends",
     "too_many",
     "uid_mistakes",
     "uid_warnings",
@@ -208,10 +209,30 @@ def metrics_mistakes(
                 yield source.mistake("metrics.address", reason)
     elif address is not None:
         for i, vhost in each_valid(Backend, tables, "vhost", source):
-            if vhost.backend == address:
-                where = source.reference(f"vhost[{i}].backend")
-                yield source.mistake("metrics.address", f"{address} is {where}, too")
-                break
+            for setting, backend in vhost.all_backends.items():
+                if backend == address:
+                    where = source.reference(f"vhost[{i}].{setting}")
+                    yield source.mistake("metrics.address", f"{address} is {where}, too")
+                    return
+
+
+def shared_backends(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """Warnings of backends that are not told which of several protocols a client speaks."""
+    for i, vhost in each_valid(Backend, tables, "vhost", source):
+        if vhost.send_proxy == "v2-tls":
+            continue
+        protocols: dict[Address, list[str]] = {}
+        for protocol in vhost.alpn or ():
+            backend = vhost.backends.get(protocol, vhost.backend)
+            protocols.setdefault(backend, []).append(protocol)
+        for backend, several in protocols.items():
+            if len(several) > 1:
+                yield source.mistake(
+                    f"vhost[{i}].alpn",
+                    f"{', '.join(several)}: {backend} gets them all, and is not told which one a "
+                    "client speaks: if it cannot tell, name a backend for each "
+                    'in [vhost.backends], or set send_proxy = "v2-tls"',
+                )
 
 
 def never_received(

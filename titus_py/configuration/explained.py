@@ -1,6 +1,5 @@
 """Explains pydantic's errors in the words of a configuration file."""
 
-import json
 import re
 from collections.abc import Sequence
 
@@ -8,6 +7,7 @@ from pydantic_core import ErrorDetails
 
 from titus_py.configuration.mistake import Mistake, Source, described, nearest
 from titus_py.configuration.tables import TABLES, Configuration, Table, table_of
+from titus_py.configuration.toml import key_text
 
 __all__ = ["explained"]
 
@@ -20,8 +20,7 @@ def explained(details: ErrorDetails, source: Source) -> Mistake:
         if isinstance(part, int):
             key += f"[{part}]"
         else:
-            name = part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else json.dumps(part)
-            key += f".{name}" if key else name
+            key += f".{key_text(part)}" if key else key_text(part)
     unknown = details["type"] == "extra_forbidden"
     return source.mistake(key, _unknown_key(details) if unknown else _reason(details, key))
 
@@ -62,7 +61,7 @@ def _reason(details: ErrorDetails, key: str) -> str:
             return f"at least one {_heading(key)} is needed" if key in TABLES else "is missing"
         case "tuple_type":
             return f"expected tables, each headed {_heading(key)}, not {found}"
-        case "model_type":
+        case "model_type" | "dict_type":
             return f"expected a table, {_heading(key)}, not {found}"
         case "literal_error":
             return f"expected {limits['expected']}, not {found}".replace("'", '"')

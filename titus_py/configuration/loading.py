@@ -17,6 +17,7 @@ from titus_py.configuration.across_tables import (
     never_matching,
     never_received,
     overlaps,
+    shared_backends,
     too_many,
     uid_mistakes,
     uid_warnings,
@@ -145,7 +146,11 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
         for place, credential in table.credentials.items():
             credentials.setdefault(credential, []).append(f"vhost[{i}].{place}")
     mistakes += too_many(tables, credentials, source)
-    warnings = [*uid_warnings(tables, source), *exposed_files(credentials, source)]
+    warnings = [
+        *uid_warnings(tables, source),
+        *exposed_files(credentials, source),
+        *shared_backends(tables, source),
+    ]
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)
     return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)

@@ -84,6 +84,7 @@ class Source(NamedTuple):
 
     def line(self, key: str) -> int | None:
         """The line of the key, or else of the table that it is in, or should be in."""
+        key = key.replace('"', "")
         while key and key not in self.lines:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return self.lines.get(key)

@@ -18,10 +18,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
-from titus_py.configuration.address import IPAddress
+from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.mistake import described
+from titus_py.configuration.toml import key_text
 from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
     BackendAddress,
+    BackendsByProtocol,
     Boolean,
     CipherList,
     Ciphersuites,
@@ -36,6 +39,7 @@ from titus_py.configuration.values import (
     ListenAddress,
     LocalAddress,
     MetricsAddress,
+    Protocols,
     ServerNames,
     UidRange,
     Version,
@@ -313,7 +317,7 @@ class Credentials(Table):
 
 
 class Backend(Table):
-    """The part of [[vhost]] that says where connections go."""
+    """The part of [[vhost]] that says where connections go, by their protocol."""
 
     backend: BackendAddress = Field(
         description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
@@ -327,6 +331,48 @@ class Backend(Table):
         '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite. '
         "Absent: none, and the backend sees titus-py's address as its client's.",
     )
+    alpn: Protocols | None = Field(
+        default=None,
+        description="The application protocols that clients may negotiate (ALPN), best first, "
+        'such as ["h2", "http/1.1"]. A client that offers others only is refused; one that offers '
+        "none is served. Absent: what clients offer is ignored.",
+    )
+    alpn_required: Boolean = Field(
+        default=False, description="Also refuse clients that negotiate no protocol."
+    )
+    backends: Annotated[dict[str, BackendAddress], AfterValidator(BackendsByProtocol)] = Field(
+        default_factory=BackendsByProtocol,
+        description="Where the plaintext of a protocol in alpn goes, where that is not backend: a "
+        'table [vhost.backends] with lines such as h2 = "127.0.0.1:8081".',
+    )
+
+    @field_validator("alpn_required")
+    @classmethod
+    def _only_with_alpn(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("alpn", ()) is None:
+            raise ValueError("has no effect without alpn: say there which protocols there are")
+        return value
+
+    @field_validator("backends")
+    @classmethod
+    def _only_of_protocols(
+        cls, value: dict[str, Address], info: ValidationInfo
+    ) -> dict[str, Address]:
+        others = sorted(value.keys() - (info.data["alpn"] or ())) if "alpn" in info.data else []
+        for name in others:
+            reason = f"{described(name)} is none of this host's protocols: add it to alpn"
+            if name in VirtualHost.model_fields:
+                reason = f"{name} is a setting of [[vhost]]: put it above [vhost.backends]"
+            raise ValueError(reason)
+        return value
+
+    @property
+    def all_backends(self) -> dict[str, Address]:
+        """Everywhere that connections go, by the setting that says so."""
+        of_protocols = {
+            f"backends.{key_text(protocol)}": backend for protocol, backend in self.backends.items()
+        }
+        return {"backend": self.backend, **of_protocols}
 
 
 class VirtualHost(Backend, Credentials, Match):

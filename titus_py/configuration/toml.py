@@ -5,12 +5,13 @@ scanner finds the line of each table and key. The scanner knows strings, comment
 """
 
 import codecs
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Document", "NotTOML", "lines_of", "read"]
+__all__ = ["Document", "NotTOML", "key_text", "lines_of", "read"]
 
 
 class Document(NamedTuple):
@@ -76,6 +77,11 @@ def read(content: bytes) -> Document:
         raise NotTOML("not valid TOML: an integer too long to read") from None
     except RecursionError:
         raise NotTOML("not valid TOML: arrays or tables nested too deeply") from None
+
+
+def key_text(name: str) -> str:
+    """One part of a key, as it is written: in quotes, where it needs them."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
 
 
 def _explained(said: str, text: str) -> NotTOML:

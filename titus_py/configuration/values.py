@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
 
+from titus_py.between.messages import MAX_PROTOCOLS
 from titus_py.configuration.address import (
     Address,
     IPAddress,
@@ -25,6 +26,7 @@ from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
     "BackendAddress",
+    "BackendsByProtocol",
     "Boolean",
     "CipherList",
     "Ciphersuites",
@@ -39,6 +41,7 @@ __all__ = [
     "ListenAddress",
     "LocalAddress",
     "MetricsAddress",
+    "Protocols",
     "ServerNames",
     "UidRange",
     "User",
@@ -72,6 +75,9 @@ _GROUPS = {
     "P-384": ("secp384r1",),
     "P-521": ("secp521r1",),
 }
+#: RFC 7301 §3.1.
+_MAX_PROTOCOL_OCTETS = 255
+_ACME = "acme-tls/1"
 _GROUP_OF = {name.lower(): group for group, names in _GROUPS.items() for name in (group, *names)}
 
 
@@ -81,6 +87,13 @@ class User(NamedTuple):
     name: str
     uid: int
     gid: int
+
+
+class BackendsByProtocol(dict[str, Address]):
+    """Not changed once it is made, and so with a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 def _text(value: object) -> str:
@@ -293,6 +306,37 @@ def _server_name_pattern(text: str) -> str:
     return star + host_name(text.removeprefix(star)).removesuffix(".")
 
 
+def _protocols(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'expected a list of protocols, such as ["h2", "http/1.1"], not {described(value)}'
+        )
+    if not value:
+        raise ValueError("an empty list leaves no protocol: leave alpn out to negotiate none")
+    if len(value) > MAX_PROTOCOLS:
+        raise ValueError(f"{len(value)} protocols: expected {MAX_PROTOCOLS} at most")
+    names = tuple(_protocol(_text(name)) for name in value)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{described(name)} is in the list more than once")
+    return names
+
+
+def _protocol(name: str) -> str:
+    if not name:
+        raise ValueError("a protocol's name has at least one octet")
+    if (octets := len(name.encode())) > _MAX_PROTOCOL_OCTETS:
+        raise ValueError(f"{described(name)} has {octets} octets, of {_MAX_PROTOCOL_OCTETS}")
+    if not name.isprintable():
+        raise ValueError(f"{described(name)} has a character that is not printable")
+    if name == _ACME:
+        raise ValueError(
+            f"{described(name)} is for a certificate authority's challenge (RFC 8737), which takes "
+            "a certificate made for it: the program that asks for certificates answers it"
+        )
+    return name
+
+
 def _cipher_list(text: str) -> str:
     if not re.fullmatch(r"[!-~]+(?: [!-~]+)*", text):
         raise ValueError("expected an OpenSSL cipher list, such as ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -331,6 +375,9 @@ def _group(name: str) -> str:
     return group
 
 
+#: Without it, pydantic warns of each list that it makes of a tuple.
+_AsList = PlainSerializer(list, when_used="json")
+
 Integer = Annotated[int, Field(strict=True)]
 Boolean = Annotated[bool, Field(strict=True)]
 Duration = Annotated[float, PlainValidator(_duration), PlainSerializer(_duration_text)]
@@ -348,8 +395,9 @@ MetricsAddress = Annotated[
     IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
 ]
 BackendAddress = Annotated[Address, PlainValidator(_backend_address), PlainSerializer(str)]
+Protocols = Annotated[tuple[str, ...], PlainValidator(_protocols), _AsList]
 LocalAddress = Annotated[str, PlainValidator(_local_address)]
-ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names)]
+ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
 CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
-Groups = Annotated[tuple[str, ...], PlainValidator(_groups)]
+Groups = Annotated[tuple[str, ...], PlainValidator(_groups), _AsList]

@@ -88,7 +88,14 @@ def _site(vhost: VirtualHost) -> Site:
     credentials = [Credentials(one.chain, one.key_reference) for one in vhost.certificates]
     context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
-    return Site(names, context, vhost.truncated == "reset", vhost.passes_tls_facts)
+    return Site(
+        names,
+        context,
+        vhost.truncated == "reset",
+        vhost.passes_tls_facts,
+        tuple(name.encode() for name in vhost.tls.alpn or ()),
+        vhost.tls.alpn_required,
+    )
 
 
 def _serve(

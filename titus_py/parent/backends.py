@@ -1,7 +1,7 @@
 """The addresses of each backend, and connecting to it when a worker asks.
 
 Run by the parent. The supervisor says where backends are; the worker only says which virtual
-host its client asked for.
+host its client asked for, and which of that host's protocols it negotiated.
 """
 
 import errno
@@ -38,11 +38,14 @@ class Backends:
     def dial(self, worker: Worker, dial: Dial) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
         vhost = self._plan.vhosts[dial.vhost]
-        name = vhost.backend
+        name = vhost.backend_for(worker.protocol)
 
         def done(backend: socket.socket | None, reason: str) -> None:
             if backend is not None and vhost.send_proxy is not None:
-                reason = self._introduce(backend, vhost.send_proxy, worker.ends, dial.facts, None)
+                protocol = worker.protocol if vhost.passes_tls_facts else None
+                reason = self._introduce(
+                    backend, vhost.send_proxy, worker.ends, dial.facts, protocol
+                )
                 if reason:
                     backend.close()
                     backend = None

@@ -15,7 +15,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Client, Dial, Ready
 from titus_py.between.plan import Plan
-from titus_py.between.virtual_host import applies_to
+from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.backends import Backends
 from titus_py.parent.outbox import Tell
@@ -135,7 +135,7 @@ class Connections:
             and worker.offer is not None
             and worker.dialer is None
             and message.vhost in worker.offer.vhosts
-            and message.protocol is None
+            and _negotiable(message.protocol, self._plan.vhosts[message.vhost].tls)
             and (message.facts is not None) == self._plan.vhosts[message.vhost].passes_tls_facts
         ):
             self._established(worker, message)
@@ -164,6 +164,7 @@ class Connections:
             client=worker.client,
             local=worker.local,
             vhost=worker.vhost,
+            **_negotiated(worker.protocol),
             seconds=round(time.monotonic() - worker.started, 3),
             worker_seconds=round(time.monotonic() - worker.forked, 3),
             end=worker.killed_for or how,
@@ -198,6 +199,9 @@ class Connections:
     def _established(self, worker: Worker, dial: Dial) -> None:
         """A worker says that its handshake is done: connect to its virtual host's backend."""
         worker.vhost = dial.vhost
+        alpn = self._plan.vhosts[dial.vhost].tls.alpn
+        if alpn and dial.protocol is not None:
+            worker.protocol = alpn[dial.protocol]
         self.handshaking.pop(worker.uid, None)
         if worker.deadline is not None:
             worker.deadline.cancel()
@@ -244,6 +248,18 @@ class Connections:
                 key = bytes.fromhex(certificate.key)
                 grants[key] = grants.get(key, frozenset()) | operations
         return grants
+
+
+def _negotiable(protocol: int | None, tls: TlsSettings) -> bool:
+    """Whether a worker that keeps to these settings can have negotiated this."""
+    if protocol is None:
+        return not tls.alpn_required
+    return protocol < len(tls.alpn or ())
+
+
+def _negotiated(protocol: str | None) -> dict[str, str]:
+    """A protocol for the record, if there is one."""
+    return {"alpn": protocol} if protocol is not None else {}
 
 
 def _text(host: str, port: int) -> str:

@@ -93,7 +93,7 @@ class Parent:
         if lacking:
             sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
         capabilities = list(PARENT_CAPABILITIES)
-        if any(vhost.backend.startswith("unix:") for vhost in self._plan.vhosts):
+        if any(backend.startswith("unix:") for backend in self._plan.addresses):
             # For unix sockets whose owner and mode do not let root connect.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
         keep_capabilities(capabilities)

@@ -44,6 +44,7 @@ class Worker:
         "local",
         "offer",
         "pidfd",
+        "protocol",
         "ready",
         "report",
         "socket",
@@ -71,7 +72,9 @@ class Worker:
         self.deadline: Timer | None = None
         self.dialer: Dialer | None = None
         self.killed_for = ""
+        #: What its client is for, once the handshake is done.
         self.vhost: int | None = None
+        self.protocol: str | None = None
 
     def kill(self, reason: str) -> None:
         """Kill the worker. If there are several reasons, the first is logged."""

@@ -39,6 +39,9 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         handshakes.add(count, version=version, suite=suite, group=group)
     yield handshakes
     yield _counter(
+        "protocols", "Connections by the protocol that was negotiated (ALPN), if any was."
+    ).by("protocol", metrics.protocols)
+    yield _counter(
         "handshake_failures", "Connections that ended before their handshake, by why."
     ).by("reason", metrics.failures)
     yield (

@@ -124,7 +124,9 @@ class Generation:
         self.checked = checked
         self.configuration = checked.configuration
         #: Where its clients' connections go on to.
-        self.backends = frozenset(vhost.backend for vhost in self.configuration.vhost)
+        self.backends = frozenset(
+            backend for vhost in self.configuration.vhost for backend in vhost.all_backends.values()
+        )
         self.certificates = checked.certificates
         self.files = checked.files
         self.keyd: Child | None = None
@@ -273,6 +275,7 @@ class Generation:
                 Certificate(facts.chain, facts.reference, facts.key_id.hex()) for facts in shown
             ),
             backend=str(vhost.backend),
+            backends={protocol: str(backend) for protocol, backend in vhost.backends.items()},
             tls=vhost.tls,
             truncated=vhost.truncated,
             send_proxy=vhost.send_proxy,

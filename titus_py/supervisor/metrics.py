@@ -95,6 +95,7 @@ _FAILURES = (
     "plain_http",
     "bad_client_hello",
     "no_virtual_host",
+    "no_application_protocol",
     "handshake_failed",
     "handshake_timeout",
     "client_left",
@@ -142,6 +143,8 @@ class Metrics:
         self.accepted = 0
         self.ended = Tally(_ENDS)
         self.handshakes: dict[tuple[str, str, str], int] = {}
+        #: By the protocol that ALPN chose. The parent says which: it is one of the configuration's.
+        self.protocols = Tally()
         self.failures = Tally(_FAILURES)
         self.from_clients = 0
         self.to_clients = 0
@@ -198,6 +201,7 @@ class Metrics:
         return {
             "ended": self.ended,
             "failures": self.failures,
+            "protocols": self.protocols,
             "refused": self.refused,
             "alarms": self.alarms,
             "deaths": self.deaths,
@@ -249,6 +253,7 @@ class Metrics:
         return {
             "accepted": self.accepted,
             "handshakes": sum(self.handshakes.values()),
+            "protocols": self.protocols.some(),
             "failed": self.failures.some(),
             "ended": self.ended.some(),
             "octets_from_clients": self.from_clients,
@@ -283,6 +288,8 @@ class Metrics:
                 _GROUPS.get(group, OTHER),
             )
             self.handshakes[key] = self.handshakes.get(key, 0) + 1
+        if "alpn" in fields:
+            self.protocols.add(str(fields["alpn"]))
         self._over(fields, _end(fields))
 
     def _handshake_failed(self, fields: Mapping[str, object], generation: int) -> None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from titus_py.between.plan import address_text
+from titus_py.configuration.address import Address
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -62,6 +63,9 @@ class Status:
             sorted(child.name for child in starting)
         )
 
+    def _addresses_of(self, backend: Address) -> list[str]:
+        return [address_text(address) for _, address in self._backends.addresses.get(backend, ())]
+
     def all(self) -> dict[str, object]:
         """For ``titus-py status`` and the metrics."""
         serving = self._generations.serving
@@ -93,9 +97,15 @@ class Status:
                     "local_port": vhost.local_port,
                     "backend": str(vhost.backend),
                     "send_proxy": vhost.send_proxy,
-                    "addresses": [
-                        address_text(address)
-                        for _, address in self._backends.addresses.get(vhost.backend, ())
+                    "addresses": self._addresses_of(vhost.backend),
+                    "alpn": vhost.alpn,
+                    "backends": [
+                        {
+                            "protocol": protocol,
+                            "backend": str(backend),
+                            "addresses": self._addresses_of(backend),
+                        }
+                        for protocol, backend in vhost.backends.items()
                     ],
                     "certificates": [credentials.index(one) for one in vhost.credentials.values()],
                 }

@@ -1,13 +1,15 @@
-"""The first message of a TLS connection, read for one thing: the server's name.
+"""The first message of a TLS connection, read for two things: the server's name, and protocols.
 
 Run by the worker, on the first octets that its client sent: hostile. Octets in,
 value out; no I/O. The virtual host is chosen by this name before OpenSSL sees an
 octet. OpenSSL's own callback for the name comes too late: the protocol version is
 settled by then, and a virtual host could not have versions of its own. Nor can
 pyOpenSSL's callback refuse a name. OpenSSL then reads the same octets, and judges
-the rest of them.
+the rest of them. The protocols are read only if the virtual host has some, so that a
+client that it has none for is told so; which one is taken, OpenSSL settles (``alpn``).
 
-RFC 8446 §4.1.2 (ClientHello) and §5.1 (records), RFC 6066 §3 (server_name).
+RFC 8446 §4.1.2 (ClientHello) and §5.1 (records), RFC 6066 §3 (server_name), RFC 7301 §3.1
+(application_layer_protocol_negotiation).
 """
 
 from typing import NamedTuple
@@ -19,6 +21,7 @@ __all__ = [
     "ClientHelloReader",
     "InvalidClientHello",
     "fatal_alert",
+    "offered_protocols",
 ]
 
 #: The longest ClientHello that there can be, without its header: 2 octets of version, 32 of
@@ -32,6 +35,7 @@ _MAX_RECORD_OCTETS = 16 * 1024
 _MESSAGE_HEADER_OCTETS = 4
 _SERVER_NAME = 0
 _HOST_NAME = 0
+_APPLICATION_LAYER_PROTOCOL_NEGOTIATION = 16
 #: No name in the DNS is longer (RFC 1035 §2.3.4).
 _MAX_NAME_OCTETS = 255
 
@@ -49,6 +53,7 @@ class Alert:
     DECODE_ERROR = 50
     MISSING_EXTENSION = 109
     UNRECOGNIZED_NAME = 112
+    NO_APPLICATION_PROTOCOL = 120
 
 
 class InvalidClientHello(ValueError):
@@ -61,9 +66,13 @@ class InvalidClientHello(ValueError):
 
 
 class ClientHello(NamedTuple):
-    """What was read: the name in lower case, or None where none was sent."""
+    """What was read: the name in lower case, or None where none was sent.
+
+    ``octets`` are the message without its header.
+    """
 
     server_name: str | None
+    octets: bytes
 
 
 def fatal_alert(description: int) -> bytes:
@@ -181,7 +190,29 @@ class _Fields:
         return self._position < len(self._octets)
 
 
+def offered_protocols(hello: ClientHello) -> tuple[bytes, ...] | None:
+    """The names of the protocols that the client offers, or None if it does not negotiate one.
+
+    Raises InvalidClientHello.
+    """
+    data = _extension(hello.octets, _APPLICATION_LAYER_PROTOCOL_NEGOTIATION)
+    if data is None:
+        return None
+    names = _Fields(data.vector(2))
+    protocols = []
+    while names.more():
+        protocols.append(names.vector(1))
+    if data.more() or not all(protocols) or not protocols:
+        raise InvalidClientHello("a list of protocols that is not well-formed")
+    return tuple(protocols)
+
+
 def _read_message(octets: bytes) -> ClientHello:
+    data = _extension(octets, _SERVER_NAME)
+    return ClientHello(None if data is None else _host_name(data), octets)
+
+
+def _extension(octets: bytes, wanted: int) -> _Fields | None:
     hello = _Fields(octets)
     hello.take(2 + 32)  # legacy_version, random
     hello.vector(1)  # legacy_session_id
@@ -192,9 +223,9 @@ def _read_message(octets: bytes) -> ClientHello:
         while extensions.more():
             kind = extensions.number(2)
             data = extensions.vector(2)
-            if kind == _SERVER_NAME:
-                return ClientHello(_host_name(_Fields(data)))
-    return ClientHello(None)
+            if kind == wanted:
+                return _Fields(data)
+    return None
 
 
 def _host_name(data: _Fields) -> str:

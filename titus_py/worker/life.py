@@ -31,6 +31,7 @@ from titus_py.worker.client_hello import (
     ClientHelloReader,
     InvalidClientHello,
     fatal_alert,
+    offered_protocols,
 )
 from titus_py.worker.farewell import part
 from titus_py.worker.pump import Pump, describe
@@ -57,6 +58,9 @@ class Site(NamedTuple):
     truncated_is_reset: bool
     #: Whether the backend is told the TLS version, the cipher suite and the server name.
     passes_tls_facts: bool = False
+    #: Application protocols, best first, and whether a client has to negotiate one.
+    alpn: tuple[bytes, ...] = ()
+    alpn_required: bool = False
 
 
 class Terms(NamedTuple):
@@ -159,9 +163,14 @@ def _serve(
     report.set(state=State.HANDSHAKE)
     try:
         hello, taken = _read_client_hello(peer, deadline)
-        report.set(server_name=hello.server_name or "")
+        server_name = hello.server_name or ""
+        report.set(server_name=server_name)
         vhost = _choose_site(terms, client, hello)
-        connection = _begin(terms.sites[vhost].context, peer, taken)
+        site = terms.sites[vhost]
+        if site.alpn:
+            _require_protocol(site, hello)
+        del hello  # its memory is the handshake's
+        connection = _begin(site.context, peer, taken)
         _shake_hands(connection, peer, deadline)
         _acknowledge(peer)
         version = connection.get_protocol_version_name()
@@ -172,11 +181,13 @@ def _serve(
             cipher_suite=cipher_suite,
             group=connection.get_group_name() or "",
         )
+        protocol = connection.get_alpn_proto_negotiated() if site.alpn else b""
         # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
         facts = None
-        if terms.sites[vhost].passes_tls_facts:
-            facts = TlsFacts(version, cipher_suite, hello.server_name or "")
-        parent.send(Dial(vhost, None, facts).encode())
+        if site.passes_tls_facts:
+            facts = TlsFacts(version, cipher_suite, server_name)
+        number = site.alpn.index(protocol) if protocol else None
+        parent.send(Dial(vhost, number, facts).encode())
         make(terms.narrowing)
         backend = _take_backend(parent)
     except _Over as over:
@@ -190,7 +201,7 @@ def _serve(
         report.count,
         terms.idle_timeout,
         terms.half_closed_timeout,
-        terms.sites[vhost].truncated_is_reset,
+        site.truncated_is_reset,
     ).run()
 
 
@@ -234,6 +245,26 @@ def _choose_site(terms: Terms, client: Client, hello: ClientHello) -> int:
         raise _Over(End.NO_VIRTUAL_HOST, "no name", fatal_alert(Alert.MISSING_EXTENSION))
     # RFC 6066 §3
     raise _Over(End.NO_VIRTUAL_HOST, hello.server_name, fatal_alert(Alert.UNRECOGNIZED_NAME))
+
+
+def _require_protocol(site: Site, hello: ClientHello) -> None:
+    """End it here if the client offers only protocols that the virtual host does not have.
+
+    Also if it offers none at all, where one is required.
+    """
+    try:
+        offered = offered_protocols(hello)
+    except InvalidClientHello as error:
+        raise _Over(End.BAD_CLIENT_HELLO, str(error), fatal_alert(error.alert)) from None
+    if offered is None and not site.alpn_required:
+        return
+    if offered is None or set(site.alpn).isdisjoint(offered):
+        names = [name.decode("ascii", "backslashreplace") for name in offered or ()]
+        raise _Over(
+            End.NO_APPLICATION_PROTOCOL,
+            f"the client offers {', '.join(names) or 'none'}",
+            fatal_alert(Alert.NO_APPLICATION_PROTOCOL),
+        )
 
 
 def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connection:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
@@ -69,6 +69,11 @@ _SIGNATURE_SCHEMES = (
 #: fields, and SM2's.
 _GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "X448", "P-384", "P-521")
 
+_CHOOSES_PROTOCOL = (
+    "int (*)(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int,"
+    " void *)"
+)
+
 #: SSL_OP_PRIORITIZE_CHACHA, for which pyOpenSSL has no name.
 _PRIORITIZE_CHACHA = 1 << 21
 
@@ -104,6 +109,8 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     # has no AES in its hardware, and gets ChaCha20.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
+    if settings.alpn is not None:
+        _negotiate_protocol(context, settings.alpn)
     for one in credentials:
         with _as_path(one.certificate_chain) as path:
             context.use_certificate_chain_file(path)
@@ -122,6 +129,22 @@ def note_close_notify(context: SSL.Context) -> None:
     context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
     callback = ffi.cast("void (*)(SSL *, int, int)", alerts.CALLBACK)
     lib.SSL_CTX_set_info_callback(context._context, callback)
+
+
+def _negotiate_protocol(context: SSL.Context, protocols: tuple[str, ...]) -> None:
+    """Have ``alpn`` choose one of these protocols, best first, if the client offers any."""
+    # Only here: what no virtual host uses, no worker has.
+    from titus_py.worker import alpn
+
+    callback = ffi.cast(_CHOOSES_PROTOCOL, alpn.CALLBACK)
+    lib.SSL_CTX_set_alpn_select_cb(context._context, callback, _protocol_list(protocols))
+
+
+@cache
+def _protocol_list(protocols: tuple[str, ...]) -> Any:
+    """The list as ``alpn`` takes it. OpenSSL reads it as long as there are contexts."""
+    names = [name.encode() for name in protocols] + [b""]
+    return ffi.new("unsigned char[]", b"".join(bytes((len(name),)) + name for name in names))
 
 
 @cache

@@ -34,6 +34,8 @@ def make_status() -> dict[str, Any]:
     metrics.record("connection_ended", ended)
     metrics.record("handshake_failed", {"end": "handshake_timeout", "level": "info"})
     metrics.record("keyd_died", {"level": "alarm"})
+    metrics.protocols.add("h2", 2)
+    metrics.protocols.add("http/1.1")
     return {
         "version": "0.1.0",
         "pid": 17,
@@ -68,6 +70,14 @@ def make_status() -> dict[str, Any]:
                 "backend": "app:8080",
                 "send_proxy": "v1",
                 "addresses": ["192.0.2.7:8080"],
+                "alpn": ["h2", "http/1.1"],
+                "backends": [
+                    {
+                        "protocol": "h2",
+                        "backend": "app:8082",
+                        "addresses": ["192.0.2.7:8082"],
+                    }
+                ],
                 "certificates": [0],
             },
             {
@@ -77,6 +87,8 @@ def make_status() -> dict[str, Any]:
                 "backend": "unix:/run/app.sock",
                 "send_proxy": None,
                 "addresses": [],
+                "alpn": None,
+                "backends": [],
                 "certificates": [0],
             },
         ],
@@ -157,6 +169,9 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "5 min ",
         "www.example.org, no name",
         "192.0.2.7:8080",
+        "  h2",
+        "192.0.2.7:8082",
+        "2 h2, 1 http/1.1",
         "any name",
         "not resolved",
         r"CN=www\x1b[31m",

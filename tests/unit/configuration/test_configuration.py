@@ -108,6 +108,9 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "certificates": [],
                 "backend": "127.0.0.1:80",
                 "send_proxy": None,
+                "alpn": None,
+                "alpn_required": False,
+                "backends": {},
                 "min_version": "TLSv1.2",
                 "max_version": "TLSv1.3",
                 "ciphers": None,
@@ -318,6 +321,34 @@ def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
         ('groups = ["ffdhe2048"]', '"ffdhe2048" is no group that is served (X25519MLKEM768,'),
         ('groups = ["brainpoolP256r1"]', "no group that is served"),
         ("groups = [29]", "expected a string, not 29"),
+        ('alpn = "h2"', 'alpn: expected a list of protocols, such as ["h2", "http/1.1"], not "h2"'),
+        ("alpn = []", "alpn: an empty list leaves no protocol: leave alpn out"),
+        ("alpn = [2]", "alpn: expected a string, not 2"),
+        ('alpn = ["h2", ""]', "alpn: a protocol's name has at least one octet"),
+        (f'alpn = ["{"ö" * 128}"]', 'ö…" has 256 octets, of 255'),
+        ('alpn = ["h2\\u0000"]', "has a character that is not printable"),
+        ('alpn = ["h2", "h3", "h2"]', 'alpn: "h2" is in the list more than once'),
+        ('alpn = ["acme-tls/1"]', 'alpn: "acme-tls/1" is for a certificate authority\'s challenge'),
+        (f"alpn = {[str(number) for number in range(256)]}", "256 protocols: expected 255 at most"),
+        ("alpn_required = true", "alpn_required: has no effect without alpn"),
+        ("alpn_required = 1", "alpn_required: expected true or false, not 1"),
+        (
+            'alpn = ["h2"]\nbackends = ["127.0.0.1:1"]',
+            "backends: expected a table, [vhost.backends], not an array",
+        ),
+        ('backends.h2 = "127.0.0.1:1"', 'backends: "h2" is none of this host\'s protocols'),
+        (
+            'alpn = ["h2"]\n[vhost.backends]\n"http/1.1" = "127.0.0.1:1"',
+            'backends: "http/1.1" is none of this host\'s protocols: add it to alpn',
+        ),
+        (
+            'alpn = ["h2"]\n[vhost.backends]\nh2 = "127.0.0.1:1"\ntruncated = "unix:/end"',
+            "backends: truncated is a setting of [[vhost]]: put it above [vhost.backends]",
+        ),
+        (
+            'alpn = ["http/1.1"]\n[vhost.backends]\n"http/1.1" = "nowhere"',
+            "backends.\"http/1.1\": 'nowhere'",
+        ),
         ('ciphersuites = "TLS_AES_128"', "did you mean TLS_AES_128_GCM_SHA256?"),
         ('ciphersuites = "DES"', '"DES" is no TLS 1.3 suite (TLS_AES_256_GCM_SHA384,'),
     ],
@@ -327,6 +358,54 @@ def test_one_mistake_in_a_virtual_host(load_text: Load, text: str, mistake: str)
     (line,) = told(loaded)
     assert line.startswith("vhost")
     assert mistake.replace("{directory}", str(loaded.source.directory)) in line
+
+
+def test_a_backend_of_a_protocol_has_its_own_line(load_text: Load) -> None:
+    text = LISTEN + VHOST + 'alpn = ["http/1.1"]\n[vhost.backends]\n"http/1.1" = "nowhere"\n'
+    (mistake,) = load_text(text).mistakes
+    assert (mistake.key, mistake.line) == ('vhost[0].backends."http/1.1"', 9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_protocols_and_their_backends(load_text: Load) -> None:
+    text = 'sni = ["a.example"]\ngroups = ["X25519"]\nalpn = ["h2", "http/1.1"]\n'
+    text += 'alpn_required = true\n[vhost.backends]\nh2 = "unix:h2.sock"\n'
+    loaded = load_text(LISTEN + VHOST + text)
+    assert told(loaded) == []
+    assert loaded.warnings == []
+    assert loaded.configuration is not None
+    (vhost,) = loaded.configuration.vhost
+    assert vhost.all_backends == {
+        "backend": IPAddress("127.0.0.1", 80),
+        "backends.h2": UnixAddress(f"{loaded.source.directory}/h2.sock"),
+    }
+    assert vhost.tls.alpn == ("h2", "http/1.1")
+    assert vhost.tls.alpn_required
+    written = loaded.configuration.model_dump(mode="json", exclude_none=True)
+    assert validated(written, loaded.source).configuration == loaded.configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ('alpn = ["h2", "http/1.1"]', "h2, http/1.1: 127.0.0.1:80 gets them all, and is not told"),
+        (
+            'alpn = ["a", "b", "c"]\nbackends = { a = "x:1", c = "x:1" }',
+            "a, c: x:1 gets them all, and is not told which one a client speaks",
+        ),
+        ('alpn = ["h2"]', None),
+        ('alpn = ["h2", "http/1.1"]\nsend_proxy = "v2-tls"', None),
+        ('alpn = ["h2", "http/1.1"]\nbackends.h2 = "127.0.0.1:81"', None),
+    ],
+)
+def test_a_backend_that_is_not_told_the_protocol_is_a_warning(
+    load_text: Load, text: str, warning: str | None
+) -> None:
+    loaded = load_text(LISTEN + VHOST + text + "\n")
+    assert told(loaded) == []
+    assert [one.key for one in loaded.warnings] == (["vhost[0].alpn"] if warning else [])
+    if warning:
+        assert warning in str(loaded.warnings[0])
 
 
 def test_every_mistake_at_once(load_text: Load) -> None:

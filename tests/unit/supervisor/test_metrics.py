@@ -100,9 +100,10 @@ def test_connections() -> None:
     metrics = Metrics()
     for _ in range(3):
         metrics.record("connection_begun", {"connection": 7})
-    metrics.record("connection_ended", ENDED)
+    metrics.record("connection_ended", ENDED | {"alpn": "http/1.1"})
     metrics.record("handshake_failed", FAILED)
     found = read(metrics)
+    assert found['titus_protocols_total{protocol="http/1.1"}'] == 1
     suite = 'version="TLSv1.3",suite="TLS_AES_256_GCM_SHA384",group="X25519MLKEM768"'
     assert found["titus_connections_accepted_total"] == 3
     assert found["titus_connections_live"] == 42
