@@ -89,7 +89,7 @@ def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
     elif any(
         isinstance(backend, UnixAddress)
         for vhost in scene.target.configuration.vhost
-        for backend in vhost.all_backends.values()
+        for _, backend in vhost.all_backends
     ):
         kept.add(prctl.CAP_DAC_OVERRIDE)
     return _at_most(seen, _mask(kept), _mask(kept))

@@ -56,8 +56,10 @@ class VirtualHost(NamedTuple):
     local_port: int | None
     certificates: tuple[Certificate, ...]
     #: Where its connections go, but for those of the protocols that ``backends`` has.
-    backend: str
-    backends: dict[str, str]
+    backend: tuple[str, ...]
+    backends: dict[str, tuple[str, ...]]
+    #: In which order they are tried: "round-robin", "priority", "least-connections", "source".
+    balance: str
     tls: TlsSettings
     truncated: str
     #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
@@ -68,7 +70,7 @@ class VirtualHost(NamedTuple):
         """Whether the backend is told what a worker says of its client's TLS."""
         return self.send_proxy == "v2-tls"
 
-    def backend_for(self, protocol: str | None) -> str:
+    def backend_for(self, protocol: str | None) -> tuple[str, ...]:
         """``protocol`` is what the client and its worker negotiated (ALPN)."""
         return self.backends.get(protocol, self.backend) if protocol else self.backend
 
@@ -106,6 +108,8 @@ class Plan(NamedTuple):
             VirtualHost(
                 **vhost
                 | {
+                    "backend": tuple(vhost["backend"]),
+                    "backends": {name: tuple(some) for name, some in vhost["backends"].items()},
                     "certificates": tuple(Certificate(*one) for one in vhost["certificates"]),
                     "tls": TlsSettings.decode(vhost["tls"]),
                 }

@@ -43,7 +43,7 @@ def warnings(loaded: Loaded) -> list[Mistake]:
 
 def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     for i, vhost in enumerate(configuration.vhost):
-        for setting, backend in vhost.all_backends.items():
+        for setting, backend in vhost.all_backends:
             if isinstance(backend, UnixAddress) and not Path(backend.path).is_socket():
                 reason = f"no socket is at {backend.path}: does the backend run?"
                 yield source.mistake(f"vhost[{i}].{setting}", reason)
@@ -52,7 +52,7 @@ def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[M
 def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     users: dict[NameAddress, list[str]] = {}
     for i, vhost in enumerate(configuration.vhost):
-        for setting, backend in vhost.all_backends.items():
+        for setting, backend in vhost.all_backends:
             if isinstance(backend, NameAddress):
                 users.setdefault(backend, []).append(f"vhost[{i}].{setting}")
     why = _looked_up(list(users))
@@ -89,15 +89,15 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
     unit = _unit_of(source)
     if unit is None:
         return
-    paths = {"keyd.socket": configuration.keyd.socket}
+    paths = [("keyd.socket", configuration.keyd.socket)]
     for i, vhost in enumerate(configuration.vhost):
         for place, credential in vhost.credentials.items():
             for field, path in credential._asdict().items():
-                paths[f"vhost[{i}].{place}{field}"] = path
-        for setting, backend in vhost.all_backends.items():
+                paths.append((f"vhost[{i}].{place}{field}", path))
+        for setting, backend in vhost.all_backends:
             if isinstance(backend, UnixAddress):
-                paths[f"vhost[{i}].{setting}"] = Path(backend.path)
-    for key, path in paths.items():
+                paths.append((f"vhost[{i}].{setting}", Path(backend.path)))
+    for key, path in paths:
         for directory, setting in _HIDDEN.items():
             if path is not None and path.resolve().is_relative_to(directory):
                 reason = f"{path} is hidden from {unit} by {setting}: put it elsewhere"

@@ -209,7 +209,7 @@ def metrics_mistakes(
                 yield source.mistake("metrics.address", reason)
     elif address is not None:
         for i, vhost in each_valid(Backend, tables, "vhost", source):
-            for setting, backend in vhost.all_backends.items():
+            for setting, backend in vhost.all_backends:
                 if backend == address:
                     where = source.reference(f"vhost[{i}].{setting}")
                     yield source.mistake("metrics.address", f"{address} is {where}, too")
@@ -223,8 +223,8 @@ def shared_backends(tables: dict[str, Any], source: Source) -> Iterator[Mistake]
             continue
         protocols: dict[Address, list[str]] = {}
         for protocol in vhost.alpn or ():
-            backend = vhost.backends.get(protocol, vhost.backend)
-            protocols.setdefault(backend, []).append(protocol)
+            for backend in vhost.backends.get(protocol, vhost.backend):
+                protocols.setdefault(backend, []).append(protocol)
         for backend, several in protocols.items():
             if len(several) > 1:
                 yield source.mistake(

@@ -23,7 +23,7 @@ from titus_py.configuration.mistake import described
 from titus_py.configuration.toml import key_text
 from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
-    BackendAddress,
+    BackendAddresses,
     BackendsByProtocol,
     Boolean,
     CipherList,
@@ -319,10 +319,19 @@ class Credentials(Table):
 class Backend(Table):
     """The part of [[vhost]] that says where connections go, by their protocol."""
 
-    backend: BackendAddress = Field(
+    backend: BackendAddresses = Field(
         description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
         "unix:/run/app.sock. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the next "
-        "one where one fails, or has not answered within 250 ms."
+        "one where one fails, or has not answered within 250 ms. Several backends are a list: "
+        '["10.0.0.5:8080", "10.0.0.6:8080"].'
+    )
+    balance: Literal["round-robin", "priority", "least-connections", "source"] = Field(
+        default="round-robin",
+        description="Which of several backends a connection goes to: each in turn "
+        '("round-robin"), always the first of the list ("priority"), the one with the fewest '
+        'connections ("least-connections"), or the same one for the same client address '
+        '("source"). Where connecting to it fails, the next one is tried, and it is tried last for '
+        "ten seconds.",
     )
     send_proxy: Literal["v1", "v2", "v2-tls"] | None = Field(
         default=None,
@@ -340,7 +349,7 @@ class Backend(Table):
     alpn_required: Boolean = Field(
         default=False, description="Also refuse clients that negotiate no protocol."
     )
-    backends: Annotated[dict[str, BackendAddress], AfterValidator(BackendsByProtocol)] = Field(
+    backends: Annotated[dict[str, BackendAddresses], AfterValidator(BackendsByProtocol)] = Field(
         default_factory=BackendsByProtocol,
         description="Where the plaintext of a protocol in alpn goes, where that is not backend: a "
         'table [vhost.backends] with lines such as h2 = "127.0.0.1:8081".',
@@ -356,8 +365,8 @@ class Backend(Table):
     @field_validator("backends")
     @classmethod
     def _only_of_protocols(
-        cls, value: dict[str, Address], info: ValidationInfo
-    ) -> dict[str, Address]:
+        cls, value: dict[str, tuple[Address, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[Address, ...]]:
         others = sorted(value.keys() - (info.data["alpn"] or ())) if "alpn" in info.data else []
         for name in others:
             reason = f"{described(name)} is none of this host's protocols: add it to alpn"
@@ -367,12 +376,12 @@ class Backend(Table):
         return value
 
     @property
-    def all_backends(self) -> dict[str, Address]:
-        """Everywhere that connections go, by the setting that says so."""
-        of_protocols = {
-            f"backends.{key_text(protocol)}": backend for protocol, backend in self.backends.items()
+    def all_backends(self) -> list[tuple[str, Address]]:
+        """Everywhere that connections go, each with the setting that says so."""
+        settings = {"backend": self.backend} | {
+            f"backends.{key_text(protocol)}": some for protocol, some in self.backends.items()
         }
-        return {"backend": self.backend, **of_protocols}
+        return [(setting, backend) for setting, some in settings.items() for backend in some]
 
 
 class VirtualHost(Backend, Credentials, Match):

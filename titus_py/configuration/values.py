@@ -25,7 +25,7 @@ from titus_py.configuration.mistake import Source, Valid, described, nearest, os
 from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
-    "BackendAddress",
+    "BackendAddresses",
     "BackendsByProtocol",
     "Boolean",
     "CipherList",
@@ -53,6 +53,7 @@ _DAY = 86_400.0
 _MAX_KEEPALIVE = 32_400.0
 #: uid_t is 32 bits wide, and its last value means "leave as it is" to setresuid.
 _MAX_UID = 2**32 - 2
+_MAX_BACKENDS = 64
 _TLS13_SUITES = (
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
@@ -89,7 +90,7 @@ class User(NamedTuple):
     gid: int
 
 
-class BackendsByProtocol(dict[str, Address]):
+class BackendsByProtocol(dict[str, tuple[Address, ...]]):
     """Not changed once it is made, and so with a hash."""
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -275,6 +276,28 @@ def _backend_address(value: object, info: ValidationInfo) -> Address:
     return address
 
 
+def _backend_addresses(value: object, info: ValidationInfo) -> tuple[Address, ...]:
+    if isinstance(value, str):
+        return (_backend_address(value, info),)
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            "expected an address such as 127.0.0.1:8080, or a list of addresses such as "
+            f'["10.0.0.5:8080", "10.0.0.6:8080"], not {described(value)}'
+        )
+    if not 1 <= len(value) <= _MAX_BACKENDS:
+        raise ValueError(f"{len(value)} addresses: expected 1 to {_MAX_BACKENDS}")
+    addresses = tuple(_backend_address(one, info) for one in value)
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise ValueError(f"{address} is in the list more than once")
+    return addresses
+
+
+def _backends_as_written(addresses: tuple[Address, ...]) -> str | list[str]:
+    one, *others = map(str, addresses)
+    return [one, *others] if others else one
+
+
 def _local_address(value: object) -> str:
     host = canonical_ip(_text(value))
     if IPAddress(host, 1).is_wildcard:
@@ -394,7 +417,9 @@ ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSeria
 MetricsAddress = Annotated[
     IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
 ]
-BackendAddress = Annotated[Address, PlainValidator(_backend_address), PlainSerializer(str)]
+BackendAddresses = Annotated[
+    tuple[Address, ...], PlainValidator(_backend_addresses), PlainSerializer(_backends_as_written)
+]
 Protocols = Annotated[tuple[str, ...], PlainValidator(_protocols), _AsList]
 LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]

@@ -1,4 +1,4 @@
-"""The addresses of each backend, and connecting to it when a worker asks.
+"""The backends, and connecting to one of a virtual host's when a worker asks.
 
 Run by the parent. The supervisor says where backends are; the worker only says which virtual
 host its client asked for, and which of that host's protocols it negotiated.
@@ -12,7 +12,9 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Dial
 from titus_py.between.plan import Plan, ResolvedAddress
-from titus_py.parent.dialer import Dialer
+from titus_py.parent.backend import Backend
+from titus_py.parent.balance import Balance
+from titus_py.parent.failover import Failover
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Worker
 
@@ -24,7 +26,13 @@ class Backends:
         self._loop = loop
         self._plan = plan
         self._tell = tell
-        self._addresses = plan.addresses.copy()
+        self._backends = {name: Backend(name, known) for name, known in plan.addresses.items()}
+        #: By virtual host, and the names of those of its backends that a protocol has.
+        self._balances = {
+            (number, names): Balance(vhost.balance, [self._backends[name] for name in names])
+            for number, vhost in enumerate(plan.vhosts)
+            for names in (vhost.backend, *vhost.backends.values())
+        }
         if any(vhost.send_proxy for vhost in plan.vhosts):
             # Others do not need it in their memory.
             from titus_py.parent.introduction import introduce
@@ -33,43 +41,62 @@ class Backends:
 
     def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
         """From now on, connect to these addresses for this backend."""
-        self._addresses[backend] = addresses
+        self._backends[backend].addresses = addresses
 
     def dial(self, worker: Worker, dial: Dial) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
         vhost = self._plan.vhosts[dial.vhost]
-        name = vhost.backend_for(worker.protocol)
+        names = vhost.backend_for(worker.protocol)
+        balance = self._balances[dial.vhost, names]
 
-        def done(backend: socket.socket | None, reason: str) -> None:
-            if backend is not None and vhost.send_proxy is not None:
+        def done(connected: socket.socket | None, backend: Backend | None, reason: str) -> None:
+            if connected is not None and vhost.send_proxy is not None:
                 protocol = worker.protocol if vhost.passes_tls_facts else None
                 reason = self._introduce(
-                    backend, vhost.send_proxy, worker.ends, dial.facts, protocol
+                    connected, vhost.send_proxy, worker.ends, dial.facts, protocol
                 )
                 if reason:
-                    backend.close()
-                    backend = None
-            self._answer(worker, backend, reason)
-            if backend is None:
+                    connected.close()
+                    connected = None
+            if connected is not None and backend is not None:
+                worker.backend = backend
+                backend.connections += 1
+            self._answer(worker, connected, reason)
+            if connected is None:
                 self._tell(
                     "backend_unavailable",
                     level="error",
                     connection=worker.connection,
-                    backend=name,
+                    backend=", ".join(names),
                     reason=reason,
                 )
 
         timeout, keepalive = self._plan.connect_timeout, self._plan.limits.keepalive
-        worker.dialer = Dialer(self._loop, self._addresses[name], timeout, keepalive, done)
+        backends = balance.order(worker.ends.client)
+        worker.dialer = Failover(self._loop, backends, timeout, keepalive, done)
         worker.dialer.start()
 
-    def _answer(self, worker: Worker, backend: socket.socket | None, reason: str) -> None:
+    def ended(self, worker: Worker) -> None:
+        """Forget a worker that has ended."""
+        if worker.dialer is not None:
+            worker.dialer.cancel()
+        if worker.backend is not None:
+            worker.backend.connections -= 1
+
+    def chosen(self, worker: Worker) -> str | None:
+        """Which of its virtual host's backends a worker has, if there are several."""
+        if worker.backend is None or worker.vhost is None:
+            return None
+        names = self._plan.vhosts[worker.vhost].backend_for(worker.protocol)
+        return worker.backend.name if len(names) > 1 else None
+
+    def _answer(self, worker: Worker, connected: socket.socket | None, reason: str) -> None:
         try:
-            if backend is None:
+            if connected is None:
                 why = reason.encode(errors="replace")[:255]
                 worker.socket.send(messages.BACKEND_FAILED + why)
             else:
-                give(worker.socket, messages.BACKEND, [backend])
+                give(worker.socket, messages.BACKEND, [connected])
         except OSError as error:
             # The worker may have ended meanwhile. Its end is recorded when its pidfd tells of it.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):

@@ -145,8 +145,7 @@ class Connections:
 
     def ended(self, worker: Worker, how: str) -> None:
         """Record a connection's end; ``how`` is empty if its worker exited as it should."""
-        if worker.dialer is not None:
-            worker.dialer.cancel()
+        self._backends.ended(worker)
         if worker.deadline is not None:
             worker.deadline.cancel()
         self.handshaking.pop(worker.uid, None)
@@ -169,6 +168,7 @@ class Connections:
             worker_seconds=round(time.monotonic() - worker.forked, 3),
             end=worker.killed_for or how,
             uid=worker.uid,
+            backend=self._backends.chosen(worker),
         )
 
     def refused(self, refusal: Refusal) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from keyd.protocol import GrantSet
 from titus_py.between.event_loop import Timer
-from titus_py.parent.dialer import Dialer
+from titus_py.parent.backend import Backend
+from titus_py.parent.failover import Failover
 
 __all__ = ["Ends", "Offer", "Worker"]
 
@@ -34,6 +35,7 @@ class Worker:
 
     __slots__ = (
         "address",
+        "backend",
         "client",
         "connection",
         "deadline",
@@ -70,7 +72,8 @@ class Worker:
         #: None until it has a client.
         self.offer: Offer | None = None
         self.deadline: Timer | None = None
-        self.dialer: Dialer | None = None
+        self.dialer: Failover | None = None
+        self.backend: Backend | None = None
         self.killed_for = ""
         #: What its client is for, once the handshake is done.
         self.vhost: int | None = None

@@ -125,7 +125,7 @@ class Generation:
         self.configuration = checked.configuration
         #: Where its clients' connections go on to.
         self.backends = frozenset(
-            backend for vhost in self.configuration.vhost for backend in vhost.all_backends.values()
+            backend for vhost in self.configuration.vhost for _, backend in vhost.all_backends
         )
         self.certificates = checked.certificates
         self.files = checked.files
@@ -274,8 +274,11 @@ class Generation:
             certificates=tuple(
                 Certificate(facts.chain, facts.reference, facts.key_id.hex()) for facts in shown
             ),
-            backend=str(vhost.backend),
-            backends={protocol: str(backend) for protocol, backend in vhost.backends.items()},
+            backend=tuple(map(str, vhost.backend)),
+            backends={
+                protocol: tuple(map(str, backends)) for protocol, backends in vhost.backends.items()
+            },
+            balance=vhost.balance,
             tls=vhost.tls,
             truncated=vhost.truncated,
             send_proxy=vhost.send_proxy,

@@ -5,6 +5,7 @@ Run by the supervisor.
 
 import os
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -63,8 +64,9 @@ class Status:
             sorted(child.name for child in starting)
         )
 
-    def _addresses_of(self, backend: Address) -> list[str]:
-        return [address_text(address) for _, address in self._backends.addresses.get(backend, ())]
+    def _addresses_of(self, backends: Iterable[Address]) -> list[str]:
+        known = self._backends.addresses
+        return [address_text(one) for backend in backends for _, one in known.get(backend, ())]
 
     def all(self) -> dict[str, object]:
         """For ``titus-py status`` and the metrics."""
@@ -95,17 +97,18 @@ class Status:
                     "names": vhost.sni,
                     "local_address": vhost.local_address,
                     "local_port": vhost.local_port,
-                    "backend": str(vhost.backend),
+                    "backend": ", ".join(map(str, vhost.backend)),
+                    "balance": vhost.balance if len(vhost.backend) > 1 else None,
                     "send_proxy": vhost.send_proxy,
                     "addresses": self._addresses_of(vhost.backend),
                     "alpn": vhost.alpn,
                     "backends": [
                         {
                             "protocol": protocol,
-                            "backend": str(backend),
-                            "addresses": self._addresses_of(backend),
+                            "backend": ", ".join(map(str, backends)),
+                            "addresses": self._addresses_of(backends),
                         }
-                        for protocol, backend in vhost.backends.items()
+                        for protocol, backends in vhost.backends.items()
                     ],
                     "certificates": [credentials.index(one) for one in vhost.credentials.values()],
                 }

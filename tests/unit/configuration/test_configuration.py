@@ -23,6 +23,7 @@ from titus_py.configuration import (
     Loaded,
     Log,
     Source,
+    Valid,
     VirtualHost,
     Worker,
     from_options,
@@ -107,6 +108,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "passphrase_file": None,
                 "certificates": [],
                 "backend": "127.0.0.1:80",
+                "balance": "round-robin",
                 "send_proxy": None,
                 "alpn": None,
                 "alpn_required": False,
@@ -174,8 +176,8 @@ def test_everything_said(load_text: Load) -> None:
     assert configuration.listen[1].address == IPAddress("::", 8443)
     assert first.sni == ("www.example.org", "*.example.org", "")
     assert first.local_address == "192.0.2.5"
-    assert first.backend == NameAddress("app.example.org", 80)
-    assert second.backend == UnixAddress(f"{loaded.source.directory}/app.sock")
+    assert first.backend == (NameAddress("app.example.org", 80),)
+    assert second.backend == (UnixAddress(f"{loaded.source.directory}/app.sock"),)
     assert second.sni is None
     assert list(loaded.credentials.values()) == [["vhost[0]."], ["vhost[1]."]]
     assert hash(configuration) == hash(configuration)
@@ -375,10 +377,10 @@ def test_protocols_and_their_backends(load_text: Load) -> None:
     assert loaded.warnings == []
     assert loaded.configuration is not None
     (vhost,) = loaded.configuration.vhost
-    assert vhost.all_backends == {
-        "backend": IPAddress("127.0.0.1", 80),
-        "backends.h2": UnixAddress(f"{loaded.source.directory}/h2.sock"),
-    }
+    assert vhost.all_backends == [
+        ("backend", IPAddress("127.0.0.1", 80)),
+        ("backends.h2", UnixAddress(f"{loaded.source.directory}/h2.sock")),
+    ]
     assert vhost.tls.alpn == ("h2", "http/1.1")
     assert vhost.tls.alpn_required
     written = loaded.configuration.model_dump(mode="json", exclude_none=True)
@@ -918,3 +920,37 @@ def test_keepalive_can_be_turned_off(load_text: Load, off: str) -> None:
     assert configuration is not None
     assert configuration.limits.keepalive == 0
     assert configuration.model_dump(mode="json")["limits"]["keepalive"] == "off"
+
+
+def test_several_backends(load_text: Load) -> None:
+    loaded = load_text(
+        LISTEN
+        + VHOST.replace('"127.0.0.1:80"', '["10.0.0.5:80", "app.example:80", "unix:a.sock"]')
+        + 'balance = "source"\n'
+    )
+    assert told(loaded) == []
+    assert loaded.configuration is not None
+    (vhost,) = loaded.configuration.vhost
+    assert list(map(str, vhost.backend)) == [
+        "10.0.0.5:80",
+        "app.example:80",
+        f"unix:{loaded.source.directory}/a.sock",
+    ]
+    dumped = loaded.configuration.model_dump(mode="json", exclude_defaults=True)
+    assert Configuration.model_validate(dumped, context=Valid()) == loaded.configuration
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("[]", "0 addresses: expected 1 to 64"),
+        (json.dumps([f"10.0.0.1:{n}" for n in range(1, 66)]), "65 addresses: expected 1 to 64"),
+        ('["10.0.0.5:80", "10.0.0.5:80"]', "10.0.0.5:80 is in the list more than once"),
+        ('["10.0.0.5:80", 80]', "expected a string, not 80"),
+        ("80", "expected an address such as 127.0.0.1:8080, or a list of addresses such as"),
+    ],
+)
+def test_what_is_no_list_of_backends(load_text: Load, value: str, reason: str) -> None:
+    [mistake] = load_text(LISTEN + VHOST.replace('"127.0.0.1:80"', value)).mistakes
+    assert mistake.key == "vhost[0].backend"
+    assert mistake.reason.startswith(reason)

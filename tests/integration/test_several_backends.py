@@ -1,0 +1,177 @@
+"""Several backends of one virtual host: which gets a client, and what the failure of one costs."""
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import pytest
+from OpenSSL import SSL
+
+from .conftest import Serve
+from .instance import Event, Instance, free_port
+from .peers import TlsClient, Truncated
+from .test_backend_failures import is_reset_with_event
+
+
+class Named:
+    """A backend that says its number to each client, and then waits for its end."""
+
+    def __init__(self, number: int, port: int | None = None) -> None:
+        self.number = number
+        self.port = port or free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self._listener: socket.socket | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=100)
+        threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse everybody from now on. Those who were served go on."""
+        if self._listener is not None:
+            # close(2) alone would leave accept(2) waiting.
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+
+    def _serve(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        # A health check goes away at once.
+        with suppress(OSError), connection:
+            connection.sendall(b"%d" % self.number)
+            while connection.recv(4096):
+                continue
+
+
+@pytest.fixture
+def three() -> Iterator[list[Named]]:
+    backends = [Named(number) for number in range(3)]
+    yield backends
+    for backend in backends:
+        backend.stop()
+
+
+def vhost(backends: list[Named], **settings: Any) -> list[dict[str, Any]]:
+    return [{"backend": [backend.address for backend in backends], **settings}]
+
+
+@contextmanager
+def client(instance: Instance, source: str = "127.0.0.1") -> Iterator[tuple[TlsClient, int]]:
+    """A client, and the number of the backend that it has got."""
+    connection = socket.create_connection(("127.0.0.1", instance.port), 10, (source, 0))
+    with TlsClient(instance.port, source=connection) as connected:
+        yield connected, int(connected.handshake().receive_exactly(1))
+
+
+def served(instance: Instance, source: str = "127.0.0.1") -> int:
+    with client(instance, source) as (_, number):
+        return number
+
+
+def ended(instance: Instance, connected: TlsClient) -> Event:
+    host, port = connected.socket.getsockname()
+    connected.close_notify()
+    return instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+
+
+def test_in_turn_and_the_log_says_which(serve: Serve, three: list[Named]) -> None:
+    instance = serve(vhost=vhost(three))
+    assert Counter(served(instance) for _ in range(6)) == {0: 2, 1: 2, 2: 2}
+    with client(instance) as (connected, number):
+        assert ended(instance, connected)["backend"] == three[number].address
+
+
+def test_by_connections(serve: Serve, three: list[Named]) -> None:
+    instance = serve(vhost=vhost(three, balance="least-connections"))
+    with ExitStack() as stack:
+        held = [stack.enter_context(client(instance)) for _ in range(6)]
+        assert Counter(number for _, number in held) == {0: 2, 1: 2, 2: 2}
+        for connected, number in held:
+            if number == 1:
+                ended(instance, connected)
+        assert [stack.enter_context(client(instance))[1] for _ in range(2)] == [1, 1]
+
+
+def test_by_source(serve: Serve, three: list[Named]) -> None:
+    instance = serve(vhost=vhost(three, balance="source"))
+    sources = [f"127.0.0.{number}" for number in range(20, 40)]
+    first = {source: served(instance, source) for source in sources}
+    assert set(first.values()) == {0, 1, 2}
+    three[1].stop()
+    second = {source: served(instance, source) for source in sources}
+    assert {source for source in sources if first[source] != second[source]} == {
+        source for source in sources if first[source] == 1
+    }
+    assert set(second.values()) == {0, 2}
+
+
+def test_priority(serve: Serve, three: list[Named]) -> None:
+    instance = serve(vhost=vhost(three, balance="priority"))
+    assert {served(instance) for _ in range(3)} == {0}
+    three[0].stop()
+    assert {served(instance) for _ in range(3)} == {1}
+
+
+def under_load(instance: Instance, act: Callable[[], None]) -> list[int]:
+    """What clients got, of whom many came before, while and after this was done."""
+    numbers: list[int] = []
+    failures: list[object] = []
+    over = threading.Event()
+
+    def come(source: str) -> None:
+        while not over.is_set():
+            try:
+                numbers.append(served(instance, source))
+            except (OSError, AssertionError, ValueError, SSL.Error, Truncated) as error:
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=come, args=(f"127.0.1.{n}",)) for n in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    for enough in (10, 40):
+        while len(numbers) < enough and not failures and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if enough == 10:
+            act()
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(numbers) >= 40
+    return numbers
+
+
+def test_no_client_notices_that_one_of_three_has_gone(serve: Serve, three: list[Named]) -> None:
+    instance = serve(vhost=vhost(three))
+    numbers = under_load(instance, three[1].stop)
+    assert 1 in numbers
+    assert set(numbers[-15:]) == {0, 2}
+    assert not [event for event in instance.events() if event["event"] == "backend_unavailable"]
+
+
+def test_if_all_have_gone_each_client_is_reset_and_told_of_in_the_log(
+    serve: Serve, three: list[Named]
+) -> None:
+    instance = serve(vhost=vhost(three))
+    for backend in three:
+        backend.stop()
+    for _ in range(2):
+        reason, _ = is_reset_with_event(instance, "backend_unavailable")
+        assert sorted(reason.split("; ")) == sorted(
+            f"{one.address}: Connection refused" for one in three
+        )
+    three[2].start()
+    assert served(instance) == 2
