@@ -205,6 +205,20 @@ def test_where_one_is_required(instance: Instance, offered: list[str], newest: i
         assert client.handshake().receive_all() == b"of all others"
 
 
+def test_an_audit_negotiates_what_is_required(serve: Serve, by_default: Listener) -> None:
+    vhost = {"alpn": ["x/2"], "alpn_required": True}
+    instance = serve(by_default.address, vhost=[vhost])
+    answer = subprocess.run(
+        [TITUS_PY, "audit", "--quiet", "--pid", str(instance.pid)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert not instance.events_named("handshake_failed", end="no_application_protocol")
+
+
 def test_without_alpn_what_a_client_offers_is_ignored(instance: Instance) -> None:
     with TlsClient(instance.port, "none.example", protocols=["x/2"]) as client:
         client.handshake()

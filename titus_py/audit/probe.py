@@ -121,6 +121,8 @@ class Probe:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+        if self.place.vhost.alpn is not None:
+            context.set_alpn_protocols(self.place.vhost.alpn)
         try:
             self._tls = context.wrap_socket(self._socket, server_hostname=self.place.name)
         except OSError as error:

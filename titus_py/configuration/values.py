@@ -348,10 +348,11 @@ def _protocols(value: object) -> tuple[str, ...]:
 def _protocol(name: str) -> str:
     if not name:
         raise ValueError("a protocol's name has at least one octet")
-    if (octets := len(name.encode())) > _MAX_PROTOCOL_OCTETS:
-        raise ValueError(f"{described(name)} has {octets} octets, of {_MAX_PROTOCOL_OCTETS}")
-    if not name.isprintable():
-        raise ValueError(f"{described(name)} has a character that is not printable")
+    if not (name.isascii() and name.isprintable()):
+        raise ValueError(f"{described(name)} has a character that is not printable ASCII")
+    if len(name) > _MAX_PROTOCOL_OCTETS:
+        reason = f"{described(name)} has {len(name)} octets: {_MAX_PROTOCOL_OCTETS} at most"
+        raise ValueError(reason)
     if name == _ACME:
         raise ValueError(
             f"{described(name)} is for a certificate authority's challenge (RFC 8737), which takes "
