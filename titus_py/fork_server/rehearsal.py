@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next
-from titus_py.worker.tls import note_close_notify, reseed
+from titus_py.worker.tls import negotiate_protocol, note_close_notify, reseed
 
 __all__ = ["rehearse"]
 
@@ -39,17 +40,22 @@ def rehearse(terms: Terms) -> None:
     """Serve the connections. Raises RuntimeError if one does not end cleanly, and OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
+    # As every host that has protocols: others have nothing to practise.
+    protocols = next((site.alpn for site in terms.sites if site.alpn), ())
     child = os.fork()
     if not child:
         # Close our end, so that the child sees end-of-file when this process dies.
         ours.close()
-        _play_everybody_else(theirs)
+        _play_everybody_else(theirs, protocols)
     theirs.close()
+    context = _anonymous_context(SSL.TLS_SERVER_METHOD)
+    if protocols:
+        negotiate_protocol(context, protocols)
     for_practice = terms._replace(
         handshake_timeout=_PATIENCE_SECONDS,
         idle_timeout=_PATIENCE_SECONDS,
         half_closed_timeout=_PATIENCE_SECONDS,
-        sites=[Site((_SERVER_NAME,), _anonymous_context(SSL.TLS_SERVER_METHOD), True)],
+        sites=[Site((_SERVER_NAME,), context, True, alpn=protocols)],
         narrowing=b"",
         report=ReportWriter(),
     )
@@ -81,11 +87,13 @@ def _anonymous_context(method: int) -> SSL.Context:
     return context
 
 
-def _play_everybody_else(worker: socket.socket) -> NoReturn:
+def _play_everybody_else(worker: socket.socket, protocols: Sequence[bytes]) -> NoReturn:
     """Play the parent, the clients and the backends; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
         context = _anonymous_context(SSL.TLS_CLIENT_METHOD)
+        if protocols:
+            context.set_alpn_protos(list(protocols))
         for _ in range(_CONNECTIONS):
             _connect_once(worker, context)
     finally:

@@ -33,6 +33,7 @@ __all__ = [
     "Credentials",
     "client_hello",
     "make_context",
+    "negotiate_protocol",
     "note_close_notify",
     "offered_suites",
     "reseed",
@@ -110,7 +111,7 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
     if settings.alpn is not None:
-        _negotiate_protocol(context, settings.alpn)
+        negotiate_protocol(context, [name.encode() for name in settings.alpn])
     for one in credentials:
         with _as_path(one.certificate_chain) as path:
             context.use_certificate_chain_file(path)
@@ -131,20 +132,20 @@ def note_close_notify(context: SSL.Context) -> None:
     lib.SSL_CTX_set_info_callback(context._context, callback)
 
 
-def _negotiate_protocol(context: SSL.Context, protocols: tuple[str, ...]) -> None:
+def negotiate_protocol(context: SSL.Context, protocols: Sequence[bytes]) -> None:
     """Have ``alpn`` choose one of these protocols, best first, if the client offers any."""
     # Only here: what no virtual host uses, no worker has.
     from titus_py.worker import alpn
 
     callback = ffi.cast(_CHOOSES_PROTOCOL, alpn.CALLBACK)
-    lib.SSL_CTX_set_alpn_select_cb(context._context, callback, _protocol_list(protocols))
+    lib.SSL_CTX_set_alpn_select_cb(context._context, callback, _protocol_list(tuple(protocols)))
 
 
 @cache
-def _protocol_list(protocols: tuple[str, ...]) -> Any:
+def _protocol_list(protocols: tuple[bytes, ...]) -> Any:
     """The list as ``alpn`` takes it. OpenSSL reads it as long as there are contexts."""
-    names = [name.encode() for name in protocols] + [b""]
-    return ffi.new("unsigned char[]", b"".join(bytes((len(name),)) + name for name in names))
+    names = (bytes((len(name),)) + name for name in (*protocols, b""))
+    return ffi.new("unsigned char[]", b"".join(names))
 
 
 @cache

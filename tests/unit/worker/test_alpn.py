@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
-from titus_py.worker.tls import _negotiate_protocol as negotiate_protocol
+from titus_py.worker.tls import negotiate_protocol
 
 NO_APPLICATION_PROTOCOL = 120
 
@@ -29,7 +29,7 @@ def anonymous(method: int) -> SSL.Context:
 def negotiated(ours: tuple[str, ...], offered: tuple[str, ...]) -> tuple[str, str]:
     """What each side takes it to be. Raises SSL.Error, the server's."""
     server_context, client_context = map(anonymous, (SSL.TLS_SERVER_METHOD, SSL.TLS_CLIENT_METHOD))
-    negotiate_protocol(server_context, ours)
+    negotiate_protocol(server_context, [name.encode() for name in ours])
     if offered:
         client_context.set_alpn_protos([name.encode() for name in offered])
     server, client = SSL.Connection(server_context), SSL.Connection(client_context)
