@@ -30,5 +30,6 @@ setup(
         extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
+        extension("titus_py.worker.verification", "titus_py/worker/verification.c"),
     ]
 )

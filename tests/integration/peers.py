@@ -28,7 +28,7 @@ class TlsClient:
 
     ``received`` is what came over the wire until the handshake ended, in one way or the
     other; ``octets_sent`` is how many went the other way. Without an ``authority`` the
-    server may show any certificate.
+    server may show any certificate. ``certificate`` is its own, with its key.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class TlsClient:
         receive_buffer: int | None = None,
         groups: Sequence[str] | None = None,
         protocols: Sequence[str] = (),
+        certificate: tuple[Path, Path] | None = None,
     ) -> None:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(versions[0])
@@ -56,6 +57,9 @@ class TlsClient:
             set_groups(context, groups)
         if protocols:
             context.set_alpn_protos([protocol.encode() for protocol in protocols])
+        if certificate is not None:
+            context.use_certificate_chain_file(str(certificate[0]))
+            context.use_privatekey_file(str(certificate[1]))
         self.tls = SSL.Connection(context, None)
         self.tls.set_connect_state()
         if server_name is not None:

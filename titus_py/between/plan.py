@@ -6,9 +6,12 @@ references as text, resolved addresses, the descriptors of open listening socket
 """
 
 import json
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titus_py.between.virtual_host import TlsSettings
+
+if TYPE_CHECKING:
+    from titus_py.between.client_identity import ClientTerms
 
 __all__ = [
     "Certificate",
@@ -64,6 +67,8 @@ class VirtualHost(NamedTuple):
     truncated: str
     #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
     send_proxy: str | None
+    #: What it asks of client certificates; None: it asks for none.
+    clients: "ClientTerms | None" = None
 
     @property
     def passes_tls_facts(self) -> bool:
@@ -112,6 +117,7 @@ class Plan(NamedTuple):
                     "backends": {name: tuple(some) for name, some in vhost["backends"].items()},
                     "certificates": tuple(Certificate(*one) for one in vhost["certificates"]),
                     "tls": TlsSettings.decode(vhost["tls"]),
+                    "clients": _client_terms(vhost["clients"]),
                 }
             )
             for vhost in fields["vhosts"]
@@ -120,6 +126,15 @@ class Plan(NamedTuple):
             backend: resolved(addresses) for backend, addresses in fields["addresses"].items()
         }
         return cls(**fields)
+
+
+def _client_terms(fields: list[Any] | None) -> "ClientTerms | None":
+    if fields is None:
+        return None
+    # Others do not need it in their memory.
+    from titus_py.between.client_identity import ClientTerms
+
+    return ClientTerms.decode(fields)
 
 
 def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:

@@ -26,9 +26,10 @@ __all__ = [
 ]
 
 #: state, end, octets from the client, octets to the client, then text: TLS version,
-#: cipher suite, group, server name, detail.
-_LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s")
-_OCTETS = 1024
+#: cipher suite, group, server name, detail; the client certificate's subject, issuer, serial
+#: number and public key.
+_LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s256s256s48s72s")
+_OCTETS = 2048
 #: Where these fields are.
 _PLACES = {
     "state": slice(0, 1),
@@ -38,7 +39,12 @@ _PLACES = {
     "group": slice(104, 152),
     "server_name": slice(152, 408),
     "detail": slice(408, 664),
+    "certificate_subject": slice(664, 920),
+    "certificate_issuer": slice(920, 1176),
+    "certificate_serial": slice(1176, 1224),
+    "certificate_spki": slice(1224, 1296),
 }
+_CERTIFICATE = tuple(place for place in _PLACES if place.startswith("certificate_"))
 _COUNTS = struct.Struct("=QQ")
 _COUNTS_OFFSET = 8
 
@@ -74,6 +80,7 @@ class End(IntEnum):
     IDLE = 15
     HALF_CLOSED = 16
     NO_APPLICATION_PROTOCOL = 17
+    CLIENT_CERTIFICATE = 18
 
 
 class Report(NamedTuple):
@@ -88,6 +95,11 @@ class Report(NamedTuple):
     group: str
     server_name: str
     detail: str
+    #: Of the certificate that the client has shown; empty if it has shown none.
+    certificate_subject: str = ""
+    certificate_issuer: str = ""
+    certificate_serial: str = ""
+    certificate_spki: str = ""
 
 
 class ReportWriter:
@@ -125,15 +137,15 @@ def make_report() -> int:
 
 def read_report(descriptor: int) -> Report:
     """Read what the worker wrote. Whatever it wrote, the result is a valid Report."""
-    state, end, *counts, version, suite, group, name, detail = _LAYOUT.unpack(
+    state, end, from_client, to_client, *texts = _LAYOUT.unpack(
         os.pread(descriptor, _LAYOUT.size, 0)
     )
     return Report(
         State(state) if state in State._value2member_map_ else State.ENDED,
         End(end) if end in End._value2member_map_ else End.NONE,
-        counts[0],
-        counts[1],
-        *(_text(octets) for octets in (version, suite, group, name, detail)),
+        from_client,
+        to_client,
+        *map(_text, texts),
     )
 
 
@@ -155,6 +167,7 @@ def complete_record(ended: dict[str, Any], report: Report) -> str:
         "end": ended["end"] or report.end.name.lower(),
         "detail": report.detail or None,
     }
+    ended |= {name: value for name in _CERTIFICATE if (value := getattr(report, name))}
     return "connection_ended" if report.tls_version else "handshake_failed"
 
 

@@ -14,6 +14,11 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
+from titus_py.configuration.client_certificates import (
+    ClientAuthorities,
+    read_authorities,
+)
+from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Source
@@ -54,6 +59,8 @@ class Checked(NamedTuple):
     files: FileWatch
     #: The configuration file; "" if the configuration came from options.
     path: str = ""
+    #: What the files of each virtual host's ``client_files`` hold.
+    authorities: Mapping[ClientFiles, ClientAuthorities] = {}
 
 
 class _Problem(BaseModel):
@@ -113,7 +120,8 @@ def check(
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates = {}
-    files = FileWatch(path for credential in loaded.credentials for path in credential if path)
+    read = (*loaded.credentials, *loaded.client_files)
+    files = FileWatch(path for one in read for path in one if path)
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
         answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout)
@@ -132,6 +140,9 @@ def check(
         mistakes.append(source.mistake("", reason))
     warnings += _misnamed(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
+    authorities, wrong, doubtful = read_authorities(loaded.client_files, source, timeout)
+    mistakes += wrong
+    warnings += doubtful
     try:
         tried = _try_handshakes(handshake_check, loaded, certificates, timeout)
         mistakes += tried[0]
@@ -142,7 +153,7 @@ def check(
     for found, more in zip((mistakes, warnings), uids_in_use(loaded, running), strict=True):
         found += more
     configuration = None if mistakes else loaded.configuration
-    return Checked(configuration, mistakes, warnings, certificates, files, source.path)
+    return Checked(configuration, mistakes, warnings, certificates, files, source.path, authorities)
 
 
 def ask_keyd_check(

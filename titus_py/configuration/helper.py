@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from keyd.linux.process import signals_held_back
 
-__all__ = ["HANDSHAKE_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
+__all__ = ["CLIENT_AUTHORITIES", "HANDSHAKE_CHECK", "KEYD_CHECK", "Helper", "Unanswered"]
 
 #: -I (isolated): the working directory and the environment cannot change what reads the keys.
 KEYD_CHECK = (sys.executable, "-I", "-m", "keyd", "check")
 HANDSHAKE_CHECK = (sys.executable, "-I", "-m", "titus_py.fork_server.handshake_check")
+CLIENT_AUTHORITIES = (sys.executable, "-I", "-m", "titus_py.fork_server.client_authorities")
 
 
 class Unanswered(Exception):

@@ -23,6 +23,8 @@ from titus_py.configuration.across_tables import (
     uid_warnings,
 )
 from titus_py.configuration.address import IPAddress
+from titus_py.configuration.client_certificates import client_files, client_mistakes
+from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
 from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
@@ -46,6 +48,8 @@ class Loaded(NamedTuple):
     mistakes: list[Mistake]
     warnings: list[Mistake]
     credentials: Mapping[Credential, Sequence[str]]
+    #: Likewise, the files that client certificates are judged by.
+    client_files: Mapping[ClientFiles, Sequence[str]] = {}
 
 
 def load(path: str | Path, credentials: Path | None = None) -> Loaded:
@@ -131,6 +135,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     mistakes += uid_mistakes(tables, source)
     mistakes += certificate_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)
+    mistakes += client_mistakes(tables, source)
     mistakes += overlaps(listeners, source)
     mistakes += metrics_mistakes(tables, listeners, source)
     if listeners and len(listeners) == len(tables["listen"]):
@@ -153,4 +158,6 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     ]
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)
-    return Loaded(source, None if mistakes else configuration, mistakes, warnings, credentials)
+    of_clients = client_files(tables, source)
+    valid = None if mistakes else configuration
+    return Loaded(source, valid, mistakes, warnings, credentials, of_clients)

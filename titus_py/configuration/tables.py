@@ -9,8 +9,6 @@ from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -19,7 +17,9 @@ from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.mistake import described
+from titus_py.configuration.table import Table
 from titus_py.configuration.toml import key_text
 from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
@@ -50,6 +50,7 @@ __all__ = [
     "TABLES",
     "Backend",
     "Certificate",
+    "ClientCertificates",
     "Configuration",
     "Credential",
     "Credentials",
@@ -76,10 +77,6 @@ class Credential(NamedTuple):
     #: None if a keyd that titus-py does not start has the key.
     key: Path | None
     passphrase_file: Path | None
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _described(table: type[Table], key: str) -> str:
@@ -384,7 +381,7 @@ class Backend(Table):
         return [(setting, backend) for setting, some in settings.items() for backend in some]
 
 
-class VirtualHost(Backend, Credentials, Match):
+class VirtualHost(ClientCertificates, Backend, Credentials, Match):
     """[[vhost]]: the host that a connection is for. The first that matches is taken."""
 
     min_version: Version = Field(

@@ -18,6 +18,7 @@ import gc
 import os
 import signal
 import socket
+from typing import TYPE_CHECKING
 
 import prctl
 
@@ -42,6 +43,12 @@ from titus_py.fork_server.confinement import (
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
+
+if TYPE_CHECKING:
+    from OpenSSL import SSL
+
+    from titus_py.between.client_identity import ClientTerms
+    from titus_py.worker.client_certificate import Verifier
 
 __all__ = ["main"]
 
@@ -95,7 +102,21 @@ def _site(vhost: VirtualHost) -> Site:
         vhost.passes_tls_facts,
         tuple(name.encode() for name in vhost.tls.alpn or ()),
         vhost.tls.alpn_required,
+        _verifier(vhost.clients, context),
     )
+
+
+def _verifier(terms: "ClientTerms | None", context: "SSL.Context") -> "Verifier | None":
+    """Who judges the certificates of a context's clients, where it asks for any."""
+    if terms is None:
+        return None
+    # Other workers do not need it in their memory.
+    from titus_py.worker.client_certificate import Verifier
+
+    verifier = Verifier(terms)
+    verifier.demand(context)
+    verifier.warm_up(context)
+    return verifier
 
 
 def _serve(

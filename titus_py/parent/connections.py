@@ -1,13 +1,14 @@
 """Connections that have a worker: begun, established, over. Run by the parent.
 
-A worker may send only the two messages of ``between.messages``; anything else is an alarm.
+A worker may send only the messages of ``between.messages``, and an identity where its virtual host
+asks for certificates; anything else is an alarm.
 """
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.protocol import GrantSet, Operation, Refusal, Status
 from titus_py.between import messages
@@ -20,6 +21,9 @@ from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.backends import Backends
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Ends, Offer, Worker
+
+if TYPE_CHECKING:
+    from titus_py.parent.identities import Identities
 
 __all__ = ["Arrival", "Connections"]
 
@@ -72,6 +76,12 @@ class Connections:
         self.offer = lru_cache(maxsize=1024)(self._offer)
         #: What is offered at one local address or another, by the virtual hosts.
         self._offers: dict[tuple[int, ...], Offer] = {}
+        self._message_octets = messages.WORKER_MESSAGE_OCTETS
+        self._decode: Callable[[bytes], object] = messages.decode_from_worker
+        self._identities = _identities(plan)
+        if self._identities is not None:
+            self._message_octets = self._identities.MESSAGE_OCTETS
+            self._decode = self._identities.decode
 
     def begin(
         self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[socket.socket]
@@ -112,7 +122,7 @@ class Connections:
     def hear(self, worker: Worker) -> bool:
         """Receive a worker's message; returns whether it says "ready for a client"."""
         try:
-            octets = worker.socket.recv(messages.WORKER_MESSAGE_OCTETS)
+            octets = worker.socket.recv(self._message_octets)
         except BlockingIOError:
             return False
         except ConnectionResetError:
@@ -123,7 +133,7 @@ class Connections:
             worker.socket.close()
             return False
         try:
-            message = messages.decode_from_worker(octets)
+            message = self._decode(octets)
         except messages.Malformed as error:
             self._alarm(worker, "malformed_message", str(error))
             return False
@@ -137,9 +147,10 @@ class Connections:
             and message.vhost in worker.offer.vhosts
             and _negotiable(message.protocol, self._plan.vhosts[message.vhost].tls)
             and (message.facts is not None) == self._plan.vhosts[message.vhost].passes_tls_facts
+            and (self._identities is None or self._identities.allow(worker, message.vhost))
         ):
             self._established(worker, message)
-        else:
+        elif self._identities is None or not self._identities.take(worker, message):
             self._alarm(worker, "unexpected_message", str(message))
         return False
 
@@ -260,6 +271,15 @@ def _negotiable(protocol: int | None, tls: TlsSettings) -> bool:
 def _negotiated(protocol: str | None) -> dict[str, str]:
     """A protocol for the record, if there is one."""
     return {"alpn": protocol} if protocol is not None else {}
+
+
+def _identities(plan: Plan) -> "Identities | None":
+    if all(vhost.clients is None for vhost in plan.vhosts):
+        return None
+    # Others do not need it in their memory.
+    from titus_py.parent.identities import Identities
+
+    return Identities(plan)
 
 
 def _text(host: str, port: int) -> str:

@@ -4,12 +4,15 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.protocol import GrantSet
 from titus_py.between.event_loop import Timer
 from titus_py.parent.backend import Backend
 from titus_py.parent.failover import Failover
+
+if TYPE_CHECKING:
+    from titus_py.between.client_identity import Identity
 
 __all__ = ["Ends", "Offer", "Worker"]
 
@@ -42,6 +45,7 @@ class Worker:
         "dialer",
         "ends",
         "forked",
+        "identity",
         "killed_for",
         "local",
         "offer",
@@ -74,6 +78,8 @@ class Worker:
         self.deadline: Timer | None = None
         self.dialer: Failover | None = None
         self.backend: Backend | None = None
+        #: Who its client is, as it says; None where it has not said.
+        self.identity: Identity | None = None
         self.killed_for = ""
         #: What its client is for, once the handshake is done.
         self.vhost: int | None = None

@@ -44,6 +44,9 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _counter(
         "handshake_failures", "Connections that ended before their handshake, by why."
     ).by("reason", metrics.failures)
+    yield _counter(
+        "client_certificates_refused", "Handshakes that ended by the client's certificate, by why."
+    ).by("reason", metrics.certificates_refused)
     yield (
         _counter(
             "transferred_bytes",

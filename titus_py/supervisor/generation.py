@@ -28,6 +28,7 @@ from titus_py.between.hand_over import KEYD_FD
 from titus_py.between.plan import Certificate, Limits, Plan, ResolvedAddress, VirtualHost
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import Checked
+from titus_py.configuration.client_certificates import client_terms
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
@@ -282,6 +283,7 @@ class Generation:
             tls=vhost.tls,
             truncated=vhost.truncated,
             send_proxy=vhost.send_proxy,
+            clients=client_terms(vhost, self.checked.authorities),
         )
 
 

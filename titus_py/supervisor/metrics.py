@@ -100,6 +100,27 @@ _FAILURES = (
     "handshake_timeout",
     "client_left",
     "worker_failed",
+    "client_certificate",
+)
+#: Why a client's certificate was refused (``titus_py.worker.client_certificate``).
+_CERTIFICATE_REFUSALS = (
+    "no_certificate",
+    "expired",
+    "not_yet_valid",
+    "revoked",
+    "unknown_ca",
+    "wrong_usage",
+    "chain_too_long",
+    "too_long",
+    "bad_signature",
+    "malformed",
+    "unknown_key",
+    "not_allowed",
+    "no_crl",
+    "crl_expired",
+    "crl_not_yet_valid",
+    "bad_crl",
+    "rejected",
 )
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
 _CHILDREN = ("keyd", "parent", "fork_server", "worker")
@@ -146,6 +167,7 @@ class Metrics:
         #: By the protocol that ALPN chose. The parent says which: it is one of the configuration's.
         self.protocols = Tally()
         self.failures = Tally(_FAILURES)
+        self.certificates_refused = Tally([*_CERTIFICATE_REFUSALS, OTHER], room=0)
         self.from_clients = 0
         self.to_clients = 0
         self.durations = Histogram(_DURATION_BOUNDS)
@@ -202,6 +224,7 @@ class Metrics:
             "ended": self.ended,
             "failures": self.failures,
             "protocols": self.protocols,
+            "certificates_refused": self.certificates_refused,
             "refused": self.refused,
             "alarms": self.alarms,
             "deaths": self.deaths,
@@ -296,6 +319,8 @@ class Metrics:
         del generation
         end = _end(fields)
         self.failures.add(end)
+        if end == "client_certificate":
+            self.certificates_refused.add(str(fields.get("detail")).partition(":")[0])
         self._over(fields, end)
 
     def _over(self, fields: Mapping[str, object], end: str) -> None:

@@ -23,6 +23,8 @@ from keyd.linux.sealed import read_all, sealed_file
 from titus_py.configuration import Configuration, Credential, Valid
 from titus_py.configuration.address import IPAddress, UnixAddress
 from titus_py.configuration.checking import CertificateFacts, Checked
+from titus_py.configuration.client_certificates import ClientAuthorities
+from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.supervisor.generation import Child, Generation
 
@@ -68,6 +70,7 @@ class LeftGeneration(_Left):
     #: As in a configuration file: each program reads it by its own rules.
     configuration: dict[str, Any]
     certificates: list[tuple[Credential, CertificateFacts]]
+    authorities: list[tuple[ClientFiles, ClientAuthorities]] = []
     keyd: LeftChild | None
     parent: LeftChild | None
     waits_for_keyd: bool
@@ -159,6 +162,7 @@ def leave(generation: Generation) -> LeftGeneration:
             mode="json", exclude_defaults=True, warnings="none"
         ),
         certificates=list(generation.certificates.items()),
+        authorities=list(generation.checked.authorities.items()),
         keyd=left(generation.keyd),
         parent=left(generation.parent),
         waits_for_keyd=generation.waits_for_keyd,
@@ -286,8 +290,9 @@ def inherit(
             "only a restart of titus-py, which ends its connections, makes it run"
         ) from None
     certificates = dict(left.certificates)
-    files = FileWatch(path for credential in certificates for path in credential if path)
-    checked = Checked(configuration, [], [], certificates, files)
+    authorities = dict(left.authorities)
+    files = FileWatch(path for one in (*certificates, *authorities) for path in one if path)
+    checked = Checked(configuration, [], [], certificates, files, authorities=authorities)
     generation = Generation(left.number, checked, filters)
     generation.waits_for_keyd = left.waits_for_keyd
     generation.without_keyd = left.without_keyd

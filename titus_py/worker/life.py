@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from socket import SocketType
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from OpenSSL import SSL
 from OpenSSL._util import lib
@@ -36,6 +36,9 @@ from titus_py.worker.client_hello import (
 from titus_py.worker.farewell import part
 from titus_py.worker.pump import Pump, describe
 from titus_py.worker.tls import reseed
+
+if TYPE_CHECKING:
+    from titus_py.worker.client_certificate import Verifier
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
 
@@ -61,6 +64,8 @@ class Site(NamedTuple):
     #: Application protocols, best first, and whether a client has to negotiate one.
     alpn: tuple[bytes, ...] = ()
     alpn_required: bool = False
+    #: What is asked of client certificates; None: they are not asked for.
+    verifier: "Verifier | None" = None
 
 
 class Terms(NamedTuple):
@@ -170,8 +175,10 @@ def _serve(
         if site.alpn:
             _require_protocol(site, hello)
         del hello  # its memory is the handshake's
+        if site.verifier is not None:
+            site.verifier.begin(report)
         connection = _begin(site.context, peer, taken)
-        _shake_hands(connection, peer, deadline)
+        _shake_hands(connection, peer, deadline, site.verifier)
         _acknowledge(peer)
         version = connection.get_protocol_version_name()
         cipher_suite = connection.get_cipher_name() or ""
@@ -182,6 +189,9 @@ def _serve(
             group=connection.get_group_name() or "",
         )
         protocol = connection.get_alpn_proto_negotiated() if site.alpn else b""
+        identity = site.verifier.identity(connection) if site.verifier is not None else None
+        if identity is not None:
+            parent.send(identity.encode())
         # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
         facts = None
         if site.passes_tls_facts:
@@ -287,7 +297,12 @@ def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connecti
     return connection
 
 
-def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) -> None:
+def _shake_hands(
+    connection: SSL.Connection,
+    peer: SocketType,
+    deadline: float,
+    verifier: "Verifier | None",
+) -> None:
     while True:
         try:
             connection.do_handshake()
@@ -302,7 +317,11 @@ def _shake_hands(connection: SSL.Connection, peer: SocketType, deadline: float) 
             reason = "" if error.args[0] == -1 else str(error.args[1])
             raise _Over(End.CLIENT_LEFT, f"within the handshake {reason}".strip()) from None
         except SSL.Error as error:
-            raise _Over(End.HANDSHAKE_FAILED, describe(error), b"") from None
+            reason = describe(error)
+            refusal = verifier.refusal(reason) if verifier is not None else None
+            if refusal is not None:
+                raise _Over(End.CLIENT_CERTIFICATE, refusal, b"") from None
+            raise _Over(End.HANDSHAKE_FAILED, reason, b"") from None
 
 
 def _acknowledge(peer: SocketType) -> None:

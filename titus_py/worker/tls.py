@@ -31,6 +31,7 @@ __all__ = [
     "BUILT_IN_LEVEL",
     "VERSIONS",
     "Credentials",
+    "as_path",
     "client_hello",
     "make_context",
     "negotiate_protocol",
@@ -113,9 +114,9 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     if settings.alpn is not None:
         negotiate_protocol(context, [name.encode() for name in settings.alpn])
     for one in credentials:
-        with _as_path(one.certificate_chain) as path:
+        with as_path(one.certificate_chain) as path:
             context.use_certificate_chain_file(path)
-        with _as_path(one.key_reference) as path:
+        with as_path(one.key_reference) as path:
             context.use_privatekey_file(path)
         context.check_privatekey()
     return context
@@ -224,7 +225,7 @@ def reseed() -> None:
 
 
 @contextmanager
-def _as_path(text: str) -> Iterator[str]:
+def as_path(text: str) -> Iterator[str]:
     """A path at which OpenSSL can read this text: it takes only files."""
     descriptor = sealed_file("pem", text.encode())
     try:

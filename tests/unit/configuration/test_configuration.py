@@ -120,6 +120,10 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "groups": None,
                 "rsa_key_exchange": False,
                 "truncated": "reset",
+                "client_certificates": None,
+                "client_ca": None,
+                "client_crl": None,
+                "client_allow": None,
             }
         ],
     }

@@ -96,6 +96,20 @@ def test_another_program_counts_on() -> None:
     assert other.counts()["signed"] == 5
 
 
+def test_refused_client_certificates_are_counted_by_reasons_that_are_known() -> None:
+    metrics = Metrics()
+    for detail in ("expired: certificate has expired", "expired", "a worker's own word", None):
+        fields = FAILED | {"end": "client_certificate", "detail": detail}
+        metrics.record("handshake_failed", fields)
+    metrics.record("handshake_failed", FAILED | {"detail": "revoked"})
+    found = read(metrics)
+    name = "titus_client_certificates_refused_total"
+    assert found[f'{name}{{reason="expired"}}'] == 2
+    assert found[f'{name}{{reason="other"}}'] == 2
+    assert found[f'{name}{{reason="revoked"}}'] == 0
+    assert found['titus_handshake_failures_total{reason="client_certificate"}'] == 4
+
+
 def test_connections() -> None:
     metrics = Metrics()
     for _ in range(3):
