@@ -26,6 +26,8 @@ from .instance import TITUS_PY, Event, Instance, Table, eventually
 from .peers import Listener, TlsClient, alert_in, served_by
 
 DECODE_ERROR, NO_APPLICATION_PROTOCOL = 50, 120
+#: The random of a ServerHello that is one (RFC 8446 §4.1.3): its beginning.
+HELLO_RETRY_REQUEST = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891")
 GRPC = Path(__file__).with_name("grpc_call.py")
 
 
@@ -67,7 +69,12 @@ def instance(serve_all: Serve, by_protocol: Listener, by_default: Listener) -> I
             "alpn": ["x/2", "x/1", "x/0"],
             "backends": {"x/2": by_protocol.address, "x/0": by_protocol.address},
         },
-        {"sni": ["strict.example"], "alpn": ["x/2"], "alpn_required": True},
+        {
+            "sni": ["strict.example"],
+            "alpn": ["x/2"],
+            "alpn_required": True,
+            "groups": ["X25519"],
+        },
         {"sni": ["none.example"]},
     ]
     return serve_all(by_default.address, vhost=hosts)
@@ -188,6 +195,18 @@ def test_in_a_client_hello_that_comes_in_pieces(instance: Instance) -> None:
             client.socket.sendall(hello[start : start + 90])
         client.handshake()
         assert client.tls.get_alpn_proto_negotiated() == b"x/1"
+
+
+def test_after_a_hello_retry_request(instance: Instance) -> None:
+    """The client guesses another group, and offers its protocols twice (RFC 8446 §4.1.2)."""
+    with TlsClient(
+        instance.port, "strict.example", protocols=["x/2"], groups=["P-256", "X25519"]
+    ) as client:
+        client.handshake()
+        assert client.tls.get_alpn_proto_negotiated() == b"x/2"
+        assert client.receive_all() == b"of all others"
+    assert HELLO_RETRY_REQUEST in client.received
+    assert event_of(instance, "connection_ended", client)["alpn"] == "x/2"
 
 
 @pytest.mark.parametrize("offered", [["x/1"], []])

@@ -349,7 +349,7 @@ class Backend(Table):
     backends: Annotated[dict[str, BackendAddresses], AfterValidator(BackendsByProtocol)] = Field(
         default_factory=BackendsByProtocol,
         description="Where the plaintext of a protocol in alpn goes, where that is not backend: a "
-        'table [vhost.backends] with lines such as h2 = "127.0.0.1:8081".',
+        'table [vhost.backends] with lines such as h2 = "127.0.0.1:8081". Each may be a list, too.',
     )
 
     @field_validator("alpn_required")
