@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 if TYPE_CHECKING:
-    from titus_py.audit import Finding
+    from titus_py.audit.finding import Finding
     from titus_py.audit.throwaway import TitusInstance
 
 __all__ = ["StartTitus", "assert_key_isolated", "audit", "titus_instance"]
@@ -73,8 +73,9 @@ def audit(instance: "TitusInstance | int") -> "tuple[Finding, ...]":
     that as ``audit_refused``.
     """
     __tracebackhide__ = True
-    from titus_py.audit import Verdict, find_target
-    from titus_py.audit import audit as make_audit
+    from titus_py.audit.finding import Verdict
+    from titus_py.audit.run import audit as make_audit
+    from titus_py.audit.target import find_target
 
     made = make_audit(find_target(_pid(instance)))
     _raise_for(made.having(Verdict.BROKEN))
@@ -89,11 +90,12 @@ def assert_key_isolated(instance: "TitusInstance | int") -> None:
     keep a connection open.
     """
     __tracebackhide__ = True
-    from titus_py.audit import Verdict, find_target
-    from titus_py.audit.memory import key_needles, look_for_keys
+    from titus_py.audit.finding import Verdict
+    from titus_py.audit.memory import look_for_keys
+    from titus_py.audit.target import find_target
 
     target = find_target(_pid(instance))
-    findings = look_for_keys(target, target.processes(), {}, key_needles(target))
+    findings = look_for_keys(target, target.processes(), {})
     _raise_for([one for one in findings if one.check == "key" and one.verdict is not Verdict.HOLDS])
 
 

@@ -9,21 +9,7 @@ whether that holds. A check looks at a process as it is, never at what our own c
 that it did. Nothing is changed: the audit opens one connection, and asks keyd, on channels
 of its own, for what keyd must refuse. It announces this to the supervisor beforehand (the
 log has the refusals as ``audit_refused``).
+
+``run`` makes an audit, of what ``target`` finds. Two of the audit's processes load this package,
+and little else of it: ``client`` and ``key_holder``. So it imports nothing.
 """
-
-from titus_py.audit.finding import Finding, Subject, Verdict
-from titus_py.audit.run import Audit, audit
-from titus_py.audit.target import CannotAudit, LivesElsewhere, Target, find_supervisors, find_target
-
-__all__ = [
-    "Audit",
-    "CannotAudit",
-    "Finding",
-    "LivesElsewhere",
-    "Subject",
-    "Target",
-    "Verdict",
-    "audit",
-    "find_supervisors",
-    "find_target",
-]

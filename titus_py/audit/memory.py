@@ -1,14 +1,15 @@
 """Checks: what is in a process's memory, and where the private keys are.
 
-Run by ``titus-py audit``, which reads the private keys itself, to know what to look for.
-It searches the memory of the instance's processes, and never its own.
+Run by ``titus-py audit``, which has no key: it has the memory of the instance's processes
+searched by a process that does nothing else (``key_holder``).
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from keyd.keys import UnusableKey, load_private_key
 from titus_py.audit.finding import (
     Check,
     Finding,
@@ -20,11 +21,16 @@ from titus_py.audit.finding import (
     not_available,
 )
 from titus_py.audit.instance import Process, Role, title
-from titus_py.audit.key_search import Hit, Needle, Search, needles, search_all
+from titus_py.audit.key_search import Hit, Search, Skipped
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
+from titus_py.configuration.helper import Helper, Unanswered
 
-__all__ = ["CHECKS", "key_needles", "look_for_keys"]
+__all__ = ["CHECKS", "look_for_keys", "search_for_keys"]
+
+_KEY_HOLDER = (sys.executable, "-I", "-m", "titus_py.audit.key_holder")
+#: Some thousand workers are a few GiB.
+_SEARCH_SECONDS = 600.0
 
 _ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
 
@@ -83,34 +89,42 @@ CHECKS = (
 # --- the private keys -----------------------------------------------------------
 
 
-def key_needles(target: Target) -> list[Needle]:
-    """What to look for, for every key of ``Target.key_files``. Raises CannotAudit."""
-    found = []
-    for path, passphrase_file in target.key_files():
-        try:
-            key = load_private_key(str(path), str(passphrase_file) if passphrase_file else None)
-        except UnusableKey as error:
-            raise CannotAudit(f"cannot tell what to look for in memory: {error.reason}") from None
-        found += [Needle(f"{path.name}: {needle.name}", needle.octets) for needle in needles(key)]
-    return found
+def search_for_keys(target: Target, pids: Sequence[int]) -> tuple[list[Search], set[str], int]:
+    """Search these processes for every key of ``Target.key_files``. Raises CannotAudit.
+
+    Another process does it, which has the keys (``key_holder``). Returns what it found, the names
+    of the keys, and in how many forms it looked for them.
+    """
+    files = [(str(key), phrase and str(phrase)) for key, phrase in target.key_files()]
+    try:
+        octets = Helper(_KEY_HOLDER).ask({"files": files, "pids": pids}, _SEARCH_SECONDS)
+        answer = json.loads(octets)
+    except (Unanswered, ValueError) as error:
+        raise CannotAudit(f"the search for the keys failed: {error}") from None
+    if "problem" in answer:
+        raise CannotAudit(f"cannot tell what to look for in memory: {answer['problem']}")
+    found = [
+        Search(pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended)
+        for pid, hits, skipped, octets, ended in answer["found"]
+    ]
+    return found, {Path(key).name for key, _ in files}, answer["forms"]
 
 
 def look_for_keys(
-    target: Target, processes: Sequence[Process], stages: dict[int, str], sought: Sequence[Needle]
+    target: Target, processes: Sequence[Process], stages: dict[int, str]
 ) -> Iterator[Finding]:
     """Findings for each process, unless it ended during the search and nothing was found in it.
 
-    The newest keyd is the control: the keys must be found in it.
+    The newest keyd is the control: the keys must be found in it. Raises CannotAudit.
     """
     keyds = [process for process in processes if process.role is Role.KEYD]
     newest = max(keyds, key=lambda process: process.started, default=None)
-    how = f"/proc/PID/mem, searched for {len(sought)} forms of the keys' numbers"
-    for process, found in zip(
-        processes, search_all([process.pid for process in processes], sought), strict=True
-    ):
+    searches, keys, forms = search_for_keys(target, [process.pid for process in processes])
+    how = f"/proc/PID/mem, searched for {forms} forms of the keys' numbers"
+    for process, found in zip(processes, searches, strict=True):
         subject = Subject.of(process, stages.get(process.pid, ""))
         if process.role is Role.KEYD:
-            seen = _control(found, sought)
+            seen = _control(found, keys)
             if process is not newest:
                 seen = not_available("serves an earlier configuration, whose keys may be others")
             yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
@@ -135,9 +149,8 @@ def look_for_keys(
             yield Finding("key", subject, promised, how, seen.text, seen.verdict)
 
 
-def _control(found: Search, sought: Sequence[Needle]) -> Seen:
+def _control(found: Search, keys: set[str]) -> Seen:
     """The control: not to find the keys elsewhere means nothing unless they are found in keyd."""
-    keys = {needle.name.partition(":")[0] for needle in sought}
     missing = keys - {hit.needle.partition(":")[0] for hit in found.hits}
     if found.ended or missing:
         return broken(

@@ -1,27 +1,33 @@
 """The live probe: a connection like any client's, and the worker that serves it.
 
-Run by ``titus-py audit``. It makes a TLS handshake and sends no data; the backend sees a
-connection come and go. Certificates are not verified: the server has to show the configured
-one, whichever authority signed it.
+Run by ``titus-py audit``, as root. It makes a TLS handshake and sends no data; the backend sees a
+connection come and go. It reads nothing from that connection itself: another process does
+(``client``), whose answers it does not trust. Certificates are not verified: the server has to
+show the configured one, whichever authority signed it.
 """
 
+import json
 import socket
-import ssl
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from titus_py.audit.client import MAX_ANSWER_OCTETS
 from titus_py.audit.finding import Finding, Subject, broken, holds, not_available
 from titus_py.audit.instance import Process, Role, connections_to
-from titus_py.audit.target import Target
+from titus_py.audit.target import CannotAudit, Target
 from titus_py.between.virtual_host import select
 from titus_py.configuration import VirtualHost
 from titus_py.configuration.address import IPAddress, canonical_ip
+from titus_py.configuration.held_uids import process_with
 
 __all__ = ["Probe", "Unanswered"]
 
@@ -29,8 +35,12 @@ _SECONDS = 5.0
 #: How long a worker may take to end after its connection; and the pause between two looks.
 _END_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
-#: How long to wait for the server's close_notify, and then for the worker to end by itself.
+#: How long to wait for the worker to end by itself, once either side has sent close_notify.
 _FAREWELL_SECONDS = 1.0
+_CLIENT = (sys.executable, "-I", "-m", "titus_py.audit.client")
+#: The client waits for its peer, and no longer than ``_SECONDS``.
+_CLIENT_SECONDS = 30.0
+_VERSIONS = ("TLSv1.2", "TLSv1.3")
 
 
 class Unanswered(Exception):
@@ -45,8 +55,65 @@ class _Place(NamedTuple):
     vhost: VirtualHost
 
 
+class _Client:
+    """The process that talks TLS to the instance. Raises CannotAudit, OSError."""
+
+    def __init__(self, target: Target, peer: socket.socket) -> None:
+        chroot = f"/proc/{target.supervisor.pid}/root{target.configuration.worker.chroot}"
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            descriptors = theirs.fileno(), peer.fileno()
+            arguments = [str(_free_uid(target)), chroot, *map(str, descriptors)]
+            self._process = subprocess.Popen(
+                [*_CLIENT, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=descriptors,
+                env={},  # Above all no OPENSSL_CONF, which could have it load anything.
+            )
+        self._control.settimeout(_CLIENT_SECONDS)
+
+    def wait_until_confined(self) -> None:
+        told = self._answer()
+        if told.get("confined") is not True:
+            reason = _plain(told.get("cannot", "it ended"))
+            raise CannotAudit(f"the audit's client cannot be confined: {reason}")
+
+    def ask(self, order: Mapping[str, object]) -> dict[str, object]:
+        """An order, and the answer; empty if there is none."""
+        try:
+            self._control.send(json.dumps(order).encode())
+        except OSError:
+            return {}
+        return self._answer()
+
+    def _answer(self) -> dict[str, object]:
+        try:
+            answer = json.loads(self._control.recv(MAX_ANSWER_OCTETS))
+        except (OSError, ValueError):
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
+    def end(self) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _free_uid(target: Target) -> int:
+    """One of the instance's own that nothing runs as: the last, since workers get the first."""
+    for uid in reversed(target.configuration.worker.uids):
+        if process_with(range(uid, uid + 1)) is None:
+            return uid
+    raise CannotAudit("each uid of worker.uids is in use")
+
+
+def _plain(text: object) -> str:
+    return "".join(filter(str.isprintable, str(text)[:200]))
+
+
 class Probe:
-    """One connection to an instance. Raises Unanswered where none can be made."""
+    """One connection to an instance. Raises Unanswered where none can be made, and CannotAudit."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -56,9 +123,15 @@ class Probe:
             self._socket = socket.create_connection((host, port), _SECONDS)
         except OSError as error:
             raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
-        self._tls: ssl.SSLSocket | None = None
         self.worker: Process | None = None
+        #: The configured certificate, once the server has shown the same.
         self.certificate: x509.Certificate | None = None
+        self._client = _Client(target, self._socket)
+        try:
+            self._client.wait_until_confined()
+        except CannotAudit:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -73,12 +146,13 @@ class Probe:
 
     def close(self) -> None:
         """Reset the connection, so that there is nothing that a worker could still wait for."""
-        connection = self._tls or self._socket
-        if connection.fileno() >= 0:
+        # The client's copy of the socket has to be gone first.
+        self._client.end()
+        if self._socket.fileno() >= 0:
             reset = struct.pack("ii", 1, 0)
             with suppress(OSError):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            connection.close()
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            self._socket.close()
 
     def find_worker(self) -> Finding:
         """Before the handshake: find the process that holds this connection's other end."""
@@ -118,21 +192,19 @@ class Probe:
 
     def shake_hands(self) -> Finding:
         """Make the handshake, and compare the certificate. Raises Unanswered."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        if self.place.vhost.alpn is not None:
-            context.set_alpn_protocols(self.place.vhost.alpn)
-        try:
-            self._tls = context.wrap_socket(self._socket, server_hostname=self.place.name)
-        except OSError as error:
-            raise Unanswered(f"no handshake with {self.place.address}: {error}") from None
-        self.certificate = x509.load_der_x509_certificate(self._tls.getpeercert(True) or b"")
+        order = {"do": "handshake", "name": self.place.name, "alpn": self.place.vhost.alpn}
+        answer = self._client.ask(order)
+        version = answer.get("version")
+        if version not in _VERSIONS:
+            reason = _plain(answer.get("error", "the audit's client has ended"))
+            raise Unanswered(f"no handshake with {self.place.address}: {reason}")
         files = [one.certificate for one in self.place.vhost.credentials.values()]
         configured = [x509.load_pem_x509_certificates(file.read_bytes())[0] for file in files]
-        text = f"{self._tls.version()}, {self.certificate.subject.rfc4514_string() or 'no subject'}"
-        same = self.certificate in configured
-        seen = holds(text) if same else broken(f"{text}: not {' or '.join(map(str, files))}")
+        seen = broken(f"{version}, and another one than in {' or '.join(map(str, files))}")
+        for certificate in configured:
+            if certificate.public_bytes(Encoding.DER).hex() == answer.get("certificate"):
+                self.certificate = certificate
+                seen = holds(f"{version}, {certificate.subject.rfc4514_string() or 'no subject'}")
         name = self.place.name or "no name"
         return Finding(
             "certificate",
@@ -172,14 +244,11 @@ class Probe:
         )
 
     def _say_goodbye(self) -> bool:
-        """Send close_notify; returns whether the server sent one, too."""
-        if self._tls is None:
+        """Send close_notify and close; returns whether the server sent a close_notify, too."""
+        if self._client.ask({"do": "goodbye"}).get("said") is not True:
             return False
-        self._tls.settimeout(_FAREWELL_SECONDS)
-        try:
-            self._tls.unwrap().close()
-        except (OSError, ValueError):
-            return False
+        self._client.end()
+        self._socket.close()
         return True
 
     def _subject(self, stage: str) -> Subject:

@@ -71,20 +71,23 @@ class _Keyd:
         return ours
 
 
-def ask_keyd(scene: Scene, certificate: Certificate, connection: int) -> Iterator[Finding]:
-    """Findings about keyd's answers, for the key of this certificate.
+def ask_keyd(scene: Scene, certificate: Certificate | None, connection: int) -> Iterator[Finding]:
+    """Findings about keyd's answers, for the key of this certificate; None: it is not known.
 
     ``connection`` is the number that keyd's refusals are logged under.
     """
     keyd = scene.newest(Role.KEYD)
+    if keyd is None:
+        return
+    if certificate is None:
+        yield from _not_asked(keyd, "the certificate in the file is not the one that is served")
+        return
     key = certificate.public_key()
-    if keyd is None or not isinstance(key, _Key):
+    if not isinstance(key, _Key):
         return
     borrowed = _borrow_control(scene, keyd)
     if borrowed is None:
-        for name, promised, *_ in _REFUSALS:
-            seen = not_available("the parent's socket to keyd was not to be had")
-            yield _finding(name, promised, keyd, seen)
+        yield from _not_asked(keyd, "the parent's socket to keyd was not to be had")
         return
     yield _announced(keyd, connection)
     with closing(borrowed):
@@ -94,6 +97,11 @@ def ask_keyd(scene: Scene, certificate: Certificate, connection: int) -> Iterato
             request = Request(operation, _parameter(operation, key), key_id(key), payload())
             yield _finding(name, promised, keyd, _refused(way, key, request, Status.NOT_TLS))
         yield from _other_terms(way, keyd, key)
+
+
+def _not_asked(keyd: Observation, reason: str) -> Iterator[Finding]:
+    for name, promised, *_ in _REFUSALS:
+        yield _finding(name, promised, keyd, not_available(reason))
 
 
 def _announced(keyd: Observation, connection: int) -> Finding:

@@ -97,7 +97,6 @@ def audit(target: Target) -> Audit:
 
 
 def _findings(target: Target) -> Iterator[Finding]:
-    sought = memory.key_needles(target)
     processes = target.processes()
     yield _only_known(target)
     yield from _examine(target, {process: "" for process in processes if process.role in _KNOWN})
@@ -115,8 +114,7 @@ def _findings(target: Target) -> Iterator[Finding]:
             alive = [seen.process for seen in scene.observations]
             for observed in scene.observations:
                 stages.setdefault(observed.pid, observed.stage)
-            yield from memory.look_for_keys(target, alive, stages, sought)
-            assert probe.certificate is not None
+            yield from memory.look_for_keys(target, alive, stages)
             yield from ask_keyd(scene, probe.certificate, announce(target.supervisor.pid))
             yield probe.end()
     except Unanswered as error:

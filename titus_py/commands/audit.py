@@ -8,21 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from keyd.linux.credentials import forbid_core_dumps, hide_memory
-from titus_py.audit import CannotAudit, LivesElsewhere, audit, find_supervisors, find_target
 from titus_py.audit.machine import as_json
 from titus_py.audit.page import as_html
-from titus_py.audit.run import Audit
+from titus_py.audit.run import Audit, audit
 from titus_py.audit.table import show, show_broken
+from titus_py.audit.target import CannotAudit, LivesElsewhere, find_supervisors, find_target
 
 __all__ = ["audit_main"]
 
 
 def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> int:
     """Audit the instance with this supervisor, or all instances. Returns the exit code."""
-    # This process reads the private keys, to look for them in others.
-    forbid_core_dumps()
-    hide_memory()
     audits, problems = _audits(pid)
     try:
         if html is not None and audits:

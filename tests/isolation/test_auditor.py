@@ -1,0 +1,111 @@
+"""The audit's own processes: the one that talks to the suspect has no key and no privileges.
+
+What takes a process of the instance over may wait for the auditor, who is root.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from integration.instance import TITUS_PY, Process, descendants, eventually
+
+from titus_py.audit import probe
+from titus_py.audit.instance import Role, instance_processes, namespaces, status
+from titus_py.audit.probe import Probe, Unanswered
+from titus_py.audit.target import find_target
+from titus_py.audit.throwaway import TitusInstance
+
+from . import infected_client
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
+    directory = tmp_path_factory.mktemp("instance")
+    found = TitusInstance(directory, "127.0.0.1:1", "P-256", ["localhost"])
+    found.wait_until_listening()
+    yield found
+    found.stop()
+
+
+def outcome(instance: TitusInstance, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What came of this attempt, within the process that the audit starts for its handshake."""
+    driver = (sys.executable, "-I", infected_client.__file__, *arguments)
+    monkeypatch.setattr(probe, "_CLIENT", driver)
+    with Probe(find_target(instance.pid)) as made:
+        with pytest.raises(Unanswered) as answer:
+            made.shake_hands()
+        if "has ended" in str(answer.value):
+            return signal.Signals(-made._client._process.wait(10)).name
+    return str(answer.value).rpartition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "without_filter"),
+    [
+        ("read_a_file", "ENOENT"),
+        ("connect", "ENETUNREACH"),
+        ("signal_the_audit", "EPERM"),
+        ("fork", "EAGAIN"),
+        ("become_root", "EPERM"),
+        ("read_the_audits_memory", "ENOENT"),
+    ],
+)
+def test_who_takes_over_the_audits_client_can_do_nothing_with_it(
+    instance: TitusInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: str,
+    without_filter: str,
+) -> None:
+    assert outcome(instance, monkeypatch, attempt, "all") == "SIGSYS"
+    assert outcome(instance, monkeypatch, attempt, "no filter") == without_filter
+    # The control.
+    assert outcome(instance, monkeypatch, attempt, "none") == "done"
+
+
+def words(process: Process) -> bytes:
+    return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+
+
+def test_only_the_process_that_searches_reads_the_keys_and_it_has_no_network(
+    instance: TitusInstance, tmp_path: Path
+) -> None:
+    aside = tmp_path / "key"
+    parent = next(one for one in instance_processes(instance.pid) if one.role is Role.PARENT)
+
+    def child(module: bytes) -> Process | None:
+        found = descendants(audit.pid)[1:]
+        return next((process for process in found if module in words(process)), None)
+
+    def opened() -> int | None:
+        try:
+            return os.open(instance.key_file, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return None
+
+    command = [TITUS_PY, "audit", "--pid", str(instance.pid), "--quiet"]
+    os.kill(parent.pid, signal.SIGSTOP)
+    with subprocess.Popen(command) as audit:
+        try:
+            # Until the parent goes on, the audit looks for the worker of its connection.
+            eventually(lambda: child(b"titus_py.audit.client"), "the audit's client", 30)
+            # A key file that has nothing to read until we write: who reads it waits.
+            instance.key_file.rename(aside)
+            os.mkfifo(instance.key_file)
+            os.kill(parent.pid, signal.SIGCONT)
+            writer = eventually(opened, "the key is opened", 30)
+            holder = child(b"titus_py.audit.key_holder")
+            assert holder is not None
+            assert int(status(holder.pid)["VmLck"].split()[0]) > 0
+            assert namespaces("self")["net"] != namespaces(holder.pid)["net"]
+            assert holder.sockets == []
+            os.write(writer, aside.read_bytes())
+            os.close(writer)
+            assert audit.wait(60) == 0
+        finally:
+            os.kill(parent.pid, signal.SIGCONT)
+            audit.kill()
+            aside.rename(instance.key_file)
