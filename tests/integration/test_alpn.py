@@ -351,12 +351,17 @@ def test_mutated_offers(instance: Instance, data: bytes) -> None:
 
 # --- no page that is both ----------------------------------------------------------------
 
-_UNDER_MDWE = """#!{python}
-import ctypes, os, sys
-# PR_SET_MDWE (prctl(2)), with PR_MDWE_REFUSE_EXEC_GAIN: what MemoryDenyWriteExecute= makes of it.
+#: What systemd makes of MemoryDenyWriteExecute=: PR_SET_MDWE with PR_MDWE_REFUSE_EXEC_GAIN, and
+#: before Linux 6.3 a filter.
+DENYING = """\
+import ctypes, errno, os, sys
+import pyseccomp as seccomp
 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
-    sys.exit("no PR_SET_MDWE")
-os.execv({program!r}, sys.argv)
+    filter = seccomp.SyscallFilter(seccomp.ALLOW)
+    for call, protection in (("mmap", 6), ("mprotect", 4)):
+        masked = seccomp.Arg(2, seccomp.MASKED_EQ, protection, protection)
+        filter.add_rule(seccomp.ERRNO(errno.EPERM), call, masked)
+    filter.load()
 """
 
 
@@ -370,7 +375,9 @@ def test_no_memory_of_a_worker_is_both_writable_and_executable(
     serve: Serve, by_default: Listener, tmp_path: Path, denied: bool
 ) -> None:
     program = tmp_path / "titus-py"
-    program.write_text(_UNDER_MDWE.format(python=sys.executable, program=str(TITUS_PY)))
+    program.write_text(
+        f"#!{sys.executable}\n{DENYING}os.execv({str(TITUS_PY)!r}, sys.argv)\n",
+    )
     program.chmod(0o755)
     instance = serve(
         by_default.address,
@@ -395,11 +402,10 @@ def test_a_callback_of_pyopenssls_would_need_such_memory() -> None:
         "SSL.Context(SSL.TLS_SERVER_METHOD).set_alpn_select_callback(lambda *_: b'h2')\n"
         "print(open('/proc/self/maps').read())"
     )
-    denying = "import ctypes; ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)\n"
     python = [sys.executable, "-c"]
     done = subprocess.run([*python, callback], capture_output=True, text=True, check=True)
     assert writable_and_executable(done.stdout)
     done = subprocess.run(
-        [*python, denying + callback], capture_output=True, text=True, check=False
+        [*python, DENYING + callback], capture_output=True, text=True, check=False
     )
     assert "MemoryError" in done.stderr

@@ -219,7 +219,7 @@ def metrics_mistakes(
 def shared_backends(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     """Warnings of backends that are not told which of several protocols a client speaks."""
     for i, vhost in each_valid(Backend, tables, "vhost", source):
-        if vhost.send_proxy == "v2-tls":
+        if (vhost.send_proxy or "").startswith("v2-tls"):
             continue
         protocols: dict[Address, list[str]] = {}
         for protocol in vhost.alpn or ():
