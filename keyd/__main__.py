@@ -38,6 +38,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
+from keyd.linux.unix_socket import bind
 from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
 from keyd.provider import openssl_configuration
@@ -291,14 +292,7 @@ def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> s
     if path.is_socket():
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mask = os.umask(0o777)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    if os.geteuid() == 0:
-        os.chown(path, uid, gid)
-    path.chmod(mode)
+    bind(listener, str(path), mode, (uid, gid) if os.geteuid() == 0 else None)
     listener.listen(_BACKLOG)
     return listener
 

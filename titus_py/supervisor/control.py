@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from keyd.linux.unix_socket import bind
 from titus_py.between.event_loop import EventLoop
 
 __all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path", "listens"]
@@ -131,11 +132,7 @@ def _listen_at(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.setblocking(False)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
+    bind(listener, str(path), 0o600)
     listener.listen(_BACKLOG)
     return listener
 

@@ -10,6 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 
+from keyd.linux.unix_socket import bind
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.configuration.address import IPAddress, UnixAddress
 from titus_py.supervisor.exposition import CONTENT_TYPE
@@ -192,8 +193,7 @@ def listen_at(address: IPAddress | UnixAddress) -> socket.socket:
             listener.bind(address.sockaddr())
         else:
             _remove_stale(address.path)
-            listener.bind(address.path)
-            os.chmod(address.path, 0o660)
+            bind(listener, address.path, 0o660)
         listener.listen(_BACKLOG)
     except OSError:
         listener.close()

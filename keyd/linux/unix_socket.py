@@ -1,0 +1,34 @@
+"""A unix socket's file, made with its owner and mode from the start (unix(7)).
+
+Run by the supervisor and by keyd, as root. The directory may be one that others can write to. So
+nothing is done by the path once the file is there: a link could be in its place.
+"""
+
+import os
+import socket
+import stat
+
+__all__ = ["bind"]
+
+
+def bind(
+    listener: socket.socket, path: str, mode: int, owner: tuple[int, int] | None = None
+) -> None:
+    """bind(2), with this mode; ``owner`` is a uid and a gid, or nobody else than this process.
+
+    Called while no other thread makes files: a process has one umask. Raises OSError.
+    """
+    mask = os.umask(0o777 & ~mode)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    if owner is not None:
+        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISSOCK(os.fstat(file).st_mode):
+                raise FileExistsError(f"{path}: another file has taken its place")
+            # By its descriptor, whatever the path leads to by now.
+            os.chown(f"/proc/self/fd/{file}", *owner)
+        finally:
+            os.close(file)
