@@ -15,9 +15,10 @@ import json
 import os
 import pwd
 import socket
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import prctl
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -180,7 +181,7 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     lock_before_keys(settings["must_lock"])
     guards = guard()
-    keys = _load([(entry["key"], entry["passphrase_file"]) for entry in settings["keys"]])
+    keys = _load(_readable(settings["keys"]))
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
@@ -211,6 +212,20 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     keyd.serve(_THREADS, program, ready)
     _leave()
+
+
+def _readable(entries: list[dict[str, Any]]) -> Iterator[PrivateKey]:
+    """The keys of these files. Raises UnusableKey, but not for one of a directory of thousands.
+
+    That one was good when it was checked. The supervisor sees that it is missing.
+    """
+    for entry in entries:
+        try:
+            yield load_private_key(entry["key"], entry["passphrase_file"])
+        except UnusableKey as error:
+            if not entry["may_be_missing"]:
+                raise
+            print(f"keyd: {error}", file=sys.stderr)
 
 
 def _leave() -> NoReturn:
@@ -325,15 +340,15 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
 def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKey]:
     """Load the keys of the command line; only encrypted ones get the passphrase file."""
     return _load(
-        [
-            (path, arguments.passphrase_file if b"ENCRYPTED" in Path(path).read_bytes() else None)
-            for path in arguments.key
-        ]
+        load_private_key(
+            path, arguments.passphrase_file if b"ENCRYPTED" in Path(path).read_bytes() else None
+        )
+        for path in arguments.key
     )
 
 
-def _load(files: list[tuple[str, str | None]]) -> dict[bytes, PrivateKey]:
-    loaded = [load_private_key(path, passphrase_file) for path, passphrase_file in files]
+def _load(keys: Iterable[PrivateKey]) -> dict[bytes, PrivateKey]:
+    loaded = list(keys)
     # One key of each kind: what the library loads late is the same for the others.
     for key in {_kind(key): key for key in loaded}.values():
         rehearse(key)

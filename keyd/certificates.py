@@ -63,6 +63,8 @@ class Findings(NamedTuple):
     not_after: str | None = None
     #: Of the key: a server can show a client one certificate of each kind.
     kind: str = ""
+    #: The id of the key in the key's file, whatever certificate it is for.
+    own_key: str | None = None
 
 
 def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
@@ -75,21 +77,22 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
             key = load_private_key(files.key, files.passphrase_file)
         except UnusableKey as error:
             mistakes.append(Problem(error.field, error.reason))
+    own_key = key_id(key.public_key()).hex() if key is not None else None
     try:
         chain = load_chain(files.certificate)
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
-        return Findings(mistakes, warnings)
+        return Findings(mistakes, warnings, own_key=own_key)
     leaf = chain[0].certificate
     identity = reference = None
     try:
         identity, reference = refer_to(leaf, files.certificate)
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
-    if key is not None and identity is not None and identity != key_id(key.public_key()):
+    if own_key is not None and identity is not None and identity.hex() != own_key:
         reason = f"{files.key} is not the key of certificate {files.certificate}"
         for other in chain[1:]:
-            if _is_for(other.certificate, key):
+            if key is not None and _is_for(other.certificate, key):
                 reason += (
                     f", whose first is {name_of(leaf)}, but of the one in line {other.line}, "
                     f"{name_of(other.certificate)}: put that first"
@@ -108,6 +111,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
         leaf.not_valid_before_utc.isoformat(),
         leaf.not_valid_after_utc.isoformat(),
         _kind(leaf),
+        own_key,
     )
 
 

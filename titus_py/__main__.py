@@ -191,7 +191,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if legacy is not None:
         for helper in helpers:
             helper.dismiss()
-        return take_over(legacy, lambda: check(read(), running=True))
+        return take_over(legacy, lambda before: check(read(), running=True, before=before))
     loaded = read()
     if lacks(loaded):
         for helper in helpers:
@@ -202,7 +202,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         report(checked)
         Notifier()(status=f"not started: {checked.mistakes[0]}")
         return 2
-    return 0 if tried_out else serve(checked, lambda: check(read(), running=True))
+    if tried_out:
+        return 0
+    return serve(checked, lambda before: check(read(), running=True, before=before))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,8 @@ _KEY_HOLDER = (sys.executable, "-I", "-m", "titus_py.audit.key_holder")
 #: Some thousand workers are a few GiB.
 _SEARCH_SECONDS = 600.0
 
+#: How many keys of a ``certificate_dir`` are looked for.
+_KEYS_OF_A_DIRECTORY = 8
 _ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
 
 
@@ -90,12 +92,15 @@ CHECKS = (
 
 
 def search_for_keys(target: Target, pids: Sequence[int]) -> tuple[list[Search], set[str], int]:
-    """Search these processes for every key of ``Target.key_files``. Raises CannotAudit.
+    """Search these processes for the keys of ``Target.key_files``. Raises CannotAudit.
 
+    To look for each of a directory's thousands would take hours: a few stand for all.
     Another process does it, which has the keys (``key_holder``). Returns what it found, the names
     of the keys, and in how many forms it looked for them.
     """
-    files = [(str(key), phrase and str(phrase)) for key, phrase in target.key_files()]
+    files = [
+        (str(key), phrase and str(phrase)) for key, phrase in target.key_files(_KEYS_OF_A_DIRECTORY)
+    ]
     try:
         octets = Helper(_KEY_HOLDER).ask({"files": files, "pids": pids}, _SEARCH_SECONDS)
         answer = json.loads(octets)

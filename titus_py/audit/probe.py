@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -27,6 +28,7 @@ from titus_py.audit.target import CannotAudit, Target
 from titus_py.between.virtual_host import select
 from titus_py.configuration import VirtualHost
 from titus_py.configuration.address import IPAddress, canonical_ip
+from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
 
 __all__ = ["Probe", "Unanswered"]
@@ -198,10 +200,11 @@ class Probe:
         if version not in _VERSIONS:
             reason = _plain(answer.get("error", "the audit's client has ended"))
             raise Unanswered(f"no handshake with {self.place.address}: {reason}")
-        files = [one.certificate for one in self.place.vhost.credentials.values()]
-        configured = [x509.load_pem_x509_certificates(file.read_bytes())[0] for file in files]
-        seen = broken(f"{version}, and another one than in {' or '.join(map(str, files))}")
-        for certificate in configured:
+        files = _files(self.place.vhost)
+        where = self.place.vhost.certificate_dir or " or ".join(map(str, files))
+        seen = broken(f"{version}, and another one than in {where}")
+        for file in files:
+            certificate = x509.load_pem_x509_certificates(file.read_bytes())[0]
             if certificate.public_bytes(Encoding.DER).hex() == answer.get("certificate"):
                 self.certificate = certificate
                 seen = holds(f"{version}, {certificate.subject.rfc4514_string() or 'no subject'}")
@@ -283,7 +286,7 @@ def _place(target: Target) -> _Place:
                     continue
                 name = _server_name(wanted)
                 offered = [vhost for vhost in configuration.vhost if vhost.receives(address)]
-                chosen = select([vhost.sni for vhost in offered], name)
+                chosen = select([_names(vhost) for vhost in offered], name)
                 if chosen is not None:
                     return _Place(address, name, offered[chosen])
     raise Unanswered("no virtual host can be reached from here")
@@ -298,8 +301,25 @@ def _addresses(listener: IPAddress, vhost: VirtualHost) -> list[IPAddress]:
 
 
 def _server_name(vhost: VirtualHost) -> str | None:
-    if vhost.sni is None or "" in vhost.sni:
+    names = _names(vhost)
+    if names is None or "" in names:
         return None
     with suppress(StopIteration):
-        return next(name for name in vhost.sni if not name.startswith("*."))
-    return vhost.sni[0].replace("*", "audit", 1)
+        return next(name for name in names if not name.startswith("*."))
+    return names[0].replace("*", "audit", 1) if names else None
+
+
+def _names(vhost: VirtualHost) -> tuple[str, ...] | None:
+    """The server names that a virtual host takes: of a directory's certificates, the first's."""
+    if vhost.certificate_dir is None:
+        return vhost.sni
+    first = x509.load_pem_x509_certificates(_files(vhost)[0].read_bytes())[0]
+    extension = first.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return tuple(extension.value.get_values_for_type(x509.DNSName))
+
+
+def _files(vhost: VirtualHost) -> list[Path]:
+    """The certificates that a virtual host shows, or, of a directory's, may show."""
+    if vhost.certificate_dir is not None:
+        return [pair.certificate for pair in pairs(vhost.certificate_dir)]
+    return [one.certificate for one in vhost.credentials.values()]

@@ -7,6 +7,7 @@ process of another user that looks like a supervisor is passed over.
 
 import argparse
 import os
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from titus_py.audit.instance import (
 )
 from titus_py.audit.sockets import unix_sockets
 from titus_py.configuration import Configuration, Loaded, from_options, load
+from titus_py.configuration.certificate_dir import pairs
 
 __all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_target"]
 
@@ -63,14 +65,20 @@ class Target(NamedTuple):
             found += _keyds_elsewhere([one for one in found if one.role is Role.PARENT])
         return found
 
-    def key_files(self) -> list[tuple[Path, Path | None]]:
-        """The private keys, each with the file of its passphrase if it may need one."""
+    def key_files(self, at_most: int | None = None) -> list[tuple[Path, Path | None]]:
+        """The private keys, each with the file of its passphrase if it may need one.
+
+        Of a directory, ``at_most`` so many, chosen at random.
+        """
         found = {
             (one.key, one.passphrase_file)
             for vhost in self.configuration.vhost
             for one in vhost.credentials.values()
             if one.key is not None
         }
+        for directory in self._directories():
+            keys = [(pair.key, None) for pair in pairs(directory)]
+            found |= set(keys if at_most is None else random.sample(keys, min(len(keys), at_most)))
         if self.configuration.keyd.socket is not None:
             for process in self.processes():
                 if process.role is Role.KEYD:
@@ -80,6 +88,13 @@ class Target(NamedTuple):
     @property
     def listening_ports(self) -> frozenset[int]:
         return frozenset(listen.address.port for listen in self.configuration.listen)
+
+    def _directories(self) -> list[Path]:
+        """Those of certificates, if titus-py's keyd has their keys."""
+        if self.configuration.keyd.socket is not None:
+            return []
+        found = {vhost.certificate_dir for vhost in self.configuration.vhost}
+        return sorted(one for one in found if one is not None)
 
     def started(self, process: Process) -> bool:
         """Whether a process is a child of the supervisor, and not a service of its own."""

@@ -52,12 +52,17 @@ class Certificate(NamedTuple):
 
 
 class VirtualHost(NamedTuple):
-    """One [[vhost]]; its certificates are each for another kind of key."""
+    """One [[vhost]]; its certificates are each for another kind of key.
+
+    ``certificate_index`` is the descriptor of one for a host that has a directory of them
+    instead, and their names; or None.
+    """
 
     server_names: tuple[str, ...] | None
     local_address: str | None
     local_port: int | None
     certificates: tuple[Certificate, ...]
+    certificate_index: int | None
     #: Where its connections go, but for those of the protocols that ``backends`` has.
     backend: tuple[str, ...]
     backends: dict[str, tuple[str, ...]]
@@ -100,6 +105,13 @@ class Plan(NamedTuple):
     #: Programs for the workers' filters, as BPF in hexadecimal.
     handshake_filter: str
     established_filter: str
+
+    @property
+    def indexes(self) -> list[int]:
+        """The descriptors of the virtual hosts' indexes."""
+        return [
+            vhost.certificate_index for vhost in self.vhosts if vhost.certificate_index is not None
+        ]
 
     def encode(self) -> bytes:
         vhosts = [vhost._asdict() for vhost in self.vhosts]

@@ -109,7 +109,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
     return Group(
         _headline(answer),
         _generations(answer["generations"]),
-        _certificates(answer["certificates"]),
+        _certificates(answer["certificates"], answer.get("certificate_dirs", ())),
         _virtual_hosts(answer["vhosts"]),
         _counts(answer["counts"], answer["generations"]),
         Text(),
@@ -141,19 +141,33 @@ def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _certificates(certificates: Iterable[Mapping[str, Any]]) -> Table:
+def _certificates(
+    certificates: Iterable[Mapping[str, Any]], directories: Iterable[Mapping[str, Any]]
+) -> Table:
     table = _table("certificate", "days left", "expires", "names", "file")
     for certificate in certificates:
-        days = certificate["days_left"]
-        style = "green" if days >= _SOON_DAYS else "yellow" if days >= _NOW_DAYS else "bold red"
         table.add_row(
             _text(certificate["subject"]),
-            Text(f"{days:.0f}", style=style),
+            _days(certificate["days_left"]),
             certificate["not_after"][:10],
             _text(_some(certificate["names"])),
             _text(certificate["file"]),
         )
+    for one in directories:
+        # Of thousands, the one that expires first.
+        table.add_row(
+            f"{one['certificates']} certificates",
+            _days(one["days_left"]),
+            one["not_after"][:10],
+            _text(f"in {one['directory']}"),
+            _text(one["first"]),
+        )
     return table
+
+
+def _days(left: float) -> Text:
+    style = "green" if left >= _SOON_DAYS else "yellow" if left >= _NOW_DAYS else "bold red"
+    return Text(f"{left:.0f}", style=style)
 
 
 def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
@@ -161,6 +175,8 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
     for vhost in vhosts:
         names = vhost["names"]
         shown = "any name" if names is None else _some([name or "no name" for name in names])
+        if directory := vhost.get("certificate_dir"):
+            shown = f"names in {directory}"
         at = _at(vhost["local_address"], vhost["local_port"])
         send_proxy = vhost["send_proxy"]
         table.add_row(_text(shown), _text(at), *_backend(vhost, send_proxy))

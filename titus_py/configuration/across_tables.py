@@ -3,6 +3,7 @@
 import itertools
 import stat
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -10,10 +11,12 @@ from pydantic import ValidationError
 from keyd.protocol import MAX_KEYS
 from titus_py.between.messages import MAX_VHOSTS
 from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import (
     Backend,
     Credential,
+    Credentials,
     Keyd,
     KeydSocket,
     Match,
@@ -32,12 +35,15 @@ from titus_py.configuration.uids import (
 __all__ = [
     "certificate_mistakes",
     "each_valid",
+    "empty_directories",
     "exposed_files",
     "key_mistakes",
+    "listed",
     "metrics_mistakes",
     "never_matching",
     "never_received",
     "overlaps",
+    "setting",
     "shared_backends",
     "too_many",
     "uid_mistakes",
@@ -145,7 +151,12 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
 def certificate_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     """A virtual host has one certificate, or tables with several of them."""
     for i, vhost in _tables(tables.get("vhost")):
-        if vhost.get("certificates"):
+        if vhost.get("certificate_dir") is not None:
+            reason = "does not go with certificate_dir, which has names, certificates and keys"
+            for field in ("sni", "certificate", "key", "passphrase_file", "certificates"):
+                if vhost.get(field):
+                    yield source.mistake(f"vhost[{i}].{field}", reason)
+        elif vhost.get("certificates"):
             reason = "goes into one of the tables [[vhost.certificates]]"
             for field in ("certificate", "key", "passphrase_file"):
                 if vhost.get(field) is not None:
@@ -154,10 +165,42 @@ def certificate_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mis
             yield source.mistake(f"vhost[{i}].certificate", "is missing")
 
 
+def listed(directory: Path, with_keys: bool) -> list[Credential]:
+    """The credentials of a ``certificate_dir``; none if it cannot be read."""
+    try:
+        found = pairs(directory)
+    except OSError:  # It has gone since it was found.
+        return []
+    return [
+        Credential(pair.certificate, pair.key if with_keys else None, None, directory)
+        for pair in found
+    ]
+
+
+def empty_directories(
+    tables: dict[str, Any], credentials: Collection[Credential], source: Source
+) -> Iterator[Mistake]:
+    """Directories without a certificate."""
+    found = {credential.directory for credential in credentials}
+    for i, vhost in each_valid(Credentials, tables, "vhost", source):
+        directory = vhost.certificate_dir
+        if directory is not None and directory not in found:
+            yield source.mistake(
+                f"vhost[{i}].certificate_dir",
+                f"{directory}: holds no certificate: neither a subdirectory with fullchain.pem and "
+                "privkey.pem nor a file NAME.pem",
+            )
+
+
+def setting(place: str, field: str) -> str:
+    """The key of a credential's field, in a place of ``Loaded.credentials``."""
+    return place if place.endswith(".certificate_dir") else place + field
+
+
 def _with_certificate(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The tables that name a certificate and its key, and where they are."""
     for i, vhost in _tables(tables.get("vhost")):
-        if not vhost.get("certificates"):
+        if not (vhost.get("certificates") or vhost.get("certificate_dir")):
             yield f"vhost[{i}]", vhost
         for j, table in _tables(vhost.get("certificates")):
             yield f"vhost[{i}].certificates[{j}]", table
@@ -328,7 +371,7 @@ def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -
                 continue
             if mode & 0o066:
                 yield source.mistake(
-                    f"{place}{field}",
+                    setting(place, field),
                     f"{path}: others than its owner can read or write it "
                     f"(mode {mode:04o}): chmod 600",
                 )

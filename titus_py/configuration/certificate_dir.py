@@ -8,10 +8,12 @@ certbot's README for example, and what begins with a dot is passed over.
 """
 
 import os
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-__all__ = ["Pair", "pairs"]
+__all__ = ["Pair", "chosen", "pairs"]
 
 _CERTIFICATE, _KEY, _BOTH = "fullchain.pem", "privkey.pem", ".pem"
 
@@ -43,3 +45,23 @@ def pairs(directory: Path) -> list[Pair]:
             elif entry.name.endswith(_BOTH):
                 found.append(Pair(entry.name.removesuffix(_BOTH), path, path))
     return sorted(found)
+
+
+_Certificate = TypeVar("_Certificate")
+
+
+def chosen(
+    certificates: Iterable[tuple[_Certificate, Iterable[str], datetime]],
+) -> dict[str, _Certificate]:
+    """Which certificate is shown for which name: the one that is valid for longer.
+
+    Each comes with its names and its end. A renewed certificate is often put beside its
+    predecessor (certbot's ``-0001``). Names are in lower case in the result.
+    """
+    best: dict[str, tuple[datetime, _Certificate]] = {}
+    for certificate, names, not_after in certificates:
+        for name in names:
+            known = best.get(name.lower())
+            if known is None or known[0] < not_after:
+                best[name.lower()] = not_after, certificate
+    return {name: certificate for name, (_, certificate) in best.items()}

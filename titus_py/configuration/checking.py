@@ -9,11 +9,14 @@ answers are trusted like keyd's, once their form is checked.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
+from titus_py.configuration.across_tables import setting
+from titus_py.configuration.certificate_dir import chosen
 from titus_py.configuration.client_certificates import (
     ClientAuthorities,
     read_authorities,
@@ -25,7 +28,7 @@ from titus_py.configuration.mistake import Source
 from titus_py.configuration.names import uncovered
 from titus_py.configuration.uids_in_use import uids_in_use
 
-__all__ = ["Answer", "CertificateFacts", "Checked", "ask_keyd_check", "check"]
+__all__ = ["Answer", "CertificateFacts", "Checked", "ask_keyd_check", "check", "names_shown"]
 
 _TIMEOUT_SECONDS = 30.0
 #: How many names, or virtual hosts, a message shows.
@@ -61,6 +64,8 @@ class Checked(NamedTuple):
     path: str = ""
     #: What the files of each virtual host's ``client_files`` hold.
     authorities: Mapping[ClientFiles, ClientAuthorities] = {}
+    #: At a reload: certificates of a directory whose old version stays, and what is wrong.
+    kept: Sequence[tuple[Credential, str]] = ()
 
 
 class _Problem(BaseModel):
@@ -81,6 +86,7 @@ class Answer(BaseModel):
     not_before: AwareDatetime | None = None
     not_after: AwareDatetime | None
     kind: str = ""
+    own_key: str | None = None
 
     @model_validator(mode="after")
     def _mistakes_or_facts(self) -> Self:
@@ -107,30 +113,37 @@ def check(
     handshake_check: Helper | None = None,
     timeout: float = _TIMEOUT_SECONDS,
     running: bool = False,
+    before: Mapping[Credential, CertificateFacts] = MappingProxyType({}),
 ) -> Checked:
     """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
     Asks two helpers, which may have been started ahead. Waits for each for up to ``timeout``
     seconds, and half a second more for each certificate or virtual host that it checks.
-    ``running``: the instance itself checks, for a reload. Raises nothing: a helper that fails is
-    a mistake too.
+    ``running``: the instance itself checks, for a reload; ``before`` is what it serves. Then a bad
+    certificate in a ``certificate_dir`` keeps its old version. Raises nothing: a helper that fails
+    is a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
-    certificates = {}
-    read = (*loaded.credentials, *loaded.client_files)
-    files = FileWatch(path for one in read for path in one if path)
+    certificates: dict[Credential, CertificateFacts] = {}
+    kept: list[tuple[Credential, str]] = []
+    watched = [path for one in loaded.client_files for path in one if path]
+    files = FileWatch.of(loaded.credentials, watched)
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
         answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout)
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
             also = _also(source, [place.removesuffix(".") for place in others])
+            if answer.mistakes and (old := _old_version(credential, answer, before)) is not None:
+                certificates[credential] = old
+                kept += [(credential, problem.reason) for problem in answer.mistakes]
+                continue
             for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
                 found += [
-                    source.mistake(f"{first}{problem.field}", problem.reason + also)
+                    source.mistake(setting(first, problem.field), problem.reason + also)
                     for problem in problems
                 ]
             if (facts := answer.facts()) is not None:
@@ -139,6 +152,7 @@ def check(
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
     warnings += _misnamed(loaded, certificates)
+    warnings += _misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(loaded.client_files, source, timeout)
     mistakes += wrong
@@ -153,7 +167,9 @@ def check(
     for found, more in zip((mistakes, warnings), uids_in_use(loaded, running), strict=True):
         found += more
     configuration = None if mistakes else loaded.configuration
-    return Checked(configuration, mistakes, warnings, certificates, files, source.path, authorities)
+    return Checked(
+        configuration, mistakes, warnings, certificates, files, source.path, authorities, kept
+    )
 
 
 def ask_keyd_check(
@@ -167,7 +183,11 @@ def ask_keyd_check(
         helper.dismiss()
         return []
     question = [
-        {field: path and str(path) for field, path in credential._asdict().items()}
+        {
+            "certificate": str(credential.certificate),
+            "key": credential.key and str(credential.key),
+            "passphrase_file": credential.passphrase_file and str(credential.passphrase_file),
+        }
         for credential in credentials
     ]
     octets = helper.ask(question, timeout + len(credentials) / 2)
@@ -210,6 +230,54 @@ def _misnamed(
                     f"{one} is for {_some(names)}, and {other} for {_some(others)}: which of them "
                     "a client is shown depends on the kinds of keys that it knows",
                 )
+
+
+def _old_version(
+    credential: Credential, answer: Answer, before: Mapping[Credential, CertificateFacts]
+) -> CertificateFacts | None:
+    """What is served of a certificate that has become bad, if keyd can still have its key."""
+    old = before.get(credential)
+    if old is None or credential.directory is None:
+        return None
+    has_key = credential.key is None or answer.own_key == old.key_id.hex()
+    return old if has_key else None
+
+
+def _misnamed_in_directories(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Warnings of certificates in directories that are never shown, or not for all their names."""
+    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
+    for number, vhost in enumerate(vhosts):
+        shown = names_shown(vhost, certificates)
+        for credential, facts in certificates.items():
+            if vhost.certificate_dir is None or credential.directory != vhost.certificate_dir:
+                continue
+            key = f"vhost[{number}].certificate_dir"
+            others = [shown[name.lower()] for name in facts.names]
+            if not facts.names:
+                reason = "has no name in it (subjectAltName): no client is shown it"
+                yield loaded.source.mistake(key, f"{credential.certificate} {reason}")
+            elif other := next((one for one in others if one != credential), None):
+                names = [
+                    name for name, one in zip(facts.names, others, strict=True) if one != credential
+                ]
+                yield loaded.source.mistake(
+                    key,
+                    f"{credential.certificate} is not shown for {_some(names)}: "
+                    f"{other.certificate} is for the same, and valid for longer, or as long",
+                )
+
+
+def names_shown(
+    vhost: VirtualHost, certificates: Mapping[Credential, CertificateFacts]
+) -> dict[str, Credential]:
+    """Which certificate of its directory a virtual host shows for which name."""
+    return chosen(
+        (credential, facts.names, facts.not_after)
+        for credential, facts in certificates.items()
+        if vhost.certificate_dir is not None and credential.directory == vhost.certificate_dir
+    )
 
 
 def _of_one_kind(
@@ -272,6 +340,14 @@ def _shown(
         if (facts := certificates.get(credential)) is not None:
             yield {
                 "setting": f"{place}certificate",
+                "file": str(credential.certificate),
+                "chain": facts.chain,
+                "reference": facts.reference,
+            }
+    for credential, facts in certificates.items():
+        if vhost.certificate_dir is not None and credential.directory == vhost.certificate_dir:
+            yield {
+                "setting": "certificate_dir",
                 "file": str(credential.certificate),
                 "chain": facts.chain,
                 "reference": facts.reference,

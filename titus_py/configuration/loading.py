@@ -11,8 +11,10 @@ from titus_py.configuration import toml
 from titus_py.configuration.across_tables import (
     certificate_mistakes,
     each_valid,
+    empty_directories,
     exposed_files,
     key_mistakes,
+    listed,
     metrics_mistakes,
     never_matching,
     never_received,
@@ -108,6 +110,11 @@ def from_options(
     return _validated(tables, Source("", Path.cwd(), options, credentials=directory))
 
 
+def _starts_keyd(tables: dict[str, Any]) -> bool:
+    keyd = tables["keyd"]
+    return not (isinstance(keyd, dict) and "socket" in keyd)
+
+
 def _failed(source: Source, key: str, reason: str) -> Loaded:
     return Loaded(source, None, [source.mistake(key, reason)], [], {})
 
@@ -132,6 +139,10 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     # Checks across several tables are made on the valid ones, whatever is wrong with others.
     listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
     vhosts = dict(each_valid(Match, tables, "vhost", source))
+    for i, table in each_valid(Credentials, tables, "vhost", source):
+        if table.certificate_dir is not None and i in vhosts:
+            # Its names are in files that are not read here: it may take any that no other takes.
+            vhosts[i] = vhosts[i].model_copy(update={"sni": (f"{i}.certificate_dir",)})
     mistakes += uid_mistakes(tables, source)
     mistakes += certificate_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)
@@ -150,7 +161,11 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     for i, table in each_valid(Credentials, tables, "vhost", source):
         for place, credential in table.credentials.items():
             credentials.setdefault(credential, []).append(f"vhost[{i}].{place}")
+        if table.certificate_dir is not None:
+            for credential in listed(table.certificate_dir, with_keys=_starts_keyd(tables)):
+                credentials.setdefault(credential, []).append(f"vhost[{i}].certificate_dir")
     mistakes += too_many(tables, credentials, source)
+    mistakes += empty_directories(tables, credentials, source)
     warnings = [
         *uid_warnings(tables, source),
         *exposed_files(credentials, source),

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.mistake import described
 from titus_py.configuration.table import Table
@@ -30,7 +31,6 @@ from titus_py.configuration.values import (
     Ciphersuites,
     Duration,
     EmptyDirectory,
-    File,
     FilePath,
     Groups,
     Integer,
@@ -68,19 +68,6 @@ __all__ = [
     "Worker",
     "table_of",
 ]
-
-
-class Credential(NamedTuple):
-    """The files of one certificate and its key: absolute paths."""
-
-    certificate: Path
-    #: None if a keyd that titus-py does not start has the key.
-    key: Path | None
-    passphrase_file: Path | None
-
-
-def _described(table: type[Table], key: str) -> str:
-    return table.model_fields[key].description or ""
 
 
 class Uids(Table):
@@ -262,55 +249,6 @@ class Match(Table):
     def receives(self, endpoint: IPAddress) -> bool:
         """Whether connections to this local address and port can be for this virtual host."""
         return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
-
-
-class Certificate(Table):
-    """[[vhost.certificates]]: one of several certificates of a virtual host."""
-
-    certificate: File = Field(
-        description="The certificate in PEM, followed by the rest of its chain. What else the file "
-        "holds (the key, perhaps) is not looked at, but nothing in it may be cut off."
-    )
-    key: File | None = Field(
-        default=None,
-        description="The certificate's private key in PEM. Only keyd reads it. Absent where "
-        "keyd.socket names a keyd that has it already.",
-    )
-    passphrase_file: File | None = Field(
-        default=None, description="A file whose first line is the passphrase of an encrypted key."
-    )
-
-
-class Credentials(Table):
-    """The part of [[vhost]] that names what it shows to clients."""
-
-    certificate: File | None = Field(
-        default=None,
-        description=_described(Certificate, "certificate") + " Absent where there are several: "
-        "[[vhost.certificates]].",
-    )
-    key: File | None = Field(default=None, description=_described(Certificate, "key"))
-    passphrase_file: File | None = Field(
-        default=None, description=_described(Certificate, "passphrase_file")
-    )
-    certificates: tuple[Certificate, ...] = Field(
-        default=(),
-        description="Several certificates for the same names, one for each kind of key (RSA, "
-        "ECDSA, Ed25519), instead of certificate and key: tables headed [[vhost.certificates]], "
-        "each with certificate, key and, if need be, passphrase_file. A client is shown the first "
-        "that it can verify: ECDSA, then Ed25519, then RSA.",
-    )
-
-    @property
-    def credentials(self) -> dict[str, Credential]:
-        """By the place of their keys within [[vhost]]: "", or ``certificates[0].``, and so on."""
-        places: dict[str, Credentials | Certificate] = {"": self}
-        places |= {f"certificates[{i}].": one for i, one in enumerate(self.certificates)}
-        return {
-            place: Credential(one.certificate, one.key, one.passphrase_file)
-            for place, one in places.items()
-            if one.certificate is not None
-        }
 
 
 class Backend(Table):

@@ -30,6 +30,7 @@ __all__ = [
     "Boolean",
     "CipherList",
     "Ciphersuites",
+    "Directory",
     "Duration",
     "EmptyDirectory",
     "File",
@@ -238,6 +239,16 @@ def _readable_file(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
+def _readable_directory(path: Path, info: ValidationInfo) -> Path:
+    if isinstance(info.context, Valid):
+        return path
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    return path
+
+
 def _empty_directory(value: object, info: ValidationInfo) -> Path:
     path = value if isinstance(value, Path) else Path(_text(value))
     if not path.is_absolute() or "\0" in str(path):
@@ -413,6 +424,7 @@ UidRange = Annotated[
 KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
 FilePath = Annotated[Path, PlainValidator(_path)]
 File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
+Directory = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_directory)]
 EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]
 ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
 MetricsAddress = Annotated[

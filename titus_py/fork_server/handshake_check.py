@@ -42,6 +42,7 @@ from titus_py.worker.tls import (
     selected_suites,
     set_groups,
     set_signature_schemes,
+    use_credentials,
 )
 
 __all__ = ["main"]
@@ -49,6 +50,8 @@ __all__ = ["main"]
 Problems = list[tuple[str, str]]
 
 _SHOWN = 3
+#: The setting that certificates of a directory come with.
+_DIRECTORY = "certificate_dir"
 
 
 class _Shown(NamedTuple):
@@ -74,11 +77,33 @@ def main() -> int:
         mistakes = _cipher_mistakes(settings, keys) + _group_mistakes(settings)
         warnings = [] if mistakes else _left_out(settings, keys)
         if not mistakes:
-            for one, key in zip(shown, keys, strict=True):
-                mistakes = mistakes + _handshake_mistakes(one, key, settings)
+            mistakes = _mistakes_of(shown, keys, settings)
         answers.append((mistakes, warnings))
     json.dump(answers, sys.stdout)
     return 0
+
+
+def _mistakes_of(shown: list[_Shown], keys: tuple[str, ...], settings: TlsSettings) -> Problems:
+    """Mistakes that show with these certificates.
+
+    Of a directory with thousands, one for each kind of key shakes hands, and OpenSSL reads all.
+    """
+    found: Problems = []
+    shaken: set[str] = set()
+    context = make_context([], settings)
+    for one, key in zip(shown, keys, strict=True):
+        if one.setting != _DIRECTORY:
+            found += _handshake_mistakes(one, key, settings)
+        elif key in shaken:
+            try:
+                use_credentials(context, one.credentials)
+            except SSL.Error as error:
+                found.append(_refused(one, settings, error))
+        elif problems := _handshake_mistakes(one, key, settings):
+            found += problems
+        else:
+            shaken.add(key)
+    return found
 
 
 @cache

@@ -21,6 +21,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import prctl
+from OpenSSL import SSL
 
 from keyd.linux.credentials import hide_memory
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
@@ -70,14 +71,17 @@ def main() -> int:
     hide_memory()
     plan = Plan.decode(read_all(given["--plan-fd"]))
     established_filter = Program(bytes.fromhex(plan.established_filter))
+    sites = [_site(vhost) for vhost in plan.vhosts]
+    practice = [_practice_context(*each) for each in zip(sites, plan.vhosts, strict=True)]
     terms = Terms(
         plan.handshake_timeout,
         plan.limits.idle_timeout,
         plan.limits.half_closed_timeout,
-        [_site(vhost) for vhost in plan.vhosts],
+        sites,
         encode(narrowing_calls(established_filter)),
         ReportWriter(),
         client_hello(),
+        practice[0],
     )
     rehearse(terms)
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
@@ -95,6 +99,11 @@ def _site(vhost: VirtualHost) -> Site:
     credentials = [Credentials(one.chain, one.key_reference) for one in vhost.certificates]
     context = make_context(credentials, vhost.tls)
     names = tuple(vhost.server_names) if vhost.server_names is not None else None
+    index = None
+    if vhost.certificate_index is not None:
+        from titus_py.between.certificate_index import CertificateIndex
+
+        index = CertificateIndex(vhost.certificate_index)
     return Site(
         names,
         context,
@@ -103,6 +112,7 @@ def _site(vhost: VirtualHost) -> Site:
         tuple(name.encode() for name in vhost.tls.alpn or ()),
         vhost.tls.alpn_required,
         _verifier(vhost.clients, context),
+        index,
     )
 
 
@@ -117,6 +127,15 @@ def _verifier(terms: "ClientTerms | None", context: "SSL.Context") -> "Verifier 
     verifier.demand(context)
     verifier.warm_up(context)
     return verifier
+
+
+def _practice_context(site: Site, vhost: VirtualHost) -> SSL.Context:
+    """The context that a spare touches memory with: that of the first virtual host, or as it."""
+    if site.certificate_index is None:
+        return site.context
+    from titus_py.worker.indexed import practise
+
+    return practise(site.certificate_index, vhost.tls)
 
 
 def _serve(

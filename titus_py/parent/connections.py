@@ -15,7 +15,7 @@ from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Client, Dial, Ready
-from titus_py.between.plan import Plan
+from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.backends import Backends
@@ -74,6 +74,8 @@ class Connections:
         # however the wall clock is set.
         self.next_number = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         self.offer = lru_cache(maxsize=1024)(self._offer)
+        #: The ids of each virtual host's keys.
+        self._keys = [_keys(vhost) for vhost in plan.vhosts]
         #: What is offered at one local address or another, by the virtual hosts.
         self._offers: dict[tuple[int, ...], Offer] = {}
         self._message_octets = messages.WORKER_MESSAGE_OCTETS
@@ -255,8 +257,7 @@ class Connections:
             operations = {Operation.SIGN}
             if vhost.tls.rsa_key_exchange:
                 operations.add(Operation.DECRYPT)
-            for certificate in vhost.certificates:
-                key = bytes.fromhex(certificate.key)
+            for key in self._keys[number]:
                 grants[key] = grants.get(key, frozenset()) | operations
         return grants
 
@@ -280,6 +281,14 @@ def _identities(plan: Plan) -> "Identities | None":
     from titus_py.parent.identities import Identities
 
     return Identities(plan)
+
+
+def _keys(vhost: VirtualHost) -> list[bytes]:
+    if vhost.certificate_index is None:
+        return [bytes.fromhex(certificate.key) for certificate in vhost.certificates]
+    from titus_py.between.certificate_index import key_ids
+
+    return key_ids(vhost.certificate_index)
 
 
 def _text(host: str, port: int) -> str:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import how_ended
@@ -32,8 +32,8 @@ class Forks:
     none). ``lost`` is called once, with how the fork server ended, if it was not told to.
     """
 
-    def __init__(self, plan_fd: int, openssl_conf_fd: int) -> None:
-        """Start it; takes the descriptors over. Raises OSError."""
+    def __init__(self, plan_fd: int, openssl_conf_fd: int, indexes: Sequence[int] = ()) -> None:
+        """Start it; takes the descriptors over, but for those of indexes. Raises OSError."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = {
             "plan-fd": plan_fd,
@@ -51,7 +51,7 @@ class Forks:
                     # A symbol that is not bound at the start is bound anew by every worker.
                     "LD_BIND_NOW": "1",
                 },
-                pass_fds=tuple(given.values()),
+                pass_fds=(*given.values(), *indexes),
             )
         finally:
             for descriptor in given.values():

@@ -242,9 +242,11 @@ def main() -> int:
     # Accept only as many clients as there are descriptors for. The others wait in the listen queue.
     most = connections_within(descriptors, plan.spare_workers)
     plan = plan._replace(max_workers=min(plan.max_workers, most))
-    forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd)
+    forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd, plan.indexes)
     supervisor = socket.socket(fileno=arguments.supervisor_fd)
     parent = Parent(plan, forks, supervisor, arguments.keyd_fd)
+    for index in plan.indexes:
+        os.close(index)
     parent.withdraw()
     if not forks.wait_until_ready():
         sys.exit("titus-py: the fork server did not start: see above")

@@ -100,7 +100,8 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         .add(status.get("log_lines_lost", 0), by="log")
     )
     expiry = _gauge(
-        "certificate_expiry_timestamp_seconds", "When a certificate expires, in Unix time."
+        "certificate_expiry_timestamp_seconds",
+        "When a certificate expires, in Unix time; of a certificate_dir, the first that does.",
     )
     for certificate in status.get("certificates", ()):
         expiry.add(
@@ -108,7 +109,17 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
             subject=certificate["subject"],
             file=certificate["file"],
         )
+    for directory in status.get("certificate_dirs", ()):
+        expiry.add(
+            datetime.fromisoformat(directory["not_after"]).timestamp(),
+            subject="",
+            file=directory["first"],
+        )
     yield expiry
+    yield _gauge(
+        "certificates_kept",
+        "Certificates of directories whose new files are bad, so that the old ones are served.",
+    ).add(status.get("certificates_kept", 0))
     yield from _of_generations(status)
     yield _gauge("start_time_seconds", "When the supervisor was started, in Unix time.").add(
         metrics.started

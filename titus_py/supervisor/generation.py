@@ -23,11 +23,12 @@ from keyd.linux.process import how_ended, signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py import configuration
+from titus_py.between import certificate_index
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD
 from titus_py.between.plan import Certificate, Limits, Plan, ResolvedAddress, VirtualHost
 from titus_py.configuration.address import Address, IPAddress, NameAddress
-from titus_py.configuration.checking import Checked
+from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
@@ -199,7 +200,11 @@ class Generation:
         """Start keyd; returns the parent's end of its control socket. Raises OSError."""
         keyd = self.configuration.keyd.user
         files = dict.fromkeys(
-            (str(one.key), one.passphrase_file and str(one.passphrase_file))
+            (
+                str(one.key),
+                one.passphrase_file and str(one.passphrase_file),
+                one.directory is not None,
+            )
             for one in self.certificates
             if one.key is not None
         )
@@ -210,7 +215,10 @@ class Generation:
                 "chroot": str(self.configuration.worker.chroot),
                 "must_lock": self.configuration.keyd.lock_memory == "required",
                 "filter": self._filters["keyd"],
-                "keys": [{"key": key, "passphrase_file": phrase} for key, phrase in files],
+                "keys": [
+                    {"key": key, "passphrase_file": phrase, "may_be_missing": in_directory}
+                    for key, phrase, in_directory in files
+                ],
             }
         )
         self.starting.add(self.keyd)
@@ -254,6 +262,17 @@ class Generation:
         self.parent = _start_parent(plan, control)
         self.starting.add(self.parent)
 
+    def _write_index(self, vhost: configuration.VirtualHost) -> int | None:
+        """The certificates of its directory, if it has one: a descriptor."""
+        if vhost.certificate_dir is None:
+            return None
+        names = names_shown(vhost, self.certificates)
+        numbers = {one: number for number, one in enumerate(dict.fromkeys(names.values()))}
+        return certificate_index.write(
+            [_certificate(self.certificates[one]) for one in numbers],
+            {name: numbers[one] for name, one in names.items()},
+        )
+
     def adopt(self, name: str, pid: int, descriptor: int, starting: bool) -> None:
         """Take over a process that this process's previous program started, and its socket."""
         end = socket.socket(fileno=descriptor)
@@ -272,9 +291,8 @@ class Generation:
             server_names=vhost.sni,
             local_address=vhost.local_address,
             local_port=vhost.local_port,
-            certificates=tuple(
-                Certificate(facts.chain, facts.reference, facts.key_id.hex()) for facts in shown
-            ),
+            certificates=tuple(map(_certificate, shown)),
+            certificate_index=self._write_index(vhost),
             backend=tuple(map(str, vhost.backend)),
             backends={
                 protocol: tuple(map(str, backends)) for protocol, backends in vhost.backends.items()
@@ -285,6 +303,10 @@ class Generation:
             send_proxy=vhost.send_proxy,
             clients=client_terms(vhost, self.checked.authorities),
         )
+
+
+def _certificate(facts: CertificateFacts) -> Certificate:
+    return Certificate(facts.chain, facts.reference, facts.key_id.hex())
 
 
 def default_handshakes(connections: int) -> int:
@@ -311,7 +333,11 @@ def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     }
     if keyd is not None:
         given["keyd-fd"] = keyd.detach()
-    return _start("parent", _PARENT, given, plan.listeners)
+    try:
+        return _start("parent", _PARENT, given, (*plan.listeners, *plan.indexes))
+    finally:
+        for index in plan.indexes:
+            os.close(index)
 
 
 def _start(

@@ -15,6 +15,8 @@ from titus_py.supervisor.takeover import Takeover
 
 __all__ = ["KeydService"]
 
+#: How many certificates whose key keyd lacks are named.
+_SHOWN = 5
 #: How soon to try again to connect to keyd.
 _PAUSE_SECONDS = 0.2
 #: How long keyd may take to say which keys it has.
@@ -146,9 +148,11 @@ def _lacks(generation: Generation, missing: set[str]) -> str:
         for credential, facts in generation.certificates.items()
         if facts.key_id.hex() in missing
     ]
+    more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
     return (
         f"keyd.socket: the keyd at {generation.configuration.keyd.socket} has not the key of "
-        f"{', '.join(files)}: have it read its keys again (systemctl restart titus-keyd)"
+        f"{', '.join(files[:_SHOWN])}{more}: have it read its keys again (systemctl restart "
+        "titus-keyd)"
     )
 
 

@@ -45,7 +45,7 @@ from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics_server import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.record import Record
-from titus_py.supervisor.reload import READ_SECONDS, Reload
+from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
@@ -66,7 +66,7 @@ _STOP_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
+def serve(checked: Checked, read_again: ReadAgain) -> int:
     """Serve a configuration without mistakes; returns the exit code.
 
     ``read_again`` reads and checks the configuration anew for a reload; it may be slow.
@@ -90,7 +90,7 @@ def serve(checked: Checked, read_again: Callable[[], Checked]) -> int:
     return _Supervisor(read_again, filters, Listeners(passed, listeners), log, notify).run(checked)
 
 
-def take_over(legacy: Legacy, read_again: Callable[[], Checked]) -> int:
+def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
     """Go on where this process's previous program left off; returns the exit code.
 
     ``read_again`` reads the configuration, which takes over as in a reload. Until it serves, and
@@ -134,7 +134,7 @@ def _withdraw() -> None:
 class _Supervisor:
     def __init__(
         self,
-        read_again: Callable[[], Checked],
+        read_again: ReadAgain,
         filters: Mapping[str, str],
         listeners: Listeners,
         log: Log,

@@ -7,11 +7,12 @@ reload is done when that generation has taken over.
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.configuration.checking import Checked
+from titus_py.configuration import Credential
+from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.held_uids import Held
 from titus_py.supervisor.children import START_SECONDS
 from titus_py.supervisor.control import Answer
@@ -25,13 +26,15 @@ from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.takeover import Awaited, Takeover
 from titus_py.supervisor.uid_blocks import NoUids, UidBlocks
 
-__all__ = ["READ_SECONDS", "Reload"]
+__all__ = ["READ_SECONDS", "ReadAgain", "Reload"]
 
 #: How long reading the configuration and the files that it names may take: longer than checking
 #: the largest number of certificates that is possible.
 READ_SECONDS = 1000.0
 
 _Found = TypeVar("_Found")
+#: Reads and checks the configuration; it is told which certificates are served.
+ReadAgain = Callable[[Mapping[Credential, CertificateFacts]], Checked]
 
 
 class Reload:
@@ -51,7 +54,7 @@ class Reload:
         takeover: Takeover,
         starting: Starting,
         keyd_service: KeydService,
-        read_again: Callable[[], Checked],
+        read_again: ReadAgain,
         adopt: Callable[[Generation], None],
         change_program: Callable[[], None],
     ) -> None:
@@ -108,7 +111,8 @@ class Reload:
             self.read()
 
     def read(self) -> None:
-        self.aside(self._read_again, self._take)
+        certificates = self._generations.serving.certificates
+        self.aside(lambda: self._read_again(certificates), self._take)
 
     def for_keys(self) -> None:
         """keyd was started again with other keys: reload, the certificates may be others too."""

@@ -64,6 +64,9 @@ class Starting:
         _prepare_chroot(generation.configuration.worker.chroot)
         for warning in checked.warnings:
             self._event("configuration", level="warning", problem=str(warning))
+        for credential, reason in checked.kept:
+            file = str(credential.certificate)
+            self._event("certificate_kept", level="error", file=file, reason=reason)
         return generation
 
     def start(self, generation: Generation) -> None:

@@ -5,12 +5,14 @@ Run by the supervisor.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from titus_py.between.plan import address_text
+from titus_py.configuration import Credential
 from titus_py.configuration.address import Address
+from titus_py.configuration.checking import CertificateFacts
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -19,6 +21,28 @@ from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
 
 __all__ = ["Status"]
+
+
+def _directories(
+    certificates: Mapping[Credential, CertificateFacts], now: datetime
+) -> list[dict[str, object]]:
+    """Each ``certificate_dir``: how many certificates it has, and which of them expires first."""
+    found: dict[str, list[tuple[datetime, str]]] = {}
+    for credential, facts in certificates.items():
+        if credential.directory is not None:
+            ends = found.setdefault(str(credential.directory), [])
+            ends.append((facts.not_after, str(credential.certificate)))
+    return [
+        {
+            "directory": directory,
+            "certificates": len(ends),
+            "first": file,
+            "not_after": not_after.isoformat(),
+            "days_left": (not_after - now).days,
+        }
+        for directory, ends in found.items()
+        for not_after, file in (min(ends),)
+    ]
 
 
 class Status:
@@ -72,7 +96,7 @@ class Status:
         """For ``titus-py status`` and the metrics."""
         serving = self._generations.serving
         now = datetime.now(UTC)
-        credentials = list(serving.certificates)
+        credentials = [one for one in serving.certificates if one.directory is None]
         return {
             "version": self.version,
             "pid": os.getpid(),
@@ -111,6 +135,7 @@ class Status:
                         for protocol, backends in vhost.backends.items()
                     ],
                     "certificates": [credentials.index(one) for one in vhost.credentials.values()],
+                    "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),
                 }
                 for vhost in serving.configuration.vhost
             ],
@@ -122,8 +147,11 @@ class Status:
                     "not_after": facts.not_after.isoformat(),
                     "days_left": (facts.not_after - now).days,
                 }
-                for credential, facts in serving.certificates.items()
+                for credential in credentials
+                for facts in (serving.certificates[credential],)
             ],
+            "certificate_dirs": _directories(serving.certificates, now),
+            "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,
             "log_lines_lost": self._record.log.lost,
             "counts": self._record.metrics.counts(),

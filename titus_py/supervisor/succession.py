@@ -291,7 +291,7 @@ def inherit(
         ) from None
     certificates = dict(left.certificates)
     authorities = dict(left.authorities)
-    files = FileWatch(path for one in (*certificates, *authorities) for path in one if path)
+    files = FileWatch.of(certificates, [path for one in authorities for path in one if path])
     checked = Checked(configuration, [], [], certificates, files, authorities=authorities)
     generation = Generation(left.number, checked, filters)
     generation.waits_for_keyd = left.waits_for_keyd

@@ -38,6 +38,7 @@ from titus_py.worker.pump import Pump, describe
 from titus_py.worker.tls import reseed
 
 if TYPE_CHECKING:
+    from titus_py.between.certificate_index import CertificateIndex
     from titus_py.worker.client_certificate import Verifier
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
@@ -66,6 +67,16 @@ class Site(NamedTuple):
     alpn_required: bool = False
     #: What is asked of client certificates; None: they are not asked for.
     verifier: "Verifier | None" = None
+    #: Its certificates and their names, instead of ``server_names``; the context then has none.
+    certificate_index: "CertificateIndex | None" = None
+
+    def names_for(self, server_name: str | None) -> tuple[str, ...] | None:
+        """The patterns to match a client's server name with."""
+        if self.certificate_index is None:
+            return self.server_names
+        if server_name is None or self.certificate_index.find(server_name) is None:
+            return ()
+        return (server_name.removesuffix("."),)
 
 
 class Terms(NamedTuple):
@@ -80,6 +91,8 @@ class Terms(NamedTuple):
     report: ReportWriter
     #: A ClientHello, for touching the memory that a handshake will write to.
     hello: bytes
+    #: A context for the same purpose; None: that of the first virtual host.
+    practice: SSL.Context | None = None
 
 
 class _Over(Exception):
@@ -135,7 +148,7 @@ def _touch(terms: Terms) -> None:
     A page is copied when this process first writes to it. No client has to wait for that now.
     """
     ClientHelloReader().feed(terms.hello)
-    connection = SSL.Connection(terms.sites[0].context)
+    connection = SSL.Connection(terms.practice or terms.sites[0].context)
     connection.set_accept_state()
     connection.bio_write(terms.hello)
     # The handshake fails at the signature: this worker has no channel to keyd yet.
@@ -174,6 +187,8 @@ def _serve(
         site = terms.sites[vhost]
         if site.alpn:
             _require_protocol(site, hello)
+        if site.certificate_index is not None:
+            _show(site.context, site.certificate_index, hello.server_name)
         del hello  # its memory is the handshake's
         if site.verifier is not None:
             site.verifier.begin(report)
@@ -246,7 +261,7 @@ def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, 
 
 def _choose_site(terms: Terms, client: Client, hello: ClientHello) -> int:
     """The virtual host's number, by the name in the client's first message."""
-    allowed = [terms.sites[vhost].server_names for vhost in client.vhosts]
+    allowed = [terms.sites[vhost].names_for(hello.server_name) for vhost in client.vhosts]
     chosen = select_virtual_host(allowed, hello.server_name)
     if chosen is not None:
         return client.vhosts[chosen]
@@ -275,6 +290,16 @@ def _require_protocol(site: Site, hello: ClientHello) -> None:
             f"the client offers {', '.join(names) or 'none'}",
             fatal_alert(Alert.NO_APPLICATION_PROTOCOL),
         )
+
+
+def _show(context: SSL.Context, index: "CertificateIndex", server_name: str | None) -> None:
+    """Give the context the certificate for this name, for this one connection."""
+    # The fork server has imported it.
+    from titus_py.worker.indexed import show
+
+    number = index.find(server_name)
+    if number is not None:
+        show(context, index, number)
 
 
 def _begin(context: SSL.Context, peer: SocketType, taken: bytes) -> SSL.Connection:

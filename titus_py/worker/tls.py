@@ -42,6 +42,7 @@ __all__ = [
     "selected_suites",
     "set_groups",
     "set_signature_schemes",
+    "use_credentials",
 ]
 
 VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
@@ -114,12 +115,17 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     if settings.alpn is not None:
         negotiate_protocol(context, [name.encode() for name in settings.alpn])
     for one in credentials:
-        with as_path(one.certificate_chain) as path:
-            context.use_certificate_chain_file(path)
-        with as_path(one.key_reference) as path:
-            context.use_privatekey_file(path)
-        context.check_privatekey()
+        use_credentials(context, one)
     return context
+
+
+def use_credentials(context: SSL.Context, credentials: Credentials) -> None:
+    """Have a context present these, instead of others for this kind of key. Raises SSL.Error."""
+    with as_path(credentials.certificate_chain) as path:
+        context.use_certificate_chain_file(path)
+    with as_path(credentials.key_reference) as path:
+        context.use_privatekey_file(path)
+    context.check_privatekey()
 
 
 def note_close_notify(context: SSL.Context) -> None:

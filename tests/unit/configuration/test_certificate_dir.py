@@ -1,10 +1,11 @@
 """Which files of a directory belong together."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from titus_py.configuration.certificate_dir import Pair, pairs
+from titus_py.configuration.certificate_dir import Pair, chosen, pairs
 
 
 def test_the_layout_of_certbot_is_understood_as_it_is(tmp_path: Path) -> None:
@@ -51,3 +52,20 @@ def test_everything_else_is_passed_over(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pairs(tmp_path / "nowhere")
+
+
+# --- which is shown --------------------------------------------------------------------
+
+
+def test_of_two_for_one_name_the_one_that_is_valid_for_longer_is_shown() -> None:
+    now = datetime.now(UTC)
+    later = now + timedelta(days=1)
+    old = ("old", ["www.example.org", "example.org"], now)
+    new = ("new", ["WWW.example.org"], later)
+    expected = {"www.example.org": "new", "example.org": "old"}
+    assert chosen([old, new]) == chosen([new, old]) == expected
+
+
+def test_of_two_that_end_together_the_first_is_shown() -> None:
+    now = datetime.now(UTC)
+    assert chosen([("a", ["x"], now), ("b", ["x"], now)]) == {"x": "a"}

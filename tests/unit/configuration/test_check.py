@@ -570,3 +570,99 @@ def test_how_several_certificates_are_not_written(
         mistake.key == f"vhost[0].{key}" and mistake.reason.startswith(reason)
         for mistake in found.mistakes
     ), found.mistakes
+
+
+# --- a directory of certificates -------------------------------------------------------
+
+
+def pair(directory: Path, name: str, key: Key, names: Sequence[str] = (), days: int = 90) -> Path:
+    place = directory / name
+    place.mkdir(parents=True)
+    write_certificate(place / "fullchain.pem", key, days, names=names or (f"{name}.example",))
+    write_key(place / "privkey.pem", key)
+    return place
+
+
+def of_a_directory(tmp_path: Path, more: str = "") -> Checked:
+    text = f'[[vhost]]\ncertificate_dir = "live"\nbackend = "127.0.0.1:80"\n{more}'
+    return checked(tmp_path, text)
+
+
+def test_each_bad_certificate_of_a_directory_is_a_mistake(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    live = tmp_path / "live"
+    for name, kind in (("a", "ec"), ("b", "rsa"), ("c", "ec"), ("d", "ec"), ("e", "ed25519")):
+        pair(live, name, keys[kind])
+    (live / "b" / "fullchain.pem").write_text("nothing\n")
+    write_key(live / "c" / "privkey.pem", keys["rsa"])
+    (live / "d" / "privkey.pem").unlink()
+    result = of_a_directory(tmp_path)
+    assert {mistake.key for mistake in result.mistakes} == {"vhost[0].certificate_dir"}
+    assert {mistake.line for mistake in result.mistakes} == {4}
+    assert [mistake.reason for mistake in result.mistakes] == [
+        f"{live}/b/fullchain.pem holds no PEM certificate",
+        f"{live}/c/privkey.pem is not the key of certificate {live}/c/fullchain.pem",
+        f"{live}/d/privkey.pem: No such file or directory",
+    ]
+    assert {one.certificate.parent.name for one in result.certificates} == {"a", "e"}
+
+
+def test_a_weak_certificate_of_a_directory_is_found(tmp_path: Path, keys: dict[str, Key]) -> None:
+    """Though only the first one for each kind of key is tried in a handshake."""
+    live = tmp_path / "live"
+    for name in "abc":
+        pair(live, name, keys["rsa"])
+    result = of_a_directory(tmp_path, 'ciphers = "ECDHE+AESGCM:@SECLEVEL=3"\n')
+    weak = [str(live / name) for name in "abc"]
+    assert [mistake.reason.partition("/fullchain.pem")[0] for mistake in result.mistakes] == weak
+
+
+def test_what_of_a_directory_is_never_shown_is_worth_a_warning(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    live = tmp_path / "live"
+    pair(live, "old", keys["ec"], ("www.example.org", "example.org"), days=80)
+    pair(live, "old-0001", ec.generate_private_key(ec.SECP256R1()), ("www.example.org",))
+    result = of_a_directory(tmp_path)
+    assert result.mistakes == []
+    (warning,) = [one for one in result.warnings if "is not shown" in one.reason]
+    assert warning.reason == (
+        f"{live}/old/fullchain.pem is not shown for www.example.org: "
+        f"{live}/old-0001/fullchain.pem is for the same, and valid for longer, or as long"
+    )
+
+
+def test_a_directory_goes_with_a_host_for_every_other_name(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    pair(tmp_path / "live", "a", keys["ec"])
+    other = (
+        '[[vhost]]\ncertificate = "live/a/fullchain.pem"\nkey = "live/a/privkey.pem"\n'
+        'backend = "127.0.0.1:80"\n'
+    )
+    assert of_a_directory(tmp_path, other).mistakes == []
+    text = f'{other}[[vhost]]\ncertificate_dir = "live"\nbackend = "127.0.0.1:80"\n'
+    (mistake,) = checked(tmp_path, text).mistakes
+    assert mistake.key == "vhost[1]"
+    assert mistake.reason.startswith("can never match")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "reason"),
+    [
+        ('certificate_dir = "nowhere"', "certificate_dir", "{}/nowhere: no such file or directory"),
+        ('certificate_dir = "live/a/fullchain.pem"', "certificate_dir", "{}/live/a/fullchain.pem:"),
+        ('certificate_dir = "empty"', "certificate_dir", "{}/empty: holds no certificate: neither"),
+        ('certificate_dir = "live"\nsni = ["a.example"]', "sni", "does not go with certificate_d"),
+        ('certificate_dir = "live"\nkey = "live/a/privkey.pem"', "key", "does not go with cert"),
+    ],
+)
+def test_how_a_directory_is_not_given(
+    tmp_path: Path, keys: dict[str, Key], table: str, key: str, reason: str
+) -> None:
+    pair(tmp_path / "live", "a", keys["ec"])
+    (tmp_path / "empty").mkdir()
+    (mistake,) = checked(tmp_path, f'[[vhost]]\nbackend = "127.0.0.1:80"\n{table}\n').mistakes
+    assert mistake.key == f"vhost[0].{key}"
+    assert mistake.reason.startswith(reason.format(tmp_path))

@@ -107,6 +107,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "key": f"{directory}/site.key",
                 "passphrase_file": None,
                 "certificates": [],
+                "certificate_dir": None,
                 "backend": "127.0.0.1:80",
                 "balance": "round-robin",
                 "send_proxy": None,

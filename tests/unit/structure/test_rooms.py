@@ -56,8 +56,12 @@ FOR_WORKERS = {
     "titus_py.worker.pump",
     "titus_py.worker.tls",
 }
-#: What a parent loads only where the configuration uses it.
-ON_REQUEST = {"titus_py.parent.introduction", "titus_py.parent.proxy_header"}
+#: What a parent, or a worker, loads only where the configuration uses it.
+ON_REQUEST = {
+    "titus_py.between.certificate_index",
+    "titus_py.parent.introduction",
+    "titus_py.parent.proxy_header",
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

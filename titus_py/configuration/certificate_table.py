@@ -1,0 +1,90 @@
+"""The keys of [[vhost]] for its certificates: defaults and descriptions.
+
+``docs/reference.py`` writes the reference from this file, by way of ``tables``.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field
+
+from titus_py.configuration.table import Table
+from titus_py.configuration.values import Directory, File
+
+__all__ = ["Certificate", "Credential", "Credentials"]
+
+
+class Credential(NamedTuple):
+    """The files of one certificate and its key: absolute paths."""
+
+    certificate: Path
+    #: None if a keyd that titus-py does not start has the key.
+    key: Path | None
+    passphrase_file: Path | None
+    #: The ``certificate_dir`` in which they were found; None if the configuration names them.
+    directory: Path | None = None
+
+
+def _described(table: type[Table], key: str) -> str:
+    return table.model_fields[key].description or ""
+
+
+class Certificate(Table):
+    """[[vhost.certificates]]: one of several certificates of a virtual host."""
+
+    certificate: File = Field(
+        description="The certificate in PEM, followed by the rest of its chain. What else the file "
+        "holds (the key, perhaps) is not looked at, but nothing in it may be cut off."
+    )
+    key: File | None = Field(
+        default=None,
+        description="The certificate's private key in PEM. Only keyd reads it. Absent where "
+        "keyd.socket names a keyd that has it already.",
+    )
+    passphrase_file: File | None = Field(
+        default=None, description="A file whose first line is the passphrase of an encrypted key."
+    )
+
+
+class Credentials(Table):
+    """The part of [[vhost]] that names what it shows to clients."""
+
+    certificate: File | None = Field(
+        default=None,
+        description=_described(Certificate, "certificate") + " Absent where there are several: "
+        "[[vhost.certificates]].",
+    )
+    key: File | None = Field(default=None, description=_described(Certificate, "key"))
+    passphrase_file: File | None = Field(
+        default=None, description=_described(Certificate, "passphrase_file")
+    )
+    certificates: tuple[Certificate, ...] = Field(
+        default=(),
+        description="Several certificates for the same names, one for each kind of key (RSA, "
+        "ECDSA, Ed25519), instead of certificate and key: tables headed [[vhost.certificates]], "
+        "each with certificate, key and, if need be, passphrase_file. A client is shown the first "
+        "that it can verify: ECDSA, then Ed25519, then RSA.",
+    )
+
+    certificate_dir: Directory | None = Field(
+        default=None,
+        description="A directory of certificates with their keys, instead of sni, certificate and "
+        "key: each subdirectory with fullchain.pem and privkey.pem, as certbot's "
+        "/etc/letsencrypt/live has them, and each file NAME.pem with both. This virtual host then "
+        "takes the names of these certificates; of two for one name, the one that is valid for "
+        "longer is shown.",
+    )
+
+    @property
+    def credentials(self) -> dict[str, Credential]:
+        """By the place of their keys within [[vhost]]: "", or ``certificates[0].``, and so on.
+
+        Not those of a directory.
+        """
+        places: dict[str, Credentials | Certificate] = {"": self}
+        places |= {f"certificates[{i}].": one for i, one in enumerate(self.certificates)}
+        return {
+            place: Credential(one.certificate, one.key, one.passphrase_file)
+            for place, one in places.items()
+            if one.certificate is not None
+        }
