@@ -1,18 +1,22 @@
 """Several backends of one virtual host: which gets a client, and what the failure of one costs."""
 
+import json
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from OpenSSL import SSL
 
 from .conftest import Serve
-from .instance import Event, Instance, free_port
+from .instance import TITUS_PY, Event, Instance, free_port
 from .peers import TlsClient, Truncated
 from .test_backend_failures import is_reset_with_event
 
@@ -175,3 +179,61 @@ def test_if_all_have_gone_each_client_is_reset_and_told_of_in_the_log(
         )
     three[2].start()
     assert served(instance) == 2
+
+
+# --- health checks ------------------------------------------------------------------
+
+#: Down and up within half a second.
+HEALTH = {"every": "100ms", "timeout": "5s", "fall": 2, "rise": 2}
+
+
+def told(instance: Instance, event: str, backend: Named) -> Event:
+    return instance.wait_for_event(event, backend=backend.address)
+
+
+def status(instance: Instance) -> dict[str, Any]:
+    shown = subprocess.run(
+        [TITUS_PY, "status", "--json", f"--pid={instance.pid}"], capture_output=True, check=True
+    )
+    found: dict[str, Any] = json.loads(shown.stdout)[0]
+    return found
+
+
+def test_a_backend_that_is_down_is_used_again_once_checks_succeed(
+    serve: Serve, three: list[Named], tmp_path: Path
+) -> None:
+    """If all are down, each client is reset, with a reason of its own; a reload forgets nothing."""
+    instance = serve(
+        vhost=vhost(three, health=HEALTH), metrics={"address": f"unix:{tmp_path}/metrics"}
+    )
+    for backend in three:
+        backend.stop()
+    for backend in three:
+        down = told(instance, "backend_down", backend)
+        assert (down["level"], down["reason"]) == (
+            "error",
+            f"{backend.address}: Connection refused",
+        )
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
+    assert reason.startswith("every backend is down: ")
+    assert all(f"{one.address}: Connection refused" in reason for one in three)
+    assert [one["up"] for one in status(instance)["vhosts"][0]["health"]] == [False] * 3
+
+    instance.signal(signal.SIGHUP)
+    instance.wait_for_event("reloaded")
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
+    assert reason.startswith("every backend is down: ")
+    assert sum(event["event"] == "backend_down" for event in instance.events()) == 3
+
+    three[1].start()
+    told(instance, "backend_up", three[1])
+    assert served(instance) == 1
+    health = status(instance)["vhosts"][0]["health"]
+    assert [one["up"] for one in health] == [False, True, False]
+    assert health[0]["reason"] == f"{three[0].address}: Connection refused"
+    with socket.socket(socket.AF_UNIX) as scraper:
+        scraper.connect(f"{tmp_path}/metrics")
+        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        text = b"".join(iter(lambda: scraper.recv(65536), b"")).decode()
+    assert f'titus_backend_up{{backend="{three[0].address}"}} 0' in text
+    assert f'titus_backend_up{{backend="{three[1].address}"}} 1' in text

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Certificate",
+    "Check",
+    "Health",
     "Limits",
     "Plan",
     "ResolvedAddress",
     "SocketAddress",
+    "State",
     "VirtualHost",
     "address_text",
     "resolved",
@@ -41,6 +44,33 @@ class Limits(NamedTuple):
     #: 0 is none.
     keepalive: float
     lifetime: float | None
+
+
+class Health(NamedTuple):
+    """How a backend is checked, as configured. Times are in seconds."""
+
+    every: float
+    timeout: float
+    fall: int
+    rise: int
+    send: str | None
+    expect: str | None
+
+
+class Check(NamedTuple):
+    """A backend that is checked; ``send_proxy`` says which PROXY header it expects, if any."""
+
+    backend: str
+    health: Health
+    send_proxy: str | None
+
+
+class State(NamedTuple):
+    """What checks have found of a backend, since when (Unix time), and why it is not up."""
+
+    up: bool
+    since: float
+    reason: str
 
 
 class Certificate(NamedTuple):
@@ -68,6 +98,8 @@ class VirtualHost(NamedTuple):
     backends: dict[str, tuple[str, ...]]
     #: In which order they are tried: "round-robin", "priority", "least-connections", "source".
     balance: str
+    #: How its backends are checked; None if they are not.
+    health: Health | None
     tls: TlsSettings
     truncated: str
     #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
@@ -79,6 +111,10 @@ class VirtualHost(NamedTuple):
     def passes_tls_facts(self) -> bool:
         """Whether the backend is told what a worker says of its client's TLS."""
         return self.send_proxy == "v2-tls"
+
+    def check(self, backend: str) -> Check | None:
+        """How one of its backends is checked, if it is."""
+        return self.health and Check(backend, self.health, self.send_proxy)
 
     def backend_for(self, protocol: str | None) -> tuple[str, ...]:
         """``protocol`` is what the client and its worker negotiated (ALPN)."""
@@ -92,6 +128,9 @@ class Plan(NamedTuple):
     vhosts: tuple[VirtualHost, ...]
     #: The addresses of each backend that a virtual host names, by that name.
     addresses: dict[str, tuple[ResolvedAddress, ...]]
+    #: The backends that are checked, and what is known of each of them.
+    checks: tuple[Check, ...]
+    states: tuple[State | None, ...]
     first_uid: int
     last_uid: int
     max_workers: int
@@ -126,6 +165,7 @@ class Plan(NamedTuple):
                 **vhost
                 | {
                     "backend": tuple(vhost["backend"]),
+                    "health": vhost["health"] and Health(*vhost["health"]),
                     "backends": {name: tuple(some) for name, some in vhost["backends"].items()},
                     "certificates": tuple(Certificate(*one) for one in vhost["certificates"]),
                     "tls": TlsSettings.decode(vhost["tls"]),
@@ -134,6 +174,11 @@ class Plan(NamedTuple):
             )
             for vhost in fields["vhosts"]
         )
+        fields["checks"] = tuple(
+            Check(backend, Health(*health), send_proxy)
+            for backend, health, send_proxy in fields["checks"]
+        )
+        fields["states"] = tuple(state and State(*state) for state in fields["states"])
         fields["addresses"] = {
             backend: resolved(addresses) for backend, addresses in fields["addresses"].items()
         }

@@ -180,6 +180,11 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
         at = _at(vhost["local_address"], vhost["local_port"])
         send_proxy = vhost["send_proxy"]
         table.add_row(_text(shown), _text(at), *_backend(vhost, send_proxy))
+        for one in vhost["health"]:
+            down = f"down since {one['since']}, {one['reason']}"
+            state = _text("up" if one["up"] else down)
+            state.stylize("green" if one["up"] else "bold red")
+            table.add_row("", "", _text(f"  {one['backend']}"), state)
         for one in vhost["backends"]:
             table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, send_proxy))
     return table

@@ -19,6 +19,7 @@ from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import Address, IPAddress
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
+from titus_py.configuration.health_table import Health
 from titus_py.configuration.mistake import described
 from titus_py.configuration.table import Table
 from titus_py.configuration.toml import key_text
@@ -267,6 +268,10 @@ class Backend(Table):
         'connections ("least-connections"), or the same one for the same client address '
         '("source"). Where connecting to it fails, the next one is tried, and it is tried last for '
         "ten seconds.",
+    )
+    health: Health | None = Field(
+        default=None,
+        description="Checks of the backends, a table of its own. Absent: none are made.",
     )
     send_proxy: Literal["v1", "v2", "v2-tls"] | None = Field(
         default=None,

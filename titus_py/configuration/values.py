@@ -28,6 +28,7 @@ __all__ = [
     "BackendAddresses",
     "BackendsByProtocol",
     "Boolean",
+    "CheckText",
     "CipherList",
     "Ciphersuites",
     "Directory",
@@ -55,6 +56,7 @@ _MAX_KEEPALIVE = 32_400.0
 #: uid_t is 32 bits wide, and its last value means "leave as it is" to setresuid.
 _MAX_UID = 2**32 - 2
 _MAX_BACKENDS = 64
+_MAX_CHECK_OCTETS = 1024
 _TLS13_SUITES = (
     "TLS_AES_256_GCM_SHA384",
     "TLS_CHACHA20_POLY1305_SHA256",
@@ -309,6 +311,13 @@ def _backends_as_written(addresses: tuple[Address, ...]) -> str | list[str]:
     return [one, *others] if others else one
 
 
+def _check_text(value: object) -> str:
+    octets = len(_text(value).encode())
+    if not 1 <= octets <= _MAX_CHECK_OCTETS:
+        raise ValueError(f"{octets} octets: expected 1 to {_MAX_CHECK_OCTETS}")
+    return _text(value)
+
+
 def _local_address(value: object) -> str:
     host = canonical_ip(_text(value))
     if IPAddress(host, 1).is_wildcard:
@@ -436,6 +445,7 @@ BackendAddresses = Annotated[
 Protocols = Annotated[tuple[str, ...], PlainValidator(_protocols), _AsList]
 LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
+CheckText = Annotated[str, PlainValidator(_check_text)]
 CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
 Groups = Annotated[tuple[str, ...], PlainValidator(_groups), _AsList]

@@ -2,7 +2,7 @@
 
 import time
 
-from titus_py.between.plan import ResolvedAddress
+from titus_py.between.plan import Check, ResolvedAddress, State
 
 __all__ = ["Backend"]
 
@@ -11,16 +11,34 @@ _LAST_SECONDS = 10.0
 
 
 class Backend:
-    """One backend, by its configured address. Several virtual hosts may have it."""
+    """One backend, by its configured address, and how it is checked.
 
-    __slots__ = ("_failed", "addresses", "connections", "name")
+    Several virtual hosts may have it.
+    """
 
-    def __init__(self, name: str, addresses: tuple[ResolvedAddress, ...]) -> None:
+    __slots__ = ("_failed", "addresses", "check", "connections", "name", "state")
+
+    def __init__(
+        self,
+        name: str,
+        addresses: tuple[ResolvedAddress, ...],
+        check: Check | None = None,
+        state: State | None = None,
+    ) -> None:
         self.name = name
         self.addresses = addresses
+        #: None if it is not checked.
+        self.check = check
+        #: What the checks have found; None if that is not known yet.
+        self.state = state
         #: How many workers have a connection to it.
         self.connections = 0
         self._failed: float | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether it may get connections: as far as the checks know, if there are any."""
+        return self.state is None or self.state.up
 
     def worked(self) -> None:
         self._failed = None

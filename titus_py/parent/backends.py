@@ -6,6 +6,7 @@ host its client asked for, and which of that host's protocols it negotiated.
 
 import errno
 import socket
+from typing import TYPE_CHECKING
 
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
@@ -18,6 +19,9 @@ from titus_py.parent.failover import Failover
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Worker
 
+if TYPE_CHECKING:
+    from titus_py.parent.health import Checks
+
 __all__ = ["Backends"]
 
 
@@ -26,22 +30,43 @@ class Backends:
         self._loop = loop
         self._plan = plan
         self._tell = tell
-        self._backends = {name: Backend(name, known) for name, known in plan.addresses.items()}
+        states = dict(zip(plan.checks, plan.states, strict=True))
+        #: By name, and how they are checked.
+        self._backends = {
+            (name, check): Backend(name, known, check, states[check] if check else None)
+            for name, known in plan.addresses.items()
+            for check in (None, *(one for one in plan.checks if one.backend == name))
+        }
         #: By virtual host, and the names of those of its backends that a protocol has.
         self._balances = {
-            (number, names): Balance(vhost.balance, [self._backends[name] for name in names])
+            (number, names): Balance(
+                vhost.balance, [self._backends[name, vhost.check(name)] for name in names]
+            )
             for number, vhost in enumerate(plan.vhosts)
             for names in (vhost.backend, *vhost.backends.values())
         }
-        if any(vhost.send_proxy for vhost in plan.vhosts):
+        self._checks: Checks | None = None
+        if plan.checks:
             # Others do not need it in their memory.
+            from titus_py.parent import health
+
+            checked = [self._backends[check.backend, check] for check in plan.checks]
+            self._checks = health.Checks(loop, checked, tell)
+        if any(vhost.send_proxy for vhost in plan.vhosts):
             from titus_py.parent.introduction import introduce
 
             self._introduce = introduce
 
     def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
         """From now on, connect to these addresses for this backend."""
-        self._backends[backend].addresses = addresses
+        for (name, _), one in self._backends.items():
+            if name == backend:
+                one.addresses = addresses
+
+    def retire(self) -> None:
+        """Check no more: another parent takes the clients that come, and checks."""
+        if self._checks is not None:
+            self._checks.stop()
 
     def dial(self, worker: Worker, dial: Dial) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
@@ -73,6 +98,10 @@ class Backends:
 
         timeout, keepalive = self._plan.connect_timeout, self._plan.limits.keepalive
         backends = balance.order(worker.ends.client)
+        if not backends:
+            down = (f"{one.name}: {one.state.reason}" for one in balance.backends if one.state)
+            done(None, None, f"every backend is down: {'; '.join(down)}")
+            return
         worker.dialer = Failover(self._loop, backends, timeout, keepalive, done)
         worker.dialer.start()
 

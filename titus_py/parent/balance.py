@@ -24,13 +24,15 @@ class Balance:
         }[how]
 
     def order(self, client: str) -> list[Backend]:
-        """All backends, the one to try first first; ``client`` is the client's address.
+        """The backends that are up, the one to try first first.
 
-        Backends to which connecting has just failed come last.
+        ``client`` is the client's address. Backends to which connecting has just failed come last.
         """
         if len(self.backends) == 1:
-            return list(self.backends)
-        return sorted(self._arrange(client), key=lambda backend: backend.comes_last)
+            arranged = list(self.backends)
+        else:
+            arranged = sorted(self._arrange(client), key=lambda backend: backend.comes_last)
+        return [backend for backend in arranged if backend.up]
 
     def _as_listed(self, _: str) -> list[Backend]:
         return list(self.backends)

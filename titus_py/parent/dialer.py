@@ -27,6 +27,10 @@ _ATTEMPT_SECONDS = 0.25
 MAX_ATTEMPTS = 5
 #: How soon to try a unix socket again whose queue is full: connect(2) then fails at once.
 _RETRY_SECONDS = 0.02
+#: Failures that say nothing of the backend: no descriptor, memory or port was left here.
+_RESOURCES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+)
 #: How many failures the reason names: the latest ones.
 _NAMED_FAILURES = 4
 
@@ -56,6 +60,8 @@ class Dialer:
         self._attempts: dict[socket.socket, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._next_attempt: Timer | None = None
+        #: An attempt has failed because this process, or this machine, has run out of something.
+        self.out_of_resources = False
         self._timeout = loop.after(timeout, lambda: self._give_up(f"no answer in {timeout:g} s"))
 
     def start(self) -> None:
@@ -148,6 +154,7 @@ class Dialer:
         return self._attempts.pop(attempt)
 
     def _failed(self, address: SocketAddress, error: int) -> None:
+        self.out_of_resources |= error in _RESOURCES
         self._failures.append(f"{address_text(address)}: {os.strerror(error)}")
 
     def _stop_waiting(self) -> None:

@@ -37,6 +37,7 @@ from titus_py.parent.backends import Backends
 from titus_py.parent.channels import Channels
 from titus_py.parent.connections import Arrival, Connections
 from titus_py.parent.descriptors import connections_within
+from titus_py.parent.dialer import MAX_ATTEMPTS
 from titus_py.parent.forks import Forks
 from titus_py.parent.outbox import Outbox
 from titus_py.parent.pool import Pool
@@ -211,6 +212,7 @@ class Parent:
 
     def _drain(self) -> None:
         self._draining = True
+        self._backends.retire()
         self._pool.drain()
         self._adjust_accepting()
 
@@ -240,6 +242,8 @@ def main() -> int:
             os.set_inheritable(descriptor, False)
     plan = Plan.decode(read_all(os.dup(arguments.plan_fd)))
     # Accept only as many clients as there are descriptors for. The others wait in the listen queue.
+    # Each health check may have as many attempts at a time as a connection.
+    descriptors -= MAX_ATTEMPTS * len(plan.checks)
     most = connections_within(descriptors, plan.spare_workers)
     plan = plan._replace(max_workers=min(plan.max_workers, most))
     forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd, plan.indexes)

@@ -12,11 +12,11 @@ import struct
 from titus_py.between.messages import TlsFacts
 from titus_py.parent.worker import Ends
 
-__all__ = ["CannotEncode", "version_1", "version_2"]
+__all__ = ["CannotEncode", "version_1", "version_2", "without_client"]
 
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-#: Version 2, and the command: the connection is on behalf of another.
-_PROXY = 0x21
+#: Version 2, and the command: the connection is on behalf of another, or the sender's own.
+_PROXY, _LOCAL = 0x21, 0x20
 #: The address families, each with a stream.
 _TCP4, _TCP6 = 0x11, 0x21
 _HEAD = struct.Struct("!12sBBH")
@@ -62,6 +62,11 @@ def version_2(ends: Ends, facts: TlsFacts | None = None, protocol: str | None = 
         raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
     kind = _TCP4 if family == socket.AF_INET else _TCP6
     return _HEAD.pack(_SIGNATURE, _PROXY, kind, len(body)) + body
+
+
+def without_client(how: str) -> bytes:
+    """The header of a connection that is for no client, such as a health check."""
+    return b"PROXY UNKNOWN\r\n" if how == "v1" else _HEAD.pack(_SIGNATURE, _LOCAL, 0, 0)
 
 
 def _about_tls(facts: TlsFacts) -> bytes:

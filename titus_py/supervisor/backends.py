@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.plan import ResolvedAddress
+from titus_py.between.plan import Check, ResolvedAddress, State
 from titus_py.configuration.address import Address, NameAddress
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
@@ -34,6 +34,8 @@ class Backends:
         self._ready = ready
         #: The last known addresses of each backend.
         self.addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
+        #: What checks have found of backends, by what the last parent said that checked them.
+        self.states: dict[Check, State] = {}
         self._resolver = Resolver(loop, self._take)
 
     def expect(self, generation: Generation) -> None:
@@ -58,6 +60,11 @@ class Backends:
             except OSError as error:
                 self._unresolved(backend, error.strerror)
         self._resolver.resolve(names)
+        checks = {check for generation in self._generations for check in generation.checks}
+        self.states = {check: state for check, state in self.states.items() if check in checks}
+
+    def checked(self, check: Check, state: State) -> None:
+        self.states[check] = state
 
     def _take(self, backend: NameAddress, found: Addresses | OSError) -> None:
         """Pass on a backend's new addresses; after a failed lookup, keep the old ones."""

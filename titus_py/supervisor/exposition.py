@@ -99,6 +99,7 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         .add(metrics.events_lost, by="parent")
         .add(status.get("log_lines_lost", 0), by="log")
     )
+    yield _of_backends(status)
     expiry = _gauge(
         "certificate_expiry_timestamp_seconds",
         "When a certificate expires, in Unix time; of a certificate_dir, the first that does.",
@@ -127,6 +128,18 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _gauge("build_info", "1, with the version that runs.").add(
         1, version=status.get("version", "")
     )
+
+
+def _of_backends(status: Mapping[str, Any]) -> "_Family":
+    """If a backend is checked in several ways, it is up if all find it so."""
+    states: dict[str, bool] = {}
+    for vhost in status.get("vhosts", ()):
+        for one in vhost["health"]:
+            states[one["backend"]] = states.get(one["backend"], True) and one["up"]
+    family = _gauge("backend_up", "Whether health checks find a backend up (1) or down (0).")
+    for backend, up in states.items():
+        family.add(int(up), backend=backend)
+    return family
 
 
 def _of_generations(status: Mapping[str, Any]) -> Iterator["_Family"]:

@@ -26,7 +26,15 @@ from titus_py import configuration
 from titus_py.between import certificate_index
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD
-from titus_py.between.plan import Certificate, Limits, Plan, ResolvedAddress, VirtualHost
+from titus_py.between.plan import (
+    Certificate,
+    Check,
+    Limits,
+    Plan,
+    ResolvedAddress,
+    State,
+    VirtualHost,
+)
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
@@ -129,6 +137,15 @@ class Generation:
         self.backends = frozenset(
             backend for vhost in self.configuration.vhost for _, backend in vhost.all_backends
         )
+        #: Those of them that are checked, each way of checking once.
+        self.checks = tuple(
+            dict.fromkeys(
+                Check(str(backend), vhost.health.plan, vhost.send_proxy)
+                for vhost in self.configuration.vhost
+                if vhost.health is not None
+                for _, backend in vhost.all_backends
+            )
+        )
         self.certificates = checked.certificates
         self.files = checked.files
         self.keyd: Child | None = None
@@ -230,6 +247,7 @@ class Generation:
         uids: range,
         listeners: Iterable[int],
         addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
+        states: Mapping[Check, State],
     ) -> None:
         """Start the parent, which gets keyd's control socket now or later. Raises OSError."""
         self.uids = uids
@@ -238,6 +256,8 @@ class Generation:
             listeners=tuple(listeners),
             vhosts=tuple(map(self._virtual_host, self.configuration.vhost)),
             addresses={str(backend): addresses.get(backend, ()) for backend in self.backends},
+            checks=self.checks,
+            states=tuple(map(states.get, self.checks)),
             first_uid=uids[0],
             last_uid=uids[-1],
             max_workers=worker.max,
@@ -298,6 +318,7 @@ class Generation:
                 protocol: tuple(map(str, backends)) for protocol, backends in vhost.backends.items()
             },
             balance=vhost.balance,
+            health=None if vhost.health is None else vhost.health.plan,
             tls=vhost.tls,
             truncated=vhost.truncated,
             send_proxy=vhost.send_proxy,

@@ -204,6 +204,7 @@ class _Supervisor:
             self._starting,
             keyd_service,
             self._audits,
+            backends,
             self._reload.for_keys,
             self._reload.renew,
         )
@@ -360,6 +361,7 @@ class _Supervisor:
                 (str(backend), [list(address) for address in addresses])
                 for backend, addresses in self._backends.addresses.items()
             ],
+            states=list(self._backends.states.items()),
             control=self._control.listener.fileno() if self._control else None,
             answers=_who_waits(self._reload.answers),
             later_answers=_who_waits(self._reload.later_answers),
@@ -424,6 +426,7 @@ class _Supervisor:
         self._reload.program_asked = legacy.program_asked
         for backend, addresses in legacy.addresses:
             self._backends.addresses[parse_backend(backend)] = resolved(addresses)
+        self._backends.states = dict(legacy.states)
         self._uids.held = HeldUids(legacy.held_uids)
         for left in legacy.generations:
             generation = succession.inherit(left, self._starting.filters)

@@ -98,7 +98,8 @@ class Starting:
             self._children.watch(generation, generation.keyd)
         listeners = self._listeners.wanted(generation.listening)
         descriptors = [listener.fileno() for listener in listeners.values()]
-        generation.start_parent(control, uids, descriptors, self._backends.addresses)
+        known = self._backends
+        generation.start_parent(control, uids, descriptors, known.addresses, known.states)
         self._children.watch(generation, generation.parent)
         if external:
             self._keyd_service.connect(generation)

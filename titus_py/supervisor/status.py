@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from titus_py.between.plan import address_text
-from titus_py.configuration import Credential
+from titus_py.between.plan import Check, address_text
+from titus_py.configuration import Credential, VirtualHost
 from titus_py.configuration.address import Address
 from titus_py.configuration.checking import CertificateFacts
 from titus_py.supervisor.backends import Backends
@@ -92,6 +92,25 @@ class Status:
         known = self._backends.addresses
         return [address_text(one) for backend in backends for _, one in known.get(backend, ())]
 
+    def _health_of(self, vhost: VirtualHost) -> list[dict[str, object]]:
+        """What checks have found of a virtual host's backends; nothing if there are none."""
+        if vhost.health is None:
+            return []
+        found = []
+        for backend in dict.fromkeys(str(backend) for _, backend in vhost.all_backends):
+            check = Check(backend, vhost.health.plan, vhost.send_proxy)
+            state = self._backends.states.get(check)
+            since = state and datetime.fromtimestamp(state.since, UTC)
+            found.append(
+                {
+                    "backend": backend,
+                    "up": state is None or state.up,
+                    "since": since and since.isoformat(timespec="seconds"),
+                    "reason": state and state.reason,
+                }
+            )
+        return found
+
     def all(self) -> dict[str, object]:
         """For ``titus-py status`` and the metrics."""
         serving = self._generations.serving
@@ -134,6 +153,7 @@ class Status:
                         }
                         for protocol, backends in vhost.backends.items()
                     ],
+                    "health": self._health_of(vhost),
                     "certificates": [credentials.index(one) for one in vhost.credentials.values()],
                     "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),
                 }

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keyd.linux.sealed import read_all, sealed_file
+from titus_py.between.plan import Check, State
 from titus_py.configuration import Configuration, Credential, Valid
 from titus_py.configuration.address import IPAddress, UnixAddress
 from titus_py.configuration.checking import CertificateFacts, Checked
@@ -111,6 +112,8 @@ class Legacy(_Left):
     used_uids: list[tuple[int, int]]
     #: Each backend with its addresses, as they are sent to the parent.
     addresses: list[tuple[str, list[list[Any]]]]
+    #: What is known of the backends that are checked.
+    states: list[tuple[Check, State]]
     control: int | None
     #: The clients that wait for the outcome of this reload, and of the next one.
     answers: list[int]

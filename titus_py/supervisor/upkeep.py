@@ -5,7 +5,9 @@ from typing import Any
 
 from keyd.protocol import fingerprint
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
+from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -18,6 +20,7 @@ __all__ = ["Upkeep"]
 
 #: How soon to start keyd again. Its end may mean that its parent has ended.
 _RETRY_SECONDS = 0.05
+_STATES = frozenset({"backend_down", "backend_up"})
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
 
 
@@ -36,6 +39,7 @@ class Upkeep:
         starting: Starting,
         keyd_service: KeydService,
         audits: AnnouncedAudits,
+        backends: Backends,
         reload_for_keys: Callable[[], None],
         renew: Callable[[Generation], None],
     ) -> None:
@@ -47,6 +51,7 @@ class Upkeep:
         self._starting = starting
         self._keyd_service = keyd_service
         self._audits = audits
+        self._backends = backends
         self._reload_for_keys = reload_for_keys
         self._renew = renew
 
@@ -71,6 +76,9 @@ class Upkeep:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             generation.without_keyd = True
             self._keyd_service.connect(generation)
+        elif name in _STATES:
+            state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
+            self._backends.checked(generation.checks[event.pop("check")], state)
         self._event(name, generation.number, **event)
         if name == "fork_server_died":
             generation.crippled = True

@@ -78,6 +78,15 @@ def make_status() -> dict[str, Any]:
                         "addresses": ["192.0.2.7:8082"],
                     }
                 ],
+                "health": [
+                    {"backend": "app:8080", "up": True, "since": None, "reason": None},
+                    {
+                        "backend": "app:8082",
+                        "up": False,
+                        "since": "2026-11-25T12:00:00+00:00",
+                        "reason": "192.0.2.7:8082: Connection refused\x1b",
+                    },
+                ],
                 "certificates": [0],
             },
             {
@@ -89,6 +98,7 @@ def make_status() -> dict[str, Any]:
                 "addresses": [],
                 "alpn": None,
                 "backends": [],
+                "health": [],
                 "certificates": [0],
             },
         ],
@@ -171,6 +181,8 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "192.0.2.7:8080",
         "  h2",
         "192.0.2.7:8082",
+        "down since 2026-11-25",
+        "refused\\x1b",
         "2 h2, 1 http/1.1",
         "any name",
         "not resolved",

@@ -110,6 +110,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "certificate_dir": None,
                 "backend": "127.0.0.1:80",
                 "balance": "round-robin",
+                "health": None,
                 "send_proxy": None,
                 "alpn": None,
                 "alpn_required": False,
@@ -959,4 +960,35 @@ def test_several_backends(load_text: Load) -> None:
 def test_what_is_no_list_of_backends(load_text: Load, value: str, reason: str) -> None:
     [mistake] = load_text(LISTEN + VHOST.replace('"127.0.0.1:80"', value)).mistakes
     assert mistake.key == "vhost[0].backend"
+    assert mistake.reason.startswith(reason)
+
+
+def test_health_checks(load_text: Load) -> None:
+    text = LISTEN + VHOST + '[vhost.health]\nevery = "1s"\nsend = "PING\\r\\n"\nexpect = "+PONG"\n'
+    loaded = load_text(text)
+    assert told(loaded) == []
+    assert loaded.configuration is not None
+    health = loaded.configuration.vhost[0].health
+    assert health is not None
+    assert health.plan == (1.0, 2.0, 3, 2, "PING\r\n", "+PONG")
+    dumped = loaded.configuration.model_dump(mode="json", exclude_defaults=True)
+    assert Configuration.model_validate(dumped, context=Valid()) == loaded.configuration
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "reason"),
+    [
+        ('every = "99ms"', "every", "expected a duration from 100ms to 24h"),
+        ("fall = 0", "fall", "expected 1 or more, not 0"),
+        ('rise = "2"', "rise", 'expected a whole number, not "2"'),
+        ('send = "PING"', "expect", "is missing: without it"),
+        ('expect = ""', "expect", "0 octets: expected 1 to 1024"),
+        (f'expect = "{"x" * 1025}"', "expect", "1025 octets: expected 1 to 1024"),
+        ("expect = 1", "expect", "expected a string, not 1"),
+        ('often = "1s"', "often", "unknown key: known here are every, timeout, fall"),
+    ],
+)
+def test_mistakes_in_health_checks(load_text: Load, line: str, key: str, reason: str) -> None:
+    [mistake] = load_text(LISTEN + VHOST + f"[vhost.health]\n{line}\n").mistakes
+    assert mistake.key == f"vhost[0].health.{key}"
     assert mistake.reason.startswith(reason)

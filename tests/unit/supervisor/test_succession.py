@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from titus_py.between.plan import Check, Health, State
 from titus_py.configuration import Configuration, Credential, load
 from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.file_watch import FileWatch
@@ -32,6 +33,7 @@ FACTS = CertificateFacts(
     names=("www.example.org", "ü"),
     not_after=datetime(2030, 1, 1, tzinfo=UTC),
 )
+CHECK = Check("10.0.0.5:80", Health(1.0, 2.0, 3, 2, None, "+OK"), "v2")
 EVERYTHING = """
 [worker]
 max = 5
@@ -113,6 +115,11 @@ def test_what_it_does_not_know_it_does_not_take(configuration: Configuration) ->
         inherit(LeftGeneration.model_validate(left), {}, tried_out=True)
 
 
+def test_what_checks_have_found_is_what_it_was(configuration: Configuration) -> None:
+    left = legacy(leave(generation_of(configuration)))
+    assert Legacy.model_validate_json(left.model_dump_json()).states == left.states
+
+
 def test_a_program_that_cannot_be_executed_leaves_the_signals_as_they_were(
     configuration: Configuration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +143,7 @@ def legacy(generation: LeftGeneration) -> Legacy:
         held_uids=-1,
         used_uids=[],
         addresses=[],
+        states=[(CHECK, State(False, 1.5, "Connection refused"))],
         control=None,
         answers=[],
         later_answers=[],
