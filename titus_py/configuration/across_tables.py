@@ -1,7 +1,6 @@
 """Checks across several tables: made on the valid ones, whatever is wrong with others."""
 
 import itertools
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +35,6 @@ __all__ = [
     "certificate_mistakes",
     "each_valid",
     "empty_directories",
-    "exposed_files",
     "key_mistakes",
     "listed",
     "metrics_mistakes",
@@ -355,23 +353,3 @@ def _takers(vhosts: Mapping[int, Match]) -> dict[str | None, list[int]]:
         fitting = ("",) if name is None else (name, "*." + name.partition(".")[2])
         takers[name] = sorted({i for p in (None, *fitting) for i in by_pattern.get(p, ())})
     return takers
-
-
-def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -> Iterator[Mistake]:
-    warned = set()
-    for credential, (place, *_) in credentials.items():
-        for field in ("key", "passphrase_file"):
-            path = getattr(credential, field)
-            if path is None or path in warned:
-                continue
-            warned.add(path)
-            try:
-                mode = stat.S_IMODE(path.stat().st_mode)
-            except OSError:  # The file has gone since it was found. Opening it will say so.
-                continue
-            if mode & 0o066:
-                yield source.mistake(
-                    setting(place, field),
-                    f"{path}: others than its owner can read or write it "
-                    f"(mode {mode:04o}): chmod 600",
-                )

@@ -12,7 +12,6 @@ from titus_py.configuration.across_tables import (
     certificate_mistakes,
     each_valid,
     empty_directories,
-    exposed_files,
     key_mistakes,
     listed,
     metrics_mistakes,
@@ -29,6 +28,7 @@ from titus_py.configuration.client_certificates import client_files, client_mist
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
+from titus_py.configuration.exposure import exposed_files
 from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
 

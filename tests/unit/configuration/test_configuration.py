@@ -638,6 +638,48 @@ def test_a_key_that_others_can_read_is_warned_of(load_text: Load, tmp_path: Path
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the files are to be root's")
+@pytest.mark.parametrize(
+    ("what", "mode", "uid", "reason"),
+    [
+        ("secrets", 0o755, 0, ""),
+        # Others can make files there, but not replace root's.
+        ("secrets", 0o1777, 0, ""),
+        ("secrets", 0o775, 0, "(uid 0's, mode 0775): chown root, chmod go-w"),
+        ("secrets", 0o755, 9999, "(uid 9999's, mode 0755): chown root, chmod go-w"),
+        ("secrets/key", 0o600, 9999, "uid 9999 owns it, and can read or write it: chown root"),
+    ],
+)
+def test_a_key_that_another_user_can_replace_is_warned_of(
+    load_text: Load, tmp_path: Path, what: str, mode: int, uid: int, reason: str
+) -> None:
+    """Also where it is reached by a link in a directory that is root's."""
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "site.key").rename(tmp_path / "secrets" / "key")
+    (tmp_path / "site.key").symlink_to(tmp_path / "secrets" / "key")
+    (tmp_path / what).chmod(mode)
+    os.chown(tmp_path / what, uid, 0)
+    loaded = load_text(LISTEN + VHOST)
+    assert loaded.configuration is not None
+    if reason:
+        (warning,) = loaded.warnings
+        assert warning.key == "vhost[0].key"
+        assert warning.reason.endswith(reason)
+    else:
+        assert loaded.warnings == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the file is to be root's")
+def test_a_configuration_that_another_user_can_write_is_warned_of(
+    load_text: Load, tmp_path: Path
+) -> None:
+    load_text(LISTEN + VHOST)
+    (path,) = tmp_path.glob("*.toml")
+    path.chmod(0o664)
+    (warning,) = load(path).warnings
+    assert warning.reason == f"{path}: others than its owner can write it (mode 0664): chmod go-w"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the directory is to be root's")
 @pytest.mark.parametrize(
     ("mode", "uid", "fine"),
