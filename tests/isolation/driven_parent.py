@@ -6,6 +6,7 @@ others: the JSON for ``infected_fork_server``, some of which is for the parent i
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -17,8 +18,10 @@ import prctl
 
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWPID
+from titus_py.between.messages import Ends
 from titus_py.parent import dialer, forks
 from titus_py.parent import life as parent
+from titus_py.parent.worker import Worker
 
 __all__ = ["main"]
 
@@ -45,6 +48,19 @@ class _Connections(parent.Connections):
         self.next_number = 1 << 62 | secrets.randbits(62)
 
 
+class _Gullible(_Connections):
+    """Takes a client's address from its worker at any time."""
+
+    def _alarm(self, worker: Worker, event: str, attempted: str) -> None:
+        said = re.match(r"Proxied\(ends=Ends\((.*)\)\)", attempted)
+        if said is None:
+            super()._alarm(worker, event, attempted)
+            return
+        words = [word.partition("=")[2].strip("'") for word in said[1].split(", ")]
+        ends = Ends(words[0], int(words[1]), words[2], int(words[3]))
+        self._introduced(worker, ends)
+
+
 def _become_process_one() -> None:
     """Process 1 of a pid namespace, as in a container; ends with it, and it with this one."""
     leave_namespaces(CLONE_NEWPID)
@@ -66,7 +82,7 @@ def main() -> NoReturn:
         _become_process_one()
     if "dialer" in without:
         _leave_out_the_dialers_question()
-    parent.Connections = _Connections  # type: ignore[misc]
+    parent.Connections = _Gullible if "once" in without else _Connections  # type: ignore[misc]
     forks._PROGRAM = (str(Path(__file__).with_name("infected_fork_server.py")), argument)
     sys.exit(parent.main())
 

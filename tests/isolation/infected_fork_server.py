@@ -32,7 +32,7 @@ from isolation.attacks import ATTEMPTS, Place, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
-from titus_py.between.messages import Dial
+from titus_py.between.messages import Dial, Ends, Proxied, TlsFacts
 from titus_py.between.report import End
 from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
@@ -184,7 +184,8 @@ def random_message(source: random.Random, to: str) -> bytes:
     if source.random() < 0.4:
         return source.randbytes(source.choice([1, 2, 3, 4, 5, 36, 37, 100, 1060, 1061, 2000]))
     if to == "parent":
-        message = bytearray(source.choice([b"R", *[dial.encode() for dial in _DIALS], b"C", b"B"]))
+        said = [message.encode() for message in _MESSAGES]
+        message = bytearray(source.choice([b"R", *said, b"C", b"B"]))
     else:
         scheme = source.choice([0x0403, 0x0804, 0x0401, 0x0807, 0x0303])
         message = bytearray(
@@ -208,7 +209,15 @@ def random_message(source: random.Random, to: str) -> bytes:
     return bytes(message)
 
 
-_DIALS = [Dial(0, None), Dial(0, 0), Dial(1, None), Dial(65535, None)]
+_MESSAGES = [
+    Dial(0, None),
+    Dial(0, 0),
+    Dial(1, None),
+    Dial(65535, None),
+    Dial(0, None, TlsFacts("TLSv1.3", "TLS_AES_256_GCM_SHA384", "localhost")),
+    Proxied(Ends("192.0.2.1", 5, "2001:db8::1", 443)),
+    Proxied(None),
+]
 _KEY = bytes(32)
 _PAYLOADS = [
     b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32),
@@ -286,11 +295,15 @@ def _without_limit(name: str) -> Callable[[], None]:
     return leave_out
 
 
+def _without_header() -> None:
+    fork_server._proxy_header_reader = lambda plan: None
+
+
 def _without_reseed() -> None:
     worker.reseed = _nothing  # type: ignore[attr-defined]
 
 
-#: ``dialer`` and ``process one`` are the parent's (see ``driven_parent``); and there is
+#: ``dialer``, ``once`` and ``process one`` are the parent's (see ``driven_parent``); and there is
 #: ``preload PATH``.
 LAYERS: dict[str, Callable[[], None]] = {
     "filter": _without_filter,
@@ -303,6 +316,7 @@ LAYERS: dict[str, Callable[[], None]] = {
     "as": _without_limit("RLIMIT_AS"),
     "nofile": _without_limit("RLIMIT_NOFILE"),
     "reseed": _without_reseed,
+    "header": _without_header,
 }
 
 

@@ -55,6 +55,8 @@ class _Place(NamedTuple):
     address: IPAddress
     name: str | None
     vhost: VirtualHost
+    #: Whether connections there begin with a load balancer's header.
+    proxied: bool
 
 
 class _Client:
@@ -123,6 +125,8 @@ class Probe:
         host, port = self.place.address
         try:
             self._socket = socket.create_connection((host, port), _SECONDS)
+            if self.place.proxied:
+                self._socket.sendall(b"PROXY UNKNOWN\r\n")
         except OSError as error:
             raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
         self.worker: Process | None = None
@@ -279,8 +283,10 @@ def _eventually(condition: Callable[[], bool], seconds: float = _SECONDS) -> boo
 def _place(target: Target) -> _Place:
     """The first virtual host that a client can reach: at which address, and by which name."""
     configuration = target.configuration
+    # Where load balancers connect, this connection is refused unless it comes from one.
+    listeners = sorted(configuration.listen, key=lambda listen: bool(listen.accept_proxy_from))
     for wanted in configuration.vhost:
-        for listen in configuration.listen:
+        for listen in listeners:
             for address in _addresses(listen.address, wanted):
                 if not wanted.receives(address):
                     continue
@@ -288,7 +294,8 @@ def _place(target: Target) -> _Place:
                 offered = [vhost for vhost in configuration.vhost if vhost.receives(address)]
                 chosen = select([_names(vhost) for vhost in offered], name)
                 if chosen is not None:
-                    return _Place(address, name, offered[chosen])
+                    proxied = bool(listen.accept_proxy_from)
+                    return _Place(address, name, offered[chosen], proxied)
     raise Unanswered("no virtual host can be reached from here")
 
 

@@ -1,17 +1,21 @@
 """The messages between the parent and its fork server, and between the parent and a worker.
 
 Encoding and decoding only, no I/O. One message is one SOCK_SEQPACKET packet. A worker sends
-two kinds of message, of a fixed size or with fixed maxima. The parent trusts neither.
+three kinds of message, of a fixed size or with fixed maxima. The parent trusts neither.
 
 ===================  =========================================================
 worker: ready        'R'                    confined; may be given a client
+worker: proxied      'P' known(1) client(16) port(2) server(16) port(2)
+                     the load balancer's header: its two addresses, IPv4 as IPv4-mapped,
+                     or all zeros where it names none; once, before all other octets
 worker: dial         'D' vhost(2) protocol(1)
                      connect me to the backend that this host has for the protocol:
                      its place in the host's alpn, or 255 where none was negotiated.
                      For a host that sends TLS facts to its backend, there follow, each
                      with its length(1): TLS version, cipher suite, server name
-parent: client       'C' connection(8) vhosts(n x 2), with the client's socket
-                     and, where there is a vhost at all, the channel to keyd
+parent: client       'C' connection(8) proxy_timeout(4) vhosts(n x 2), with the
+                     client's socket and, where there is a vhost at all, the channel
+                     to keyd; milliseconds for a load balancer's header, 0: none comes
 parent: backend      'B', with the connected socket; or 'F' and why there is none
 parent: fork         'W' uid(4), with the descriptor of the new worker's report and
                      its end of its socket
@@ -21,6 +25,7 @@ fork server: failed  'E' uid(4) errno(4)
 ===================  =========================================================
 """
 
+import socket
 import struct
 from typing import NamedTuple
 
@@ -28,9 +33,11 @@ __all__ = [
     "MAX_CLIENT_OCTETS",
     "Client",
     "Dial",
+    "Ends",
     "Fork",
     "Forked",
     "Malformed",
+    "Proxied",
     "Ready",
     "TlsFacts",
     "decode_from_worker",
@@ -42,12 +49,13 @@ BACKEND_FAILED = b"F"
 MAX_BACKEND_OCTETS = 256
 
 _DIAL = struct.Struct("!cHB")
+_PROXIED = struct.Struct("!c?16sH16sH")
 _NO_PROTOCOL = 255
 #: The longest of each text in TlsFacts: a server name is no longer than 255 (RFC 1035 §2.3.4).
 _FACTS_OCTETS = (16, 64, 255)
 _FORK = struct.Struct("!cI")
 _FORKED = struct.Struct("!cII")
-_CLIENT = struct.Struct("!cQ")
+_CLIENT = struct.Struct("!cQI")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
 MAX_PROTOCOLS = _NO_PROTOCOL
 #: How many virtual hosts there may be: a client's message may name all of them.
@@ -68,6 +76,48 @@ class Ready(NamedTuple):
 
     def encode(self) -> bytes:
         return b"R"
+
+
+class Ends(NamedTuple):
+    """The two ends of a client's connection: numeric addresses, and ports."""
+
+    client: str
+    client_port: int
+    server: str
+    server_port: int
+
+
+class Proxied(NamedTuple):
+    """What a load balancer's header says; None: to take the connection's own addresses."""
+
+    ends: Ends | None
+
+    def encode(self) -> bytes:
+        if self.ends is None:
+            return _PROXIED.pack(b"P", False, b"", 0, b"", 0)
+        client, client_port, server, server_port = self.ends
+        return _PROXIED.pack(b"P", True, _packed(client), client_port, _packed(server), server_port)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Proxied":
+        """For the parent, which does not trust the worker. Raises Malformed."""
+        _, known, client, client_port, server, server_port = _PROXIED.unpack(message)
+        ends = Ends(_text(client), client_port, _text(server), server_port)
+        proxied = cls(ends if known else None)
+        if proxied.encode() != message:
+            raise Malformed("an address in another form than it has")
+        return proxied
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, address if ":" in address else f"::ffff:{address}")
+
+
+def _text(octets: bytes) -> str:
+    """An IPv4-mapped address (RFC 4291 §2.5.5.2) is the IPv4 address that it stands for."""
+    if octets.startswith(b"\0" * 10 + b"\xff\xff"):
+        return socket.inet_ntop(socket.AF_INET, octets[12:])
+    return socket.inet_ntop(socket.AF_INET6, octets)
 
 
 class TlsFacts(NamedTuple):
@@ -118,21 +168,26 @@ class Dial(NamedTuple):
 
 
 class Client(NamedTuple):
-    """A connection to serve; ``vhosts`` are those that its local address allows."""
+    """A connection to serve; ``vhosts`` are those that its local address allows.
+
+    ``proxy_timeout``: how many milliseconds a load balancer has for its header. 0: none comes.
+    """
 
     connection: int
     vhosts: tuple[int, ...]
+    proxy_timeout: int = 0
 
     def encode(self) -> bytes:
         numbers = struct.pack(f"!{len(self.vhosts)}H", *self.vhosts)
-        return _CLIENT.pack(b"C", self.connection) + numbers
+        return _CLIENT.pack(b"C", self.connection, self.proxy_timeout) + numbers
 
     @classmethod
     def decode(cls, message: bytes) -> "Client":
         """For the worker, which trusts the parent."""
-        _, connection = _CLIENT.unpack_from(message)
+        _, connection, proxy_timeout = _CLIENT.unpack_from(message)
         count = (len(message) - _CLIENT.size) // 2
-        return cls(connection, struct.unpack_from(f"!{count}H", message, _CLIENT.size))
+        vhosts = struct.unpack_from(f"!{count}H", message, _CLIENT.size)
+        return cls(connection, vhosts, proxy_timeout)
 
 
 class Fork(NamedTuple):
@@ -166,7 +221,7 @@ class Forked(NamedTuple):
         return cls(uid, 0, number) if kind == b"E" else cls(uid, number)
 
 
-def decode_from_worker(message: bytes) -> Ready | Dial:
+def decode_from_worker(message: bytes) -> Ready | Proxied | Dial:
     """Decode a worker's message; raises Malformed, which says what is wrong with it."""
     if message == b"R":
         return Ready()
@@ -174,4 +229,6 @@ def decode_from_worker(message: bytes) -> Ready | Dial:
         _, vhost, protocol = _DIAL.unpack_from(message)
         facts = TlsFacts.decode(message[_DIAL.size :]) if len(message) > _DIAL.size else None
         return Dial(vhost, None if protocol == _NO_PROTOCOL else protocol, facts)
+    if len(message) == _PROXIED.size and message[:1] == b"P":
+        return Proxied.decode(message)
     raise Malformed(f"{len(message)} octets, the first {message[:1]!r}")

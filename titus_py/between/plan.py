@@ -18,6 +18,7 @@ __all__ = [
     "Check",
     "Health",
     "Limits",
+    "Listener",
     "Plan",
     "ResolvedAddress",
     "SocketAddress",
@@ -81,6 +82,17 @@ class Certificate(NamedTuple):
     key: str
 
 
+class Listener(NamedTuple):
+    """One listening socket; its load balancers' networks, if it takes nobody else's connections.
+
+    ``proxy_timeout``: how long a load balancer may take for its header.
+    """
+
+    descriptor: int
+    accept_proxy_from: tuple[str, ...]
+    proxy_timeout: float
+
+
 class VirtualHost(NamedTuple):
     """One [[vhost]]; its certificates are each for another kind of key.
 
@@ -124,7 +136,7 @@ class VirtualHost(NamedTuple):
 class Plan(NamedTuple):
     """All that a parent and its fork server need to know. Times are in seconds."""
 
-    listeners: tuple[int, ...]
+    listeners: tuple[Listener, ...]
     vhosts: tuple[VirtualHost, ...]
     #: The addresses of each backend that a virtual host names, by that name.
     addresses: dict[str, tuple[ResolvedAddress, ...]]
@@ -160,6 +172,7 @@ class Plan(NamedTuple):
     def decode(cls, octets: bytes) -> "Plan":
         fields = json.loads(octets)
         fields["limits"] = Limits(*fields["limits"])
+        fields["listeners"] = tuple(Listener(*listener) for listener in fields["listeners"])
         fields["vhosts"] = tuple(
             VirtualHost(
                 **vhost

@@ -81,6 +81,8 @@ class End(IntEnum):
     HALF_CLOSED = 16
     NO_APPLICATION_PROTOCOL = 17
     CLIENT_CERTIFICATE = 18
+    BAD_PROXY_HEADER = 19
+    PROXY_TIMEOUT = 20
 
 
 class Report(NamedTuple):

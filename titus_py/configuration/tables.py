@@ -40,6 +40,7 @@ from titus_py.configuration.values import (
     ListenAddress,
     LocalAddress,
     MetricsAddress,
+    Networks,
     Protocols,
     ServerNames,
     UidRange,
@@ -230,6 +231,25 @@ class Listen(Table):
         description="A numeric address and a port: 192.0.2.5:443, [2001:db8::5]:443, or "
         "every address of both families as [::]:443 or :443."
     )
+    accept_proxy_from: Networks | None = Field(
+        default=None,
+        description="The load balancers that connect here, as addresses or networks: "
+        '["10.0.0.0/8"]. Each connection has to begin with a PROXY header (version 1 or 2), which '
+        "names the client for the limits, the log and send_proxy. Nobody else may connect. Absent: "
+        "clients connect themselves.",
+    )
+    proxy_timeout: Duration | None = Field(
+        default=None,
+        description="How long a load balancer may take for its PROXY header; at most as long as "
+        'worker.handshake_timeout, of which it is a part. Absent: "5s".',
+    )
+
+    @field_validator("proxy_timeout")
+    @classmethod
+    def _only_for_load_balancers(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("accept_proxy_from", ()) is None:
+            raise ValueError("nobody sends a PROXY header here: accept_proxy_from is missing")
+        return value
 
 
 class Match(Table):

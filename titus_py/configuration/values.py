@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 import stat
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -43,6 +44,7 @@ __all__ = [
     "ListenAddress",
     "LocalAddress",
     "MetricsAddress",
+    "Networks",
     "Protocols",
     "ServerNames",
     "UidRange",
@@ -325,6 +327,40 @@ def _local_address(value: object) -> str:
     return host
 
 
+def _networks(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'expected a list of networks, such as ["10.0.0.0/8"], not {described(value)}'
+        )
+    if not value:
+        raise ValueError("an empty list lets nobody connect: leave it out if clients do themselves")
+    return tuple(dict.fromkeys(_network(_text(network)) for network in value))
+
+
+def _network(text: str) -> str:
+    """In the form that ``ip_network`` gives it; of IPv4-mapped networks, the IPv4 network."""
+    try:
+        interface = ip_interface(text)
+    except ValueError:
+        raise ValueError(
+            f'expected an address or a network such as "10.0.0.0/8", not {described(text)}'
+        ) from None
+    network = interface.network
+    if network.network_address != interface.ip:
+        raise ValueError(
+            f"{text} is an address within a network: write {network}, or {interface.ip} alone"
+        )
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is not None and network.prefixlen >= 96:
+        network = ip_network((mapped, network.prefixlen - 96))
+    if not network.prefixlen:
+        raise ValueError(
+            f"{text} is everybody, and any client could say that it is another: name the load "
+            "balancers"
+        )
+    return str(network)
+
+
 def _server_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(
@@ -446,6 +482,7 @@ Protocols = Annotated[tuple[str, ...], PlainValidator(_protocols), _AsList]
 LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
 CheckText = Annotated[str, PlainValidator(_check_text)]
+Networks = Annotated[tuple[str, ...], PlainValidator(_networks), _AsList]
 CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
 Groups = Annotated[tuple[str, ...], PlainValidator(_groups), _AsList]

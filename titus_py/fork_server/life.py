@@ -18,6 +18,7 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import prctl
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from titus_py.between.client_identity import ClientTerms
     from titus_py.worker.client_certificate import Verifier
+    from titus_py.worker.proxy_header import ProxyHeaderReader
 
 __all__ = ["main"]
 
@@ -82,6 +84,7 @@ def main() -> int:
         ReportWriter(),
         client_hello(),
         practice[0],
+        _proxy_header_reader(plan),
     )
     rehearse(terms)
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
@@ -93,6 +96,15 @@ def main() -> int:
     parent.send(Ready().encode())
     _serve(parent, terms, handshake_filter, command_line)
     return 0
+
+
+def _proxy_header_reader(plan: Plan) -> "Callable[[], ProxyHeaderReader] | None":
+    """What reads load balancers' headers; loaded only if any are to come."""
+    if not any(listener.accept_proxy_from for listener in plan.listeners):
+        return None
+    from titus_py.worker.proxy_header import ProxyHeaderReader
+
+    return ProxyHeaderReader
 
 
 def _site(vhost: VirtualHost) -> Site:

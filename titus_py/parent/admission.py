@@ -34,17 +34,23 @@ class Admission:
 
     def refuse(self, address: str) -> str | None:
         """Return the limit that this new client would exceed. If none, count it; return None."""
-        limits = self._limits
-        prefix = _prefix(address)
-        if _reached(self._addresses[address], limits.connections_per_address):
-            return "connections_per_address"
-        if _reached(self._prefixes[prefix], limits.connections_per_prefix):
-            return "connections_per_prefix"
-        if limits.connections_per_second is not None and not self._take_token():
+        limit = self._reached(address) or self.refuse_rate()
+        if limit is None:
+            self._count(address)
+        return limit
+
+    def refuse_rate(self) -> str | None:
+        """The same for a client whose address is not known yet: only the rate is limited."""
+        if self._limits.connections_per_second is not None and not self._take_token():
             return "connections_per_second"
-        self._addresses[address] += 1
-        self._prefixes[prefix] += 1
         return None
+
+    def refuse_address(self, address: str) -> str | None:
+        """The same for a client that was let in without its address, which is known now."""
+        limit = self._reached(address)
+        if limit is None:
+            self._count(address)
+        return limit
 
     def leave(self, address: str) -> None:
         """Stop counting a client that was let in."""
@@ -52,6 +58,18 @@ class Admission:
             counts[key] -= 1
             if not counts[key]:
                 del counts[key]
+
+    def _reached(self, address: str) -> str | None:
+        limits = self._limits
+        if _reached(self._addresses[address], limits.connections_per_address):
+            return "connections_per_address"
+        if _reached(self._prefixes[_prefix(address)], limits.connections_per_prefix):
+            return "connections_per_prefix"
+        return None
+
+    def _count(self, address: str) -> None:
+        self._addresses[address] += 1
+        self._prefixes[_prefix(address)] += 1
 
     def _take_token(self) -> bool:
         rate = self._limits.connections_per_second or 0.0

@@ -7,12 +7,16 @@ import socket
 import time
 from collections import deque
 from functools import partial
+from typing import TYPE_CHECKING
 
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.connections import Arrival, Connections
 from titus_py.parent.outbox import Tell
+
+if TYPE_CHECKING:
+    from titus_py.parent.networks import Networks
 
 __all__ = ["Arrivals"]
 
@@ -47,8 +51,16 @@ class Arrivals:
         self._limits_hit = limits_hit
         self._tell = tell
         self._listeners = {
-            descriptor: socket.socket(fileno=descriptor) for descriptor in plan.listeners
+            listener.descriptor: socket.socket(fileno=listener.descriptor)
+            for listener in plan.listeners
         }
+        #: Where load balancers are, and how many ms they have for a header; by descriptor.
+        self._balancers: dict[int, tuple[Networks, int]] = {}
+        if any(listener.accept_proxy_from for listener in plan.listeners):
+            # Others do not need it in their memory.
+            from titus_py.parent.networks import balancers
+
+            self._balancers = balancers(plan.listeners)
         for listener in self._listeners.values():
             listener.setblocking(False)
         self._accepting = False
@@ -72,7 +84,8 @@ class Arrivals:
         self._accepting = wanted
         for descriptor, listener in self._listeners.items():
             if wanted:
-                self._loop.watch(descriptor, partial(self._accept, listener))
+                balancers, timeout = self._balancers.get(descriptor, (None, 0))
+                self._loop.watch(descriptor, partial(self._accept, listener, balancers, timeout))
             else:
                 self._loop.unwatch(descriptor)
 
@@ -99,8 +112,14 @@ class Arrivals:
         """Beyond the maximum, clients wait in the listen queue."""
         return len(self._connections.busy) + len(self._waiting) < self._plan.max_workers
 
-    def _accept(self, listener: socket.socket) -> None:
-        """Accept the clients in the listen queue, without waiting for workers to be forked."""
+    def _accept(
+        self, listener: socket.socket, balancers: "Networks | None", proxy_timeout: int
+    ) -> None:
+        """Accept the clients in the listen queue, without waiting for workers to be forked.
+
+        If there are ``balancers``, nobody else may connect. Their clients' addresses come later:
+        here only the rate is limited.
+        """
         for _ in range(_ACCEPT_AT_ONCE):
             if not self._has_room():
                 return
@@ -117,10 +136,17 @@ class Arrivals:
                 self._rest(error)
                 return
             host, port = _plain(address[0]), address[1]
-            limit = self._admission.refuse(host)
+            if balancers is None:
+                limit = self._admission.refuse(host)
+            elif host in balancers:
+                limit = self._admission.refuse_rate()
+            else:
+                limit = "accept_proxy_from"
             if limit is None:
                 now = time.monotonic()
-                self._wait(Arrival(client, host, port, _plain(local[0]), local[1], now))
+                self._wait(
+                    Arrival(client, host, port, _plain(local[0]), local[1], now, proxy_timeout)
+                )
             else:
                 client.close()
                 self._limits_hit.note(limit, host)
@@ -158,7 +184,8 @@ class Arrivals:
     def _turn_away(self, arrival: Arrival) -> None:
         """Reset a connection that has no worker yet."""
         arrival.client.close()
-        self._admission.leave(arrival.address)
+        if not arrival.proxy_timeout:
+            self._admission.leave(arrival.address)
 
     def _end_long_waits(self) -> None:
         """Reset clients whose handshake can no longer finish in time (keyd may be down)."""

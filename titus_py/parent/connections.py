@@ -8,19 +8,19 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyd.protocol import GrantSet, Operation, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
-from titus_py.between.messages import Client, Dial, Ready
+from titus_py.between.messages import Client, Dial, Ends, Proxied, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.backends import Backends
 from titus_py.parent.outbox import Tell
-from titus_py.parent.worker import Ends, Offer, Worker
+from titus_py.parent.worker import Offer, Worker
 
 if TYPE_CHECKING:
     from titus_py.parent.identities import Identities
@@ -46,6 +46,8 @@ class Arrival(NamedTuple):
     local_address: str
     local_port: int
     accepted: float
+    #: How many ms the client's load balancer has for a header. 0: the address is the client's.
+    proxy_timeout: int = 0
 
 
 class Connections:
@@ -97,6 +99,8 @@ class Connections:
         self._make_room()
         worker.connection = connection
         worker.address = arrival.address
+        worker.awaits_header = arrival.proxy_timeout > 0
+        worker.counted = not worker.awaits_header
         worker.ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
@@ -109,17 +113,13 @@ class Connections:
         )
         self.busy[worker.uid] = self.handshaking[worker.uid] = worker
         try:
-            give(worker.socket, Client(connection, offer.vhosts).encode(), sockets)
+            client = Client(connection, offer.vhosts, arrival.proxy_timeout)
+            give(worker.socket, client.encode(), sockets)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")
         # Reported only now, so that the worker does not wait for this.
-        self._tell(
-            "connection_begun",
-            connection=connection,
-            client=worker.client,
-            local=worker.local,
-            uid=worker.uid,
-        )
+        if not worker.awaits_header:
+            self._tell_begun(worker)
 
     def hear(self, worker: Worker) -> bool:
         """Receive a worker's message; returns whether it says "ready for a client"."""
@@ -134,6 +134,9 @@ class Connections:
             self._loop.unwatch(worker.socket.fileno())
             worker.socket.close()
             return False
+        if worker.killed_for:
+            # What it had sent before it is dead gets it nothing any more.
+            return False
         try:
             message = self._decode(octets)
         except messages.Malformed as error:
@@ -146,13 +149,20 @@ class Connections:
             isinstance(message, Dial)
             and worker.offer is not None
             and worker.dialer is None
+            and not worker.awaits_header
             and message.vhost in worker.offer.vhosts
             and _negotiable(message.protocol, self._plan.vhosts[message.vhost].tls)
             and (message.facts is not None) == self._plan.vhosts[message.vhost].passes_tls_facts
             and (self._identities is None or self._identities.allow(worker, message.vhost))
         ):
             self._established(worker, message)
-        elif self._identities is None or not self._identities.take(worker, message):
+        elif isinstance(message, Proxied) and worker.awaits_header:
+            self._introduced(worker, message.ends)
+        elif (
+            worker.awaits_header
+            or self._identities is None
+            or not self._identities.take(worker, message)
+        ):
             self._alarm(worker, "unexpected_message", str(message))
         return False
 
@@ -163,7 +173,10 @@ class Connections:
             worker.deadline.cancel()
         self.handshaking.pop(worker.uid, None)
         del self.busy[worker.uid]
-        self._admission.leave(worker.address)
+        if worker.counted:
+            self._admission.leave(worker.address)
+        if worker.awaits_header:
+            self._tell_begun(worker)
         if how and not worker.killed_for:
             level = "alarm"
         else:
@@ -175,6 +188,7 @@ class Connections:
             connection=worker.connection,
             client=worker.client,
             local=worker.local,
+            **_balancer(worker),
             vhost=worker.vhost,
             **_negotiated(worker.protocol),
             seconds=round(time.monotonic() - worker.started, 3),
@@ -208,6 +222,36 @@ class Connections:
             slowest = self.handshaking.pop(next(iter(self.handshaking)))
             slowest.kill("handshakes_limit")
             self._limits_hit.note("handshakes", slowest.address)
+
+    def _introduced(self, worker: Worker, ends: Ends | None) -> None:
+        """A worker has read a load balancer's header: the client's address is known now.
+
+        No octet of the client's has reached the worker yet, so it says what the balancer said. It
+        is asked once: what it says after that is an alarm.
+        """
+        worker.awaits_header = False
+        if ends is not None:
+            worker.balancer = worker.client
+            worker.ends = ends
+            worker.address = ends.client
+            worker.client = _text(ends.client, ends.client_port)
+        self._tell_begun(worker)
+        limit = self._admission.refuse_address(worker.address)
+        if limit is None:
+            worker.counted = True
+        else:
+            worker.kill(limit)
+            self._limits_hit.note(limit, worker.address)
+
+    def _tell_begun(self, worker: Worker) -> None:
+        self._tell(
+            "connection_begun",
+            connection=worker.connection,
+            client=worker.client,
+            local=worker.local,
+            **_balancer(worker),
+            uid=worker.uid,
+        )
 
     def _established(self, worker: Worker, dial: Dial) -> None:
         """A worker says that its handshake is done: connect to its virtual host's backend."""
@@ -289,6 +333,11 @@ def _keys(vhost: VirtualHost) -> list[bytes]:
     from titus_py.between.certificate_index import key_ids
 
     return key_ids(vhost.certificate_index)
+
+
+def _balancer(worker: Worker) -> dict[str, Any]:
+    """The load balancer that a connection came through, as a field for the log."""
+    return {"balancer": worker.balancer} if worker.balancer else {}
 
 
 def _text(host: str, port: int) -> str:

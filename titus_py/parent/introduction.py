@@ -7,9 +7,8 @@ The worker gets the backend's socket only after that.
 
 import socket
 
-from titus_py.between.messages import TlsFacts
+from titus_py.between.messages import Ends, TlsFacts
 from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
-from titus_py.parent.worker import Ends
 
 __all__ = ["introduce"]
 

@@ -4,7 +4,7 @@ Started anew by the supervisor for each generation of the configuration, as root
 It accepts, connects to backends and notes how each worker ended. Its fork server makes
 the workers, which are the parent's children. It never reads a client's octet, holds no
 private key and resolves no name. It trusts the supervisor, the fork server and keyd. It
-does not trust workers, and understands only the two messages that ``messages`` decodes.
+does not trust workers, and understands only the messages that ``messages`` decodes.
 """
 
 import argparse

@@ -9,8 +9,7 @@ The format: haproxy's proxy-protocol.txt, section 2.
 import socket
 import struct
 
-from titus_py.between.messages import TlsFacts
-from titus_py.parent.worker import Ends
+from titus_py.between.messages import Ends, TlsFacts
 
 __all__ = ["CannotEncode", "version_1", "version_2", "without_client"]
 

@@ -8,22 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.protocol import GrantSet
 from titus_py.between.event_loop import Timer
+from titus_py.between.messages import Ends
 from titus_py.parent.backend import Backend
 from titus_py.parent.failover import Failover
 
 if TYPE_CHECKING:
     from titus_py.between.client_identity import Identity
 
-__all__ = ["Ends", "Offer", "Worker"]
-
-
-class Ends(NamedTuple):
-    """The two ends of a client's connection: numeric addresses, and ports."""
-
-    client: str
-    client_port: int
-    server: str
-    server_port: int
+__all__ = ["Offer", "Worker"]
 
 
 class Offer(NamedTuple):
@@ -38,9 +30,12 @@ class Worker:
 
     __slots__ = (
         "address",
+        "awaits_header",
         "backend",
+        "balancer",
         "client",
         "connection",
+        "counted",
         "deadline",
         "dialer",
         "ends",
@@ -68,7 +63,12 @@ class Worker:
         self.ready = False
         self.connection = 0
         self.address = ""
+        #: Whether ``Admission`` has counted that address.
+        self.counted = False
         self.client = ""
+        #: Whether a load balancer's header is yet to come; the balancer, where that was given one.
+        self.awaits_header = False
+        self.balancer = ""
         self.ends = Ends("", 0, "", 0)
         self.local = ""
         self.forked = time.monotonic()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +30,7 @@ from titus_py.between.plan import (
     Certificate,
     Check,
     Limits,
+    Listener,
     Plan,
     ResolvedAddress,
     State,
@@ -42,6 +43,8 @@ from titus_py.configuration.client_certificates import client_terms
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
 _FEW_HANDSHAKES = 64
+#: How long a load balancer may take for its PROXY header.
+_PROXY_SECONDS = 5.0
 #: How often the parent and keyd say that they are alive.
 ALIVE_SECONDS = 3.0
 #: The arguments with which Python starts each of them.
@@ -245,7 +248,7 @@ class Generation:
         self,
         control: socket.socket | None,
         uids: range,
-        listeners: Iterable[int],
+        listeners: Mapping[IPAddress, socket.socket],
         addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
         states: Mapping[Check, State],
     ) -> None:
@@ -253,7 +256,7 @@ class Generation:
         self.uids = uids
         worker, limits = self.configuration.worker, self.configuration.limits
         plan = Plan(
-            listeners=tuple(listeners),
+            listeners=tuple(map(self._listener, listeners, listeners.values())),
             vhosts=tuple(map(self._virtual_host, self.configuration.vhost)),
             addresses={str(backend): addresses.get(backend, ()) for backend in self.backends},
             checks=self.checks,
@@ -305,6 +308,15 @@ class Generation:
         if starting:
             self.starting.add(child)
 
+    def _listener(self, address: IPAddress, listener: socket.socket) -> Listener:
+        """A socket on this address, which may be a part of the address that is configured."""
+        table = next(table for table in self.configuration.listen if table.address.covers(address))
+        # The header's time is a part of the handshake's.
+        proxy_timeout = min(
+            table.proxy_timeout or _PROXY_SECONDS, self.configuration.worker.handshake_timeout
+        )
+        return Listener(listener.fileno(), table.accept_proxy_from or (), proxy_timeout)
+
     def _virtual_host(self, vhost: configuration.VirtualHost) -> VirtualHost:
         shown = [self.certificates[one] for one in vhost.credentials.values()]
         return VirtualHost(
@@ -354,8 +366,9 @@ def _start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     }
     if keyd is not None:
         given["keyd-fd"] = keyd.detach()
+    sockets = [listener.descriptor for listener in plan.listeners]
     try:
-        return _start("parent", _PARENT, given, (*plan.listeners, *plan.indexes))
+        return _start("parent", _PARENT, given, (*sockets, *plan.indexes))
     finally:
         for index in plan.indexes:
             os.close(index)

@@ -93,6 +93,8 @@ _ENDS = tuple(end.name.lower() for end in End if end is not End.NONE)
 _FAILURES = (
     "not_tls",
     "plain_http",
+    "bad_proxy_header",
+    "proxy_timeout",
     "bad_client_hello",
     "no_virtual_host",
     "no_application_protocol",

@@ -97,9 +97,8 @@ class Starting:
             control = generation.start_keyd()
             self._children.watch(generation, generation.keyd)
         listeners = self._listeners.wanted(generation.listening)
-        descriptors = [listener.fileno() for listener in listeners.values()]
         known = self._backends
-        generation.start_parent(control, uids, descriptors, known.addresses, known.states)
+        generation.start_parent(control, uids, listeners, known.addresses, known.states)
         self._children.watch(generation, generation.parent)
         if external:
             self._keyd_service.connect(generation)

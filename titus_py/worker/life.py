@@ -11,7 +11,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -22,7 +22,7 @@ from OpenSSL._util import lib
 from keyd.linux.process import make
 from titus_py.between import messages
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
-from titus_py.between.messages import Client, Dial, Ready, TlsFacts
+from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
 from titus_py.worker.client_hello import (
@@ -40,11 +40,14 @@ from titus_py.worker.tls import reseed
 if TYPE_CHECKING:
     from titus_py.between.certificate_index import CertificateIndex
     from titus_py.worker.client_certificate import Verifier
+    from titus_py.worker.proxy_header import ProxyHeaderReader
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
 
 #: After how many ms of waiting a spare is expected to wait for longer.
 _IDLE_MS = 250
+#: How many octets of a load balancer's header are looked at, at once: most have no more.
+_HEADER_OCTETS = 536
 #: How many octets of a ClientHello are read at once.
 _PIECE_OCTETS = 64 * 1024
 _HTTP_ANSWER = (
@@ -93,6 +96,8 @@ class Terms(NamedTuple):
     hello: bytes
     #: A context for the same purpose; None: that of the first virtual host.
     practice: SSL.Context | None = None
+    #: Where load balancers connect.
+    proxy_header_reader: "Callable[[], ProxyHeaderReader] | None" = None
 
 
 class _Over(Exception):
@@ -180,6 +185,11 @@ def _serve(
     peer.setblocking(False)
     report.set(state=State.HANDSHAKE)
     try:
+        if client.proxy_timeout and terms.proxy_header_reader is not None:
+            reader = terms.proxy_header_reader()
+            _read_proxy_header(peer, reader, client.proxy_timeout / 1000)
+            # Said before anything is read that the client sent, and so could have forged.
+            parent.send(Proxied(reader.ends).encode())
         hello, taken = _read_client_hello(peer, deadline)
         server_name = hello.server_name or ""
         report.set(server_name=server_name)
@@ -228,6 +238,23 @@ def _serve(
         terms.half_closed_timeout,
         site.truncated_is_reset,
     ).run()
+
+
+def _read_proxy_header(peer: SocketType, reader: "ProxyHeaderReader", seconds: float) -> None:
+    """A load balancer's header, taken out of the socket to its last octet and no further."""
+    deadline = time.monotonic() + seconds
+    try:
+        while not reader.done:
+            _await(peer, select.POLLIN, deadline, End.PROXY_TIMEOUT)
+            with suppress(BlockingIOError):
+                piece = peer.recv(_HEADER_OCTETS, socket.MSG_PEEK)
+                if not piece:
+                    raise _Over(End.CLIENT_LEFT, "before the PROXY header")
+                peer.recv(reader.feed(piece))
+    except OSError as error:
+        raise _Over(End.CLIENT_LEFT, error.strerror or "") from None
+    except ValueError as error:
+        raise _Over(End.BAD_PROXY_HEADER, str(error)) from None
 
 
 def _read_client_hello(peer: SocketType, deadline: float) -> tuple[ClientHello, bytes]:
@@ -361,11 +388,13 @@ def _acknowledge(peer: SocketType) -> None:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
-def _await(peer: SocketType, events: int, deadline: float) -> None:
+def _await(
+    peer: SocketType, events: int, deadline: float, end: End = End.HANDSHAKE_TIMEOUT
+) -> None:
     poll = select.poll()
     poll.register(peer, events)
     if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise _Over(End.HANDSHAKE_TIMEOUT)
+        raise _Over(end)
 
 
 def _take_backend(parent: SocketType) -> SocketType:

@@ -1,5 +1,7 @@
 """What the parent, its fork server and a worker say to each other."""
 
+from ipaddress import ip_address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +15,11 @@ from titus_py.between.messages import (
     WORKER_MESSAGE_OCTETS,
     Client,
     Dial,
+    Ends,
     Fork,
     Forked,
     Malformed,
+    Proxied,
     Ready,
     TlsFacts,
     decode_from_worker,
@@ -36,13 +40,34 @@ def test_a_dial_comes_back(vhost: int, protocol: int | None, facts: TlsFacts | N
     assert decode_from_worker(dial.encode()) == dial
 
 
+ADDRESSES = st.ip_addresses().map(str)
+PORTS = st.integers(0, 65535)
+
+
+@given(st.none() | st.builds(Ends, ADDRESSES, PORTS, ADDRESSES, PORTS))
+def test_a_balancers_word_comes_back(ends: Ends | None) -> None:
+    proxied = Proxied(ends)
+    message = decode_from_worker(proxied.encode())
+    assert isinstance(message, Proxied)
+    assert message.encode() == proxied.encode()
+    if ends is not None:
+        assert message.ends is not None
+        for sent, came in ((ends.client, message.ends.client), (ends.server, message.ends.server)):
+            address = ip_address(sent)
+            assert ip_address(came) == (getattr(address, "ipv4_mapped", None) or address)
+
+
 def test_a_ready_comes_back() -> None:
     assert decode_from_worker(Ready().encode()) == Ready()
 
 
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 65535), max_size=50).map(tuple))
-def test_a_client_comes_back(connection: int, vhosts: tuple[int, ...]) -> None:
-    client = Client(connection, vhosts)
+@given(
+    st.integers(0, 2**64 - 1),
+    st.lists(st.integers(0, 65535), max_size=50).map(tuple),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_client_comes_back(connection: int, vhosts: tuple[int, ...], timeout: int) -> None:
+    client = Client(connection, vhosts, timeout)
     assert Client.decode(client.encode()) == client
 
 
@@ -94,11 +119,16 @@ def test_any_octets_from_a_worker_are_a_message_or_malformed(octets: bytes) -> N
         b"D\0\0\0" + b"\1v\1s\2n",
         b"D\0\0\0" + b"\1v\1s\1\n",
         b"D\0\0\0" + b"\1v\1s\1\xe9",
+        # A balancer's word: too short, too long, neither known nor unknown, an unknown address.
+        b"P" + bytes(36),
+        b"P" + bytes(38),
+        b"P\2" + bytes(36),
+        b"P\0" + bytes(35) + b"\1",
         b"C" + bytes(8),
         b"B",
         b"F",
     ],
 )
-def test_a_worker_has_two_things_to_say(octets: bytes) -> None:
+def test_a_worker_has_three_things_to_say(octets: bytes) -> None:
     with pytest.raises(Malformed):
         decode_from_worker(octets)

@@ -97,7 +97,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},
-        "listen": [{"address": "[::]:443"}],
+        "listen": [{"address": "[::]:443", "accept_proxy_from": None, "proxy_timeout": None}],
         "vhost": [
             {
                 "sni": None,

@@ -133,3 +133,15 @@ def test_who_is_turned_away_for_the_address_uses_up_none_of_the_rate() -> None:
     for _ in range(10):
         assert admission.refuse("192.0.2.1") == "connections_per_address"
     assert admission.refuse("192.0.2.2") is None
+
+
+def test_a_client_that_comes_through_a_balancer_is_counted_once_it_is_known() -> None:
+    admission = Admission(limits(address=1, second=2), Clock())
+    assert admission.refuse_rate() is None
+    assert admission.refuse_rate() is None
+    assert admission.refuse_rate() == "connections_per_second"
+    assert admission.refuse_address("192.0.2.1") is None
+    assert admission.refuse_address("192.0.2.1") == "connections_per_address"
+    assert admission.refuse_address("192.0.2.2") is None
+    admission.leave("192.0.2.1")
+    assert admission.refuse_address("192.0.2.1") is None

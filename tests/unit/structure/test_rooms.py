@@ -61,6 +61,7 @@ ON_REQUEST = {
     "titus_py.between.certificate_index",
     "titus_py.parent.health",
     "titus_py.parent.introduction",
+    "titus_py.parent.networks",
     "titus_py.parent.proxy_header",
 }
 

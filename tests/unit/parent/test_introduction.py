@@ -12,10 +12,9 @@ from proxyprotocol.tlv import SSLClient
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from titus_py.between.messages import TlsFacts
+from titus_py.between.messages import Ends, TlsFacts
 from titus_py.parent.introduction import introduce
 from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
-from titus_py.parent.worker import Ends
 
 NAMES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=255)
 ADDRESSES = st.ip_addresses().map(str) | st.ip_addresses(v=4).map("::ffff:{}".format)
