@@ -174,5 +174,6 @@ def _progress() -> Progress:
         console=Console(stderr=True, highlight=False),
         transient=True,
         disable=not sys.stderr.isatty(),
-        redirect_stdout=True,
+        # Where standard output goes elsewhere, its lines must not go to the terminal.
+        redirect_stdout=sys.stdout.isatty(),
     )
