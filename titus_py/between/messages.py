@@ -67,6 +67,10 @@ FORK_OCTETS = _FORK.size
 FORKED_OCTETS = _FORKED.size
 
 
+#: The kernel's own bounds (MAX_ERRNO, PID_MAX_LIMIT).
+_MOST_ERRNO, _MOST_PID = 4095, 1 << 22
+
+
 class Malformed(ValueError):
     """A message that a worker never sends while it runs our code."""
 
@@ -216,9 +220,15 @@ class Forked(NamedTuple):
 
     @classmethod
     def decode(cls, message: bytes) -> "Forked":
-        """For the parent, which trusts the fork server."""
+        """For the parent; raises Malformed."""
+        if len(message) != _FORKED.size:
+            raise Malformed(f"{len(message)} octets")
         kind, uid, number = _FORKED.unpack(message)
-        return cls(uid, 0, number) if kind == b"E" else cls(uid, number)
+        if kind == b"E" and 0 < number <= _MOST_ERRNO:
+            return cls(uid, 0, number)
+        if kind == b"P" and 0 < number <= _MOST_PID:
+            return cls(uid, number)
+        raise Malformed(f"{kind!r}, {number}")
 
 
 def decode_from_worker(message: bytes) -> Ready | Proxied | Dial:

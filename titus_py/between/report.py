@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "End",
+    "NoReport",
     "Report",
     "ReportWriter",
     "State",
@@ -30,6 +31,7 @@ __all__ = [
 #: number and public key.
 _LAYOUT = struct.Struct("=BBxxxxxxQQ16s64s48s256s256s256s256s48s72s")
 _OCTETS = 2048
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 #: Where these fields are.
 _PLACES = {
     "state": slice(0, 1),
@@ -47,6 +49,10 @@ _PLACES = {
 _CERTIFICATE = tuple(place for place in _PLACES if place.startswith("certificate_"))
 _COUNTS = struct.Struct("=QQ")
 _COUNTS_OFFSET = 8
+
+
+class NoReport(ValueError):
+    """A descriptor is not that of a worker's report."""
 
 
 class State(IntEnum):
@@ -132,13 +138,21 @@ def make_report() -> int:
     """A page of zeros for one worker: a memory file whose size is sealed, close-on-exec."""
     descriptor = os.memfd_create("report", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, _OCTETS)
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     return descriptor
 
 
 def read_report(descriptor: int) -> Report:
-    """Read what the worker wrote. Whatever it wrote, the result is a valid Report."""
+    """Read what the worker wrote. Whatever it wrote, the result is a valid Report.
+
+    Raises NoReport for a descriptor that ``make_report`` has not made: reading it might wait.
+    """
+    try:
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        sealed = False
+    if not sealed or os.fstat(descriptor).st_size != _OCTETS:
+        raise NoReport("no report")
     state, end, from_client, to_client, *texts = _LAYOUT.unpack(
         os.pread(descriptor, _LAYOUT.size, 0)
     )

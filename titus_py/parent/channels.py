@@ -132,5 +132,6 @@ class Channels:
             refusal = Refusal.decode(message)
         except Malformed as error:
             self._tell("keyd_incomprehensible", level="error", reason=str(error))
+            self._gone()
             return
         self._refused(refusal)

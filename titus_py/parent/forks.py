@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import how_ended
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.messages import FORKED_OCTETS, Fork, Forked, Ready
+from titus_py.between.messages import FORKED_OCTETS, Fork, Forked, Malformed, Ready
 from titus_py.fork_server.confinement import MAX_ORDERS
 
 __all__ = ["Forks"]
@@ -113,7 +113,7 @@ class Forks:
     def _hear(self) -> None:
         while self._socket.fileno() >= 0:
             try:
-                message, descriptors = receive_descriptors(self._socket, FORKED_OCTETS, 1)
+                message, descriptors = receive_descriptors(self._socket, FORKED_OCTETS + 1, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -123,9 +123,20 @@ class Forks:
                 # It has ended, or is about to: its pidfd will tell.
                 self._close()
                 return
+            try:
+                forked = Forked.decode(message)
+            except Malformed:
+                forked = None
+            if forked is None or not self._orders:
+                # It is not our code that answers, or answers what was not ordered: end it.
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._close()
+                return
             self._orders -= 1
             self._last_seen = time.monotonic()
-            self._done(Forked.decode(message), descriptors[0] if descriptors else -1)
+            self._done(forked, descriptors[0] if descriptors else -1)
             if self._finishing and not self._orders:
                 self._close()
 

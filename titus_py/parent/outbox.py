@@ -14,8 +14,11 @@ from typing import Protocol
 from keyd.linux.descriptors import send_descriptors
 from titus_py.between.event_loop import EventLoop
 
-__all__ = ["Outbox", "Tell"]
+__all__ = ["TEXT_CHARACTERS", "Outbox", "Tell"]
 
+#: A text is cut off after so many: what a worker attempted, or a configuration has, may be long,
+#: and the supervisor takes no event that is longer than a message.
+TEXT_CHARACTERS = 1000
 _EVENTS, _ALARMS = 10_000, 1_000
 #: How soon to send again what was not taken.
 _PAUSE_SECONDS = 0.01
@@ -54,6 +57,9 @@ class Outbox:
             lost = {"event": "events_lost", "level": "error", "count": self._lost}
             self._lost = 0
             self._waiting.append((json.dumps(lost).encode(), None))
+        for name, value in fields.items():
+            if isinstance(value, str) and len(value) > TEXT_CHARACTERS:
+                fields[name] = value[:TEXT_CHARACTERS]
         self._waiting.append((json.dumps({"event": event, **fields}).encode(), report))
         if idle:
             self._send()

@@ -1,10 +1,9 @@
 """The children's sockets and ends: sends orders, hears events, notices that a child has ended.
 
-Run by the supervisor. Children's events are trusted with the log, and with nothing else.
-``upkeep`` decides what is done about them.
+Run by the supervisor. It does not trust its children: what one says that is not its to say, or not
+in its form (``child_events``), ends that child. ``upkeep`` decides what is done about events.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.report import complete_record, read_report
+from titus_py.between.report import NoReport, complete_record, read_report
+from titus_py.supervisor.child_events import Unintelligible, decode
 from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
 from titus_py.supervisor.record import Event
 
@@ -113,21 +113,38 @@ class Children:
                 return False
             child.last_heard = time.monotonic()
             try:
-                event = json.loads(message)
-                name = event.pop("event")
-            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-                # The message was too long and is cut off, or our code did not send it.
-                self._event("unintelligible", level="alarm", process=child.name, pid=child.pid)
+                if not child.distrusted:
+                    self._heard(
+                        generation, child, *_understood(generation, child, message, reports)
+                    )
+            except (Unintelligible, NoReport) as error:
+                # Whoever runs code in it may have sent more. None of that is heard.
+                child.distrusted = True
+                self._event(
+                    "unintelligible",
+                    level="alarm",
+                    process=child.name,
+                    pid=child.pid,
+                    reason=str(error),
+                )
                 child.kill()
+            finally:
                 for report in reports:
                     os.close(report)
-                continue
-            for report in reports:
-                name = complete_record(event, read_report(report))
-                os.close(report)
-            if name == "connection_over" and not reports:
-                # No descriptor was left to receive the report.
-                name = "connection_ended"
-                event["end"] = event["end"] or "not known: no descriptor for its report"
-            self._heard(generation, child, name, event)
         return True
+
+
+def _understood(
+    generation: Generation, child: Child, message: bytes, reports: Sequence[int]
+) -> tuple[str, dict[str, Any]]:
+    """An event by its name, complete for the record. Raises Unintelligible and NoReport."""
+    name, event = decode(child.name, message, bool(reports))
+    if name == "ready" and child not in generation.starting:
+        raise Unintelligible("ready for the second time")
+    if name == "connection_over":
+        if reports:
+            return complete_record(event, read_report(reports[0])), event
+        # No descriptor was left to receive the report.
+        event["end"] = event["end"] or "not known: no descriptor for its report"
+        return "connection_ended", event
+    return name, event

@@ -67,6 +67,9 @@ class Upkeep:
             self._takeover.check_handed_over()
         elif name == "connection_begun":
             generation.connections[event["connection"]] = event
+            if len(generation.connections) > generation.uids_needed:
+                # More than there can be: the ends of the first ones were lost.
+                del generation.connections[next(iter(generation.connections))]
         elif name in _ENDS:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
         elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
@@ -80,6 +83,8 @@ class Upkeep:
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
             self._backends.checked(generation.checks[event.pop("check")], state)
         self._event(name, generation.number, **event)
+        if name == "keyd_incomprehensible" and generation.keyd is not None:
+            generation.keyd.kill()
         if name == "fork_server_died":
             generation.crippled = True
             # Not now: this may end everything, and the child is still being heard.

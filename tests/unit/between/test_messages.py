@@ -78,7 +78,7 @@ def test_an_order_comes_back(uid: int) -> None:
     assert len(octets) == FORK_OCTETS
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 2**22), st.booleans())
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4095), st.booleans())
 def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -> None:
     forked = Forked(uid, 0, number) if failed else Forked(uid, number)
     octets = forked.encode()
@@ -132,3 +132,30 @@ def test_any_octets_from_a_worker_are_a_message_or_malformed(octets: bytes) -> N
 def test_a_worker_has_three_things_to_say(octets: bytes) -> None:
     with pytest.raises(Malformed):
         decode_from_worker(octets)
+
+
+@given(st.binary(max_size=FORKED_OCTETS + 1))
+def test_any_octets_from_the_fork_server_are_an_answer_or_malformed(octets: bytes) -> None:
+    try:
+        forked = Forked.decode(octets)
+    except Malformed:
+        return
+    assert forked.encode() == octets
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"",
+        b"P" + bytes(7),
+        # No such process, no such error, neither of the two.
+        b"P" + bytes(8),
+        b"P" + bytes(4) + b"\xff" * 4,
+        b"E" + bytes(8),
+        b"E" + bytes(4) + b"\0\0\x10\0",
+        b"R" + bytes(4) + b"\0\0\0\1",
+    ],
+)
+def test_a_fork_server_has_two_answers(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        Forked.decode(octets)

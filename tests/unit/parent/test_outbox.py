@@ -67,3 +67,14 @@ def test_a_supervisor_that_is_gone(pair: tuple[socket.socket, socket.socket]) ->
     outbox.put("one")
     outbox.put("two")
     outbox.send_last()
+
+
+def test_the_longest_texts_are_one_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A worker decides how long its message is, which its parent quotes."""
+    ours, theirs = pair
+    outbox = Outbox(EventLoop(), ours)
+    long = chr(0x1F510) * 30_000
+    outbox.put("malformed_message", attempted=long, client=long, how=long, why=long, end=long)
+    octets = theirs.recv(1 << 20)
+    assert len(octets) <= 64 * 1024
+    assert json.loads(octets)["attempted"] == long[:1000]

@@ -1,0 +1,140 @@
+"""Code that runs in keyd and speaks for it: it ends keyd, and neither the supervisor nor the proxy.
+
+Its sockets are taken from it (pidfd_getfd(2)), and messages are sent on them.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from .conftest import Serve
+from .instance import Event, Instance, Process
+from .peers import Listener, TlsClient
+
+_PIDFD_GETFD = 438
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def peers_of(process: Process) -> dict[int, set[int]]:
+    """For each of its unix sockets, by descriptor, the processes that have the other end."""
+    listed = subprocess.run(["ss", "-xpH"], capture_output=True, text=True, check=True).stdout
+    by_inode: dict[str, list[tuple[int, int]]] = {}
+    ends: dict[str, str] = {}
+    for line in listed.splitlines():
+        if found := re.search(r" \* (\d+) +\* (\d+)", line):
+            ends[found[1]] = found[2]
+            by_inode[found[1]] = [
+                (int(pid), int(fd)) for pid, fd in re.findall(r"pid=(\d+),fd=(\d+)", line)
+            ]
+    return {
+        fd: {pid for pid, _ in by_inode.get(ends[inode], [])}
+        for inode, holders in by_inode.items()
+        for holder, fd in holders
+        if holder == process.pid
+    }
+
+
+@contextmanager
+def mouth(process: Process, listener: Process) -> Iterator[socket.socket]:
+    """A process's own socket to another one."""
+    (number,) = [fd for fd, pids in peers_of(process).items() if listener.pid in pids]
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        taken = _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)
+        assert taken >= 0, os.strerror(ctypes.get_errno())
+    finally:
+        os.close(pidfd)
+    with socket.socket(fileno=taken) as ours:
+        yield ours
+
+
+def replaced(instance: Instance, since: int, keyd: Process) -> Event:
+    died = instance.wait_for_event("keyd_died", since=since)
+    assert (died["pid"], died["how"]) == (keyd.pid, "killed by SIGKILL")
+    return instance.wait_for_event("keyd_started", since=since)
+
+
+FORGED = [
+    {"event": "x", "name": 1},
+    {"event": "keyd_refused", "connection": 1, "of_generation": 2},
+    {"event": "fork_server_died", "level": "alarm", "how": "forged"},
+]
+
+
+def test_keyd_can_neither_end_the_supervisor_nor_speak_for_others(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(backend=echoing.address)
+    instance.expected_alarms |= {"unintelligible", "keyd_died"}
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        # Two: a third within ten seconds is as a third crash, and the supervisor gives up.
+        for forged in (FORGED[0], FORGED[2]):
+            since = len(instance.events())
+            keyd = instance.keyd()
+            supervisor = instance.supervisor()
+            with mouth(keyd, supervisor) as ours:
+                # Held, so that all is sent before keyd is ended.
+                supervisor.kill(signal.SIGSTOP)
+                for said in (forged, *FORGED):
+                    ours.send(json.dumps(said).encode())
+                supervisor.kill(signal.SIGCONT)
+            alarm = instance.wait_for_event("unintelligible", since=since)
+            assert (alarm["process"], alarm["pid"]) == ("keyd", keyd.pid)
+            replaced(instance, since, keyd)
+            names = [event["event"] for event in instance.events()[since:]]
+            assert names.count("unintelligible") == 1
+            assert "x" not in names
+        client.send(b"still there")
+        assert client.receive_exactly(11) == b"still there"
+    with TlsClient(instance.port) as client:
+        client.handshake()
+    assert not instance.events_named("fork_server_died")
+
+
+@pytest.mark.parametrize("said", [b"nonsense", b"X" * 2000])
+def test_keyd_that_the_parent_does_not_understand_is_replaced(
+    serve: Serve, echoing: Listener, said: bytes
+) -> None:
+    instance = serve(backend=echoing.address)
+    instance.expected_alarms.add("keyd_died")
+    since = len(instance.events())
+    keyd = instance.keyd()
+    with mouth(keyd, instance.parent()) as parent:
+        with suppress(BrokenPipeError):
+            for _ in range(20):
+                parent.send(said)
+    replaced(instance, since, keyd)
+    assert len(instance.events_named("keyd_incomprehensible")) == 1
+    with TlsClient(instance.port) as client:
+        client.handshake()
+
+
+@pytest.mark.parametrize("answer", [b"nonsense", b"P" + bytes(7) + b"\1"])
+def test_a_fork_server_that_answers_nonsense_is_replaced(
+    serve: Serve, echoing: Listener, answer: bytes
+) -> None:
+    """Or, as the second one, what nobody has ordered."""
+    instance = serve(backend=echoing.address)
+    instance.expected_alarms.add("fork_server_died")
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        instance.settled_counts()
+        since = len(instance.events())
+        with mouth(instance.fork_server(), instance.parent()) as parent:
+            parent.send(answer)
+        died = instance.wait_for_event("fork_server_died", since=since)
+        assert died["how"] == "killed by SIGKILL"
+        instance.wait_for_event("parent_started", since=since)
+        client.send(b"still there")
+        assert client.receive_exactly(11) == b"still there"
+    with TlsClient(instance.port) as client:
+        client.handshake()

@@ -1,0 +1,181 @@
+"""What children may say: their own events with their own fields, and nothing else ends well."""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyd.tally import LATENCY_BOUNDS
+from titus_py.supervisor.child_events import EVENTS, Unintelligible, decode, fields_of
+
+_REPOSITORY = Path(__file__).parents[3]
+
+#: An example of each kind of event, whole.
+OPERATIONS = {
+    "event": "operations",
+    "signed": 3,
+    "decrypted": 0,
+    "refused": {"not_tls": 1},
+    "seconds": [1] * (len(LATENCY_BOUNDS) + 1),
+    "seconds_sum": 0.25,
+}
+OVER = {
+    "event": "connection_over",
+    "level": "info",
+    "connection": 7,
+    "client": "192.0.2.1:50000",
+    "local": "192.0.2.2:443",
+    "vhost": None,
+    "seconds": 1.5,
+    "worker_seconds": 2,
+    "end": "",
+    "uid": 2_100_000_000,
+}
+SAID = {
+    "keyd": [
+        {"event": "alive"},
+        {"event": "ready", "keys": "0f" * 32, "all_memory_locked": True, "guards": "none"},
+        OPERATIONS,
+    ],
+    "parent": [
+        {"event": "retired"},
+        {"event": "alive", "spares": 4},
+        {"event": "limited", "level": "warning", "limit": "full", "count": 1, "last_client": "::1"},
+        OVER,
+    ],
+}
+VALID = [(child, said) for child, events in SAID.items() for said in events]
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+CHILDREN = st.sampled_from(sorted(EVENTS))
+
+
+def said_by(child: str, said: object, has_report: bool = False) -> dict[str, object] | None:
+    """What is understood of it; None if nothing is."""
+    octets = said if isinstance(said, bytes) else json.dumps(said).encode()
+    try:
+        name, fields = decode(child, octets, has_report)
+    except Unintelligible:
+        return None
+    known = fields_of(child, name)
+    assert known is not None
+    assert fields.keys() <= known.keys()
+    return {"event": name, **fields}
+
+
+@pytest.mark.parametrize(("child", "said"), VALID)
+def test_what_they_say_is_understood(child: str, said: dict[str, object]) -> None:
+    assert said_by(child, said) == said
+
+
+@pytest.mark.parametrize(
+    ("child", "said"),
+    [
+        ("keyd", {"event": "x", "name": 1}),
+        ("keyd", {"event": "connection_begun"}),
+        ("keyd", {"event": "keyd_refused", "connection": 1, "of_generation": 2}),
+        ("keyd", {"event": "fork_server_died", "level": "alarm", "how": "killed"}),
+        ("keyd", {"event": "retired"}),
+        ("keyd", {"event": "unintelligible", "level": "alarm"}),
+        ("keyd", {"event": "alive", "level": "alarm"}),
+        ("keyd", {"event": ["alive"]}),
+        ("keyd", {"event": None}),
+        ("keyd", OPERATIONS | {"signed": True}),
+        ("keyd", OPERATIONS | {"signed": -1}),
+        ("keyd", OPERATIONS | {"signed": 2**63}),
+        ("keyd", OPERATIONS | {"seconds_sum": float("nan")}),
+        ("keyd", OPERATIONS | {"seconds_sum": float("inf")}),
+        ("keyd", OPERATIONS | {"seconds": []}),
+        ("keyd", OPERATIONS | {"refused": {"A=1 B": 1}}),
+        ("keyd", OPERATIONS | {"refused": {f"{'x' * n}": 1 for n in range(1, 40)}}),
+        ("keyd", {"event": "ready", "keys": "0f", "all_memory_locked": True, "guards": ""}),
+        ("keyd", {"event": "ready", "keys": None, "all_memory_locked": True, "guards": ""}),
+        ("parent", OPERATIONS),
+        ("parent", OVER | {"level": []}),
+        ("parent", OVER | {"level": "emergency"}),
+        ("parent", OVER | {"connection": []}),
+        ("parent", OVER | {"connection": None}),
+        ("parent", OVER | {"client": "x" * 1001}),
+        ("parent", OVER | {"server_name": "forged.example"}),
+        ("parent", {key: value for key, value in OVER.items() if key != "end"}),
+        ("parent", b"[" * 60_000),
+        ("parent", b'{"event": "alive", "spares": ' + b"9" * 5000 + b"}"),
+        ("parent", json.dumps(OVER).encode()[:-1]),
+        ("parent", b"\xff"),
+        ("parent", b"[]"),
+        ("parent", b"null"),
+    ],
+)
+def test_what_is_not_theirs_to_say_is_not(child: str, said: object) -> None:
+    assert said_by(child, said) is None
+
+
+def test_a_descriptor_comes_with_a_report_alone() -> None:
+    assert said_by("parent", OVER, has_report=True) == OVER
+    assert said_by("parent", {"event": "retired"}, has_report=True) is None
+    assert said_by("keyd", {"event": "alive"}, has_report=True) is None
+
+
+@given(CHILDREN, st.binary(max_size=300))
+def test_any_octets_are_an_event_or_unintelligible(child: str, octets: bytes) -> None:
+    said_by(child, octets)
+
+
+@given(st.data(), CHILDREN)
+def test_any_fields_are_an_event_or_unintelligible(data: st.DataObject, child: str) -> None:
+    names = sorted({name for events in EVENTS.values() for name in events})
+    name = data.draw(st.sampled_from(names) | ANYTHING)
+    known = sorted(EVENTS[child].get(name, {}) if isinstance(name, str) else ())
+    keys = st.text(max_size=8) | (st.sampled_from(known) if known else st.nothing())
+    event = data.draw(st.dictionaries(keys, ANYTHING, max_size=12)) | {"event": name}
+    said_by(child, event, data.draw(st.booleans()))
+
+
+@given(st.data(), st.sampled_from(VALID), ANYTHING)
+def test_one_field_that_is_changed_is_as_good_or_unintelligible(
+    data: st.DataObject, valid: tuple[str, dict[str, object]], value: object
+) -> None:
+    child, said = valid
+    key = data.draw(st.sampled_from(sorted(said)) | st.text(max_size=8))
+    changed = said | {key: value}
+    # Compared as JSON: NaN is not equal to itself.
+    assert json.dumps(said_by(child, changed)) in ("null", json.dumps(changed))
+
+
+def _told(path: Path) -> Iterator[tuple[str, set[str], bool]]:
+    """The events of a child's source: name, fields, and whether those are all."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="_tell") | ast.Name(id="tell"),
+                args=[ast.Constant(str(name)), *_],
+                keywords=keywords,
+            ):
+                fields = {keyword.arg for keyword in keywords if keyword.arg is not None}
+                yield name, fields - {"report"}, len(fields) == len(keywords)
+
+
+@pytest.mark.parametrize(
+    ("child", "sources"),
+    [("keyd", ["keyd/__main__.py"]), ("parent", sorted(_REPOSITORY.glob("titus_py/parent/*.py")))],
+)
+def test_every_event_that_a_child_sends_is_known(child: str, sources: list[Path | str]) -> None:
+    found = set()
+    for source in sources:
+        for name, fields, all_of_them in _told(_REPOSITORY / source):
+            known = fields_of(child, name)
+            assert known is not None, f"{name} is not among the events of {child}"
+            assert fields <= known.keys(), name
+            needed = {field for field, optional in known.items() if not optional}
+            assert not all_of_them or needed <= fields, name
+            found.add(name)
+    # Those that have no name at the call, and those of the outbox itself.
+    by_variable = {"malformed_message", "unexpected_message", "events_lost", "operations"}
+    assert EVENTS[child].keys() - by_variable <= found

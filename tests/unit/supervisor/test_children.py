@@ -1,0 +1,140 @@
+"""A child that says what it has not to say is ended, with an alarm, and heard no more."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from keyd.linux.descriptors import send_descriptors
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.report import make_report
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Child, Generation
+
+OVER = {
+    "event": "connection_over",
+    "level": "info",
+    "connection": 7,
+    "client": "192.0.2.1:50000",
+    "local": "192.0.2.2:443",
+    "vhost": None,
+    "seconds": 1.5,
+    "worker_seconds": 2,
+    "end": "",
+    "uid": 2_100_000_000,
+}
+
+
+class Ear:
+    """A supervisor's ear for one child, which is a process that waits."""
+
+    def __init__(self, name: str) -> None:
+        ours, self.mouth = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self.child = Child(name, subprocess.Popen(["sleep", "60"]), ours)
+        self.alarms: list[dict[str, Any]] = []
+        self.heard: list[tuple[str, dict[str, Any]]] = []
+        self.how = ""
+        self.loop = EventLoop()
+        self._children = Children(self.loop, self._event, self._hear, self._ended)
+        self.generation = cast(Generation, SimpleNamespace(starting=set(), certificates={}))
+        self._children.watch(self.generation, self.child)
+
+    def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
+        self.alarms.append({"event": name, **fields})
+
+    def _hear(self, _: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
+        assert child is self.child
+        self.heard.append((name, event))
+
+    def _ended(self, _: Generation, child: Child) -> None:
+        self.how = self._children.let_go(child)
+
+    def run_until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 30
+        self.loop.after(30, lambda: None)
+        while not condition():
+            assert time.monotonic() < deadline
+            self.loop.run_once()
+
+    def say(self, message: object, *descriptors: int) -> None:
+        octets = message if isinstance(message, bytes) else json.dumps(message).encode()
+        send_descriptors(self.mouth, octets, descriptors)
+
+
+@pytest.fixture
+def ears() -> Iterator[Callable[[str], Ear]]:
+    made: list[Ear] = []
+
+    def ear(name: str) -> Ear:
+        made.append(Ear(name))
+        return made[-1]
+
+    yield ear
+    for one in made:
+        if not one.how:
+            one.child.kill()
+            one.child.bury()
+        one.mouth.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("keyd", {"event": "x", "name": 1}),
+        ("keyd", {"event": "connection_begun", "connection": []}),
+        ("keyd", {"event": "ready", "keys": "0" * 64, "all_memory_locked": True, "guards": ""}),
+        ("keyd", OVER),
+        ("parent", b"no JSON"),
+        ("parent", {"event": "ready", "vhosts": 1}),
+    ],
+)
+def test_it_is_ended_with_one_alarm_and_heard_no_more(
+    ears: Callable[[str], Ear], name: str, said: object
+) -> None:
+    ear = ears(name)
+    ear.say({"event": "alive", "spares": 1} if name == "parent" else {"event": "alive"})
+    for _ in range(3):
+        ear.say(said)
+    ear.say({"event": "alive", "spares": 1} if name == "parent" else {"event": "alive"})
+    ear.run_until(lambda: ear.how)
+    assert ear.how == "killed by SIGKILL"
+    assert [event for event, _ in ear.heard] == ["alive"]
+    (alarm,) = ear.alarms
+    assert (alarm["event"], alarm["level"], alarm["process"]) == ("unintelligible", "alarm", name)
+    assert alarm["pid"] == ear.child.pid
+    assert alarm["reason"]
+
+
+def test_a_descriptor_that_is_no_report_is_not_read(ears: Callable[[str], Ear]) -> None:
+    """Reading a pipe would wait for whoever has its other end."""
+    before = len(os.listdir("/proc/self/fd"))
+    ear = ears("parent")
+    read, write = os.pipe()
+    unsealed = os.memfd_create("report")
+    os.truncate(unsealed, 1024)
+    good = make_report()
+    ear.say(OVER, good)
+    ear.run_until(lambda: ear.heard)
+    ((name, event),) = ear.heard
+    assert (name, event["end"]) == ("handshake_failed", "exited without a word")
+    assert not ear.alarms
+    ear.say(OVER, read)
+    ear.run_until(lambda: ear.how)
+    assert [alarm["event"] for alarm in ear.alarms] == ["unintelligible"]
+    other = ears("parent")
+    other.say(OVER, unsealed)
+    other.run_until(lambda: other.how)
+    assert [alarm["event"] for alarm in other.alarms] == ["unintelligible"]
+    for descriptor in (read, write, unsealed, good):
+        os.close(descriptor)
+    for one in (ear, other):
+        one.mouth.close()
+    # Each has its loop's own descriptor left.
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

@@ -1,0 +1,202 @@
+"""What children may say, and how it has to look: decodes their events as strictly as messages.
+
+Run by the supervisor, which is root. keyd has no privilege, and hears workers; the parent hears
+workers, too. An attacker who controls one of them must neither end the supervisor nor have it log
+what is another process's to say. So each child has its own events; each event has its own fields,
+with types and bounds; and everything else is refused.
+
+A field that is new, or left out, is a change of the version in ``succession``: a supervisor hears
+children of the program before.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from keyd.tally import LATENCY_BOUNDS
+from titus_py.parent.outbox import TEXT_CHARACTERS
+from titus_py.supervisor.events import LEVELS
+
+__all__ = ["EVENTS", "Unintelligible", "decode", "fields_of"]
+
+#: An unsigned number of 63 bits: also a signed one for whoever reads the log.
+_MOST = (1 << 63) - 1
+#: Durations are below three thousand years.
+_MOST_SECONDS = 1e11
+_MOST_REFUSALS = 32
+
+
+class Unintelligible(ValueError):
+    """Not an event of this child's; the text says what is wrong with it."""
+
+
+class _Field(NamedTuple):
+    fits: Callable[[object], bool]
+    #: Whether it may be left out, or null.
+    optional: bool = False
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _is_seconds(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and 0 <= value <= _MOST_SECONDS
+
+
+def _is_counts_by_word(value: object) -> bool:
+    """For keyd's refusals, by status."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MOST_REFUSALS
+        and all(re.fullmatch("[a-z_]{1,40}", key) for key in value)
+        and all(map(_is_count, value.values()))
+    )
+
+
+def _is_counts(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == len(LATENCY_BOUNDS) + 1
+        and all(map(_is_count, value))
+    )
+
+
+def _is_fingerprint(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
+
+
+_COUNT, _SECONDS = _Field(_is_count), _Field(_is_seconds)
+_TEXT = _Field(_is_text)
+_FLAG = _Field(lambda value: isinstance(value, bool))
+_LEVEL = _Field(lambda value: isinstance(value, str) and value in LEVELS)
+
+
+def _optional(field: _Field) -> _Field:
+    return field._replace(optional=True)
+
+
+#: What a worker attempted. It may have had no client yet.
+_ATTEMPT = {
+    "level": _LEVEL,
+    "connection": _optional(_COUNT),
+    "client": _optional(_TEXT),
+    "uid": _COUNT,
+    "attempted": _TEXT,
+}
+
+#: By child, the names of its events, and by name their fields.
+EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
+    "keyd": {
+        "ready": {
+            "keys": _Field(_is_fingerprint),
+            "all_memory_locked": _FLAG,
+            "guards": _TEXT,
+        },
+        "alive": {},
+        "operations": {
+            "signed": _COUNT,
+            "decrypted": _COUNT,
+            "refused": _Field(_is_counts_by_word),
+            "seconds": _Field(_is_counts),
+            "seconds_sum": _SECONDS,
+        },
+    },
+    "parent": {
+        "ready": {"vhosts": _COUNT},
+        "alive": {"spares": _COUNT},
+        "retired": {},
+        "not_available": {"level": _LEVEL, "feature": _TEXT},
+        "events_lost": {"level": _LEVEL, "count": _COUNT},
+        # Clients.
+        "connection_begun": {
+            "connection": _COUNT,
+            "client": _TEXT,
+            "local": _TEXT,
+            "uid": _COUNT,
+        },
+        "connection_over": {
+            "level": _LEVEL,
+            "connection": _COUNT,
+            "client": _TEXT,
+            "local": _TEXT,
+            "vhost": _optional(_COUNT),
+            "alpn": _optional(_TEXT),
+            "backend": _optional(_TEXT),
+            "seconds": _SECONDS,
+            "worker_seconds": _SECONDS,
+            "end": _TEXT,
+            "uid": _COUNT,
+        },
+        "accept_failed": {"level": _LEVEL, "reason": _optional(_TEXT)},
+        "backend_unavailable": {
+            "level": _LEVEL,
+            "connection": _COUNT,
+            "backend": _TEXT,
+            "reason": _TEXT,
+        },
+        "full": {"level": _LEVEL, "max": _COUNT},
+        "not_full": {"level": _LEVEL, "max": _COUNT},
+        "limited": {
+            "level": _LEVEL,
+            "limit": _TEXT,
+            "count": _COUNT,
+            "last_client": _optional(_TEXT),
+        },
+        # Workers and their fork server.
+        "malformed_message": _ATTEMPT,
+        "unexpected_message": _ATTEMPT,
+        "worker_failed": {"level": _LEVEL, "uid": _COUNT, "how": _TEXT, "why": _TEXT},
+        "fork_failed": {"level": _LEVEL, "reason": _TEXT},
+        "fork_works_again": {"level": _LEVEL},
+        "fork_server_died": {"level": _LEVEL, "how": _TEXT},
+        # keyd, as the parent hears it.
+        "keyd_refused": _ATTEMPT
+        | {"connection": _COUNT, "uid": _optional(_COUNT), "status": _TEXT},
+        "keyd_lost": {"level": _LEVEL},
+        "keyd_incomprehensible": {"level": _LEVEL, "reason": _TEXT},
+    },
+}
+#: What comes with the descriptor of a worker's report; nothing else comes with one.
+_WITH_REPORT = "connection_over"
+
+
+def fields_of(child: str, event: str) -> Mapping[str, bool] | None:
+    """The fields of an event, and whether each may be left out; None: it is not this child's."""
+    fields = EVENTS[child].get(event)
+    return None if fields is None else {name: field.optional for name, field in fields.items()}
+
+
+def decode(child: str, message: bytes, has_report: bool) -> tuple[str, dict[str, Any]]:
+    """An event's name, and its fields; raises Unintelligible.
+
+    ``has_report``: a descriptor came with it.
+    """
+    try:
+        event = json.loads(message)
+    except (ValueError, RecursionError):
+        # Among others, a message that was too long, and was cut off.
+        raise Unintelligible("no JSON") from None
+    if not isinstance(event, dict):
+        raise Unintelligible("no object")
+    name = event.pop("event", None)
+    fields = EVENTS[child].get(name) if isinstance(name, str) else None
+    if fields is None:
+        raise Unintelligible("an event that is not its own")
+    if unknown := event.keys() - fields.keys():
+        raise Unintelligible(f"{name} with {len(unknown)} unknown fields")
+    for key, field in fields.items():
+        value = event.get(key)
+        if not (field.optional if value is None else field.fits(value)):
+            raise Unintelligible(f"{name} with a bad {key}")
+    if has_report and name != _WITH_REPORT:
+        raise Unintelligible(f"{name} with a descriptor")
+    return name, event
