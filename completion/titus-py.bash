@@ -36,7 +36,7 @@ _titus_py() {
                 return
             fi
             ;;
-        reload) options='--pid --program' ;;
+        reload) options='--pid --program --cut' ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
         options='serve check demo audit status reload rekey --help --version'

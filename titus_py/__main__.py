@@ -86,10 +86,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Exit code 0: they are served; 1: they are not, the old ones go on, and why.",
     )
     reload.add_argument("--pid", type=int, help="the supervisor of the instance, if several run")
-    reload.add_argument(
+    also = reload.add_mutually_exclusive_group()
+    also.add_argument(
         "--program",
         action="store_true",
         help="have the program itself replaced, too, by the one that is installed now",
+    )
+    also.add_argument(
+        "--cut",
+        action="store_true",
+        help="end the connections whose client certificate is no longer accepted",
     )
     reload.set_defaults(run=_reload)
 
@@ -222,7 +228,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _reload(arguments: argparse.Namespace) -> int:
     from titus_py.commands.reload import reload
 
-    return reload(arguments.pid, arguments.program)
+    return reload(arguments.pid, arguments.program, arguments.cut)
 
 
 def _rekey(arguments: argparse.Namespace) -> int:

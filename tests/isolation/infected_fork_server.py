@@ -157,6 +157,19 @@ def burst(taken: Taken, to: str, *parts: str) -> str:
     return "alive"
 
 
+def impersonate(taken: Taken, *names: str) -> str:
+    """Claim certificates with these names, which nobody has shown, and ask for the backend."""
+    from titus_py.between.client_allow import Facts
+    from titus_py.between.client_identity import Identity, Link
+
+    for name in names:
+        facts = Facts((f"{name}.example.org",), (), (name,), "00" * 32)
+        identity = Identity(facts, (Link(bytes(32), 1, bytes(32)),), b"no certificate")
+        os.write(taken.place.parent, identity.encode())
+    os.write(taken.place.parent, Dial(0, None).encode())
+    return stall(taken, "5")
+
+
 def _wait(descriptor: int, events: int) -> None:
     poll = select.poll()
     poll.register(descriptor, events)
@@ -176,6 +189,7 @@ DEEDS: dict[str, Callable[..., str]] = {
     "useup": use_up_memory,
     "child": leave_a_child,
     "burst": burst,
+    "impersonate": impersonate,
 }
 
 

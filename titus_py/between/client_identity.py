@@ -14,7 +14,7 @@ certificates, and in the supervisor.
 import struct
 from typing import Any, NamedTuple
 
-from titus_py.between.client_allow import Facts
+from titus_py.between.client_allow import Allow, Facts
 from titus_py.between.messages import Malformed
 
 __all__ = [
@@ -48,6 +48,10 @@ class ClientTerms(NamedTuple):
     revocations: str
     #: The fields of ``client_allow.Allow``; None: every certificate of the authorities.
     allow: tuple[tuple[str, ...], ...] | None
+
+    @property
+    def allowed(self) -> Allow | None:
+        return None if self.allow is None else Allow.decode(self.allow)
 
     @classmethod
     def decode(cls, fields: list[Any]) -> "ClientTerms":

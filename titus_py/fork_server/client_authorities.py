@@ -155,13 +155,12 @@ def _is_authority(certificate: x509.Certificate) -> bool:
     return extension.value.ca
 
 
-def _revoked(lists: Sequence[str], certificates: Sequence[Sequence[str]]) -> list[bool]:
-    """Whether each of some certificates, an issuer's id and a number, is on a list, PEM."""
+def _revoked(lists: str, certificates: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each of some certificates, an issuer's id and a number, is on one of these lists."""
     by_issuer: dict[str, list[x509.CertificateRevocationList]] = {}
-    for text in lists:
-        for block in blocks(text.encode()):
-            one = x509.load_pem_x509_crl(block.text)
-            by_issuer.setdefault(name_id(one.issuer).hex(), []).append(one)
+    for block in blocks(lists.encode()):
+        one = x509.load_pem_x509_crl(block.text)
+        by_issuer.setdefault(name_id(one.issuer).hex(), []).append(one)
     return [
         any(
             one.get_revoked_certificate_by_serial_number(int(number, 16)) is not None

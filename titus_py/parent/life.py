@@ -191,6 +191,15 @@ class Parent:
                 self._channels.take(descriptors)
             case "use backend":
                 self._backends.move(order["backend"], resolved(order["addresses"]))
+            case "claims":
+                from titus_py.parent.claims import tell_claims
+
+                self._arrivals.keep(0)
+                tell_claims(self._connections, order["vhosts"], self._tell)
+            case "cut":
+                from titus_py.parent.claims import cut
+
+                cut(self._connections, order["connections"])
             case "retire":
                 self._stop_accepting()
                 self._tell("retired")

@@ -36,6 +36,7 @@ from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.control import Answer, Control
+from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.generation import ALIVE_SECONDS, Generation
 from titus_py.supervisor.generations import Generations
@@ -181,6 +182,7 @@ class _Supervisor:
             backends,
             filters,
         )
+        cut = Cut(loop, record, children)
         self._reload = Reload(
             loop,
             record,
@@ -191,6 +193,7 @@ class _Supervisor:
             takeover,
             self._starting,
             keyd_service,
+            cut,
             read_again,
             self._adopt,
             self._change_program,
@@ -205,6 +208,7 @@ class _Supervisor:
             keyd_service,
             self._audits,
             backends,
+            cut,
             self._reload.for_keys,
             self._reload.renew,
         )
@@ -257,6 +261,7 @@ class _Supervisor:
             "status": lambda answer: answer(self._status.all()),
             "reload": self._reload.answer,
             "reload program": partial(self._reload.answer, program=True),
+            "reload cut": partial(self._reload.answer, cut=True),
             "audit": self._answer_audit,
         }
         try:

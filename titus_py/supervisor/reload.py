@@ -16,6 +16,7 @@ from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.held_uids import Held
 from titus_py.supervisor.children import START_SECONDS
 from titus_py.supervisor.control import Answer
+from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -54,6 +55,7 @@ class Reload:
         takeover: Takeover,
         starting: Starting,
         keyd_service: KeydService,
+        cut: Cut,
         read_again: ReadAgain,
         adopt: Callable[[Generation], None],
         change_program: Callable[[], None],
@@ -67,6 +69,7 @@ class Reload:
         self._takeover = takeover
         self._starting = starting
         self._keyd_service = keyd_service
+        self._cut = cut
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
@@ -76,24 +79,31 @@ class Reload:
         self.asked_again = False
         #: The next reload begins by changing the program.
         self.program_asked = False
+        #: This reload, or the next one, ends connections that it no longer allows.
+        self._cuts = False
+        self._cut_asked = False
         #: The clients that wait for the outcome of this reload, and of the next one.
         self.answers: list[Answer] = []
         self.later_answers: list[Answer] = []
 
-    def answer(self, answer: Answer, program: bool = False) -> None:
+    def answer(self, answer: Answer, program: bool = False, cut: bool = False) -> None:
         """For ``titus-py reload``: begin a reload, and answer once it is over."""
         if self._service.stops:
             answer({"reloaded": False, "problems": ["it is being stopped"]})
             return
         # A reload in progress may have read the files already, and a renewal reads none.
         (self.later_answers if self._service.reloading else self.answers).append(answer)
-        self.begin(program)
+        self.begin(program, cut)
 
-    def begin(self, program: bool = False) -> None:
-        """Read the configuration anew. With ``program``, the installed program does that."""
+    def begin(self, program: bool = False, cut: bool = False) -> None:
+        """Read the configuration anew. With ``program``, the installed program does that.
+
+        With ``cut``, end the connections that the new configuration no longer allows.
+        """
         if self._service.ends:
             return
         self.program_asked = self.program_asked or program
+        self._cut_asked = self._cut_asked or cut
         if self._service.reloading:
             self.asked_again = True
             awaited = self._takeover.awaited
@@ -103,6 +113,7 @@ class Reload:
                 self._takeover.abandon_keyless(awaited.generation)
             return
         program, self.program_asked = self.program_asked, False
+        self._cuts, self._cut_asked = self._cut_asked, False
         self._event("reloading")
         self._service.begin_reload()
         if program:
@@ -191,13 +202,21 @@ class Reload:
         """End the reload: the awaited generation has taken over, or has failed."""
         serving = self._generations.serving
         if not problems:
-            self._ended({"reloaded": True, "generation": serving.number})
+            self._took_over({"reloaded": True, "generation": serving.number})
             return
         try:
             self._adopt(serving)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
         self.failed(problems)
+
+    def _took_over(self, outcome: dict[str, object]) -> None:
+        if self._cuts and not self._renewing:
+            self._cut.begin(
+                list(self._generations), self.aside, lambda added: self._ended(outcome | added)
+            )
+        else:
+            self._ended(outcome)
 
     def failed(self, problems: list[str]) -> None:
         if self._service.stops:

@@ -8,6 +8,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.cut import CLAIMS, Cut
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -40,6 +41,7 @@ class Upkeep:
         keyd_service: KeydService,
         audits: AnnouncedAudits,
         backends: Backends,
+        cut: Cut,
         reload_for_keys: Callable[[], None],
         renew: Callable[[Generation], None],
     ) -> None:
@@ -52,6 +54,7 @@ class Upkeep:
         self._keyd_service = keyd_service
         self._audits = audits
         self._backends = backends
+        self._cut = cut
         self._reload_for_keys = reload_for_keys
         self._renew = renew
 
@@ -59,6 +62,9 @@ class Upkeep:
         """Record a child's event, act on it, and keep track of the live connections."""
         if name == "ready":
             self._started(generation, child, event)
+            return
+        if name in CLAIMS:
+            self._cut.heard(generation, name, event)
             return
         if name == "alive":
             generation.spares = event.get("spares", generation.spares)
@@ -110,6 +116,8 @@ class Upkeep:
     def ended(self, generation: Generation, child: Child) -> None:
         """Act on a child's end, whether or not it was told to end."""
         how = self._takeover.let_go(generation, child)
+        if generation.parent is None:
+            self._cut.gone(generation)
         stops = self._service.stops
         # keyd exits when its parent has ended. The parent's end is about to be heard.
         hung_up = child.name == "keyd" and how == "exited with 0"

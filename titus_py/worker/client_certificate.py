@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib
 
-from titus_py.between.client_allow import Allow, Facts, allows
+from titus_py.between.client_allow import Facts, allows
 from titus_py.between.client_identity import ClientTerms, Identity, Link
 from titus_py.between.report import ReportWriter
 from titus_py.worker import verification
@@ -86,7 +86,7 @@ class Verifier:
 
     def __init__(self, terms: ClientTerms) -> None:
         self._terms = terms
-        self._allow = None if terms.allow is None else Allow.decode(terms.allow)
+        self._allow = terms.allowed
         #: Without authorities, the keys that are listed are all that counts.
         self._keys_only = not terms.authorities
         self._report: ReportWriter | None = None

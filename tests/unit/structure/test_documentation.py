@@ -24,7 +24,15 @@ _CHILDREN = ("keyd", "parent")
 #: What the parent says of a connection's end, the supervisor completes to one of these.
 _ENDS = {"connection_ended", "handshake_failed"}
 #: For the supervisor's ears alone.
-_NOT_LOGGED = {"alive", "connection_over", "operations", "ready", "retired"}
+_NOT_LOGGED = {
+    "alive",
+    "claims",
+    "claims_told",
+    "connection_over",
+    "operations",
+    "ready",
+    "retired",
+}
 
 
 def _names(expression: ast.expr) -> Iterator[str]:

@@ -1,0 +1,187 @@
+"""``titus-py reload --cut``: whose connections end, and whose do not."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .client_authority import ClientAuthority, ClientCertificate
+from .conftest import Serve
+from .instance import TITUS_PY, Instance, toml
+from .peers import Listener, TlsClient, was_reset
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> ClientAuthority:
+    return ClientAuthority(tmp_path)
+
+
+class Connected:
+    """A client with a certificate, or none, that has heard its echo."""
+
+    def __init__(self, instance: Instance, certificate: ClientCertificate | None) -> None:
+        shown = None if certificate is None else (certificate.chain, certificate.key)
+        self._client = TlsClient(instance.port, certificate=shown).handshake()
+        self.name = "{}:{}".format(*self._client.socket.getsockname())
+        assert self.echoes()
+
+    def echoes(self) -> bool:
+        self._client.send(b"x")
+        return self._client.receive_exactly(1) == b"x"
+
+    def was_reset(self) -> bool:
+        return was_reset(self._client.socket)
+
+    def close(self) -> None:
+        self._client.socket.close()
+
+
+def reload(instance: Instance, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(TITUS_PY), "reload", "--pid", str(instance.pid), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def cut(instance: Instance) -> int:
+    """How many connections it says that it has ended."""
+    done = reload(instance, "--cut")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()[-1]
+    assert said.endswith(" ended")
+    return int(said.split()[1])
+
+
+@pytest.fixture
+def clients(authority: ClientAuthority) -> dict[str, ClientCertificate]:
+    return {name: authority.issue(name, dns=[f"{name}.example.org"]) for name in ("alice", "bob")}
+
+
+def settings(authority: ClientAuthority, **others: Any) -> dict[str, Any]:
+    """Of a virtual host; without others, they let in whoever has a certificate, or none."""
+    return {
+        "client_certificates": "optional",
+        "client_ca": authority.file,
+        "client_crl": others.get("client_crl") or authority.crl(),
+        "client_allow": "all",
+        **others,
+    }
+
+
+def _lines(vhost: dict[str, Any]) -> str:
+    """As they are in a configuration's file."""
+    return toml({"vhost": [vhost]}).partition("\n")[2].rstrip("\n")
+
+
+@pytest.fixture
+def connections() -> Iterator[list[Connected]]:
+    connections: list[Connected] = []
+    yield connections
+    for connection in connections:
+        connection.close()
+
+
+def test_whom_it_ends(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+    tmp_path: Path,
+) -> None:
+    vhost = settings(authority)
+    instance = serve(echoing.address, vhost=[vhost])
+    file = instance.directory / "titus.toml"
+    before, now = file.read_text(), _lines(vhost)
+    assert now in before
+
+    def change(**others: Any) -> None:
+        file.write_text(before.replace(now, _lines(settings(authority, **others))))
+
+    alice, bob = (Connected(instance, clients[name]) for name in ("alice", "bob"))
+    nobody = Connected(instance, None)
+    connections += [alice, bob, nobody]
+
+    # Nothing has changed.
+    assert cut(instance) == 0
+    # Revoked: not by a mere reload.
+    change(client_crl=authority.crl(clients["bob"]))
+    assert reload(instance).returncode == 0
+    assert bob.echoes()
+    assert cut(instance) == 1
+    assert bob.was_reset()
+    assert instance.wait_for_event("connection_ended", client=bob.name)["end"] == (
+        "no_longer_allowed"
+    )
+    assert alice.echoes()
+    assert nobody.echoes()
+    # Required now.
+    change(client_certificates="required")
+    assert cut(instance) == 1
+    assert nobody.was_reset()
+    assert alice.echoes()
+    # A shorter list.
+    bob = Connected(instance, clients["bob"])
+    connections.append(bob)
+    change(client_allow={"dns": ["bob.example.org"]})
+    assert cut(instance) == 1
+    assert alice.was_reset()
+    assert bob.echoes()
+    # Another authority.
+    other = ClientAuthority(tmp_path / "other", "other")
+    change(client_ca=other.file, client_crl=other.crl())
+    assert cut(instance) == 1
+    assert bob.was_reset()
+    assert [event["count"] for event in instance.events_named("connections_cut")] == [0, 1, 1, 1, 1]
+
+
+def test_who_shakes_hands_connects_again(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+) -> None:
+    instance = serve(echoing.address, vhost=[settings(authority)])
+    with TlsClient(instance.port) as client:
+        flight = client.first_flight()
+        client.socket.sendall(flight[:-1])
+        name = "{}:{}".format(*client.socket.getsockname())
+        instance.wait_for_event("connection_begun", client=name)
+        assert cut(instance) == 0
+        assert was_reset(client.socket)
+    connections.append(Connected(instance, clients["alice"]))
+
+
+def test_hosts_that_ask_for_nothing_are_left_alone(
+    serve: Serve, echoing: Listener, connections: list[Connected]
+) -> None:
+    instance = serve(echoing.address)
+    connection = Connected(instance, None)
+    connections.append(connection)
+    assert cut(instance) == 0
+    assert connection.echoes()
+
+
+def test_a_mistake_ends_nobody(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+) -> None:
+    instance = serve(echoing.address, vhost=[settings(authority)])
+    connection = Connected(instance, clients["alice"])
+    connections.append(connection)
+    authority.crl(clients["alice"]).write_text("no list")
+    done = reload(instance, "--cut")
+    assert done.returncode == 1
+    assert "client_crl" in done.stderr
+    assert connection.echoes()
+
+
+def test_it_goes_with_no_other_program(serve: Serve, echoing: Listener) -> None:
+    """An earlier program's parents might not know what they are asked."""
+    done = reload(serve(echoing.address), "--cut", "--program")
+    assert done.returncode == 2
+    assert "not allowed with" in done.stderr

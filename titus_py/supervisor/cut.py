@@ -1,0 +1,229 @@
+"""Ends connections whose clients a reload no longer allows: ``titus-py reload --cut``.
+
+Run by the supervisor, once the new configuration serves. The parents of earlier generations say
+who their clients are, as workers have claimed. A thread judges them by the new configuration, and
+a child looks into the lists of revoked certificates. What is not about who a client is, such as
+a certificate that has expired since, ends no connection.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from titus_py.between.client_allow import allows
+from titus_py.between.client_identity import ClientTerms, Identity
+from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.configuration import VirtualHost
+from titus_py.configuration.client_certificates import client_terms
+from titus_py.configuration.helper import CLIENT_AUTHORITIES, Helper, Unanswered
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.record import Event
+
+__all__ = ["CLAIMS", "Cut"]
+
+#: The parents' events that are for this.
+CLAIMS = frozenset({"claims", "claims_told"})
+#: How long parents may take to say who their clients are.
+_CLAIMS_SECONDS = 15.0
+#: How long looking into the lists of revoked certificates may take.
+_LISTS_SECONDS = 60.0
+#: How many connections an order names: it has to stay below 64 KiB.
+_ORDER_CONNECTIONS = 2000
+
+
+class _Rules(NamedTuple):
+    """What the new configuration asks of a virtual host's clients."""
+
+    terms: ClientTerms
+    #: The public keys of the authorities, in hexadecimal.
+    keys: frozenset[str]
+
+
+class _Claim(NamedTuple):
+    generation: int
+    connection: int
+    rules: _Rules | None  #: None: there is no such virtual host any more
+    identity: Identity | None
+
+
+class _Aside(Protocol):
+    def __call__(
+        self,
+        work: Callable[[], tuple[list[_Claim], str]],
+        take: Callable[[tuple[list[_Claim], str]], None],
+    ) -> None: ...
+
+
+class Cut:
+    def __init__(self, loop: EventLoop, event: Event, children: Children) -> None:
+        self._loop = loop
+        self._event = event
+        self._children = children
+        self._rules: dict[int, dict[int, _Rules | None]] = {}
+        #: The generations whose parents have not said all yet.
+        self._awaited: dict[int, Generation] = {}
+        self._asked: dict[int, Generation] = {}
+        self._claims: list[_Claim] = []
+        self._patience: Timer | None = None
+        self._aside: _Aside | None = None
+        self._done: Callable[[dict[str, object]], None] | None = None
+
+    def begin(
+        self,
+        generations: Sequence[Generation],
+        aside: _Aside,
+        done: Callable[[dict[str, object]], None],
+    ) -> None:
+        """Judge the clients of all generations but the last, which serves.
+
+        ``aside`` calls a function in a thread (``Reload.aside``). ``done`` is called once, with
+        what to add to the reload's outcome.
+        """
+        *earlier, serving = generations
+        self._aside, self._done = aside, done
+        self._claims = []
+        self._rules = {one.number: _rules(one, serving) for one in earlier}
+        self._asked = {
+            one.number: one for one in earlier if one.parent is not None and self._rules[one.number]
+        }
+        self._awaited = self._asked.copy()
+        self._patience = self._loop.after(_CLAIMS_SECONDS, self._give_up)
+        for one in self._asked.values():
+            if one.parent is not None:
+                vhosts = list(self._rules[one.number])
+                self._children.order(one.parent, {"do": "claims", "vhosts": vhosts})
+        self._judge_if_all_is_told()
+
+    def heard(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
+        """Take what a parent says of its clients."""
+        if generation.number not in self._awaited:
+            return
+        if name == "claims":
+            self._claims += [
+                _Claim(
+                    generation.number,
+                    connection,
+                    self._rules[generation.number][vhost],
+                    claim and Identity.from_claim(claim),
+                )
+                for connection, vhost, claim in event["claims"]
+            ]
+            return
+        told = sum(claim.generation == generation.number for claim in self._claims)
+        if told != event["count"]:
+            self._finish(problem=f"{event['count'] - told} connections are not known")
+            return
+        self.gone(generation)
+
+    def gone(self, generation: Generation) -> None:
+        """No more is to be expected of this generation's parent."""
+        if self._awaited.pop(generation.number, None) is not None:
+            self._judge_if_all_is_told()
+
+    def _give_up(self) -> None:
+        numbers = ", ".join(map(str, self._awaited))
+        self._finish(
+            problem=f"the parents of these generations did not say whom they serve: {numbers}"
+        )
+
+    def _judge_if_all_is_told(self) -> None:
+        if self._awaited or self._aside is None:
+            return
+        if self._patience is not None:
+            self._patience.cancel()
+        claims = self._claims
+        self._aside(lambda: _unwanted(claims), lambda found: self._end(*found))
+
+    def _end(self, unwanted: list[_Claim], problem: str) -> None:
+        for number, generation in self._asked.items():
+            numbers = [claim.connection for claim in unwanted if claim.generation == number]
+            while numbers and generation.parent is not None:
+                some, numbers = numbers[:_ORDER_CONNECTIONS], numbers[_ORDER_CONNECTIONS:]
+                self._children.order(generation.parent, {"do": "cut", "connections": some})
+        self._finish(len(unwanted), problem)
+
+    def _finish(self, count: int = 0, problem: str = "") -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        self._awaited, self._asked, self._claims = {}, {}, []
+        done, self._done, self._aside = self._done, None, None
+        if done is None:
+            return
+        if problem:
+            self._event("connections_not_cut", level="error", reason=problem)
+            done({"not_cut": problem, "cut": count})
+        else:
+            self._event("connections_cut", count=count)
+            done({"cut": count})
+
+
+def _rules(earlier: Generation, serving: Generation) -> dict[int, _Rules | None]:
+    """For the virtual hosts of an earlier generation whose clients are to be judged: by what.
+
+    A virtual host is the same if it has the same names, local address and port.
+    """
+    hosts = {_match(vhost): vhost for vhost in reversed(serving.configuration.vhost)}
+    rules: dict[int, _Rules | None] = {}
+    for number, before in enumerate(earlier.configuration.vhost):
+        now = hosts.get(_match(before))
+        authorities = serving.checked.authorities
+        terms = client_terms(now, authorities) if now is not None else None
+        if now is not None and terms is not None:
+            files = now.client_files
+            keys = authorities[files].keys if files is not None else ()
+            rules[number] = _Rules(terms, frozenset(keys))
+        elif now is None and before.client_certificates is not None:
+            rules[number] = None
+    return rules
+
+
+def _match(vhost: VirtualHost) -> tuple[object, ...]:
+    return vhost.sni, vhost.local_address, vhost.local_port
+
+
+def _unwanted(claims: Sequence[_Claim]) -> tuple[list[_Claim], str]:
+    """The claims of those who are not let in any more, and why that is not all; in a thread."""
+    unwanted = [claim for claim in claims if not _lets_in(claim)]
+    by_lists: dict[str, list[_Claim]] = {}
+    for claim in claims:
+        if claim.rules is not None and claim.rules.terms.revocations and _lets_in(claim):
+            by_lists.setdefault(claim.rules.terms.revocations, []).append(claim)
+    try:
+        for lists, of_them in by_lists.items():
+            unwanted += _revoked(lists, of_them)
+    except (Unanswered, ValueError) as error:
+        return unwanted, f"the lists of revoked certificates could not be read: {error}"
+    return unwanted, ""
+
+
+def _lets_in(claim: _Claim) -> bool:
+    """Whether the new configuration lets this client in, revoked certificates aside."""
+    rules, identity = claim.rules, claim.identity
+    if rules is None:
+        return False
+    if identity is None:
+        return not rules.terms.required
+    known = not rules.terms.authorities or any(
+        link.spki.hex() in rules.keys for link in identity.links
+    )
+    return identity.complete and known and allows(rules.terms.allowed, identity.facts)
+
+
+def _revoked(lists: str, claims: Sequence[_Claim]) -> list[_Claim]:
+    """Those of which a certificate is on these lists. Raises Unanswered, ValueError."""
+    certificates = dict.fromkeys(
+        (link.issuer.hex(), f"{link.serial:x}")
+        for claim in claims
+        if claim.identity is not None
+        for link in claim.identity.links
+    )
+    question = {"lists": lists, "certificates": list(certificates)}
+    answer = Helper((*CLIENT_AUTHORITIES, "revoked")).ask(question, _LISTS_SECONDS)
+    revoked = dict(zip(certificates, json.loads(answer), strict=True))
+    return [
+        claim
+        for claim in claims
+        if claim.identity is not None
+        and any(revoked[link.issuer.hex(), f"{link.serial:x}"] for link in claim.identity.links)
+    ]
