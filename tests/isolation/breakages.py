@@ -242,16 +242,16 @@ def fork_server_bounding_set(_: str) -> None:
     confinement.forbid_regaining = nothing
 
 
-@breaks("no_new_privs", "fork server", within="fork_server")
+@breaks("no_new_privs", "supervisor", "parent", "fork server", within="fork_server")
 def fork_server_no_new_privs(_: str) -> None:
-    """What it leaves out, its workers do."""
+    """What it leaves out, its workers do. It would have it from the supervisor (``main``)."""
     import prctl
 
     prctl.set_no_new_privs = nothing
     change_calls(lambda calls: [prctl_of(PR_SET_NO_NEW_PRIVS, 1), *calls])
 
 
-@breaks("no_new_privs", "fork server", "worker", within="fork_server")
+@breaks("no_new_privs", "supervisor", "parent", "fork server", "worker", within="fork_server")
 def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
     import prctl
@@ -713,6 +713,10 @@ def main() -> int:
     _, role, name, file, *rest = sys.argv
     breakage = BREAKAGES[name]
     if role == "supervisor":
+        if breakage.check == "no_new_privs":
+            import prctl
+
+            prctl.set_no_new_privs = nothing
         from titus_py.__main__ import main as serve
         from titus_py.supervisor import generation
 

@@ -242,7 +242,7 @@ CHECKS = (
     ),
     Check(
         "no_new_privs",
-        _CONFINED,
+        _CONFINED | _PRIVILEGED,
         "no_new_privs: no program could give it more",
         f"{_STATUS}: NoNewPrivs",
         _no_new_privs,

@@ -129,6 +129,8 @@ def _withdraw() -> None:
     allow_many_descriptors()
     # Reap orphans here: process 1 might do it late or never, and until then they keep their uids.
     prctl.set_child_subreaper(True)
+    # For all that it starts, too: no program on the machine has more to give to any of them.
+    prctl.set_no_new_privs(1)
     keep_capabilities(SUPERVISOR_CAPABILITIES)
 
 
