@@ -148,7 +148,7 @@ class Identity(NamedTuple):
 
     @classmethod
     def from_claim(cls, claim: dict[str, Any]) -> "Identity":
-        """For the supervisor, which trusts the parent with the form of a claim."""
+        """For the supervisor, which has checked the form of a claim (``child_events``)."""
         dns, uri, cn, spki = claim["facts"]
         links = tuple(
             Link(bytes.fromhex(issuer), int(serial, 16), bytes.fromhex(key))

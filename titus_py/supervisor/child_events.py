@@ -26,6 +26,8 @@ _MOST = (1 << 63) - 1
 #: Durations are below three thousand years.
 _MOST_SECONDS = 1e11
 _MOST_REFUSALS = 32
+#: Of a certificate: DNS names, URIs, common names.
+_KINDS_OF_NAMES = 3
 
 
 class Unintelligible(ValueError):
@@ -70,6 +72,40 @@ def _is_fingerprint(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def _is_claims(value: object) -> bool:
+    """Connections, each with its virtual host and what its client has shown (``Identity``)."""
+    return isinstance(value, list) and all(
+        isinstance(claim, list)
+        and len(claim) == 3
+        and _is_count(claim[0])
+        and _is_count(claim[1])
+        and (claim[2] is None or _is_identity(claim[2]))
+        for claim in value
+    )
+
+
+def _is_identity(value: object) -> bool:
+    match value:
+        case {"facts": [*names, str(spki)], "links": [*links], "complete": bool(), **others}:
+            return (
+                not others
+                and len(names) == _KINDS_OF_NAMES
+                and all(isinstance(some, list) for some in names)
+                and all(isinstance(name, str) for some in names for name in some)
+                and _is_fingerprint(spki)
+                and all(map(_is_link, links))
+            )
+    return False
+
+
+def _is_link(value: object) -> bool:
+    match value:
+        case [str(issuer), str(serial), str(spki)]:
+            hexadecimal = re.fullmatch("[0-9a-f]{1,40}", serial) is not None
+            return _is_fingerprint(issuer) and hexadecimal and _is_fingerprint(spki)
+    return False
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
 
@@ -78,6 +114,9 @@ _COUNT, _SECONDS = _Field(_is_count), _Field(_is_seconds)
 _TEXT = _Field(_is_text)
 _FLAG = _Field(lambda value: isinstance(value, bool))
 _LEVEL = _Field(lambda value: isinstance(value, str) and value in LEVELS)
+
+
+_CLAIMS = _Field(_is_claims)
 
 
 def _optional(field: _Field) -> _Field:
@@ -91,6 +130,15 @@ _ATTEMPT = {
     "client": _optional(_TEXT),
     "uid": _COUNT,
     "attempted": _TEXT,
+}
+
+#: What a health check has found: of the plan's check of this number.
+_CHECKED = {
+    "level": _LEVEL,
+    "backend": _TEXT,
+    "changes": _optional(_COUNT),
+    "check": _COUNT,
+    "since": _SECONDS,
 }
 
 #: By child, the names of its events, and by name their fields.
@@ -121,6 +169,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "connection": _COUNT,
             "client": _TEXT,
             "local": _TEXT,
+            "balancer": _optional(_TEXT),
             "uid": _COUNT,
         },
         "connection_over": {
@@ -128,6 +177,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "connection": _COUNT,
             "client": _TEXT,
             "local": _TEXT,
+            "balancer": _optional(_TEXT),
             "vhost": _optional(_COUNT),
             "alpn": _optional(_TEXT),
             "backend": _optional(_TEXT),
@@ -143,6 +193,10 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "backend": _TEXT,
             "reason": _TEXT,
         },
+        "backend_up": _CHECKED,
+        "backend_down": _CHECKED | {"reason": _TEXT},
+        "claims": {"claims": _CLAIMS},
+        "claims_told": {"count": _COUNT},
         "full": {"level": _LEVEL, "max": _COUNT},
         "not_full": {"level": _LEVEL, "max": _COUNT},
         "limited": {

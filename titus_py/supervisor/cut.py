@@ -16,6 +16,7 @@ from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.configuration import VirtualHost
 from titus_py.configuration.client_certificates import client_terms
 from titus_py.configuration.helper import CLIENT_AUTHORITIES, Helper, Unanswered
+from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.record import Event
@@ -96,9 +97,13 @@ class Cut:
         self._judge_if_all_is_told()
 
     def heard(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
-        """Take what a parent says of its clients."""
+        """Take what a parent says of its clients; raises Unintelligible."""
         if generation.number not in self._awaited:
             return
+        if any(
+            vhost not in self._rules[generation.number] for _, vhost, _ in event.get("claims", ())
+        ):
+            raise Unintelligible("claims of a virtual host that was not asked about")
         if name == "claims":
             self._claims += [
                 _Claim(

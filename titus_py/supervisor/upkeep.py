@@ -8,6 +8,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.cut import CLAIMS, Cut
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
@@ -59,7 +60,10 @@ class Upkeep:
         self._renew = renew
 
     def heard(self, generation: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
-        """Record a child's event, act on it, and keep track of the live connections."""
+        """Record a child's event, act on it, and keep track of the live connections.
+
+        Raises Unintelligible for one that is about what this generation does not have.
+        """
         if name == "ready":
             self._started(generation, child, event)
             return
@@ -86,6 +90,8 @@ class Upkeep:
             generation.without_keyd = True
             self._keyd_service.connect(generation)
         elif name in _STATES:
+            if event["check"] >= len(generation.checks):
+                raise Unintelligible(f"{name} of a check that there is not")
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
             self._backends.checked(generation.checks[event.pop("check")], state)
         self._event(name, generation.number, **event)

@@ -35,6 +35,23 @@ OVER = {
     "end": "",
     "uid": 2_100_000_000,
 }
+CLAIM = [
+    7,
+    0,
+    {
+        "facts": [["a.example"], [], ["A. Example"], "0f" * 32],
+        "links": [["0a" * 32, "1f", "0b" * 32]],
+        "complete": True,
+    },
+]
+UP = {
+    "event": "backend_up",
+    "level": "warning",
+    "backend": "192.0.2.9:80",
+    "changes": None,
+    "check": 0,
+    "since": 1_800_000_000.5,
+}
 SAID = {
     "keyd": [
         {"event": "alive"},
@@ -46,6 +63,11 @@ SAID = {
         {"event": "alive", "spares": 4},
         {"event": "limited", "level": "warning", "limit": "full", "count": 1, "last_client": "::1"},
         OVER,
+        OVER | {"balancer": "192.0.2.3:40000", "alpn": "h2", "backend": "192.0.2.9:80"},
+        UP,
+        UP | {"event": "backend_down", "changes": 3, "reason": "connection refused"},
+        {"event": "claims", "claims": [CLAIM, [8, 1, None]]},
+        {"event": "claims_told", "count": 2},
     ],
 }
 VALID = [(child, said) for child, events in SAID.items() for said in events]
@@ -105,6 +127,18 @@ def test_what_they_say_is_understood(child: str, said: dict[str, object]) -> Non
         ("parent", OVER | {"client": "x" * 1001}),
         ("parent", OVER | {"server_name": "forged.example"}),
         ("parent", {key: value for key, value in OVER.items() if key != "end"}),
+        ("parent", UP | {"check": -1}),
+        ("parent", UP | {"since": "now"}),
+        ("parent", {"event": "claims", "claims": [CLAIM[:2]]}),
+        ("parent", {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"more": 1}]]}),
+        (
+            "parent",
+            {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"links": [["0a", "1", ""]]}]]},
+        ),
+        (
+            "parent",
+            {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"facts": [[], [], [[]], ""]}]]},
+        ),
         ("parent", b"[" * 60_000),
         ("parent", b'{"event": "alive", "spares": ' + b"9" * 5000 + b"}"),
         ("parent", json.dumps(OVER).encode()[:-1]),
