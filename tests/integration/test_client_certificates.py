@@ -17,7 +17,7 @@ from titus_py.supervisor.control_client import ask
 
 from .client_authority import DAY, ClientAuthority, ClientCertificate
 from .conftest import Certificates, Nginx, Serve
-from .instance import Event, Instance, eventually
+from .instance import TITUS_PY, Event, Instance, eventually
 from .peers import Listener, TlsClient, served_by
 
 VERSIONS = ("1.2", "1.3")
@@ -298,6 +298,31 @@ def test_an_authority_between_is_enough(
     assert connect(instance, "1.3", *authority.issue().options).alert == 48
 
 
+def test_hosts_with_a_directory_of_certificates_ask_as_well(
+    serve: Serve,
+    greeting: Listener,
+    certificates: Certificates,
+    authority: ClientAuthority,
+    tmp_path: Path,
+) -> None:
+    """Their contexts get their certificates late, in the worker."""
+    site = tmp_path / "live" / "localhost"
+    site.mkdir(parents=True)
+    issued = certificates()
+    (site / "fullchain.pem").symlink_to(issued.certificate)
+    (site / "privkey.pem").symlink_to(issued.key)
+    vhost = {
+        "certificate_dir": site.parent,
+        "client_certificates": "required",
+        "client_ca": authority.file,
+        "client_allow": "all",
+    }
+    instance = serve(greeting.address, vhost=[vhost])
+    for version, alert in (("1.2", 40), ("1.3", 116)):
+        assert connect(instance, version).alert == alert
+        assert connect(instance, version, *authority.issue().options).answer == b"welcome\n"
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_curl(
     serve: Serve,
@@ -335,3 +360,22 @@ def test_only_who_asks_pays(strict: Instance, serve: Serve, greeting: Listener) 
             maps = Path(f"/proc/{worker.pid}/maps").read_text()
             assert ("verification." in maps) is asks
             assert not re.search(r"^\S+ \S?wx", maps, re.MULTILINE)
+
+
+@pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
+def test_an_audit_has_no_certificate_and_blames_nobody_for_it(
+    serve: Serve, greeting: Listener, authority: ClientAuthority, version: str
+) -> None:
+    """It looks at what it can; where there is a host that lets it in, it looks there."""
+    requires = {
+        "client_certificates": "required",
+        "client_ca": authority.file,
+        "client_allow": "all",
+        "max_version": version,
+    }
+    hosts = [requires] if version == "TLSv1.2" else [{"sni": ["a.example.org"], **requires}, {}]
+    instance = serve(greeting.address, vhost=hosts)
+    command = [str(TITUS_PY), "audit", "--pid", str(instance.pid)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("requires a client" in done.stdout) is (version == "TLSv1.2")

@@ -22,7 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from titus_py.audit.client import MAX_ANSWER_OCTETS
-from titus_py.audit.finding import Finding, Subject, broken, holds, not_available
+from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
 from titus_py.audit.instance import Process, Role, connections_to
 from titus_py.audit.target import CannotAudit, Target
 from titus_py.between.virtual_host import select
@@ -31,7 +31,7 @@ from titus_py.configuration.address import IPAddress, canonical_ip
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
 
-__all__ = ["Probe", "Unanswered"]
+__all__ = ["NO_CERTIFICATE", "Probe", "Unanswered"]
 
 _SECONDS = 5.0
 #: How long a worker may take to end after its connection; and the pause between two looks.
@@ -43,6 +43,8 @@ _CLIENT = (sys.executable, "-I", "-m", "titus_py.audit.client")
 #: The client waits for its peer, and no longer than ``_SECONDS``.
 _CLIENT_SECONDS = 30.0
 _VERSIONS = ("TLSv1.2", "TLSv1.3")
+#: Why there is no more to see where every virtual host requires a client certificate.
+NO_CERTIFICATE = "it requires a client certificate, and the audit has none"
 
 
 class Unanswered(Exception):
@@ -201,6 +203,8 @@ class Probe:
         order = {"do": "handshake", "name": self.place.name, "alpn": self.place.vhost.alpn}
         answer = self._client.ask(order)
         version = answer.get("version")
+        if version not in _VERSIONS and self.is_refused:
+            return self._certificate_finding(not_available(NO_CERTIFICATE))
         if version not in _VERSIONS:
             reason = _plain(answer.get("error", "the audit's client has ended"))
             raise Unanswered(f"no handshake with {self.place.address}: {reason}")
@@ -212,6 +216,14 @@ class Probe:
             if certificate.public_bytes(Encoding.DER).hex() == answer.get("certificate"):
                 self.certificate = certificate
                 seen = holds(f"{version}, {certificate.subject.rfc4514_string() or 'no subject'}")
+        return self._certificate_finding(seen)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the virtual host requires a certificate, which this client has not."""
+        return _requires_certificate(self.place.vhost)
+
+    def _certificate_finding(self, seen: Seen) -> Finding:
         name = self.place.name or "no name"
         return Finding(
             "certificate",
@@ -285,7 +297,8 @@ def _place(target: Target) -> _Place:
     configuration = target.configuration
     # Where load balancers connect, this connection is refused unless it comes from one.
     listeners = sorted(configuration.listen, key=lambda listen: bool(listen.accept_proxy_from))
-    for wanted in configuration.vhost:
+    # Where a certificate is required, this connection is refused.
+    for wanted in sorted(configuration.vhost, key=_requires_certificate):
         for listen in listeners:
             for address in _addresses(listen.address, wanted):
                 if not wanted.receives(address):
@@ -297,6 +310,10 @@ def _place(target: Target) -> _Place:
                     proxied = bool(listen.accept_proxy_from)
                     return _Place(address, name, offered[chosen], proxied)
     raise Unanswered("no virtual host can be reached from here")
+
+
+def _requires_certificate(vhost: VirtualHost) -> bool:
+    return vhost.client_certificates == "required"
 
 
 def _addresses(listener: IPAddress, vhost: VirtualHost) -> list[IPAddress]:

@@ -12,7 +12,7 @@ from titus_py.audit.announcement import announce
 from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.instance import Process, Role
 from titus_py.audit.observation import Scene, Stage, has_backend
-from titus_py.audit.probe import Probe, Unanswered
+from titus_py.audit.probe import NO_CERTIFICATE, Probe, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
 
@@ -108,7 +108,7 @@ def _findings(target: Target) -> Iterator[Finding]:
                 yield from _examine(target, {probe.worker: "before its handshake"})
             yield probe.shake_hands()
             if probe.worker is not None:
-                yield from _established(target, probe.worker)
+                yield from _established(target, probe.worker, probe.is_refused)
                 stages[probe.worker.pid] = "after its handshake"
             scene = Scene(target)
             alive = [seen.process for seen in scene.observations]
@@ -203,7 +203,7 @@ def _called(finding: Finding, stage: str) -> Finding:
     return finding._replace(subject=finding.subject._replace(stage=stage))
 
 
-def _established(target: Target, worker: Process) -> Iterator[Finding]:
+def _established(target: Target, worker: Process, is_refused: bool) -> Iterator[Finding]:
     """What the checks say of the probe's worker once it has its backend.
 
     The client's handshake may be done before the worker's is. Until the worker has its backend,
@@ -211,7 +211,9 @@ def _established(target: Target, worker: Process) -> Iterator[Finding]:
     """
     patience = target.configuration.worker.connect_timeout + _ESTABLISHING_SECONDS
     seen = not_available("it ended before it could be looked at: is there a backend?")
-    if not _gets_backend(target, worker, patience):
+    if is_refused:
+        seen = not_available(NO_CERTIFICATE)
+    elif not _gets_backend(target, worker, patience):
         seen = not_available(f"{patience:g} s after its client's handshake it has no backend")
     elif found := list(_examine(target, {worker: "after its handshake"}, Stage.ESTABLISHED)):
         yield from found

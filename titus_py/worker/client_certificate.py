@@ -123,10 +123,12 @@ class Verifier:
             return
         store = context.get_cert_store()
         assert store is not None
-        any_one = crypto.load_certificate(crypto.FILETYPE_PEM, self._terms.authorities.encode())
-        with suppress(crypto.X509StoreContextError):
-            crypto.X509StoreContext(store, any_one).verify_certificate()
-        _read(any_one)
+        # All of them: a list is sorted when it is first looked into, and a long one takes time.
+        for authority in x509.load_pem_x509_certificates(self._terms.authorities.encode()):
+            own = crypto.X509.from_cryptography(authority)
+            with suppress(crypto.X509StoreContextError):
+                crypto.X509StoreContext(store, own).verify_certificate()
+        _read(own)
 
     def begin(self, report: ReportWriter) -> None:
         """Judge the certificate of this process's connection, whose handshake is about to begin."""
