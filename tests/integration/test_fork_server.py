@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from .conftest import Serve
-from .instance import Instance, eventually, zombies
+from .instance import Instance, Process, eventually, zombies
 from .peers import Listener, TlsClient
 from .service import PATIENCE, reload, serves, talk
 from .test_supervision import CLIENTS, Load
@@ -326,3 +326,22 @@ def test_without_the_privilege_for_namespaces_nobody_is_forked(
     event = instance.wait_for_event("fork_failed")
     assert event["reason"] == "Operation not permitted"
     assert not instance.workers()
+
+
+# --- out of memory ------------------------------------------------------------------------
+
+
+def test_when_memory_runs_out_workers_are_ended_before_those_that_others_need(
+    serve: Serve, echoing: Listener
+) -> None:
+    """As the kernel's own score of them has it."""
+    instance = serve(echoing.address)
+
+    def score(process: Process) -> int:
+        return int(Path(f"/proc/{process.pid}/oom_score").read_text())
+
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        workers = [*instance.workers(), instance.fork_server()]
+        others = [instance.supervisor(), instance.parent(), instance.keyd()]
+        assert min(map(score, workers)) > max(map(score, others))

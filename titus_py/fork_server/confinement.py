@@ -20,6 +20,7 @@ import prctl
 from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     controllable_speculation,
+    end_first_out_of_memory,
     enter_empty_root,
     forbid_regaining,
     keep_capabilities,
@@ -85,6 +86,10 @@ _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: connection takes about one MiB.
 MEMORY_OCTETS = 64 * 1024 * 1024
 
+#: In thousandths of the machine's memory: more than keyd, the parent and the supervisor have, so
+#: that a worker is ended before these; less than what a program that eats up the machine has.
+_OUT_OF_MEMORY_BEFORE = 100
+
 _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
@@ -114,6 +119,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     before. Only the privileges for making processes of other users are left.
     """
     memory = _memory_in_use() + MEMORY_OCTETS
+    end_first_out_of_memory(_OUT_OF_MEMORY_BEFORE)
     ruleset = landlock.make_ruleset() if landlock.version() else -1
     leave_namespaces(CLONE_NEWNET)
     enter_empty_root(chroot)
