@@ -76,6 +76,9 @@ class Table(NamedTuple):
 
 
 def tables() -> Iterator[Table]:
+    fields = configuration.Configuration.model_fields
+    keys = [_key(key, of, of.default) for key, of in fields.items() if table_of(of) is None]
+    yield Table("Before the first table", "What is of the file as a whole.", keys)
     yield from _tables_of(configuration.Configuration, "")
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from titus_py.configuration import toml
 from titus_py.configuration.across_tables import (
     certificate_mistakes,
     each_valid,
@@ -29,12 +28,11 @@ from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
 from titus_py.configuration.exposure import exposed_files
-from titus_py.configuration.mistake import Mistake, Source, labels_of, os_reason
+from titus_py.configuration.include import Unreadable, include, read_file
+from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
 
 __all__ = ["Loaded", "from_options", "load"]
-
-_MAX_FILE_OCTETS = 4 * 1024 * 1024
 
 
 class Loaded(NamedTuple):
@@ -61,21 +59,23 @@ def load(path: str | Path, credentials: Path | None = None) -> Loaded:
     """
     source = Source(str(path), Path(path).parent, credentials=credentials or _own_credentials())
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MAX_FILE_OCTETS + 1)
+        tables, lines = read_file(path)
         source = source._replace(directory=Path(os.path.abspath(path)).parent)
-    except OSError as error:
-        return _failed(source, "", os_reason(error))
-    except ValueError:
-        return _failed(source, "", "a file name cannot hold a NUL character")
-    if len(content) > _MAX_FILE_OCTETS:
-        return _failed(source, "", f"is longer than {_MAX_FILE_OCTETS} octets")
-    try:
-        tables, lines = toml.read(content)
-    except toml.NotTOML as error:
-        return _failed(source._replace(lines={"": error.line or 0}), "", error.reason)
-    source = source._replace(lines=lines, labels=labels_of(tables))
-    return _validated(tables, source)
+    except (Unreadable, OSError) as error:
+        line, reason = (
+            (error.line, error.reason)
+            if isinstance(error, Unreadable)
+            else (None, os_reason(error))
+        )
+        return _failed(source._replace(lines={"": line or 0}), "", reason)
+    included = include(tables, source._replace(lines=lines))
+    loaded = _validated(included.tables, included.source)
+    mistakes = included.mistakes + loaded.mistakes
+    return loaded._replace(
+        configuration=None if mistakes else loaded.configuration,
+        mistakes=mistakes,
+        warnings=included.warnings + loaded.warnings,
+    )
 
 
 def _own_credentials() -> Path | None:

@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
     ``lines`` are the line numbers of the file's tables and keys. ``labels`` are names that tell
     the tables of an array (``vhost[0]``) apart. ``credentials`` is the directory with the unit's
-    systemd credentials.
+    systemd credentials. ``files`` are the included files that some of these tables are in.
     """
 
     file: str
@@ -57,6 +57,7 @@ class Source(NamedTuple):
     lines: Mapping[str, int] = {}
     labels: Mapping[str, str] = {}
     credentials: Path | None = None
+    files: Mapping[str, str] = {}
 
     @property
     def path(self) -> str:
@@ -65,7 +66,13 @@ class Source(NamedTuple):
 
     def mistake(self, key: str, reason: str) -> Mistake:
         option = self.option(key)
-        return Mistake(self.file, option or key, reason, self.line(key), option or self.name(key))
+        file = self.included(key) or self.file
+        return Mistake(file, option or key, reason, self.line(key), option or self.name(key))
+
+    def included(self, key: str) -> str | None:
+        """The included file that the key is in, or should be in; None if it is none of those."""
+        table, bracket, _ = key.partition("]")
+        return self.files.get(table + bracket)
 
     def option(self, key: str) -> str | None:
         return self.options.get(re.sub(r"\[\d+\]", "", key))
@@ -79,8 +86,9 @@ class Source(NamedTuple):
 
     def reference(self, key: str) -> str:
         """The key as another mistake refers to it: the option, or the name with its line."""
-        line = self.line(key)
-        return self.option(key) or self.name(key) + (f" (line {line})" if line else "")
+        line, file = self.line(key), self.included(key)
+        place = f" ({f'{file}:' if file else 'line '}{line})" if line else ""
+        return self.option(key) or self.name(key) + place
 
     def line(self, key: str) -> int | None:
         """The line of the key, or else of the table that it is in, or should be in."""
@@ -99,7 +107,9 @@ def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
             value = table.get(key) if isinstance(table, dict) else None
             first = value[0] if isinstance(value, list) and value else value
             label = array
-            if isinstance(first, str):
+            if array == "vhost" and isinstance(table, dict) and "certificate_dir" in table:
+                label += f" of {described(table['certificate_dir'])}"
+            elif isinstance(first, str):
                 label += " " + described(first)
             elif array == "vhost" and first is None:
                 label += " for any name"

@@ -41,6 +41,7 @@ from titus_py.configuration.values import (
     LocalAddress,
     MetricsAddress,
     Networks,
+    Patterns,
     Protocols,
     ServerNames,
     UidRange,
@@ -414,6 +415,14 @@ def _not_empty(value: tuple[_Element, ...]) -> tuple[_Element, ...]:
 
 class Configuration(Table):
     """The whole file. Immutable for the life of the processes that are started with it."""
+
+    include: Patterns = Field(
+        default=(),
+        description='Other files whose tables belong to this one, such as ["conf.d/*.toml"]: each '
+        "has [[listen]] and [[vhost]] tables and nothing else. The files that match are read in "
+        "the order of their names, after this one. Relative paths in them are relative to the "
+        "directory of this file.",
+    )
 
     worker: Worker = Field(default_factory=Worker, description="The processes for connections.")
     limits: Limits = Field(

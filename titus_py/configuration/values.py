@@ -45,6 +45,7 @@ __all__ = [
     "LocalAddress",
     "MetricsAddress",
     "Networks",
+    "Patterns",
     "Protocols",
     "ServerNames",
     "UidRange",
@@ -417,6 +418,17 @@ def _protocol(name: str) -> str:
     return name
 
 
+def _patterns(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f'expected a list of files, such as ["conf.d/*.toml"], not {described(value)}'
+        )
+    for pattern in value:
+        if not _text(pattern) or "\0" in pattern:
+            raise ValueError(f"expected a file or a pattern, not {described(pattern)}")
+    return tuple(value)
+
+
 def _cipher_list(text: str) -> str:
     if not re.fullmatch(r"[!-~]+(?: [!-~]+)*", text):
         raise ValueError("expected an OpenSSL cipher list, such as ECDHE+AESGCM:ECDHE+CHACHA20")
@@ -483,6 +495,7 @@ LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
 CheckText = Annotated[str, PlainValidator(_check_text)]
 Networks = Annotated[tuple[str, ...], PlainValidator(_networks), _AsList]
+Patterns = Annotated[tuple[str, ...], PlainValidator(_patterns), PlainSerializer(list)]
 CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
 Groups = Annotated[tuple[str, ...], PlainValidator(_groups), _AsList]

@@ -33,6 +33,7 @@ from titus_py.configuration import (
 from titus_py.configuration.across_tables import too_many
 from titus_py.configuration.address import IPAddress, NameAddress, UnixAddress
 from titus_py.configuration.loading import _validated as validated
+from titus_py.configuration.tables import table_of
 from titus_py.configuration.values import _duration as duration
 from titus_py.configuration.values import _duration_text as duration_text
 from titus_py.configuration.values import _server_name_pattern as server_name_pattern
@@ -73,6 +74,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
     assert configuration is not None
     directory = loaded.source.directory
     assert configuration.model_dump(mode="json") == {
+        "include": [],
         "worker": {
             "uids": "2100000000-2100065535",
             "max": 1000,
@@ -889,8 +891,9 @@ values: st.SearchStrategy[Any] = st.recursive(
 )
 FIELDS = [
     name
-    for model in Configuration.model_fields.values()
-    for name in getattr(model.annotation, "__args__", [model.annotation])[0].model_fields
+    for field in Configuration.model_fields.values()
+    if (table := table_of(field)) is not None
+    for name in table.model_fields
 ]
 tables = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), values, max_size=6)
 
