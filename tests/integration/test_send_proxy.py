@@ -2,16 +2,21 @@
 
 import socket
 from collections.abc import Iterator
+from ipaddress import ip_address
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from OpenSSL import SSL
 from proxyprotocol.result import ProxyResult
 from proxyprotocol.v2 import ProxyProtocolV2
 
+from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
 from .instance import free_port
-from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset
+from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset, was_reset
 from .proxy_peers import Server, haproxy_server, nginx_server
+from .service import FAILS
 
 
 @pytest.fixture(scope="module", params=["nginx", "haproxy"])
@@ -98,6 +103,68 @@ def test_the_protocol_is_a_tls_fact(
         client.handshake()
         result, _ = first_words(listener, client)
         assert result.tlv.alpn == told
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> ClientAuthority:
+    return ClientAuthority(tmp_path_factory.mktemp("clients"))
+
+
+def show(client: TlsClient, certificate: ClientCertificate) -> None:
+    client.tls.use_certificate(certificate.certificate)
+    key = load_pem_private_key(certificate.key.read_bytes(), None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    client.tls.use_privatekey(key)
+
+
+def test_a_certificate_and_its_name(
+    serve: Serve, listener: Listener, authority: ClientAuthority
+) -> None:
+    vhost = {
+        "send_proxy": "v2-tls-cert",
+        "client_certificates": "optional",
+        "client_ca": authority.file,
+        "client_allow": "all",
+    }
+    instance = serve(listener.address, vhost=[vhost])
+    alice = authority.issue("alice")
+    for certificate in (alice, None):
+        with TlsClient(instance.port) as client:
+            if certificate is not None:
+                show(client, certificate)
+            client.handshake()
+            result, after = first_words(listener, client)
+        assert after == b"the client's"
+        assert result.source[0] == ip_address("127.0.0.1")
+        ssl = result.tlv.ssl
+        if certificate is None:
+            assert (ssl.client, ssl.cn, ssl.get(0x28)) == (1, None, None)
+            assert ssl.verify != 0
+        else:
+            der = certificate.certificate.public_bytes(Encoding.DER)
+            assert (ssl.client, ssl.verify, ssl.cn, ssl.get(0x28)) == (7, 0, "alice", der)
+
+
+def test_a_certificate_that_is_too_long_to_be_told_reaches_no_backend(
+    serve: Serve, listener: Listener, authority: ClientAuthority
+) -> None:
+    vhost = {
+        "send_proxy": "v2-tls-cert",
+        "client_certificates": "required",
+        "client_ca": authority.file,
+        "client_allow": "all",
+    }
+    instance = serve(listener.address, vhost=[vhost])
+    long = authority.issue("alice", padding=17_000)
+    with TlsClient(instance.port) as client:
+        show(client, long)
+        with suppress(*FAILS):
+            client.handshake()
+            assert not client.receive_all()
+    event = instance.wait_for_event("backend_unavailable")
+    assert event["reason"] == "PROXY header: the client's certificate is too long"
+    with listener.accept() as connection:
+        assert was_reset(connection)
 
 
 def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(

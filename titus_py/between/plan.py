@@ -114,7 +114,7 @@ class VirtualHost(NamedTuple):
     health: Health | None
     tls: TlsSettings
     truncated: str
-    #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", or None.
+    #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", "v2-tls-cert", or None.
     send_proxy: str | None
     #: What it asks of client certificates; None: it asks for none.
     clients: "ClientTerms | None" = None
@@ -122,7 +122,7 @@ class VirtualHost(NamedTuple):
     @property
     def passes_tls_facts(self) -> bool:
         """Whether the backend is told what a worker says of its client's TLS."""
-        return self.send_proxy == "v2-tls"
+        return self.send_proxy in ("v2-tls", "v2-tls-cert")
 
     def check(self, backend: str) -> Check | None:
         """How one of its backends is checked, if it is."""

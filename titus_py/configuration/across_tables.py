@@ -33,6 +33,7 @@ from titus_py.configuration.uids import (
 
 __all__ = [
     "certificate_mistakes",
+    "certificates_not_asked_for",
     "each_valid",
     "empty_directories",
     "key_mistakes",
@@ -353,3 +354,13 @@ def _takers(vhosts: Mapping[int, Match]) -> dict[str | None, list[int]]:
         fitting = ("",) if name is None else (name, "*." + name.partition(".")[2])
         takers[name] = sorted({i for p in (None, *fitting) for i in by_pattern.get(p, ())})
     return takers
+
+
+def certificates_not_asked_for(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """Backends that are to be told of certificates that no client is asked for."""
+    for i, vhost in each_valid(Backend, tables, "vhost", source):
+        if vhost.send_proxy == "v2-tls-cert" and "client_certificates" not in tables["vhost"][i]:
+            yield source.mistake(
+                f"vhost[{i}].send_proxy",
+                'no client is asked for a certificate: set client_certificates, or "v2-tls"',
+            )

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from titus_py.configuration.across_tables import (
     certificate_mistakes,
+    certificates_not_asked_for,
     each_valid,
     empty_directories,
     key_mistakes,
@@ -147,6 +148,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     mistakes += certificate_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)
     mistakes += client_mistakes(tables, source)
+    mistakes += certificates_not_asked_for(tables, source)
     mistakes += overlaps(listeners, source)
     mistakes += metrics_mistakes(tables, listeners, source)
     if listeners and len(listeners) == len(tables["listen"]):

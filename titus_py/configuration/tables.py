@@ -294,11 +294,12 @@ class Backend(Table):
         default=None,
         description="Checks of the backends, a table of its own. Absent: none are made.",
     )
-    send_proxy: Literal["v1", "v2", "v2-tls"] | None = Field(
+    send_proxy: Literal["v1", "v2", "v2-tls", "v2-tls-cert"] | None = Field(
         default=None,
         description="The PROXY header that the backend gets before anything else, and must expect: "
         'its client\'s address and the one it came to, as a line of text ("v1") or in binary '
-        '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite. '
+        '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite; '
+        'with "v2-tls-cert" the client\'s certificate and its common name as well. '
         "Absent: none, and the backend sees titus-py's address as its client's.",
     )
     alpn: Protocols | None = Field(

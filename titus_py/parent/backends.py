@@ -76,9 +76,13 @@ class Backends:
 
         def done(connected: socket.socket | None, backend: Backend | None, reason: str) -> None:
             if connected is not None and vhost.send_proxy is not None:
-                protocol = worker.protocol if vhost.passes_tls_facts else None
                 reason = self._introduce(
-                    connected, vhost.send_proxy, worker.ends, dial.facts, protocol
+                    connected,
+                    vhost.send_proxy,
+                    worker.ends,
+                    dial.facts,
+                    worker.protocol,
+                    worker.identity,
                 )
                 if reason:
                     connected.close()

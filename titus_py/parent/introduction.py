@@ -6,9 +6,13 @@ The worker gets the backend's socket only after that.
 """
 
 import socket
+from typing import TYPE_CHECKING
 
 from titus_py.between.messages import Ends, TlsFacts
 from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
+
+if TYPE_CHECKING:
+    from titus_py.between.client_identity import Identity
 
 __all__ = ["introduce"]
 
@@ -19,6 +23,7 @@ def introduce(
     ends: Ends,
     facts: TlsFacts | None,
     protocol: str | None,
+    identity: "Identity | None",
 ) -> str:
     """Write the header that the virtual host's ``send_proxy`` asks for, in one piece.
 
@@ -26,7 +31,15 @@ def introduce(
     succeed, or nothing. A backend that has got a part of a header is of no use to anybody.
     """
     try:
-        header = version_1(ends) if how == "v1" else version_2(ends, facts, protocol)
+        match how:
+            case "v1":
+                header = version_1(ends)
+            case "v2":
+                header = version_2(ends)
+            case "v2-tls":
+                header = version_2(ends, facts, protocol)
+            case _:
+                header = version_2(ends, facts, protocol, identity)
         written = backend.send(header)
     except CannotEncode as error:
         return f"PROXY header: {error}"

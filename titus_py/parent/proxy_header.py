@@ -1,15 +1,20 @@
 """The PROXY protocol's header, as a backend gets it: addresses in, octets out; no I/O.
 
 Imported by the parent where a virtual host sends one. The addresses are those that the parent
-knows. The TLS facts are a worker's words, and no better than that worker.
+knows. The TLS facts, and what a client's certificate says, are a worker's words, and no better than
+that worker.
 
 The format: haproxy's proxy-protocol.txt, section 2.
 """
 
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 from titus_py.between.messages import Ends, TlsFacts
+
+if TYPE_CHECKING:
+    from titus_py.between.client_identity import Identity
 
 __all__ = ["CannotEncode", "version_1", "version_2", "without_client"]
 
@@ -25,12 +30,12 @@ _MAX_LENGTH = 0xFFFF
 
 _ALPN, _AUTHORITY, _SSL = 0x01, 0x02, 0x20
 #: Within the TLV of SSL.
-_SSL_VERSION, _SSL_CIPHER = 0x21, 0x23
+_SSL_VERSION, _SSL_CN, _SSL_CIPHER, _SSL_CLIENT_CERTIFICATE = 0x21, 0x22, 0x23, 0x28
 _SSL_HEAD = struct.Struct("!BI")
-#: The client came over TLS.
-_CLIENT_SSL = 0x01
-#: "Verify" of a client that has shown no certificate: anything but zero.
-_NOT_VERIFIED = 1
+#: The client came over TLS; it has shown a certificate, on this connection and in this session.
+_CLIENT_SSL, _CLIENT_CERTIFICATE = 0x01, 0x02 | 0x04
+#: "Verify" of a certificate that was accepted; and, where none was shown, anything else.
+_VERIFIED, _NOT_VERIFIED = 0, 1
 
 _MAPPED = b"\0" * 10 + b"\xff\xff"
 
@@ -47,8 +52,16 @@ def version_1(ends: Ends) -> bytes:
     return f"PROXY {name} {' '.join(addresses)} {ends.client_port} {ends.server_port}\r\n".encode()
 
 
-def version_2(ends: Ends, facts: TlsFacts | None = None, protocol: str | None = None) -> bytes:
-    """The header of version 2, with TLVs for these facts. Raises CannotEncode."""
+def version_2(
+    ends: Ends,
+    facts: TlsFacts | None = None,
+    protocol: str | None = None,
+    identity: "Identity | None" = None,
+) -> bytes:
+    """The header of version 2, with TLVs for these facts. Raises CannotEncode.
+
+    ``identity`` is what the client's certificate says; it is left out without ``facts``.
+    """
     family, client, server = _packed(ends)
     body = client + server + _PORTS.pack(ends.client_port, ends.server_port)
     if protocol is not None:
@@ -56,7 +69,7 @@ def version_2(ends: Ends, facts: TlsFacts | None = None, protocol: str | None = 
     if facts is not None:
         if facts.server_name:
             body += _tlv(_AUTHORITY, facts.server_name.encode())
-        body += _tlv(_SSL, _about_tls(facts))
+        body += _tlv(_SSL, _about_tls(facts, identity))
     if len(body) > _MAX_LENGTH:
         raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
     kind = _TCP4 if family == socket.AF_INET else _TCP6
@@ -68,12 +81,18 @@ def without_client(how: str) -> bytes:
     return b"PROXY UNKNOWN\r\n" if how == "v1" else _HEAD.pack(_SIGNATURE, _LOCAL, 0, 0)
 
 
-def _about_tls(facts: TlsFacts) -> bytes:
-    return (
-        _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED)
-        + _tlv(_SSL_VERSION, facts.version.encode())
-        + _tlv(_SSL_CIPHER, facts.cipher_suite.encode())
-    )
+def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
+    about = _tlv(_SSL_VERSION, facts.version.encode())
+    about += _tlv(_SSL_CIPHER, facts.cipher_suite.encode())
+    if identity is None:
+        return _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED) + about
+    if not identity.certificate or not identity.complete:
+        raise CannotEncode("the client's certificate is too long")
+    # Of several common names, the first one. There may be none.
+    for name in identity.facts.cn[:1]:
+        about += _tlv(_SSL_CN, name.encode())
+    about += _tlv(_SSL_CLIENT_CERTIFICATE, identity.certificate)
+    return _SSL_HEAD.pack(_CLIENT_SSL | _CLIENT_CERTIFICATE, _VERIFIED) + about
 
 
 def _tlv(kind: int, value: bytes) -> bytes:

@@ -67,4 +67,15 @@ def test_how_a_backend_is_told(tmp_path: Path) -> None:
         assert configuration.vhost[0].send_proxy == how
     [mistake] = loaded(tmp_path, vhost='send_proxy = "v3"').mistakes
     assert mistake.key == "vhost[0].send_proxy"
-    assert mistake.reason == 'expected "v1", "v2" or "v2-tls", not "v3"'
+    assert mistake.reason == 'expected "v1", "v2", "v2-tls" or "v2-tls-cert", not "v3"'
+
+
+def test_certificates_are_told_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    [mistake] = loaded(tmp_path, vhost='send_proxy = "v2-tls-cert"').mistakes
+    assert mistake.key == "vhost[0].send_proxy"
+    assert "no client is asked for a certificate" in mistake.reason
+    spki = f"sha256:{bytes(32).hex()}"
+    asked = f'''send_proxy = "v2-tls-cert"
+        client_certificates = "optional"
+        client_allow = {{ spki = ["{spki}"] }}'''
+    assert loaded(tmp_path, vhost=asked).mistakes == []

@@ -12,6 +12,8 @@ from proxyprotocol.tlv import SSLClient
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
+from titus_py.between.client_allow import Facts
+from titus_py.between.client_identity import Identity
 from titus_py.between.messages import Ends, TlsFacts
 from titus_py.parent.introduction import introduce
 from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
@@ -25,6 +27,9 @@ FACTS = st.builds(
     st.sampled_from(["TLS_AES_256_GCM_SHA384", "ECDHE-RSA-AES128-GCM-SHA256"]),
     NAMES,
 )
+
+ENDS_HERE = Ends("192.0.2.1", 1, "192.0.2.2", 443)
+FACTS_HERE = TlsFacts("TLSv1.3", "TLS_AES_256_GCM_SHA384", "www.example.org")
 
 
 def plain(address: str) -> IPv4Address | IPv6Address:
@@ -68,6 +73,52 @@ def test_version_2(ends: Ends, facts: TlsFacts | None, protocol: str | None) -> 
     assert (tlv.ssl.version, tlv.ssl.cipher) == (facts.version, facts.cipher_suite)
 
 
+IDENTITY = Identity(Facts((), (), ("alice", "staff"), "00" * 32), (), b"DER of a certificate")
+
+
+@given(ENDS, FACTS, st.none() | NAMES.filter(bool))
+def test_version_2_with_a_certificate(ends: Ends, facts: TlsFacts, protocol: str | None) -> None:
+    octets = version_2(ends, facts, protocol, IDENTITY)
+    result = ProxyProtocolV2().unpack(octets)
+    assert_has(result, ends)
+    ssl = result.tlv.ssl
+    shown = SSLClient.PP2_CLIENT_CERT_CONN | SSLClient.PP2_CLIENT_CERT_SESS
+    assert ssl.client == SSLClient.PP2_CLIENT_SSL | shown
+    assert ssl.verify == 0
+    assert ssl.cn == "alice"
+    assert ssl[0x28] == b"DER of a certificate"
+    assert (ssl.version, ssl.cipher) == (facts.version, facts.cipher_suite)
+
+
+def test_a_certificate_without_a_common_name() -> None:
+    nobody = IDENTITY._replace(facts=Facts(("a.example.org",), (), (), "00" * 32))
+    octets = version_2(ENDS_HERE, FACTS_HERE, None, nobody)
+    assert ProxyProtocolV2().unpack(octets).tlv.ssl.get(0x22) is None
+
+
+@pytest.mark.parametrize("lacking", [{"certificate": b""}, {"complete": False}])
+def test_a_certificate_that_is_not_there_as_a_whole_is_not_told(lacking: dict[str, object]) -> None:
+    with pytest.raises(CannotEncode, match="the client's certificate is too long"):
+        version_2(ENDS_HERE, FACTS_HERE, None, IDENTITY._replace(**lacking))
+
+
+@pytest.mark.parametrize(
+    ("how", "version", "name", "certificate"),
+    [("v2", None, None, False), ("v2-tls", "TLSv1.3", "h2", False),
+     ("v2-tls-cert", "TLSv1.3", "h2", True)],
+)  # fmt: skip
+def test_a_backend_is_told_what_was_asked_for_and_no_more(
+    how: str, version: str | None, name: str | None, certificate: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert introduce(ours, how, ENDS_HERE, FACTS_HERE, "h2", IDENTITY) == ""
+        tlv = ProxyProtocolV2().unpack(theirs.recv(4096)).tlv
+    assert (tlv.alpn or b"").decode() == (name or "")
+    assert (tlv.ssl.version if tlv.ssl else None) == version
+    assert bool(tlv.ssl and tlv.ssl.get(0x28)) == certificate
+
+
 def test_an_interface_stays_at_home() -> None:
     ends = Ends("fe80::1%eth0", 5, "fe80::2%eth0", 443)
     assert version_1(ends) == b"PROXY TCP6 fe80::1 fe80::2 5 443\r\n"
@@ -79,14 +130,11 @@ def test_what_is_no_address_is_not_sent(encode: object) -> None:
         encode(Ends("127.0.0.1", 1, "nowhere", 2))
 
 
-ENDS_HERE = Ends("192.0.2.1", 1, "192.0.2.2", 443)
-
-
 def test_what_cannot_be_encoded_is_not_written() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        assert introduce(ours, "v1", ENDS_HERE._replace(client="?"), None, None).startswith(
+        assert introduce(ours, "v1", ENDS_HERE._replace(client="?"), None, None, None).startswith(
             "PROXY header: '?' is no"
         )
         ours.close()
@@ -100,7 +148,7 @@ def test_a_backend_without_room_is_a_failure() -> None:
         with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(65536))
-        why = introduce(ours, "v2", ENDS_HERE, None, None)
+        why = introduce(ours, "v2", ENDS_HERE, None, None, None)
         assert why == "PROXY header: Resource temporarily unavailable"
 
 
@@ -114,7 +162,7 @@ class _WithLittleRoom(socket.socket):
 def test_a_part_of_a_header_is_a_failure() -> None:
     ours, theirs = socket.socketpair()
     with theirs, _WithLittleRoom(fileno=ours.detach()) as backend:
-        why = introduce(backend, "v2", ENDS_HERE, None, None)
+        why = introduce(backend, "v2", ENDS_HERE, None, None, None)
         assert why == "PROXY header: 10 of 28 octets were taken"
 
 
@@ -122,4 +170,4 @@ def test_a_backend_that_is_gone_is_a_failure() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
     with ours:
-        assert introduce(ours, "v2", ENDS_HERE, None, None) == "PROXY header: Broken pipe"
+        assert introduce(ours, "v2", ENDS_HERE, None, None, None) == "PROXY header: Broken pipe"
