@@ -1,5 +1,6 @@
 """Servers and a load balancer that speak the PROXY protocol: nginx and haproxy, as they are."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,22 +9,54 @@ from pathlib import Path
 from .instance import eventually, free_port
 from .peers import connect
 
-__all__ = ["NGINX_SAYS", "Server", "haproxy_in_front", "haproxy_server", "nginx_server"]
+__all__ = ["Server", "haproxy_in_front", "haproxy_server", "nginx_server"]
 
-#: What the servers below say of the header that they got.
-NGINX_SAYS = (
-    "$proxy_protocol_addr $proxy_protocol_port "
-    "$proxy_protocol_server_addr $proxy_protocol_server_port"
-)
+_ADDRESSES = {
+    "nginx": "$proxy_protocol_addr $proxy_protocol_port "
+    "$proxy_protocol_server_addr $proxy_protocol_server_port",
+    "haproxy": "%[src] %[src_port] %[dst] %[dst_port]",
+}
+#: What they know of the TLVs, from which version on: what it is, and their word for it.
+_FACTS = {
+    "nginx": [
+        ((1, 23, 2), "name", "$proxy_protocol_tlv_authority"),
+        ((1, 23, 2), "version", "$proxy_protocol_tlv_ssl_version"),
+        ((1, 23, 2), "cipher", "$proxy_protocol_tlv_ssl_cipher"),
+        ((1, 23, 2), "cn", "$proxy_protocol_tlv_ssl_cn"),
+    ],
+    "haproxy": [
+        ((2, 2), "name", "%[fc_pp_authority]"),
+        ((2, 9), "tls", "%[fc_pp_tlv(0x20),hex]"),
+    ],
+}
 
 
 class Server:
-    """A backend; ``address`` is as a configuration has it."""
+    """A backend that tells each client what the PROXY header said of it.
 
-    def __init__(self, port: int, unix: Path | None = None) -> None:
-        self.port = port
-        self.address = f"127.0.0.1:{port}"
-        self.unix = f"unix:{unix}"
+    ``address`` and ``unix`` are as a configuration has them; ``answer`` is what it says, and
+    ``facts`` are the names of the words after the four for the addresses.
+    """
+
+    def __init__(self, program: str, directory: Path) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.unix = f"unix:{directory / program}.sock"
+        known = [fact for fact in _FACTS[program] if fact[0] <= _version(program)]
+        self.facts = [name for _, name, _ in known]
+        self.answer = " ".join([_ADDRESSES[program], *(f"[{word}]" for _, _, word in known)])
+
+    def told(self, answer: str) -> tuple[list[str], dict[str, str]]:
+        """The addresses and ports, and the facts that it knows: empty if it was not told."""
+        words = answer.split()
+        return words[:4], dict(zip(self.facts, (word[1:-1] for word in words[4:]), strict=True))
+
+
+def _version(program: str) -> tuple[int, ...]:
+    done = subprocess.run([program, "-v"], check=True, capture_output=True, text=True)
+    numbers = re.search(r"version:? (?:nginx/)?(\d+(?:\.\d+)+)", done.stdout + done.stderr)
+    assert numbers is not None
+    return tuple(map(int, numbers[1].split(".")))
 
 
 @contextmanager
@@ -48,8 +81,8 @@ def _running(program: list[object], port: int) -> Iterator[None]:
 
 @contextmanager
 def nginx_server(directory: Path) -> Iterator[Server]:
-    """An nginx that tells each client what the PROXY header said."""
-    server = Server(free_port(), directory / "nginx.sock")
+    """nginx, which understands the header of connections to both its sockets."""
+    server = Server("nginx", directory)
     configuration = directory / "nginx.conf"
     configuration.write_text(
         f"""\
@@ -68,7 +101,7 @@ def nginx_server(directory: Path) -> Iterator[Server]:
             server {{
                 listen {server.address} proxy_protocol;
                 listen {server.unix} proxy_protocol;
-                return 200 "{NGINX_SAYS}";
+                return 200 "{server.answer}";
             }}
         }}
         """
@@ -80,16 +113,15 @@ def nginx_server(directory: Path) -> Iterator[Server]:
 
 @contextmanager
 def haproxy_server(directory: Path) -> Iterator[Server]:
-    """A haproxy that tells each client what the PROXY header said, and the name in it."""
-    server = Server(free_port(), directory / "haproxy.sock")
-    says = "%[src] %[src_port] %[dst] %[dst_port] %[fc_pp_authority]"
+    """haproxy, likewise."""
+    server = Server("haproxy", directory)
     with _haproxy(
         directory,
         f"""\
         frontend front
             bind {server.address} accept-proxy
             bind {server.unix.removeprefix("unix:")} accept-proxy
-            http-request return status 200 content-type text/plain lf-string "{says}"
+            http-request return status 200 content-type text/plain lf-string "{server.answer}"
         """,
         server.port,
     ):

@@ -229,6 +229,16 @@ def test_others_are_refused_and_nothing_of_theirs_is_read(
     assert status(instance)["counts"]["limited"] == {"accept_proxy_from": 3}
 
 
+def test_a_balancer_on_ipv4_at_a_socket_of_both_families(serve: Serve, echoing: Listener) -> None:
+    """It is listed by its own address, and not as that socket shows it."""
+    port = free_port()
+    listen = {"address": f"[::]:{port}", "accept_proxy_from": ["127.0.0.1"]}
+    serve(echoing.address, listen=[listen])
+    assert is_taken(port, "127.0.0.1")
+    with suppress(ConnectionResetError), connect(port, "::1") as other:
+        assert was_reset(other)
+
+
 def test_limits_are_for_the_client_and_not_for_its_balancer(
     serve: Serve, counting: CountingListener
 ) -> None:

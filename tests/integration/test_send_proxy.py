@@ -29,15 +29,11 @@ def server(
         yield running
 
 
-def told(port: int, source: str, name: str = "localhost") -> tuple[list[str], tuple[str, int]]:
-    """What the backend says that it was told, in its words; and the client's own end."""
-    host = "::1" if ":" in source else "127.0.0.1"
-    client = socket.create_connection((host, port), TIMEOUT, (source, 0))
-    with TlsClient(port, name, source=client) as tls:
-        tls.handshake()
-        tls.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        answer = tls.receive_all().decode()
-        return answer.rpartition("\r\n\r\n")[2].split(), client.getsockname()[:2]
+def ask(tls: TlsClient) -> str:
+    """What the backend says that it was told."""
+    tls.handshake()
+    tls.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    return tls.receive_all().decode().rpartition("\r\n\r\n")[2]
 
 
 @pytest.mark.parametrize("how", ["v1", "v2", "v2-tls"])
@@ -53,11 +49,12 @@ def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
         ],
     )
     for to, source in ((port, "127.8.8.8"), (both, "127.8.8.9"), (both, "::1")):
-        words, client = told(to, source)
-        server_address = "::1" if ":" in source else "127.0.0.1"
-        assert words[:4] == [source, str(client[1]), server_address, str(to)]
-        # This nginx has no word for the name.
-        assert words[4:] == (["localhost"] if "haproxy" in server.unix and how == "v2-tls" else [])
+        host = "::1" if ":" in source else "127.0.0.1"
+        client = socket.create_connection((host, to), TIMEOUT, (source, 0))
+        with TlsClient(to, source=client) as tls:
+            addresses, facts = server.told(ask(tls))
+            assert addresses == [source, str(client.getsockname()[1]), host, str(to)]
+        assert facts.get("name", "") == ("localhost" if "name" in facts and how == "v2-tls" else "")
     assert not instance.events_named("backend_unavailable")
 
 
@@ -144,6 +141,29 @@ def test_a_certificate_and_its_name(
         else:
             der = certificate.certificate.public_bytes(Encoding.DER)
             assert (ssl.client, ssl.verify, ssl.cn, ssl.get(0x28)) == (7, 0, "alice", der)
+
+
+def test_servers_see_the_certificates_name(
+    serve: Serve, server: Server, authority: ClientAuthority
+) -> None:
+    """As far as their versions have words for it."""
+    vhost = {
+        "send_proxy": "v2-tls-cert",
+        "client_certificates": "required",
+        "client_ca": authority.file,
+        "client_allow": "all",
+    }
+    instance = serve(server.address, vhost=[vhost])
+    with TlsClient(instance.port) as client:
+        show(client, authority.issue("alice"))
+        addresses, facts = server.told(ask(client))
+        version = client.tls.get_protocol_version_name()
+        cipher = client.tls.get_cipher_name()
+    assert addresses[0] == "127.0.0.1"
+    expected = {"name": "localhost", "version": version, "cipher": cipher, "cn": "alice"}
+    tls = bytes.fromhex(facts.pop("tls", ""))
+    assert facts.items() <= expected.items()
+    assert not tls or all(text.encode() in tls for text in (version, cipher, "alice"))
 
 
 def test_a_certificate_that_is_too_long_to_be_told_reaches_no_backend(
