@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from proxyprotocol.v2 import ProxyProtocolV2
 
+from titus_py.audit.probe import Probe
+from titus_py.audit.target import find_target
+
 from .conftest import Certificates, Nginx, Serve
 from .instance import Event, Instance, eventually, free_port
 from .peers import (
@@ -340,6 +343,14 @@ def test_behind_curl(serve: Serve, nginx: Nginx, certificates: Certificates) -> 
     page, _, client = done.stdout.rpartition("\n")
     assert page == "It works."
     assert instance.wait_for_event("connection_begun", client=client)["balancer"] == client
+
+
+def test_the_audit_gets_in_where_its_machine_is_listed(proxied: Instance) -> None:
+    with Probe(find_target(proxied.pid)) as probe:
+        probe.find_worker()
+        probe.shake_hands()
+        assert probe.worker is not None
+        assert probe.worker.uid in proxied.uids
 
 
 def test_one_listener_beside_another(serve: Serve, echoing: Listener) -> None:
