@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib
 
@@ -69,6 +68,8 @@ _FINDINGS = {
 _WITHOUT_VERDICT = {
     "peer did not return a certificate": "no_certificate",
     "excessive message size": "too_long",
+    # Something that OpenSSL cannot get over, without asking us.
+    "certificate verify failed": "rejected",
 }
 
 
@@ -128,7 +129,8 @@ class Verifier:
             own = crypto.X509.from_cryptography(authority)
             with suppress(crypto.X509StoreContextError):
                 crypto.X509StoreContext(store, own).verify_certificate()
-        _read(own)
+            with suppress(*_UNREADABLE):
+                _read(own)
 
     def begin(self, report: ReportWriter) -> None:
         """Judge the certificate of this process's connection, whose handshake is about to begin."""
@@ -149,17 +151,22 @@ class Verifier:
 
         Raises PermissionError for a certificate that was not judged to be good.
         """
-        chain = connection.get_verified_chain(as_cryptography=True) or []
+        chain = connection.get_verified_chain() or []
         if not chain:
             if self._terms.required or self._shown is not None:
                 raise PermissionError("a handshake without the certificate that it takes")
             return None
         if not self._accepted or self._shown is None:
             raise PermissionError("a certificate that nobody has judged")
-        links = tuple(
-            Link(name_id(one.issuer), one.serial_number, public_key_id(one)) for one in chain
-        )
-        return Identity(self._shown.facts, links, chain[0].public_bytes(Encoding.DER))
+        links = []
+        # Where keys are all that counts, the client has made the others up.
+        for one in chain[:1] if self._keys_only else chain:
+            with suppress(*_UNREADABLE):
+                read = one.to_cryptography()
+                links.append(Link(name_id(read.issuer), read.serial_number, public_key_id(read)))
+        complete = self._keys_only or len(links) == len(chain)
+        own = crypto.dump_certificate(crypto.FILETYPE_ASN1, chain[0])
+        return Identity(self._shown.facts, tuple(links), own, complete)
 
     def _judge(self, good: int, address: int) -> bool:
         """Whether to go on: called by OpenSSL for each certificate, and for each fault."""

@@ -3,16 +3,18 @@
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
-from integration.client_authority import ClientAuthority
-from OpenSSL import SSL
+from integration.client_authority import ClientAuthority, ClientCertificate
+from OpenSSL import SSL, crypto
 
 from titus_py.between.client_identity import ClientTerms
 from titus_py.between.report import ReportWriter
@@ -55,7 +57,10 @@ def test_facts_without_names(tmp_path: Path) -> None:
 
 
 def handshake(
-    context: SSL.Context, authority: ClientAuthority, shown: bool
+    context: SSL.Context,
+    authority: ClientAuthority,
+    shown: bool | ClientCertificate,
+    between: crypto.X509 | None = None,
 ) -> tuple[SSL.Connection, SSL.Error | None]:
     """The server's side of a handshake in memory, and what it failed with."""
     server_files = authority.issue(dns=("localhost",))
@@ -63,9 +68,13 @@ def handshake(
     context.use_privatekey_file(str(server_files.key))
     client_context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     if shown:
-        client_files = authority.issue()
+        client_files = authority.issue() if shown is True else shown
         client_context.use_certificate_file(str(client_files.chain))
         client_context.use_privatekey_file(str(client_files.key))
+    if between is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            client_context.add_extra_chain_cert(between)
     server, client = SSL.Connection(context), SSL.Connection(client_context)
     server.set_accept_state()
     client.set_connect_state()
@@ -127,6 +136,37 @@ def test_who_was_not_judged_is_not_identified(
     assert error is None
     with pytest.raises(PermissionError):
         judge.identity(server)
+
+
+def _of_no_version(certificate: x509.Certificate) -> crypto.X509:
+    """The same in a version that there is not: OpenSSL reads it, the other library does not."""
+    der = certificate.public_bytes(Encoding.DER)
+    third = b"\xa0\x03\x02\x01\x02"
+    assert der.count(third) == 1
+    der = der.replace(third, b"\xa0\x03\x02\x01\x07")
+    with pytest.raises(x509.InvalidVersion):
+        x509.load_der_x509_certificate(der)
+    return crypto.load_certificate(crypto.FILETYPE_ASN1, der)
+
+
+def test_where_keys_count_others_certificates_do_not(tmp_path: Path) -> None:
+    """A client with a known key may send what it likes besides: it gets nobody into trouble."""
+    above = ClientAuthority(tmp_path, "above")
+    authority = ClientAuthority(tmp_path / "below", "below", above=above)
+    known = authority.issue()
+    spki = known.spki.removeprefix("sha256:")
+    judge = Verifier(ClientTerms(True, "", "", ((), (), (), (spki,))))
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    judge.demand(context)
+    judge.begin(ReportWriter())
+    odd = _of_no_version(authority.certificate)
+    server, error = handshake(context, above, known, odd)
+    assert error is None
+    assert len(server.get_verified_chain() or []) == 2
+    identity = judge.identity(server)
+    assert identity is not None
+    assert identity.complete
+    assert [link.spki.hex() for link in identity.links] == [spki]
 
 
 def test_a_context_that_does_not_ask_identifies_nobody(
