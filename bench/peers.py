@@ -14,15 +14,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["PEERS", "TITUS_PY", "Peer", "Setting", "Site", "make_site", "version_of_package"]
+__all__ = [
+    "BACKLOG",
+    "CONNECTIONS",
+    "FIRST_UID",
+    "PEERS",
+    "TITUS_PY",
+    "WORKERS",
+    "Peer",
+    "Setting",
+    "Site",
+    "make_site",
+    "version_of_package",
+]
 
 TITUS_PY = "titus-py"
-_WORKERS = 2
-_BACKLOG = 4096
-_CONNECTIONS = 4096
+WORKERS = 2
+BACKLOG = 4096
+CONNECTIONS = 4096
 _IDLE_SECONDS = 600
 #: titus-py's users: far beyond what anybody gives out.
-_FIRST_UID = 1_500_000_000 + os.getpid() % 10_000 * 20_000
+FIRST_UID = 1_500_000_000 + os.getpid() % 10_000 * 20_000
 
 _KEYS = {
     "RSA-2048": ["-newkey", "rsa:2048"],
@@ -100,11 +112,11 @@ def version_of_package(package: str) -> str:
 def _titus_py(setting: Setting) -> list[str]:
     tables: dict[str, dict[str, object]] = {
         "[worker]": {
-            "uids": f"{_FIRST_UID}-{_FIRST_UID + 13_998}",
-            "max": _CONNECTIONS,
+            "uids": f"{FIRST_UID}-{FIRST_UID + 13_998}",
+            "max": CONNECTIONS,
             "chroot": str(setting.directory / "empty"),
         },
-        "[keyd]": {"user": str(_FIRST_UID + 13_999)},
+        "[keyd]": {"user": str(FIRST_UID + 13_999)},
         "[[listen]]": {"address": f"127.0.0.1:{setting.port}"},
         "[[vhost]]": {
             "certificate": str(setting.site.certificate),
@@ -127,13 +139,13 @@ def _nginx(setting: Setting) -> list[str]:
         f"""\
 load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 user nobody nogroup;
-worker_processes {_WORKERS};
+worker_processes {WORKERS};
 pid {setting.directory}/pid;
 error_log {setting.directory}/log error;
-events {{ worker_connections {2 * _CONNECTIONS}; }}
+events {{ worker_connections {2 * CONNECTIONS}; }}
 stream {{
     server {{
-        listen 127.0.0.1:{setting.port} ssl backlog={_BACKLOG};
+        listen 127.0.0.1:{setting.port} ssl backlog={BACKLOG};
         ssl_certificate {setting.site.certificate};
         ssl_certificate_key {setting.site.key};
         ssl_protocols TLSv1.3;
@@ -153,14 +165,14 @@ def _haproxy(setting: Setting) -> list[str]:
         setting,
         f"""\
 global
-    nbthread {_WORKERS}
-    maxconn {_CONNECTIONS}
+    nbthread {WORKERS}
+    maxconn {CONNECTIONS}
     user nobody
     group nogroup
     tune.ssl.cachesize 0
 defaults
     mode tcp
-    backlog {_BACKLOG}
+    backlog {BACKLOG}
     timeout connect 10s
     timeout client {_IDLE_SECONDS}s
     timeout server {_IDLE_SECONDS}s
@@ -205,8 +217,8 @@ frontend = "[127.0.0.1]:{setting.port}"
 backend = "[127.0.0.1]:{setting.backend_port}"
 pem-file = "{setting.site.both}"
 tls-protos = TLSv1.3
-workers = {_WORKERS}
-backlog = {_BACKLOG}
+workers = {WORKERS}
+backlog = {BACKLOG}
 user = "nobody"
 group = "nogroup"
 daemon = off

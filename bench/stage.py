@@ -38,6 +38,7 @@ class Scope:
     bursts: int
     large_bursts: int
     latency_keys: tuple[str, ...]
+    certificates: int
 
 
 FULL = Scope(
@@ -53,6 +54,7 @@ FULL = Scope(
     bursts=5,
     large_bursts=3,
     latency_keys=("RSA-2048", "P-256"),
+    certificates=10_000,
 )
 QUICK = Scope(
     rounds=1,
@@ -67,6 +69,7 @@ QUICK = Scope(
     bursts=1,
     large_bursts=1,
     latency_keys=("P-256",),
+    certificates=1000,
 )
 
 

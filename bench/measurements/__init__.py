@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from bench.measurements import burst, handshakes, idle, latency, signatures, transfers
+from bench.measurements import burst, certificates, handshakes, idle, latency, signatures, transfers
 from bench.stage import Stage
 
 __all__ = ["MEASUREMENTS"]
@@ -15,5 +15,6 @@ MEASUREMENTS: dict[str, Callable[[Stage], None]] = {
     "transfers": transfers.measure,
     "idle": idle.measure,
     "burst": burst.measure,
+    "certificates": certificates.measure,
     "signatures": signatures.measure,
 }

@@ -1,11 +1,14 @@
 """The bench's machinery, not how fast anything is."""
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from bench.directories import SERVERS
 from bench.load import Load
+from bench.measurements import certificates
 from bench.peers import PEERS, TITUS_PY
 from bench.report import write_report
 from bench.samples import Results, Sample
@@ -69,3 +72,17 @@ def test_the_report_says_what_was_found_what_failed_and_who_was_missing(tmp_path
     assert "| P-256, 4 clients | 120 (100 to 150) | 240 (200 to 300) | — | 0.50 | — |" in report
     assert "**hitch: not measured**: hitch is not installed" in report
     assert "handshakes (key P-256, clients 4), stunnel: ended at once" in report
+
+
+def test_a_directory_of_certificates_is_served_by_each_that_is_compared(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificates, "_HANDSHAKES", 2)
+    peers = [peer for peer in PEERS if peer.name in SERVERS]
+    few = dataclasses.replace(QUICK, certificates=3)
+    certificates.measure(dataclasses.replace(stage, peers=peers, scope=few))
+    found = {sample.peer: sample for sample in stage.results.samples}
+    assert set(found) == {"titus-py", "nginx", "haproxy"}
+    for sample in found.values():
+        assert not sample.failed
+        assert all(value > 0 for value in sample.values.values())
