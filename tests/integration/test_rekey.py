@@ -159,6 +159,7 @@ def site(
         if kind is P_384_ENCRYPTED:
             vhost["passphrase_file"] = passphrase
         vhosts.append(vhost)
+    vhosts.append({"certificate_dir": pairs(company, tmp_path / "live", "dir.example.org")})
     return serve(backend=echoing.address, vhost=vhosts), tmp_path
 
 
@@ -235,9 +236,19 @@ def test_from_the_old_key_to_the_new_one_that_is_served(
     assert files(directory) == before_that
     configuration.write_bytes(own.read_bytes())
 
+    # One of those that a directory of certificates has is asked for by its name as well.
+    asked.append("dir.example.org")
+    assert rekey("--config", configuration, "dir.example.org")[0] == 0
+    new = directory / "live/dir.example.org/privkey.new"
+    company.certify(Path(f"{new}.csr"), Path(f"{new}.crt"))
+
     code, said, complaints = rekey("--install", pid, "--config", configuration, *asked)
     assert code == 0, complaints
     assert "reloaded: generation 2 serves" in said
+    shown = shown_to(instance, "dir.example.org")
+    in_place = new.with_name("fullchain.pem").read_bytes()
+    assert shown == x509.load_pem_x509_certificate(in_place)
+    assert not Path(f"{new}.key").exists()
     assert complaints == (
         "titus-py rekey: ed25519.example.org: passed over: its certificate is to be "
         f"{directory}/ed25519.new.crt\n"
