@@ -45,6 +45,7 @@ from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from keyd.system_calls import SERVING
+from keyd.words import leave_standard_error
 
 __all__ = ["main"]
 
@@ -193,6 +194,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
         # A supervisor that does not keep up misses this event; the next one has the totals again.
         with suppress(OSError):
             supervisor.send(json.dumps({"event": event, **fields}).encode(), socket.MSG_DONTWAIT)
+
+    leave_standard_error(lambda line: tell("keyd_said", text=line))
 
     def tick() -> None:
         tell("alive")

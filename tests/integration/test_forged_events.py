@@ -138,3 +138,37 @@ def test_a_fork_server_that_answers_nonsense_is_replaced(
         assert client.receive_exactly(11) == b"still there"
     with TlsClient(instance.port) as client:
         client.handshake()
+
+
+def test_keyd_has_no_way_to_the_log_but_its_own_event(serve: Serve, echoing: Listener) -> None:
+    instance = serve(backend=echoing.address)
+    instance.expected_alarms.add("keyd_died")
+    keyd = instance.keyd()
+    log = os.stat(instance.directory / "log")
+    for entry in os.scandir(f"/proc/{keyd.pid}/fd"):
+        held = entry.stat()
+        assert (held.st_dev, held.st_ino) != (log.st_dev, log.st_ino)
+    assert os.readlink(f"/proc/{keyd.pid}/fd/2") == "/dev/null"
+    # What keyd itself has to say: its parent is not understood.
+    since = len(instance.events())
+    with mouth(instance.parent(), keyd) as parent:
+        parent.send(b"nonsense")
+    said = instance.wait_for_event("keyd_said", since=since)
+    assert said["text"].startswith("hanging up on a parent: ")
+    instance.wait_for_event("keyd_started", since=since)
+
+    keyd = instance.keyd()
+    forged = json.dumps({"level": "alarm", "event": "worker_failed", "uid": 1})
+    since = len(instance.events())
+    with mouth(keyd, instance.supervisor()) as supervisor:
+        for _ in range(200):
+            said = {"event": "keyd_said", "text": f"\n{forged}\n"}
+            supervisor.send(json.dumps(said).encode())
+    event = instance.wait_for_event("keyd_said", since=since)
+    assert (event["level"], event["text"]) == ("error", f"\n{forged}\n")
+    with TlsClient(instance.port) as client:
+        client.handshake()
+    assert not instance.events_named("worker_failed")
+    texts = [event["text"] for event in instance.events_named("keyd_said")]
+    # Ten a second, and a busy machine may take some seconds.
+    assert len(texts) < 200

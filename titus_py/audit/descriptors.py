@@ -41,7 +41,6 @@ _HANDSHAKE: _Allowed = {**_SPARE, _CLIENT: 1, "socket to keyd": 1, _CLOSED: 1}
 _ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1}
 _KEYD: _Allowed = {
     _NULL: 3,
-    _ERRORS: 1,
     _OWN_ERRORS: 2,
     "epoll": 1,
     _TO_PARENT: None,

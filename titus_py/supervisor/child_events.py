@@ -150,6 +150,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "guards": _TEXT,
         },
         "alive": {},
+        "keyd_said": {"text": _TEXT},
         "operations": {
             "signed": _COUNT,
             "decrypted": _COUNT,

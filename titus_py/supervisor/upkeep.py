@@ -1,5 +1,6 @@
 """Acts on what children report, and on their ends. Run by the supervisor."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["Upkeep"]
 #: How soon to start keyd again. Its end may mean that its parent has ended.
 _RETRY_SECONDS = 0.05
 _STATES = frozenset({"backend_down", "backend_up"})
+#: How many lines of keyd's are logged in a second.
+_SAID_A_SECOND = 10
 _ENDS = frozenset({"connection_ended", "handshake_failed"})
 
 
@@ -58,6 +61,8 @@ class Upkeep:
         self._cut = cut
         self._reload_for_keys = reload_for_keys
         self._renew = renew
+        #: How many lines keyd has said, and in which second.
+        self._said = self._second = 0
 
     def heard(self, generation: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
         """Record a child's event, act on it, and keep track of the live connections.
@@ -89,6 +94,10 @@ class Upkeep:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             generation.without_keyd = True
             self._keyd_service.connect(generation)
+        elif name == "keyd_said":
+            if not self._may_say_more():
+                return
+            event["level"] = "error"
         elif name in _STATES:
             if event["check"] >= len(generation.checks):
                 raise Unintelligible(f"{name} of a check that there is not")
@@ -101,6 +110,14 @@ class Upkeep:
             generation.crippled = True
             # Not now: this may end everything, and the child is still being heard.
             self._loop.after(0, lambda: self._fork_server_died(generation))
+
+    def _may_say_more(self) -> bool:
+        """Whether what keyd says is logged: it must not fill the log."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._said = second, 0
+        self._said += 1
+        return self._said <= _SAID_A_SECOND
 
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:

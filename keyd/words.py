@@ -1,0 +1,40 @@
+"""What keyd has to say to people, as events of its own instead of lines on standard error.
+
+Run by a keyd that titus-py has started, before it hears a worker. Its standard error is the log
+itself, which the whole instance shares: an attacker who controls keyd could write lines there that
+pass for another process's.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+__all__ = ["TEXT_CHARACTERS", "Words", "leave_standard_error"]
+
+#: The supervisor takes no longer text.
+TEXT_CHARACTERS = 1000
+
+
+class Words(io.TextIOBase):
+    """A text file that has each whole line told, without ``keyd: `` in front of it."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._tell(line.removeprefix("keyd: ")[:TEXT_CHARACTERS])
+        return len(text)
+
+
+def leave_standard_error(tell: Callable[[str], None]) -> None:
+    """Have /dev/null for standard error, and ``tell`` for what Python writes to it.
+
+    Standard input has to be /dev/null already.
+    """
+    sys.stderr.flush()
+    os.dup2(0, 2)
+    sys.stderr = Words(tell)

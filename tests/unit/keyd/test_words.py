@@ -1,0 +1,35 @@
+"""What keyd says to people is told line by line."""
+
+import subprocess
+import sys
+
+from keyd.words import TEXT_CHARACTERS, Words
+
+
+def test_lines_are_told_when_they_are_whole() -> None:
+    told: list[str] = []
+    words = Words(told.append)
+    print("keyd: one", file=words)
+    words.write("two ")
+    assert told == ["one"]
+    print("and a half\nthree", file=words, flush=True)
+    print("x" * 5000, file=words)
+    assert told == ["one", "two and a half", "three", "x" * TEXT_CHARACTERS]
+
+
+def test_standard_error_is_left() -> None:
+    program = (
+        "import os, sys\n"
+        "from keyd.words import leave_standard_error\n"
+        "leave_standard_error(lambda line: print(f'told: {line}'))\n"
+        "print('keyd: to people', file=sys.stderr)\n"
+        "os.write(2, b'forged')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("told: to people\n", "")
