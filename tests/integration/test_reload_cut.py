@@ -135,6 +135,26 @@ def test_whom_it_ends(
     assert [event["count"] for event in instance.events_named("connections_cut")] == [0, 1, 1, 1, 1]
 
 
+def test_after_another_program(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+) -> None:
+    """The connections of the program before are known, and its parent can be started anew."""
+    instance = serve(echoing.address, vhost=[settings(authority)])
+    before, after = (Connected(instance, clients[name]) for name in ("alice", "bob"))
+    connections += [before, after]
+    done = reload(instance, "--program")
+    assert done.returncode == 0, done.stderr
+    assert before.echoes()
+    authority.crl(clients["alice"])
+    assert cut(instance) == 1
+    assert before.was_reset()
+    assert after.echoes()
+
+
 def test_who_shakes_hands_connects_again(
     serve: Serve,
     echoing: Listener,

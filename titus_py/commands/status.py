@@ -109,7 +109,11 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
     return Group(
         _headline(answer),
         _generations(answer["generations"]),
-        _certificates(answer["certificates"], answer.get("certificate_dirs", ())),
+        _certificates(
+            answer["certificates"],
+            answer.get("certificate_dirs", ()),
+            answer.get("client_authorities", ()),
+        ),
         _virtual_hosts(answer["vhosts"]),
         _counts(answer["counts"], answer["generations"]),
         Text(),
@@ -142,7 +146,9 @@ def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _certificates(
-    certificates: Iterable[Mapping[str, Any]], directories: Iterable[Mapping[str, Any]]
+    certificates: Iterable[Mapping[str, Any]],
+    directories: Iterable[Mapping[str, Any]],
+    of_clients: Iterable[Mapping[str, Any]],
 ) -> Table:
     table = _table("certificate", "days left", "expires", "names", "file")
     for certificate in certificates:
@@ -162,6 +168,9 @@ def _certificates(
             _text(f"in {one['directory']}"),
             _text(one["first"]),
         )
+    for one in of_clients:
+        days, ends = _days(one["days_left"]), one["not_after"][:10]
+        table.add_row(one["setting"], days, ends, "", _text(one["file"]))
     return table
 
 
@@ -203,6 +212,8 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("connections", f"{live} now, {counts['accepted']} accepted")
     table.add_row("handshakes", _tally(counts["handshakes"], "failed", counts["failed"]))
+    if counts["certificates_refused"]:
+        table.add_row("client certificates refused", _listed(counts["certificates_refused"]))
     if counts["protocols"]:
         table.add_row("protocols", _listed(counts["protocols"]))
     table.add_row(

@@ -5,9 +5,10 @@ Run by the supervisor (root) and by ``titus-py check``. A short-lived child read
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError, model_validator
 
 from titus_py.between.client_allow import Allow
 from titus_py.between.client_identity import ClientTerms
@@ -32,6 +33,9 @@ class ClientAuthorities(NamedTuple):
     revocations: str
     #: SHA-256 of the public keys of the authorities, in hexadecimal.
     keys: tuple[str, ...]
+    #: When the first of the authorities' certificates expires, and the first of the lists.
+    not_after: datetime
+    next_update: datetime | None = None
 
 
 class _Problem(BaseModel):
@@ -45,12 +49,20 @@ class _Answer(BaseModel):
     authorities: str
     revocations: str
     keys: tuple[str, ...]
+    not_after: AwareDatetime | None
+    next_update: AwareDatetime | None
 
     @model_validator(mode="after")
     def _mistakes_or_authorities(self) -> Self:
-        if not self.mistakes and not (self.authorities and self.keys):
+        if not self.mistakes and self.found() is None:
             raise ValueError("neither mistakes nor authorities")
         return self
+
+    def found(self) -> ClientAuthorities | None:
+        if self.mistakes or not (self.authorities and self.keys and self.not_after):
+            return None
+        ends = self.not_after, self.next_update
+        return ClientAuthorities(self.authorities, self.revocations, self.keys, *ends)
 
 
 _ANSWERS = TypeAdapter(list[_Answer])
@@ -108,8 +120,8 @@ def read_authorities(
     for (one, (place, *_)), answer in zip(files.items(), answers, strict=True):
         for problems, to in ((answer.mistakes, mistakes), (answer.warnings, warnings)):
             to += [source.mistake(f"{place}.{each.field}", each.reason) for each in problems]
-        if not answer.mistakes:
-            found[one] = ClientAuthorities(answer.authorities, answer.revocations, answer.keys)
+        if (authorities := answer.found()) is not None:
+            found[one] = authorities
     return found, mistakes, warnings
 
 
@@ -120,11 +132,11 @@ def client_terms(
     if vhost.client_certificates is None:
         return None
     files = vhost.client_files
-    found = authorities[files] if files is not None else ClientAuthorities("", "", ())
+    found = authorities[files] if files is not None else None
     return ClientTerms(
         vhost.client_certificates == "required",
-        found.authorities,
-        found.revocations,
+        found.authorities if found is not None else "",
+        found.revocations if found is not None else "",
         tuple(vhost.client_allow) if isinstance(vhost.client_allow, Allow) else None,
     )
 

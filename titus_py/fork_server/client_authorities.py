@@ -75,6 +75,13 @@ def _answer(ca: str, crl: str | None, now: datetime) -> dict[str, Any]:
         "authorities": _pem(authorities),
         "revocations": _pem(lists),
         "keys": keys,
+        "not_after": min(
+            (one.not_valid_after_utc.isoformat() for one in authorities), default=None
+        ),
+        "next_update": min(
+            (one.next_update_utc.isoformat() for one in lists if one.next_update_utc is not None),
+            default=None,
+        ),
     }
 
 

@@ -102,7 +102,8 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _of_backends(status)
     expiry = _gauge(
         "certificate_expiry_timestamp_seconds",
-        "When a certificate expires, in Unix time; of a certificate_dir, the first that does.",
+        "When a certificate expires, in Unix time; of a certificate_dir or a "
+        "client_ca, the first that does.",
     )
     for certificate in status.get("certificates", ()):
         expiry.add(
@@ -116,7 +117,17 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
             subject="",
             file=directory["first"],
         )
+    lists = _gauge(
+        "client_crl_expiry_timestamp_seconds",
+        "When the first list of revoked client certificates in a file expires, in Unix time.",
+    )
+    for one in status.get("client_authorities", ()):
+        of_lists = one["setting"] == "client_crl"
+        labels = {"file": one["file"]} if of_lists else {"subject": "", "file": one["file"]}
+        when = datetime.fromisoformat(one["not_after"]).timestamp()
+        (lists if of_lists else expiry).add(when, **labels)
     yield expiry
+    yield lists
     yield _gauge(
         "certificates_kept",
         "Certificates of directories whose new files are bad, so that the old ones are served.",

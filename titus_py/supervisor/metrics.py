@@ -280,6 +280,7 @@ class Metrics:
             "handshakes": sum(self.handshakes.values()),
             "protocols": self.protocols.some(),
             "failed": self.failures.some(),
+            "certificates_refused": self.certificates_refused.some(),
             "ended": self.ended.some(),
             "octets_from_clients": self.from_clients,
             "octets_to_clients": self.to_clients,

@@ -13,6 +13,8 @@ from titus_py.between.plan import Check, address_text
 from titus_py.configuration import Credential, VirtualHost
 from titus_py.configuration.address import Address
 from titus_py.configuration.checking import CertificateFacts
+from titus_py.configuration.client_certificates import ClientAuthorities
+from titus_py.configuration.client_table import ClientFiles
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -42,6 +44,30 @@ def _directories(
         }
         for directory, ends in found.items()
         for not_after, file in (min(ends),)
+    ]
+
+
+def _client_files(
+    authorities: Mapping[ClientFiles, ClientAuthorities], now: datetime
+) -> list[dict[str, object]]:
+    """What client certificates are judged by, and when the first of each file expires."""
+    ends = {
+        (setting, str(path)): when
+        for files, found in authorities.items()
+        for setting, path, when in (
+            ("client_ca", files.ca, found.not_after),
+            ("client_crl", files.crl, found.next_update),
+        )
+        if when is not None
+    }
+    return [
+        {
+            "setting": setting,
+            "file": file,
+            "not_after": when.isoformat(),
+            "days_left": (when - now).days,
+        }
+        for (setting, file), when in ends.items()
     ]
 
 
@@ -170,6 +196,7 @@ class Status:
                 for credential in credentials
                 for facts in (serving.certificates[credential],)
             ],
+            "client_authorities": _client_files(serving.checked.authorities, now),
             "certificate_dirs": _directories(serving.certificates, now),
             "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,

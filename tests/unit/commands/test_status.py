@@ -111,6 +111,14 @@ def make_status() -> dict[str, Any]:
                 "days_left": 2,
             }
         ],
+        "client_authorities": [
+            {
+                "setting": "client_crl",
+                "file": "/etc/titus-py/clients.crl",
+                "not_after": (now + timedelta(days=1)).isoformat(),
+                "days_left": 1,
+            }
+        ],
         "counts": metrics.counts(),
     }
 
@@ -187,6 +195,7 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "any name",
         "not resolved",
         r"CN=www\x1b[31m",
+        "clients.crl",
         "3 now, 5 accepted",
         "1, 1 failed (1 handshake timeout)",
         "12.3 MB to clients",

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,8 @@ def test_who_is_let_in(load_settings: Load) -> None:
     assert vhost.client_allow == allow
     files = ClientFiles(vhost.client_ca or Path(), vhost.client_crl)
     assert loaded.client_files == {files: ["vhost[0]"]}
-    terms = client_terms(vhost, {files: ClientAuthorities("CA", "CRL", ("00",))})
+    authorities = ClientAuthorities("CA", "CRL", ("00",), datetime.now(UTC))
+    terms = client_terms(vhost, {files: authorities})
     assert terms == (False, "CA", "CRL", tuple(allow))
     # As another program would read it again.
     assert vhost.model_dump(mode="json")["client_allow"] == {
@@ -152,6 +153,8 @@ def test_the_files_are_read_and_only_certificates_are_taken(authority: ClientAut
     assert files.crl is not None
     assert found[files].revocations == files.crl.read_text()
     assert len(found[files].keys) == 1
+    assert found[files].not_after == authority.certificate.not_valid_after_utc
+    assert found[files].next_update is not None
 
 
 @pytest.mark.parametrize(

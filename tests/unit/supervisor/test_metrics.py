@@ -39,6 +39,14 @@ STATUS: dict[str, Any] = {
             "not_after": "2030-01-01T00:00:00+00:00",
         }
     ],
+    "client_authorities": [
+        {
+            "setting": setting,
+            "file": f"/etc/titus-py/clients.{setting}",
+            "not_after": "2030-01-01T00:00:00+00:00",
+        }
+        for setting in ("client_ca", "client_crl")
+    ],
 }
 ENDED: dict[str, Any] = {
     "level": "info",
@@ -348,6 +356,10 @@ def test_the_service_itself() -> None:
     name = "titus_certificate_expiry_timestamp_seconds"
     certificate = f'{name}{{subject="CN=www.example.org",file="/etc/titus-py/www.crt"}}'
     assert found[certificate] == 1893456000
+    authority = f'{name}{{subject="",file="/etc/titus-py/clients.client_ca"}}'
+    assert found[authority] == 1893456000
+    lists = "titus_client_crl_expiry_timestamp_seconds"
+    assert found[f'{lists}{{file="/etc/titus-py/clients.client_crl"}}'] == 1893456000
 
 
 def test_the_supervisor_does_not_load_openssl_for_it() -> None:
