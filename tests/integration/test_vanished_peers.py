@@ -1,10 +1,7 @@
 """A peer that vanishes, as a machine does that loses its power or its network."""
 
-import ctypes
 import os
 import socket
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,12 +9,10 @@ import pytest
 
 from .conftest import Serve
 from .instance import free_port
+from .namespaces import ip, new_namespace, within
 from .peers import Listener, TlsClient, receive_exactly, was_reset
 from .test_pump import sockets_of, the_busy_worker
 from .test_reload import hang_up
-
-CLONE_NEWNET = 0x4000_0000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Lan(NamedTuple):
@@ -31,35 +26,10 @@ class Lan(NamedTuple):
     interface: str
 
     def on_the_other_machine(self, do: Callable[[], Any]) -> Any:
-        return _in_a_thread(lambda: (_enter(self.namespace), do())[1])
+        return within(self.namespace, do)
 
     def vanish(self) -> None:
-        self.on_the_other_machine(lambda: _ip("link", "set", self.interface, "down"))
-
-
-def _in_a_thread(do: Callable[[], Any]) -> Any:
-    """A network namespace is a thread's, and a socket stays in the one that it was made in."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(do()))
-    thread.start()
-    thread.join()
-    (result,) = results
-    return result
-
-
-def _enter(namespace: int) -> None:
-    if _libc.setns(namespace, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
-
-
-def _new_namespace() -> int:
-    if _libc.unshare(CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
-    return os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
+        self.on_the_other_machine(lambda: ip("link", "set", self.interface, "down"))
 
 
 @pytest.fixture
@@ -69,18 +39,18 @@ def lan() -> Iterator[Lan]:
     prefix, _, last = net.rpartition(".")
     here, there = f"{prefix}.{int(last) + 1}", f"{prefix}.{int(last) + 2}"
     ours, theirs = f"tp{number}h", f"tp{number}t"
-    namespace = _in_a_thread(_new_namespace)
-    _ip("link", "add", ours, "type", "veth", "peer", "name", theirs)
+    namespace = new_namespace()
+    ip("link", "add", ours, "type", "veth", "peer", "name", theirs)
     try:
-        _ip("link", "set", theirs, "netns", f"/proc/{os.getpid()}/fd/{namespace}")
-        _ip("address", "add", f"{here}/30", "dev", ours)
-        _ip("link", "set", ours, "up")
+        ip("link", "set", theirs, "netns", f"/proc/{os.getpid()}/fd/{namespace}")
+        ip("address", "add", f"{here}/30", "dev", ours)
+        ip("link", "set", ours, "up")
         lan = Lan(here, there, namespace, theirs)
-        lan.on_the_other_machine(lambda: _ip("address", "add", f"{there}/30", "dev", theirs))
-        lan.on_the_other_machine(lambda: _ip("link", "set", theirs, "up"))
+        lan.on_the_other_machine(lambda: ip("address", "add", f"{there}/30", "dev", theirs))
+        lan.on_the_other_machine(lambda: ip("link", "set", theirs, "up"))
         yield lan
     finally:
-        _ip("link", "delete", ours)
+        ip("link", "delete", ours)
         os.close(namespace)
 
 

@@ -374,6 +374,11 @@ def keep_alive(place: Place) -> None:
     call("setsockopt", place.client, socket.SOL_SOCKET, socket.SO_KEEPALIVE, _TRUE, len(_TRUE))
 
 
+def make_transparent(place: Place) -> None:
+    """IP_TRANSPARENT: such a socket can have any machine's address."""
+    call("setsockopt", place.client, socket.IPPROTO_IP, 19, _TRUE, len(_TRUE))
+
+
 def acknowledge(place: Place) -> None:
     """An option that it has a use for, once: before the connection is established."""
     call("setsockopt", place.client, socket.IPPROTO_TCP, socket.TCP_QUICKACK, _TRUE, len(_TRUE))
@@ -952,6 +957,7 @@ ATTEMPTS = [
         stages="e", without={"filter": "EISCONN", "filter dialer": "done"},
     ),
     Attempt("set another option of the socket", keep_alive, without={"filter": "done"}),
+    Attempt("have another machine's address", make_transparent, without={"filter": "EPERM"}),
     Attempt("acknowledge at once, later", acknowledge, stages="e", without={"filter": "done"}),
     Attempt("ask a socket for more, later", ask_more, stages="e", without={"filter": "done"}),
     Attempt("a filter, later", another_filter, stages="e", without={"filter": "done"}),

@@ -17,7 +17,11 @@ from titus_py.audit.finding import Check, Seen, broken, holds
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
 from titus_py.configuration.address import UnixAddress
-from titus_py.fork_server.confinement import FORK_SERVER_CAPABILITIES, PARENT_CAPABILITIES
+from titus_py.fork_server.confinement import (
+    FORK_SERVER_CAPABILITIES,
+    PARENT_CAPABILITIES,
+    TRANSPARENT_CAPABILITIES,
+)
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 
 __all__ = ["CHECKS"]
@@ -83,15 +87,16 @@ def _capabilities_to_fork(seen: Observation, _: Scene) -> Seen:
 
 
 def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
-    kept = set(PARENT_CAPABILITIES)
     if seen.process.role is Role.SUPERVISOR:
-        kept = set(SUPERVISOR_CAPABILITIES)
-    elif any(
-        isinstance(backend, UnixAddress)
-        for vhost in scene.target.configuration.vhost
-        for _, backend in vhost.all_backends
-    ):
+        # It keeps what the configuration took with which it was started, and may have another now.
+        kept = {*SUPERVISOR_CAPABILITIES, *TRANSPARENT_CAPABILITIES}
+        return _at_most(seen, _mask(kept), _mask(kept))
+    kept = set(PARENT_CAPABILITIES)
+    vhosts = scene.target.configuration.vhost
+    if any(isinstance(one, UnixAddress) for vhost in vhosts for _, one in vhost.all_backends):
         kept.add(prctl.CAP_DAC_OVERRIDE)
+    if any(vhost.source_address for vhost in vhosts):
+        kept |= TRANSPARENT_CAPABILITIES.keys()
     return _at_most(seen, _mask(kept), _mask(kept))
 
 

@@ -116,6 +116,8 @@ class VirtualHost(NamedTuple):
     truncated: str
     #: Which PROXY header the backend gets: "v1", "v2", "v2-tls", "v2-tls-cert", or None.
     send_proxy: str | None
+    #: "client": the backend sees the client's address. None: this machine's.
+    source_address: str | None
     #: What it asks of client certificates; None: it asks for none.
     clients: "ClientTerms | None" = None
 
@@ -163,6 +165,10 @@ class Plan(NamedTuple):
         return [
             vhost.certificate_index for vhost in self.vhosts if vhost.certificate_index is not None
         ]
+
+    @property
+    def binds_clients_addresses(self) -> bool:
+        return any(vhost.source_address for vhost in self.vhosts)
 
     def encode(self) -> bytes:
         vhosts = [vhost._asdict() for vhost in self.vhosts]

@@ -187,24 +187,24 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
         if directory := vhost.get("certificate_dir"):
             shown = f"names in {directory}"
         at = _at(vhost["local_address"], vhost["local_port"])
-        send_proxy = vhost["send_proxy"]
-        table.add_row(_text(shown), _text(at), *_backend(vhost, send_proxy))
+        how = _introduced(vhost["send_proxy"])
+        if vhost.get("source_address"):
+            how += ", transparent"
+        table.add_row(_text(shown), _text(at), *_backend(vhost, how))
         for one in vhost["health"]:
             down = f"down since {one['since']}, {one['reason']}"
             state = _text("up" if one["up"] else down)
             state.stylize("green" if one["up"] else "bold red")
             table.add_row("", "", _text(f"  {one['backend']}"), state)
         for one in vhost["backends"]:
-            table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, send_proxy))
+            table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, how))
     return table
 
 
-def _backend(of: Mapping[str, Any], send_proxy: str | None) -> tuple[Text, Text]:
-    """As it is configured, and its addresses."""
+def _backend(of: Mapping[str, Any], how: str) -> tuple[Text, Text]:
+    """As it is configured and how it is connected to, and its addresses."""
     addresses = _text(", ".join(of["addresses"])) if of["addresses"] else None
-    return _text(of["backend"] + _introduced(send_proxy)), addresses or Text(
-        "not resolved", style="red"
-    )
+    return _text(of["backend"] + how), addresses or Text("not resolved", style="red")
 
 
 def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> Table:

@@ -54,6 +54,10 @@ class IPAddress(NamedTuple):
     def is_wildcard(self) -> bool:
         return self.host in ("::", "0.0.0.0")
 
+    @property
+    def is_loopback(self) -> bool:
+        return self.host == "::1" or self.host.startswith("127.")
+
     def covers(self, other: "IPAddress") -> bool:
         """Whether a socket bound here receives everything that ``other`` would."""
         if self.port != other.port:

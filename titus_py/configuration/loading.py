@@ -32,6 +32,7 @@ from titus_py.configuration.exposure import exposed_files
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
+from titus_py.configuration.transparency import transparency_mistakes
 
 __all__ = ["Loaded", "from_options", "load"]
 
@@ -149,12 +150,17 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     mistakes += key_mistakes(tables, source)
     mistakes += client_mistakes(tables, source)
     mistakes += certificates_not_asked_for(tables, source)
+    mistakes += transparency_mistakes(tables, source)
     mistakes += overlaps(listeners, source)
     mistakes += metrics_mistakes(tables, listeners, source)
-    if listeners and len(listeners) == len(tables["listen"]):
+    transparent = any(
+        table.transparent for _, table in each_valid(Listen, tables, "listen", source)
+    )
+    if listeners and len(listeners) == len(tables["listen"]) and not transparent:
         mistakes += never_received(vhosts, listeners.values(), source)
         mistakes += never_matching(vhosts, listeners.values(), source)
     else:
+        # To a transparent listener, connections come that were made to any address and port.
         ports = {vhost.local_port or 0 for vhost in vhosts.values()}
         anywhere = [IPAddress("::", port) for port in ports]
         mistakes += never_matching(vhosts, anywhere, source)

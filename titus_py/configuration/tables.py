@@ -232,6 +232,12 @@ class Listen(Table):
         description="A numeric address and a port: 192.0.2.5:443, [2001:db8::5]:443, or "
         "every address of both families as [::]:443 or :443."
     )
+    transparent: Boolean = Field(
+        default=False,
+        description="Also accept connections to other machines' addresses that the firewall sends "
+        "here (TPROXY). The local address and port of such a connection are the ones that its "
+        "client connected to. It takes CAP_NET_RAW and some rules: titus-py check prints them.",
+    )
     accept_proxy_from: Networks | None = Field(
         default=None,
         description="The load balancers that connect here, as addresses or networks: "
@@ -301,6 +307,13 @@ class Backend(Table):
         '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite; '
         'with "v2-tls-cert" the client\'s certificate and its common name as well. '
         "Absent: none, and the backend sees titus-py's address as its client's.",
+    )
+    source_address: Literal["client"] | None = Field(
+        default=None,
+        description='From which address the backend is connected to: with "client", from the '
+        "client's own, so that the backend sees it. The backend must be on another machine, whose "
+        "answers come back through this one. It takes CAP_NET_RAW and some rules: titus-py check "
+        "prints them. Absent: from an address of this machine.",
     )
     alpn: Protocols | None = Field(
         default=None,
@@ -439,6 +452,13 @@ class Configuration(Table):
     vhost: Annotated[tuple[VirtualHost, ...], AfterValidator(_not_empty)] = Field(
         description="The virtual hosts, the first that matches taken: one table each."
     )
+
+    @property
+    def has_transparent_sockets(self) -> bool:
+        """Whether it takes TRANSPARENT_CAPABILITIES to serve this."""
+        return any(listen.transparent for listen in self.listen) or any(
+            vhost.source_address for vhost in self.vhost
+        )
 
 
 def table_of(field: FieldInfo) -> type[Table] | None:

@@ -41,6 +41,7 @@ __all__ = [
     "PARENT_CAPABILITIES",
     "RULESET_FD",
     "SPECULATION",
+    "TRANSPARENT_CAPABILITIES",
     "WORKER_NAMESPACES",
     "Given",
     "confine_fork_server",
@@ -57,6 +58,13 @@ WORKER_NAMESPACES = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
 #: What the parent keeps.
 PARENT_CAPABILITIES = {
     prctl.CAP_KILL: "ending a worker, which has another uid",
+}
+
+#: What the parent keeps as well where backends see their clients' addresses, and the supervisor
+#: where it was started with such a configuration, or with a transparent listener. CAP_NET_ADMIN
+#: would do, too (ip(7)): it could change interfaces, routes and the firewall, and for good.
+TRANSPARENT_CAPABILITIES = {
+    prctl.CAP_NET_RAW: "transparent sockets (source_address, transparent)",
 }
 
 #: What the fork server keeps; a worker loses it with uid 0.

@@ -12,7 +12,7 @@ from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Dial
-from titus_py.between.plan import Plan, ResolvedAddress
+from titus_py.between.plan import Plan, ResolvedAddress, address_text
 from titus_py.parent.backend import Backend
 from titus_py.parent.balance import Balance
 from titus_py.parent.failover import Failover
@@ -56,6 +56,10 @@ class Backends:
             from titus_py.parent.introduction import introduce
 
             self._introduce = introduce
+        if plan.binds_clients_addresses:
+            from titus_py.parent.source import from_address
+
+            self._from_address = from_address
 
     def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
         """From now on, connect to these addresses for this backend."""
@@ -73,6 +77,9 @@ class Backends:
         vhost = self._plan.vhosts[dial.vhost]
         names = vhost.backend_for(worker.protocol)
         balance = self._balances[dial.vhost, names]
+        bind = None
+        if vhost.source_address == "client":
+            bind = self._from_address(worker.ends.client)
 
         def done(connected: socket.socket | None, backend: Backend | None, reason: str) -> None:
             if connected is not None and vhost.send_proxy is not None:
@@ -89,6 +96,8 @@ class Backends:
                     connected = None
             if connected is not None and backend is not None:
                 worker.backend = backend
+                if bind is not None:
+                    worker.source = address_text(connected.getsockname())
                 backend.connections += 1
             self._answer(worker, connected, reason)
             if connected is None:
@@ -106,7 +115,7 @@ class Backends:
             down = (f"{one.name}: {one.state.reason}" for one in balance.backends if one.state)
             done(None, None, f"every backend is down: {'; '.join(down)}")
             return
-        worker.dialer = Failover(self._loop, backends, timeout, keepalive, done)
+        worker.dialer = Failover(self._loop, backends, timeout, keepalive, done, bind)
         worker.dialer.start()
 
     def ended(self, worker: Worker) -> None:

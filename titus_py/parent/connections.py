@@ -196,6 +196,7 @@ class Connections:
             end=worker.killed_for or how,
             uid=worker.uid,
             backend=self._backends.chosen(worker),
+            source=worker.source,
         )
 
     def refused(self, refusal: Refusal) -> None:

@@ -12,10 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop, Timer
 from titus_py.between.plan import ResolvedAddress, SocketAddress, address_text
 from titus_py.parent.keepalive import keep_alive
+
+if TYPE_CHECKING:
+    from titus_py.parent.source import Bind
 
 __all__ = ["MAX_ATTEMPTS", "Dialer", "reset_at_close"]
 
@@ -41,7 +45,7 @@ class Dialer:
     The next address is tried when the one before it has failed, or has not answered soon. The
     earlier one may still answer first. ``keepalive`` is how many seconds of silence come before
     the first probe; 0 is no keepalive. ``done`` is called once: with the connected socket, or with
-    None and the reason.
+    None and the reason. ``bind`` gives each socket its own address (``source``); None: the system.
     """
 
     def __init__(
@@ -51,11 +55,13 @@ class Dialer:
         timeout: float,
         keepalive: float,
         done: Callable[[socket.socket | None, str], None],
+        bind: "Bind | None" = None,
     ) -> None:
         self._loop = loop
         self._left = deque(addresses)
         self._keepalive = keepalive
         self._done = done
+        self._bind = bind
         #: The attempts that are under way, the oldest first.
         self._attempts: dict[socket.socket, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
@@ -92,7 +98,6 @@ class Dialer:
                 if self._left:
                     self._next_attempt = self._loop.after(_ATTEMPT_SECONDS, self._next)
                 return
-            self._failed(address, outcome)
         if not self._attempts:
             self._give_up("" if self._failures else "no address")
 
@@ -101,7 +106,13 @@ class Dialer:
         try:
             attempt = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
-            return error.errno or errno.EIO
+            outcome = error.errno or errno.EIO
+            self._failed(address, outcome)
+            return outcome
+        if self._bind is not None and (problem := self._bind(attempt, address)):
+            attempt.close()
+            self._failures.append(f"{address_text(address)}: {problem}")
+            return errno.EADDRNOTAVAIL
         attempt.setblocking(False)
         try:
             outcome = attempt.connect_ex(address)
@@ -117,6 +128,8 @@ class Dialer:
             self._watch(attempt, address)
         else:
             attempt.close()
+            if outcome != errno.EAGAIN:
+                self._failed(address, outcome)
         return outcome
 
     def _outcome(self, attempt: socket.socket, address: SocketAddress) -> int:

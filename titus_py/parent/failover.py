@@ -5,10 +5,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.parent.backend import Backend
 from titus_py.parent.dialer import Dialer
+
+if TYPE_CHECKING:
+    from titus_py.parent.source import Bind
 
 __all__ = ["Failover"]
 
@@ -17,8 +21,8 @@ class Failover:
     """Connects to the first of these backends that answers, in this order.
 
     Each gets its share of the ``timeout`` (in seconds) that is left, and the next one its turn as
-    soon as it has failed. ``keepalive`` is as in ``Dialer``. ``done`` is called once: with the
-    socket and its backend, or with the reason why there is none.
+    soon as it has failed. ``keepalive`` and ``bind`` are as in ``Dialer``. ``done`` is called once:
+    with the socket and its backend, or with the reason why there is none.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class Failover:
         timeout: float,
         keepalive: float,
         done: Callable[[socket.socket | None, Backend | None, str], None],
+        bind: "Bind | None" = None,
     ) -> None:
         self._loop = loop
         self._left = deque(backends)
@@ -35,6 +40,7 @@ class Failover:
         self._until = time.monotonic() + timeout
         self._keepalive = keepalive
         self._done = done
+        self._bind = bind
         self._dialer: Dialer | None = None
         self._failures: list[str] = []
 
@@ -46,7 +52,12 @@ class Failover:
         share = round(max(0.0, self._until - time.monotonic()) / len(self._left), 3)
         backend = self._left.popleft()
         self._dialer = Dialer(
-            self._loop, backend.addresses, share, self._keepalive, partial(self._settled, backend)
+            self._loop,
+            backend.addresses,
+            share,
+            self._keepalive,
+            partial(self._settled, backend),
+            self._bind,
         )
         self._dialer.start()
 

@@ -30,7 +30,11 @@ from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Plan, resolved
-from titus_py.fork_server.confinement import PARENT_CAPABILITIES, missing_features
+from titus_py.fork_server.confinement import (
+    PARENT_CAPABILITIES,
+    TRANSPARENT_CAPABILITIES,
+    missing_features,
+)
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.arrivals import Arrivals
 from titus_py.parent.backends import Backends
@@ -97,6 +101,8 @@ class Parent:
         if any(backend.startswith("unix:") for backend in self._plan.addresses):
             # For unix sockets whose owner and mode do not let root connect.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
+        if self._plan.binds_clients_addresses:
+            capabilities += TRANSPARENT_CAPABILITIES
         keep_capabilities(capabilities)
 
     def serve(self) -> None:

@@ -49,6 +49,7 @@ class Worker:
         "ready",
         "report",
         "socket",
+        "source",
         "started",
         "uid",
         "vhost",
@@ -78,6 +79,8 @@ class Worker:
         self.deadline: Timer | None = None
         self.dialer: Failover | None = None
         self.backend: Backend | None = None
+        #: Where its backend sees it come from, if that is its client's address.
+        self.source: str | None = None
         #: Who its client is, as it says; None where it has not said.
         self.identity: Identity | None = None
         self.killed_for = ""

@@ -182,6 +182,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "vhost": _optional(_COUNT),
             "alpn": _optional(_TEXT),
             "backend": _optional(_TEXT),
+            "source": _optional(_TEXT),
             "seconds": _SECONDS,
             "worker_seconds": _SECONDS,
             "end": _TEXT,

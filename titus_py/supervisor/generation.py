@@ -201,6 +201,11 @@ class Generation:
         return [table.address for table in self.configuration.listen]
 
     @property
+    def transparent(self) -> list[IPAddress]:
+        """Those of them to which connections come that were made to other machines' addresses."""
+        return [table.address for table in self.configuration.listen if table.transparent]
+
+    @property
     def ready(self) -> bool:
         """Whether both processes serve, and no backend's name is waited for."""
         return not (self.starting or self.waits_for_keyd or self.unresolved)
@@ -336,6 +341,7 @@ class Generation:
             tls=vhost.tls,
             truncated=vhost.truncated,
             send_proxy=vhost.send_proxy,
+            source_address=vhost.source_address,
             clients=client_terms(vhost, self.checked.authorities),
         )
 

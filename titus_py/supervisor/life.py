@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -22,6 +22,7 @@ from keyd.linux.credentials import (
     forbid_core_dumps,
     hide_memory,
     keep_capabilities,
+    permitted_capabilities,
 )
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.linux.title import set_title
@@ -31,6 +32,7 @@ from titus_py.between.plan import resolved
 from titus_py.configuration.address import parse_backend
 from titus_py.configuration.checking import Checked
 from titus_py.configuration.held_uids import Held, HeldUids
+from titus_py.fork_server.confinement import TRANSPARENT_CAPABILITIES
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
@@ -80,12 +82,13 @@ def serve(checked: Checked, read_again: ReadAgain) -> int:
     try:
         configuration = checked.configuration
         addresses = [table.address for table in configuration.listen]
-        listeners = listen(addresses, configuration.limits.keepalive, passed)
+        transparent = [table.address for table in configuration.listen if table.transparent]
+        listeners = listen(addresses, configuration.limits.keepalive, passed, transparent)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         notify(status=f"not started: {error}")
         return 1
-    _withdraw()
+    _withdraw(TRANSPARENT_CAPABILITIES if configuration.has_transparent_sockets else ())
     settings = checked.configuration.log
     log = Log(settings.format, least=settings.level)
     return _Supervisor(read_again, filters, Listeners(passed, listeners), log, notify).run(checked)
@@ -105,7 +108,8 @@ def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
         if left.listening:
             listeners[left.address] = listener
     filters = _build_filters()
-    _withdraw()
+    # What the previous program had kept: whether it needed it.
+    _withdraw(permitted_capabilities() & TRANSPARENT_CAPABILITIES.keys())
     log = Log(legacy.log_format, least=legacy.log_level, lost=legacy.log_lines_lost)
     return _Supervisor(read_again, filters, Listeners(passed, listeners), log, Notifier()).run(
         legacy
@@ -120,8 +124,11 @@ def _build_filters() -> dict[str, str]:
     }
 
 
-def _withdraw() -> None:
-    """Give up privileges. Called before a second thread starts: capabilities are per thread."""
+def _withdraw(kept: Iterable[int]) -> None:
+    """Give up privileges, all but what every supervisor keeps and these capabilities.
+
+    Called before a second thread starts: capabilities are per thread.
+    """
     # The title has the options, which tell several instances apart.
     set_title("titus-py", "titus-py: supervisor", *sys.argv[1:])
     forbid_core_dumps()
@@ -131,7 +138,7 @@ def _withdraw() -> None:
     prctl.set_child_subreaper(True)
     # For all that it starts, too: no program on the machine has more to give to any of them.
     prctl.set_no_new_privs(1)
-    keep_capabilities(SUPERVISOR_CAPABILITIES)
+    keep_capabilities([*SUPERVISOR_CAPABILITIES, *kept])
 
 
 class _Supervisor:

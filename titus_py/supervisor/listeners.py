@@ -5,16 +5,18 @@ Run by the supervisor, which owns them as long as it runs.
 
 import errno
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from titus_py.configuration.address import IPAddress, canonical_ip
 from titus_py.parent.dialer import reset_at_close
 from titus_py.parent.keepalive import keep_alive
 
-__all__ = ["CannotListen", "Listeners", "listen", "passed_listeners"]
+__all__ = ["CannotListen", "Listeners", "listen", "passed_listeners", "set_transparent"]
 
 _BACKLOG = 4096
+#: ip(7), ipv6(7). Python does not know the second one.
+_IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 
 
 class CannotListen(Exception):
@@ -35,14 +37,17 @@ class Listeners:
         self.open = wanted
 
     def add(
-        self, addresses: Iterable[IPAddress], keepalive: float
+        self,
+        addresses: Iterable[IPAddress],
+        keepalive: float,
+        transparent: Collection[IPAddress] = (),
     ) -> dict[IPAddress, socket.socket]:
         """Listen on the new addresses (``listen``); returns their sockets, not yet in ``open``.
 
         Raises CannotListen; then none of them is kept.
         """
         new = (address for address in addresses if address not in self.open)
-        return listen(new, keepalive, self.passed, self.open)
+        return listen(new, keepalive, self.passed, transparent, self.open)
 
     def wanted(self, addresses: Sequence[IPAddress]) -> dict[IPAddress, socket.socket]:
         """The open sockets on these addresses.
@@ -82,19 +87,22 @@ def listen(
     addresses: Iterable[IPAddress],
     keepalive: float,
     passed: Mapping[IPAddress, socket.socket],
+    transparent: Collection[IPAddress] = (),
     own: Mapping[IPAddress, socket.socket] | None = None,
 ) -> dict[IPAddress, socket.socket]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
     ``keepalive``: after so many seconds of silence, the peer of an accepted connection is asked
-    whether it is still there; 0: never. ``own`` are the sockets that listen already, perhaps on
-    wider or narrower addresses.
+    whether it is still there; 0: never. ``transparent`` are the addresses to which connections
+    come that were made to other machines' addresses. ``own`` are the sockets that listen already,
+    perhaps on wider or narrower addresses.
     Raises CannotListen; then none of the new sockets is kept.
     """
     listeners: dict[IPAddress, socket.socket] = {}
     for address in addresses:
         try:
-            listeners[address] = passed.get(address) or _bind(address, own or {})
+            listeners[address] = passed.get(address) or _bind(address, transparent, own or {})
+            set_transparent(listeners[address], address, transparent)
             _prepare(listeners[address], keepalive)
         except OSError as error:
             for bound, listener in listeners.items():
@@ -114,6 +122,8 @@ def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str
                     f" by systemd's titus-py.socket, which listens on {other}: have both, that "
                     "unit (ListenStream=) and [[listen]], say the same address"
                 )
+    if error.errno == errno.EPERM:
+        return ": [[listen]] transparent takes CAP_NET_RAW"
     if error.errno == errno.EACCES:
         return ": ports below net.ipv4.ip_unprivileged_port_start take CAP_NET_BIND_SERVICE"
     return ""
@@ -147,14 +157,33 @@ def _sharing(listeners: list[socket.socket]) -> Iterator[None]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
-def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.socket:
+def set_transparent(
+    listener: socket.socket, address: IPAddress, transparent: Iterable[IPAddress]
+) -> None:
+    """Let it accept connections that were made to other machines' addresses (TPROXY), or not.
+
+    ``address`` may be a part of an address among ``transparent``. Raises OSError.
+    """
+    wanted = any(one.covers(address) for one in transparent)
+    level, option = socket.IPPROTO_IP, _IP_TRANSPARENT
+    if listener.family == socket.AF_INET6:
+        level, option = socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
+    if bool(listener.getsockopt(level, option)) != wanted:
+        listener.setsockopt(level, option, wanted)
+
+
+def _bind(
+    address: IPAddress,
+    transparent: Collection[IPAddress],
+    own: Mapping[IPAddress, socket.socket],
+) -> socket.socket:
     try:
         listener = socket.socket(address.family, socket.SOCK_STREAM)
     except OSError as error:
         if error.errno != errno.EAFNOSUPPORT or address.host != "::":
             raise
         # On a kernel without IPv6, "every address" is every IPv4 address.
-        return _bind(IPAddress("0.0.0.0", address.port), own)
+        return _bind(IPAddress("0.0.0.0", address.port), transparent, own)
     overlapping = [
         listening
         for other, listening in own.items()
@@ -165,6 +194,8 @@ def _bind(address: IPAddress, own: Mapping[IPAddress, socket.socket]) -> socket.
         if address.family == socket.AF_INET6:
             # "::" is every address of both families. Any other address is only itself.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
+        # Before it is bound: the address may be another machine's.
+        set_transparent(listener, address, transparent)
         with _sharing([listener, *overlapping] if overlapping else []):
             listener.bind(address.sockaddr())
             listener.listen(_BACKLOG)

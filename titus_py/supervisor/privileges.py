@@ -22,9 +22,10 @@ from titus_py.fork_server.confinement import (
     CONFINING_CAPABILITIES,
     FORK_SERVER_CAPABILITIES,
     PARENT_CAPABILITIES,
+    TRANSPARENT_CAPABILITIES,
 )
 
-__all__ = ["REQUIRED_CAPABILITIES", "SUPERVISOR_CAPABILITIES", "lacking"]
+__all__ = ["REQUIRED_CAPABILITIES", "SUPERVISOR_CAPABILITIES", "given_up", "lacking"]
 
 #: Without any one of these, titus-py does not serve.
 REQUIRED_CAPABILITIES = {
@@ -55,9 +56,12 @@ def lacking(configuration: Configuration | None) -> list[str]:
     Without a configuration: what any configuration would need.
     """
     there = permitted_capabilities()
+    required = REQUIRED_CAPABILITIES
+    if configuration is not None and configuration.has_transparent_sockets:
+        required = required | TRANSPARENT_CAPABILITIES
     found = [
         f"{_NAMES[capability]} is missing, which is for: {what}"
-        for capability, what in REQUIRED_CAPABILITIES.items()
+        for capability, what in required.items()
         if capability not in there
     ]
     if not Path("/proc/self/statm").exists():
@@ -68,6 +72,18 @@ def lacking(configuration: Configuration | None) -> list[str]:
     if not found:
         found += [_EXPLAINED[step](why) for step, why in _tried(configuration)]
     return found
+
+
+def given_up(configuration: Configuration) -> str:
+    """Why this supervisor cannot serve a configuration that a reload brings; "" if it can."""
+    if not configuration.has_transparent_sockets:
+        return ""
+    if TRANSPARENT_CAPABILITIES.keys() <= permitted_capabilities():
+        return ""
+    return (
+        "source_address and transparent take CAP_NET_RAW, which titus-py gave up when it was "
+        "started without them: restart it"
+    )
 
 
 def _tried(configuration: Configuration | None) -> Iterator[tuple[str, str]]:

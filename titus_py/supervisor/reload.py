@@ -21,6 +21,7 @@ from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import CannotListen, Listeners
+from titus_py.supervisor.privileges import given_up
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
@@ -177,11 +178,14 @@ class Reload:
         if checked.configuration is None:
             self.failed([str(mistake) for mistake in checked.mistakes])
             return
+        if reason := given_up(checked.configuration):
+            self.failed([reason])
+            return
         try:
             generation = self._starting.prepare(checked)
             self._uids.demand(generation, self._generations)
             keepalive = generation.configuration.limits.keepalive
-            added = self._listeners.add(generation.listening, keepalive)
+            added = self._listeners.add(generation.listening, keepalive, generation.transparent)
         except (CannotListen, OSError, Held, NoUids) as error:
             self.failed([str(error)])
             return

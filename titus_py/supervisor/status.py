@@ -169,6 +169,7 @@ class Status:
                     "backend": ", ".join(map(str, vhost.backend)),
                     "balance": vhost.balance if len(vhost.backend) > 1 else None,
                     "send_proxy": vhost.send_proxy,
+                    "source_address": vhost.source_address,
                     "addresses": self._addresses_of(vhost.backend),
                     "alpn": vhost.alpn,
                     "backends": [

@@ -14,7 +14,7 @@ from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
-from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.listeners import Listeners, set_transparent
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.uid_blocks import UidBlocks
@@ -79,8 +79,9 @@ class Takeover:
         if generation.parent is not None and not generation.retired:
             # Not earlier: if a generation is abandoned, its clients are lost with it.
             # Keepalive not earlier either: another generation accepted on these sockets until now.
-            for listener in self._listeners.wanted(generation.listening).values():
+            for address, listener in self._listeners.wanted(generation.listening).items():
                 keep_alive(listener, generation.configuration.limits.keepalive)
+                set_transparent(listener, address, generation.transparent)
             self._children.order(generation.parent, {"do": "accept"})
         if generation is not self._generations.serving or self._service.stops:
             return

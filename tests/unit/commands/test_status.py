@@ -69,6 +69,7 @@ def make_status() -> dict[str, Any]:
                 "local_port": 443,
                 "backend": "app:8080",
                 "send_proxy": "v1",
+                "source_address": "client",
                 "addresses": ["192.0.2.7:8080"],
                 "alpn": ["h2", "http/1.1"],
                 "backends": [
@@ -187,6 +188,7 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "5 min ",
         "www.example.org, no name",
         "192.0.2.7:8080",
+        "PROXY v1, transparent",
         "  h2",
         "192.0.2.7:8082",
         "down since 2026-11-25",

@@ -99,7 +99,14 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},
-        "listen": [{"address": "[::]:443", "accept_proxy_from": None, "proxy_timeout": None}],
+        "listen": [
+            {
+                "address": "[::]:443",
+                "transparent": False,
+                "accept_proxy_from": None,
+                "proxy_timeout": None,
+            }
+        ],
         "vhost": [
             {
                 "sni": None,
@@ -114,6 +121,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "balance": "round-robin",
                 "health": None,
                 "send_proxy": None,
+                "source_address": None,
                 "alpn": None,
                 "alpn_required": False,
                 "backends": {},
