@@ -7,17 +7,14 @@ key is read here, and no file is overwritten: what is made is beside the old key
 
 import fcntl
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from titus_py.commands import whole_files
 from titus_py.commands.check import report
 from titus_py.commands.key_maker import KeyMaker, NotMade
+from titus_py.commands.progress import tracked
 from titus_py.commands.rekey_install import install, say
 from titus_py.commands.rekey_targets import (
     Target,
@@ -73,6 +70,8 @@ def rekey(
             return _make_all(targets, mistakes, loaded, kind, dry_run)
     except Unanswered as error:
         say(f"keys and certificates could not be checked by 'keyd check': {error}")
+    except KeyboardInterrupt:
+        say("interrupted: the same command again finishes what was begun")
     except OSError as error:
         say(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
     return 1
@@ -128,17 +127,16 @@ def _make_missing(targets: Sequence[Target], loaded: Loaded | None, kind: str | 
     maker = KeyMaker(keyd.user, worker.chroot, keyd.lock_memory == "required")
     code = 0
     try:
-        with _progress() as progress:
-            for target in progress.track(targets, description="Making keys"):
-                try:
-                    _make(maker, target, kind)
-                except NotMade as error:
-                    say(f"{target.new_key}: {error}")
-                    code = 1
-                    if error.ended:
-                        break
-                else:
-                    print(printable(f"{target.name}: have this certified: {target.request}"))
+        for target in tracked(targets, "Making keys"):
+            try:
+                _make(maker, target, kind)
+            except NotMade as error:
+                say(f"{target.new_key}: {error}")
+                code = 1
+                if error.ended:
+                    break
+            else:
+                print(printable(f"{target.name}: have this certified: {target.request}"))
     finally:
         maker.close()
     return code
@@ -162,18 +160,3 @@ def _make(maker: KeyMaker, target: Target, kind: str | None) -> None:
         else:
             key = opened.enter_context(whole_files.new_file(target.new_key, 0o600, like))
             maker.make(kind, chain, key, False, request, passphrase)
-
-
-def _progress() -> Progress:
-    """On standard error, and only if that is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-        # Where standard output goes elsewhere, its lines must not go to the terminal.
-        redirect_stdout=sys.stdout.isatty(),
-    )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from keyd.linux.sealed import sealed_file
 from keyd.pem import blocks
 from titus_py.commands import whole_files
+from titus_py.commands.progress import tracked
 from titus_py.commands.rekey_targets import Target
 from titus_py.commands.reload import reload
 from titus_py.configuration import Credential, printable
@@ -75,7 +76,7 @@ def install(targets: Sequence[Target], mistakes: list[str], dry_run: bool, pid: 
     date = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     kept: dict[_Answered, _Kept] = {}
     try:
-        for one in answered:
+        for one in tracked(answered, "Putting in place"):
             if not one.in_place:
                 kept[one] = _keep(one.target, date)
                 one.target.place.replace(one.target.new_certificate, one.target.new_key)
