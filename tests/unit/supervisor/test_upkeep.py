@@ -1,0 +1,69 @@
+"""What is remembered and logged of what children say is bounded."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor.announced_audits import AnnouncedAudits
+from titus_py.supervisor.child_events import Unintelligible
+from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.upkeep import Upkeep
+
+NOBODY = cast(Child, None)
+
+
+@pytest.fixture
+def recorded() -> list[tuple[str, dict[str, Any]]]:
+    return []
+
+
+@pytest.fixture
+def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
+    """Of nothing else than a record."""
+
+    def event(name: str, of_generation: int = 0, **fields: Any) -> None:
+        recorded.append((name, fields))
+
+    nothing: Any = None
+    return Upkeep(
+        EventLoop(),
+        event,
+        *[nothing] * 5,
+        AnnouncedAudits(),
+        *[nothing] * 4,
+    )
+
+
+def generation(connections: int) -> Generation:
+    """With room for so many connections."""
+    return cast(
+        Generation,
+        SimpleNamespace(number=1, connections={}, uids_needed=connections, checks=("one",)),
+    )
+
+
+def test_no_more_connections_are_remembered_than_there_can_be(upkeep: Upkeep) -> None:
+    """The parent drops events that find no room: some ends may never be heard."""
+    of = generation(connections=20)
+    for number in range(1000):
+        upkeep.heard(of, NOBODY, "connection_begun", {"connection": number, "uid": 1})
+    assert list(of.connections) == list(range(980, 1000))
+
+
+def test_keyd_does_not_fill_the_log(
+    upkeep: Upkeep,
+    recorded: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for second in (7.0, 8.5):
+        monkeypatch.setattr("time.monotonic", lambda second=second: second)
+        for _ in range(1000):
+            upkeep.heard(generation(1), NOBODY, "keyd_said", {"text": "again"})
+    assert recorded == [("keyd_said", {"text": "again", "level": "error"})] * 20
+
+
+def test_a_check_that_there_is_not_is_unintelligible(upkeep: Upkeep) -> None:
+    with pytest.raises(Unintelligible):
+        upkeep.heard(generation(1), NOBODY, "backend_up", {"check": 1, "since": 1.0})
