@@ -37,11 +37,12 @@ class Flag(IntFlag):
     ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 
 
-def build(rules: Rules) -> bytes:
+def build(rules: Rules, error: int = 0) -> bytes:
     """Build a filter, as BPF, that allows these calls and kills the process for any other.
 
-    A call of another architecture (a 32-bit one) kills it, too. Raises OSError or
-    RuntimeError where libseccomp is missing or does not know a call.
+    With ``error``, any other call fails with that errno instead. A call of another architecture (a
+    32-bit one) kills the process in any case. Raises OSError or RuntimeError where libseccomp is
+    missing or does not know a call.
     """
     # Imported only here: processes that are given a filter do without these modules, and
     # without the libraries that they load.
@@ -49,7 +50,7 @@ def build(rules: Rules) -> bytes:
 
     import pyseccomp
 
-    program = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
+    program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     for name, alternatives in rules.items():
         for conditions in alternatives:

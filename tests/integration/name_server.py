@@ -3,6 +3,7 @@
 Run by ``test_names``, with unshare(1), for one of its scenes: what that finds, it prints as JSON.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -15,9 +16,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from keyd.linux import seccomp
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.address import NameAddress
+from titus_py.resolver.system_calls import RESOLVING
 from titus_py.supervisor.resolver import Resolver
+from titus_py.supervisor.resolver_process import ResolverProcess
 
 from .certificates import Authority
 from .instance import Instance
@@ -26,6 +30,9 @@ from .service import talk
 
 #: netdevice(7).
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
+
+#: The resolver's.
+UID = 2_000_000_001
 
 A, AAAA = 1, 28
 NO_ERROR, SERVER_FAILURE, NO_SUCH_NAME = 0, 2, 3
@@ -108,16 +115,25 @@ def resolver() -> dict[str, list[object]]:
         found.setdefault(backend.name, []).append(told)
 
     names = [NameAddress(name, 80) for name in ZONE]
-    lookups = Resolver(loop, take)
-    lookups.resolve(names)
+    program = seccomp.build(RESOLVING, errno.ENOSYS).hex()
+    events: list[str] = []
+
+    def note(event: str, level: str = "info", **fields: object) -> None:
+        events.append(f"{event} {fields}")
+
+    process = ResolverProcess(loop, note, lambda: UID, program)
+    lookups = Resolver(loop, process, take)
+    lookups.resolve(names, 3600)
     while len(found) < len(ZONE) - 1 or len(found["both.test"]) < 2:
         loop.run_once()
     # More that are half answered than are asked for at a time.
     more = [NameAddress(f"dropped-{number}.test", 80) for number in range(20)]
     ZONE.update((name.name, {A: "127.0.0.1"}) for name in more)
-    lookups.resolve([*names, *more])
+    lookups.resolve([*names, *more], 3600)
     while not found.keys() >= {name.name for name in more}:
         loop.run_once()
+    lookups.stop()
+    assert not events
     return found
 
 

@@ -55,6 +55,9 @@ def _uid(seen: Observation, scene: Scene) -> Seen:
         user = scene.target.configuration.keyd.user
         right = (int(uids[0]), int(gids[0])) == (user.uid, user.gid)
         newest = scene.newest(Role.KEYD) is seen and scene.target.started(seen.process)
+    elif seen.process.role is Role.RESOLVER:
+        # It may have its uid from a configuration before this one.
+        right, newest = uids == gids, False
     else:
         right = int(uids[0]) in scene.target.configuration.worker.uids and uids == gids
         parent = scene.newest(Role.PARENT)
@@ -202,10 +205,10 @@ def _can_look_into(pid: int) -> bool:
     return results == [True]
 
 
-_UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD})
+_UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD, Role.RESOLVER})
 _PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER})
 #: Workers inherit this from the fork server, which confined itself.
-_CONFINED = frozenset({Role.WORKER, Role.KEYD, Role.FORK_SERVER})
+_CONFINED = frozenset({Role.WORKER, Role.KEYD, Role.FORK_SERVER, Role.RESOLVER})
 _STATUS = "/proc/PID/task/*/status"
 
 CHECKS = (
@@ -220,6 +223,13 @@ CHECKS = (
         "uid",
         frozenset({Role.KEYD}),
         "keyd.user, which nothing else runs as",
+        f"{_STATUS}: Uid, Gid; those of all processes",
+        _uid,
+    ),
+    Check(
+        "uid",
+        frozenset({Role.RESOLVER}),
+        "a uid and gid that no other process has",
         f"{_STATUS}: Uid, Gid; those of all processes",
         _uid,
     ),

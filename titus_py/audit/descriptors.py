@@ -14,6 +14,7 @@ from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role, descriptors
 from titus_py.audit.observation import Observation, Scene, Stage
 from titus_py.between.hand_over import PARENT_FD
+from titus_py.resolver.confinement import READABLE
 
 __all__ = ["CHECKS", "names"]
 
@@ -25,6 +26,7 @@ _OWN_ERRORS = "standard error"
 _TO_PARENT = "socket to the parent"
 _TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
+_NAME_SERVER, _SETTINGS = "socket to a name server", "file that it reads settings from"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
     r"/dev/null": _NULL,
@@ -78,6 +80,15 @@ _PARENT: _Allowed = {
 }
 
 
+_RESOLVER: _Allowed = {
+    _NULL: 3,
+    "socket to the supervisor": 1,
+    # While it looks something up.
+    _NAME_SERVER: None,
+    _SETTINGS: None,
+}
+
+
 def names(seen: Observation, scene: Scene) -> dict[int, str]:
     """What each of a process's descriptors is: in our words, or else in the kernel's."""
     return {number: _name(seen, scene, number) for number in sorted(seen.descriptors)}
@@ -99,11 +110,14 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
         if what in errors:
             return _ERRORS
     inode = seen.sockets.get(number)
+    resolves = seen.process.role is Role.RESOLVER
     if inode is None:
-        return what
+        return _SETTINGS if resolves and what.startswith(READABLE) else what
     if _leads_to_manager(seen, scene, inode):
         return _TO_MANAGER
     name = _socket_name(scene, inode) or what
+    if resolves and name in (what, _BACKEND):
+        return _NAME_SERVER
     if seen.process.role is Role.FORK_SERVER and number != PARENT_FD and name == _TO_PARENT:
         return _WORKERS
     return name
@@ -162,6 +176,8 @@ def _allowed(seen: Observation) -> _Allowed:
             return _FORK_SERVER
         case Role.KEYD:
             return _KEYD
+        case Role.RESOLVER:
+            return _RESOLVER
         case _ if seen.stage == Stage.ESTABLISHED:
             return _ESTABLISHED
         case _ if seen.stage == Stage.HANDSHAKE:
@@ -236,6 +252,14 @@ CHECKS = (
         frozenset({Role.PARENT}),
         "no file open: listening sockets, and what it shares with its fork server, its "
         "workers, keyd and the supervisor",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
+        frozenset({Role.RESOLVER}),
+        "nothing open but its socket to the supervisor; while it looks something up, also sockets "
+        "to name servers and settings that it reads",
         "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
         _descriptors,
     ),

@@ -32,7 +32,14 @@ class Group(NamedTuple):
         return any(row.finding.verdict is Verdict.BROKEN for row in self.rows)
 
 
-_IN_ORDER = (Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER)
+_IN_ORDER = (
+    Role.SUPERVISOR,
+    Role.PARENT,
+    Role.FORK_SERVER,
+    Role.KEYD,
+    Role.RESOLVER,
+    Role.WORKER,
+)
 _MANY = (Stage.SPARE, Stage.HANDSHAKE, Stage.ESTABLISHED)
 
 

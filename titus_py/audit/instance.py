@@ -39,6 +39,7 @@ class Role(StrEnum):
     FORK_SERVER = "fork server"
     KEYD = "keyd"
     WORKER = "worker"
+    RESOLVER = "resolver"  #: only where a backend has a name
     CHECK = "keyd check"  #: short-lived: checks keys and certificates
     OTHER = "other"
 
@@ -144,6 +145,8 @@ def _role(above: Role, pid: int) -> Role:
         return Role.OTHER
     if is_parent(words):
         return Role.PARENT
+    if b"titus_py.resolver.life" in words or title(Role.RESOLVER) in words:
+        return Role.RESOLVER
     if b"keyd" in words:
         return Role.CHECK if b"check" in words else Role.KEYD
     return Role.OTHER

@@ -4,11 +4,14 @@ Run by ``titus-py audit``. What a filter allows cannot be read from outside with
 the process; the lists are in ``titus_py.worker.system_calls`` and ``keyd.system_calls``.
 """
 
+import resource
+
 from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene, Stage
 from titus_py.fork_server.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
+from titus_py.resolver.confinement import LIMITS as RESOLVER_LIMITS
 
 __all__ = ["CHECKS"]
 
@@ -26,6 +29,17 @@ _FORK_SERVER_LIMITS = {
 #: What a worker may have at most.
 _WORKER_LIMITS = {**_FORK_SERVER_LIMITS, "open files": 8, "processes": 0}
 _ADDRESS_SPACE = "address space"
+#: The words of /proc/PID/limits for what the resolver limits.
+_LIMITS = {
+    resource.RLIMIT_AS: _ADDRESS_SPACE,
+    resource.RLIMIT_NPROC: "processes",
+    resource.RLIMIT_NOFILE: "open files",
+    resource.RLIMIT_FSIZE: "file size",
+    resource.RLIMIT_MEMLOCK: "locked memory",
+    resource.RLIMIT_MSGQUEUE: "msgqueue size",
+    resource.RLIMIT_NICE: "nice priority",
+    resource.RLIMIT_RTPRIO: "realtime priority",
+}
 
 #: How /proc/PID/status says that there is nothing to turn off, that it is off for good, and
 #: that it cannot be turned off.
@@ -75,6 +89,18 @@ def _limits(seen: Observation, scene: Scene) -> Seen:
     files = seen.limits["open files"][1]
     rest = "of all the rest 0" if is_worker else "of all the rest but processes 0"
     return holds(f"{memory} MiB of address space, {files} descriptors; {rest}")
+
+
+def _limits_of_resolver(seen: Observation, _: Scene) -> Seen:
+    loose = [
+        f"{name}: {seen.limits[name][1]}"
+        for number, most in RESOLVER_LIMITS.items()
+        if (name := _LIMITS[number]) in seen.limits and not _within(seen.limits[name][1], most)
+    ]
+    if loose:
+        return broken("; ".join(loose))
+    files, threads = (seen.limits[name][1] for name in ("open files", "processes"))
+    return holds(f"{files} descriptors, {threads} threads; it can write no file")
 
 
 def _within(limit: str, most: int) -> bool:
@@ -131,6 +157,20 @@ CHECKS = (
         _filter,
     ),
     Check(
+        "filter",
+        frozenset({Role.RESOLVER}),
+        "a seccomp filter on each of its threads",
+        "/proc/PID/task/*/status: Seccomp, Seccomp_filters",
+        _filter,
+    ),
+    Check(
+        "limits",
+        frozenset({Role.RESOLVER}),
+        "no files written; memory, threads and descriptors bounded",
+        "/proc/PID/limits, hard limits",
+        _limits_of_resolver,
+    ),
+    Check(
         "limits",
         frozenset({Role.WORKER}),
         "no processes, no files, no core dump; memory and descriptors bounded",
@@ -146,14 +186,14 @@ CHECKS = (
     ),
     Check(
         "limits",
-        frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD}),
+        frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.RESOLVER}),
         "no core dump",
         "/proc/PID/limits",
         _no_core,
     ),
     Check(
         "speculation",
-        frozenset({Role.FORK_SERVER, Role.WORKER, Role.KEYD}),
+        frozenset({Role.FORK_SERVER, Role.WORKER, Role.KEYD, Role.RESOLVER}),
         "indirect-branch and store-bypass speculation off for good, where it can be",
         "/proc/PID/status: Speculation*",
         _speculation,

@@ -68,7 +68,7 @@ def _environment(seen: Observation, scene: Scene) -> Seen:
     )
 
 
-_STARTED = frozenset({Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER})
+_STARTED = frozenset({Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER, Role.RESOLVER})
 
 CHECKS = (
     Check(

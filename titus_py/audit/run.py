@@ -129,7 +129,14 @@ def _findings(target: Target) -> Iterator[Finding]:
         )
 
 
-_IN_ORDER = (Role.SUPERVISOR, Role.KEYD, Role.PARENT, Role.FORK_SERVER, Role.WORKER)
+_IN_ORDER = (
+    Role.SUPERVISOR,
+    Role.KEYD,
+    Role.PARENT,
+    Role.FORK_SERVER,
+    Role.WORKER,
+    Role.RESOLVER,
+)
 _KNOWN = frozenset(_IN_ORDER)
 
 
@@ -149,7 +156,7 @@ def _only_known(target: Target) -> Finding:
     return Finding(
         "processes",
         Subject.of(target.supervisor),
-        "no process below it but keyd, the parent, its fork server and its workers",
+        "no process below it but keyd, the parent, its fork server, its workers and the resolver",
         "/proc/PID/stat of all processes",
         seen.text,
         seen.verdict,

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from keyd.protocol import MAX_KEYS
 from titus_py.between.messages import MAX_VHOSTS
-from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import (
@@ -77,7 +77,7 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     worker = valid_part(Uids, tables["worker"], source)
     keyd = valid_part(Keyd, tables["keyd"], source)
     if worker:
-        yield from _worker_uid_mistakes(worker, source)
+        yield from _worker_uid_mistakes(worker, _has_names(tables, source), source)
     if worker and keyd and keyd.user.uid in worker.uids:
         yield source.mistake(
             "worker.uids",
@@ -87,8 +87,8 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
         yield from _keyd_uid_mistakes(keyd, source)
 
 
-def _worker_uid_mistakes(worker: Uids, source: Source) -> Iterator[Mistake]:
-    if lack := _lack_of_uids(worker, 2):
+def _worker_uid_mistakes(worker: Uids, names: bool, source: Source) -> Iterator[Mistake]:
+    if lack := _lack_of_uids(worker, 2, names):
         yield source.mistake("worker.uids", lack)
     if reason := unmapped(worker.uids):
         yield source.mistake("worker.uids", f'{reason}: set a range within, such as "20000-39999"')
@@ -110,14 +110,31 @@ def _keyd_uid_mistakes(keyd: Keyd, source: Source) -> Iterator[Mistake]:
 
 def uid_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     worker = valid_part(Uids, tables["worker"], source)
-    if worker and not _lack_of_uids(worker, 2) and (lack := _lack_of_uids(worker, GENERATIONS)):
+    names = _has_names(tables, source)
+    if (
+        worker
+        and not _lack_of_uids(worker, 2, names)
+        and (lack := _lack_of_uids(worker, GENERATIONS, names))
+    ):
         yield source.mistake("worker.uids", lack)
 
 
-def _lack_of_uids(worker: Uids, generations: int) -> str | None:
-    """What to report if so many generations have too few uids; None if there are enough."""
+def _has_names(tables: dict[str, Any], source: Source) -> bool:
+    """Whether any backend has a name: then there is a resolver, with a uid of its own."""
+    return any(
+        isinstance(backend, NameAddress)
+        for _, vhost in each_valid(Backend, tables, "vhost", source)
+        for _, backend in vhost.all_backends
+    )
+
+
+def _lack_of_uids(worker: Uids, generations: int, resolver: bool) -> str | None:
+    """What to report if so many generations have too few uids; None if there are enough.
+
+    ``resolver``: the resolver has one of them.
+    """
     each = worker.max + worker.spare
-    if len(worker.uids) >= generations * each:
+    if len(worker.uids) >= generations * each + resolver:
         return None
     first = worker.uids[0]
     what = {
@@ -126,7 +143,8 @@ def _lack_of_uids(worker: Uids, generations: int) -> str | None:
     }[generations]
     return (
         f"{len(worker.uids)} uids are too few for max + spare = {each} workers, each with one of "
-        f'its own: {what}. Make it "{first}-{first + GENERATIONS * each - 1}"'
+        f"its own{' (and the resolver, for names of backends)' if resolver else ''}: {what}. "
+        f'Make it "{first}-{first + GENERATIONS * each + resolver - 1}"'
     )
 
 

@@ -73,6 +73,12 @@ __all__ = [
 ]
 
 
+def _not_too_often(seconds: float) -> float:
+    if seconds < 1:
+        raise ValueError("expected a duration from 1s to 24h")
+    return seconds
+
+
 class Uids(Table):
     """The part of [worker] that is checked as a whole."""
 
@@ -90,8 +96,8 @@ class Uids(Table):
         default=DEFAULT_UIDS,
         description="The uids of workers, first to last: one per live connection, never shared. "
         "At least 2 * (max + spare), so that a reload has room beside what serves, and better "
-        "three times that. Nothing else on the system may use them: no user or group, no range in "
-        "/etc/subuid or /etc/subgid, no other instance.",
+        "three times that; one more where a backend has a name. Nothing else on the system may use "
+        "them: no user or group, no range in /etc/subuid or /etc/subgid, no other instance.",
     )
 
 
@@ -105,6 +111,11 @@ class Worker(Uids):
     connect_timeout: Duration = Field(
         default=5.0,
         description="How long connecting to the backend may take, all its addresses together.",
+    )
+    resolve_every: Annotated[Duration, AfterValidator(_not_too_often)] = Field(
+        default=30.0,
+        description="How often backends' names are looked up again, from 1s. If the name server "
+        "does not answer, the last addresses are kept.",
     )
     drain: Duration = Field(
         default=30.0, description="How long connections may go on when titus-py is told to stop."

@@ -66,8 +66,8 @@ class Dialer:
         self._attempts: dict[socket.socket, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._next_attempt: Timer | None = None
-        #: An attempt has failed because this process, or this machine, has run out of something.
-        self.out_of_resources = False
+        #: An attempt has failed for a reason on this side, which says nothing of the backend.
+        self.failed_here = False
         self._timeout = loop.after(timeout, lambda: self._give_up(f"no answer in {timeout:g} s"))
 
     def start(self) -> None:
@@ -111,6 +111,7 @@ class Dialer:
             return outcome
         if self._bind is not None and (problem := self._bind(attempt, address)):
             attempt.close()
+            self.failed_here = True
             self._failures.append(f"{address_text(address)}: {problem}")
             return errno.EADDRNOTAVAIL
         attempt.setblocking(False)
@@ -167,7 +168,7 @@ class Dialer:
         return self._attempts.pop(attempt)
 
     def _failed(self, address: SocketAddress, error: int) -> None:
-        self.out_of_resources |= error in _RESOURCES
+        self.failed_here |= error in _RESOURCES
         self._failures.append(f"{address_text(address)}: {os.strerror(error)}")
 
     def _stop_waiting(self) -> None:

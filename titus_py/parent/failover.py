@@ -71,7 +71,8 @@ class Failover:
             backend.worked()
             self._done(connected, backend, "")
             return
-        backend.failed()
+        if self._dialer is not None and not self._dialer.failed_here:
+            backend.failed()
         if self._one_of_several and not reason.startswith(backend.name):
             reason = f"{backend.name}: {reason}"
         self._failures.append(reason)

@@ -88,7 +88,7 @@ class _Checking:
 
     def _dialled(self, connected: socket.socket | None, reason: str) -> None:
         if connected is None:
-            if self._dialer is not None and self._dialer.out_of_resources:
+            if self._dialer is not None and self._dialer.failed_here:
                 # That says nothing of the backend.
                 self._next()
             else:

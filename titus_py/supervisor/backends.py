@@ -9,6 +9,7 @@ from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.resolver import Addresses, Resolver, numeric
+from titus_py.supervisor.resolver_process import ResolverProcess
 
 __all__ = ["Backends"]
 
@@ -26,6 +27,7 @@ class Backends:
         generations: Iterable[Generation],
         children: Children,
         ready: Callable[[Generation], None],
+        process: ResolverProcess,
     ) -> None:
         self._loop = loop
         self._event = event
@@ -36,7 +38,7 @@ class Backends:
         self.addresses: dict[Address, tuple[ResolvedAddress, ...]] = {}
         #: What checks have found of backends, by what the last parent said that checked them.
         self.states: dict[Check, State] = {}
-        self._resolver = Resolver(loop, self._take)
+        self._resolver = Resolver(loop, process, self._take)
 
     def expect(self, generation: Generation) -> None:
         """Make a generation wait, for a limited time, for names without a known address."""
@@ -59,9 +61,15 @@ class Backends:
                 self.addresses[backend] = numeric(backend)
             except OSError as error:
                 self._unresolved(backend, error.strerror)
-        self._resolver.resolve(names)
+        # Of the generation that serves, or is about to.
+        every = [one.configuration.worker.resolve_every for one in self._generations][-1:]
+        self._resolver.resolve(names, *(every or [0.0]))
         checks = {check for generation in self._generations for check in generation.checks}
         self.states = {check: state for check, state in self.states.items() if check in checks}
+
+    def stop(self) -> None:
+        """Look up no names any more."""
+        self._resolver.stop()
 
     def checked(self, check: Check, state: State) -> None:
         self.states[check] = state

@@ -24,6 +24,8 @@ ALARMS = frozenset(
         "malformed_message",
         "parent_died",
         "parent_hangs",
+        "resolver_died",
+        "resolver_hangs",
         "unexpected_message",
         "unintelligible",
         "worker_failed",

@@ -1,10 +1,11 @@
 """The supervisor's life: bind, start a generation, keep it running, replace it, stop.
 
-Runs as root from start to end. It hears signals, root's commands, its own children, name servers
-and the readers of the metrics. It never reads an octet of a TLS client, never has a private key,
-and does not load OpenSSL. Each duty has a class of its own; this file puts them together.
+Runs as root from start to end. It hears signals, root's commands, its own children and the readers
+of the metrics. It never reads an octet of a TLS client, never has a private key, and does not load
+OpenSSL. Each duty has a class of its own; this file puts them together.
 """
 
+import errno
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ from titus_py.configuration.address import parse_backend
 from titus_py.configuration.checking import Checked
 from titus_py.configuration.held_uids import Held, HeldUids
 from titus_py.fork_server.confinement import TRANSPARENT_CAPABILITIES
+from titus_py.resolver.system_calls import RESOLVING
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
@@ -49,6 +51,7 @@ from titus_py.supervisor.metrics_server import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
+from titus_py.supervisor.resolver_process import ResolverProcess
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
@@ -121,6 +124,7 @@ def _build_filters() -> dict[str, str]:
         "handshake": seccomp.build(HANDSHAKE).hex(),
         "established": seccomp.build(ESTABLISHED).hex(),
         "keyd": seccomp.build(SERVING).hex(),
+        "resolver": seccomp.build(RESOLVING, errno.ENOSYS).hex(),
     }
 
 
@@ -164,7 +168,14 @@ class _Supervisor:
             lambda *ended: self._upkeep.ended(*ended),
         )
         self._backends = backends = Backends(
-            loop, record, generations, children, lambda generation: takeover.ready(generation)
+            loop,
+            record,
+            generations,
+            children,
+            lambda generation: takeover.ready(generation),
+            ResolverProcess(
+                loop, record, lambda: uids.for_resolver(generations), filters["resolver"]
+            ),
         )
         self._takeover = takeover = Takeover(
             loop, record, service, generations, children, listeners, uids, backends
@@ -247,6 +258,7 @@ class _Supervisor:
         while self._service.exit_code is None:
             self._loop.run_once()
         self._takeover.end_all()
+        self._backends.stop()
         # When Python ends, it restores the default actions: a further signal would kill us.
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -415,12 +427,15 @@ class _Supervisor:
             # Only this program can send the orders that children have not taken yet.
             self._loop.after(_RETRY_SECONDS, lambda: self._take_program([]))
             return
+        # The new program starts its own.
+        self._backends.stop()
         log = self._record.log
         log.close()
         try:
             succession.execute(self._legacy(), self._environment(), _SIGNALS)
         except OSError as error:
             self._record.log = Log(log.form, least=log.least, lost=log.lost)
+            self._backends.resolve()
             self._reload.failed([f"{sys.executable}: {error.strerror}"])
 
     def _go_on(self, legacy: Legacy) -> None:
@@ -449,10 +464,10 @@ class _Supervisor:
                 self._children.watch(generation, child)
         if legacy.metrics is not None:
             self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
-        self._backends.resolve()
         for first, beyond in legacy.used_uids:
             self._uids.used.append(range(first, beyond))
             self._uids.release(self._uids.used[-1])
+        self._backends.resolve()
         serving = self._generations.serving
         self._event(
             "program_changed",

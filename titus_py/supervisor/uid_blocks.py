@@ -4,6 +4,7 @@ Run by the supervisor. Two generations never share a uid: a block is given back 
 process has any of its uids.
 """
 
+import errno
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -40,6 +41,8 @@ class UidBlocks:
         self.held = held
         #: The blocks that earlier parents' workers may still have.
         self.used: list[range] = []
+        #: The resolver's uid, if there is a resolver: a block of one.
+        self.resolvers = range(0)
 
     def hold(self, configuration: Configuration, path: str) -> None:
         """Keep other instances from these uids until we end. Raises Held."""
@@ -51,14 +54,26 @@ class UidBlocks:
 
     def free(self, generation: Generation, others: Iterable[Generation]) -> range | None:
         """A free block for this generation's workers; None if there is none now."""
-        taken = [*self.used, *(other.uids for other in others if other.uids)]
+        taken = [*self.used, self.resolvers, *(other.uids for other in others if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
+
+    def for_resolver(self, generations: Generations) -> int:
+        """The last free uid of the range. Raises OSError if there is none."""
+        uids = generations.serving.configuration.worker.uids
+        taken = [*self.used, *(generation.uids for generation in generations)]
+        for uid in reversed(uids):
+            if not any(uid in block for block in taken) and not any_process_has(
+                range(uid, uid + 1)
+            ):
+                self.resolvers = range(uid, uid + 1)
+                return uid
+        raise OSError(errno.EAGAIN, "worker.uids has no free uid for it")
 
     def demand(self, generation: Generation, others: Generations) -> None:
         """Raises NoUids if there is no block for a generation beside the existing ones."""
         range_of_all, needed = generation.configuration.worker.uids, generation.uids_needed
         uids = self.free(generation, others)
-        if uids is None and free_block(range_of_all, needed, [others.serving.uids]):
+        if uids is None and free_block(range_of_all, needed, [others.serving.uids, self.resolvers]):
             raise NoUids(
                 "connections of earlier generations still have too many of them: "
                 "widen the range, or wait for those connections to end"

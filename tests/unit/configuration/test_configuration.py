@@ -81,6 +81,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "spare": 16,
             "handshake_timeout": "10s",
             "connect_timeout": "5s",
+            "resolve_every": "30s",
             "drain": "30s",
             "require": [],
             "chroot": "/run/titus-py/empty",
@@ -1045,3 +1046,11 @@ def test_mistakes_in_health_checks(load_text: Load, line: str, key: str, reason:
     [mistake] = load_text(LISTEN + VHOST + f"[vhost.health]\n{line}\n").mistakes
     assert mistake.key == f"vhost[0].health.{key}"
     assert mistake.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(("backend", "enough"), [("127.0.0.1:80", True), ("app.example:80", False)])
+def test_the_resolver_takes_one_uid(load_text: Load, backend: str, enough: bool) -> None:
+    text = '[worker]\nmax = 10\nspare = 2\nuids = "300000-300023"\n' + LISTEN
+    text += VHOST.replace("127.0.0.1:80", backend)
+    assert [mistake.key for mistake in load_text(text).mistakes] == ["worker.uids"] * (not enough)
+    assert load_text(text.replace("300023", "300024")).mistakes == []
