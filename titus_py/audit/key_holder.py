@@ -8,7 +8,6 @@ that these say. No other process of the audit ever has a key.
 import json
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import prctl
@@ -22,7 +21,7 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET
-from titus_py.audit.key_search import Needle, needles, search_all
+from titus_py.audit.key_search import Needle, label, needles, search_all
 
 __all__ = ["main"]
 
@@ -53,7 +52,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             key = load_private_key(path, passphrase_file)
         except UnusableKey as error:
             return {"problem": error.reason}
-        name = Path(path).name
+        name = label(path)
         sought += [Needle(f"{name}: {needle.name}", needle.octets) for needle in needles(key)]
     return {"forms": len(sought), "found": search_all(question["pids"], sought)}
 

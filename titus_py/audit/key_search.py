@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from keyd.powers import PrivateKey
 
-__all__ = ["Hit", "Needle", "Search", "Skipped", "needles", "search", "search_all"]
+__all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "search_all"]
 
 #: A shorter number would be found by chance, and is guessed more easily than stolen.
 _MIN_OCTETS = 16
@@ -127,6 +127,11 @@ def needles(key: PrivateKey) -> list[Needle]:
         ]
         found += [Needle(f"{name}, in PEM", window) for window in _base64_windows(big)]
     return found + _whole_encodings(key)
+
+
+def label(path: str) -> str:
+    """A key's name: in certbot's layout, only the directories' names differ."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _secret_numbers(key: PrivateKey) -> dict[str, int]:

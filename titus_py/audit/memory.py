@@ -21,7 +21,7 @@ from titus_py.audit.finding import (
     not_available,
 )
 from titus_py.audit.instance import Process, Role, title
-from titus_py.audit.key_search import Hit, Search, Skipped
+from titus_py.audit.key_search import Hit, Search, Skipped, label
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
 from titus_py.configuration.helper import Helper, Unanswered
@@ -112,7 +112,7 @@ def search_for_keys(target: Target, pids: Sequence[int]) -> tuple[list[Search], 
         Search(pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended)
         for pid, hits, skipped, octets, ended in answer["found"]
     ]
-    return found, {Path(key).name for key, _ in files}, answer["forms"]
+    return found, {label(key) for key, _ in files}, answer["forms"]
 
 
 def look_for_keys(

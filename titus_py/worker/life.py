@@ -153,6 +153,11 @@ def _touch(terms: Terms) -> None:
     A page is copied when this process first writes to it. No client has to wait for that now.
     """
     ClientHelloReader().feed(terms.hello)
+    index = terms.sites[0].certificate_index
+    if terms.practice is not None and index is not None and index.count:
+        from titus_py.worker.indexed import show
+
+        show(terms.practice, index, 0)
     connection = SSL.Connection(terms.practice or terms.sites[0].context)
     connection.set_accept_state()
     connection.bio_write(terms.hello)
