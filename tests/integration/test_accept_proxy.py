@@ -28,7 +28,7 @@ from .peers import (
     was_reset,
 )
 from .proxy_peers import haproxy_in_front
-from .service import FAILS, status, talk
+from .service import FAILS, edit, reload, status, talk
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 LINE = b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\n"
@@ -351,6 +351,20 @@ def test_the_audit_gets_in_where_its_machine_is_listed(proxied: Instance) -> Non
         probe.shake_hands()
         assert probe.worker is not None
         assert probe.worker.uid in proxied.uids
+
+
+def test_a_reload_takes_the_balancer_away_and_its_clients_stay(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, listen=behind())
+    with TlsClient(instance.port) as earlier:
+        earlier.socket.sendall(LINE)
+        assert talk(earlier.handshake())
+        edit(instance, lambda tables: tables["listen"][0].pop("accept_proxy_from"))
+        assert reload(instance)["reloaded"] is True
+        with TlsClient(instance.port) as direct:
+            assert talk(direct.handshake())
+        assert talk(earlier)
 
 
 def test_one_listener_beside_another(serve: Serve, echoing: Listener) -> None:
