@@ -23,7 +23,13 @@ from titus_py.configuration.client_certificates import (
 )
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
-from titus_py.configuration.helper import HANDSHAKE_CHECK, KEYD_CHECK, Helper, Unanswered
+from titus_py.configuration.helper import (
+    CLIENT_AUTHORITIES,
+    HANDSHAKE_CHECK,
+    KEYD_CHECK,
+    Helper,
+    Unanswered,
+)
 from titus_py.configuration.mistake import Source
 from titus_py.configuration.names import uncovered
 from titus_py.configuration.uids_in_use import uids_in_use
@@ -117,7 +123,7 @@ def check(
 ) -> Checked:
     """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
-    Asks two helpers, which may have been started ahead. Waits for each for up to ``timeout``
+    Asks helpers, two of which may have been started ahead. Waits for each for up to ``timeout``
     seconds, and half a second more for each certificate or virtual host that it checks.
     ``running``: the instance itself checks, for a reload; ``before`` is what it serves. Then a bad
     certificate in a ``certificate_dir`` keeps its old version. Raises nothing: a helper that fails
@@ -125,6 +131,7 @@ def check(
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
+    of_clients = Helper(CLIENT_AUTHORITIES) if loaded.client_files else None
     source = loaded.source
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates: dict[Credential, CertificateFacts] = {}
@@ -154,7 +161,9 @@ def check(
     warnings += _misnamed(loaded, certificates)
     warnings += _misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
-    authorities, wrong, doubtful = read_authorities(loaded.client_files, source, timeout)
+    authorities, wrong, doubtful = read_authorities(
+        loaded.client_files, source, timeout, of_clients
+    )
     mistakes += wrong
     warnings += doubtful
     try:

@@ -100,14 +100,20 @@ def _misfits(vhost: ClientCertificates) -> Iterator[tuple[str, str]]:
 
 
 def read_authorities(
-    files: Mapping[ClientFiles, Sequence[str]], source: Source, timeout: float
+    files: Mapping[ClientFiles, Sequence[str]],
+    source: Source,
+    timeout: float,
+    helper: Helper | None = None,
 ) -> tuple[dict[ClientFiles, ClientAuthorities], list[Mistake], list[Mistake]]:
-    """What is in the files, the mistakes, and the warnings. Each has the virtual hosts' places."""
+    """What is in the files, the mistakes, and the warnings. Each has the virtual hosts' places.
+
+    The helper may have been started ahead.
+    """
     if not files:
         return {}, [], []
     question = [{"ca": str(one.ca), "crl": one.crl and str(one.crl)} for one in files]
     try:
-        octets = Helper(CLIENT_AUTHORITIES).ask(question, timeout)
+        octets = (helper or Helper(CLIENT_AUTHORITIES)).ask(question, timeout)
         answers = _ANSWERS.validate_json(octets)
         if len(answers) != len(files):
             raise Unanswered(f"{len(answers)} answers to {len(files)} questions")

@@ -166,7 +166,7 @@ class Cut:
 def _rules(earlier: Generation, serving: Generation) -> dict[int, _Rules | None]:
     """For the virtual hosts of an earlier generation whose clients are to be judged: by what.
 
-    A virtual host is the same if it has the same names, local address and port.
+    A virtual host is the same if it has the same names (or directory), local address and port.
     """
     hosts = {_match(vhost): vhost for vhost in reversed(serving.configuration.vhost)}
     rules: dict[int, _Rules | None] = {}
@@ -184,7 +184,7 @@ def _rules(earlier: Generation, serving: Generation) -> dict[int, _Rules | None]
 
 
 def _match(vhost: VirtualHost) -> tuple[object, ...]:
-    return vhost.sni, vhost.local_address, vhost.local_port
+    return vhost.sni, vhost.certificate_dir, vhost.local_address, vhost.local_port
 
 
 def _unwanted(claims: Sequence[_Claim]) -> tuple[list[_Claim], str]:
