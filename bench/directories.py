@@ -60,6 +60,8 @@ def _titus_py(certificates: Directory, own: Path, port: int, backend_port: int) 
 uids = "{FIRST_UID}-{FIRST_UID + 13_998}"
 max = {CONNECTIONS}
 chroot = "{own}/empty"
+[limits]
+connections_per_prefix = {CONNECTIONS}
 [keyd]
 user = {FIRST_UID + 13_999}
 [[listen]]

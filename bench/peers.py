@@ -116,6 +116,8 @@ def _titus_py(setting: Setting) -> list[str]:
             "max": CONNECTIONS,
             "chroot": str(setting.directory / "empty"),
         },
+        # The load comes from one address.
+        "[limits]": {"connections_per_prefix": CONNECTIONS},
         "[keyd]": {"user": str(FIRST_UID + 13_999)},
         "[[listen]]": {"address": f"127.0.0.1:{setting.port}"},
         "[[vhost]]": {

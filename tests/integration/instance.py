@@ -228,10 +228,13 @@ class Instance:
             "chroot": directory / "empty",
             **tables.get("worker", {}),
         }
+        # A test's clients have one address, as a rule.
+        limits = {"connections_per_prefix": worker["max"], **tables.get("limits", {})}
         complete = {
             "keyd": {"user": str(uids[-1])},
             "log": {"format": "json"},
             **tables,
+            "limits": {name: value for name, value in limits.items() if value is not None},
             "worker": worker,
         }
         configuration = directory / "titus.toml"

@@ -98,6 +98,22 @@ def test_a_24_has_so_many_connections_and_others_have_theirs(
         limited(instance, "connections_per_prefix", 2)
 
 
+def test_a_24_has_a_quarter_of_all_connections_unless_told_otherwise(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"max": 68}, limits={"connections_per_prefix": None})
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(client_from(f"127.1.1.{n}", instance.port)) for n in range(1, 18)
+        ]
+        assert all(talk(client.handshake()) for client in clients)
+        assert is_refused("127.1.1.1", instance.port)
+        assert not is_refused("127.1.2.1", instance.port)
+        [event] = limited(instance, "connections_per_prefix", 1)
+    assert "raise limits.connections_per_prefix" in event["advice"]
+    assert "accept_proxy_from" in event["advice"]
+
+
 def test_a_64_has_so_many_connections_and_ipv4_on_the_same_socket_has_its_own(
     serve: Serve, echoing: Listener
 ) -> None:

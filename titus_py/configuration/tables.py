@@ -137,11 +137,14 @@ class Limits(Table):
     """[limits]: how much of the proxy a client may have. Each limit that was hit is counted."""
 
     connections_per_address: Annotated[Integer, Field(ge=1)] | None = Field(
-        default=None, description="How many connections one client address may have. Absent: any."
+        default=None,
+        description="How many connections one client address may have. Absent: as many as its "
+        "prefix.",
     )
     connections_per_prefix: Annotated[Integer, Field(ge=1)] | None = Field(
         default=None,
-        description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: any.",
+        description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: a quarter "
+        "of worker.max, but at least 16. As many as worker.max is no limit.",
     )
     connections_per_second: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = Field(
         default=None,

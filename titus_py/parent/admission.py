@@ -15,6 +15,8 @@ __all__ = ["Admission", "LimitsHit"]
 
 #: How often a limit that is being hit is logged.
 _TELL_SECONDS = 1.0
+_BY_ADDRESS = ("connections_per_address", "connections_per_prefix")
+_BALANCER = "a load balancer: set accept_proxy_from in [[listen]], which names its clients"
 #: A /64 is the least that one site has (RFC 6177). A /24 is what one operator of IPv4 often has.
 _IPV6_PREFIX_GROUPS = 4
 _IPV4_PREFIX_OCTETS = 3
@@ -104,7 +106,22 @@ class LimitsHit:
 
     def _say(self, limit: str) -> None:
         count, address = self._hit.pop(limit)
-        self._tell("limited", level="warning", limit=limit, count=count, last_client=address)
+        self._tell(
+            "limited",
+            level="warning",
+            limit=limit,
+            count=count,
+            last_client=address,
+            **_advice(limit),
+        )
+
+
+def _advice(limit: str) -> dict[str, str]:
+    """What to do about a limit that is on unless it is set, and may be too low."""
+    if limit not in _BY_ADDRESS:
+        return {}
+    advice = f"many clients behind one address or network: raise limits.{limit}; {_BALANCER}"
+    return {"advice": advice}
 
 
 def _reached(count: int, limit: int | None) -> bool:

@@ -206,6 +206,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "limit": _TEXT,
             "count": _COUNT,
             "last_client": _optional(_TEXT),
+            "advice": _optional(_TEXT),
         },
         # Workers and their fork server.
         "malformed_message": _ATTEMPT,

@@ -43,6 +43,7 @@ from titus_py.configuration.client_certificates import client_terms
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
 _FEW_HANDSHAKES = 64
+_FEW_OF_A_PREFIX = 16
 #: How long a load balancer may take for its PROXY header.
 _PROXY_SECONDS = 5.0
 #: How often the parent and keyd say that they are alive.
@@ -276,7 +277,7 @@ class Generation:
             connect_timeout=worker.connect_timeout,
             limits=Limits(
                 limits.connections_per_address,
-                limits.connections_per_prefix,
+                limits.connections_per_prefix or default_per_prefix(worker.max),
                 limits.connections_per_second,
                 limits.handshakes or default_handshakes(worker.max),
                 limits.idle_timeout,
@@ -353,6 +354,11 @@ def _certificate(facts: CertificateFacts) -> Certificate:
 def default_handshakes(connections: int) -> int:
     """How many of these connections may be in their handshake: half, but at least 64 (or all)."""
     return max(min(connections, _FEW_HANDSHAKES), connections // 2)
+
+
+def default_per_prefix(connections: int) -> int:
+    """How many of these connections one network may have: a quarter, but at least 16."""
+    return max(_FEW_OF_A_PREFIX, connections // 4)
 
 
 def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
