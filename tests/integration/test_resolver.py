@@ -3,7 +3,10 @@
 import signal
 import subprocess
 
+from titus_py.audit.finding import Verdict
 from titus_py.audit.instance import Process, Role, instance_processes
+from titus_py.audit.run import audit
+from titus_py.audit.target import find_target
 
 from .conftest import Serve
 from .instance import TITUS_PY, Instance, eventually
@@ -71,3 +74,12 @@ def test_it_ends_with_the_last_name(serve: Serve, echoing: Listener) -> None:
     instance.wait_for_event("reloaded")
     eventually(lambda: not resolvers(instance), "no resolver")
     is_served(instance)
+
+
+def test_an_audit_finds_it_as_it_should_be(serve: Serve, echoing: Listener) -> None:
+    instance = serve(f"localhost:{echoing.port}")
+    made = audit(find_target(instance.pid))
+    assert made.having(Verdict.BROKEN) == []
+    checks = {one.check for one in made.findings if one.subject.role == Role.RESOLVER}
+    assert checks >= {"uid", "groups", "capabilities", "no_new_privs", "hidden", "filter", "limits"}
+    assert checks >= {"descriptors", "mappings", "environment"}

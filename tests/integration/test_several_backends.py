@@ -17,8 +17,8 @@ from OpenSSL import SSL
 
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, free_port
-from .peers import TlsClient, Truncated
-from .test_backend_failures import is_reset_with_event
+from .peers import Listener, TlsClient, Truncated
+from .test_backend_failures import full_backlog, is_reset_with_event
 
 
 class Named:
@@ -237,3 +237,19 @@ def test_a_backend_that_is_down_is_used_again_once_checks_succeed(
         text = b"".join(iter(lambda: scraper.recv(65536), b"")).decode()
     assert f'titus_backend_up{{backend="{three[0].address}"}} 0' in text
     assert f'titus_backend_up{{backend="{three[1].address}"}} 1' in text
+
+
+def test_one_that_does_not_answer_has_its_share_of_the_time(
+    serve: Serve, three: list[Named]
+) -> None:
+    """It is not known to be down yet: nothing but time tells."""
+    with Listener.tcp(backlog=0) as silent:
+        backends = [silent.address, three[1].address, three[2].address]
+        instance = serve(
+            vhost=[{"backend": backends, "balance": "priority"}],
+            worker={"connect_timeout": "900ms"},
+        )
+        with full_backlog(silent):
+            # Only the first client waits: the silent one then comes last for a while.
+            assert [served(instance) for _ in range(3)] == [1, 1, 1]
+    assert not [event for event in instance.events() if event["event"] == "backend_unavailable"]

@@ -25,8 +25,6 @@ from titus_py.resolver.confinement import confine
 __all__ = ["main"]
 
 _HOSTS = Path("/etc/hosts")
-#: How often to tell the supervisor that this process is alive.
-_ALIVE_SECONDS = 3.0
 _STACK_OCTETS = 1024 * 1024
 
 
@@ -44,7 +42,8 @@ def main() -> int:
     # A change of uid clears the parent-death signal.
     prctl.set_pdeathsig(signal.SIGKILL)
     threading.stack_size(_STACK_OCTETS)
-    supervisor.settimeout(_ALIVE_SECONDS)
+    # How often to tell the supervisor that this process is alive.
+    supervisor.settimeout(settings["alive_seconds"])
     supervisor.send(b"R")
     while True:
         try:

@@ -24,7 +24,7 @@ __all__ = ["ResolverProcess"]
 
 _PROGRAM = ("-m", "titus_py.resolver.life")
 #: It says that it is alive every few seconds. If it has been silent for so long, it hangs.
-_LOOK_SECONDS, _QUIET_SECONDS = 3.0, 15.0
+_ALIVE_SECONDS, _QUIET_SECONDS = 3.0, 15.0
 #: How soon to start it again, and how much later if it has answered nothing since.
 _PAUSE_SECONDS = (1.0, 30.0)
 READY, ALIVE = b"R", b"A"
@@ -80,11 +80,11 @@ class ResolverProcess:
             self._bury()
 
     def _start(self, uid: int) -> None:
-        settings = json.dumps({"uid": uid, "filter": self._program}).encode()
+        settings = {"uid": uid, "filter": self._program, "alive_seconds": _ALIVE_SECONDS}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         given = {
-            "settings-fd": sealed_file("resolver-settings", settings),
+            "settings-fd": sealed_file("resolver-settings", json.dumps(settings).encode()),
             "supervisor-fd": theirs.detach(),
         }
         arguments = [f"--{name}={descriptor}" for name, descriptor in given.items()]
@@ -111,7 +111,7 @@ class ResolverProcess:
         self._last_heard = self._looked = time.monotonic()
         self._loop.watch(self._pidfd, self._died)
         self._loop.watch(ours.fileno(), self._hear)
-        self._look = self._loop.after(_LOOK_SECONDS, self._look_after)
+        self._look = self._loop.after(_ALIVE_SECONDS, self._look_after)
 
     def _hear(self) -> None:
         if self._socket is None:
@@ -130,6 +130,9 @@ class ResolverProcess:
             self._kill()
             return
         self._last_heard = time.monotonic()
+        self._hear_message(message)
+
+    def _hear_message(self, message: bytes) -> None:
         if message == READY and not self.ready:
             self.ready = True
             self.changed()
@@ -145,13 +148,13 @@ class ResolverProcess:
     def _look_after(self) -> None:
         now = time.monotonic()
         # If we were not running ourselves, silence means nothing.
-        if now - self._looked > 2 * _LOOK_SECONDS:
+        if now - self._looked > 2 * _ALIVE_SECONDS:
             self._last_heard = now
         self._looked = now
         if now - self._last_heard > _QUIET_SECONDS and self._process is not None:
             self._event("resolver_hangs", level="alarm", pid=self._process.pid)
             self._kill()
-        self._look = self._loop.after(_LOOK_SECONDS, self._look_after)
+        self._look = self._loop.after(_ALIVE_SECONDS, self._look_after)
 
     def _died(self) -> None:
         pid, how = self._bury()

@@ -39,6 +39,12 @@ STATUS: dict[str, Any] = {
             "not_after": "2030-01-01T00:00:00+00:00",
         }
     ],
+    "vhosts": [
+        {"health": []},
+        {"health": [{"backend": "a:1", "up": True}, {"backend": "b:1", "up": False}]},
+        {"health": [{"backend": "a:1", "up": False}]},
+        {"health": [{"backend": "c:1", "up": True}]},
+    ],
     "client_authorities": [
         {
             "setting": setting,
@@ -387,6 +393,13 @@ def _lived(metrics: Metrics) -> Metrics:
     metrics.record("handshake_failed", FAILED | {"level": "alarm"})
     metrics.record("operations", operations(signed=1, seconds=[1] * 11, seconds_sum=0.1), 1)
     return metrics
+
+
+def test_a_backend_is_up_if_all_its_checks_find_it_so() -> None:
+    found = {name: value for name, value in read(Metrics()).items() if "backend_up" in name}
+    assert found == {
+        f'titus_backend_up{{backend="{b}:1"}}': up for b, up in zip("abc", (0, 0, 1), strict=True)
+    }
 
 
 @needs_promtool

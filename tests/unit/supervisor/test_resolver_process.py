@@ -1,0 +1,86 @@
+"""A resolver that hangs, or says what it never says, is ended and started again."""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from keyd.linux import seccomp
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.lookups import Malformed
+from titus_py.resolver.system_calls import RESOLVING
+from titus_py.supervisor import resolver_process
+from titus_py.supervisor.resolver_process import ResolverProcess
+
+UID = 2_000_000_011
+
+
+class Watched:
+    def __init__(self) -> None:
+        self.loop = EventLoop()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        program = seccomp.build(RESOLVING, errno.ENOSYS).hex()
+        self.process = ResolverProcess(self.loop, self._event, lambda: UID, program)
+
+    def _event(self, event: str, level: str = "info", **fields: Any) -> None:
+        self.events.append((event, {"level": level, **fields}))
+
+    def run(self, until: Callable[[], object], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        tick = self.loop.after(0.05, lambda: None)
+        while not until():
+            assert time.monotonic() < deadline
+            tick.cancel()
+            tick = self.loop.after(0.05, lambda: None)
+            self.loop.run_once()
+
+    def pid(self) -> int:
+        assert self.process._process is not None
+        return self.process._process.pid
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    monkeypatch.setattr(resolver_process, "_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(resolver_process, "_QUIET_SECONDS", 3.0)
+    monkeypatch.setattr(resolver_process, "_PAUSE_SECONDS", (0.1, 1.0))
+    found = Watched()
+    found.process.start()
+    try:
+        found.run(lambda: found.process.ready)
+        yield found
+    finally:
+        found.process.stop()
+
+
+def test_one_that_hangs_is_ended_and_started_again(watched: Watched) -> None:
+    # It says that it is alive.
+    heard = watched.process._last_heard
+    watched.run(lambda: watched.process._last_heard > heard)
+    pid = watched.pid()
+    os.kill(pid, signal.SIGSTOP)
+    watched.run(lambda: len(watched.events) == 2)
+    assert watched.events == [
+        ("resolver_hangs", {"level": "alarm", "pid": pid}),
+        ("resolver_died", {"level": "alarm", "pid": pid, "how": "killed by SIGKILL"}),
+    ]
+    watched.run(lambda: watched.process.ready)
+    assert watched.pid() != pid
+
+
+def test_one_that_talks_nonsense_is_ended(watched: Watched) -> None:
+    def heard(_: bytes) -> None:
+        raise Malformed
+
+    watched.process.heard = heard
+    pid = watched.pid()
+    # As if it had been ready once more, which nobody says.
+    watched.process.ready = True
+    watched.process._hear_message(b"R")
+    watched.run(lambda: len(watched.events) == 2)
+    assert [event for event, _ in watched.events] == ["unintelligible", "resolver_died"]
+    assert watched.events[0][1] == {"level": "alarm", "process": "resolver", "pid": pid}
