@@ -444,6 +444,13 @@ def test_killed_while_it_makes_keys_and_run_again(
     new, request = directory / "privkey.new.key", directory / "privkey.new.csr"
     assert {path.name for path in (new, request) if path.exists()} == there
     made = new.read_bytes() if new.exists() else None
+    if there == {"privkey.new.key"}:
+        # Another kind would be another key.
+        code, _, complaints = rekey("--kind=ed25519", f"{live}/")
+        assert (code, request.exists()) == (1, False)
+        assert complaints == (
+            f"titus-py rekey: {new}: is a key of the kind p-256, and not ed25519\n"
+        )
     code, _, complaints = rekey(f"{live}/")
     assert (code, complaints) == (0, "")
     # What was made is kept: its request may be on its way.

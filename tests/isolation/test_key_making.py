@@ -102,3 +102,16 @@ def test_what_it_cannot_do(
         pytest.skip("no Landlock here")
     said = attempt(tmp_path, deed, parameter_for(deed, tmp_path, listener), without)
     assert REFUSED[deed, without] in said
+
+
+def test_it_makes_nothing_where_it_cannot_be_confined(tmp_path: Path) -> None:
+    """Such as in a root that is not empty."""
+    (tmp_path / "file").touch()
+    maker = KeyMaker(User("", 12_345, 12_345), tmp_path, must_lock=False)
+    issued = ThrowawayAuthority().issue("P-256", ["localhost"])
+    new = os.open(tmp_path / "new.key", os.O_WRONLY | os.O_CREAT, 0o600)
+    with pytest.raises(NotMade, match="is not empty"):
+        maker.make(None, issued.certificate.decode(), new, False)
+    maker.close()
+    assert os.fstat(new).st_size == 0
+    os.close(new)
