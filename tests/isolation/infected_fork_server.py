@@ -199,7 +199,7 @@ def random_message(source: random.Random, to: str) -> bytes:
         return source.randbytes(source.choice([1, 2, 3, 4, 5, 36, 37, 100, 1060, 1061, 2000]))
     if to == "parent":
         said = [message.encode() for message in _MESSAGES]
-        message = bytearray(source.choice([b"R", *said, b"C", b"B"]))
+        message = bytearray(source.choice([b"R", *said, b"C", b"B", IDENTITY]))
     else:
         scheme = source.choice([0x0403, 0x0804, 0x0401, 0x0807, 0x0303])
         message = bytearray(
@@ -232,6 +232,8 @@ _MESSAGES = [
     Proxied(Ends("192.0.2.1", 5, "2001:db8::1", 443)),
     Proxied(None),
 ]
+#: With one link, no certificate, and one name (``between.client_identity``).
+IDENTITY = b"I" + bytes(32) + b"\1\1\0\0\0\x08" + bytes(84) + b"c\0\5alice"
 _KEY = bytes(32)
 _PAYLOADS = [
     b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32),

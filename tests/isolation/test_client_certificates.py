@@ -3,6 +3,7 @@
 Who a client is, is its worker's word: docs/threat-model.md says so, and this shows it.
 """
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from integration.certificates import Certificate
 from integration.client_authority import ClientAuthority
 from integration.instance import Instance
-from integration.peers import TIMEOUT, Listener, TlsClient
+from integration.peers import TIMEOUT, Listener, TlsClient, was_reset
+
+from titus_py.between.client_identity import Identity
 
 from .harness import infected, make_certificate, take_over
+from .infected_fork_server import IDENTITY
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,24 @@ def test_twice_is_an_alarm(instance: Instance) -> None:
     result = take_over(instance, "h", "impersonate", "alice", "bob")
     assert [event["event"] for event in result.alarms] == ["unexpected_message"]
     assert "bob" in result.alarms[0]["attempted"]
+
+
+def test_fuzzing(instance: Instance) -> None:
+    """Whatever a worker makes up to be an identity: only its own connection ends."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    assert Identity.decode(IDENTITY).facts.cn == ("alice",)
+    parent = instance.parent()
+    for number in range(10):
+        with TlsClient(instance.port, f"h.fuzz.parent.{seed + number}.100.attack.test") as client:
+            client.socket.sendall(client.first_flight())
+            was_reset(client.socket)
+    ends = instance.wait_for_events(10, "handshake_failed")
+    # A worker may have said its last word before the parent has heard the first.
+    alarms = {"malformed_message", "unexpected_message"}
+    assert {event["end"] for event in ends} <= alarms | {"handshake_failed"}
+    assert instance.events_named("malformed_message")
+    assert instance.parent() == parent
 
 
 def test_the_control_nobody_else_gets_there(instance: Instance, backend: Listener) -> None:
