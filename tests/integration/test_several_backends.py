@@ -202,7 +202,7 @@ def status(instance: Instance) -> dict[str, Any]:
 def test_a_backend_that_is_down_is_used_again_once_checks_succeed(
     serve: Serve, three: list[Named], tmp_path: Path
 ) -> None:
-    """If all are down, each client is reset, with a reason of its own; a reload forgets nothing."""
+    """If all are down, each client is reset, with a reason of its own; no reload forgets."""
     instance = serve(
         vhost=vhost(three, health=HEALTH), metrics={"address": f"unix:{tmp_path}/metrics"}
     )
@@ -221,6 +221,7 @@ def test_a_backend_that_is_down_is_used_again_once_checks_succeed(
 
     instance.signal(signal.SIGHUP)
     instance.wait_for_event("reloaded")
+    subprocess.run([TITUS_PY, "reload", "--program", f"--pid={instance.pid}"], check=True)
     reason, _ = is_reset_with_event(instance, "backend_unavailable")
     assert reason.startswith("every backend is down: ")
     assert sum(event["event"] == "backend_down" for event in instance.events()) == 3

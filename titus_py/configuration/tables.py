@@ -110,7 +110,7 @@ class Worker(Uids):
     )
     connect_timeout: Duration = Field(
         default=5.0,
-        description="How long connecting to the backend may take, all its addresses together.",
+        description="How long connecting may take, all backends and their addresses together.",
     )
     resolve_every: Annotated[Duration, AfterValidator(_not_too_often)] = Field(
         default=30.0,

@@ -63,7 +63,9 @@ def confine(uid: int, program: seccomp.Program) -> None:
 
 def _reading_only() -> int:
     ruleset = landlock.make_ruleset(network=False)
-    for directory in READABLE:
+    # On some systems these are links to elsewhere.
+    settings = map(os.path.realpath, ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"))
+    for directory in {*READABLE, *map(os.path.dirname, settings)}:
         try:
             landlock.allow_reading(ruleset, directory)
         except FileNotFoundError:

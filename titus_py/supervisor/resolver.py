@@ -86,6 +86,7 @@ class Resolver:
     def stop(self) -> None:
         """Look up nothing any more; the process has ended when this returns."""
         self.resolve((), self._every)
+        self._process.stop()
 
     def _ask(self) -> None:
         """Ask for every name, but for those whose answer is still awaited."""
@@ -93,7 +94,7 @@ class Resolver:
             self._next.cancel()
             self._next = None
         if not self._names:
-            self._process.stop()
+            self._process.dismiss()
             self._asked.clear()
             self._waiting.clear()
             return

@@ -46,6 +46,9 @@ class ResolverProcess:
         self.heard: Callable[[bytes], None] = lambda _: None
         self.changed: Callable[[], None] = lambda: None
         self.ready = False
+        self._wanted = False
+        #: The pid of the one that was told to end.
+        self._dismissed = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._pidfd = -1
@@ -56,6 +59,7 @@ class ResolverProcess:
 
     def start(self) -> None:
         """Start it, unless it runs or is about to be started."""
+        self._wanted = True
         if self._process is not None or self._again is not None:
             return
         try:
@@ -70,13 +74,21 @@ class ResolverProcess:
             with suppress(OSError):
                 self._socket.send(question.encode())
 
-    def stop(self) -> None:
-        """End it, and wait until it has ended: it is killed."""
+    def dismiss(self) -> None:
+        """End it: it is not needed any more. Its end is heard later."""
+        self._wanted = False
+        self.ready = False
         if self._again is not None:
             self._again.cancel()
             self._again = None
         if self._process is not None:
+            self._dismissed = self._process.pid
             self._kill()
+
+    def stop(self) -> None:
+        """End it, and wait until it has ended. For when this program ends or is replaced."""
+        self.dismiss()
+        if self._process is not None:
             self._bury()
 
     def _start(self, uid: int) -> None:
@@ -133,6 +145,8 @@ class ResolverProcess:
         self._hear_message(message)
 
     def _hear_message(self, message: bytes) -> None:
+        if self._process is None or self._process.pid == self._dismissed:
+            return
         if message == READY and not self.ready:
             self.ready = True
             self.changed()
@@ -141,7 +155,7 @@ class ResolverProcess:
                 self.heard(message)
                 self._pause = _PAUSE_SECONDS[0]
             except Malformed:
-                pid = self._process and self._process.pid
+                pid = self._process.pid
                 self._event("unintelligible", level="alarm", process="resolver", pid=pid)
                 self._kill()
 
@@ -158,9 +172,12 @@ class ResolverProcess:
 
     def _died(self) -> None:
         pid, how = self._bury()
-        self._event("resolver_died", level="alarm", pid=pid, how=how)
-        self._start_later()
-        self.changed()
+        if pid != self._dismissed:
+            self._event("resolver_died", level="alarm", pid=pid, how=how)
+            self._start_later()
+            self.changed()
+        elif self._wanted:
+            self.start()
 
     def _start_later(self) -> None:
         pause, self._pause = self._pause, min(2 * self._pause, _PAUSE_SECONDS[1])
