@@ -12,6 +12,7 @@ certificates, and in the supervisor.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from titus_py.between.client_allow import Allow, Facts
@@ -52,6 +53,11 @@ class ClientTerms(NamedTuple):
     @property
     def allowed(self) -> Allow | None:
         return None if self.allow is None else Allow.decode(self.allow)
+
+    def with_texts(self, change: Callable[[Any], Any]) -> "ClientTerms":
+        """The same with the texts that may be long changed: to their numbers, and back."""
+        authorities, revocations = change(self.authorities), change(self.revocations)
+        return self._replace(authorities=authorities, revocations=revocations)
 
     @classmethod
     def decode(cls, fields: list[Any]) -> "ClientTerms":

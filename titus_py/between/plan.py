@@ -172,11 +172,18 @@ class Plan(NamedTuple):
 
     def encode(self) -> bytes:
         vhosts = [vhost._asdict() for vhost in self.vhosts]
-        return json.dumps(self._asdict() | {"vhosts": vhosts}).encode()
+        # Many virtual hosts may have the same lists of revoked certificates, and long ones.
+        texts: dict[str, int] = {}
+        for vhost in vhosts:
+            if (clients := vhost["clients"]) is not None:
+                vhost["clients"] = clients.with_texts(lambda t: texts.setdefault(t, len(texts)))
+        fields = {"vhosts": vhosts, "texts": list(texts)}
+        return json.dumps(self._asdict() | fields).encode()
 
     @classmethod
     def decode(cls, octets: bytes) -> "Plan":
         fields = json.loads(octets)
+        texts = fields.pop("texts")
         fields["limits"] = Limits(*fields["limits"])
         fields["listeners"] = tuple(Listener(*listener) for listener in fields["listeners"])
         fields["vhosts"] = tuple(
@@ -188,7 +195,7 @@ class Plan(NamedTuple):
                     "backends": {name: tuple(some) for name, some in vhost["backends"].items()},
                     "certificates": tuple(Certificate(*one) for one in vhost["certificates"]),
                     "tls": TlsSettings.decode(vhost["tls"]),
-                    "clients": _client_terms(vhost["clients"]),
+                    "clients": _client_terms(vhost["clients"], texts),
                 }
             )
             for vhost in fields["vhosts"]
@@ -204,13 +211,13 @@ class Plan(NamedTuple):
         return cls(**fields)
 
 
-def _client_terms(fields: list[Any] | None) -> "ClientTerms | None":
+def _client_terms(fields: list[Any] | None, texts: list[str]) -> "ClientTerms | None":
     if fields is None:
         return None
     # Others do not need it in their memory.
     from titus_py.between.client_identity import ClientTerms
 
-    return ClientTerms.decode(fields)
+    return ClientTerms.decode(fields).with_texts(texts.__getitem__)
 
 
 def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:

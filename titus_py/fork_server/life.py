@@ -137,7 +137,6 @@ def _verifier(terms: "ClientTerms | None", context: "SSL.Context") -> "Verifier 
 
     verifier = Verifier(terms)
     verifier.demand(context)
-    verifier.warm_up(context)
     return verifier
 
 

@@ -7,6 +7,7 @@ and hostile.
 """
 
 from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 from cryptography import x509
@@ -104,33 +105,14 @@ class Verifier:
         lib.SSL_CTX_set_verify(context._context, mode, _CALLBACK)
         if self._keys_only:
             return
-        with as_path(self._terms.authorities + self._terms.revocations) as path:
-            context.load_verify_locations(path)
+        store = _store(self._terms.authorities, self._terms.revocations)
+        lib.X509_STORE_up_ref(store._store)
+        # The context takes it over.
+        lib.SSL_CTX_set_cert_store(context._context, store._store)
         with as_path(self._terms.authorities) as path:
             # Named to the client, which may have certificates of several authorities.
             context.load_client_ca(path.encode())
-        store = context.get_cert_store()
-        assert store is not None
-        # Each certificate of the file is trusted, and not only those that end a chain.
-        flags = crypto.X509StoreFlags.PARTIAL_CHAIN
-        if self._terms.revocations:
-            flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
-        store.set_flags(flags)
         context.set_verify_depth(_MAX_BETWEEN)
-
-    def warm_up(self, context: SSL.Context) -> None:
-        """Have OpenSSL and Python fetch, once before any fork, what verifying makes them fetch."""
-        if self._keys_only:
-            return
-        store = context.get_cert_store()
-        assert store is not None
-        # All of them: a list is sorted when it is first looked into, and a long one takes time.
-        for authority in x509.load_pem_x509_certificates(self._terms.authorities.encode()):
-            own = crypto.X509.from_cryptography(authority)
-            with suppress(crypto.X509StoreContextError):
-                crypto.X509StoreContext(store, own).verify_certificate()
-            with suppress(*_UNREADABLE):
-                _read(own)
 
     def begin(self, report: ReportWriter) -> None:
         """Judge the certificate of this process's connection, whose handshake is about to begin."""
@@ -218,6 +200,32 @@ class Verifier:
                 certificate_spki=f"sha256:{shown.facts.spki}",
             )
         return True
+
+
+@cache
+def _store(authorities: str, revocations: str) -> crypto.X509Store:
+    """What certificates are verified with: one for all virtual hosts with the same files."""
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    with as_path(authorities + revocations) as path:
+        context.load_verify_locations(path)
+    store = context.get_cert_store()
+    assert store is not None
+    # It is the context's, and outlives it.
+    lib.X509_STORE_up_ref(store._store)
+    # Each certificate of the file is trusted, and not only those that end a chain.
+    flags = crypto.X509StoreFlags.PARTIAL_CHAIN
+    if revocations:
+        flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
+    store.set_flags(flags)
+    # What OpenSSL and Python fetch to verify one, no worker has to fetch. And a list is sorted when
+    # it is first looked into, which takes time if it is long.
+    for authority in x509.load_pem_x509_certificates(authorities.encode()):
+        own = crypto.X509.from_cryptography(authority)
+        with suppress(crypto.X509StoreContextError):
+            crypto.X509StoreContext(store, own).verify_certificate()
+        with suppress(*_UNREADABLE):
+            _read(own)
+    return store
 
 
 def _read(own: crypto.X509) -> _Shown:

@@ -1,0 +1,68 @@
+"""What the supervisor tells a parent to do, once through JSON."""
+
+from titus_py.between.client_identity import ClientTerms
+from titus_py.between.plan import Certificate, Limits, Plan, VirtualHost
+from titus_py.between.virtual_host import TlsSettings
+
+TLS = TlsSettings.decode(["TLSv1.2", "TLSv1.3", *[None] * (len(TlsSettings._fields) - 2)])
+
+
+def host(clients: ClientTerms | None) -> VirtualHost:
+    return VirtualHost(
+        server_names=None,
+        local_address=None,
+        local_port=None,
+        certificates=(Certificate("chain", "reference", "00"),),
+        certificate_index=None,
+        backend=("127.0.0.1:80",),
+        backends={},
+        balance="round-robin",
+        health=None,
+        tls=TLS,
+        truncated="reset",
+        send_proxy=None,
+        source_address=None,
+        clients=clients,
+    )
+
+
+def plan(*vhosts: VirtualHost) -> Plan:
+    return Plan(
+        listeners=(),
+        vhosts=vhosts,
+        addresses={},
+        checks=(),
+        states=(),
+        first_uid=1,
+        last_uid=2,
+        max_workers=1,
+        spare_workers=1,
+        handshake_timeout=1.0,
+        connect_timeout=1.0,
+        limits=Limits._make([None] * len(Limits._fields)),
+        chroot="/run/empty",
+        required=(),
+        handshake_filter="",
+        established_filter="",
+    )
+
+
+def test_what_is_asked_of_clients() -> None:
+    allow = (("*.example.org",), (), (), ("00" * 32,))
+    asked = [
+        None,
+        ClientTerms(True, "authorities", "lists", None),
+        ClientTerms(False, "", "", allow),
+        ClientTerms(False, "authorities", "", None),
+    ]
+    whole = plan(*map(host, asked))
+    assert Plan.decode(whole.encode()).vhosts == whole.vhosts
+
+
+def test_files_that_many_hosts_name_are_there_once() -> None:
+    """A list of revoked certificates may be megabytes long."""
+    terms = ClientTerms(True, "some authorities", "a long list", None)
+    encoded = plan(*[host(terms)] * 100).encode()
+    assert encoded.count(b"a long list") == encoded.count(b"some authorities") == 1
+    found = Plan.decode(encoded)
+    assert len({id(one.clients.revocations) for one in found.vhosts if one.clients}) == 1
