@@ -44,6 +44,7 @@ from keyd.powers import PrivateKey, rehearse
 from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
+from keyd.succession import inherited
 from keyd.system_calls import SERVING
 from keyd.words import leave_standard_error
 
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--settings-fd", type=int, required=True)
     serve.add_argument("--parent-fd", type=int, required=True)
     serve.add_argument("--supervisor-fd", type=int, required=True)
+    serve.add_argument("--predecessor-fd", type=int)
     serve.set_defaults(run=_serve)
     return parser
 
@@ -182,7 +184,10 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     lock_before_keys(settings["must_lock"])
     guards = guard()
-    keys = _load(_readable(settings["keys"]))
+    loaded = list(_readable(settings["keys"]))
+    if arguments.predecessor_fd is not None:
+        loaded += inherited(arguments.predecessor_fd, settings["inherited"])
+    keys = _load(loaded)
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
@@ -212,6 +217,7 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     keyd = Keyd(keys, tick)
     keyd.hear_parent(parent, gone=keyd.stop)
+    keyd.hear_supervisor(supervisor)
 
     keyd.serve(_THREADS, program, ready)
     _leave()

@@ -1,8 +1,9 @@
 """keyd's life: load the keys, confine, serve.
 
 Runs as root until the keys are loaded, then as a user of its own in an empty root. It
-reads from the parent, which opens channels and is trusted with their terms, and from
-workers, which send requests and are trusted with nothing. It reads no network socket.
+reads from the parent, which opens channels and is trusted with their terms; from workers,
+which send requests and are trusted with nothing; and from the supervisor, which may have
+keys handed to the next keyd. It reads no network socket.
 
 A few threads wait on the same epoll. Each takes one event and handles it to the end, so
 that a slow RSA operation delays no other connection. A channel is armed for one event at
@@ -54,6 +55,7 @@ from keyd.protocol import (
     Status,
     decode_control,
 )
+from keyd.succession import MAX_ORDER_OCTETS, hand_over
 from keyd.tally import Tally
 
 __all__ = [
@@ -353,6 +355,27 @@ class Keyd:
         if self._leaves_at is not None:
             _say_no_more(control)
         self._arm_source(control, hear)
+
+    def hear_supervisor(self, supervisor: socket.socket) -> None:
+        """Hand keys to this keyd's successor, as the supervisor asks."""
+
+        def hear() -> None:
+            try:
+                order, descriptors = receive_descriptors(
+                    supervisor, MAX_ORDER_OCTETS, 1, socket.MSG_DONTWAIT
+                )
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                order, descriptors = b"", []
+            if not order:
+                # It has ended, and so will this process (PR_SET_PDEATHSIG).
+                del self._sources[supervisor.fileno()]
+                return
+            for descriptor in descriptors:
+                hand_over(self._keys, order, descriptor)
+
+        self._arm_source(supervisor, hear)
 
     def hear_listener(
         self, listener: socket.socket, accepted: Callable[[socket.socket], None]

@@ -35,6 +35,7 @@ from typing import NamedTuple
 __all__ = [
     "KEY_ID_OCTETS",
     "MAX_CONTROL_OCTETS",
+    "MAX_HANDED",
     "MAX_KEYS",
     "MAX_KEYS_OCTETS",
     "MAX_PAYLOAD_OCTETS",
@@ -82,6 +83,9 @@ MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
 #: KiB (net.core.wmem_default).
 MAX_KEYS = 20_000
 MAX_KEYS_OCTETS = 2 + MAX_KEYS * SHORT_ID_OCTETS
+#: How many keys a keyd hands to its successor (``keyd.succession``): they fit into the buffer of a
+#: socket, whose reader may not have started yet.
+MAX_HANDED = 16
 #: How many grants one message has: several messages fit into a socket's buffer.
 _GRANTS_AT_ONCE = 900
 #: The longest message of a parent.

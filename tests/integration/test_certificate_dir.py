@@ -175,10 +175,45 @@ def test_a_bad_certificate_keeps_its_old_version_and_the_others_go_on(
     assert status(instance)["certificates_kept"] == 0
 
 
+@pytest.mark.parametrize("kind", ["P-256", "RSA-2048", "Ed25519"])
+def test_a_key_that_is_gone_is_handed_on_from_keyd_to_keyd(
+    serve: Serve, echoing: Listener, live: Live, kind: str
+) -> None:
+    live.issue("one.example", kind=kind)
+    instance = serve(echoing.address, vhost=[{"certificate_dir": live.path}])
+    before = {name: serial(instance, name) for name in ("one.example", "two.example")}
+    live.put("one.example", b"no certificate\n", b"no key\n")
+    for generation in (2, 3):
+        live.issue("two.example")
+        assert reload(instance) == {"reloaded": True, "generation": generation}
+        assert serial(instance, "one.example") == before["one.example"]
+        assert serial(instance, "two.example") != before["two.example"]
+    live.issue("one.example")
+    assert reload(instance)["reloaded"]
+    assert serial(instance, "one.example") != before["one.example"]
+    assert not instance.events_named("keys_changed")
+
+
+def test_a_key_that_no_process_has_any_more_is_missed_once(
+    serve: Serve, echoing: Listener, live: Live
+) -> None:
+    instance = serve(echoing.address, vhost=[{"certificate_dir": live.path}])
+    before = serial(instance, "two.example")
+    live.put("one.example", b"no certificate\n", b"no key\n")
+    assert reload(instance)["reloaded"]
+    instance.expected_alarms |= {"keyd_died"}
+    instance.keyd().kill()
+    instance.wait_for_event("reload_failed", 20)
+    assert serial(instance, "two.example") == before
+    with TlsClient(instance.port, "one.example") as client, pytest.raises(SSL.Error):
+        client.handshake()
+    assert len(instance.events_named("keys_changed")) == 1
+
+
 def test_a_bad_certificate_that_is_new_changes_nothing(
     serve: Serve, echoing: Listener, live: Live
 ) -> None:
-    """It has no old version; neither has one whose key is gone from its file."""
+    """It has no old version."""
     instance = serve(echoing.address, vhost=[{"certificate_dir": live.path}])
     before = serial(instance, "one.example")
     live.issue("one.example")
@@ -186,11 +221,7 @@ def test_a_bad_certificate_that_is_new_changes_nothing(
     told = problems(instance)
     assert all(str(live.path / "bad.example") in problem for problem in told)
     assert len(told) == 2
-    (live.path / "bad.example").rename(live.path / ".bad")
-    live.put("two.example", b"no certificate\n", b"no key\n")
-    assert len(problems(instance)) == 2
     assert serial(instance, "one.example") == before
-    assert names(shown(instance, "two.example")) == ["two.example"]
 
 
 def test_a_change_is_noticed(serve: Serve, echoing: Listener, live: Live) -> None:

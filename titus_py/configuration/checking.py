@@ -9,11 +9,11 @@ answers are trusted like keyd's, once their form is checked.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from keyd.protocol import MAX_HANDED
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
 from titus_py.configuration.across_tables import setting
 from titus_py.configuration.certificate_dir import chosen
@@ -34,7 +34,15 @@ from titus_py.configuration.mistake import Source
 from titus_py.configuration.names import uncovered
 from titus_py.configuration.uids_in_use import uids_in_use
 
-__all__ = ["Answer", "CertificateFacts", "Checked", "ask_keyd_check", "check", "names_shown"]
+__all__ = [
+    "Answer",
+    "CertificateFacts",
+    "Checked",
+    "Served",
+    "ask_keyd_check",
+    "check",
+    "names_shown",
+]
 
 _TIMEOUT_SECONDS = 30.0
 #: How many names, or virtual hosts, a message shows.
@@ -72,6 +80,19 @@ class Checked(NamedTuple):
     authorities: Mapping[ClientFiles, ClientAuthorities] = {}
     #: At a reload: certificates of a directory whose old version stays, and what is wrong.
     kept: Sequence[tuple[Credential, str]] = ()
+    #: Those of them whose key is not in its file any more.
+    inherited: frozenset[Credential] = frozenset()
+
+
+class Served(NamedTuple):
+    """What is served while a configuration is read for a reload."""
+
+    certificates: Mapping[Credential, CertificateFacts]
+    #: Whether the keyd that serves has their keys, and can hand them over.
+    keyd_has_keys: bool
+
+
+_NOTHING_SERVED = Served({}, keyd_has_keys=False)
 
 
 class _Problem(BaseModel):
@@ -119,7 +140,7 @@ def check(
     handshake_check: Helper | None = None,
     timeout: float = _TIMEOUT_SECONDS,
     running: bool = False,
-    before: Mapping[Credential, CertificateFacts] = MappingProxyType({}),
+    before: Served = _NOTHING_SERVED,
 ) -> Checked:
     """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
@@ -136,6 +157,7 @@ def check(
     mistakes, warnings = list(loaded.mistakes), list(loaded.warnings)
     certificates: dict[Credential, CertificateFacts] = {}
     kept: list[tuple[Credential, str]] = []
+    inherited: set[Credential] = set()
     watched = [path for one in loaded.client_files for path in one if path]
     files = FileWatch.of(loaded.credentials, watched)
     try:
@@ -144,10 +166,15 @@ def check(
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
             also = _also(source, [place.removesuffix(".") for place in others])
-            if answer.mistakes and (old := _old_version(credential, answer, before)) is not None:
-                certificates[credential] = old
-                kept += [(credential, problem.reason) for problem in answer.mistakes]
-                continue
+            old = before.certificates.get(credential) if credential.directory is not None else None
+            if answer.mistakes and old is not None:
+                key_is_there = credential.key is None or answer.own_key == old.key_id.hex()
+                if key_is_there or (before.keyd_has_keys and len(inherited) < MAX_HANDED):
+                    if not key_is_there:
+                        inherited.add(credential)
+                    certificates[credential] = old
+                    kept += [(credential, problem.reason) for problem in answer.mistakes]
+                    continue
             for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
                 found += [
                     source.mistake(setting(first, problem.field), problem.reason + also)
@@ -177,7 +204,15 @@ def check(
         found += more
     configuration = None if mistakes else loaded.configuration
     return Checked(
-        configuration, mistakes, warnings, certificates, files, source.path, authorities, kept
+        configuration,
+        mistakes,
+        warnings,
+        certificates,
+        files,
+        source.path,
+        authorities,
+        kept,
+        frozenset(inherited),
     )
 
 
@@ -239,17 +274,6 @@ def _misnamed(
                     f"{one} is for {_some(names)}, and {other} for {_some(others)}: which of them "
                     "a client is shown depends on the kinds of keys that it knows",
                 )
-
-
-def _old_version(
-    credential: Credential, answer: Answer, before: Mapping[Credential, CertificateFacts]
-) -> CertificateFacts | None:
-    """What is served of a certificate that has become bad, if keyd can still have its key."""
-    old = before.get(credential)
-    if old is None or credential.directory is None:
-        return None
-    has_key = credential.key is None or answer.own_key == old.key_id.hex()
-    return old if has_key else None
 
 
 def _misnamed_in_directories(

@@ -164,6 +164,8 @@ class Generation:
         self.keyd_missed = ""
         #: keyd is there, but with other keys: it is not used before certificates are read anew.
         self.keyd_held = False
+        #: Its keyd has other keys than the certificates: a file has changed since it was checked.
+        self.lacks_keys = False
         #: Backends' names that have not been looked up yet.
         self.unresolved: set[NameAddress] = set()
         #: The keys that keyd had when it was last connected.
@@ -224,8 +226,18 @@ class Generation:
         """The keys that keyd is to have: SHA-256 of the public key, in hexadecimal."""
         return {facts.key_id.hex() for facts in self.certificates.values()}
 
-    def start_keyd(self) -> socket.socket:
-        """Start keyd; returns the parent's end of its control socket. Raises OSError."""
+    @property
+    def inherited_keys(self) -> list[str]:
+        """Those that are not in their files any more: the keyd before hands them over."""
+        return [
+            self.certificates[one].key_id.hex() for one in sorted(self.checked.inherited, key=str)
+        ]
+
+    def start_keyd(self, predecessor: socket.socket | None = None) -> socket.socket:
+        """Start keyd; returns the parent's end of its control socket. Raises OSError.
+
+        ``predecessor`` is a socket to the keyd that hands it the keys that it inherits.
+        """
         keyd = self.configuration.keyd.user
         files = dict.fromkeys(
             (
@@ -234,10 +246,11 @@ class Generation:
                 one.directory is not None,
             )
             for one in self.certificates
-            if one.key is not None
+            if one.key is not None and one not in self.checked.inherited
         )
         self.keyd, control = _start_keyd(
             {
+                "inherited": self.inherited_keys,
                 "uid": keyd.uid,
                 "gid": keyd.gid,
                 "chroot": str(self.configuration.worker.chroot),
@@ -247,7 +260,8 @@ class Generation:
                     {"key": key, "passphrase_file": phrase, "may_be_missing": in_directory}
                     for key, phrase, in_directory in files
                 ],
-            }
+            },
+            predecessor,
         )
         self.starting.add(self.keyd)
         return control
@@ -361,11 +375,15 @@ def default_per_prefix(connections: int) -> int:
     return max(_FEW_OF_A_PREFIX, connections // 4)
 
 
-def _start_keyd(settings: dict[str, object]) -> tuple[Child, socket.socket]:
+def _start_keyd(
+    settings: dict[str, object], predecessor: socket.socket | None
+) -> tuple[Child, socket.socket]:
     """Start keyd; returns it and the parent's end of its control socket. Raises OSError."""
     parents_end, keyds_end = _socketpair()
     settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
     given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
+    if predecessor is not None:
+        given["predecessor-fd"] = predecessor.detach()
     return _start("keyd", _KEYD, given), parents_end
 
 

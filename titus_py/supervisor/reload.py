@@ -7,12 +7,11 @@ reload is done when that generation has taken over.
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.configuration import Credential
-from titus_py.configuration.checking import CertificateFacts, Checked
+from titus_py.configuration.checking import Checked, Served
 from titus_py.configuration.held_uids import Held
 from titus_py.supervisor.children import START_SECONDS
 from titus_py.supervisor.control import Answer
@@ -36,7 +35,7 @@ READ_SECONDS = 1000.0
 
 _Found = TypeVar("_Found")
 #: Reads and checks the configuration; it is told which certificates are served.
-ReadAgain = Callable[[Mapping[Credential, CertificateFacts]], Checked]
+ReadAgain = Callable[[Served], Checked]
 
 
 class Reload:
@@ -123,8 +122,9 @@ class Reload:
             self.read()
 
     def read(self) -> None:
-        certificates = self._generations.serving.certificates
-        self.aside(lambda: self._read_again(certificates), self._take)
+        serving = self._generations.serving
+        served = Served(serving.certificates, not serving.lacks_keys)
+        self.aside(lambda: self._read_again(served), self._take)
 
     def for_keys(self) -> None:
         """keyd was started again with other keys: reload, the certificates may be others too."""

@@ -1,5 +1,6 @@
 """Starts a generation's keyd and parent, the first time and again. Run by the supervisor."""
 
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -94,7 +95,7 @@ class Starting:
         control = None
         external = generation.configuration.keyd.socket is not None
         if not external:
-            control = generation.start_keyd()
+            control = generation.start_keyd(self._predecessor_of(generation))
             self._children.watch(generation, generation.keyd)
         listeners = self._listeners.wanted(generation.listening)
         known = self._backends
@@ -102,6 +103,18 @@ class Starting:
         self._children.watch(generation, generation.parent)
         if external:
             self._keyd_service.connect(generation)
+
+    def _predecessor_of(self, generation: Generation) -> socket.socket | None:
+        """A socket on which the keyd that serves hands over keys, if the new one is to have any."""
+        keys = generation.inherited_keys
+        before = [one.keyd for one in self._generations if one is not generation and one.keyd]
+        if not keys or not before:
+            return None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            order = {"do": "hand over", "keys": keys}
+            self._children.order(before[-1], order, [ours.fileno()])
+        return theirs
 
     def start_keyd_again(self, generation: Generation) -> None:
         parent = generation.parent

@@ -130,8 +130,11 @@ class Upkeep:
             generation=generation.number,
             **event,
         )
-        if keys is not None and keys != fingerprint(map(bytes.fromhex, generation.key_ids)):
-            self._reload_for_keys()
+        if keys is not None:
+            expected = fingerprint(map(bytes.fromhex, generation.key_ids))
+            generation.lacks_keys = keys != expected
+            if generation.lacks_keys:
+                self._reload_for_keys()
         generation.starting.discard(child)
         if generation.ready:
             self._takeover.ready(generation)

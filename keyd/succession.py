@@ -1,0 +1,54 @@
+"""Keys that a keyd hands to its successor: those of certificates whose new files are bad.
+
+Run by both, for a supervisor that keeps serving the old version of such a certificate. The
+supervisor makes the socket between the two and reads nothing from it. It is trusted: it may read
+the files of all keys.
+"""
+
+import json
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_der_private_key,
+)
+
+from keyd.powers import PrivateKey
+from keyd.reference import key_id
+
+__all__ = ["MAX_ORDER_OCTETS", "hand_over", "inherited"]
+
+MAX_ORDER_OCTETS = 4096
+#: How long a predecessor may take: it only has to send what it has.
+_PATIENCE_SECONDS = 5.0
+#: More than the longest key, RSA with 8192 bits, takes in PKCS #8.
+_MAX_KEY_OCTETS = 16 * 1024
+
+
+def hand_over(keys: Mapping[bytes, PrivateKey], order: bytes, descriptor: int) -> None:
+    """Send the keys that the supervisor's order names on this socket, and close it.
+
+    A key that there is not, or for which there is no room, is left out.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor) as successor:
+        for wanted in json.loads(order)["keys"]:
+            key = keys.get(bytes.fromhex(wanted))
+            if key is not None:
+                octets = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+                with suppress(OSError):
+                    successor.send(octets, socket.MSG_DONTWAIT)
+
+
+def inherited(descriptor: int, wanted: Collection[str]) -> Iterator[PrivateKey]:
+    """The keys with these ids, in hexadecimal, that the predecessor hands over."""
+    with socket.socket(fileno=descriptor) as predecessor:
+        predecessor.settimeout(_PATIENCE_SECONDS)
+        with suppress(OSError):
+            while octets := predecessor.recv(_MAX_KEY_OCTETS):
+                key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+                if key_id(key.public_key()).hex() in wanted:
+                    yield key  # type: ignore[misc]
