@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 DAY = datetime.timedelta(days=1)
 _CA = x509.BasicConstraints(ca=True, path_length=None)
+_NO_CA = x509.BasicConstraints(ca=False, path_length=None)
 
 
 class ClientCertificate(NamedTuple):
@@ -57,13 +58,16 @@ class ClientAuthority:
         name: str = "client authority",
         above: "ClientAuthority | None" = None,
         ends: datetime.timedelta = 60 * DAY,
+        may_issue: bool = True,
     ) -> None:
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = _name(name)
         self.above = above
-        self.certificate = self._sign(self.name, self.key, above or self, [_CA], ends=ends)
+        self.certificate = self._sign(
+            self.name, self.key, above or self, [_CA if may_issue else _NO_CA], ends=ends
+        )
         self.file = directory / f"{name}.crt"
         self.file.write_bytes(self.certificate.public_bytes(Encoding.PEM))
         self._count = 0
