@@ -6,6 +6,7 @@ Run by the parent. Of a client, only the address counts.
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Limits
@@ -116,7 +117,7 @@ class LimitsHit:
         )
 
 
-def _advice(limit: str) -> dict[str, str]:
+def _advice(limit: str) -> dict[str, Any]:
     """What to do about a limit that is on unless it is set, and may be too low."""
     if limit not in _BY_ADDRESS:
         return {}
