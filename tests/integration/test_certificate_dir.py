@@ -1,6 +1,7 @@
 """A directory of certificates: hundreds of names behind one virtual host."""
 
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from OpenSSL import SSL
 
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
-from .conftest import Serve
-from .instance import Instance
+from .conftest import Certificates, Serve
+from .instance import TITUS_PY, Instance
 from .peers import Listener, TlsClient, alert_in
 from .service import problems, reload, status, talk
 
@@ -234,3 +235,69 @@ def test_a_change_is_noticed(serve: Serve, echoing: Listener, live: Live) -> Non
     instance.wait_for_event("files_changed", 20, action="reloading")
     instance.wait_for_event("reloaded", 20)
     assert names(shown(instance, "three.example")) == ["three.example"]
+
+
+# --- with other settings -----------------------------------------------------------------
+
+
+def test_protocols_are_negotiated_as_elsewhere(serve: Serve, echoing: Listener, live: Live) -> None:
+    instance = serve(
+        echoing.address, vhost=[{"certificate_dir": live.path, "alpn": ["h2", "http/1.1"]}]
+    )
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-alpn", "h2"]
+    command += ["-servername", "two.example"]
+    said = subprocess.run(command, input=b"", capture_output=True, timeout=20, check=True).stdout
+    assert b"ALPN protocol: h2" in said
+    assert b"CN = two.example" in said or b"CN=two.example" in said
+
+
+def test_clients_show_certificates_as_elsewhere(
+    serve: Serve, echoing: Listener, live: Live, certificates: Certificates
+) -> None:
+    client = certificates("P-256", "client.example")
+    instance = serve(
+        echoing.address,
+        vhost=[
+            {
+                "certificate_dir": live.path,
+                "client_certificates": "required",
+                "client_ca": client.authority,
+                "client_allow": "all",
+            }
+        ],
+    )
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-tls1_2"]
+    command += ["-servername", "two.example"]
+    shown = ["-cert", client.certificate, "-key", client.key]
+    codes = [
+        subprocess.run(
+            [*command, *more], input=b"", capture_output=True, timeout=20, check=False
+        ).returncode
+        for more in (shown, [])
+    ]
+    assert codes == [0, 1]
+
+
+def test_a_keyd_of_its_own_has_the_keys(
+    serve: Serve, echoing: Listener, live: Live, tmp_path: Path
+) -> None:
+    """And the directory need not have them."""
+    keys = tmp_path / "keys"
+    keys.mkdir(mode=0o700)
+    options = [f"--socket={tmp_path}/keyd.control", "--user=nobody", f"--chroot={tmp_path}/root"]
+    for number, pair in enumerate(sorted(live.path.iterdir())):
+        if pair.is_dir():
+            (pair / "privkey.pem").resolve().rename(keys / f"{number}.pem")
+            (pair / "privkey.pem").unlink()
+            options.append(f"--key={keys}/{number}.pem")
+    keyd = subprocess.Popen([TITUS_PY.parent / "keyd", "control", *options])
+    try:
+        instance = serve(
+            echoing.address,
+            keyd={"socket": tmp_path / "keyd.control"},
+            vhost=[{"certificate_dir": live.path}],
+        )
+        assert names(shown(instance, "two.example")) == ["two.example"]
+    finally:
+        keyd.kill()
+        keyd.wait()

@@ -114,7 +114,7 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     for directory in status.get("certificate_dirs", ()):
         expiry.add(
             datetime.fromisoformat(directory["not_after"]).timestamp(),
-            subject="",
+            subject=f"the first of {directory['directory']}",
             file=directory["first"],
         )
     lists = _gauge(
