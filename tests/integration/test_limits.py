@@ -158,6 +158,56 @@ def test_a_limit_that_was_hit_just_before_the_end_is_still_told(
     limited(instance, "connections_per_address", 1)
 
 
+# --- when it is full ----------------------------------------------------------------------
+
+
+def test_the_longest_idle_connection_of_the_network_with_most_gives_way(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"max": 4, "handshake_timeout": "3s"})
+    with ExitStack() as stack:
+
+        def served_from(source: str) -> TlsClient:
+            client = stack.enter_context(client_from(source, instance.port))
+            assert talk(client.handshake())
+            return client
+
+        alone = served_from("127.2.1.1")
+        busy, longest, idle = (served_from(f"127.1.1.{n}") for n in (1, 2, 3))
+        name = "{}:{}".format(*longest.socket.getsockname())
+        instance.wait_for_event("full")
+        talking = time.monotonic() + 4
+        while time.monotonic() < talking:
+            assert talk(busy)
+            time.sleep(0.1)
+        assert not instance.events_named("connection_ended"), "nobody has come"
+        served_from("127.3.1.1")
+        assert instance.wait_for_event("connection_ended", client=name)["end"] == "gave_way"
+        with pytest.raises(REFUSED):
+            longest.receive()
+        # Each of the others was longer idle, or is of a network with more.
+        for client in (alone, idle, busy):
+            assert talk(client)
+        assert len(instance.events_named("connection_ended")) == 1
+
+
+def test_nobody_gives_way_who_has_just_been_talking(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"max": 1, "handshake_timeout": "60s"})
+    with TlsClient(instance.port) as first:
+        assert talk(first.handshake())
+        with TlsClient(instance.port) as second:
+            second.socket.sendall(second.first_flight())
+            instance.wait_for_event("full")
+            second.socket.settimeout(1.5)
+            with pytest.raises(TimeoutError):
+                second.handshake()
+            assert talk(first)
+            second.socket.settimeout(TIMEOUT)
+            # It is not kept waiting for longer than the first one stays.
+            first.socket.close()
+            assert talk(second.handshake())
+
+
 # --- how long --------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Limits
 from titus_py.parent.outbox import Tell
 
-__all__ = ["Admission", "LimitsHit"]
+__all__ = ["Admission", "LimitsHit", "prefix"]
 
 #: How often a limit that is being hit is logged.
 _TELL_SECONDS = 1.0
@@ -57,7 +57,7 @@ class Admission:
 
     def leave(self, address: str) -> None:
         """Stop counting a client that was let in."""
-        for counts, key in ((self._addresses, address), (self._prefixes, _prefix(address))):
+        for counts, key in ((self._addresses, address), (self._prefixes, prefix(address))):
             counts[key] -= 1
             if not counts[key]:
                 del counts[key]
@@ -66,13 +66,13 @@ class Admission:
         limits = self._limits
         if _reached(self._addresses[address], limits.connections_per_address):
             return "connections_per_address"
-        if _reached(self._prefixes[_prefix(address)], limits.connections_per_prefix):
+        if _reached(self._prefixes[prefix(address)], limits.connections_per_prefix):
             return "connections_per_prefix"
         return None
 
     def _count(self, address: str) -> None:
         self._addresses[address] += 1
-        self._prefixes[_prefix(address)] += 1
+        self._prefixes[prefix(address)] += 1
 
     def _take_token(self) -> bool:
         rate = self._limits.connections_per_second or 0.0
@@ -129,7 +129,7 @@ def _reached(count: int, limit: int | None) -> bool:
     return limit is not None and count >= limit
 
 
-def _prefix(address: str) -> str:
+def prefix(address: str) -> str:
     """The /64 of an IPv6 address, or the /24 of an IPv4 one, as a key to count by."""
     if ":" not in address:
         return ".".join(address.split(".")[:_IPV4_PREFIX_OCTETS])

@@ -14,6 +14,8 @@ from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.connections import Arrival, Connections
 from titus_py.parent.outbox import Tell
+from titus_py.parent.sock_diag import not_available
+from titus_py.parent.worker import Worker
 
 if TYPE_CHECKING:
     from titus_py.parent.networks import Networks
@@ -25,6 +27,8 @@ _ACCEPT_AT_ONCE = 256
 #: When accept(2) fails for want of a descriptor or of memory: how long to leave clients in the
 #: listen queue, and how often to log it.
 _PAUSE_SECONDS, _TELL_SECONDS = 0.1, 1.0
+#: How long to wait before looking again for a connection that can give way to a newcomer.
+_NOBODY_SECONDS = 1.0
 #: How long after there is room again to look once more: if there still is, that is logged.
 _NOT_FULL_SECONDS = 1.0
 
@@ -63,7 +67,13 @@ class Arrivals:
             self._balancers = balancers(plan.listeners)
         for listener in self._listeners.values():
             listener.setblocking(False)
-        self._accepting = False
+        #: Whether newcomers are accepted, or only noticed because there is no room; else None.
+        self._accepting: bool | None = None
+        #: Whose end is awaited, for a newcomer's sake.
+        self._leaving: Worker | None = None
+        #: Runs for a while after no connection could give way.
+        self._nobody: Timer | None = None
+        self._gives_way = True
         self._pause: Timer | None = None
         self._failure_told = -_TELL_SECONDS
         self._full_told = False
@@ -78,16 +88,29 @@ class Arrivals:
             self._tell("full", level="warning", max=self._plan.max_workers)
         elif self._full_told and not full and self._full_timer is None:
             self._full_timer = self._loop.after(_NOT_FULL_SECONDS, self._no_longer_full)
-        wanted = may_accept and self._has_room() and self._pause is None
-        if wanted == self._accepting:
+        wanted = self._wanted() if may_accept and self._pause is None else None
+        if wanted is self._accepting:
             return
+        if self._accepting is not None:
+            for descriptor in self._listeners:
+                self._loop.unwatch(descriptor)
         self._accepting = wanted
         for descriptor, listener in self._listeners.items():
             if wanted:
                 balancers, timeout = self._balancers.get(descriptor, (None, 0))
                 self._loop.watch(descriptor, partial(self._accept, listener, balancers, timeout))
-            else:
-                self._loop.unwatch(descriptor)
+            elif wanted is not None:
+                self._loop.watch(descriptor, self._make_way)
+
+    def _wanted(self) -> bool | None:
+        """Accept if there is room. If not, and nobody is leaving, notice who comes."""
+        if self._has_room():
+            self._leaving = None
+            return True
+        leaving = self._leaving
+        if leaving is not None and self._connections.busy.get(leaving.uid) is leaving:
+            return None
+        return False if self._nobody is None and self._gives_way else None
 
     def close(self) -> None:
         """Stop accepting for good: another generation takes the new clients."""
@@ -150,6 +173,20 @@ class Arrivals:
             else:
                 client.close()
                 self._limits_hit.note(limit, host)
+
+    def _make_way(self) -> None:
+        """Somebody has come, and there is no room: have an idle connection give way, if any is."""
+        try:
+            self._leaving = self._connections.give_way()
+        except OSError as error:
+            self._gives_way = False
+            self._tell("not_available", level="warning", feature=not_available(error))
+        if self._leaving is None:
+            self._nobody = self._loop.after(_NOBODY_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        """``adjust``, which is called next, notices newcomers again."""
+        self._nobody = None
 
     def _rest(self, error: OSError) -> None:
         """Pause accepting. When the pause is over, a connection may have ended."""

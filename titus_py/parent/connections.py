@@ -25,13 +25,15 @@ from titus_py.parent.worker import Offer, Worker
 if TYPE_CHECKING:
     from titus_py.parent.identities import Identities
 
-__all__ = ["Arrival", "Connections"]
+__all__ = ["CLIENT_GONE", "Arrival", "Connections"]
 
 #: How long after its handshake timeout a worker may take to end by itself.
 _GRACE_SECONDS = 2.0
 #: Why a worker that takes longer still is killed: it got no processor time, or runs other code
 #: than ours.
 _OVERDUE = "did not keep to its handshake timeout"
+#: Why a worker is killed that stays although its client has left.
+CLIENT_GONE = "client_gone"
 #: Refusals that an honest worker may get: keyd was too slow, keyd was started with other keys than
 #: the configuration has, or keyd's OpenSSL failed.
 _NOBODYS_FAULT = (Status.EXPIRED, Status.UNKNOWN_KEY, Status.FAILED)
@@ -101,7 +103,8 @@ class Connections:
         worker.address = arrival.address
         worker.awaits_header = arrival.proxy_timeout > 0
         worker.counted = not worker.awaits_header
-        worker.ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
+        ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
+        worker.ends = worker.endpoints = ends
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer
@@ -180,7 +183,7 @@ class Connections:
         if how and not worker.killed_for:
             level = "alarm"
         else:
-            level = "warning" if worker.killed_for == _OVERDUE else "info"
+            level = "warning" if worker.killed_for in (_OVERDUE, CLIENT_GONE) else "info"
         self._tell(
             "connection_over",
             report=worker.report,
@@ -215,6 +218,28 @@ class Connections:
             status=refusal.status.name.lower(),
             attempted=refusal.detail,
         )
+
+    def give_way(self) -> Worker | None:
+        """End a connection for a newcomer's sake: the proxy is full. Returns its worker, if any.
+
+        Raises OSError where the kernel cannot be asked which connection stands still.
+        """
+        # Others do not need it in their memory.
+        from titus_py.parent.giving_way import longest_idle
+
+        if len(self.handshaking) >= self._plan.limits.handshakes:
+            # In a flood of newcomers, the place of an idle one is soon taken by the next of them.
+            return None
+        established = (
+            worker
+            for uid, worker in self.busy.items()
+            if uid not in self.handshaking and not worker.killed_for
+        )
+        # A newcomer may stand still for as long, within its handshake.
+        worker = longest_idle(established, self._plan.handshake_timeout)
+        if worker is not None:
+            worker.kill("gave_way")
+        return worker
 
     def _make_room(self) -> None:
         """If too many are in their handshake, kill the worker of the oldest one."""

@@ -44,6 +44,7 @@ from titus_py.parent.descriptors import connections_within
 from titus_py.parent.dialer import MAX_ATTEMPTS
 from titus_py.parent.forks import Forks
 from titus_py.parent.outbox import Outbox
+from titus_py.parent.overstays import Overstays
 from titus_py.parent.pool import Pool
 from titus_py.parent.worker import Worker
 
@@ -81,6 +82,7 @@ class Parent:
         self._pool = Pool(
             loop, plan, forks, self._waiting, tell, self._hear_worker, self._connections.ended
         )
+        self._overstays = Overstays(loop, plan, self._connections, tell)
         self._may_accept = False
         #: The fork server has ended.
         self._crippled = False

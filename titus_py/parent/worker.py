@@ -38,6 +38,7 @@ class Worker:
         "counted",
         "deadline",
         "dialer",
+        "endpoints",
         "ends",
         "forked",
         "identity",
@@ -70,7 +71,8 @@ class Worker:
         #: Whether a load balancer's header is yet to come; the balancer, where that was given one.
         self.awaits_header = False
         self.balancer = ""
-        self.ends = Ends("", 0, "", 0)
+        #: Whose connection it is: a load balancer's header may name other ends than its own.
+        self.ends = self.endpoints = Ends("", 0, "", 0)
         self.local = ""
         self.forked = time.monotonic()
         self.started = 0.0

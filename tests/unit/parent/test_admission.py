@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.between.plan import Limits
-from titus_py.parent.admission import Admission, _prefix
+from titus_py.parent.admission import Admission
+from titus_py.parent.admission import prefix as network_of
 
 ADDRESSES = ["192.0.2.1", "192.0.2.2", "192.0.3.1", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
 
@@ -95,19 +96,19 @@ def test_the_prefix_is_the_one_that_the_addresses_share(
     other: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> None:
     same = network(str(one)) == network(str(other))
-    assert (_prefix(str(one)) == _prefix(str(other))) == same
+    assert (network_of(str(one)) == network_of(str(other))) == same
 
 
 @given(st.ip_addresses(v=6), st.integers(0, 2**64 - 1))
 def test_all_of_a_64_have_one_prefix(one: ipaddress.IPv6Address, tail: int) -> None:
     neighbour = ipaddress.IPv6Address(int(one) >> 64 << 64 | tail)
-    assert _prefix(str(one)) == _prefix(str(neighbour))
+    assert network_of(str(one)) == network_of(str(neighbour))
     beyond = ipaddress.IPv6Address(int(neighbour) ^ 1 << 64)
-    assert _prefix(str(one)) != _prefix(str(beyond))
+    assert network_of(str(one)) != network_of(str(beyond))
 
 
 def test_a_zone_is_no_part_of_the_prefix() -> None:
-    assert _prefix("fe80::1%eth0") == _prefix("fe80::2")
+    assert network_of("fe80::1%eth0") == network_of("fe80::2")
 
 
 def test_no_limits_turn_nobody_away() -> None:

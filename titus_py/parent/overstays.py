@@ -1,0 +1,88 @@
+"""Ends workers that stay although their client has left. Run by the parent.
+
+Our code ends by itself then. A worker that was taken over need not, and would hold its place for
+ever. The kernel says whether a client has left, not the worker.
+"""
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.messages import Ends
+from titus_py.between.plan import Plan
+from titus_py.parent.connections import CLIENT_GONE, Connections
+from titus_py.parent.outbox import Tell
+from titus_py.parent.sock_diag import CLOSE_WAIT, Seen, SockDiag, not_available
+from titus_py.parent.worker import Worker
+
+__all__ = ["Overstays"]
+
+#: In how many looks in a row the client has to be gone. Our code may need that long to give the
+#: backend the last octets: it gives up only if none is taken for ``half_closed_timeout``.
+_LOOKS = 5
+_SHORTEST_SECONDS = 0.5
+#: How many connections to look at in a row before anything else is served, and the pause then.
+_AT_ONCE, _PAUSE_SECONDS = 64, 0.01
+
+
+class Overstays:
+    """Looks at every connection, once in each ``half_closed_timeout``."""
+
+    def __init__(self, loop: EventLoop, plan: Plan, connections: Connections, tell: Tell) -> None:
+        self._loop = loop
+        self._every = max(_SHORTEST_SECONDS, plan.limits.half_closed_timeout)
+        self._connections = connections
+        self._tell = tell
+        #: By connection, in how many looks in a row its client was gone.
+        self._gone: dict[int, int] = {}
+        self._left: list[Worker] = []
+        #: By a connection's ends, the last connection that had them.
+        self._current: dict[Ends, int] = {}
+        self._loop.after(self._every, self._begin)
+
+    def _begin(self) -> None:
+        """Begin a round with the connections that there are."""
+        self._left = list(self._connections.busy.values())
+        # Another connection may have come from the same port since.
+        self._current = {worker.endpoints: worker.connection for worker in self._left}
+        self._gone = {
+            worker.connection: self._gone[worker.connection]
+            for worker in self._left
+            if worker.connection in self._gone
+        }
+        self._go_on()
+
+    def _go_on(self) -> None:
+        some, self._left = self._left[:_AT_ONCE], self._left[_AT_ONCE:]
+        if some:
+            try:
+                with SockDiag() as kernel:
+                    for worker in some:
+                        self._look(kernel, worker)
+            except OSError as error:
+                # Without the kernel's word, nobody is ended.
+                self._tell("not_available", level="warning", feature=not_available(error))
+                return
+        if self._left:
+            self._loop.after(_PAUSE_SECONDS, self._go_on)
+        else:
+            self._loop.after(self._every, self._begin)
+
+    def _look(self, kernel: SockDiag, worker: Worker) -> None:
+        if self._connections.busy.get(worker.uid) is not worker:
+            return
+        number = worker.connection
+        current = self._current[worker.endpoints] == number
+        if current and not self._has_left(kernel.look(worker.endpoints)):
+            self._gone.pop(number, None)
+            return
+        self._gone[number] = self._gone.get(number, 0) + 1
+        if self._gone[number] >= _LOOKS:
+            worker.kill(CLIENT_GONE)
+
+    def _has_left(self, seen: Seen | None) -> bool:
+        """Whether the connection is over, or is half-closed and stands still for too long.
+
+        Our code would have ended the latter. The client of one that is over may only have ended
+        its half: then it is still being sent something.
+        """
+        if seen is None:
+            return True
+        return seen.state == CLOSE_WAIT and seen.silent_out > self._every
