@@ -78,8 +78,9 @@ def backend() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def instance(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
-    """As it is by default."""
-    found = TitusInstance(tmp_path_factory.mktemp("instance"), backend, "RSA-2048", ["localhost"])
+    """As it is by default. Its backend has a name, so that there is a resolver too."""
+    name = backend.replace("127.0.0.1", "localhost")
+    found = TitusInstance(tmp_path_factory.mktemp("instance"), name, "RSA-2048", ["localhost"])
     found.wait_until_listening()
     yield found
     found.stop()
