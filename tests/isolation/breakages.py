@@ -445,6 +445,24 @@ def _load_key(file: str) -> None:
 # --- the supervisor ---------------------------------------------------------------
 
 
+def change_resolver(change: str) -> None:
+    """Have the resolver run this before all else."""
+    from titus_py.supervisor import resolver_process
+
+    names = "from titus_py.resolver import confinement, life"
+    resolver_process._PROGRAM = ("-c", f"{names}\n{change}\nlife.main()")
+
+
+@breaks("filter", "resolver", within="supervisor")
+def resolver_filter(_: str) -> None:
+    change_resolver("confinement.seccomp.install = lambda *_: None")
+
+
+@breaks("limits", "resolver", within="supervisor")
+def resolver_limits(_: str) -> None:
+    change_resolver("confinement.limit = lambda _: None")
+
+
 @breaks("processes", "supervisor", within="supervisor")
 def supervisor_has_a_stranger(_: str) -> None:
     import subprocess
