@@ -3,6 +3,7 @@
 ``docs/reference.py`` writes the reference from this file, by way of ``tables``.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,10 @@ from pydantic import Field
 from titus_py.configuration.table import Table
 from titus_py.configuration.values import Directory, File
 
-__all__ = ["Certificate", "Credential", "Credentials"]
+__all__ = ["Certificate", "Credential", "Credentials", "load_seconds"]
+
+#: Some hundred times as many on a machine that has nothing else to do.
+_OF_A_DIRECTORY_EACH_SECOND = 50
 
 
 class Credential(NamedTuple):
@@ -23,6 +27,15 @@ class Credential(NamedTuple):
     passphrase_file: Path | None
     #: The ``certificate_dir`` in which they were found; None if the configuration names them.
     directory: Path | None = None
+
+
+def load_seconds(credentials: Collection[Credential]) -> float:
+    """How long it may take to read these at most, beside the time for anything at all.
+
+    Decrypting a key may be made slow on purpose. Those of a directory are not encrypted.
+    """
+    named = sum(one.directory is None for one in credentials)
+    return named + (len(credentials) - named) / _OF_A_DIRECTORY_EACH_SECOND
 
 
 def _described(table: type[Table], key: str) -> str:

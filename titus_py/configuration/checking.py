@@ -17,6 +17,7 @@ from keyd.protocol import MAX_HANDED
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
 from titus_py.configuration.across_tables import setting
 from titus_py.configuration.certificate_dir import chosen
+from titus_py.configuration.certificate_table import load_seconds
 from titus_py.configuration.client_certificates import (
     ClientAuthorities,
     read_authorities,
@@ -145,7 +146,7 @@ def check(
     """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
     Asks helpers, two of which may have been started ahead. Waits for each for up to ``timeout``
-    seconds, and half a second more for each certificate or virtual host that it checks.
+    seconds, and longer for many certificates or virtual hosts (``load_seconds``).
     ``running``: the instance itself checks, for a reload; ``before`` is what it serves. Then a bad
     certificate in a ``certificate_dir`` keeps its old version. Raises nothing: a helper that fails
     is a mistake too.
@@ -221,7 +222,7 @@ def ask_keyd_check(
 ) -> list[Answer]:
     """Have these files read and held against each other; an answer for each. Raises Unanswered.
 
-    Waits for up to ``timeout`` seconds, and half a second more for each of them.
+    Waits for up to ``timeout`` seconds, and longer for many of them (``load_seconds``).
     """
     if not credentials:
         helper.dismiss()
@@ -234,7 +235,7 @@ def ask_keyd_check(
         }
         for credential in credentials
     ]
-    octets = helper.ask(question, timeout + len(credentials) / 2)
+    octets = helper.ask(question, timeout + load_seconds(credentials) / 2)
     try:
         answers = _ANSWERS.validate_json(octets)
     except ValidationError as error:
@@ -352,7 +353,7 @@ def _try_handshakes(
     question = []
     for vhost in vhosts:
         question.append({"certificates": list(_shown(vhost, certificates)), "settings": vhost.tls})
-    octets = helper.ask(question, timeout + len(vhosts) / 2)
+    octets = helper.ask(question, timeout + max(len(vhosts), load_seconds(certificates)) / 2)
     try:
         answers = _HANDSHAKES.validate_json(octets)
     except ValidationError as error:

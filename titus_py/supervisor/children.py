@@ -12,6 +12,7 @@ from typing import Any
 from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import NoReport, complete_record, read_report
+from titus_py.configuration.certificate_table import load_seconds
 from titus_py.supervisor.child_events import Unintelligible, decode
 from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
 from titus_py.supervisor.record import Event
@@ -52,7 +53,7 @@ class Children:
             return
         if child in generation.starting:
             # keyd reads and checks every key. Decrypting one may be made slow on purpose.
-            patience = START_SECONDS + len(generation.certificates)
+            patience = START_SECONDS + load_seconds(generation.certificates)
             child.patience = self._loop.after(patience, child.kill)
         self._loop.watch(child.pidfd, lambda: self._hear_last(generation, child))
         self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))

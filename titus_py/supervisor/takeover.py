@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.address import IPAddress
+from titus_py.configuration.certificate_table import load_seconds
 from titus_py.parent.keepalive import keep_alive
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import START_SECONDS, Children
@@ -66,7 +67,7 @@ class Takeover:
         generation = awaited.generation
         generation.added = added
         if generation.configuration.keyd.socket is not None and not awaited.patient:
-            patience = START_SECONDS + len(generation.certificates)
+            patience = START_SECONDS + load_seconds(generation.certificates)
             self._loop.after(patience, lambda: self.abandon_keyless(generation))
 
     def awaits(self, generation: Generation) -> bool:
