@@ -94,6 +94,7 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         for place, credential in vhost.credentials.items():
             for field, path in credential._asdict().items():
                 paths.append((f"vhost[{i}].{place}{field}", path))
+        paths.append((f"vhost[{i}].certificate_dir", vhost.certificate_dir))
         for setting, backend in vhost.all_backends:
             if isinstance(backend, UnixAddress):
                 paths.append((f"vhost[{i}].{setting}", Path(backend.path)))
