@@ -88,6 +88,9 @@ MAX_KEYS_OCTETS = 2 + MAX_KEYS * SHORT_ID_OCTETS
 MAX_HANDED = 16
 #: How many grants one message has: several messages fit into a socket's buffer.
 _GRANTS_AT_ONCE = 900
+#: A parent numbers its connections by the microseconds since boot. The supervisor takes no event
+#: of a parent that has a larger number in it.
+_MOST_CONNECTIONS = (1 << 63) - 1
 #: The longest message of a parent.
 MAX_CONTROL_OCTETS = _GRANT_SET.size + _GRANTS_AT_ONCE * _GRANT.size
 
@@ -201,13 +204,14 @@ class GrantSet(NamedTuple):
         packed = [_GRANT.pack(_mask(operations), key) for key, operations in self.grants.items()]
         return [
             head + b"".join(packed[start : start + _GRANTS_AT_ONCE])
-            for start in range(0, len(packed), _GRANTS_AT_ONCE)
+            # A set without any grants is announced, too.
+            for start in range(0, max(1, len(packed)), _GRANTS_AT_ONCE)
         ]
 
     @classmethod
     def decode(cls, message: bytes) -> "GrantSet":
         """Raise Malformed, saying what is wrong with the message."""
-        if not _GRANT_SET.size < len(message) <= MAX_CONTROL_OCTETS:
+        if not _GRANT_SET.size <= len(message) <= MAX_CONTROL_OCTETS:
             raise Malformed(f"grants of {len(message)} octets")
         version, kind, number = _GRANT_SET.unpack_from(message)
         _expect(version, kind, b"G")
@@ -266,6 +270,8 @@ class Refusal(NamedTuple):
             raise Malformed(f"a refusal of {len(message)} octets")
         version, kind, connection, status = _REFUSAL.unpack_from(message)
         _expect(version, kind, b"R")
+        if connection > _MOST_CONNECTIONS:
+            raise Malformed(f"a refusal to connection {connection}")
         try:
             known = Status(status)
         except ValueError:

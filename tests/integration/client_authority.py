@@ -181,6 +181,6 @@ def _name(cn: str) -> x509.Name:
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example"),
-            x509.NameAttribute(NameOID.COMMON_NAME, cn),
+            x509.NameAttribute(NameOID.COMMON_NAME, cn, _validate=len(cn) <= 64),
         ]
     )

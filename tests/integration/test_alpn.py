@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from OpenSSL import SSL
+from OpenSSL._util import ffi, lib
 
 from titus_py.worker.client_hello import (
     ClientHello,
@@ -23,7 +25,7 @@ from titus_py.worker.client_hello import (
 from .certificates import Certificate
 from .conftest import Certificates, Nginx, Serve
 from .instance import TITUS_PY, Event, Instance, Table, eventually
-from .peers import Listener, TlsClient, alert_in, served_by
+from .peers import Listener, TlsClient, Truncated, alert_in, served_by
 
 DECODE_ERROR, NO_APPLICATION_PROTOCOL = 50, 120
 #: The random of a ServerHello that is one (RFC 8446 §4.1.3): its beginning.
@@ -207,6 +209,22 @@ def test_after_a_hello_retry_request(instance: Instance) -> None:
         assert client.receive_all() == b"of all others"
     assert HELLO_RETRY_REQUEST in client.received
     assert event_of(instance, "connection_ended", client)["alpn"] == "x/2"
+
+
+def test_a_protocol_that_is_offered_before_a_hello_retry_request_alone(instance: Instance) -> None:
+    """No client may do that, and none gets through with it where a protocol is required."""
+    with TlsClient(
+        instance.port, "strict.example", protocols=["x/2"], groups=["P-256", "X25519"]
+    ) as client:
+        client.socket.sendall(client.first_flight())
+        # pyOpenSSL's method takes no empty list.
+        lib.SSL_set_alpn_protos(client.tls._ssl, ffi.NULL, 0)
+        with suppress(SSL.Error, Truncated, ConnectionResetError):
+            client.handshake()
+            assert client.receive_all() == b""
+    assert HELLO_RETRY_REQUEST in client.received
+    event = event_of(instance, "connection_ended", client)
+    assert (event["end"], event["level"]) == ("no_application_protocol", "info")
 
 
 @pytest.mark.parametrize("offered", [["x/1"], []])

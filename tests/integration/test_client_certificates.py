@@ -385,3 +385,40 @@ def test_an_audit_has_no_certificate_and_blames_nobody_for_it(
         "max_version": "TLSv1.2",
     }
     assert "requires a client" in audit(serve(greeting.address, vhost=[vhost]))
+
+
+@pytest.fixture(scope="module")
+def strange(
+    authority: ClientAuthority, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """Certificates that are not quite as RFC 5280 has them, as the options to show them."""
+    directory = tmp_path_factory.mktemp("strange")
+    shown = {}
+    for name, serial in {"zero": "0", "negative": "-5"}.items():
+        key, certificate = directory / f"{name}.key", directory / f"{name}.crt"
+        command = [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-keyout", str(key), "-out", str(certificate), "-subj", "/CN=alice",
+            "-set_serial", serial,
+        ]  # fmt: skip
+        subprocess.run(command, capture_output=True, timeout=20, check=True)
+        shown[name] = ["-cert", str(certificate), "-key", str(key)]
+    with pytest.warns(UserWarning, match="length must be"):
+        shown["long"] = authority.issue("a" * 70).options
+    return shown
+
+
+@pytest.mark.parametrize("name", ["zero", "negative"])
+def test_a_certificate_that_the_library_warns_of(
+    instance: Instance, strange: dict[str, list[str]], name: str
+) -> None:
+    """For a warning, Python reads source files, and a worker that tried that would be killed."""
+    told = connect(instance, "1.3", *strange[name])
+    assert (told.event["end"], told.event["level"]) == ("client_certificate", "info")
+    assert told.event["detail"].startswith("unknown_ca: ")
+
+
+def test_a_common_name_that_is_longer_than_names_should_be(
+    instance: Instance, strange: dict[str, list[str]]
+) -> None:
+    assert connect(instance, "1.3", *strange["long"]).answer == WELCOME

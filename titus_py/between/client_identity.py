@@ -94,7 +94,7 @@ class Identity(NamedTuple):
         facts, complete = self.facts, self.complete
         links = b""
         for link in self.links:
-            if link.serial.bit_length() > 160 or len(links) == _MAX_LINKS * _LINK.size:
+            if not 0 <= link.serial < 1 << 160 or len(links) == _MAX_LINKS * _LINK.size:
                 complete = False
                 break
             links += _LINK.pack(link.issuer, link.serial.to_bytes(20), link.spki)

@@ -18,6 +18,7 @@ import gc
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -86,6 +87,9 @@ def main() -> int:
         practice[0],
         _proxy_header_reader(plan),
     )
+    # For a warning, of a client's certificate for example, Python reads source files: a worker that
+    # tried that would be killed.
+    warnings.simplefilter("ignore")
     rehearse(terms)
     handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])

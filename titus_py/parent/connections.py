@@ -151,7 +151,7 @@ class Connections:
         if (
             isinstance(message, Dial)
             and worker.offer is not None
-            and worker.dialer is None
+            and worker.vhost is None
             and not worker.awaits_header
             and message.vhost in worker.offer.vhosts
             and _negotiable(message.protocol, self._plan.vhosts[message.vhost].tls)

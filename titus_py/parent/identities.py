@@ -33,7 +33,7 @@ class Identities:
             not isinstance(message, Identity)
             or worker.offer is None
             or worker.identity is not None
-            or worker.dialer is not None
+            or worker.vhost is not None
             or all(self._plan.vhosts[vhost].clients is None for vhost in worker.offer.vhosts)
         ):
             return False

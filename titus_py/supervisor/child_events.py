@@ -10,7 +10,6 @@ children of the program before.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -47,7 +46,8 @@ def _is_count(value: object) -> bool:
 def _is_seconds(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and 0 <= value <= _MOST_SECONDS
+    # Neither NaN nor infinity is. An integer may be too large for a float, but not to be compared.
+    return 0 <= value <= _MOST_SECONDS
 
 
 def _is_counts_by_word(value: object) -> bool:

@@ -219,6 +219,10 @@ def _serve(
             group=connection.get_group_name() or "",
         )
         protocol = connection.get_alpn_proto_negotiated() if site.alpn else b""
+        if site.alpn_required and not protocol:
+            # It offered one in its first ClientHello, and none after a HelloRetryRequest.
+            reason = "the client offers none in its second ClientHello"
+            raise _Over(End.NO_APPLICATION_PROTOCOL, reason, b"")
         identity = site.verifier.identity(connection) if site.verifier is not None else None
         if identity is not None:
             parent.send(identity.encode())

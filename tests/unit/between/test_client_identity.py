@@ -36,6 +36,12 @@ def test_it_is_understood(identity: Identity) -> None:
     assert Identity.from_claim(claim) == identity._replace(certificate=b"")
 
 
+@pytest.mark.parametrize("serial", [-1, 2**160])
+def test_a_serial_number_that_none_should_have_is_left_out(serial: int) -> None:
+    strange = ONE._replace(links=(*ONE.links, Link(bytes(32), serial, bytes(32))))
+    assert Identity.decode(strange.encode()) == ONE._replace(complete=False)
+
+
 @given(st.binary(max_size=400))
 def test_anything_else_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):

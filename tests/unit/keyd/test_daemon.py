@@ -133,6 +133,17 @@ def test_a_channel_may_do_what_its_set_says(
             assert answered(keyd, worker, operation, key) is status
 
 
+def test_a_set_may_be_empty() -> None:
+    """Of a virtual host whose directory has no certificate with a name in it."""
+    keyd = Keyd({})
+    parent, hear, gone = connected(keyd)
+    with parent:
+        announce(parent, hear, GrantSet(0, {}))
+        with opened_with(parent, 0, hear) as worker:
+            assert not gone
+            assert answered(keyd, worker, Operation.SIGN, ONE) is Status.NOT_GRANTED
+
+
 def test_a_set_of_thousands_comes_in_several_messages() -> None:
     keyd = Keyd({})
     parent, hear, _ = connected(keyd)

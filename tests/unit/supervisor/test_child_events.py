@@ -112,6 +112,7 @@ def test_what_they_say_is_understood(child: str, said: dict[str, object]) -> Non
         ("keyd", OPERATIONS | {"signed": 2**63}),
         ("keyd", OPERATIONS | {"seconds_sum": float("nan")}),
         ("keyd", OPERATIONS | {"seconds_sum": float("inf")}),
+        ("keyd", OPERATIONS | {"seconds_sum": 10**400}),
         ("keyd", OPERATIONS | {"seconds": []}),
         ("keyd", OPERATIONS | {"refused": {"A=1 B": 1}}),
         ("keyd", OPERATIONS | {"refused": {f"{'x' * n}": 1 for n in range(1, 40)}}),
