@@ -6,9 +6,10 @@ administrator's: they are trusted, but mistakes in them have to be named.
 """
 
 import base64
+import os
 import re
 import secrets
-from pathlib import Path
+import stat
 
 from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -146,6 +147,14 @@ def _is_pkcs8_version_2(pem: bytes) -> bool:
 def read(path: str, field: str) -> bytes:
     """Read the file that this setting names; raises UnusableKey."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnusableKey(field, f"{path}: is no regular file")
+            return file.read()
     except OSError as error:
         raise UnusableKey(field, f"{path}: {error.strerror}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: for a pipe (fifo(7)), that would be until somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)

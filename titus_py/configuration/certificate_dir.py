@@ -4,7 +4,8 @@ Run by the supervisor and by the commands. It lists names, and opens none of the
 
 A pair is a subdirectory with ``fullchain.pem`` and ``privkey.pem``, which is how certbot lays out
 /etc/letsencrypt/live, or a file ``NAME.pem`` with both in it. Links are followed. Everything else,
-certbot's README for example, and what begins with a dot is passed over.
+certbot's README for example, and what begins with a dot or has a name that is not UTF-8, is passed
+over.
 """
 
 import os
@@ -36,15 +37,26 @@ def pairs(directory: Path) -> list[Pair]:
     with os.scandir(directory) as entries:
         for entry in entries:
             path = directory / entry.name
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or not _is_utf8(entry.name):
                 continue
-            if entry.is_dir():
+            if _is_directory(entry):
                 certificate, key = path / _CERTIFICATE, path / _KEY
                 if os.path.lexists(certificate) or os.path.lexists(key):
                     found.append(Pair(entry.name, certificate, key))
             elif entry.name.endswith(_BOTH):
                 found.append(Pair(entry.name.removesuffix(_BOTH), path, path))
     return sorted(found)
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode(errors="ignore") == os.fsencode(name)
+
+
+def _is_directory(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link that leads back to itself, for example.
+        return False
 
 
 _Certificate = TypeVar("_Certificate")

@@ -49,6 +49,20 @@ def test_everything_else_is_passed_over(tmp_path: Path) -> None:
     assert pairs(tmp_path) == []
 
 
+def test_an_entry_that_leads_nowhere_hides_no_other(tmp_path: Path) -> None:
+    for name in ("itself", "own.pem"):
+        (tmp_path / name).symlink_to(name)
+    (tmp_path / "good.pem").touch()
+    assert [pair.name for pair in pairs(tmp_path)] == ["good", "own"]
+
+
+def test_a_name_that_is_not_utf_8_is_passed_over(tmp_path: Path) -> None:
+    """It could not be named in JSON."""
+    (tmp_path / "\udcff.pem").touch()
+    (tmp_path / "é.pem").touch()
+    assert [pair.name for pair in pairs(tmp_path)] == ["é"]
+
+
 def test_a_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pairs(tmp_path / "nowhere")

@@ -2,6 +2,9 @@
 
 import base64
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +137,13 @@ def test_a_private_exponent_modulo_the_totient_will_do(tmp_path: Path) -> None:
     path = write(tmp_path / "totient.key", numbers)
     assert not refused_by_the_library(path)
     load_private_key(path, None)
+
+
+def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    """One among thousands of files must not keep all others from being checked."""
+    os.mkfifo(path := tmp_path / "pipe.pem")
+    code = f"from keyd.keys import read; read({str(path)!r}, 'key')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert f"{path}: is no regular file" in done.stderr
