@@ -31,7 +31,7 @@ from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Terms
-from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
+from titus_py.worker.system_calls import WORKER
 from titus_py.worker.tls import client_hello, reseed
 
 _UID = 4_000_000
@@ -52,18 +52,14 @@ class Step(NamedTuple):
 
 def steps() -> list[Step]:
     """Each holds all that came before it."""
-    handshake, established = (
-        seccomp.Program(seccomp.build(rules)) for rules in (HANDSHAKE, ESTABLISHED)
-    )
-    KEPT.extend((handshake, established))
+    program = seccomp.Program(seccomp.build(WORKER))
+    KEPT.append(program)
     page = ReportWriter()
     KEPT.append(page)
     given = confinement.Given(_UID, make_report(), socket.socket(socket.AF_UNIX).detach())
     if landlock.version():
         os.dup2(landlock.make_ruleset(), confinement.RULESET_FD)
-    own = confinement.worker_calls(handshake, page.address, given)
-    # keyd's channel is not there to be closed.
-    narrowing = [call for call in confinement.narrowing_calls(established) if call.name != "close"]
+    own = confinement.worker_calls(program, page.address, given)
     namespaces = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     found = [
         Step("fork and exit, nothing else"),
@@ -74,9 +70,7 @@ def steps() -> list[Step]:
         Step(_name(own, number), namespaces, encode(own[: number + 1]))
         for number in range(len(own))
     ]
-    everything = encode(own + narrowing)
-    found.append(Step("`seccomp`, after the handshake", namespaces, everything))
-    found.append(Step("fresh randomness", namespaces, everything, reseeds=True))
+    found.append(Step("fresh randomness", namespaces, encode(own), reseeds=True))
     return found
 
 

@@ -114,7 +114,6 @@ static const struct {
 	const char *name;
 	int number;
 } numbers[] = {
-	{"close", SYS_close},
 	{"close_range", SYS_close_range},
 	{"dup3", SYS_dup3},
 	{"landlock_restrict_self", SYS_landlock_restrict_self},
@@ -125,6 +124,7 @@ static const struct {
 	{"setgroups", SYS_setgroups},
 	{"setresgid", SYS_setresgid},
 	{"setresuid", SYS_setresuid},
+	{"shutdown", SYS_shutdown},
 };
 
 PyMODINIT_FUNC PyInit_spawn(void);

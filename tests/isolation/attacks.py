@@ -28,20 +28,20 @@ _libc.syscall.restype = ctypes.c_long
 
 _NUMBERS = {
     "open": 2, "stat": 4, "mmap": 9, "mprotect": 10, "munmap": 11, "ioctl": 16, "mremap": 25,
-    "shmget": 29, "shmat": 30, "dup": 32, "getpid": 39, "socket": 41, "connect": 42, "sendto": 44,
-    "sendmsg": 46, "recvmsg": 47, "bind": 49, "listen": 50, "socketpair": 53, "setsockopt": 54,
-    "getsockopt": 55, "clone": 56, "fork": 57, "execve": 59, "wait4": 61, "kill": 62, "msgget": 68,
-    "fcntl": 72, "ftruncate": 77, "chdir": 80, "mkdir": 83, "unlink": 87, "ptrace": 101,
-    "setuid": 105, "setgid": 106, "setgroups": 116, "setresuid": 117, "capset": 126,
-    "rt_sigqueueinfo": 129, "personality": 135, "mlock": 149, "prctl": 157, "setrlimit": 160,
-    "chroot": 161, "mount": 165, "timer_create": 222, "tgkill": 234, "mq_open": 240, "add_key": 248,
-    "keyctl": 250, "inotify_init": 253, "openat": 257, "unshare": 272, "eventfd2": 290,
-    "epoll_create1": 291, "pipe2": 293, "perf_event_open": 298, "recvmmsg": 299,
-    "name_to_handle_at": 303, "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310,
-    "process_vm_writev": 311, "kcmp": 312, "seccomp": 317, "getrandom": 318, "memfd_create": 319,
-    "bpf": 321, "execveat": 322, "userfaultfd": 323, "pkey_mprotect": 329, "pidfd_send_signal": 424,
-    "io_uring_setup": 425, "open_tree": 428, "fsopen": 430, "pidfd_open": 434, "clone3": 435,
-    "openat2": 437, "pidfd_getfd": 438,
+    "madvise": 28, "shmget": 29, "shmat": 30, "dup": 32, "getpid": 39, "socket": 41, "connect": 42,
+    "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "bind": 49, "listen": 50,
+    "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "fork": 57, "execve": 59,
+    "wait4": 61, "kill": 62, "msgget": 68, "fcntl": 72, "ftruncate": 77, "chdir": 80, "mkdir": 83,
+    "unlink": 87, "ptrace": 101, "setuid": 105, "setgid": 106, "setgroups": 116, "setresuid": 117,
+    "capset": 126, "rt_sigqueueinfo": 129, "personality": 135, "mlock": 149, "prctl": 157,
+    "setrlimit": 160, "chroot": 161, "mount": 165, "futex": 202, "timer_create": 222, "tgkill":
+    234, "mq_open": 240, "add_key": 248, "keyctl": 250, "inotify_init": 253, "openat": 257,
+    "unshare": 272, "eventfd2": 290, "epoll_create1": 291, "pipe2": 293, "perf_event_open": 298,
+    "recvmmsg": 299, "name_to_handle_at": 303, "open_by_handle_at": 304, "setns": 308,
+    "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "seccomp": 317, "getrandom":
+    318, "memfd_create": 319, "bpf": 321, "execveat": 322, "userfaultfd": 323, "pkey_mprotect":
+    329, "pidfd_send_signal": 424, "io_uring_setup": 425, "open_tree": 428, "fsopen": 430,
+    "pidfd_open": 434, "clone3": 435, "openat2": 437, "pidfd_getfd": 438,
 }  # fmt: skip
 
 _AT_FDCWD = -100
@@ -379,14 +379,45 @@ def make_transparent(place: Place) -> None:
     call("setsockopt", place.client, socket.IPPROTO_IP, 19, _TRUE, len(_TRUE))
 
 
-def acknowledge(place: Place) -> None:
-    """An option that it has a use for, once: before the connection is established."""
-    call("setsockopt", place.client, socket.IPPROTO_TCP, socket.TCP_QUICKACK, _TRUE, len(_TRUE))
-
-
 def ask_more(place: Place) -> None:
-    """FIONBIO, which only the handshake needs, where SIOCINQ and SIOCOUTQ are let in."""
-    call("ioctl", place.client, 0x5421, _TRUE)
+    """FIONREAD's neighbour: whether out-of-band octets are next (SIOCATMARK)."""
+    call("ioctl", place.client, 0x8905, ctypes.create_string_buffer(4))
+
+
+def _ask_option(descriptor: int, level: int, option: int) -> None:
+    value, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
+    call("getsockopt", descriptor, level, option, value, ctypes.byref(size))
+
+
+def ask_who(place: Place) -> None:
+    """SO_PEERCRED."""
+    _ask_option(place.parent, socket.SOL_SOCKET, socket.SO_PEERCRED)
+
+
+def ask_congestion(place: Place) -> None:
+    """TCP_CC_INFO, of a module's own making."""
+    _ask_option(place.client, socket.IPPROTO_TCP, 26)
+
+
+def read_errors(place: Place) -> None:
+    """MSG_ERRQUEUE, which is empty."""
+    flags = socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT
+    try:
+        call("recvfrom", place.client, ctypes.create_string_buffer(1), 1, flags, 0, 0)
+    except BlockingIOError:
+        return
+
+
+def read_urgent(place: Place) -> None:
+    """MSG_OOB, of which there is nothing."""
+    flags = socket.MSG_OOB | socket.MSG_DONTWAIT
+    with contextlib.suppress(OSError):
+        call("recvfrom", place.client, ctypes.create_string_buffer(1), 1, flags, 0, 0)
+
+
+def keyd_later(place: Place) -> None:
+    """The channel to keyd, which the provider still knows by its number."""
+    os.write(place.keyd, b"x")
 
 
 def pass_descriptors(place: Place) -> None:
@@ -783,7 +814,7 @@ def allow_then_open(place: Place) -> None:
 
 
 def another_filter(place: Place) -> None:
-    """What the narrowing needed, and took away with itself."""
+    """A program of its own, which the kernel checks and compiles."""
     program = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF_0000))
     call("seccomp", 1, 0, struct.pack("HxxxxxxQ", 1, ctypes.addressof(program)))
 
@@ -800,6 +831,32 @@ def not_blocking(place: Place) -> None:
 
 def low_water_mark(place: Place) -> None:
     call("setsockopt", place.client, socket.SOL_SOCKET, socket.SO_RCVLOWAT, _TRUE, len(_TRUE))
+
+
+def lock_for_another(place: Place) -> None:
+    """FUTEX_LOCK_PI, on a lock that is free."""
+    call("futex", ctypes.create_string_buffer(4), 6 | 128, 0, 0)
+
+
+def requeue(place: Place) -> None:
+    """FUTEX_CMP_REQUEUE, with nobody there to be moved."""
+    here, there = ctypes.create_string_buffer(4), ctypes.create_string_buffer(4)
+    call("futex", here, 4 | 128, 1, ctypes.c_long(1), there, 0)
+
+
+def advise(place: Place) -> None:
+    """MADV_COLD, for pages."""
+    page = call("mmap", 0, PAGE, _RW, _PRIVATE, -1, 0)
+    call("madvise", page, PAGE, 20)
+
+
+def share_memory(place: Place) -> None:
+    call("mmap", 0, PAGE, _RW, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, -1, 0)
+
+
+def map_socket(place: Place) -> None:
+    """The client's, as zero-copy receiving maps it (tcp(7))."""
+    call("mmap", 0, PAGE, mmap.PROT_READ, mmap.MAP_SHARED, place.client, 0)
 
 
 # --- the table ----------------------------------------------------------------------------
@@ -958,11 +1015,15 @@ ATTEMPTS = [
     ),
     Attempt("set another option of the socket", keep_alive, without={"filter": "done"}),
     Attempt("have another machine's address", make_transparent, without={"filter": "EPERM"}),
-    Attempt("acknowledge at once, later", acknowledge, stages="e", without={"filter": "done"}),
-    Attempt("ask a socket for more, later", ask_more, stages="e", without={"filter": "done"}),
-    Attempt("a filter, later", another_filter, stages="e", without={"filter": "done"}),
+    Attempt("ask a socket for more", ask_more, without={"filter": "done"}),
+    Attempt("ask who made a socket", ask_who, without={"filter": "done"}),
+    Attempt("ask for congestion's figures", ask_congestion, without={"filter": "done"}),
+    Attempt("read a socket's errors", read_errors, without={"filter": "done"}),
+    Attempt("read urgent octets", read_urgent, without={"filter": "done"}),
+    Attempt("speak to keyd, later", keyd_later, stages="e", stopped="EPIPE"),
+    Attempt("a filter", another_filter, without={"filter": "done"}),
     Attempt("a filter's listener", notified, without={"filter": "done"}),
-    Attempt("not to block, later", not_blocking, stages="e", without={"filter": "done"}),
+    Attempt("to block or not to block", not_blocking, without={"filter": "done"}),
     Attempt("a low-water mark", low_water_mark, without={"filter": "done"}),
     Attempt("pass a descriptor to the parent", pass_descriptors, without={"filter": "done"}),
     Attempt(
@@ -1038,7 +1099,12 @@ ATTEMPTS = [
     Attempt(
         "lock memory", lock_memory, without={"filter": "EPERM", "filter become": "EPERM"}
     ),
-    Attempt("map locked memory", map_locked, stopped="EPERM"),
+    Attempt("map locked memory", map_locked, without={"filter": "EPERM"}),
+    Attempt("map memory to share", share_memory, without={"filter": "done"}),
+    Attempt("map a socket", map_socket, without={"filter": "done"}),
+    Attempt("advise on pages", advise, without={"filter": "done"}),
+    Attempt("lock with another's priority", lock_for_another, without={"filter": "done"}),
+    Attempt("move who waits for a lock", requeue, without={"filter": "done"}),
     Attempt(
         "a hundred descriptors", hold_descriptors,
         without={"filter": "EMFILE", "filter nofile": "done"},

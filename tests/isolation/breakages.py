@@ -115,12 +115,23 @@ def worker_pid_namespace(_: str) -> None:
 
 
 @breaks("filter", "worker", within="fork_server")
-def worker_second_filter(_: str) -> None:
-    leave_out_of_narrowing("seccomp")
+def worker_one_more_filter(_: str) -> None:
+    """As an attacker might bring one, if seccomp(2) were left to it."""
+    import struct
+
+    from keyd.linux.process import Call
+    from keyd.linux.seccomp import SET_MODE_FILTER, Program
+
+    program = Program(struct.pack("HBBI", 6, 0, 0, 0x7FFF_0000))
+
+    def change(calls: "list[Call]") -> "list[Call]":
+        return [*calls[:-1], Call("seccomp", (SET_MODE_FILTER, 0, program.address)), calls[-1]]
+
+    change_calls(change)
 
 
 @breaks("filter", "worker", within="fork_server")
-def worker_first_filter(_: str) -> None:
+def worker_filter(_: str) -> None:
     change_calls(lambda calls: [call for call in calls if call.name != "seccomp"])
 
 
@@ -140,13 +151,10 @@ def worker_descriptor_limit(_: str) -> None:
     change_calls(lambda calls: [call for call in calls if not limits(call, resource.RLIMIT_NOFILE)])
 
 
-def leave_out_of_narrowing(name: str) -> None:
+def keep_keyd() -> None:
     from titus_py.fork_server import life as fork_server
 
-    real = fork_server.narrowing_calls
-    fork_server.narrowing_calls = lambda program: [
-        call for call in real(program) if call.name != name
-    ]
+    fork_server.parting_calls = list
 
 
 def limits(call: "Call", what: int) -> bool:
@@ -171,7 +179,7 @@ def worker_one_more_descriptor(_: str) -> None:
 
 @breaks("descriptors", "worker", within="fork_server")
 def worker_keeps_keyd(_: str) -> None:
-    leave_out_of_narrowing("close")
+    keep_keyd()
 
 
 @breaks("descriptors", "worker", within="fork_server")
@@ -185,7 +193,7 @@ def worker_keeps_keyd_and_is_slow(_: str) -> None:
     # Practice would take too long.
     fork_server.rehearse = nothing
     worker._acknowledge = lambda _: select.poll().poll(1000)
-    leave_out_of_narrowing("close")
+    keep_keyd()
 
 
 @breaks("mappings", "worker", within="fork_server")
@@ -282,7 +290,7 @@ def worker_no_new_privs_supervisor() -> None:
     from titus_py.worker import system_calls as worker_filter
 
     for call in ("prctl", "setresuid"):
-        worker_filter.HANDSHAKE[call] = ((),)
+        worker_filter.WORKER[call] = ((),)
 
 
 @breaks("hidden", "fork server", within="fork_server")

@@ -246,8 +246,8 @@ def test_a_worker_shares_nothing_with_the_fork_server(instance_without: Instance
         assert {number: held.pop(number) for number in range(3)} == dict.fromkeys(
             range(3), "/dev/null"
         )
-        # The parent; and whoever serves also a client and a backend.
-        assert len(held) == (3 if worker.pid == victims.pids["worker"] else 1)
+        # The parent; and whoever serves also a client, a backend, and what was the channel to keyd.
+        assert len(held) == (4 if worker.pid == victims.pids["worker"] else 1)
         assert all(name.startswith("socket:") for name in held.values())
         assert not {*held.values()} & {*server.values()}
         assert _written_together(worker.pid) == ["/memfd:report (deleted)"]

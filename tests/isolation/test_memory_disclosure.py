@@ -129,7 +129,7 @@ def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
 
 
 def number_of(instance: Instance, source: socket.socket) -> int:
-    """A client's connection, as it is told to its worker and to keyd."""
+    """A client's connection, as it is told to keyd, and to no worker."""
     client = "{}:{}".format(*source.getsockname())
     return int(instance.wait_for_event("connection_begun", client=client)["connection"])
 
@@ -173,10 +173,11 @@ def test_memory_holds_only_what_is_its_clients(
 
     assert len(memory) > 10_000_000
     assert own.encode() in memory
-    # What all workers have, to show that the search finds what there is; and its own number.
+    # What all workers have, to show that the search finds what there is.
     assert b"server CertificateVerify" in memory
+    # Not even its own: it would tell how many connections there have been.
     mine = max(event["connection"] for event in serving.events_named("connection_begun"))
-    assert numbers_in(memory, [mine]) == {mine}
+    assert not numbers_in(memory, [mine])
 
     assert not [other for other in others if other.name.encode() in memory]
     assert not [other for other in others if other.body.encode() in memory]

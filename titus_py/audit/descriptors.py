@@ -40,7 +40,8 @@ _KINDS = {
 _Allowed = dict[str, int | None]
 _SPARE: _Allowed = {_NULL: 3, _TO_PARENT: 1}
 _HANDSHAKE: _Allowed = {**_SPARE, _CLIENT: 1, "socket to keyd": 1, _CLOSED: 1}
-_ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1}
+#: The channel to keyd is at an end, and keeps its number.
+_ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1, _CLOSED: 1}
 _KEYD: _Allowed = {
     _NULL: 3,
     _OWN_ERRORS: 2,

@@ -9,7 +9,7 @@ import resource
 from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role
-from titus_py.audit.observation import Observation, Scene, Stage
+from titus_py.audit.observation import Observation, Scene
 from titus_py.fork_server.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
 from titus_py.resolver.confinement import LIMITS as RESOLVER_LIMITS
 
@@ -58,15 +58,13 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
     if seen.process.role is Role.KEYD and not scene.target.started(seen.process):
         # Its service manager may have installed filters before.
         return holds(f"Seccomp 2, {' and '.join(map(str, counts))} filters")
-    expected = scene.inherited_filters + (2 if seen.stage == Stage.ESTABLISHED else 1)
+    expected = scene.inherited_filters + 1
     threads = f"; {len(seen.threads)} threads" if len(seen.threads) > 1 else ""
     text = f"Seccomp 2, {' and '.join(str(count) for count in counts)} filters{threads}"
     if scene.inherited_filters:
         text += f", {scene.inherited_filters} of them inherited by the supervisor"
     if counts != {str(expected)}:
         return broken(f"{text}; expected {expected}")
-    if seen.process.role is Role.WORKER:
-        text += ": both" if seen.stage == Stage.ESTABLISHED else ": the first"
     return holds(text)
 
 
@@ -145,7 +143,7 @@ CHECKS = (
     Check(
         "filter",
         frozenset({Role.WORKER}),
-        "a seccomp filter, and a second, narrower one once the handshake is done",
+        "one seccomp filter, from its beginning to its end",
         "/proc/PID/status: Seccomp, Seccomp_filters",
         _filter,
     ),

@@ -76,12 +76,6 @@ class Observation(NamedTuple):
         return self.process.pid
 
     @property
-    def filters(self) -> int | None:
-        """How many seccomp filters its main thread has; None where the kernel does not say."""
-        count = self.threads[0].get("Seccomp_filters")
-        return None if count is None else int(count)
-
-    @property
     def sockets(self) -> dict[int, int]:
         """Its descriptors that are sockets, with their inodes."""
         return _sockets(self.descriptors)
@@ -180,9 +174,9 @@ class Scene:
 
 
 def stage_of(worker: Observation, scene: Scene) -> Stage:
-    """A worker's stage, by its sockets; its number of filters only shows a finished handshake."""
+    """A worker's stage, by its sockets."""
     client, backend = _ends(worker.sockets.values(), scene.tcp, scene.unix, scene.listening_ports)
-    if backend or (worker.filters or 0) > scene.inherited_filters + 1:
+    if backend:
         return Stage.ESTABLISHED
     return Stage.HANDSHAKE if client else Stage.SPARE
 

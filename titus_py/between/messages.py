@@ -13,7 +13,7 @@ worker: dial         'D' vhost(2) protocol(1)
                      its place in the host's alpn, or 255 where none was negotiated.
                      For a host that sends TLS facts to its backend, there follow, each
                      with its length(1): TLS version, cipher suite, server name
-parent: client       'C' connection(8) proxy_timeout(4) vhosts(n x 2), with the
+parent: client       'C' proxy_timeout(4) vhosts(n x 2), with the
                      client's socket and, where there is a vhost at all, the channel
                      to keyd; milliseconds for a load balancer's header, 0: none comes
 parent: backend      'B', with the connected socket; or 'F' and why there is none
@@ -55,7 +55,7 @@ _NO_PROTOCOL = 255
 _FACTS_OCTETS = (16, 64, 255)
 _FORK = struct.Struct("!cI")
 _FORKED = struct.Struct("!cII")
-_CLIENT = struct.Struct("!cQI")
+_CLIENT = struct.Struct("!cI")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
 MAX_PROTOCOLS = _NO_PROTOCOL
 #: How many virtual hosts there may be: a client's message may name all of them.
@@ -175,23 +175,23 @@ class Client(NamedTuple):
     """A connection to serve; ``vhosts`` are those that its local address allows.
 
     ``proxy_timeout``: how many milliseconds a load balancer has for its header. 0: none comes.
+    Nothing here tells how many connections there are, or have been.
     """
 
-    connection: int
     vhosts: tuple[int, ...]
     proxy_timeout: int = 0
 
     def encode(self) -> bytes:
         numbers = struct.pack(f"!{len(self.vhosts)}H", *self.vhosts)
-        return _CLIENT.pack(b"C", self.connection, self.proxy_timeout) + numbers
+        return _CLIENT.pack(b"C", self.proxy_timeout) + numbers
 
     @classmethod
     def decode(cls, message: bytes) -> "Client":
         """For the worker, which trusts the parent."""
-        _, connection, proxy_timeout = _CLIENT.unpack_from(message)
+        _, proxy_timeout = _CLIENT.unpack_from(message)
         count = (len(message) - _CLIENT.size) // 2
         vhosts = struct.unpack_from(f"!{count}H", message, _CLIENT.size)
-        return cls(connection, vhosts, proxy_timeout)
+        return cls(vhosts, proxy_timeout)
 
 
 class Fork(NamedTuple):

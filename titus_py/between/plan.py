@@ -155,9 +155,8 @@ class Plan(NamedTuple):
     chroot: str
     #: Kernel features that the parent must not serve without.
     required: tuple[str, ...]
-    #: Programs for the workers' filters, as BPF in hexadecimal.
-    handshake_filter: str
-    established_filter: str
+    #: The program of the workers' filter, as BPF in hexadecimal.
+    worker_filter: str
 
     @property
     def indexes(self) -> list[int]:

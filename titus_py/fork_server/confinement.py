@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ __all__ = [
     "confine_fork_server",
     "keep_only",
     "missing_features",
-    "narrowing_calls",
+    "parting_calls",
     "worker_calls",
 ]
 
@@ -156,7 +157,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     )
 
 
-def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> list[Call]:
+def worker_calls(worker_filter: seccomp.Program, page: int, given: Given) -> list[Call]:
     """The rest of the confinement: the system calls that a worker makes before anything else.
 
     Its namespaces are new since the fork. ``page`` is the address of a page that the fork
@@ -186,16 +187,17 @@ def worker_calls(handshake_filter: seccomp.Program, page: int, given: Given) -> 
         Call("prctl", (_PR_SET_DUMPABLE, 0)),
         Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
         Call("prctl", (PR_SET_NAME, ctypes.addressof(_NAME))),
-        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, handshake_filter.address)),
+        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, worker_filter.address)),
     ]
 
 
-def narrowing_calls(established_filter: seccomp.Program) -> list[Call]:
-    """After the handshake: close keyd's channel, forbid calls that only the handshake needed."""
-    return [
-        Call("close", (KEYD_FD,)),
-        Call("seccomp", (seccomp.SET_MODE_FILTER, 0, established_filter.address)),
-    ]
+def parting_calls() -> list[Call]:
+    """After the handshake: end the channel to keyd, for both ends.
+
+    The socket stays open at its number. Nothing else gets that number, so whatever the provider
+    may still want to say to keyd reaches nobody.
+    """
+    return [Call("shutdown", (KEYD_FD, socket.SHUT_RDWR))]
 
 
 def keep_only(parent: int, ruleset: int) -> None:

@@ -40,7 +40,7 @@ from titus_py.fork_server.confinement import (
     WORKER_NAMESPACES,
     Given,
     confine_fork_server,
-    narrowing_calls,
+    parting_calls,
     worker_calls,
 )
 from titus_py.fork_server.rehearsal import rehearse
@@ -73,7 +73,6 @@ def main() -> int:
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
     plan = Plan.decode(read_all(given["--plan-fd"]))
-    established_filter = Program(bytes.fromhex(plan.established_filter))
     sites = [_site(vhost) for vhost in plan.vhosts]
     practice = [_practice_context(*each) for each in zip(sites, plan.vhosts, strict=True)]
     terms = Terms(
@@ -81,7 +80,7 @@ def main() -> int:
         plan.limits.idle_timeout,
         plan.limits.half_closed_timeout,
         sites,
-        encode(narrowing_calls(established_filter)),
+        encode(parting_calls()),
         ReportWriter(),
         client_hello(),
         practice[0],
@@ -91,14 +90,14 @@ def main() -> int:
     # tried that would be killed.
     warnings.simplefilter("ignore")
     rehearse(terms)
-    handshake_filter = Program(bytes.fromhex(plan.handshake_filter))
+    worker_filter = Program(bytes.fromhex(plan.worker_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
     gc.collect()
     # A worker's garbage collector must not touch what exists now: that stays.
     gc.freeze()
     parent.send(Ready().encode())
-    _serve(parent, terms, handshake_filter, command_line)
+    _serve(parent, terms, worker_filter, command_line)
     return 0
 
 
@@ -154,7 +153,7 @@ def _practice_context(site: Site, vhost: VirtualHost) -> SSL.Context:
 
 
 def _serve(
-    parent: socket.socket, terms: Terms, handshake_filter: Program, command_line: CommandLine
+    parent: socket.socket, terms: Terms, worker_filter: Program, command_line: CommandLine
 ) -> None:
     """Fork as ordered, until the parent hangs up.
 
@@ -164,7 +163,7 @@ def _serve(
     while orders := _take_orders(parent):
         flags = WORKER_NAMESPACES | CLONE_PARENT
         page = terms.report.address
-        calls = [worker_calls(handshake_filter, page, given) for given in orders]
+        calls = [worker_calls(worker_filter, page, given) for given in orders]
         # The workers' title, written once for all of them: each would have to copy the page.
         command_line.write([_WORKERS_TITLE])
         children: list[Child] = []

@@ -148,6 +148,8 @@ class Arrivals:
                 return
             try:
                 client, address = listener.accept()
+                # For the worker, which gets it like this and cannot change it.
+                client.setblocking(False)
                 local = client.getsockname()
             except BlockingIOError:
                 return

@@ -116,7 +116,7 @@ class Connections:
         )
         self.busy[worker.uid] = self.handshaking[worker.uid] = worker
         try:
-            client = Client(connection, offer.vhosts, arrival.proxy_timeout)
+            client = Client(offer.vhosts, arrival.proxy_timeout)
             give(worker.socket, client.encode(), sockets)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")

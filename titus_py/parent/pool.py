@@ -57,8 +57,9 @@ class Pool:
         self._tell = tell
         self._heard = heard
         self._ended = ended
-        # The uid that was freed longest ago is taken first.
-        self._uids = deque(range(plan.first_uid, plan.last_uid + 1))
+        # The uid that was freed longest ago is taken first; to begin with, in an order by chance:
+        # a worker's uid does not tell how many others there have been.
+        self._uids = deque(_shuffled(range(plan.first_uid, plan.last_uid + 1)))
         #: All workers, by uid; and the uids of those that are not ready yet.
         self._workers: dict[int, Worker] = {}
         self._forming: set[int] = set()
@@ -262,6 +263,11 @@ class Pool:
         if self._workers.get(worker.uid) is worker:
             self._forget(worker)
             os.close(worker.report)
+
+
+def _shuffled(uids: range) -> list[int]:
+    chance = os.urandom(8 * len(uids))
+    return sorted(uids, key=lambda uid: chance[8 * (uid - uids[0]) :][:8])
 
 
 def _how(status: os.waitid_result) -> str:

@@ -301,8 +301,7 @@ class Generation:
             ),
             chroot=str(worker.chroot),
             required=worker.require,
-            handshake_filter=self._filters["handshake"],
-            established_filter=self._filters["established"],
+            worker_filter=self._filters["worker"],
         )
         self.parent = _start_parent(plan, control)
         self.starting.add(self.parent)

@@ -59,7 +59,7 @@ from titus_py.supervisor.succession import Legacy
 from titus_py.supervisor.takeover import Takeover
 from titus_py.supervisor.uid_blocks import UidBlocks
 from titus_py.supervisor.upkeep import Upkeep
-from titus_py.worker.system_calls import ESTABLISHED, HANDSHAKE
+from titus_py.worker.system_calls import WORKER
 
 __all__ = ["serve", "take_over"]
 
@@ -121,8 +121,7 @@ def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
 
 def _build_filters() -> dict[str, str]:
     return {
-        "handshake": seccomp.build(HANDSHAKE).hex(),
-        "established": seccomp.build(ESTABLISHED).hex(),
+        "worker": seccomp.build(WORKER).hex(),
         "keyd": seccomp.build(SERVING).hex(),
         "resolver": seccomp.build(RESOLVING, errno.ENOSYS).hex(),
     }

@@ -89,8 +89,8 @@ class Terms(NamedTuple):
     idle_timeout: float | None
     half_closed_timeout: float
     sites: Sequence[Site]
-    #: System calls (``confinement.narrowing_calls``), encoded.
-    narrowing: bytes
+    #: System calls (``confinement.parting_calls``), encoded.
+    parting: bytes
     report: ReportWriter
     #: A ClientHello, for touching the memory that a handshake will write to.
     hello: bytes
@@ -185,9 +185,11 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketTy
 def _serve(
     terms: Terms, report: ReportWriter, parent: SocketType, client: Client, peer: SocketType
 ) -> tuple[End, str]:
-    """Serve one connection; returns how it ended and a detail for the record."""
+    """Serve one connection; returns how it ended and a detail for the record.
+
+    ``peer`` does not block: the parent has made it so.
+    """
     deadline = time.monotonic() + terms.handshake_timeout
-    peer.setblocking(False)
     report.set(state=State.HANDSHAKE)
     try:
         if client.proxy_timeout and terms.proxy_header_reader is not None:
@@ -226,13 +228,13 @@ def _serve(
         identity = site.verifier.identity(connection) if site.verifier is not None else None
         if identity is not None:
             parent.send(identity.encode())
-        # The parent connects to the backend. Meanwhile, give up what only the handshake needed.
+        # The parent connects to the backend. Meanwhile, end the channel to keyd.
         facts = None
         if site.passes_tls_facts:
             facts = TlsFacts(version, cipher_suite, server_name)
         number = site.alpn.index(protocol) if protocol else None
         parent.send(Dial(vhost, number, facts).encode())
-        make(terms.narrowing)
+        make(terms.parting)
         backend = _take_backend(parent)
     except _Over as over:
         if over.farewell is not None:

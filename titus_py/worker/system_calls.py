@@ -1,26 +1,40 @@
-"""The system calls that a worker may make: two lists, the second within the first.
+"""The system calls that a worker may make, from before it runs any Python to its end.
 
-Data for the supervisor, which has the filters built.
+Data for the supervisor, which has the filter built.
 Nothing here opens, creates, connects or binds anything, starts or touches another
-process, or makes memory executable. A call that is not listed kills the worker.
+process, makes memory executable, or brings another filter: seccomp(2) would let an attacker have
+programs of their own compiled in the kernel. A call that is not listed kills the worker.
 """
 
 import mmap
 import socket
 
-from keyd.linux.seccomp import SET_MODE_FILTER, Only, Rules
+from keyd.linux.seccomp import Only, Rules
 from titus_py.worker.farewell import SIOCINQ, SIOCOUTQ
 
-__all__ = ["ESTABLISHED", "HANDSHAKE"]
+__all__ = ["WORKER"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _ALL = 0xFFFF_FFFF
-_FIONBIO = 0x5421
-
 _ALL_64 = 0xFFFF_FFFF_FFFF_FFFF
 _MSG_FASTOPEN = 0x2000_0000
 
-_NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
+_NOT_EXECUTABLE = Only(2, mmap.PROT_EXEC, 0)
+#: Memory of its own alone, as the C library and Python ask for it: MAP_PRIVATE and MAP_ANONYMOUS,
+#: and of all else at most MAP_FIXED, MAP_NORESERVE and MAP_STACK. No file's, no socket's.
+_MAP_OWN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_MAP_MAY = 0x10 | 0x4000 | 0x2_0000
+_OWN_MEMORY = (Only(3, _ALL & ~_MAP_MAY, _MAP_OWN), Only(4, _ALL, _ALL))
+#: How malloc gives memory back (MADV_DONTNEED).
+_GIVE_BACK = (Only(2, _ALL, 4),)
+#: The futex(2) operations of locks: FUTEX_WAIT, _WAKE, _WAIT_BITSET, _WAKE_BITSET; each may be
+#: private to the process and by either clock.
+_FUTEX_OPTIONS = 128 | 256
+_LOCK = tuple((Only(1, _ALL & ~_FUTEX_OPTIONS, operation),) for operation in (0, 1, 9, 10))
+#: Receiving what comes next, or looking at it. No error queue, no out-of-band octets, no memory of
+#: devices.
+_PLAIN_RECEIVE = (Only(3, _ALL & ~(socket.MSG_PEEK | socket.MSG_DONTWAIT), 0),)
+_WITH_DESCRIPTORS = (Only(2, _ALL & ~(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT), 0),)
 #: sendto(2) used as send(2): to the connected peer only. With an address and MSG_FASTOPEN it
 #: is a connect(2), on a socket that belongs to the host's network. For that, the backend would
 #: only have to reset the connection.
@@ -31,57 +45,49 @@ def _option(level: int, option: int) -> tuple[Only, ...]:
     return Only(1, _ALL, level), Only(2, _ALL, option)
 
 
-#: After the handshake: for receiving the backend's socket, and then for the pump.
-ESTABLISHED: Rules = {
+WORKER: Rules = {
     # For the client (by OpenSSL), and for what the C library writes to standard error.
     "read": _ANYHOW,
     "write": _ANYHOW,
     # For the backend, the parent and keyd; recvmsg brings the backend's socket. sendmsg is not
     # allowed: it can have an address, too, where no filter sees it, and it can send descriptors.
     # A socket with SO_LINGER set makes its last closer wait: that would be the parent, or keyd.
-    "recvfrom": _ANYHOW,
+    "recvfrom": (_PLAIN_RECEIVE,),
     "sendto": _TO_ITS_PEER,
     # Without MSG_PEEK: what is on its way from the parent (``hand_over``) is the parent's until
     # the worker has taken it.
-    "recvmsg": ((Only(2, socket.MSG_PEEK, 0),),),
+    "recvmsg": (_WITH_DESCRIPTORS,),
     "poll": _ANYHOW,
     "ppoll": _ANYHOW,
     "shutdown": _ANYHOW,
     "close": _ANYHOW,
-    # Python asks a received socket what it is.
+    # Python asks a received socket what it is; the pump asks why the client's has ended.
     "getsockname": _ANYHOW,
-    "getsockopt": _ANYHOW,
-    "setsockopt": (_option(socket.SOL_SOCKET, socket.SO_LINGER),),
+    "getsockopt": tuple(
+        _option(socket.SOL_SOCKET, option)
+        for option in (socket.SO_TYPE, socket.SO_PROTOCOL, socket.SO_DOMAIN, socket.SO_ERROR)
+    ),
+    "setsockopt": (
+        _option(socket.SOL_SOCKET, socket.SO_LINGER),
+        # The client's last message of the handshake is acknowledged at once.
+        _option(socket.IPPROTO_TCP, socket.TCP_QUICKACK),
+    ),
     # At the end: whether all has been acknowledged, how much is still to be read (``farewell``).
     "ioctl": ((Only(1, _ALL, SIOCOUTQ),), (Only(1, _ALL, SIOCINQ),)),
     # Memory, none of it executable.
     "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
+    "mmap": ((_NOT_EXECUTABLE, *_OWN_MEMORY),),
+    "mprotect": ((_NOT_EXECUTABLE,),),
     "mremap": _ANYHOW,
     "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    "madvise": (_GIVE_BACK,),
     # OpenSSL asks whether it has been forked, and for fresh entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,
     # Needed where the vDSO does not do it.
     "clock_gettime": _ANYHOW,
-    "futex": _ANYHOW,
+    "futex": _LOCK,
     "restart_syscall": _ANYHOW,
     "rt_sigreturn": _ANYHOW,
     "exit_group": _ANYHOW,
-}
-
-#: During the handshake: the same, and what only the handshake needs.
-HANDSHAKE: Rules = {
-    **ESTABLISHED,
-    # The client's socket is made non-blocking.
-    "ioctl": (*ESTABLISHED["ioctl"], (Only(1, _ALL, _FIONBIO),)),
-    # The client's last message is acknowledged at once.
-    "setsockopt": (
-        *ESTABLISHED["setsockopt"],
-        _option(socket.IPPROTO_TCP, socket.TCP_QUICKACK),
-    ),
-    # For putting the second filter on. A filter can only take calls away.
-    "seccomp": ((Only(0, _ALL, SET_MODE_FILTER), Only(1, _ALL_64, 0)),),
 }

@@ -42,8 +42,7 @@ def plan(*vhosts: VirtualHost) -> Plan:
         limits=Limits._make([None] * len(Limits._fields)),
         chroot="/run/empty",
         required=(),
-        handshake_filter="",
-        established_filter="",
+        worker_filter="",
     )
 
 
