@@ -28,7 +28,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from keyd.daemon import Keyd
-from keyd.powers import perform
+from keyd.powers import ALL_POWERS, perform
 from keyd.protocol import Open, Operation, Reply, Request
 from keyd.reference import key_id
 
@@ -197,7 +197,7 @@ def _kolmogorov_smirnov(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def in_this_process(key: rsa.RSAPrivateKey) -> Measure:
-    return lambda ciphertext: perform(Operation.DECRYPT, key, _VERSION, ciphertext)
+    return lambda ciphertext: perform(Operation.DECRYPT, key, _VERSION, ciphertext, ALL_POWERS)
 
 
 def leaking(key: rsa.RSAPrivateKey) -> Measure:
@@ -223,7 +223,7 @@ def over_a_channel(key: rsa.RSAPrivateKey) -> tuple[Measure, Callable[[], None]]
     name = key_id(key.public_key())
     keyd = Keyd({name: key})
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    grants = {name: frozenset({Operation.DECRYPT})}
+    grants = {name: ALL_POWERS}
     terms = Open(1, 0xFFFF_FFFF, 0xFFFF, 0)
     keyd.open(terms, grants, keyds, lambda refusal: print(refusal, file=sys.stderr))
     server = threading.Thread(target=keyd._work, daemon=True)

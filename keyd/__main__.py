@@ -40,8 +40,8 @@ from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import bind
-from keyd.powers import PrivateKey, rehearse
-from keyd.protocol import Keys, Malformed, Open, Operation, Refusal, fingerprint
+from keyd.powers import ALL_POWERS, PrivateKey, rehearse
+from keyd.protocol import Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from keyd.succession import inherited
@@ -289,10 +289,9 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     keys = _load_some_encrypted(arguments)
     with _listener(arguments, user.pw_uid, gid, mode=0o660) as listener:
         program = _withdraw(arguments, guards)
-        granted = {Operation.SIGN}
-        if arguments.rsa_key_exchange:
-            granted.add(Operation.DECRYPT)
-        grants = dict.fromkeys(keys, frozenset(granted))
+        # Which versions and groups its clients speak, they do not say.
+        granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
+        grants = dict.fromkeys(keys, granted)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 

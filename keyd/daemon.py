@@ -40,7 +40,7 @@ from keyd.linux.credentials import (
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
-from keyd.powers import NotTLS, PrivateKey, perform
+from keyd.powers import NotGranted, NotTLS, PrivateKey, may_ask, perform
 from keyd.protocol import (
     MAX_CONTROL_OCTETS,
     MAX_REQUEST_OCTETS,
@@ -49,6 +49,7 @@ from keyd.protocol import (
     Malformed,
     Open,
     Operation,
+    Power,
     Refusal,
     Reply,
     Request,
@@ -202,7 +203,7 @@ class _GrantSets:
     """The sets of grants that one parent has announced, by number."""
 
     def __init__(self) -> None:
-        self._sets: dict[int, dict[bytes, frozenset[Operation]]] = {}
+        self._sets: dict[int, dict[bytes, frozenset[Power]]] = {}
         self._in_use: set[int] = set()
 
     def add(self, announced: GrantSet) -> None:
@@ -477,13 +478,17 @@ class Keyd:
         if channel.operations == 0:
             raise _Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
         channel.operations -= 1
-        if request.operation not in channel.grants.get(request.key, frozenset[Operation]()):
+        granted = channel.grants.get(request.key, frozenset[Power]())
+        if not may_ask(request.operation, granted):
             raise _Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}")
         key = self._keys.get(request.key)
         if key is None:
             raise _Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
         try:
-            result = perform(request.operation, key, request.parameter, request.payload)
+            result = perform(request.operation, key, request.parameter, request.payload, granted)
+        except NotGranted as error:
+            detail = f"{what} of {error} with key {request.key.hex()}"
+            raise _Refused(Status.NOT_GRANTED, detail) from None
         except NotTLS as error:
             raise _Refused(Status.NOT_TLS, f"{what} of {error}") from None
         except InternalError as error:

@@ -1,4 +1,4 @@
-"""keyd's whole power, in one table: what it will do with a private key, and for what octets.
+"""keyd's whole power: what it will do with a private key, and for what octets.
 
 Runs in keyd, and trusts nobody. An attacker may control the worker that sends a
 request. So the octets to be signed are parsed here, and anything that a TLS server
@@ -7,16 +7,16 @@ would not sign is refused. Padding is chosen here, never by the worker.
 
 import hmac
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, SignatureScheme
+from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 
-__all__ = ["POWERS", "NotTLS", "PrivateKey", "perform", "rehearse"]
+__all__ = ["ALL_POWERS", "NotGranted", "NotTLS", "PrivateKey", "may_ask", "perform", "rehearse"]
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
@@ -25,12 +25,27 @@ class NotTLS(ValueError):
     """Octets, or a scheme for them, that no TLS server would use this key for."""
 
 
-def perform(operation: Operation, key: PrivateKey, parameter: int, payload: bytes) -> bytes:
-    """Perform the operation; raises NotTLS for anything that it is not meant for.
+class NotGranted(ValueError):
+    """Octets that some TLS server would use this key for, and this one does not."""
+
+
+def may_ask(operation: Operation, granted: Set[Power]) -> bool:
+    """Whether there is anything that this operation may be asked for."""
+    return not _POWERS_OF[operation].isdisjoint(granted)
+
+
+def perform(
+    operation: Operation, key: PrivateKey, parameter: int, payload: bytes, granted: Set[Power]
+) -> bytes:
+    """Perform the operation; raises NotTLS, or NotGranted for what only other powers allow.
 
     This may take milliseconds: the caller is one of several threads.
     """
-    return POWERS[operation](key, parameter, payload)
+    if operation is Operation.SIGN:
+        return _sign(key, parameter, payload, granted)
+    if Power.DECRYPT not in granted:
+        raise NotGranted("for TLS 1.2's RSA key exchange")
+    return _decrypt(key, parameter, payload)
 
 
 def rehearse(key: PrivateKey) -> None:
@@ -44,13 +59,21 @@ def rehearse(key: PrivateKey) -> None:
         if scheme.tls13 and isinstance(key, scheme.key_type):
             if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
                 continue
-            perform(Operation.SIGN, key, name, octets)
+            perform(Operation.SIGN, key, name, octets, ALL_POWERS)
     for curve in _CURVES.values():
         one = ec.derive_private_key(1, curve).public_key()
         point = one.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
     if isinstance(key, rsa.RSAPrivateKey):
-        perform(Operation.DECRYPT, key, 0x0303, b"\x01" * ((key.key_size + 7) // 8))
+        ciphertext = b"\x01" * ((key.key_size + 7) // 8)
+        perform(Operation.DECRYPT, key, 0x0303, ciphertext, ALL_POWERS)
+
+
+ALL_POWERS = frozenset(Power)
+_POWERS_OF = {
+    Operation.SIGN: ALL_POWERS - {Power.DECRYPT},
+    Operation.DECRYPT: {Power.DECRYPT},
+}
 
 
 # --- sign -----------------------------------------------------------------------
@@ -64,8 +87,9 @@ _TRANSCRIPT_HASH_OCTETS = frozenset({32, 48})
 #: client_random and server_random, then ServerECDHParams (RFC 8422 §5.4).
 _RANDOMS_OCTETS = 64
 _NAMED_CURVE = 3
+_X448 = 30
 #: NamedGroup -> octets of its point: the NIST curves uncompressed, X25519, X448.
-_POINT_OCTETS = {23: 65, 24: 97, 25: 133, 29: 32, 30: 56}
+_POINT_OCTETS = {23: 65, 24: 97, 25: 133, 29: 32, _X448: 56}
 _CURVES: dict[int, ec.EllipticCurve] = {
     23: ec.SECP256R1(),
     24: ec.SECP384R1(),
@@ -124,7 +148,7 @@ _SCHEMES = {
 }
 
 
-def _sign(key: PrivateKey, parameter: int, octets: bytes) -> bytes:
+def _sign(key: PrivateKey, parameter: int, octets: bytes, granted: Set[Power]) -> bytes:
     try:
         name = SignatureScheme(parameter)
     except ValueError:
@@ -139,8 +163,13 @@ def _sign(key: PrivateKey, parameter: int, octets: bytes) -> bytes:
             raise NotTLS(f"{name.name} in TLS 1.3")
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {key.curve.name}")
+        needed, what = Power.SIGN_TLS13, "a CertificateVerify of TLS 1.3"
+    elif _group_of_server_key_exchange(octets) == _X448:
+        needed, what = Power.SIGN_TLS12_X448, "a ServerKeyExchange of TLS 1.2 in X448"
     else:
-        _check_server_key_exchange(octets)
+        needed, what = Power.SIGN_TLS12, "a ServerKeyExchange of TLS 1.2"
+    if needed not in granted:
+        raise NotGranted(what)
     return scheme.sign(key, octets)
 
 
@@ -150,7 +179,8 @@ def _check_certificate_verify(octets: bytes) -> None:
         raise NotTLS(f"a transcript hash of {length} octets")
 
 
-def _check_server_key_exchange(octets: bytes) -> None:
+def _group_of_server_key_exchange(octets: bytes) -> int:
+    """The NamedGroup of a ServerKeyExchange; raises NotTLS for anything else."""
     params = octets[_RANDOMS_OCTETS:]
     if len(params) < 4 or params[0] != _NAMED_CURVE:
         raise NotTLS(f"{len(octets)} octets that no TLS server signs")
@@ -160,7 +190,7 @@ def _check_server_key_exchange(octets: bytes) -> None:
         raise NotTLS(f"a ServerKeyExchange of {len(point)} octets in group {group}")
     curve = _CURVES.get(group)
     if curve is None:
-        return
+        return group
     if point[0] != 4:
         raise NotTLS("a ServerKeyExchange with a compressed point")
     # On the curve, one coordinate follows from the other. Were both free, a certificate
@@ -169,6 +199,7 @@ def _check_server_key_exchange(octets: bytes) -> None:
         ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
     except ValueError:
         raise NotTLS(f"a ServerKeyExchange with a point off {curve.name}") from None
+    return group
 
 
 # --- decrypt --------------------------------------------------------------------
@@ -196,9 +227,3 @@ def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
     good = hmac.compare_digest(padded[:2], parameter.to_bytes(2, "big"))
     good &= len(secret) == PREMASTER_SECRET_OCTETS
     return (substitute, padded[:PREMASTER_SECRET_OCTETS])[good]
-
-
-POWERS: dict[Operation, Callable[[PrivateKey, int, bytes], bytes]] = {
-    Operation.SIGN: _sign,
-    Operation.DECRYPT: _decrypt,
-}

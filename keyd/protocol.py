@@ -10,7 +10,7 @@ byte order:
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
 reply      version(1) status(1) payload(0..1024)
-grants     version(1) 'G'(1) set(4) n x (operations_mask(1) key(32)): adds to a set
+grants     version(1) 'G'(1) set(4) n x (powers_mask(1) key(32)): adds to a set
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4), the
            channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
@@ -50,6 +50,7 @@ __all__ = [
     "Malformed",
     "Open",
     "Operation",
+    "Power",
     "Refusal",
     "Reply",
     "Request",
@@ -61,7 +62,7 @@ __all__ = [
 
 VERSION = 1
 #: Of the messages between keyd and its parents.
-CONTROL_VERSION = 2
+CONTROL_VERSION = 3
 KEY_ID_OCTETS = 32
 #: How much of a key's id is enough to tell it from others, where nothing depends on it.
 SHORT_ID_OCTETS = 8
@@ -100,10 +101,23 @@ class Malformed(ValueError):
 
 
 class Operation(enum.IntEnum):
-    """What a channel may ask for."""
+    """What a request asks for."""
 
     SIGN = 1
     DECRYPT = 2
+
+
+class Power(enum.IntEnum):
+    """What a channel may have done with a key.
+
+    Signatures are told apart by what is signed: a virtual host that speaks TLS 1.3 alone needs no
+    signature of TLS 1.2. With X448, almost all of those octets are the worker's choice.
+    """
+
+    SIGN_TLS12 = 1
+    SIGN_TLS12_X448 = 2
+    SIGN_TLS13 = 3
+    DECRYPT = 4
 
 
 class Status(enum.IntEnum):
@@ -187,7 +201,7 @@ class Reply(NamedTuple):
 
 
 #: What a channel may do with which key.
-Grants = Mapping[bytes, frozenset[Operation]]
+Grants = Mapping[bytes, frozenset[Power]]
 
 
 class GrantSet(NamedTuple):
@@ -201,7 +215,7 @@ class GrantSet(NamedTuple):
 
     def encode(self) -> list[bytes]:
         head = _GRANT_SET.pack(CONTROL_VERSION, b"G", self.number)
-        packed = [_GRANT.pack(_mask(operations), key) for key, operations in self.grants.items()]
+        packed = [_GRANT.pack(_mask(powers), key) for key, powers in self.grants.items()]
         return [
             head + b"".join(packed[start : start + _GRANTS_AT_ONCE])
             # A set without any grants is announced, too.
@@ -218,7 +232,7 @@ class GrantSet(NamedTuple):
         grants = message[_GRANT_SET.size :]
         if len(grants) % _GRANT.size:
             raise Malformed(f"grants of {len(message)} octets")
-        return cls(number, {key: _operations(mask) for mask, key in _GRANT.iter_unpack(grants)})
+        return cls(number, {key: _powers(mask) for mask, key in _GRANT.iter_unpack(grants)})
 
 
 class Open(NamedTuple):
@@ -323,12 +337,12 @@ def _expect(version: int, kind: bytes, expected: bytes) -> None:
         raise Malformed(f"a control message of version {version}, kind {kind!r}")
 
 
-def _mask(operations: frozenset[Operation]) -> int:
-    return sum(1 << operation for operation in operations)
+def _mask(powers: frozenset[Power]) -> int:
+    return sum(1 << power for power in powers)
 
 
-def _operations(mask: int) -> frozenset[Operation]:
-    operations = frozenset(operation for operation in Operation if mask >> operation & 1)
-    if not operations or _mask(operations) != mask:
-        raise Malformed(f"a grant of operations 0x{mask:02x}")
-    return operations
+def _powers(mask: int) -> frozenset[Power]:
+    powers = frozenset(power for power in Power if mask >> power & 1)
+    if not powers or _mask(powers) != mask:
+        raise Malformed(f"a grant of powers 0x{mask:02x}")
+    return powers

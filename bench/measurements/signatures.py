@@ -22,7 +22,7 @@ from bench.peers import Site
 from bench.processes import Failed, running
 from bench.stage import Stage
 from keyd.keys import load_private_key
-from keyd.powers import perform
+from keyd.powers import ALL_POWERS, perform
 from keyd.protocol import MAX_KEYS_OCTETS, GrantSet, Keys, Open, Operation, SignatureScheme
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id, reference_pem
@@ -73,7 +73,7 @@ class _Ways:
             scheme = _SCHEMES[self._site.key_type]
             now = begun = time.perf_counter()
             while now < begun + self._seconds:
-                perform(Operation.SIGN, self._key, scheme, _CONTENT)
+                perform(Operation.SIGN, self._key, scheme, _CONTENT, ALL_POWERS)
                 before, now = now, time.perf_counter()
                 times.append(1e6 * (now - before))
             return times
@@ -100,7 +100,7 @@ class _Ways:
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, keyds:
             terms = Open(1, _LIFETIME_MS, _MOST, 0)
-            for grants in GrantSet(0, {self._id: frozenset({Operation.SIGN})}).encode():
+            for grants in GrantSet(0, {self._id: ALL_POWERS}).encode():
                 self._control.send(grants)
             socket.send_fds(self._control, [terms.encode()], [keyds.fileno()])
             configuration = self._directory / f"openssl-{ours.fileno()}.cnf"

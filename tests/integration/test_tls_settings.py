@@ -26,7 +26,11 @@ FORWARD_SECRET_AEAD = re.compile(
 def instance(serve_all: Serve, certificates: Certificates, echoing: Listener) -> Instance:
     """As configured by default, with a key of each kind that suites tell apart."""
     vhosts = []
-    for name, kind in (("rsa.example", "RSA-2048"), ("ecdsa.example", "P-256")):
+    for name, kind, settings in (
+        ("rsa.example", "RSA-2048", {}),
+        ("ecdsa.example", "P-256", {}),
+        ("x448.example", "RSA-2048", {"groups": ["X25519", "X448"]}),
+    ):
         certificate = certificates(kind, name)
         vhosts.append(
             {
@@ -34,6 +38,7 @@ def instance(serve_all: Serve, certificates: Certificates, echoing: Listener) ->
                 "certificate": certificate.certificate,
                 "key": certificate.key,
                 "backend": echoing.address,
+                **settings,
             }
         )
     return serve_all(vhost=vhosts)
@@ -140,7 +145,7 @@ def test_the_hybrid_is_asked_for_where_a_client_guessed_another_group(
     assert answer.stdout == "X25519MLKEM768 True\n", answer.stderr
 
 
-@pytest.mark.parametrize("group", ["X25519", "P-256", "P-384", "P-521", "X448"])
+@pytest.mark.parametrize("group", ["X25519", "P-256", "P-384", "P-521"])
 def test_a_client_without_it_gets_a_classic_group(instance: Instance, group: str) -> None:
     for version in ("-tls1_3", "-tls1_2"):
         answer = s_client(instance, version, "-groups", group)
@@ -152,6 +157,14 @@ def test_a_client_without_it_gets_a_classic_group(instance: Instance, group: str
             .replace("secp384r1", "P-384")
             .replace("secp521r1", "P-521")
         )
+
+
+@pytest.mark.parametrize("version", ["-tls1_3", "-tls1_2"])
+def test_x448_is_for_a_virtual_host_that_names_it(instance: Instance, version: str) -> None:
+    answer = s_client(instance, version, "-groups", "X448", name="x448.example")
+    assert "r Temp Key: X448" in answer.stdout, answer.stderr
+    answer = s_client(instance, version, "-groups", "X448")
+    assert "alert handshake failure" in answer.stderr
 
 
 @pytest.mark.parametrize(

@@ -684,18 +684,18 @@ def keyd_has_no_clock(_: str) -> None:
 
 @breaks("refuses_decrypt", "keyd", within="keyd")
 def keyd_decrypts(_: str) -> None:
-    from keyd.protocol import Operation
+    from keyd.protocol import Power
 
-    _change_grants(lambda stated: dict.fromkeys(stated, frozenset(Operation)))
+    _change_grants(lambda stated: dict.fromkeys(stated, frozenset(Power)))
 
 
 @breaks("refuses_other_key", "keyd", within="keyd")
 def keyd_grants_every_key(_: str) -> None:
-    from keyd.protocol import Operation
+    from keyd.protocol import Power
 
-    class Every(dict[bytes, frozenset[Operation]]):
-        def get(self, key: bytes, default: object = None) -> frozenset[Operation]:  # type: ignore[override]
-            return frozenset({Operation.SIGN})
+    class Every(dict[bytes, frozenset[Power]]):
+        def get(self, key: bytes, default: object = None) -> frozenset[Power]:  # type: ignore[override]
+            return frozenset({Power.SIGN_TLS13})
 
     _change_grants(lambda stated: Every())
 
@@ -713,8 +713,8 @@ def keyd_takes_any_version(_: str) -> None:
 def _sign_also(fits: Callable[[bytes], bool]) -> None:
     from keyd import powers
 
-    real = powers._check_server_key_exchange
-    powers._check_server_key_exchange = lambda octets: None if fits(octets) else real(octets)
+    real = powers._group_of_server_key_exchange
+    powers._group_of_server_key_exchange = lambda octets: 29 if fits(octets) else real(octets)
 
 
 @breaks("refuses_certificate", "keyd", within="keyd")

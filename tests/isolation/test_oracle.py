@@ -41,8 +41,13 @@ def backend() -> Iterator[Listener]:
 
 @pytest.fixture(scope="module")
 def certificates(authority: Authority) -> dict[str, Certificate]:
-    """The listener's that is attacked (``own``), and the other one's, where decrypt is on."""
-    return {"own": authority.issue("P-256"), "other": authority.issue("RSA-2048", "other.test")}
+    """Of the listener that is attacked (``own``), of the one where decrypt is on, and of others."""
+    return {
+        "own": authority.issue("P-256"),
+        "other": authority.issue("RSA-2048", "other.test"),
+        "tls13": authority.issue("P-256", "tls13.test"),
+        "tls12": authority.issue("P-256", "tls12.test"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def instance(
     backend: Listener,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Instance]:
-    ports = [free_port(), free_port()]
+    ports = [free_port() for _ in range(4)]
     other = certificates["other"]
     with infected(
         tmp_path_factory.mktemp("infected"),
@@ -65,6 +70,20 @@ def instance(
                 "certificate": other.certificate,
                 "key": other.key,
                 "rsa_key_exchange": True,
+            },
+            {
+                "local_port": ports[2],
+                "certificate": certificates["tls13"].certificate,
+                "key": certificates["tls13"].key,
+                "min_version": "TLSv1.3",
+                "groups": ["X25519", "X448"],
+            },
+            {
+                "local_port": ports[3],
+                "certificate": certificates["tls12"].certificate,
+                "key": certificates["tls12"].key,
+                "max_version": "TLSv1.2",
+                "groups": ["X448", "P-256"],
             },
         ],
     ) as instance:
@@ -301,16 +320,11 @@ def test_decryption_where_it_is_on(
     instance: Instance, certificates: dict[str, Certificate], good: bool
 ) -> None:
     """The control; and 48 octets, whatever was encrypted."""
-    port = instance.port
     key = private_key(certificates["other"])
     assert isinstance(key, rsa.RSAPrivateKey)
     secret = b"\3\3" + bytes(range(46)) if good else b"no premaster secret"
     encrypted = key.public_key().encrypt(secret, padding.PKCS1v15())
-    try:
-        instance.port = _ports(instance)[1]
-        relay = Relay(instance)
-    finally:
-        instance.port = port
+    relay = relay_at(instance, 1)
     message = request(certificates["other"], encrypted, 0x0303, Operation.DECRYPT)
     reply = Reply.decode(relay.ask(message))
     assert reply.status is Status.DONE
@@ -320,8 +334,58 @@ def test_decryption_where_it_is_on(
     relay.close()
 
 
-def _ports(instance: Instance) -> list[int]:
-    return [int(e["address"].rpartition(":")[2]) for e in instance.events_named("listening")]
+def relay_at(instance: Instance, listener: int) -> Relay:
+    """Through a worker whose client came to another listener than the first one."""
+    addresses = [event["address"] for event in instance.events_named("listening")]
+    port, instance.port = instance.port, int(addresses[listener].rpartition(":")[2])
+    try:
+        return Relay(instance)
+    finally:
+        instance.port = port
+
+
+# --- other versions of TLS ------------------------------------------------------------------
+
+KEY_EXCHANGES = {"X25519": key_exchange(29, bytes(32)), "X448": key_exchange(30, bytes(56))}
+#: By the name of a certificate: its listener, and what may be signed there.
+SIGNED_AT: dict[str, tuple[int, dict[str, bytes]]] = {
+    "own": (0, {"TLS 1.3": HANDSHAKE, "TLS 1.2": KEY_EXCHANGES["X25519"]}),
+    "tls13": (2, {"TLS 1.3": HANDSHAKE}),
+    "tls12": (3, {"TLS 1.2": KEY_EXCHANGES["X25519"], "X448": KEY_EXCHANGES["X448"]}),
+}
+NOT_SIGNED_AT = [
+    ("own", KEY_EXCHANGES["X448"], "a ServerKeyExchange of TLS 1.2 in X448"),
+    ("tls13", KEY_EXCHANGES["X25519"], "a ServerKeyExchange of TLS 1.2"),
+    ("tls13", KEY_EXCHANGES["X448"], "a ServerKeyExchange of TLS 1.2 in X448"),
+    ("tls12", HANDSHAKE, "a CertificateVerify of TLS 1.3"),
+]
+
+
+@pytest.mark.parametrize(("name", "octets", "what"), NOT_SIGNED_AT)
+def test_a_version_or_group_that_a_virtual_host_does_not_have(
+    instance: Instance,
+    certificates: dict[str, Certificate],
+    name: str,
+    octets: bytes,
+    what: str,
+) -> None:
+    """Else a site of TLS 1.3 alone could be impersonated in TLS 1.2."""
+    relay = relay_at(instance, SIGNED_AT[name][0])
+    message = request(certificates[name], octets)
+    assert_refused(instance, relay, message, Status.NOT_GRANTED, f"sign of {what} with key")
+    relay.close()
+
+
+@pytest.mark.parametrize("name", SIGNED_AT)
+def test_the_versions_and_groups_that_a_virtual_host_has(
+    instance: Instance, certificates: dict[str, Certificate], name: str
+) -> None:
+    """The control."""
+    listener, signed = SIGNED_AT[name]
+    for octets in signed.values():
+        relay = relay_at(instance, listener)
+        assert Reply.decode(relay.ask(request(certificates[name], octets))).status is Status.DONE
+        relay.close()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from keyd.powers import NotTLS, PrivateKey, perform
+from keyd.powers import ALL_POWERS, NotTLS, PrivateKey, perform
 from keyd.protocol import MAX_REQUEST_OCTETS, Reply, Request, Status
 
 REPOSITORY = Path(__file__).parents[2]
@@ -163,8 +163,9 @@ def keyds_answer(sites: Iterable[Site]) -> Answer:
     def answer(message: bytes) -> bytes:
         request = Request.decode(message)
         try:
+            key = keys[request.key]
             payload = perform(
-                request.operation, keys[request.key], request.parameter, request.payload
+                request.operation, key, request.parameter, request.payload, ALL_POWERS
             )
         except NotTLS:
             return Reply(Status.NOT_TLS).encode()

@@ -30,6 +30,7 @@ from keyd.protocol import (
     Malformed,
     Open,
     Operation,
+    Power,
     Reply,
     Request,
     SignatureScheme,
@@ -45,6 +46,7 @@ __all__ = ["ask_keyd"]
 
 _LIFETIME_MS = 10_000
 _TIMEOUT = 5.0
+_SIGN = frozenset({Power.SIGN_TLS12, Power.SIGN_TLS13})
 _SYS_PIDFD_GETFD = 438
 
 _Key = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
@@ -259,7 +261,7 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
         keyd,
         _refused(way, key, decrypt, Status.NOT_GRANTED),
     )
-    with closing(way.open({secrets.token_bytes(32): frozenset({Operation.SIGN})})) as channel:
+    with closing(way.open({secrets.token_bytes(32): _SIGN})) as channel:
         seen = _judge(_ask(channel, sign.encode()), Status.NOT_GRANTED)
     yield _finding("refuses_other_key", "does not sign with a key of another listener", keyd, seen)
     with closing(way.open(_sign_only(key))) as channel:
@@ -277,8 +279,8 @@ def _parameter(operation: Operation, key: _Key) -> int:
     return _scheme(key)
 
 
-def _sign_only(key: PublicKeyTypes) -> dict[bytes, frozenset[Operation]]:
-    return {key_id(key): frozenset({Operation.SIGN})}
+def _sign_only(key: PublicKeyTypes) -> dict[bytes, frozenset[Power]]:
+    return {key_id(key): _SIGN}
 
 
 def _refused(way: _Keyd, key: _Key, request: Request, status: Status) -> Seen:

@@ -397,7 +397,7 @@ class VirtualHost(ClientCertificates, Backend, Credentials, Match):
         description="The groups for the key exchange, best first, such as "
         '["X25519MLKEM768", "X25519", "P-256"]. A client that guessed another than the best one '
         "keeps to its guess, but not where the best one is post-quantum and its guess is not. "
-        "Absent: X25519MLKEM768, SecP256r1MLKEM768, X25519, P-256, X448, P-384, P-521.",
+        "Absent: X25519MLKEM768, SecP256r1MLKEM768, X25519, P-256, P-384, P-521.",
     )
     rsa_key_exchange: Boolean = Field(
         default=False,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from keyd.protocol import GrantSet, Operation, Refusal, Status
+from keyd.protocol import GrantSet, Power, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
@@ -320,16 +320,27 @@ class Connections:
             self._offers[vhosts] = Offer(vhosts, grants)
         return self._offers[vhosts]
 
-    def _grants(self, vhosts: tuple[int, ...]) -> dict[bytes, frozenset[Operation]]:
-        grants: dict[bytes, frozenset[Operation]] = {}
+    def _grants(self, vhosts: tuple[int, ...]) -> dict[bytes, frozenset[Power]]:
+        grants: dict[bytes, frozenset[Power]] = {}
         for number in vhosts:
-            vhost = self._plan.vhosts[number]
-            operations = {Operation.SIGN}
-            if vhost.tls.rsa_key_exchange:
-                operations.add(Operation.DECRYPT)
+            powers = _powers(self._plan.vhosts[number].tls)
             for key in self._keys[number]:
-                grants[key] = grants.get(key, frozenset()) | operations
+                grants[key] = grants.get(key, frozenset()) | powers
         return grants
+
+
+def _powers(tls: TlsSettings) -> set[Power]:
+    """What handshakes of these settings need."""
+    powers = set()
+    if tls.max_version == "TLSv1.3":
+        powers.add(Power.SIGN_TLS13)
+    if tls.min_version == "TLSv1.2":
+        powers.add(Power.SIGN_TLS12)
+        if "X448" in (tls.groups or ()):
+            powers.add(Power.SIGN_TLS12_X448)
+    if tls.rsa_key_exchange:
+        powers.add(Power.DECRYPT)
+    return powers
 
 
 def _negotiable(protocol: int | None, tls: TlsSettings) -> bool:

@@ -69,8 +69,8 @@ _SIGNATURE_SCHEMES = (
 )
 
 #: OpenSSL's default groups, without those whose parameters keyd does not sign: those of finite
-#: fields, and SM2's.
-_GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "X448", "P-384", "P-521")
+#: fields, SM2's, and X448, which keyd signs where a virtual host names it.
+_GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "P-384", "P-521")
 
 _CHOOSES_PROTOCOL = (
     "int (*)(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int,"

@@ -8,9 +8,9 @@ import pytest
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
-from keyd.protocol import GrantSet, Open, Operation, Refusal, Reply, Request, Status
+from keyd.protocol import GrantSet, Open, Operation, Power, Refusal, Reply, Request, Status
 
-GRANTS = {bytes(32): frozenset({Operation.SIGN})}
+GRANTS = {bytes(32): frozenset({Power.SIGN_TLS13})}
 
 
 def connected(keyd: Keyd) -> tuple[socket.socket, Callable[[], None], list[None]]:
@@ -86,7 +86,7 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
 # --- what a parent grants ----------------------------------------------------------------
 
 ONE, OTHER = bytes(32), bytes([1]) * 32
-SIGN, BOTH = frozenset({Operation.SIGN}), frozenset(Operation)
+SIGN, BOTH = frozenset({Power.SIGN_TLS13}), frozenset(Power)
 
 
 def opened_with(parent: socket.socket, number: int, hear: Callable[[], None]) -> socket.socket:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from keyd.powers import NotTLS, perform
+from keyd.powers import ALL_POWERS, NotTLS, perform
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation
 
 VERSION = 0x0303
@@ -24,7 +24,7 @@ def padded(content: bytes, start: bytes = b"\0\2") -> bytes:
 
 
 def decrypt(ciphertext: bytes, version: int = VERSION) -> bytes:
-    return perform(Operation.DECRYPT, _KEY, version, ciphertext)
+    return perform(Operation.DECRYPT, _KEY, version, ciphertext, ALL_POWERS)
 
 
 @pytest.mark.parametrize("version", [0x0301, 0x0302, 0x0303])
@@ -87,4 +87,4 @@ def test_another_length_than_the_modulus_gives_random_octets(length: int) -> Non
 def test_a_key_of_another_kind_is_refused() -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(NotTLS, match="another kind"):
-        perform(Operation.DECRYPT, key, VERSION, bytes(256))
+        perform(Operation.DECRYPT, key, VERSION, bytes(256), ALL_POWERS)

@@ -15,8 +15,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyd.powers import NotTLS, PrivateKey, perform, rehearse
-from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, SignatureScheme
+from keyd.powers import ALL_POWERS, NotGranted, NotTLS, PrivateKey, perform, rehearse
+from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER_RSA = rsa.generate_private_key(65537, 2048)
@@ -69,7 +69,7 @@ def key_exchange(group: int = 29, point: bytes | None = None) -> bytes:
 
 def sign(key: PrivateKey, scheme: str | int, octets: bytes) -> bytes:
     number = SignatureScheme[scheme] if isinstance(scheme, str) else scheme
-    return perform(Operation.SIGN, key, number, octets)
+    return perform(Operation.SIGN, key, number, octets, ALL_POWERS)
 
 
 def assert_signed(key: PrivateKey, scheme: str, octets: bytes) -> None:
@@ -312,6 +312,35 @@ def test_of_any_octets_only_the_two_shapes_are_signed(octets: bytes) -> None:
     assert tls13 or octets[64:65] == b"\3"
 
 
+# --- what only some virtual hosts need ---------------------------------------------------
+
+
+@pytest.mark.parametrize("power", Power)
+@pytest.mark.parametrize(
+    ("octets", "needed"),
+    [
+        (TLS13, Power.SIGN_TLS13),
+        *((key_exchange(group), Power.SIGN_TLS12) for group in (23, 24, 25, 29)),
+        (key_exchange(30), Power.SIGN_TLS12_X448),
+    ],
+)
+def test_each_shape_takes_a_power_of_its_own(power: Power, octets: bytes, needed: Power) -> None:
+    def sign_with(granted: frozenset[Power]) -> None:
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
+
+    for granted in (frozenset({power}), frozenset(Power) - {power}):
+        if needed in granted:
+            sign_with(granted)
+        else:
+            with pytest.raises(NotGranted):
+                sign_with(granted)
+
+
+def test_decryption_takes_a_power_of_its_own() -> None:
+    with pytest.raises(NotGranted):
+        perform(Operation.DECRYPT, RSA, 0x0303, bytes(256), ALL_POWERS - {Power.DECRYPT})
+
+
 # --- decrypt ---------------------------------------------------------------------------
 
 
@@ -320,7 +349,7 @@ def encrypted(secret: bytes, key: RSAPublicKey | None = None) -> bytes:
 
 
 def decrypt(ciphertext: bytes, version: int = 0x0303, key: PrivateKey = RSA) -> bytes:
-    return perform(Operation.DECRYPT, key, version, ciphertext)
+    return perform(Operation.DECRYPT, key, version, ciphertext, ALL_POWERS)
 
 
 def test_a_premaster_secret_is_decrypted() -> None:

@@ -20,6 +20,7 @@ from keyd.protocol import (
     Malformed,
     Open,
     Operation,
+    Power,
     Refusal,
     Reply,
     Request,
@@ -29,7 +30,7 @@ from keyd.protocol import (
 KEY = bytes(range(KEY_ID_OCTETS))
 keys = st.binary(min_size=KEY_ID_OCTETS, max_size=KEY_ID_OCTETS)
 payloads = st.binary(max_size=MAX_PAYLOAD_OCTETS)
-operations = st.frozensets(st.sampled_from(Operation), min_size=1)
+powers = st.frozensets(st.sampled_from(Power), min_size=1)
 
 requests = st.builds(
     Request,
@@ -49,7 +50,7 @@ opens = st.builds(
 grant_sets = st.builds(
     GrantSet,
     st.integers(0, 2**32 - 1),
-    st.dictionaries(keys, operations, max_size=20),
+    st.dictionaries(keys, powers, max_size=20),
 )
 refusals = st.builds(
     Refusal, st.integers(0, 2**63 - 1), st.sampled_from(Status), st.text(max_size=50)
@@ -106,9 +107,9 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
     assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
     assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
     terms = Open(7, 10_000, 1, 9)
-    assert terms.encode() == (b"\2O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
-    grants = GrantSet(9, {KEY: frozenset({Operation.SIGN, Operation.DECRYPT})})
-    assert grants.encode() == [b"\2G" + b"\0\0\0\x09" + b"\6" + KEY]
+    assert terms.encode() == (b"\3O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
+    grants = GrantSet(9, {KEY: frozenset({Power.SIGN_TLS13, Power.DECRYPT})})
+    assert grants.encode() == [b"\3G" + b"\0\0\0\x09" + b"\x18" + KEY]
 
 
 # --- whatever else ---------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
 def test_any_octets_are_a_message_or_malformed(
     kind: type[Request | Reply | Open | GrantSet | Refusal], octets: bytes
 ) -> None:
-    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\2G", b"\2R")
+    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\3G", b"\3R")
     for message in (head + octets for head in heads):
         try:
             decoded = kind.decode(message)
@@ -173,14 +174,14 @@ def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
 
 @pytest.mark.parametrize(
     "octets",
-    [b"", b"\2O" + bytes(17), b"\2O" + bytes(19), b"\1O" + bytes(18), b"\2R" + bytes(18)],
+    [b"", b"\3O" + bytes(17), b"\3O" + bytes(19), b"\1O" + bytes(18), b"\3R" + bytes(18)],
 )
 def test_an_open_that_is_none_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):
         Open.decode(octets)
 
 
-def grants(kind: bytes = b"\2G", grants: bytes = b"\2" + KEY) -> bytes:
+def grants(kind: bytes = b"\3G", grants: bytes = b"\2" + KEY) -> bytes:
     return kind + bytes(4) + grants
 
 
@@ -188,15 +189,15 @@ def grants(kind: bytes = b"\2G", grants: bytes = b"\2" + KEY) -> bytes:
     "octets",
     [
         b"",
-        b"\2G",
+        b"\3G",
         grants(grants=b"\2" + KEY[:-1]),
         grants(grants=b"\2" + KEY + b"\2"),
         grants(grants=b"\0" + KEY),
         grants(grants=b"\1" + KEY),
-        grants(grants=b"\x08" + KEY),
+        grants(grants=b"\x20" + KEY),
         grants(grants=b"\xff" + KEY),
         grants(kind=b"\1G"),
-        grants(kind=b"\2R"),
+        grants(kind=b"\3R"),
         grants(grants=(b"\2" + KEY) * 901),
     ],
 )
@@ -207,7 +208,7 @@ def test_grants_that_are_none_are_malformed(octets: bytes) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 900, 901, 20_000])
 def test_a_set_of_any_size_comes_in_messages_that_fit(count: int) -> None:
-    granted = frozenset({Operation.SIGN})
+    granted = frozenset({Power.SIGN_TLS13})
     keys = [number.to_bytes(KEY_ID_OCTETS, "big") for number in range(count)]
     messages = GrantSet(5, dict.fromkeys(keys, granted)).encode()
     assert max(map(len, messages)) <= MAX_CONTROL_OCTETS
@@ -225,7 +226,7 @@ def test_the_list_of_keys_has_room_for_all_of_them() -> None:
         Keys.of(keys).encode()
 
 
-@pytest.mark.parametrize("octets", [b"", b"\1K" + bytes(8), b"\2K" + bytes(7), b"\2O" + bytes(8)])
+@pytest.mark.parametrize("octets", [b"", b"\1K" + bytes(8), b"\3K" + bytes(7), b"\3O" + bytes(8)])
 def test_a_list_of_keys_that_is_none_is_malformed(octets: bytes) -> None:
     """Also that of a keyd of an earlier version."""
     with pytest.raises(Malformed):
