@@ -55,14 +55,17 @@ def infected(
     certificate: Certificate,
     backend: str,
     without: Sequence[str] = (),
+    lasting: bool = False,
     **tables: Any,
 ) -> Iterator[Instance]:
-    """Serve, with these parts of the confinement left out."""
+    """Serve, with these parts of the confinement left out.
+
+    ``lasting``: the fork server is not replaced, however many workers are killed.
+    """
     driver = directory / "titus-py"
     script = Path(__file__).with_name("driver.py")
-    driver.write_text(
-        f"#!/bin/sh\nexec {sys.executable} -I {script} '{json.dumps(list(without))}' \"$@\"\n"
-    )
+    words = f"'{json.dumps(list(without))}' {'lasting' if lasting else 'renewed'}"
+    driver.write_text(f'#!/bin/sh\nexec {sys.executable} -I {script} {words} "$@"\n')
     driver.chmod(driver.stat().st_mode | stat.S_IXUSR)
     vhosts = tables.pop("vhost", [{}])
     complete: dict[str, Any] = {

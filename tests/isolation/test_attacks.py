@@ -85,7 +85,7 @@ def instance_without(
             if without not in started:
                 directory = tmp_path_factory.mktemp("infected")
                 instance = stack.enter_context(
-                    infected(directory, certificate, backend.address, without.split())
+                    infected(directory, certificate, backend.address, without.split(), lasting=True)
                 )
                 worker = stack.enter_context(_bystander(instance))
                 pids = {

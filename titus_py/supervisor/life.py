@@ -51,6 +51,7 @@ from titus_py.supervisor.metrics_server import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
+from titus_py.supervisor.renewals import Renewals
 from titus_py.supervisor.resolver_process import ResolverProcess
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
@@ -230,6 +231,7 @@ class _Supervisor:
             cut,
             self._reload.for_keys,
             self._reload.renew,
+            Renewals(loop, record, self._reload.replace).worker_ended,
         )
         self._status = Status(record, service, generations, listeners, backends, keyd_service)
         self._metrics = MetricsAddress(loop, lambda: exposition(record.metrics, self._status.all()))

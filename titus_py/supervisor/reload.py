@@ -33,6 +33,9 @@ __all__ = ["READ_SECONDS", "ReadAgain", "Reload"]
 #: the largest number of certificates that is possible.
 READ_SECONDS = 1000.0
 
+#: Earlier generations whose connections go on take up uids that a reload may need.
+_MOST_GENERATIONS = 8
+
 _Found = TypeVar("_Found")
 #: Reads and checks the configuration; it is told which certificates are served.
 ReadAgain = Callable[[Served], Checked]
@@ -76,6 +79,8 @@ class Reload:
         #: This is a renewal and no reload: a generation is replaced by one with the same
         #: configuration.
         self._renewing = False
+        #: What is renewed can still serve: nothing is lost if the renewal fails.
+        self._unforced = False
         self.asked_again = False
         #: The next reload begins by changing the program.
         self.program_asked = False
@@ -198,7 +203,8 @@ class Reload:
             self.failed([str(error)])
             return
         self._listeners.open |= added
-        awaited = Awaited(generation, self._renewing, self._settled)
+        patient = self._renewing and not self._unforced
+        awaited = Awaited(generation, patient, self._settled, same_keys=self._unforced)
         self._takeover.expect(awaited, added)
         self._starting.start(generation)
 
@@ -232,6 +238,7 @@ class Reload:
     def _ended(self, outcome: dict[str, object]) -> None:
         serving = self._generations.serving
         renewing, self._renewing = self._renewing, False
+        self._unforced = False
         if renewing:
             self._end_crippled(serving, serving.parent)
         else:
@@ -246,7 +253,20 @@ class Reload:
         else:
             self._keyd_service.use_after_all(serving)
 
-    # --- a fork server that has ended -----------------------------------------------
+    # --- another fork server -----------------------------------------------
+
+    def replace(self) -> bool:
+        """Begin to replace the generation that serves by one with the same configuration.
+
+        Returns False if that is not possible now. If it fails, the one that serves goes on.
+        """
+        serving = self._generations.serving
+        several = len(list(self._generations)) >= _MOST_GENERATIONS
+        if self._service.ends or self._service.reloading or several or not serving.ready:
+            return False
+        self._service.reloading = self._renewing = self._unforced = True
+        self._take(serving.checked)
+        return True
 
     def renew(self, generation: Generation) -> None:
         """Replace a generation that can make no more workers by one with the same configuration.

@@ -28,15 +28,20 @@ class Awaited:
 
     ``settled`` is called once: with an empty list when it has taken over, else with the reasons
     why it has not. ``patient``: it has the same configuration as the one before, and waits for
-    its keyd as long as that takes.
+    its keyd as long as that takes. ``same_keys``: it does not take over with other keys.
     """
 
     def __init__(
-        self, generation: Generation, patient: bool, settled: Callable[[list[str]], None]
+        self,
+        generation: Generation,
+        patient: bool,
+        settled: Callable[[list[str]], None],
+        same_keys: bool = False,
     ) -> None:
         self.generation = generation
         self.patient = patient
         self.settled = settled
+        self.same_keys = same_keys
 
 
 class Takeover:
@@ -75,6 +80,11 @@ class Takeover:
         awaited = self.awaited is not None and self.awaited.generation is generation
         return awaited and not generation.announced
 
+    def awaits_same_keys(self, generation: Generation) -> bool:
+        """Whether this generation is to take over, but not with other keys."""
+        awaited = self.awaited
+        return self.awaits(generation) and awaited is not None and awaited.same_keys
+
     def ready(self, generation: Generation) -> None:
         """Let a generation accept clients: both of its processes serve."""
         if generation.parent is not None and not generation.retired:
@@ -108,12 +118,17 @@ class Takeover:
         if self._generations.serving.ready:
             self.ready(self._generations.serving)
 
+    def abandon_awaited(self, generation: Generation, why: str) -> None:
+        """Abandon a generation, unless it has taken over or has gone meanwhile."""
+        if self.awaits(generation) and not self._service.stops:
+            self.abandon(generation, why)
+
     def abandon_keyless(self, generation: Generation) -> None:
         """Abandon a generation whose keyd, a service of its own, has not been there in time."""
-        waits = self.awaits(generation) and generation.waits_for_keyd
-        if waits and not self._service.stops:
+        if generation.waits_for_keyd:
             path = generation.configuration.keyd.socket
-            self.abandon(generation, f"keyd.socket: {path}: no keyd is there, or none that answers")
+            reason = f"keyd.socket: {path}: no keyd is there, or none that answers"
+            self.abandon_awaited(generation, reason)
 
     def _retire_all_but(self, generation: Generation) -> None:
         """Leave all new connections to this generation. The others serve those that they have."""

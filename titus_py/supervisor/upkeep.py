@@ -31,7 +31,8 @@ _ENDS = frozenset({"connection_ended", "handshake_failed"})
 
 class Upkeep:
     """``reload_for_keys`` asks for a reload because keyd's keys have changed. ``renew`` replaces a
-    generation whose fork server has ended.
+    generation whose fork server has ended. ``worker_ended`` is told how each worker ended that had
+    a client, in the generation that serves.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Upkeep:
         cut: Cut,
         reload_for_keys: Callable[[], None],
         renew: Callable[[Generation], None],
+        worker_ended: Callable[[str], None],
     ) -> None:
         self._loop = loop
         self._event = event
@@ -61,6 +63,7 @@ class Upkeep:
         self._cut = cut
         self._reload_for_keys = reload_for_keys
         self._renew = renew
+        self._worker_ended = worker_ended
         #: How many lines keyd has said, and in which second.
         self._said = self._second = 0
 
@@ -87,6 +90,8 @@ class Upkeep:
                 del generation.connections[next(iter(generation.connections))]
         elif name in _ENDS:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
+            if generation is self._generations.serving:
+                self._worker_ended(event["end"])
         elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
             name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":
@@ -133,6 +138,11 @@ class Upkeep:
         if keys is not None:
             expected = fingerprint(map(bytes.fromhex, generation.key_ids))
             generation.lacks_keys = keys != expected
+            if generation.lacks_keys and self._takeover.awaits_same_keys(generation):
+                # Nobody has asked for others. The generation before still has its own.
+                reason = "the key files have changed, and titus-py has not been told: reload it"
+                self._loop.after(0, lambda: self._takeover.abandon_awaited(generation, reason))
+                return
             if generation.lacks_keys:
                 self._reload_for_keys()
         generation.starting.discard(child)

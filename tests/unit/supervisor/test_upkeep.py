@@ -32,7 +32,7 @@ def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
         event,
         *[nothing] * 5,
         AnnouncedAudits(),
-        *[nothing] * 4,
+        *[nothing] * 5,
     )
 
 

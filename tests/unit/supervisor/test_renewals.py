@@ -1,0 +1,95 @@
+"""When a fork server is replaced."""
+
+import itertools
+from typing import Any, cast
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor.renewals import Renewals
+
+SEGV = "killed by SIGSEGV"
+DAY = 86_400
+
+
+class Replaced:
+    """Counts the replacements; the clock is the test's."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.count = 0
+        self.possible = True
+        self.said: list[dict[str, Any]] = []
+        #: The timers that are set, by how long.
+        self.timers: list[tuple[float, Any]] = []
+        self.renewals = Renewals(
+            cast(EventLoop, self), self.say, self.replace, clock=lambda: self.now
+        )
+
+    def after(self, seconds: float, callback: Any) -> None:
+        if seconds:
+            self.timers.append((seconds, callback))
+        else:
+            callback()
+
+    def say(self, event: str, generation: int = 0, **fields: Any) -> None:
+        self.said.append({"event": event, **fields})
+
+    def replace(self) -> bool:
+        self.count += self.possible
+        return self.possible
+
+    def die(self, times: int, end: str = SEGV, every: float = 1.0) -> int:
+        for _ in range(times):
+            self.now += every
+            self.renewals.worker_ended(end)
+        return self.count
+
+
+def test_three_within_a_minute() -> None:
+    assert Replaced().die(2) == 0
+    assert Replaced().die(3) == 1
+    assert Replaced().die(30, every=31) == 0
+    assert Replaced().die(3, every=29) == 1
+
+
+def test_other_ends_do_not_count() -> None:
+    for end in ("killed by SIGKILL", "exited with 70", "clean", "idle", "killed by SIGTERM"):
+        assert Replaced().die(10, end) == 0
+
+
+def test_the_pause_grows_to_five_minutes_and_an_hour_of_quiet_makes_it_short_again() -> None:
+    found = Replaced()
+    times = []
+    for _ in range(3600):
+        before = found.count
+        if found.die(1) > before:
+            times.append(found.now)
+    pauses = [round(after - before) for before, after in itertools.pairwise(times)]
+    assert pauses[:6] == [15, 30, 60, 120, 240, 300]
+    assert set(pauses[6:]) == {300}
+    found.now += 3700
+    count = found.count
+    assert found.die(3) == count + 1
+    assert found.die(15) == count + 2
+
+
+def test_what_was_not_possible_is_tried_again_with_the_next() -> None:
+    found = Replaced()
+    found.possible = False
+    assert found.die(3) == 0
+    assert not found.said
+    found.possible = True
+    assert found.die(20) >= 1
+
+
+def test_once_a_day() -> None:
+    found = Replaced()
+    [(seconds, daily)] = found.timers
+    assert seconds == DAY
+    daily()
+    assert found.count == 1
+    assert found.said == [
+        {"event": "fork_server_replaced", "level": "info", "reason": "once a day"}
+    ]
+    found.possible = False
+    found.timers.pop()[1]()
+    assert found.timers[-1][0] < DAY, "it is tried again soon"

@@ -1,0 +1,78 @@
+"""A new fork server before an attacker has learned the memory layout of this one.
+
+Run by the supervisor. All workers of one fork server have its layout, stack canary and hash seed,
+and so an attacker who makes workers crash learns a little from each. A new generation of the same
+configuration has others. Connections go on.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor.record import Event
+
+__all__ = ["Renewals"]
+
+#: So many workers with a client have to be killed within so long.
+_DEATHS, _DEATHS_SECONDS = 3, 60.0
+#: What wrong guesses end in. SIGKILL may be the kernel's, out of memory, or an administrator's.
+_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT", "SIGTRAP", "SIGSYS")
+_ENDS = frozenset(f"killed by {signal}" for signal in _SIGNALS)
+#: How long to wait, at least, from one to the next; and after how long without one to begin anew.
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _QUIET_SECONDS = 15.0, 300.0, 3600.0
+_DAY_SECONDS = 86_400.0
+#: How soon to try again what a reload, for one, did not allow.
+_RETRY_SECONDS = 60.0
+
+
+class Renewals:
+    """``replace`` begins to replace the generation that serves; it returns whether it could."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        event: Event,
+        replace: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._loop = loop
+        self._event = event
+        self._replace = replace
+        self._clock = clock
+        #: When the last workers were killed.
+        self._deaths: deque[float] = deque(maxlen=_DEATHS)
+        self._pause = _SHORTEST_PAUSE_SECONDS
+        self._last = -_QUIET_SECONDS
+        self._loop.after(_DAY_SECONDS, self._daily)
+
+    def worker_ended(self, end: str) -> None:
+        """A worker of the generation that serves has ended, which had a client."""
+        if end not in _ENDS:
+            return
+        now = self._clock()
+        self._deaths.append(now)
+        if len(self._deaths) < _DEATHS or now - self._deaths[0] > _DEATHS_SECONDS:
+            return
+        if now - self._last > _QUIET_SECONDS:
+            self._pause = _SHORTEST_PAUSE_SECONDS
+        elif now - self._last < self._pause:
+            return
+        else:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+        # Not now: the event that says so is still being heard.
+        self._last = now
+        self._deaths.clear()
+        reason = f"{_DEATHS} workers within a minute, the last one {end}"
+        self._loop.after(0, partial(self._after_deaths, reason))
+
+    def _daily(self) -> None:
+        replaced = self._replace()
+        if replaced:
+            self._event("fork_server_replaced", level="info", reason="once a day")
+        self._loop.after(_DAY_SECONDS if replaced else _RETRY_SECONDS, self._daily)
+
+    def _after_deaths(self, reason: str) -> None:
+        if self._replace():
+            self._event("fork_server_replaced", level="warning", reason=reason)
