@@ -10,6 +10,7 @@ import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -47,7 +48,8 @@ def inherited(descriptor: int, wanted: Collection[str]) -> Iterator[PrivateKey]:
     """The keys with these ids, in hexadecimal, that the predecessor hands over."""
     with socket.socket(fileno=descriptor) as predecessor:
         predecessor.settimeout(_PATIENCE_SECONDS)
-        with suppress(OSError):
+        # One that is no key ends it: then keys are missing, which the supervisor sees.
+        with suppress(OSError, ValueError, TypeError, UnsupportedAlgorithm):
             while octets := predecessor.recv(_MAX_KEY_OCTETS):
                 key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
                 if key_id(key.public_key()).hex() in wanted:

@@ -44,6 +44,15 @@ def test_a_key_that_is_not_expected_is_not_taken() -> None:
     assert handed(IDS, IDS[1:2]) == IDS[1:2]
 
 
+@pytest.mark.parametrize("octets", [b"no key", b"\x30\x00"])
+def test_what_is_no_key_keeps_the_successor_from_nothing(octets: bytes) -> None:
+    """A predecessor may have been taken over."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.send(octets)
+        assert list(inherited(theirs.detach(), IDS)) == []
+
+
 def test_a_predecessor_that_has_ended_hands_over_nothing() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
