@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from pydantic import Field
 
+from titus_py.configuration.paths import Directory, File
 from titus_py.configuration.table import Table
-from titus_py.configuration.values import Directory, File
 
 __all__ = ["Certificate", "Credential", "Credentials", "load_seconds"]
 

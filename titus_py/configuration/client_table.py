@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from titus_py.configuration.client_allow import ClientAllow
+from titus_py.configuration.paths import File
 from titus_py.configuration.table import Table
-from titus_py.configuration.values import File
 
 __all__ = ["ClientCertificates", "ClientFiles"]
 

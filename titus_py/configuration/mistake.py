@@ -16,6 +16,7 @@ __all__ = [
     "nearest",
     "os_reason",
     "printable",
+    "text_of",
 ]
 
 
@@ -145,3 +146,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def os_reason(error: OSError) -> str:
     reason = error.strerror or str(error)
     return reason[0].lower() + reason[1:]
+
+
+def text_of(value: object) -> str:
+    """A value that has to be a string. Raises ValueError."""
+    if not isinstance(value, str):
+        # Of a ValueError pydantic makes a mistake; a TypeError it lets through.
+        raise ValueError(  # noqa: TRY004
+            f"expected a string, not {described(value)}"
+        )
+    return value

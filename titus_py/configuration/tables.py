@@ -21,6 +21,7 @@ from titus_py.configuration.certificate_table import Certificate, Credential, Cr
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
 from titus_py.configuration.mistake import described
+from titus_py.configuration.paths import EmptyDirectory, FilePath
 from titus_py.configuration.table import Table
 from titus_py.configuration.toml import key_text
 from titus_py.configuration.uids import DEFAULT_UIDS
@@ -31,8 +32,6 @@ from titus_py.configuration.values import (
     CipherList,
     Ciphersuites,
     Duration,
-    EmptyDirectory,
-    FilePath,
     Groups,
     Integer,
     Keepalive,

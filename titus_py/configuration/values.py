@@ -1,12 +1,9 @@
 """Types for ``tables``: how a single value may be written, and what it becomes."""
 # ruff: noqa: TRY004 -- pydantic makes a mistake of a ValueError, and lets a TypeError through
 
-import os
 import pwd
 import re
-import stat
 from ipaddress import ip_interface, ip_network
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
@@ -22,7 +19,8 @@ from titus_py.configuration.address import (
     parse_listen,
     unix_address,
 )
-from titus_py.configuration.mistake import Source, Valid, described, nearest, os_reason
+from titus_py.configuration.mistake import described, nearest, text_of
+from titus_py.configuration.paths import directory_of
 from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
@@ -32,11 +30,7 @@ __all__ = [
     "CheckText",
     "CipherList",
     "Ciphersuites",
-    "Directory",
     "Duration",
-    "EmptyDirectory",
-    "File",
-    "FilePath",
     "Groups",
     "Integer",
     "Keepalive",
@@ -103,12 +97,6 @@ class BackendsByProtocol(dict[str, tuple[Address, ...]]):
         return hash(frozenset(self.items()))
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected a string, not {described(value)}")
-    return value
-
-
 def _duration(value: object) -> float:
     expected = 'expected a duration such as "10s", "500ms", "2m" or "1h"'
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -143,7 +131,7 @@ def _duration_text(seconds: float) -> str:
 
 
 def _uids(value: object) -> range:
-    parts = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", _text(value))
+    parts = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", text_of(value))
     if parts is None:
         raise ValueError(
             f'expected a range of uids such as "2100000000-2100065535", not {described(value)}'
@@ -197,98 +185,21 @@ def default_keyd_user() -> User:
     return _user(DEFAULT_KEYD_UID)
 
 
-def _directory(info: ValidationInfo) -> Path:
-    return info.context.directory if isinstance(info.context, Source) else Path.cwd()
-
-
-def _path(value: object, info: ValidationInfo) -> Path:
-    """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
-    text = _text(value)
-    if "-----BEGIN" in text or ("\n" in text and "PRIVATE" in text):
-        # The value is not repeated: it would get into every log.
-        raise ValueError(
-            "expected a path, not what the file holds (if this is a private key, it has been in "
-            "this file, and in the memory of a process that is to have none: replace it)"
-        )
-    if text.startswith("credential:"):
-        return _credential_path(text.removeprefix("credential:"), info)
-    if not text or "\0" in text:
-        raise ValueError(f"expected a path, not {described(value)}")
-    return _directory(info) / text
-
-
-def _credential_path(name: str, info: ValidationInfo) -> Path:
-    """Where systemd has put a credential (systemd.exec(5), LoadCredential=)."""
-    directory = info.context.credentials if isinstance(info.context, Source) else None
-    if directory is None:
-        raise ValueError(
-            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential=; "
-            "titus-py check takes --credentials /run/credentials/titus-py.service while that runs"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_.@:-]{1,255}", name) or name in (".", ".."):
-        raise ValueError(f"{described(name)} is no credential's name")
-    return Path(directory, name)
-
-
-def _readable_file(path: Path, info: ValidationInfo) -> Path:
-    if isinstance(info.context, Valid):
-        return path
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"{path}: {os_reason(error)}") from None
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: {'is a directory' if stat.S_ISDIR(mode) else 'is no file'}")
-    if not os.access(path, os.R_OK, effective_ids=True):
-        raise ValueError(f"{path}: permission denied")
-    return path
-
-
-def _readable_directory(path: Path, info: ValidationInfo) -> Path:
-    if isinstance(info.context, Valid):
-        return path
-    try:
-        os.listdir(path)
-    except OSError as error:
-        raise ValueError(f"{path}: {os_reason(error)}") from None
-    return path
-
-
-def _empty_directory(value: object, info: ValidationInfo) -> Path:
-    path = value if isinstance(value, Path) else Path(_text(value))
-    if not path.is_absolute() or "\0" in str(path):
-        raise ValueError("expected an absolute path")
-    if isinstance(info.context, Valid):
-        return path
-    try:
-        status = path.stat()
-        entries = os.listdir(path)
-    except FileNotFoundError:  # The supervisor makes it.
-        return path
-    except OSError as error:
-        raise ValueError(f"{path}: {os_reason(error)}") from None
-    if entries:
-        raise ValueError(f"{path}: is not empty, and a worker must find nothing there")
-    if status.st_uid != 0 or status.st_mode & 0o022:
-        raise ValueError(f"{path}: others than root can write to it: chown root, chmod 755")
-    return path
-
-
 def _listen_address(value: object) -> IPAddress:
-    return parse_listen(_text(value))
+    return parse_listen(text_of(value))
 
 
 def _metrics_address(value: object, info: ValidationInfo) -> IPAddress | UnixAddress:
-    text = _text(value)
+    text = text_of(value)
     if text.startswith("unix:"):
-        return unix_address(str(_directory(info) / text.removeprefix("unix:")))
+        return unix_address(str(directory_of(info) / text.removeprefix("unix:")))
     return parse_listen(text)
 
 
 def _backend_address(value: object, info: ValidationInfo) -> Address:
-    address = parse_backend(_text(value))
+    address = parse_backend(text_of(value))
     if isinstance(address, UnixAddress):
-        return unix_address(str(_directory(info) / address.path))
+        return unix_address(str(directory_of(info) / address.path))
     return address
 
 
@@ -315,14 +226,14 @@ def _backends_as_written(addresses: tuple[Address, ...]) -> str | list[str]:
 
 
 def _check_text(value: object) -> str:
-    octets = len(_text(value).encode())
+    octets = len(text_of(value).encode())
     if not 1 <= octets <= _MAX_CHECK_OCTETS:
         raise ValueError(f"{octets} octets: expected 1 to {_MAX_CHECK_OCTETS}")
-    return _text(value)
+    return text_of(value)
 
 
 def _local_address(value: object) -> str:
-    host = canonical_ip(_text(value))
+    host = canonical_ip(text_of(value))
     if IPAddress(host, 1).is_wildcard:
         raise ValueError(f"{host} is every address: leave local_address out to mean that")
     return host
@@ -335,7 +246,7 @@ def _networks(value: object) -> tuple[str, ...]:
         )
     if not value:
         raise ValueError("an empty list lets nobody connect: leave it out if clients do themselves")
-    return tuple(dict.fromkeys(_network(_text(network)) for network in value))
+    return tuple(dict.fromkeys(_network(text_of(network)) for network in value))
 
 
 def _network(text: str) -> str:
@@ -369,7 +280,7 @@ def _server_names(value: object) -> tuple[str, ...]:
         )
     if not value:
         raise ValueError("an empty list matches nothing: leave sni out to take any name")
-    return tuple(_server_name_pattern(_text(name)) for name in value)
+    return tuple(_server_name_pattern(text_of(name)) for name in value)
 
 
 def _server_name_pattern(text: str) -> str:
@@ -395,7 +306,7 @@ def _protocols(value: object) -> tuple[str, ...]:
         raise ValueError("an empty list leaves no protocol: leave alpn out to negotiate none")
     if len(value) > MAX_PROTOCOLS:
         raise ValueError(f"{len(value)} protocols: expected {MAX_PROTOCOLS} at most")
-    names = tuple(_protocol(_text(name)) for name in value)
+    names = tuple(_protocol(text_of(name)) for name in value)
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{described(name)} is in the list more than once")
@@ -424,7 +335,7 @@ def _patterns(value: object) -> tuple[str, ...]:
             f'expected a list of files, such as ["conf.d/*.toml"], not {described(value)}'
         )
     for pattern in value:
-        if not _text(pattern) or "\0" in pattern:
+        if not text_of(pattern) or "\0" in pattern:
             raise ValueError(f"expected a file or a pattern, not {described(pattern)}")
     return tuple(value)
 
@@ -453,7 +364,7 @@ def _groups(value: object) -> tuple[str, ...]:
         )
     if not value:
         raise ValueError("an empty list leaves no handshake: leave groups out for the default")
-    return tuple(dict.fromkeys(_group(_text(name)) for name in value))
+    return tuple(dict.fromkeys(_group(text_of(name)) for name in value))
 
 
 def _group(name: str) -> str:
@@ -479,10 +390,6 @@ UidRange = Annotated[
     range, PlainValidator(_uids), PlainSerializer(lambda uids: f"{uids[0]}-{uids[-1]}")
 ]
 KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
-FilePath = Annotated[Path, PlainValidator(_path)]
-File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
-Directory = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_directory)]
-EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]
 ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
 MetricsAddress = Annotated[
     IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
@@ -496,6 +403,6 @@ ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
 CheckText = Annotated[str, PlainValidator(_check_text)]
 Networks = Annotated[tuple[str, ...], PlainValidator(_networks), _AsList]
 Patterns = Annotated[tuple[str, ...], PlainValidator(_patterns), PlainSerializer(list)]
-CipherList = Annotated[str, PlainValidator(_text), AfterValidator(_cipher_list)]
-Ciphersuites = Annotated[str, PlainValidator(_text), AfterValidator(_ciphersuites)]
+CipherList = Annotated[str, PlainValidator(text_of), AfterValidator(_cipher_list)]
+Ciphersuites = Annotated[str, PlainValidator(text_of), AfterValidator(_ciphersuites)]
 Groups = Annotated[tuple[str, ...], PlainValidator(_groups), _AsList]

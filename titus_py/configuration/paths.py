@@ -1,0 +1,97 @@
+"""Types for ``tables``: files and directories, as they may be written, and what there must be."""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainValidator, ValidationInfo
+
+from titus_py.configuration.mistake import Source, Valid, described, os_reason, text_of
+
+__all__ = ["Directory", "EmptyDirectory", "File", "FilePath", "directory_of"]
+
+
+def directory_of(info: ValidationInfo) -> Path:
+    """The directory of the configuration file: what its relative paths are relative to."""
+    return info.context.directory if isinstance(info.context, Source) else Path.cwd()
+
+
+def _path(value: object, info: ValidationInfo) -> Path:
+    """A path, relative to the file's directory, or ``credential:`` and a credential's name."""
+    text = text_of(value)
+    if "-----BEGIN" in text or ("\n" in text and "PRIVATE" in text):
+        # The value is not repeated: it would get into every log.
+        raise ValueError(
+            "expected a path, not what the file holds (if this is a private key, it has been in "
+            "this file, and in the memory of a process that is to have none: replace it)"
+        )
+    if text.startswith("credential:"):
+        return _credential_path(text.removeprefix("credential:"), info)
+    if not text or "\0" in text:
+        raise ValueError(f"expected a path, not {described(value)}")
+    return directory_of(info) / text
+
+
+def _credential_path(name: str, info: ValidationInfo) -> Path:
+    """Where systemd has put a credential (systemd.exec(5), LoadCredential=)."""
+    directory = info.context.credentials if isinstance(info.context, Source) else None
+    if directory is None:
+        raise ValueError(
+            f"systemd passed no credentials, so there is none named {name!r}: see LoadCredential=; "
+            "titus-py check takes --credentials /run/credentials/titus-py.service while that runs"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_.@:-]{1,255}", name) or name in (".", ".."):
+        raise ValueError(f"{described(name)} is no credential's name")
+    return Path(directory, name)
+
+
+def _readable_file(path: Path, info: ValidationInfo) -> Path:
+    if isinstance(info.context, Valid):
+        return path
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: {'is a directory' if stat.S_ISDIR(mode) else 'is no file'}")
+    if not os.access(path, os.R_OK, effective_ids=True):
+        raise ValueError(f"{path}: permission denied")
+    return path
+
+
+def _readable_directory(path: Path, info: ValidationInfo) -> Path:
+    if isinstance(info.context, Valid):
+        return path
+    try:
+        os.listdir(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    return path
+
+
+def _empty_directory(value: object, info: ValidationInfo) -> Path:
+    path = value if isinstance(value, Path) else Path(text_of(value))
+    if not path.is_absolute() or "\0" in str(path):
+        raise ValueError("expected an absolute path")
+    if isinstance(info.context, Valid):
+        return path
+    try:
+        status = path.stat()
+        entries = os.listdir(path)
+    except FileNotFoundError:  # The supervisor makes it.
+        return path
+    except OSError as error:
+        raise ValueError(f"{path}: {os_reason(error)}") from None
+    if entries:
+        raise ValueError(f"{path}: is not empty, and a worker must find nothing there")
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise ValueError(f"{path}: others than root can write to it: chown root, chmod 755")
+    return path
+
+
+FilePath = Annotated[Path, PlainValidator(_path)]
+File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
+Directory = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_directory)]
+EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]
