@@ -134,6 +134,26 @@ def test_json_names_every_check_of_every_process(instance: TitusInstance) -> Non
     assert {"spare", "before its handshake", "after its handshake"} <= stages
 
 
+def test_it_says_what_the_interpreter_and_the_tls_library_were_built_with(
+    instance: TitusInstance,
+) -> None:
+    made = audit(find_target(instance.pid))
+    found = {one.check: one for one in made.findings if one.subject.role is Role.FORK_SERVER}
+    interpreter = os.path.realpath(sys.executable)
+    independent = re.search(r"Type: +(\w+)", readelf("-h", interpreter))
+    assert independent
+    assert found["interpreter"].seen.startswith(interpreter)
+    assert (found["interpreter"].verdict is Verdict.HOLDS) == (independent[1] == "DYN")
+    library = found["library"].seen.partition(" ")[0].removesuffix(":")
+    assert library.startswith("/")
+    symbols = readelf("--dyn-syms", "--wide", library)
+    assert (found["library"].verdict is Verdict.HOLDS) == ("__stack_chk_fail" in symbols)
+
+
+def readelf(*words: str) -> str:
+    return subprocess.run(["readelf", *words], capture_output=True, text=True, check=True).stdout
+
+
 def alarms(instance: TitusInstance) -> dict[str, int]:
     """As ``titus-py status`` has them, and the metrics."""
     counted: dict[str, int] = ask(instance.pid, {"do": "status"}, 10)["counts"]["alarms"]
@@ -541,4 +561,6 @@ def test_every_check_has_something_taken_out() -> None:
     """A check that nobody has seen fail is none."""
     tried = {breakage.check for breakage in BREAKAGES.values()}
     tried |= {"uid", "certificate"}
+    # They tell what there is, and cannot fail: tests/unit/audit/test_hardening.py.
+    tried |= {"interpreter", "library"}
     assert {check.name for check in CHECKS} <= tried

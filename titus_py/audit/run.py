@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import NamedTuple
 
-from titus_py.audit import credentials, descriptors, limits, memory, surroundings
+from titus_py.audit import credentials, descriptors, hardening, limits, memory, surroundings
 from titus_py.audit.announcement import announce
 from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.instance import Process, Role
@@ -25,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
     *limits.CHECKS,
     *descriptors.CHECKS,
     *memory.CHECKS,
+    *hardening.CHECKS,
 )
 
 #: What no audit from outside can show; each is tried by the attack suite instead.

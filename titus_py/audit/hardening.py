@@ -1,0 +1,98 @@
+"""Checks: how hard an error in memory is to use in a worker: what the programs were built with.
+
+Run by ``titus-py audit``. It says what there is: whoever builds the interpreter and the TLS library
+decides, not titus-py. The files are opened as the fork server has mapped them, whatever is at their
+path by now.
+"""
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+from titus_py.audit.finding import Check, Seen, holds, not_available
+from titus_py.audit.instance import Role
+from titus_py.audit.observation import Mapping, Observation, Scene
+
+__all__ = ["CHECKS", "has_stack_protector", "is_position_independent"]
+
+#: <elf.h>: what the file is for, at this place of its header.
+_ELF, _TYPE_PLACE, _ET_DYN = b"\x7fELF", 16, 3
+#: What checked code calls when the canary is not what it was: a name in the file's symbol table.
+_CANARY = b"\0__stack_chk_fail\0"
+#: Where OpenSSL is: a library of the system's, or within cryptography's wheel.
+_SYSTEMS, _WHEELS = "libssl.so", "_rust.abi3.so"
+
+
+def is_position_independent(header: bytes) -> bool:
+    """Whether a program can be loaded anywhere. ``header``: its first 18 octets or more."""
+    if header[: len(_ELF)] != _ELF:
+        return False
+    kind: int = struct.unpack_from("=H", header, _TYPE_PLACE)[0]
+    return kind == _ET_DYN
+
+
+def has_stack_protector(file: Path) -> bool:
+    """Whether any function of an ELF file checks a canary. Raises OSError."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as octets:
+        return octets.find(_CANARY) >= 0
+
+
+def _interpreter(seen: Observation, _: Scene) -> Seen:
+    program = Path(f"/proc/{seen.pid}/exe")
+    try:
+        name = os.readlink(program)
+        with program.open("rb") as opened:
+            header = opened.read(64)
+    except (FileNotFoundError, ProcessLookupError):
+        return not_available("it ended while it was looked at")
+    if is_position_independent(header):
+        return holds(f"{name}: its addresses are drawn by lot at each start")
+    return not_available(
+        f"{name} is always at the same addresses: an attacker need not find them out. Run titus-py "
+        "with a Python that was built with -fPIE -pie"
+    )
+
+
+def _library(seen: Observation, _: Scene) -> Seen:
+    mapping = _openssl(seen.mappings)
+    if mapping is None:
+        return not_available("no file of this process is known to hold OpenSSL")
+    try:
+        protected = has_stack_protector(
+            Path(f"/proc/{seen.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return not_available("it ended while it was looked at")
+    if protected:
+        return holds(f"{mapping.name} checks canaries")
+    return not_available(
+        f"{mapping.name} was built without a stack protector, as cryptography's wheels are: the "
+        "distribution's packages have one"
+    )
+
+
+def _openssl(mappings: tuple[Mapping, ...]) -> Mapping | None:
+    for file in (_SYSTEMS, _WHEELS):
+        for mapping in mappings:
+            if Path(mapping.name.removesuffix(" (deleted)")).name.startswith(file):
+                return mapping
+    return None
+
+
+CHECKS = (
+    Check(
+        "interpreter",
+        frozenset({Role.FORK_SERVER}),
+        "the interpreter is position-independent",
+        "the ELF header of /proc/PID/exe",
+        _interpreter,
+    ),
+    Check(
+        "library",
+        frozenset({Role.FORK_SERVER}),
+        "the TLS library has a stack protector",
+        "the symbols of the file with OpenSSL, by /proc/PID/maps and map_files",
+        _library,
+    ),
+)
