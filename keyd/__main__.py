@@ -23,14 +23,14 @@ from typing import Any, NoReturn
 import prctl
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from keyd.daemon import (
+from keyd.confinement import (
     CannotLock,
     Confinement,
-    Keyd,
     confine,
     confine_unprivileged,
     lock_before_keys,
 )
+from keyd.daemon import Keyd
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile

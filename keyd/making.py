@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from keyd import daemon
+from keyd import confinement
 from keyd.chain import UNREADABLE
 from keyd.keys import passphrase_in
 from keyd.linux import landlock, seccomp
@@ -76,7 +76,7 @@ class _CannotMake(Exception):
     """The text says why."""
 
 
-def confine(to: daemon.Confinement) -> None:
+def confine(to: confinement.Confinement) -> None:
     """Give up everything but memory and the descriptors that are open; raises OSError, CannotLock.
 
     As keyd itself does, and then with a filter that is narrower, Landlock, and limits.
@@ -85,7 +85,7 @@ def confine(to: daemon.Confinement) -> None:
     # What the library loads late: no file can be opened later.
     request_for(None, generate("p-256"))
     _encoded(generate("ed25519"), b"passphrase")
-    daemon.confine(to)
+    confinement.confine(to)
     if landlock.version():
         landlock.restrict_self(landlock.make_ruleset())
     limit(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from isolation.attacks import Place, call, outcome
 from keyd import __main__ as keyd
-from keyd import daemon, making
+from keyd import confinement, making
 from keyd.linux import landlock, seccomp
 
 
@@ -60,14 +60,14 @@ def leave_out(layers: list[str]) -> None:
     if "filter" in layers:
         seccomp.install = lambda *_: None
     if "root" in layers:
-        daemon.enter_empty_root = lambda _: None
+        confinement.enter_empty_root = lambda _: None
     if "landlock" in layers:
         landlock.restrict_self = lambda _: None
     if "user" in layers:
-        daemon.become = lambda *_: prctl.set_no_new_privs(1)
-        daemon.keep_capabilities = daemon.forbid_regaining = lambda _: None
+        confinement.become = lambda *_: prctl.set_no_new_privs(1)
+        confinement.keep_capabilities = confinement.forbid_regaining = lambda _: None
     if "network" in layers:
-        daemon.leave_namespaces = lambda _: None
+        confinement.leave_namespaces = lambda _: None
     if "limits" in layers:
         making.limit = lambda _: None
 

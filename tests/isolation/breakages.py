@@ -532,49 +532,49 @@ def _environment_of(program: str) -> None:
 
 @breaks("uid", "keyd", within="keyd")
 def keyd_uid(_: str) -> None:
-    from keyd import daemon
+    from keyd import confinement
 
-    real = daemon.become
-    daemon.become = lambda uid, gid: real(uid - 1, gid - 1)
+    real = confinement.become
+    confinement.become = lambda uid, gid: real(uid - 1, gid - 1)
 
 
 @breaks("capabilities", "keyd", within="keyd")
 def keyd_bounding_set(_: str) -> None:
-    from keyd import daemon
+    from keyd import confinement
 
-    daemon.forbid_regaining = nothing
+    confinement.forbid_regaining = nothing
 
 
 @breaks("hidden", "keyd", within="keyd")
 def keyd_dumpable(_: str) -> None:
     import prctl
 
-    from keyd import daemon
+    from keyd import confinement
 
-    daemon.hide_memory = lambda: prctl.set_dumpable(True)
+    confinement.hide_memory = lambda: prctl.set_dumpable(True)
 
 
 @breaks("namespaces", "keyd", within="keyd")
 def keyd_ipc_namespace(_: str) -> None:
-    from keyd import daemon
+    from keyd import confinement
 
-    real = daemon.leave_namespaces
-    daemon.leave_namespaces = lambda flags: real(flags & ~daemon.CLONE_NEWIPC)
+    real = confinement.leave_namespaces
+    confinement.leave_namespaces = lambda flags: real(flags & ~confinement.CLONE_NEWIPC)
 
 
 @breaks("network", "keyd", within="keyd")
 def keyd_network(_: str) -> None:
-    from keyd import daemon
+    from keyd import confinement
 
-    real = daemon.leave_namespaces
-    daemon.leave_namespaces = lambda flags: real(flags & ~daemon.CLONE_NEWNET)
+    real = confinement.leave_namespaces
+    confinement.leave_namespaces = lambda flags: real(flags & ~confinement.CLONE_NEWNET)
 
 
 @breaks("root", "keyd", within="keyd")
 def keyd_root(_: str) -> None:
-    from keyd import daemon
+    from keyd import confinement
 
-    daemon.enter_empty_root = nothing
+    confinement.enter_empty_root = nothing
 
 
 @breaks("filter", "keyd", within="keyd")
@@ -587,10 +587,10 @@ def keyd_filter_of_one_thread(_: str) -> None:
 
 @breaks("locked", "keyd", within="keyd")
 def keyd_swappable(_: str) -> None:
-    from keyd import __main__, daemon
+    from keyd import __main__, confinement
 
-    daemon.lock_memory = lambda: False
-    daemon.lock_memory_meanwhile = __main__.lock_memory_meanwhile = nothing
+    confinement.lock_memory = lambda: False
+    confinement.lock_memory_meanwhile = __main__.lock_memory_meanwhile = nothing
 
 
 @breaks("speculation", "keyd", within="keyd")
