@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from keyd.daemon import Keyd
 from keyd.powers import ALL_POWERS, perform
-from keyd.protocol import Open, Operation, Reply, Request
+from keyd.protocol import Done, Open, Operation, Refusal, Reply, Request
 from keyd.reference import key_id
 
 _VERSION = 0x0303
@@ -225,7 +225,7 @@ def over_a_channel(key: rsa.RSAPrivateKey) -> tuple[Measure, Callable[[], None]]
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     grants = {name: ALL_POWERS}
     terms = Open(1, 0xFFFF_FFFF, 0xFFFF, 0)
-    keyd.open(terms, grants, keyds, lambda refusal: print(refusal, file=sys.stderr))
+    keyd.open(terms, grants, keyds, _print_refusal)
     server = threading.Thread(target=keyd._work, daemon=True)
     server.start()
 
@@ -272,6 +272,11 @@ def _report(what: str, times: dict[str, list[int]]) -> list[Difference]:
             f"| {one.mann_whitney:.3g} | {one.kolmogorov_smirnov:.3g} | {one.detectable:.0f} ns |"
         )
     return found
+
+
+def _print_refusal(report: Refusal | Done) -> None:
+    if isinstance(report, Refusal):
+        print(report, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import bind
 from keyd.powers import ALL_POWERS, PrivateKey, rehearse
-from keyd.protocol import Keys, Malformed, Open, Power, Refusal, fingerprint
+from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from keyd.succession import inherited
@@ -295,8 +295,9 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
-        def record(refusal: Refusal) -> None:
-            print(f"keyd: refused, {refusal.status.name}: {refusal.detail}", file=sys.stderr)
+        def record(report: Refusal | Done) -> None:
+            if isinstance(report, Refusal):
+                print(f"keyd: refused, {report.status.name}: {report.detail}", file=sys.stderr)
 
         keyd.hear_listener(listener, lambda client: keyd.open(terms, grants, client, record))
         _leave_when_told(keyd)

@@ -29,6 +29,7 @@ from keyd.powers import NotGranted, NotTLS, PrivateKey, may_ask, perform
 from keyd.protocol import (
     MAX_CONTROL_OCTETS,
     MAX_REQUEST_OCTETS,
+    Done,
     Grants,
     GrantSet,
     Malformed,
@@ -81,7 +82,7 @@ class _Channel:
         terms: Open,
         grants: Grants,
         endpoint: socket.socket,
-        record: Callable[[Refusal], None],
+        record: Callable[[Refusal | Done], None],
     ) -> None:
         self.socket = endpoint
         self.record = record
@@ -193,17 +194,17 @@ class Keyd:
             self._left()
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
-        """Open channels as this parent asks, and tell it of refusals, until it is ``gone``."""
+        """Open channels as this parent asks, tell it what came of them, until it is ``gone``."""
         sets = _GrantSets()
 
-        def record(refusal: Refusal) -> None:
+        def record(report: Refusal | Done) -> None:
             try:
-                control.send(refusal.encode(), socket.MSG_DONTWAIT)
+                control.send(report.encode(), socket.MSG_DONTWAIT)
             except OSError:
-                # A parent that does not keep up misses this refusal; the tally has counted it.
+                # A parent that does not keep up misses this report; the tally has counted it.
                 # One that was told that keyd leaves can be told nothing more.
-                if self._leaves_at is not None:
-                    _print_refusal(refusal)
+                if self._leaves_at is not None and isinstance(report, Refusal):
+                    _print_refusal(report)
 
         def hear() -> None:
             try:
@@ -298,9 +299,9 @@ class Keyd:
         terms: Open,
         grants: Grants,
         endpoint: socket.socket,
-        record: Callable[[Refusal], None],
+        record: Callable[[Refusal | Done], None],
     ) -> None:
-        """Serve this channel from now on; ``record`` is told of refusals, and must not block."""
+        """Serve this channel from now on; ``record`` is told of each answer, and must not block."""
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
         self._channels[descriptor] = _Channel(terms, grants, endpoint, record)
@@ -353,6 +354,8 @@ class Keyd:
             _reply(channel, Reply(refused.status))
             self._close(descriptor, channel)
             return
+        # Before the reply: when its worker ends, the parent can know that it has got one.
+        channel.record(Done(channel.connection, operation))
         _reply(channel, Reply(Status.DONE, result))
         # After the reply, so that the worker does not wait for the tally.
         self.tally.done(operation, time.monotonic() - started)

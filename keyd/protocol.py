@@ -14,6 +14,7 @@ grants     version(1) 'G'(1) set(4) n x (powers_mask(1) key(32)): adds to a set
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4), the
            channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
+done       version(1) 'D'(1) connection(8) operation(1)
 keys       version(1) 'K'(1) n x the first 8 octets of a key: the first message to each
            client of ``keyd control``
 =========  =======================================================================
@@ -44,6 +45,7 @@ __all__ = [
     "MAX_REQUEST_OCTETS",
     "PREMASTER_SECRET_OCTETS",
     "SHORT_ID_OCTETS",
+    "Done",
     "GrantSet",
     "Grants",
     "Keys",
@@ -57,6 +59,7 @@ __all__ = [
     "SignatureScheme",
     "Status",
     "decode_control",
+    "decode_report",
     "fingerprint",
 ]
 
@@ -75,6 +78,7 @@ _REPLY = struct.Struct("!BB")
 _OPEN = struct.Struct("!BcQIHI")
 _GRANT_SET = struct.Struct("!BcI")
 _REFUSAL = struct.Struct("!BcQB")
+_DONE = struct.Struct("!BcQB")
 _GRANT = struct.Struct("!B32s")
 
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
@@ -291,6 +295,36 @@ class Refusal(NamedTuple):
         except ValueError:
             raise Malformed(f"a refusal of status {status}") from None
         return cls(connection, known, message[_REFUSAL.size :].decode(errors="replace"))
+
+
+class Done(NamedTuple):
+    """From keyd to the parent: an operation that was done for a connection.
+
+    It is for counting. It is lost if the parent does not keep up.
+    """
+
+    connection: int
+    operation: Operation
+
+    def encode(self) -> bytes:
+        return _DONE.pack(CONTROL_VERSION, b"D", *self)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Done":
+        """Raise Malformed, saying what is wrong with the message."""
+        if len(message) != _DONE.size:
+            raise Malformed(f"an operation done of {len(message)} octets")
+        version, kind, connection, operation = _DONE.unpack(message)
+        _expect(version, kind, b"D")
+        try:
+            return cls(connection, Operation(operation))
+        except ValueError:
+            raise Malformed(f"operation {operation} done") from None
+
+
+def decode_report(message: bytes) -> Refusal | Done:
+    """A message of keyd's to a parent. Raise Malformed, saying what is wrong with it."""
+    return Done.decode(message) if message[1:2] == b"D" else Refusal.decode(message)
 
 
 class Keys(NamedTuple):

@@ -45,6 +45,9 @@ class Limits(NamedTuple):
     #: 0 is none.
     keepalive: float
     lifetime: float | None
+    #: Connections that were signed for and never came to their backend.
+    unfinished_per_prefix: int
+    unfinished_every: float
 
 
 class Health(NamedTuple):

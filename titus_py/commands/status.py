@@ -226,6 +226,7 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     reloads = counts["reloads"]
     table.add_row("reloads", f"{reloads['ok']}, {reloads['failed']} failed")
     for name, label, style in (
+        ("unfinished", "signed for, unfinished", "yellow"),
         ("limited", "limits hit", "yellow"),
         ("deaths", "died", "bold red"),
         ("alarms", "alarms", "bold red"),

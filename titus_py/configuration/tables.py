@@ -20,6 +20,7 @@ from titus_py.configuration.address import Address, IPAddress
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
+from titus_py.configuration.limits_table import Limits
 from titus_py.configuration.mistake import described
 from titus_py.configuration.paths import EmptyDirectory, FilePath
 from titus_py.configuration.table import Table
@@ -34,7 +35,6 @@ from titus_py.configuration.values import (
     Duration,
     Groups,
     Integer,
-    Keepalive,
     KeydUser,
     ListenAddress,
     LocalAddress,
@@ -129,52 +129,6 @@ class Worker(Uids):
         validate_default=True,
         description="The empty directory, root's own, that is all a worker sees of the file "
         "system. Made if it does not exist.",
-    )
-
-
-class Limits(Table):
-    """[limits]: how much of the proxy a client may have. Each limit that was hit is counted."""
-
-    connections_per_address: Annotated[Integer, Field(ge=1)] | None = Field(
-        default=None,
-        description="How many connections one client address may have. Absent: as many as its "
-        "prefix.",
-    )
-    connections_per_prefix: Annotated[Integer, Field(ge=1)] | None = Field(
-        default=None,
-        description="How many connections one IPv6 /64, or IPv4 /24, may have. Absent: a quarter "
-        "of worker.max, but at least 16. As many as worker.max is no limit.",
-    )
-    connections_per_second: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = Field(
-        default=None,
-        description="How many new connections are taken in a second; the others are reset. "
-        "Absent: any.",
-    )
-    handshakes: Annotated[Integer, Field(ge=1)] | None = Field(
-        default=None,
-        description="How many connections may wait for a worker or be within their handshake at "
-        "once. With one more, who has waited longest is reset; and with so many within their "
-        "handshake, a newcomer's worker takes the place of the slowest one. As many as "
-        "worker.spare may wait in any case. Absent: half of worker.max, but at least 64.",
-    )
-    idle_timeout: Duration | None = Field(
-        default=3600.0,
-        description="How long a connection may stand still, in both directions.",
-    )
-    half_closed_timeout: Duration = Field(
-        default=60.0,
-        description="How long the other direction may stand still of a connection of which one "
-        "has ended; and how long a peer may take nothing of the last octets that are for it.",
-    )
-    keepalive: Keepalive = Field(
-        default=60.0,
-        description="After how long a silence a peer, client or backend, is asked whether it is "
-        "still there (TCP keepalive). A connection whose peer has vanished ends after twice as "
-        "long, or, while octets are on their way to it, when the system gives up (tcp_retries2). "
-        '"off": it is not asked.',
-    )
-    lifetime: Duration | None = Field(
-        default=None, description="How long a connection may last altogether. Absent: as it likes."
     )
 
 

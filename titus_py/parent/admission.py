@@ -11,6 +11,7 @@ from typing import Any
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Limits
 from titus_py.parent.outbox import Tell
+from titus_py.parent.unfinished import Unfinished
 
 __all__ = ["Admission", "LimitsHit", "prefix"]
 
@@ -31,6 +32,7 @@ class Admission:
         self._clock = clock
         self._addresses: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
+        self._unfinished = Unfinished(limits.unfinished_per_prefix, limits.unfinished_every, clock)
         #: A token bucket. It is refilled at the configured rate, and holds a second's worth.
         self._tokens = limits.connections_per_second or 0.0
         self._refilled = clock()
@@ -62,12 +64,21 @@ class Admission:
             if not counts[key]:
                 del counts[key]
 
+    def unfinished(self, address: str) -> bool:
+        """Count a connection that was signed for and never came to its backend.
+
+        Returns whether it is this address's first one.
+        """
+        return self._unfinished.count(prefix(address), address)
+
     def _reached(self, address: str) -> str | None:
         limits = self._limits
         if _reached(self._addresses[address], limits.connections_per_address):
             return "connections_per_address"
         if _reached(self._prefixes[prefix(address)], limits.connections_per_prefix):
             return "connections_per_prefix"
+        if self._unfinished.reached(prefix(address)):
+            return "unfinished"
         return None
 
     def _count(self, address: str) -> None:
@@ -119,6 +130,9 @@ class LimitsHit:
 
 def _advice(limit: str) -> dict[str, Any]:
     """What to do about a limit that is on unless it is set, and may be too low."""
+    if limit == "unfinished":
+        advice = "handshakes that clients break off: a certificate that they dislike, a scanner, or"
+        return {"advice": f"{advice} an attack; else raise limits.unfinished; {_BALANCER}"}
     if limit not in _BY_ADDRESS:
         return {}
     advice = f"many clients behind one address or network: raise limits.{limit}; {_BALANCER}"

@@ -1,4 +1,4 @@
-"""The parent's socket to keyd: opening channels for workers, and hearing what keyd refused.
+"""The parent's socket to keyd: opening channels for workers, and hearing what keyd answered.
 
 Run by the parent, which trusts keyd and never waits for it.
 """
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from keyd.linux.descriptors import send_descriptors
-from keyd.protocol import MAX_REFUSAL_OCTETS, Malformed, Open, Refusal
+from keyd.protocol import MAX_REFUSAL_OCTETS, Done, Malformed, Open, Refusal, decode_report
 from titus_py.between.event_loop import EventLoop
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer
@@ -24,13 +24,20 @@ _LOST_SECONDS = 1.0
 class Channels:
     """The control socket to keyd, while there is one.
 
-    ``refused`` is called with each refusal that keyd reports.
+    ``refused`` is called with each refusal that keyd reports, ``done`` with each operation done.
     """
 
-    def __init__(self, loop: EventLoop, tell: Tell, refused: Callable[[Refusal], None]) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        tell: Tell,
+        refused: Callable[[Refusal], None],
+        done: Callable[[Done], None],
+    ) -> None:
         self._loop = loop
         self._tell = tell
         self._refused = refused
+        self._operation_done = done
         self._keyd: socket.socket | None = None
         #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
         self._announced: set[int] = set()
@@ -94,6 +101,11 @@ class Channels:
                 return None
         return ours
 
+    def catch_up(self) -> None:
+        """Hear now what keyd has said so far."""
+        while self._hear_one():
+            continue
+
     def _tell_lost(self) -> None:
         if self._keyd is None:
             self._tell("keyd_lost", level="warning")
@@ -112,26 +124,34 @@ class Channels:
         self._tell_lost()
 
     def _hear(self) -> None:
-        if self._keyd is None:
-            return
+        self._hear_one()
+
+    def _hear_one(self) -> bool:
+        """Hear one message; returns whether there was one."""
+        if self._keyd is None or self._leaves:
+            return False
         try:
             message = self._keyd.recv(MAX_REFUSAL_OCTETS + 1)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:
             # keyd ended with orders unread. What it had sent is still there to be heard.
-            return
+            return False
         if not message:
             # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.
             self._leaves = True
             self._loop.unwatch(self._keyd.fileno())
             self._loop.watch(self._keyd.fileno(), self._gone, 0)
-            return
+            return False
         try:
-            refusal = Refusal.decode(message)
+            report = decode_report(message)
         except Malformed as error:
             self._tell("keyd_incomprehensible", level="error", reason=str(error))
             self._gone()
-            return
-        self._refused(refusal)
+            return False
+        if isinstance(report, Done):
+            self._operation_done(report)
+        else:
+            self._refused(report)
+        return True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from keyd.protocol import GrantSet, Power, Refusal, Status
+from keyd.protocol import Done, GrantSet, Power, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
@@ -72,6 +72,8 @@ class Connections:
         self._tell = tell
         #: All of them, by uid.
         self.busy: dict[int, Worker] = {}
+        #: All of them, by the numbers of their connections.
+        self._numbered: dict[int, Worker] = {}
         #: Those whose handshake is not done yet, the oldest first.
         self.handshaking: dict[int, Worker] = {}
         # Connection numbers are unique until the machine reboots, whatever is restarted and
@@ -115,6 +117,7 @@ class Connections:
             lambda: worker.kill(_OVERDUE),
         )
         self.busy[worker.uid] = self.handshaking[worker.uid] = worker
+        self._numbered[connection] = worker
         try:
             client = Client(offer.vhosts, arrival.proxy_timeout)
             give(worker.socket, client.encode(), sockets)
@@ -176,6 +179,7 @@ class Connections:
             worker.deadline.cancel()
         self.handshaking.pop(worker.uid, None)
         del self.busy[worker.uid]
+        del self._numbered[worker.connection]
         if worker.counted:
             self._admission.leave(worker.address)
         if worker.awaits_header:
@@ -184,6 +188,7 @@ class Connections:
             level = "alarm"
         else:
             level = "warning" if worker.killed_for in (_OVERDUE, CLIENT_GONE) else "info"
+        unfinished = worker.signed and worker.vhost is None
         self._tell(
             "connection_over",
             report=worker.report,
@@ -200,14 +205,25 @@ class Connections:
             uid=worker.uid,
             backend=self._backends.chosen(worker),
             source=worker.source,
+            **({"unfinished": True} if unfinished else {}),
         )
+        if unfinished and self._admission.unfinished(worker.address):
+            self._tell(
+                "signed_unfinished",
+                connection=worker.connection,
+                client=worker.client,
+                local=worker.local,
+            )
+
+    def signed(self, done: Done) -> None:
+        """keyd has done an operation. An audit's is for no connection."""
+        worker = self._numbered.get(done.connection)
+        if worker is not None:
+            worker.signed = True
 
     def refused(self, refusal: Refusal) -> None:
         """keyd refused what a worker asked, and says for which connection: report it."""
-        worker = next(
-            (worker for worker in self.busy.values() if worker.connection == refusal.connection),
-            None,
-        )
+        worker = self._numbered.get(refusal.connection)
         level = "error" if refusal.status in _NOBODYS_FAULT else "alarm"
         self._tell(
             "keyd_refused",

@@ -78,10 +78,8 @@ class Parent:
         self._arrivals = Arrivals(
             loop, plan, self._waiting, self._connections, admission, self._limits_hit, tell
         )
-        self._channels = Channels(loop, tell, self._connections.refused)
-        self._pool = Pool(
-            loop, plan, forks, self._waiting, tell, self._hear_worker, self._connections.ended
-        )
+        self._channels = Channels(loop, tell, self._connections.refused, self._connections.signed)
+        self._pool = Pool(loop, plan, forks, self._waiting, tell, self._hear_worker, self._ended)
         self._overstays = Overstays(loop, plan, self._connections, tell)
         self._may_accept = False
         #: The fork server has ended.
@@ -164,6 +162,12 @@ class Parent:
     def _hear_worker(self, worker: Worker) -> None:
         if self._connections.hear(worker):
             self._pool.may_serve(worker)
+
+    def _ended(self, worker: Worker, how: str) -> None:
+        if worker.vhost is None:
+            # What keyd did for it was said before the worker had it.
+            self._channels.catch_up()
+        self._connections.ended(worker, how)
 
     def _cannot_fork(self, how: str) -> None:
         """The fork server has ended: accept no more, and keep only clients that can get a worker.

@@ -49,6 +49,7 @@ class Worker:
         "protocol",
         "ready",
         "report",
+        "signed",
         "socket",
         "source",
         "started",
@@ -63,6 +64,8 @@ class Worker:
         self.report = report
         self.socket = end
         self.ready = False
+        #: Whether keyd has done an operation for it.
+        self.signed = False
         self.connection = 0
         self.address = ""
         #: Whether ``Admission`` has counted that address.

@@ -186,8 +186,10 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "seconds": _SECONDS,
             "worker_seconds": _SECONDS,
             "end": _TEXT,
+            "unfinished": _optional(_FLAG),
             "uid": _COUNT,
         },
+        "signed_unfinished": {"connection": _COUNT, "client": _TEXT, "local": _TEXT},
         "accept_failed": {"level": _LEVEL, "reason": _optional(_TEXT)},
         "backend_unavailable": {
             "level": _LEVEL,

@@ -45,6 +45,10 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         "handshake_failures", "Connections that ended before their handshake, by why."
     ).by("reason", metrics.failures)
     yield _counter(
+        "signed_unfinished",
+        "Connections that keyd signed for and that never came to their backend, by local address.",
+    ).by("listener", metrics.unfinished)
+    yield _counter(
         "client_certificates_refused", "Handshakes that ended by the client's certificate, by why."
     ).by("reason", metrics.certificates_refused)
     yield (

@@ -298,6 +298,8 @@ class Generation:
                 limits.half_closed_timeout,
                 limits.keepalive,
                 limits.lifetime,
+                limits.unfinished.per_prefix,
+                limits.unfinished.every,
             ),
             chroot=str(worker.chroot),
             required=worker.require,

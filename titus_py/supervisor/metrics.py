@@ -169,6 +169,8 @@ class Metrics:
         #: By the protocol that ALPN chose. The parent says which: it is one of the configuration's.
         self.protocols = Tally()
         self.failures = Tally(_FAILURES)
+        #: Signed for, and never came to their backend: by the local address.
+        self.unfinished = Tally()
         self.certificates_refused = Tally([*_CERTIFICATE_REFUSALS, OTHER], room=0)
         self.from_clients = 0
         self.to_clients = 0
@@ -227,6 +229,7 @@ class Metrics:
             "ended": self.ended,
             "failures": self.failures,
             "protocols": self.protocols,
+            "unfinished": self.unfinished,
             "certificates_refused": self.certificates_refused,
             "refused": self.refused,
             "alarms": self.alarms,
@@ -282,6 +285,7 @@ class Metrics:
             "protocols": self.protocols.some(),
             "failed": self.failures.some(),
             "certificates_refused": self.certificates_refused.some(),
+            "unfinished": self.unfinished.some(),
             "ended": self.ended.some(),
             "octets_from_clients": self.from_clients,
             "octets_to_clients": self.to_clients,
@@ -329,6 +333,8 @@ class Metrics:
 
     def _over(self, fields: Mapping[str, object], end: str) -> None:
         self.ended.add(end)
+        if fields.get("unfinished"):
+            self.unfinished.add(str(fields.get("local")))
         if "seconds" in fields:
             seconds = _number(fields["seconds"])
             self.durations.observe(seconds)

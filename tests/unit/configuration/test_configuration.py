@@ -95,6 +95,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "half_closed_timeout": "60s",
             "keepalive": "60s",
             "lifetime": None,
+            "unfinished": {"per_prefix": 500, "every": "600s"},
         },
         "keyd": {"socket": None, "user": "2099999999", "lock_memory": "required"},
         "log": {"format": "text", "level": "info"},

@@ -15,6 +15,7 @@ from keyd.protocol import (
     MAX_REPLY_OCTETS,
     MAX_REQUEST_OCTETS,
     VERSION,
+    Done,
     GrantSet,
     Keys,
     Malformed,
@@ -55,6 +56,9 @@ grant_sets = st.builds(
 refusals = st.builds(
     Refusal, st.integers(0, 2**63 - 1), st.sampled_from(Status), st.text(max_size=50)
 )
+
+
+dones = st.builds(Done, st.integers(0, 2**63 - 1), st.sampled_from(Operation))
 
 
 # --- out and back ----------------------------------------------------------------------
@@ -116,11 +120,11 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
 
 
 @given(st.binary(max_size=MAX_REQUEST_OCTETS + 1))
-@pytest.mark.parametrize("kind", [Request, Reply, Open, GrantSet, Refusal])
+@pytest.mark.parametrize("kind", [Request, Reply, Open, GrantSet, Refusal, Done])
 def test_any_octets_are_a_message_or_malformed(
-    kind: type[Request | Reply | Open | GrantSet | Refusal], octets: bytes
+    kind: type[Request | Reply | Open | GrantSet | Refusal | Done], octets: bytes
 ) -> None:
-    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\3G", b"\3R")
+    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\3G", b"\3R", b"\3D")
     for message in (head + octets for head in heads):
         try:
             decoded = kind.decode(message)

@@ -25,7 +25,7 @@ class Clock:
 def limits(
     address: int | None = None, prefix: int | None = None, second: float | None = None
 ) -> Limits:
-    return Limits(address, prefix, second, 10, None, 60.0, 60.0, None)
+    return Limits(address, prefix, second, 10, None, 60.0, 60.0, None, 500, 600.0)
 
 
 def network(address: str) -> str:
