@@ -73,7 +73,7 @@ class Arrivals:
         self._leaving: Worker | None = None
         #: Runs for a while after no connection could give way.
         self._nobody: Timer | None = None
-        self._gives_way = True
+        self._not_available_told = False
         self._pause: Timer | None = None
         self._failure_told = -_TELL_SECONDS
         self._full_told = False
@@ -110,7 +110,7 @@ class Arrivals:
         leaving = self._leaving
         if leaving is not None and self._connections.busy.get(leaving.uid) is leaving:
             return None
-        return False if self._nobody is None and self._gives_way else None
+        return False if self._nobody is None else None
 
     def close(self) -> None:
         """Stop accepting for good: another generation takes the new clients."""
@@ -178,11 +178,16 @@ class Arrivals:
 
     def _make_way(self) -> None:
         """Somebody has come, and there is no room: have an idle connection give way, if any is."""
+        if self._wanted() is not False:
+            # Another listening socket has been heard in the same round.
+            return
+        self._leaving = None
         try:
             self._leaving = self._connections.give_way()
         except OSError as error:
-            self._gives_way = False
-            self._tell("not_available", level="warning", feature=not_available(error))
+            if not self._not_available_told:
+                self._not_available_told = True
+                self._tell("not_available", level="warning", feature=not_available(error))
         if self._leaving is None:
             self._nobody = self._loop.after(_NOBODY_SECONDS, self._look_again)
 

@@ -33,6 +33,7 @@ class Overstays:
         #: By connection, in how many looks in a row its client was gone.
         self._gone: dict[int, int] = {}
         self._left: list[Worker] = []
+        self._told = False
         #: By a connection's ends, the last connection that had them.
         self._current: dict[Ends, int] = {}
         self._loop.after(self._every, self._begin)
@@ -58,8 +59,10 @@ class Overstays:
                         self._look(kernel, worker)
             except OSError as error:
                 # Without the kernel's word, nobody is ended.
-                self._tell("not_available", level="warning", feature=not_available(error))
-                return
+                self._left.clear()
+                if not self._told:
+                    self._told = True
+                    self._tell("not_available", level="warning", feature=not_available(error))
         if self._left:
             self._loop.after(_PAUSE_SECONDS, self._go_on)
         else:
