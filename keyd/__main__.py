@@ -44,7 +44,7 @@ from keyd.powers import ALL_POWERS, PrivateKey, rehearse
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
-from keyd.succession import inherited
+from keyd.succession import inherited, receive
 from keyd.system_calls import SERVING
 from keyd.words import leave_standard_error
 
@@ -184,13 +184,12 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     lock_before_keys(settings["must_lock"])
     guards = guard()
-    loaded = list(_readable(settings["keys"]))
-    if arguments.predecessor_fd is not None:
-        loaded += inherited(arguments.predecessor_fd, settings["inherited"])
-    keys = _load(loaded)
+    keys = _load(_readable(settings["keys"]))
+    handed = [] if arguments.predecessor_fd is None else receive(arguments.predecessor_fd)
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
+    keys |= _load(inherited(handed, settings["inherited"]))
 
     # After confine(): a change of uid clears the parent-death signal.
     prctl.set_pdeathsig(signal.SIGKILL)

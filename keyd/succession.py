@@ -7,7 +7,8 @@ the files of all keys.
 
 import json
 import socket
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -19,9 +20,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keyd.powers import PrivateKey
+from keyd.protocol import MAX_HANDED
 from keyd.reference import key_id
 
-__all__ = ["MAX_ORDER_OCTETS", "hand_over", "inherited"]
+__all__ = ["MAX_ORDER_OCTETS", "hand_over", "inherited", "receive"]
 
 MAX_ORDER_OCTETS = 4096
 #: How long a predecessor may take: it only has to send what it has.
@@ -44,13 +46,30 @@ def hand_over(keys: Mapping[bytes, PrivateKey], order: bytes, descriptor: int) -
                     successor.send(octets, socket.MSG_DONTWAIT)
 
 
-def inherited(descriptor: int, wanted: Collection[str]) -> Iterator[PrivateKey]:
-    """The keys with these ids, in hexadecimal, that the predecessor hands over."""
-    with socket.socket(fileno=descriptor) as predecessor:
-        predecessor.settimeout(_PATIENCE_SECONDS)
-        # One that is no key ends it: then keys are missing, which the supervisor sees.
-        with suppress(OSError, ValueError, TypeError, UnsupportedAlgorithm):
-            while octets := predecessor.recv(_MAX_KEY_OCTETS):
-                key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
-                if key_id(key.public_key()).hex() in wanted:
-                    yield key  # type: ignore[misc]
+def receive(descriptor: int) -> list[bytes]:
+    """What the predecessor sends, unread: at most MAX_HANDED messages, in a bounded time.
+
+    The predecessor may have been taken over, and this process is root's as yet.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    received: list[bytes] = []
+    with socket.socket(fileno=descriptor) as predecessor, suppress(OSError):
+        while len(received) < MAX_HANDED and (left := deadline - time.monotonic()) > 0:
+            predecessor.settimeout(left)
+            octets = predecessor.recv(_MAX_KEY_OCTETS)
+            if not octets:
+                break
+            received.append(octets)
+    return received
+
+
+def inherited(received: Iterable[bytes], wanted: Collection[str]) -> Iterator[PrivateKey]:
+    """Of what was received, the keys with these ids, in hexadecimal. To be called confined.
+
+    What is no key is left out: then a key is missing, which the supervisor sees.
+    """
+    for octets in received:
+        with suppress(ValueError, TypeError, UnsupportedAlgorithm):
+            key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+            if key_id(key.public_key()).hex() in wanted:
+                yield key  # type: ignore[misc]

@@ -12,7 +12,7 @@ from keyd.linux.descriptors import send_descriptors
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_HANDED
 from keyd.reference import key_id
-from keyd.succession import hand_over, inherited
+from keyd.succession import hand_over, inherited, receive
 
 KEYS: dict[bytes, PrivateKey] = {
     key_id(key.public_key()): key
@@ -32,7 +32,7 @@ def order(keys: Collection[str]) -> bytes:
 def handed(asked: Collection[str], wanted: Collection[str]) -> list[str]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     hand_over(KEYS, order(asked), ours.detach())
-    return [key_id(key.public_key()).hex() for key in inherited(theirs.detach(), wanted)]
+    return [key_id(key.public_key()).hex() for key in inherited(receive(theirs.detach()), wanted)]
 
 
 @pytest.mark.parametrize("asked", [IDS, IDS[:1], [], ["00" * 32, IDS[2]]])
@@ -50,13 +50,24 @@ def test_what_is_no_key_keeps_the_successor_from_nothing(octets: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         ours.send(octets)
-        assert list(inherited(theirs.detach(), IDS)) == []
+        hand_over(KEYS, order(IDS), ours.detach())
+        found = inherited(receive(theirs.detach()), IDS)
+        assert [key_id(key.public_key()).hex() for key in found] == IDS
+
+
+def test_no_more_is_received_than_is_handed_over() -> None:
+    """Not even of one that was taken over and goes on sending."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        for _ in range(MAX_HANDED + 1):
+            ours.send(b"again")
+        assert len(receive(theirs.detach())) == MAX_HANDED
 
 
 def test_a_predecessor_that_has_ended_hands_over_nothing() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.close()
-    assert list(inherited(theirs.detach(), IDS)) == []
+    assert receive(theirs.detach()) == []
 
 
 def test_there_is_room_for_as_many_of_the_longest_as_are_handed_over() -> None:

@@ -136,3 +136,17 @@ def test_what_a_parent_does_not_hold_unasked() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()
     assert not {name for name in loaded if name in ON_REQUEST}
+
+
+def test_no_file_and_no_class_has_grown_too_large_to_be_read() -> None:
+    large = []
+    for name, path in modules():
+        text = path.read_text()
+        if text.count("\n") > 500:
+            large.append(name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+                if len(methods) > 25:
+                    large.append(f"{name}.{node.name}")
+    assert not large
