@@ -16,7 +16,13 @@ __all__ = ["certificates", "instance"]
 
 @pytest.fixture(scope="session")
 def certificate(certificates: Certificates) -> Certificate:
-    return certificates("RSA-2048", "localhost", "flood.localhost", "rsa.localhost")
+    return certificates("RSA-2048", "localhost", "flood.localhost")
+
+
+@pytest.fixture(scope="session")
+def rsa_certificate(certificates: Certificates) -> Certificate:
+    """Of the virtual host with the RSA key exchange: others must not sign with its key."""
+    return certificates("RSA-2048", "rsa.localhost")
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +34,7 @@ def ports() -> dict[str, int]:
 @pytest.fixture(scope="session")
 def instance(
     certificate: Certificate,
+    rsa_certificate: Certificate,
     certificates: Certificates,
     ports: dict[str, int],
     tmp_path_factory: pytest.TempPathFactory,
@@ -44,6 +51,11 @@ def instance(
             "key": certificate.key,
             "backend": echoing.address,
         }
+        rsa = {
+            "certificate": rsa_certificate.certificate,
+            "key": rsa_certificate.key,
+            "rsa_key_exchange": True,
+        }
         own = free_port()
         for serve in _factory(certificates, tmp_path_factory):
             yield serve(
@@ -53,6 +65,6 @@ def instance(
                     {**vhost, "local_port": ports["mozilla"], "ciphers": MOZILLA},
                     {**vhost, "sni": ["localhost"]},
                     {**vhost, "sni": ["flood.localhost"], "backend": flooding.address},
-                    {**vhost, "sni": ["rsa.localhost"], "rsa_key_exchange": True},
+                    {**vhost, "sni": ["rsa.localhost"], **rsa},
                 ],
             )

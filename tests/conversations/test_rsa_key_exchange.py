@@ -25,9 +25,9 @@ Encrypt = Callable[[bytes], bytes]
 
 
 @pytest.fixture(scope="module")
-def encrypt(certificate: Certificate) -> Encrypt:
+def encrypt(rsa_certificate: Certificate) -> Encrypt:
     """RSA without padding."""
-    key = x509.load_pem_x509_certificate(certificate.certificate.read_bytes()).public_key()
+    key = x509.load_pem_x509_certificate(rsa_certificate.certificate.read_bytes()).public_key()
     assert isinstance(key, rsa.RSAPublicKey)
     numbers = key.public_numbers()
 

@@ -189,6 +189,8 @@ def check(
     warnings += _misnamed(loaded, certificates)
     warnings += _misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
+    mistakes += _decrypted_for_others(loaded, certificates)
+    warnings += _recorded(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(
         loaded.client_files, source, timeout, of_clients
     )
@@ -331,6 +333,59 @@ def _of_one_kind(
                     f"{credential.certificate} is for a key of the same kind ({facts.kind}) as "
                     f"{loaded.source.reference(other)}: there can be one of each kind",
                 )
+
+
+def _decrypted_for_others(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Mistakes of virtual hosts whose RSA key exchange gives away what is another one's."""
+    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
+    users: dict[bytes, list[int]] = {}
+    if any(vhost.rsa_key_exchange for vhost in vhosts):
+        for number, vhost in enumerate(vhosts):
+            for key_id in _key_ids(vhost, certificates):
+                users.setdefault(key_id, []).append(number)
+    for number, vhost in enumerate(vhosts):
+        if not vhost.rsa_key_exchange:
+            continue
+        shared = (users[key_id] for key_id in _key_ids(vhost, certificates, "RSA"))
+        others = sorted({other for some in shared for other in some} - {number})
+        if others:
+            used = [loaded.source.reference(f"vhost[{other}]") for other in others]
+            yield loaded.source.mistake(
+                f"vhost[{number}].rsa_key_exchange",
+                f"its key also signs for {_some(used)}, whose recorded sessions whoever takes a "
+                "worker over could then decrypt, too: give this virtual host a key of its own",
+            )
+
+
+def _recorded(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Warnings of virtual hosts whose recorded sessions can be read."""
+    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
+    for number, vhost in enumerate(vhosts):
+        if vhost.rsa_key_exchange and _key_ids(vhost, certificates, "RSA"):
+            yield loaded.source.mistake(
+                f"vhost[{number}].rsa_key_exchange",
+                "is not forward-secret: whoever takes workers over reads recorded sessions of this "
+                "key, one for each connection that they make. Leave it on only for clients that "
+                "know nothing better",
+            )
+
+
+def _key_ids(
+    vhost: VirtualHost, certificates: Mapping[Credential, CertificateFacts], kind: str = ""
+) -> set[bytes]:
+    """A virtual host's keys, or those of one kind."""
+    own = [certificates[one] for one in vhost.credentials.values() if one in certificates]
+    if vhost.certificate_dir is not None:
+        own += [
+            facts
+            for credential, facts in certificates.items()
+            if credential.directory == vhost.certificate_dir
+        ]
+    return {facts.key_id for facts in own if kind in ("", facts.kind)}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -356,7 +356,8 @@ class VirtualHost(ClientCertificates, Backend, Credentials, Match):
         default=False,
         description="Also accept TLS 1.2's RSA key exchange, which is not forward-secret: "
         "for clients that know nothing better. An attacker who takes workers over can decrypt one "
-        "recorded session with each.",
+        "recorded session of the same key with each, whoever's it was. So no other virtual host "
+        "may have that key.",
     )
 
     truncated: Literal["reset", "end"] = Field(

@@ -536,6 +536,31 @@ def test_names_that_differ_are_worth_a_warning(tmp_path: Path, keys: dict[str, K
     )
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_rsa_key_exchange_takes_a_key_of_its_own(
+    tmp_path: Path, keys: dict[str, Key], own: bool
+) -> None:
+    """Or whoever takes a worker over reads recorded sessions of other virtual hosts."""
+    other = rsa.generate_private_key(65537, 2048) if own else keys["rsa"]
+    tables = []
+    for name, key in (("a", keys["rsa"]), ("b", other)):
+        write_certificate(tmp_path / f"{name}.crt", key, names=[f"{name}.example.org"])
+        write_key(tmp_path / f"{name}.key", key)
+        tables.append(
+            f'[[vhost]]\nsni = ["{name}.example.org"]\nbackend = "127.0.0.1:80"\n'
+            f'certificate = "{tmp_path}/{name}.crt"\nkey = "{tmp_path}/{name}.key"\n'
+        )
+    result = checked(tmp_path, "".join(tables) + "rsa_key_exchange = true\n")
+    shared = [one for one in result.mistakes if one.key == "vhost[1].rsa_key_exchange"]
+    assert result.mistakes == shared
+    assert bool(shared) != own
+    if shared:
+        assert "its key also signs for" in shared[0].reason
+        assert "give this virtual host a key of its own" in shared[0].reason
+    [warning] = [one for one in result.warnings if one.key == "vhost[1].rsa_key_exchange"]
+    assert "reads recorded sessions of this key, one for each connection" in warning.reason
+
+
 def test_a_suite_for_one_of_the_keys_is_enough(tmp_path: Path, keys: dict[str, Key]) -> None:
     for kind in ("ec", "rsa"):
         write_certificate(tmp_path / f"{kind}.crt", keys[kind])
@@ -544,7 +569,7 @@ def test_a_suite_for_one_of_the_keys_is_enough(tmp_path: Path, keys: dict[str, K
     text = several(tmp_path, "ec", "rsa").replace("[[vhost.certificates]]", settings, 1)
     result = checked(tmp_path, text)
     assert result.mistakes == []
-    assert not any("rsa_key_exchange" in warning.key for warning in result.warnings)
+    assert not any("has no effect" in warning.reason for warning in result.warnings)
 
 
 @pytest.mark.parametrize(
