@@ -229,7 +229,11 @@ class Instance:
             **tables.get("worker", {}),
         }
         # A test's clients have one address, as a rule.
-        limits = {"connections_per_prefix": worker["max"], **tables.get("limits", {})}
+        limits = {
+            "connections_per_prefix": worker["max"],
+            "unfinished": {"per_prefix": 1_000_000},
+            **tables.get("limits", {}),
+        }
         complete = {
             "keyd": {"user": str(uids[-1])},
             "log": {"format": "json"},

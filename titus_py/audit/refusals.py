@@ -170,7 +170,10 @@ def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
         reply = _ask(channel, request.encode())
         done = isinstance(reply, Reply) and reply.status is Status.DONE
         if isinstance(reply, Reply) and done and _verifies(key, reply.payload, octets):
-            signed = holds(f"signed ({_scheme(key).name}), and the certificate's key says so")
+            signed = holds(
+                f"signed ({_scheme(key).name}), and the certificate's key says so: a man in the "
+                "middle who takes workers over has as much, once a connection"
+            )
         else:
             signed = broken(f"no signature that verifies: {_words(reply)}")
         yield _finding("signs", "signs a TLS 1.3 CertificateVerify (the control)", keyd, signed)
