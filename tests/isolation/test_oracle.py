@@ -361,7 +361,11 @@ NOT_SIGNED_AT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "octets", "what"), NOT_SIGNED_AT)
+@pytest.mark.parametrize(
+    ("name", "octets", "what"),
+    NOT_SIGNED_AT,
+    ids=[f"{name}-{what[2:]}" for name, _, what in NOT_SIGNED_AT],
+)
 def test_a_version_or_group_that_a_virtual_host_does_not_have(
     instance: Instance,
     certificates: dict[str, Certificate],

@@ -5,10 +5,23 @@ import time
 from collections.abc import Callable
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
-from keyd.protocol import GrantSet, Open, Operation, Power, Refusal, Reply, Request, Status
+from keyd.protocol import (
+    Done,
+    GrantSet,
+    Open,
+    Operation,
+    Power,
+    Refusal,
+    Reply,
+    Request,
+    SignatureScheme,
+    Status,
+    decode_report,
+)
 
 GRANTS = {bytes(32): frozenset({Power.SIGN_TLS13})}
 
@@ -182,3 +195,31 @@ def test_a_set_stays_as_it_is_once_it_is_in_use(capsys: pytest.CaptureFixture[st
             assert gone
             assert answered(keyd, worker, Operation.SIGN, OTHER) is Status.NOT_GRANTED
     assert "more grants for set 0, which is in use" in capsys.readouterr().err
+
+
+# --- what was done -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keeps_up", [True, False])
+def test_a_parent_is_told_what_was_done_before_the_worker_is(keeps_up: bool) -> None:
+    """One that does not keep up misses it, and nobody waits for it."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    keyd = Keyd({ONE: key})
+    parent, hear, _ = connected(keyd)
+    verify = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
+    with parent:
+        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+        with opened_with(parent, 0, hear) as worker:
+            (control,) = keyd._parents
+            control.setblocking(False)
+            while not keeps_up:
+                try:
+                    control.send(bytes(100))
+                except BlockingIOError:
+                    break
+            request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, verify)
+            worker.send(request.encode())
+            refuse_all(keyd)
+            assert Reply.decode(worker.recv(200)).status is Status.DONE
+            if keeps_up:
+                assert decode_report(parent.recv(100)) == Done(7, Operation.SIGN)

@@ -438,3 +438,13 @@ def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
     # JSON is YAML.
     rules.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": records}]}))
     subprocess.run(["promtool", "check", "rules", rules], check=True)
+
+
+def test_what_was_signed_for_and_not_finished_is_counted_by_listener() -> None:
+    metrics = Metrics()
+    left = {"level": "info", "end": "client_left", "local": "192.0.2.1:443"}
+    metrics.record("handshake_failed", left)
+    metrics.record("handshake_failed", left | {"unfinished": True})
+    text = exposition(metrics, STATUS).decode()
+    assert 'titus_signed_unfinished_total{listener="192.0.2.1:443"} 1\n' in text
+    assert metrics.counts()["unfinished"] == {"192.0.2.1:443": 1}
