@@ -323,6 +323,8 @@ def test_of_any_octets_only_the_two_shapes_are_signed(octets: bytes) -> None:
         *((key_exchange(group), Power.SIGN_TLS12) for group in (23, 24, 25, 29)),
         (key_exchange(30), Power.SIGN_TLS12_X448),
     ],
+    # Not by the octets, which are random: all processes of a run have to collect the same tests.
+    ids=["tls13", "P-256", "P-384", "P-521", "X25519", "X448"],
 )
 def test_each_shape_takes_a_power_of_its_own(power: Power, octets: bytes, needed: Power) -> None:
     def sign_with(granted: frozenset[Power]) -> None:
