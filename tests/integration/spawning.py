@@ -151,7 +151,15 @@ def calls_of_our_own() -> list[object]:
     make(encode([Call("dup3", (0, 100, 0)), Call("dup3", (100, 101, 0))]))
     made = [is_open(100), is_open(101)]
     try:
-        make(encode([Call("close", (100,)), Call("close", (100,)), Call("close", (101,))]))
+        make(
+            encode(
+                [
+                    Call("close_range", (100, 100, 0)),
+                    Call("dup3", (100, 102, 0)),
+                    Call("close_range", (101, 101, 0)),
+                ]
+            )
+        )
     except OSError as error:
         return [*made, error.errno, is_open(100), is_open(101)]
     return made

@@ -192,7 +192,8 @@ def test_from_the_old_key_to_the_new_one_that_is_served(
         assert new.stat().st_mode & 0o7777 == 0o600
         text = openssl("req", "-in", request, "-noout", "-verify", "-text")
         assert "verify OK" in text
-        assert f"Subject: O = Company, CN = {name}.example.org" in text
+        # Later versions of openssl write no spaces around the sign.
+        assert f"Subject: O=Company, CN={name}.example.org" in text.replace(" = ", "=")
         san = ", ".join(f"DNS:{one}" for one in (f"{name}.example.org", *NAMES[:2]))
         assert f"{san}, IP Address:192.0.2.7" in text
         assert "status_request" in text

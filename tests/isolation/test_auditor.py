@@ -20,6 +20,7 @@ from titus_py.audit.target import find_target
 from titus_py.audit.throwaway import TitusInstance
 
 from . import infected_client
+from .held_file import held
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +72,13 @@ def words(process: Process) -> bytes:
 
 
 def test_only_the_process_that_searches_reads_the_keys_and_it_has_no_network(
-    instance: TitusInstance, tmp_path: Path
+    instance: TitusInstance,
 ) -> None:
-    aside = tmp_path / "key"
     parent = next(one for one in instance_processes(instance.pid) if one.role is Role.PARENT)
 
     def child(module: bytes) -> Process | None:
         found = descendants(audit.pid)[1:]
         return next((process for process in found if module in words(process)), None)
-
-    def opened() -> int | None:
-        try:
-            return os.open(instance.key_file, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return None
 
     command = [TITUS_PY, "audit", "--pid", str(instance.pid), "--quiet"]
     os.kill(parent.pid, signal.SIGSTOP)
@@ -92,20 +86,16 @@ def test_only_the_process_that_searches_reads_the_keys_and_it_has_no_network(
         try:
             # Until the parent goes on, the audit looks for the worker of its connection.
             eventually(lambda: child(b"titus_py.audit.client"), "the audit's client", 30)
-            # A key file that has nothing to read until we write: who reads it waits.
-            instance.key_file.rename(aside)
-            os.mkfifo(instance.key_file)
-            os.kill(parent.pid, signal.SIGCONT)
-            writer = eventually(opened, "the key is opened", 30)
-            holder = child(b"titus_py.audit.key_holder")
-            assert holder is not None
-            assert int(status(holder.pid)["VmLck"].split()[0]) > 0
-            assert namespaces("self")["net"] != namespaces(holder.pid)["net"]
-            assert holder.sockets == []
-            os.write(writer, aside.read_bytes())
-            os.close(writer)
+            with held(instance.key_file) as file:
+                os.kill(parent.pid, signal.SIGCONT)
+                opener = eventually(file.opener, "the key is opened", 30)
+                holder = child(b"titus_py.audit.key_holder")
+                assert holder is not None
+                assert holder.pid == opener
+                assert int(status(holder.pid)["VmLck"].split()[0]) > 0
+                assert namespaces("self")["net"] != namespaces(holder.pid)["net"]
+                assert holder.sockets == []
             assert audit.wait(60) == 0
         finally:
             os.kill(parent.pid, signal.SIGCONT)
             audit.kill()
-            aside.rename(instance.key_file)

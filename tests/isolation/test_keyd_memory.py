@@ -16,6 +16,8 @@ from keyd.linux.sealed import sealed_file
 from titus_py.audit.instance import status
 from titus_py.audit.memory import _flagged_mappings
 
+from .held_file import held
+
 KEYD = TITUS_PY.with_name("keyd")
 
 
@@ -59,24 +61,16 @@ def as_a_check(key: Path) -> "subprocess.Popen[bytes]":
     ids=["serve", "control", "check"],
 )
 def keyd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A keyd that has just opened its key file, and can read nothing from it yet."""
+    """A keyd that is about to open its key file, and is held there."""
     key = tmp_path / "key"
-    os.mkfifo(key)
-
-    def opened() -> int | None:
+    key.touch(mode=0o600)
+    with held(key) as file, request.param(key) as started:
         try:
-            return os.open(key, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return None
-
-    with request.param(key) as started:
-        writer = eventually(opened, "keyd opens the key", 30)
-        try:
-            assert started.poll() is None
+            assert eventually(file.opener, "keyd opens the key", 30) == started.pid
             yield started
         finally:
             started.kill()
-            os.close(writer)
+            file.let_go()
 
 
 def test_memory_is_locked_before_a_key_is_read(keyd: "subprocess.Popen[bytes]") -> None:

@@ -116,10 +116,14 @@ FINE: list[dict[str, object]] = [
 
 def test_what_can_shake_hands_is_fine(checked: Check) -> None:
     hosts = [(kind, settings) for kind in KEYS for settings in FINE]
-    hosts += [("RSA", {"ciphers": "AES128-SHA", "rsa_key_exchange": True})]
     result = checked(*hosts)
     assert result.mistakes == []
     assert [warning for host in range(len(hosts)) for warning in said(result.warnings, host)] == []
+    # A key of its own.
+    result = checked(("RSA", {"ciphers": "AES128-SHA", "rsa_key_exchange": True}))
+    assert result.mistakes == []
+    [warning] = said(result.warnings)
+    assert "rsa_key_exchange" in warning
 
 
 DHE = "DHE-RSA-AES128-GCM-SHA256, DHE-RSA-AES256-GCM-SHA384, DHE-RSA-CHACHA20-POLY1305"
