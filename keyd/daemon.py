@@ -236,6 +236,9 @@ class Keyd:
                 self._leave_if_done()
                 return
             if isinstance(order, GrantSet):
+                # None is to come with it.
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 return
             if not descriptors:
                 # No descriptor was left for the channel, so it is closed: that client's handshake

@@ -98,11 +98,13 @@ def without_end(instance: Instance) -> set[int]:
     return begun - {event["connection"] for event in events if "end" in event}
 
 
-def launcher(directory: Path, address: tuple[str, int], receive_buffer: int = 0) -> Path:
+def launcher(
+    directory: Path, address: tuple[str, int], receive_buffer: int = 0, interface: str = ""
+) -> Path:
     """As systemd starts a service with a socket: bound, as descriptor 3, with its variables.
 
     Who connects to it has the socket's receive buffer: this many octets, where it is not
-    the system's.
+    the system's. With an interface, the socket is bound to it (``BindToDevice=``).
     """
     script = directory / "launcher"
     script.write_text(
@@ -111,6 +113,9 @@ def launcher(directory: Path, address: tuple[str, int], receive_buffer: int = 0)
         f"listener = socket.create_server({address!r})\n"
         f"if {receive_buffer}:\n"
         f"    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, {receive_buffer})\n"
+        f"if {interface!r}:\n"
+        "    device = socket.SOL_SOCKET, socket.SO_BINDTODEVICE\n"
+        f"    listener.setsockopt(*device, {interface.encode()!r})\n"
         "os.dup2(listener.detach(), 4)\n"
         "os.dup2(4, 3)\n"
         "os.environ |= {\n"

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -13,7 +14,7 @@ from OpenSSL import SSL
 from .conftest import Serve
 from .instance import Event, Instance, eventually, free_port
 from .peers import TIMEOUT, Listener, TlsClient, Truncated
-from .service import serves, status, talk, without_end
+from .service import launcher, serves, status, talk, without_end
 
 REFUSED = (ConnectionResetError, BrokenPipeError, SSL.Error, Truncated)
 HALF_OPEN = 2000
@@ -426,3 +427,23 @@ def test_one_who_comes_within_a_surge_waits_for_no_more_than_the_limit(
     print(f"\nserved after {limit:.2f} s; where any number may wait, {without:.2f} s")
     assert limit < 3
     assert limit < without
+
+
+def test_a_connection_through_one_interface_is_not_taken_for_one_that_is_over(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    """The service manager's socket is bound to it; the kernel knows its connections by it, too."""
+    port = free_port()
+    program = launcher(tmp_path, ("127.0.0.1", port), interface="lo")
+    instance = serve(
+        echoing.address,
+        program=program,
+        listen=[{"address": f"127.0.0.1:{port}"}],
+        limits={"half_closed_timeout": "500ms"},
+    )
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        # A worker whose client has left is ended after five looks, of which each takes that long.
+        time.sleep(8 * 0.5)
+        client.send(b"ping")
+        assert client.receive_exactly(4) == b"ping"

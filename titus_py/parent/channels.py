@@ -19,6 +19,8 @@ __all__ = ["Channels"]
 _PAUSE_SECONDS = 0.05
 #: How soon to report keyd as lost, and so get another one, when there was no descriptor for it.
 _LOST_SECONDS = 1.0
+#: How many messages to hear in a row: more than a socket's buffer has room for.
+_HEAR_AT_ONCE = 1000
 
 
 class Channels:
@@ -103,8 +105,9 @@ class Channels:
 
     def catch_up(self) -> None:
         """Hear now what keyd has said so far."""
-        while self._hear_one():
-            continue
+        for _ in range(_HEAR_AT_ONCE):
+            if not self._hear_one():
+                return
 
     def _tell_lost(self) -> None:
         if self._keyd is None:

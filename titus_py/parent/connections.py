@@ -48,6 +48,8 @@ class Arrival(NamedTuple):
     local_address: str
     local_port: int
     accepted: float
+    #: The index of the interface that the listening socket is bound to; 0: to none.
+    interface: int = 0
     #: How many ms the client's load balancer has for a header. 0: the address is the client's.
     proxy_timeout: int = 0
 
@@ -107,6 +109,9 @@ class Connections:
         worker.counted = not worker.awaits_header
         ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
         worker.ends = worker.endpoints = ends
+        if arrival.interface and "%" not in arrival.address:
+            # The kernel finds the connection by it, too.
+            worker.endpoints = ends._replace(client=f"{arrival.address}%{arrival.interface}")
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer

@@ -86,8 +86,10 @@ def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
     about += _tlv(_SSL_CIPHER, facts.cipher_suite.encode())
     if identity is None:
         return _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED) + about
-    if not identity.certificate or not identity.complete:
+    if not identity.certificate:
         raise CannotEncode("the client's certificate is too long")
+    if not identity.complete:
+        raise CannotEncode("the client's certificate has too many names, or its chain is too long")
     # Of several common names, the first one. There may be none.
     for name in identity.facts.cn[:1]:
         about += _tlv(_SSL_CN, name.encode())

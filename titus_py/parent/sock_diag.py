@@ -105,7 +105,7 @@ def _question(ends: Ends, states: int) -> bytes:
 
 
 def _index(interface: str) -> int:
-    """A link-local address is that of an interface; 0 for any."""
+    """A link-local address is that of an interface, and so is a socket bound to one; 0: none."""
     if not interface or interface.isdecimal():
         return int(interface or 0)
     try:

@@ -146,6 +146,20 @@ def test_a_channel_may_do_what_its_set_says(
             assert answered(keyd, worker, operation, key) is status
 
 
+def test_a_descriptor_that_comes_with_grants_is_closed() -> None:
+    """A parent of ours sends none; keyd must not run out of them for one that does."""
+    keyd = Keyd({})
+    parent, hear, _ = connected(keyd)
+    ours, theirs = socket.socketpair()
+    with parent, ours:
+        (grants,) = GrantSet(3, GRANTS).encode()
+        with theirs:
+            send_descriptors(parent, grants, [theirs.fileno()])
+        hear()
+        ours.setblocking(False)
+        assert ours.recv(1) == b""
+
+
 def test_a_set_may_be_empty() -> None:
     """Of a virtual host whose directory has no certificate with a name in it."""
     keyd = Keyd({})

@@ -45,3 +45,22 @@ def test_what_keyd_has_said_so_far_is_heard_when_it_is_asked_for() -> None:
     keyds.close()
     channels.catch_up()
     assert heard == said
+
+
+def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:
+    """Each message that is heard is followed by another one."""
+    said = Done(7, Operation.SIGN)
+    heard: list[Refusal | Done] = []
+
+    def hear(report: Refusal | Done) -> None:
+        heard.append(report)
+        if len(heard) < 10_000:
+            keyds.send(said.encode())
+
+    channels = Channels(EventLoop(), lambda *_, **__: None, hear, hear)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with keyds:
+        channels.take([ours.detach()])
+        keyds.send(said.encode())
+        channels.catch_up()
+    assert 500 < len(heard) < 5000

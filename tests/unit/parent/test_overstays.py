@@ -4,7 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -20,9 +20,12 @@ NOBODY = Ends("127.0.0.1", 1, "127.0.0.1", 2)
 def no_descriptor_left() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
-    taken = [os.dup(0) for _ in range(highest)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken), hard))
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
     try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
