@@ -269,6 +269,26 @@ def test_what_goes_on_in_the_other_direction_keeps_a_half_closed_connection(
             assert receive_all(accepted) == b""
 
 
+def test_a_slow_backend_gets_what_a_half_closed_client_has_sent(
+    serve: Serve, listener: Listener
+) -> None:
+    """The last of it is in our kernel, with nothing left for the worker to do, for long."""
+    instance = serve(listener.address, limits={"half_closed_timeout": "500ms"})
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with listener.accept() as backend:
+            writer = threading.Thread(
+                target=lambda: (client.send(MUCH[:1_000_000]), client.close_notify())
+            )
+            writer.start()
+            octets = bytearray()
+            while received := backend.recv(8192):
+                octets += received
+                time.sleep(0.03)
+            assert octets == MUCH[:1_000_000]
+            writer.join()
+
+
 def test_the_handshake_of_a_client_that_only_ends_is_one_that_it_left(instance: Instance) -> None:
     with connect(instance.port) as client:
         hello = TlsClient(instance.port)

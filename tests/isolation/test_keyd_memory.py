@@ -14,7 +14,7 @@ from integration.instance import TITUS_PY, eventually
 from keyd.linux.credentials import controllable_speculation
 from keyd.linux.sealed import sealed_file
 from titus_py.audit.instance import status
-from titus_py.audit.memory import _flagged_mappings
+from titus_py.audit.memory import _NEVER_SWAPPED, _flagged_mappings
 
 from .held_file import held
 
@@ -78,7 +78,7 @@ def test_memory_is_locked_before_a_key_is_read(keyd: "subprocess.Popen[bytes]") 
     loose = [
         end - start
         for start, end, permissions, flags in _flagged_mappings(keyd.pid)
-        if "w" in permissions and "lo" not in flags
+        if "w" in permissions and _NEVER_SWAPPED.isdisjoint(flags)
     ]
     assert not loose
 

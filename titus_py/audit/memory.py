@@ -180,12 +180,17 @@ def _nothing(found: Search) -> Seen:
 _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 
 
+#: In VmFlags (proc_pid_smaps(5)): locked; and droppable, which is the C library's memory for
+#: random octets: the kernel drops it rather than swap it out.
+_NEVER_SWAPPED = frozenset(("lo", "dp"))
+
+
 def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
     """``started``: by titus-py, as root, which may lock present memory whatever the limit."""
     locked = loose = 0
     exposed = []
     for start, end, permissions, flags in _flagged_mappings(pid):
-        if "lo" in flags:
+        if not _NEVER_SWAPPED.isdisjoint(flags):
             locked += end - start
             continue
         exposed += [hit for hit in hits if start <= hit.address < end]

@@ -13,6 +13,7 @@ from titus_py.commands.replaced_pair import Place
 from titus_py.configuration import Credential, Loaded
 from titus_py.configuration.certificate_dir import Pair, pairs
 from titus_py.configuration.checking import Answer, CertificateFacts, ask_keyd_check
+from titus_py.configuration.exposure import open_directories
 from titus_py.configuration.helper import KEYD_CHECK, Helper
 from titus_py.configuration.mistake import nearest, os_reason
 
@@ -107,6 +108,13 @@ def find_targets(
     known = [one for one in loaded.credentials if one.key is not None] if loaded else []
     mistakes += _shared({*chosen, *known}, chosen)
     mistakes += _same_new_files(targets)
+    # Root follows links and makes files there: another user could have it replace any file.
+    passed: set[Path] = set()
+    for target in targets:
+        for path in (target.certificate, target.key):
+            # Where a link is, and where it leads to.
+            mistakes += open_directories(path.parent / "*", passed)
+            mistakes += open_directories(path, passed)
     return targets
 
 

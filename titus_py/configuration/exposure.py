@@ -14,7 +14,7 @@ from titus_py.configuration.across_tables import setting
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential
 
-__all__ = ["exposed_files"]
+__all__ = ["exposed_files", "open_directories"]
 
 _GROUP_OR_OTHERS_WRITE = 0o022
 _GROUP_OR_OTHERS_READ_OR_WRITE = 0o066
@@ -48,7 +48,6 @@ def _exposed(
     warned.add(path)
     try:
         found = path.stat()
-        above = path.resolve().parents
     except OSError:  # The file has gone since it was found. Opening it will say so.
         return
     mode = stat.S_IMODE(found.st_mode)
@@ -56,11 +55,23 @@ def _exposed(
         yield f"{path}: others than its owner can {verb} (mode {mode:04o}): {advice}"
     elif _is_strangers(found.st_uid):
         yield f"{path}: uid {found.st_uid} owns it, and can {verb}: chown root"
+    yield from open_directories(path, warned)
+
+
+def open_directories(path: Path, passed: set[Path]) -> Iterator[str]:
+    """A reason for each directory above this file in which others than root can replace it.
+
+    Directories in ``passed`` were looked at before; those that are looked at now are added.
+    """
+    try:
+        above = path.resolve().parents
+    except OSError:
+        return
     for directory in above:
         # What is above a directory that was looked at has been looked at, too.
-        if directory in warned:
+        if directory in passed:
             return
-        warned.add(directory)
+        passed.add(directory)
         with suppress(OSError):
             status = directory.stat()
             mode = stat.S_IMODE(status.st_mode)

@@ -5,7 +5,8 @@ other. A clean end of one direction (close_notify, FIN) is passed on after all o
 came before it, and the other direction goes on. An unclean end (RST, an invalid record, or,
 with ``truncated_is_reset``, a TLS stream without close_notify) is passed on as a reset, once
 the other side's kernel has acknowledged what was sent before it. A receiver that takes
-nothing for ``half_closed_timeout`` is reset without waiting for that.
+nothing for ``half_closed_timeout`` is reset without waiting for that, or, while our kernel has
+octets for it, within twice as long.
 
 When this process ends, however it ends, both sockets reset their connections: they came
 with SO_LINGER and a timeout of zero (``reset_at_close``). This is taken off both when both
@@ -21,6 +22,7 @@ import mmap
 import os
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -133,6 +135,7 @@ class Pump:
         client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
         client_events = backend_events = 0
         client_hung_up = False
+        in_flight = sys.maxsize
         poll.register(client_fd, client_events)
         while not (self._client_end_passed and self._backend_end_passed):
             # The client is watched until it hangs up, if only for a reset: poll(2) reports that
@@ -153,7 +156,13 @@ class Pump:
                 backend_events = wanted
             ready = poll.poll(self._patience_ms)
             if not ready:
-                raise _Ended(self._stood_still)
+                # Nothing can be passed on, but a slow peer may still take what our kernel has.
+                sides = (self._client_socket, self._backend)
+                if not 0 < (left := sum(map(unacknowledged, sides))) < in_flight:
+                    raise _Ended(self._stood_still)
+                in_flight = left
+                continue
+            in_flight = sys.maxsize
             for descriptor, events in ready:
                 if descriptor == backend_fd:
                     self._backend_ready()
