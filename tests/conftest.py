@@ -1,6 +1,12 @@
 """What all tests start from."""
 
+import fcntl
 import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # A shell that is not interactive has its background jobs ignore these two (POSIX, "Shell Command
 # Language", 2.11), and so would all that the tests start.
@@ -10,3 +16,14 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture
+def default_uids() -> Iterator[None]:
+    """For as long as the test has it, no other one starts an instance with the default uids.
+
+    Processes in a container count: its kernel, and so its uids, are this machine's.
+    """
+    with open(Path(tempfile.gettempdir()) / "titus-py-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

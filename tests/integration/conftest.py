@@ -1,10 +1,8 @@
 """What every integration test starts from."""
 
-import fcntl
 import os
 import resource
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,8 +122,8 @@ def patient() -> Iterator[str]:
 
 
 @pytest.fixture
-def command_line(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
-    """``titus-py serve`` with options alone: such instances share their uids, so one at a time."""
+def command_line(tmp_path: Path, default_uids: None) -> Iterator[Callable[..., Instance]]:
+    """``titus-py serve`` with options alone."""
     instances: list[Instance] = []
 
     def serve(backend: str, certificate: Certificate) -> Instance:
@@ -136,11 +134,9 @@ def command_line(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
         instances.append(instance)
         return instance.wait_until_listening()
 
-    with open(Path(tempfile.gettempdir()) / "titus-py-tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield serve
-        for instance in instances:
-            instance.close()
+    yield serve
+    for instance in instances:
+        instance.close()
 
 
 class Nginx:

@@ -119,7 +119,7 @@ class Administrator:
 
 
 @pytest.fixture
-def administrator() -> Iterator[Administrator]:
+def administrator(default_uids: None) -> Iterator[Administrator]:
     with Machine() as machine:
         for revision in (1, 2):
             package = _package(revision)
