@@ -36,7 +36,7 @@ demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
 
 test: $(VENV)/built $(VENV)/test-packages
-	$(BIN)/python -m pytest -n 3 $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST_ARGUMENTS)
 
 bench: peers $(VENV)/pictures build/load build/sign
 	$(BIN)/python -m bench $(BENCH_ARGUMENTS)

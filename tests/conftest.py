@@ -18,6 +18,11 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: last of all, it would have one process busy and the others idle."""
+    items.sort(key=lambda item: "system" not in item.path.parts)
+
+
 @pytest.fixture
 def default_uids() -> Iterator[None]:
     """For as long as the test has it, no other one starts an instance with the default uids.
