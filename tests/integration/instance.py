@@ -382,7 +382,8 @@ class Instance:
 
         def use_one_up() -> None:
             here = self._USES_SPARES_UP, 0
-            socket.create_connection(("127.0.0.1", self.port), 10, here).close()
+            with socket.create_connection(("127.0.0.1", self.port), 10, here) as client:
+                client.sendall(b"\x16")  # who says nothing gets none
 
         try:
             eventually(settled, f"{spare} spare workers, no others", 20)

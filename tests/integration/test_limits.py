@@ -255,6 +255,7 @@ def test_the_slowest_handshake_is_ended_for_a_newcomer(serve: Serve, echoing: Li
     slow = []
     for _ in range(3):
         slow.append(connect_from("127.1.0.1", instance.port))
+        slow[-1].sendall(b"\x16")
         instance.wait_for_events(len(slow), "connection_begun")
     try:
         assert serves(instance)

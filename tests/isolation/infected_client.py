@@ -62,12 +62,12 @@ def main() -> int:
     name, layers = sys.argv[1:3]
     del sys.argv[1:3]
 
-    def instead(*_: object) -> tuple[None, dict[str, str]]:
+    def instead(_: object) -> dict[str, str]:
         try:
             ATTEMPTS[name]()
         except OSError as error:
-            return None, {"error": errno.errorcode[error.errno or 0]}
-        return None, {"error": "done"}
+            return {"error": errno.errorcode[error.errno or 0]}
+        return {"error": "done"}
 
     client.shake_hands = instead
     if layers == "no filter":

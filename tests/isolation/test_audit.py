@@ -217,7 +217,8 @@ def test_what_is_not_its_own_is_an_alarm_meanwhile(instance: TitusInstance) -> N
 
 
 def test_connections_of_others_are_audited_as_well(instance: TitusInstance) -> None:
-    with socket.create_connection(("127.0.0.1", instance.port)):
+    with socket.create_connection(("127.0.0.1", instance.port)) as other:
+        other.sendall(b"\x16")  # who says nothing has no worker
         made = audit(find_target(instance.pid))
     assert made.holds, broken(made)
     assert "in its handshake" in {one.subject.stage for one in made.findings}

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import pytest
 from cryptography.hazmat.primitives import serialization
 from integration.certificates import Authority
-from integration.instance import Instance
+from integration.instance import Event, Instance, eventually
 from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
 
 from titus_py.audit.key_search import Needle, needles
@@ -128,10 +128,14 @@ def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
     return {forms[hit] for hit in hits}
 
 
-def number_of(instance: Instance, source: socket.socket) -> int:
-    """A client's connection, as it is told to keyd, and to no worker."""
-    client = "{}:{}".format(*source.getsockname())
-    return int(instance.wait_for_event("connection_begun", client=client)["connection"])
+def number_of(instance: Instance, address: str) -> int:
+    """The connection from there, as it is told to keyd, and to no worker."""
+
+    def begun() -> list[Event]:
+        events = instance.events_named("connection_begun")
+        return [event for event in events if event["client"].startswith(f"{address}:")]
+
+    return int(eventually(begun, f"a connection from {address}")[-1]["connection"])
 
 
 def memory_from_outside(pid: int) -> Iterator[bytes]:
@@ -149,13 +153,12 @@ def test_memory_holds_only_what_is_its_clients(
     instance: tuple[Instance, list[Needle]], stage: str
 ) -> None:
     serving, secret = instance
-    others, numbers, own = [], [], canary()
+    others, own = [], canary()
     addresses = addresses_unlike(memory_of_a_worker(serving, stage, canary()))
     with ExitStack() as stack:
         for number, address in enumerate(addresses):
             other = another(serving, address)
             others.append(other)
-            numbers.append(number_of(serving, other.source))
             octets = other.body.encode() * 200
             if number < PAST:
                 assert over_tls(serving, f"{other.name}.test", octets, other.source) == octets
@@ -164,6 +167,7 @@ def test_memory_holds_only_what_is_its_clients(
             stack.enter_context(client).handshake()
             client.send(octets)
             assert client.receive_exactly(len(octets)) == octets
+        numbers = [number_of(serving, address) for address in addresses]
         # A worker that was forked when they had all been there.
         serving.wait_for_events(PAST, "connection_ended")
         for _ in range(8):

@@ -137,7 +137,8 @@ class Probe:
         self._client = _Client(target, self._socket)
         try:
             self._client.wait_until_confined()
-        except CannotAudit:
+            self._begin()
+        except (CannotAudit, Unanswered):
             self.close()
             raise
 
@@ -161,6 +162,11 @@ class Probe:
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             self._socket.close()
+
+    def _begin(self) -> None:
+        order = {"do": "begin", "name": self.place.name, "alpn": self.place.vhost.alpn}
+        if reason := self._client.ask(order).get("error"):
+            raise Unanswered(f"no connection to {self.place.address}: {_plain(reason)}")
 
     def find_worker(self) -> Finding:
         """Before the handshake: find the process that holds this connection's other end."""
@@ -200,8 +206,7 @@ class Probe:
 
     def shake_hands(self) -> Finding:
         """Make the handshake, and compare the certificate. Raises Unanswered."""
-        order = {"do": "handshake", "name": self.place.name, "alpn": self.place.vhost.alpn}
-        answer = self._client.ask(order)
+        answer = self._client.ask({"do": "handshake"})
         version = answer.get("version")
         if version not in _VERSIONS and self.is_refused:
             return self._certificate_finding(not_available(NO_CERTIFICATE))

@@ -105,7 +105,8 @@ class Worker(Uids):
 
     handshake_timeout: Duration = Field(
         default=10.0,
-        description="How long a client may take from connecting to the handshake's end.",
+        description="How long a client may take from its first octet to the handshake's end; and "
+        "how long for its first octet.",
     )
     connect_timeout: Duration = Field(
         default=5.0,

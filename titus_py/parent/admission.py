@@ -133,6 +133,9 @@ def _advice(limit: str) -> dict[str, Any]:
     if limit == "unfinished":
         advice = "handshakes that clients break off: a certificate that they dislike, a scanner, or"
         return {"advice": f"{advice} an attack; else raise limits.unfinished; {_BALANCER}"}
+    if limit == "silent":
+        advice = "more clients connect and say nothing than there is room for: raise worker.max, or"
+        return {"advice": f"{advice} set limits by address and prefix"}
     if limit not in _BY_ADDRESS:
         return {}
     advice = f"many clients behind one address or network: raise limits.{limit}; {_BALANCER}"

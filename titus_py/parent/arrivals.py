@@ -1,6 +1,6 @@
 """Clients before they have a worker: accepting, waiting, turning away. Run by the parent.
 
-Nothing is read from a client here. Only its address decides.
+Nothing is read from a client here. Its address decides, and whether it has said anything.
 """
 
 import socket
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
-from titus_py.parent.connections import Arrival, Connections
+from titus_py.parent.arrival import Arrival
+from titus_py.parent.connections import Connections
 from titus_py.parent.outbox import Tell
+from titus_py.parent.silent import Silent, has_spoken
 from titus_py.parent.sock_diag import not_available
 from titus_py.parent.worker import Worker
 
@@ -29,6 +31,9 @@ _ACCEPT_AT_ONCE = 256
 _PAUSE_SECONDS, _TELL_SECONDS = 0.1, 1.0
 #: How long to wait before looking again for a connection that can give way to a newcomer.
 _NOBODY_SECONDS = 1.0
+#: For how long a silent client is waited for, where others need its place or keyd is to leave: an
+#: honest one speaks as soon as it knows that it is connected.
+_SILENCE_SECONDS = 0.25
 #: How long after there is room again to look once more: if there still is, that is logged.
 _NOT_FULL_SECONDS = 1.0
 #: <asm-generic/socket.h>; Python does not know it.
@@ -52,6 +57,8 @@ class Arrivals:
         self._plan = plan
         #: The client that came last is last.
         self._waiting = waiting
+        #: Those that are not waiting yet.
+        self.silent = Silent(loop, plan.handshake_timeout, self._wait, self._over)
         self._connections = connections
         self._admission = admission
         self._limits_hit = limits_hit
@@ -81,6 +88,8 @@ class Arrivals:
         #: Runs for a while after no connection could give way.
         self._nobody: Timer | None = None
         self._not_available_told = False
+        #: Runs until a client has been silent for so long.
+        self._silence: Timer | None = None
         self._pause: Timer | None = None
         self._failure_told = -_TELL_SECONDS
         self._full_told = False
@@ -114,10 +123,27 @@ class Arrivals:
         if self._has_room():
             self._leaving = None
             return True
+        if (oldest := self.silent.oldest()) is not None:
+            return None if self._may_still_speak(oldest) else True
         leaving = self._leaving
         if leaving is not None and self._connections.busy.get(leaving.uid) is leaving:
             return None
         return False if self._nobody is None else None
+
+    def somebody_may_speak(self) -> bool:
+        """Whether somebody who was accepted may be about to speak. The loop wakes up when not."""
+        newest = self.silent.newest()
+        return newest is not None and self._may_still_speak(newest)
+
+    def _may_still_speak(self, silent: Arrival) -> bool:
+        left = silent.since + _SILENCE_SECONDS - time.monotonic()
+        if left > 0 and self._silence is None:
+            self._silence = self._loop.after(left, self._silent_long_enough)
+        return left > 0
+
+    def _silent_long_enough(self) -> None:
+        """Whoever asked asks again, after this round of the loop."""
+        self._silence = None
 
     def close(self) -> None:
         """Stop accepting for good: another generation takes the new clients."""
@@ -127,7 +153,9 @@ class Arrivals:
         self._listeners.clear()
 
     def keep(self, count: int) -> None:
-        """Reset the clients that have waited longest, until ``count`` are left."""
+        """Reset the clients that are silent, and have waited longest, until ``count`` are left."""
+        while self.silent and len(self._waiting) + len(self.silent) > count:
+            self._turn_away(self.silent.pop_oldest())
         while len(self._waiting) > count:
             self._turn_away(self._waiting.popleft())
 
@@ -140,7 +168,8 @@ class Arrivals:
 
     def _has_room(self) -> bool:
         """Beyond the maximum, clients wait in the listen queue."""
-        return len(self._connections.busy) + len(self._waiting) < self._plan.max_workers
+        accepted = len(self._connections.busy) + len(self._waiting) + len(self.silent)
+        return accepted < self._plan.max_workers
 
     def _accept(
         self, listener: socket.socket, balancers: "Networks | None", proxy_timeout: int
@@ -151,7 +180,7 @@ class Arrivals:
         here only the rate is limited.
         """
         for _ in range(_ACCEPT_AT_ONCE):
-            if not self._has_room():
+            if not self._has_room() and not self._has_silent_one():
                 return
             try:
                 client, address = listener.accept()
@@ -175,7 +204,7 @@ class Arrivals:
             else:
                 limit = "accept_proxy_from"
             if limit is None:
-                self._wait(
+                self._welcome(
                     Arrival(
                         client,
                         host,
@@ -223,6 +252,34 @@ class Arrivals:
         """End the pause. ``adjust``, which is called next, watches the listening sockets again."""
         self._pause = None
 
+    def _welcome(self, arrival: Arrival) -> None:
+        """Queue a client for a worker once it has said something: a worker costs a process.
+
+        If there is no room, the client goes that has been silent for longest.
+        """
+        if not self._has_room():
+            oldest = self.silent.pop_oldest()
+            self._turn_away(oldest)
+            self._limits_hit.note("silent", oldest.address)
+        if has_spoken(arrival):
+            self._wait(arrival)
+        else:
+            self.silent.add(arrival)
+
+    def _has_silent_one(self) -> bool:
+        """Whether somebody has been silent for too long. Who has spoken meanwhile is heard now."""
+        too_long_ago = time.monotonic() - _SILENCE_SECONDS
+        while (oldest := self.silent.oldest()) is not None and oldest.since <= too_long_ago:
+            if not has_spoken(oldest):
+                return True
+            self.silent.hear_oldest()
+        return False
+
+    def _over(self, arrival: Arrival, end: str) -> None:
+        """A client has left, or has been silent for too long."""
+        self._turn_away(arrival)
+        self._connections.over(arrival, end)
+
     def _wait(self, arrival: Arrival) -> None:
         """Queue a client for a worker. If too many wait, reset the one that has waited longest.
 
@@ -250,13 +307,13 @@ class Arrivals:
         """Reset clients whose handshake can no longer finish in time (keyd may be down)."""
         self._waiting_timer = None
         long_ago = time.monotonic() - self._plan.handshake_timeout
-        while self._waiting and self._waiting[0].accepted <= long_ago:
+        while self._waiting and self._waiting[0].since <= long_ago:
             late = self._waiting.popleft()
             self._turn_away(late)
             self._limits_hit.note("handshake_timeout", late.address)
         if self._waiting:
             self._waiting_timer = self._loop.after(
-                self._waiting[0].accepted - long_ago, self._end_long_waits
+                self._waiting[0].since - long_ago, self._end_long_waits
             )
 
 

@@ -44,17 +44,17 @@ class Channels:
         #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
         self._announced: set[int] = set()
         self._announcing: deque[bytes] = deque()
-        #: keyd has shut down its side for writing: it is about to leave.
-        self._leaves = False
+        #: Whether keyd has shut down its side for writing: it is about to leave.
+        self.leaves = False
 
     @property
     def there(self) -> bool:
         """Whether there is a keyd for clients that have not been accepted yet."""
-        return self._keyd is not None and not self._leaves
+        return self._keyd is not None and not self.leaves
 
     def done(self) -> None:
         """No client waits for a channel: hang up on a keyd that is about to leave."""
-        if self._leaves:
+        if self.leaves:
             self._gone()
 
     def take(self, descriptors: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ class Channels:
             self._loop.unwatch(self._keyd.fileno())
             self._keyd.close()
             self._keyd = None
-            self._leaves = False
+            self.leaves = False
             self._announced.clear()
             self._announcing.clear()
 
@@ -131,7 +131,7 @@ class Channels:
 
     def _hear_one(self) -> bool:
         """Hear one message; returns whether there was one."""
-        if self._keyd is None or self._leaves:
+        if self._keyd is None or self.leaves:
             return False
         try:
             message = self._keyd.recv(MAX_REFUSAL_OCTETS + 1)
@@ -143,7 +143,7 @@ class Channels:
         if not message:
             # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.
-            self._leaves = True
+            self.leaves = True
             self._loop.unwatch(self._keyd.fileno())
             self._loop.watch(self._keyd.fileno(), self._gone, 0)
             return False

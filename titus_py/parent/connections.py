@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from keyd.protocol import Done, GrantSet, Power, Refusal, Status
 from titus_py.between import messages
@@ -18,6 +18,7 @@ from titus_py.between.messages import Client, Dial, Ends, Proxied, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
+from titus_py.parent.arrival import Arrival
 from titus_py.parent.backends import Backends
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer, Worker
@@ -25,7 +26,7 @@ from titus_py.parent.worker import Offer, Worker
 if TYPE_CHECKING:
     from titus_py.parent.identities import Identities
 
-__all__ = ["CLIENT_GONE", "Arrival", "Connections"]
+__all__ = ["CLIENT_GONE", "Connections"]
 
 #: How long after its handshake timeout a worker may take to end by itself.
 _GRACE_SECONDS = 2.0
@@ -37,21 +38,6 @@ CLIENT_GONE = "client_gone"
 #: Refusals that an honest worker may get: keyd was too slow, keyd was started with other keys than
 #: the configuration has, or keyd's OpenSSL failed.
 _NOBODYS_FAULT = (Status.EXPIRED, Status.UNKNOWN_KEY, Status.FAILED)
-
-
-class Arrival(NamedTuple):
-    """A client that has no worker yet."""
-
-    client: socket.socket
-    address: str
-    port: int
-    local_address: str
-    local_port: int
-    accepted: float
-    #: The index of the interface that the listening socket is bound to; 0: to none.
-    interface: int = 0
-    #: How many ms the client's load balancer has for a header. 0: the address is the client's.
-    proxy_timeout: int = 0
 
 
 class Connections:
@@ -131,6 +117,20 @@ class Connections:
         # Reported only now, so that the worker does not wait for this.
         if not worker.awaits_header:
             self._tell_begun(worker)
+
+    def over(self, arrival: Arrival, end: str) -> None:
+        """Record a client that said nothing until its end, and so had no worker."""
+        connection = self.next_number
+        self.next_number += 1
+        client = _text(arrival.address, arrival.port)
+        fields: dict[str, Any] = {
+            "connection": connection,
+            "client": client,
+            "local": _text(arrival.local_address, arrival.local_port),
+        }
+        self._tell("connection_begun", **fields)
+        seconds = round(time.monotonic() - arrival.since, 3)
+        self._tell("connection_over", level="info", **fields, seconds=seconds, end=end)
 
     def hear(self, worker: Worker) -> bool:
         """Receive a worker's message; returns whether it says "ready for a client"."""

@@ -36,10 +36,11 @@ from titus_py.fork_server.confinement import (
     missing_features,
 )
 from titus_py.parent.admission import Admission, LimitsHit
+from titus_py.parent.arrival import Arrival
 from titus_py.parent.arrivals import Arrivals
 from titus_py.parent.backends import Backends
 from titus_py.parent.channels import Channels
-from titus_py.parent.connections import Arrival, Connections
+from titus_py.parent.connections import Connections
 from titus_py.parent.descriptors import connections_within
 from titus_py.parent.dialer import MAX_ATTEMPTS
 from titus_py.parent.forks import Forks
@@ -111,7 +112,7 @@ class Parent:
         self._forks.watch(self._loop, self._pool.forked, self._cannot_fork)
         self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
-        while not self._draining or len(self._pool) or self._waiting:
+        while not self._draining or len(self._pool) or self._waiting or self._arrivals.silent:
             self._pool.look_at_spares()
             self._loop.run_once()
             self._serve_waiting()
@@ -132,9 +133,11 @@ class Parent:
                 break
             del self._waiting[served]
             self._last_first = not self._last_first
-        if not self._waiting:
+        if not self._waiting and not (
+            self._channels.leaves and self._arrivals.somebody_may_speak()
+        ):
             self._channels.done()
-        if self._draining and not self._waiting and self._pool.coming:
+        if self._draining and not self._waiting and not self._arrivals.silent and self._pool.coming:
             self._pool.dismiss_spares()
 
     def _hand_over(self, arrival: Arrival) -> bool:

@@ -171,7 +171,8 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "client": _TEXT,
             "local": _TEXT,
             "balancer": _optional(_TEXT),
-            "uid": _COUNT,
+            # Nobody's who had no worker.
+            "uid": _optional(_COUNT),
         },
         "connection_over": {
             "level": _LEVEL,
@@ -184,10 +185,10 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "backend": _optional(_TEXT),
             "source": _optional(_TEXT),
             "seconds": _SECONDS,
-            "worker_seconds": _SECONDS,
+            "worker_seconds": _optional(_SECONDS),
             "end": _TEXT,
             "unfinished": _optional(_FLAG),
-            "uid": _COUNT,
+            "uid": _optional(_COUNT),
         },
         "signed_unfinished": {"connection": _COUNT, "client": _TEXT, "local": _TEXT},
         "accept_failed": {"level": _LEVEL, "reason": _optional(_TEXT)},

@@ -145,6 +145,9 @@ def _understood(
     if name == "connection_over":
         if reports:
             return complete_record(event, read_report(reports[0])), event
+        if event.get("uid") is None:
+            # It had no worker, and so has no report.
+            return "handshake_failed", event
         # No descriptor was left to receive the report.
         event["end"] = event["end"] or "not known: no descriptor for its report"
         return "connection_ended", event

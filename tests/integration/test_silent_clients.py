@@ -1,0 +1,147 @@
+"""Clients that connect and say nothing: they cost no process."""
+
+import socket
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from .conftest import Serve
+from .instance import Instance, Process, eventually, free_port
+from .peers import Listener, TlsClient, connect, reset
+from .service import reload, serves, status, talk
+
+
+def spares(instance: Instance) -> set[Process]:
+    """Once nobody is served, and as many are there as there may be."""
+    instance.settled_counts()
+    return set(instance.workers())
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["FIN", "RST"])
+def test_who_connects_and_leaves_takes_no_worker(
+    serve: Serve, echoing: Listener, leave: object
+) -> None:
+    """Health checks and port scanners. With the control: one octet takes one."""
+    instance = serve(echoing.address)
+    before = spares(instance)
+    for number in range(1, 101):
+        client = connect(instance.port)
+        assert callable(leave)
+        leave(client)
+        if number % 10 == 0:
+            instance.wait_for_events(number, "handshake_failed")
+    assert set(instance.workers()) == before
+    failed = instance.events_named("handshake_failed")
+    assert {event["end"] for event in failed} == {"client_left"}
+    assert {event["level"] for event in failed} == {"info"}
+    assert all("uid" not in event for event in failed)
+    assert len(instance.events_named("connection_begun")) == 100
+
+    with connect(instance.port) as client:
+        client.sendall(b"\x16")
+    failed = instance.wait_for_events(101, "handshake_failed")
+    assert (failed[100]["end"], failed[100]["detail"]) == ("client_left", "after 1 octets")
+    eventually(lambda: before - set(instance.workers()), "a worker has been used up")
+
+
+def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"handshake_timeout": "2s"})
+    before = spares(instance)
+    with TlsClient(instance.port) as client, connect(instance.port) as silent:
+        time.sleep(1.5)
+        assert set(instance.workers()) == before
+        # As long as anybody, from now on.
+        hello = client.first_flight()
+        client.socket.sendall(hello[:100])
+        time.sleep(1.0)
+        client.socket.sendall(hello[100:])
+        assert talk(client.handshake())
+        with pytest.raises(ConnectionResetError):
+            silent.recv(1)
+        name = "{}:{}".format(*silent.getsockname())
+    event = instance.wait_for_event("handshake_failed", client=name)
+    assert event["end"] == "handshake_timeout"
+    assert 1.9 < event["seconds"] < 5
+
+
+def test_when_it_is_full_of_silent_ones_the_first_of_them_goes(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(
+        echoing.address,
+        worker={"max": 4, "handshake_timeout": "60s"},
+        limits={"connections_per_prefix": 100},
+    )
+    with ExitStack() as stack:
+        talker = stack.enter_context(TlsClient(instance.port))
+        assert talk(talker.handshake())
+        silent = [stack.enter_context(connect(instance.port)) for _ in range(3)]
+        for number in range(3):
+            # Each of these takes the place of a silent one, and leaves its own free.
+            assert serves(instance)
+            with pytest.raises(ConnectionResetError):
+                silent[number].recv(1)
+            instance.wait_for_events(number + 1, "connection_ended")
+            silent.append(stack.enter_context(connect(instance.port)))
+        assert talk(talker)
+        event = instance.wait_for_event("limited", limit="silent")
+        assert "worker.max" in event["advice"]
+        eventually(lambda: status(instance)["counts"]["limited"] == {"silent": 3}, "each counted")
+        assert not instance.events_named("full")
+
+
+def test_a_load_balancer_has_its_own_time(serve: Serve, echoing: Listener) -> None:
+    instance = serve(
+        echoing.address,
+        listen=[
+            {
+                "address": f"127.0.0.1:{free_port()}",
+                "accept_proxy_from": ["127.0.0.1"],
+                "proxy_timeout": "1s",
+            }
+        ],
+        worker={"handshake_timeout": "60s"},
+    )
+    eventually(lambda: len(instance.workers()) == 4, "all spares")
+    before = set(instance.workers())
+    with connect(instance.port) as balancer:
+        with pytest.raises(ConnectionResetError):
+            balancer.recv(1)
+        assert instance.wait_for_event("handshake_failed")["end"] == "proxy_timeout"
+    assert set(instance.workers()) == before
+
+
+def test_who_was_silent_during_a_reload_is_served_by_the_generation_that_accepted(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    with TlsClient(instance.port) as silent:
+        # This one was accepted before the next.
+        assert serves(instance)
+        assert reload(instance)["reloaded"]
+        assert talk(silent.handshake())
+
+
+def test_a_stop_waits_for_silent_ones_no_longer_than_they_may_be(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker={"handshake_timeout": "1s", "drain": "60s"})
+    with connect(instance.port) as silent:
+        assert serves(instance)
+        started = time.monotonic()
+        assert instance.terminate() == 0
+        assert time.monotonic() - started < 20
+        with pytest.raises(ConnectionResetError):
+            silent.recv(1)
+
+
+def test_nothing_is_left_of_them(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    before = instance.settled_counts()
+    clients = [connect(instance.port) for _ in range(100)]
+    assert serves(instance)
+    for client in clients:
+        client.close()
+    instance.wait_for_events(100, "handshake_failed")
+    assert instance.settled_counts() == before

@@ -1,0 +1,23 @@
+"""A client that has been accepted, and has no worker yet. Used by the parent."""
+
+import socket
+from typing import NamedTuple
+
+__all__ = ["Arrival"]
+
+
+class Arrival(NamedTuple):
+    """Addresses are numeric."""
+
+    client: socket.socket
+    address: str
+    port: int
+    local_address: str
+    local_port: int
+    #: When it came, and once it has said something, when it began to wait for a worker
+    #: (time.monotonic()).
+    since: float
+    #: The index of the interface that the listening socket is bound to; 0: to none.
+    interface: int = 0
+    #: How many ms the client's load balancer has for a header. 0: the address is the client's.
+    proxy_timeout: int = 0
