@@ -5,11 +5,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from integration.instance import Instance, eventually
-from integration.peers import Listener, TlsClient, echo, served_by
+from integration.peers import Listener, TlsClient, Truncated, echo, served_by
+from integration.service import reload
 from OpenSSL import SSL
 
 from .harness import infected, make_certificate, one_more_connection, take_over
@@ -98,3 +100,37 @@ def test_after_three_crashes_there_is_another_layout_and_nobody_notices(tmp_path
         assert not clients.failures
         established.send(b"still there")
         assert established.receive_exactly(11) == b"still there"
+
+
+def test_idle_connections_do_not_keep_a_layout_for_ever(tmp_path: Path) -> None:
+    """There is room for three generations, and each has a connection. The oldest one goes."""
+    certificate = make_certificate(tmp_path)
+    with (
+        Listener.tcp() as listener,
+        served_by(listener, echo),
+        infected(
+            tmp_path,
+            certificate,
+            listener.address,
+            worker={"max": 1000, "spare": 8},
+        ) as instance,
+        ExitStack() as stack,
+    ):
+        first = stack.enter_context(TlsClient(instance.port)).handshake()
+        assert reload(instance)["reloaded"]
+        second = stack.enter_context(TlsClient(instance.port)).handshake()
+        assert reload(instance)["reloaded"]
+        third = stack.enter_context(TlsClient(instance.port)).handshake()
+        before = layout(instance)
+        for _ in range(3):
+            take_over(instance, "e", "crash")
+        event = instance.wait_for_event("generation_gives_way")
+        assert (event["generation"], event["level"]) == (1, "warning")
+        instance.wait_for_event("fork_server_replaced", 30)
+        assert layout(instance) != before
+        with pytest.raises((ConnectionResetError, Truncated)):
+            first.receive()
+        for client in (second, third):
+            client.send(b"still there")
+            assert client.receive_exactly(11) == b"still there"
+        assert not instance.events_named("reload_failed")

@@ -208,6 +208,7 @@ class _Supervisor:
             record,
             service,
             listeners,
+            children,
             uids,
             generations,
             takeover,

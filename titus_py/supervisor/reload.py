@@ -13,7 +13,7 @@ from typing import TypeVar
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.checking import Checked, Served
 from titus_py.configuration.held_uids import Held
-from titus_py.supervisor.children import START_SECONDS
+from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.control import Answer
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.generation import Child, Generation
@@ -53,6 +53,7 @@ class Reload:
         event: Event,
         service: Service,
         listeners: Listeners,
+        children: Children,
         uids: UidBlocks,
         generations: Generations,
         takeover: Takeover,
@@ -67,6 +68,7 @@ class Reload:
         self._event = event
         self._service = service
         self._listeners = listeners
+        self._children = children
         self._uids = uids
         self._generations = generations
         self._takeover = takeover
@@ -81,6 +83,8 @@ class Reload:
         self._renewing = False
         #: What is renewed can still serve: nothing is lost if the renewal fails.
         self._unforced = False
+        #: Whom to tell whether the renewal has come to be.
+        self._renewal_over: Callable[[bool], None] | None = None
         self.asked_again = False
         #: The next reload begins by changing the program.
         self.program_asked = False
@@ -244,6 +248,9 @@ class Reload:
         else:
             self._loop.after(0, lambda: self.renew(serving))
         self._service.end_reload()
+        over, self._renewal_over = self._renewal_over, None
+        if over is not None:
+            over(bool(outcome["reloaded"]))
         for answer in self.answers:
             answer(outcome)
         self.answers, self.later_answers = self.later_answers, []
@@ -255,18 +262,33 @@ class Reload:
 
     # --- another fork server -----------------------------------------------
 
-    def replace(self) -> bool:
-        """Begin to replace the generation that serves by one with the same configuration.
-
-        Returns False if that is not possible now. If it fails, the one that serves goes on.
-        """
+    def replace(self, over: Callable[[bool], None], urgently: int | None = None) -> None:
+        """``renewals.Replace``. If it fails, the generation that serves goes on."""
         serving = self._generations.serving
+        if self._service.ends or self._service.reloading or not serving.ready:
+            over(False)
+        elif urgently is not None and serving.number != urgently:
+            return
+        elif self._is_crowded(serving):
+            if urgently is not None:
+                self._end_oldest()
+            over(False)
+        else:
+            self._service.reloading = self._renewing = self._unforced = True
+            self._renewal_over = over
+            self._take(serving.checked)
+
+    def _is_crowded(self, serving: Generation) -> bool:
+        """Whether earlier generations, whose connections go on, leave no room for another one."""
         several = len(list(self._generations)) >= _MOST_GENERATIONS
-        if self._service.ends or self._service.reloading or several or not serving.ready:
-            return False
-        self._service.reloading = self._renewing = self._unforced = True
-        self._take(serving.checked)
-        return True
+        return several or self._uids.free(serving, self._generations) is None
+
+    def _end_oldest(self) -> None:
+        """End the connections of the oldest generation: it could otherwise be kept for ever."""
+        oldest = next(iter(self._generations))
+        if oldest.parent is not None and oldest.retired:
+            self._event("generation_gives_way", level="warning", generation=oldest.number)
+            self._children.order(oldest.parent, {"do": "close"})
 
     def renew(self, generation: Generation) -> None:
         """Replace a generation that can make no more workers by one with the same configuration.

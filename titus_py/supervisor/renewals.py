@@ -9,11 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.supervisor.record import Event
 
-__all__ = ["Renewals"]
+__all__ = ["Renewals", "Replace"]
 
 #: So many workers with a client have to be killed within so long.
 _DEATHS, _DEATHS_SECONDS = 3, 60.0
@@ -23,18 +24,29 @@ _ENDS = frozenset(f"killed by {signal}" for signal in _SIGNALS)
 #: How long to wait, at least, from one to the next; and after how long without one to begin anew.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _QUIET_SECONDS = 15.0, 300.0, 3600.0
 _DAY_SECONDS = 86_400.0
-#: How soon to try again what a reload, for one, did not allow.
-_RETRY_SECONDS = 60.0
+#: How soon to try again what a reload, for one, did not allow; and how soon while workers crash.
+_RETRY_SECONDS, _URGENT_RETRY_SECONDS = 60.0, 2.0
+
+
+class Replace(Protocol):
+    """Replaces the generation that serves by one with the same configuration."""
+
+    def __call__(self, over: Callable[[bool], None], urgently: int | None = None) -> None:
+        """Begin; ``over`` is called with whether it was replaced, at once if it cannot be now.
+
+        ``urgently``: only the generation of this number, and whatever is in the way has to go.
+        Nothing is done, and ``over`` is not called, if another one serves by now.
+        """
 
 
 class Renewals:
-    """``replace`` begins to replace the generation that serves; it returns whether it could."""
+    """``worker_ended`` is to be called for the workers of the generation that serves."""
 
     def __init__(
         self,
         loop: EventLoop,
         event: Event,
-        replace: Callable[[], bool],
+        replace: Replace,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
@@ -47,7 +59,7 @@ class Renewals:
         self._last = -_QUIET_SECONDS
         self._loop.after(_DAY_SECONDS, self._daily)
 
-    def worker_ended(self, end: str) -> None:
+    def worker_ended(self, end: str, generation: int) -> None:
         """A worker of the generation that serves has ended, which had a client."""
         if end not in _ENDS:
             return
@@ -65,14 +77,24 @@ class Renewals:
         self._last = now
         self._deaths.clear()
         reason = f"{_DEATHS} workers within a minute, the last one {end}"
-        self._loop.after(0, partial(self._after_deaths, reason))
+        self._loop.after(0, partial(self._after_deaths, reason, generation))
 
     def _daily(self) -> None:
-        replaced = self._replace()
-        if replaced:
-            self._event("fork_server_replaced", level="info", reason="once a day")
-        self._loop.after(_DAY_SECONDS if replaced else _RETRY_SECONDS, self._daily)
+        def over(replaced: bool) -> None:
+            if replaced:
+                self._event("fork_server_replaced", level="info", reason="once a day")
+            self._loop.after(_DAY_SECONDS if replaced else _RETRY_SECONDS, self._daily)
 
-    def _after_deaths(self, reason: str) -> None:
-        if self._replace():
-            self._event("fork_server_replaced", level="warning", reason=reason)
+        self._replace(over)
+
+    def _after_deaths(self, reason: str, generation: int) -> None:
+        """Try until that generation no longer serves: an attacker knows part of its layout."""
+
+        def over(replaced: bool) -> None:
+            if replaced:
+                self._event("fork_server_replaced", level="warning", reason=reason)
+                return
+            again = partial(self._after_deaths, reason, generation)
+            self._loop.after(_URGENT_RETRY_SECONDS, again)
+
+        self._replace(over, urgently=generation)

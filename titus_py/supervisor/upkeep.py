@@ -49,7 +49,7 @@ class Upkeep:
         cut: Cut,
         reload_for_keys: Callable[[], None],
         renew: Callable[[Generation], None],
-        worker_ended: Callable[[str], None],
+        worker_ended: Callable[[str, int], None],
     ) -> None:
         self._loop = loop
         self._event = event
@@ -91,7 +91,7 @@ class Upkeep:
         elif name in _ENDS:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
             if generation is self._generations.serving:
-                self._worker_ended(event["end"])
+                self._worker_ended(event["end"], generation.number)
         elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
             name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":

@@ -1,6 +1,7 @@
 """When a fork server is replaced."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, cast
 
 from titus_py.between.event_loop import EventLoop
@@ -17,6 +18,7 @@ class Replaced:
         self.now = 1000.0
         self.count = 0
         self.possible = True
+        self.serving = 1
         self.said: list[dict[str, Any]] = []
         #: The timers that are set, by how long.
         self.timers: list[tuple[float, Any]] = []
@@ -33,14 +35,22 @@ class Replaced:
     def say(self, event: str, generation: int = 0, **fields: Any) -> None:
         self.said.append({"event": event, **fields})
 
-    def replace(self) -> bool:
+    def replace(self, over: Callable[[bool], None], urgently: int | None = None) -> None:
+        if urgently is not None and urgently != self.serving:
+            return
         self.count += self.possible
-        return self.possible
+        over(self.possible)
+
+    def timer(self) -> float:
+        """Fire the timer that was set last; returns after how long that would have been."""
+        seconds, callback = self.timers.pop()
+        callback()
+        return seconds
 
     def die(self, times: int, end: str = SEGV, every: float = 1.0) -> int:
         for _ in range(times):
             self.now += every
-            self.renewals.worker_ended(end)
+            self.renewals.worker_ended(end, self.serving)
         return self.count
 
 
@@ -72,13 +82,28 @@ def test_the_pause_grows_to_five_minutes_and_an_hour_of_quiet_makes_it_short_aga
     assert found.die(15) == count + 2
 
 
-def test_what_was_not_possible_is_tried_again_with_the_next() -> None:
+def test_what_was_not_possible_is_tried_again_soon() -> None:
+    """A reload was in progress, which then failed."""
     found = Replaced()
     found.possible = False
     assert found.die(3) == 0
+    assert found.timer() < 5
     assert not found.said
     found.possible = True
-    assert found.die(20) >= 1
+    assert found.timer() < 5
+    assert found.count == 1
+    assert len(found.said) == 1
+    assert [seconds for seconds, _ in found.timers] == [DAY]
+
+
+def test_what_a_reload_has_replaced_is_not_replaced_again() -> None:
+    found = Replaced()
+    found.possible = False
+    assert found.die(3) == 0
+    found.serving, found.possible = 2, True
+    found.timer()
+    assert (found.count, found.said) == (0, [])
+    assert [seconds for seconds, _ in found.timers] == [DAY]
 
 
 def test_once_a_day() -> None:
