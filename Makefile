@@ -38,10 +38,10 @@ demo: $(VENV)/built $(VENV)/demo-packages
 test: $(VENV)/built $(VENV)/test-packages
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST_ARGUMENTS)
 
-bench: peers $(VENV)/pictures build/load build/sign
+bench: peers $(VENV)/pictures build/load build/floor build/sign
 	$(BIN)/python -m bench $(BENCH_ARGUMENTS)
 
-bench-quick: peers $(VENV)/pictures build/load build/sign
+bench-quick: peers $(VENV)/pictures build/load build/floor build/sign
 	$(BIN)/python -m bench --quick $(BENCH_ARGUMENTS)
 
 lint: $(VENV)/built $(VENV)/lint-packages

@@ -1,1 +1,1 @@
-"""titus-py beside nginx, haproxy, stunnel and hitch, in one run: ``make bench``."""
+"""titus-py beside the floor, nginx, haproxy, stunnel and hitch, in one run: ``make bench``."""

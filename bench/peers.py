@@ -2,7 +2,8 @@
 
 TLS 1.3 only, no tickets and no resumption, the same certificate and backend, two workers
 where a proxy has such a knob, a user of its own for those, the largest backlog, room for a
-few thousand connections. titus-py keeps its defaults beside that: its full confinement.
+few thousand connections. titus-py keeps its defaults beside that: its full confinement. The floor
+(floor.c) has that confinement and nothing else.
 """
 
 import json
@@ -18,6 +19,7 @@ __all__ = [
     "BACKLOG",
     "CONNECTIONS",
     "FIRST_UID",
+    "FLOOR",
     "PEERS",
     "TITUS_PY",
     "WORKERS",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 TITUS_PY = "titus-py"
+FLOOR = "floor"
+#: Built by ``make build/floor``.
+FLOOR_PROGRAM = str(Path(__file__).parents[1] / "build" / "floor")
 WORKERS = 2
 BACKLOG = 4096
 CONNECTIONS = 4096
@@ -135,6 +140,14 @@ def _titus_py(setting: Setting) -> list[str]:
     return [sys.executable, "-I", "-m", "titus_py", "serve", "--config", configuration]
 
 
+def _floor(setting: Setting) -> list[str]:
+    empty = setting.directory / "empty"
+    empty.mkdir()
+    site, first_uid = setting.site, FIRST_UID + 14_000
+    ports = str(setting.port), str(setting.backend_port)
+    return [FLOOR_PROGRAM, *ports, str(site.certificate), str(site.key), str(empty), str(first_uid)]
+
+
 def _nginx(setting: Setting) -> list[str]:
     configuration = _write(
         setting,
@@ -238,6 +251,7 @@ def _write(setting: Setting, text: str) -> str:
 
 PEERS = (
     Peer(TITUS_PY, sys.executable, (), _titus_py),
+    Peer(FLOOR, FLOOR_PROGRAM, (), _floor),
     Peer("nginx", "nginx", ("nginx-light", "libnginx-mod-stream"), _nginx),
     Peer("haproxy", "haproxy", ("haproxy",), _haproxy),
     Peer("stunnel", "stunnel4", ("stunnel4",), _stunnel),

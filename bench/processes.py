@@ -82,9 +82,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """It is asked to; then it and whatever of its session is left is killed."""
     if process.returncode is not None:
         return
-    process.terminate()
+    # Not Popen.terminate(), which would reap one that has ended. As long as it is not reaped,
+    # nobody else gets its number, nor that of its session.
+    os.kill(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
-    # Not reaped yet: as long as it is not, nobody else gets its number.
     unreaped = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while not os.waitid(os.P_PID, process.pid, unreaped) and time.monotonic() < deadline:
         time.sleep(0.01)

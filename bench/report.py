@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from bench.load import quantile
 from bench.measurements.latency import LIGHT_RATE
 from bench.measurements.signatures import IN_KEYD, IN_PROCESS, THROUGH_KEYD
-from bench.peers import TITUS_PY
+from bench.peers import FLOOR, TITUS_PY
 from bench.samples import Results
 
 __all__ = ["write_report"]
 
 #: Whom titus-py is held against.
-_AGAINST = ("nginx", "stunnel")
+_AGAINST = (FLOOR, "nginx", "stunnel")
 #: From here on, the load may be what was measured.
 _LOAD_IS_FULL = 0.9
 _MIB = 1 << 20

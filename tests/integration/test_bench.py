@@ -9,7 +9,7 @@ import pytest
 from bench.directories import SERVERS
 from bench.load import Load
 from bench.measurements import certificates
-from bench.peers import PEERS, TITUS_PY
+from bench.peers import FLOOR, PEERS, TITUS_PY
 from bench.report import write_report
 from bench.samples import Results, Sample
 from bench.stage import QUICK, Stage
@@ -65,11 +65,14 @@ def test_the_report_says_what_was_found_what_failed_and_who_was_missing(tmp_path
     )
     results = Results(machine, {"nginx": "1.2.3"}, {"hitch": "hitch is not installed"})
     for rate in (100.0, 150.0, 120.0):
-        results.samples += [sample(TITUS_PY, rate), sample("nginx", 2 * rate)]
+        results.samples += [sample(TITUS_PY, rate), sample(FLOOR, 1.6 * rate)]
+        results.samples.append(sample("nginx", 2 * rate))
     results.samples.append(sample("stunnel", 0, "ended at once"))
     results.save(tmp_path / "results.json")
     report = write_report(Results.load(tmp_path / "results.json"), tmp_path).read_text()
-    assert "| P-256, 4 clients | 120 (100 to 150) | 240 (200 to 300) | — | 0.50 | — |" in report
+    assert "| titus-py / floor | titus-py / nginx | titus-py / stunnel |" in report
+    row = "| P-256, 4 clients | 120 (100 to 150) | 192 (160 to 240) | 240 (200 to 300) | — "
+    assert f"{row}| 0.62 | 0.50 | — |" in report
     assert "**hitch: not measured**: hitch is not installed" in report
     assert "handshakes (key P-256, clients 4), stunnel: ended at once" in report
 
