@@ -19,9 +19,10 @@
  *
  * Left out: keyd (the key is in every worker, and no other process signs); the supervisor, the log,
  * a worker's report; timeouts and every limit on clients; virtual hosts; resets that are passed on;
- * the socket pair in which each socket is given away; a spare's touching of memory ahead of its
- * client; the filter's conditions on arguments; Landlock rights later
- * than its first version; and giving up the fork server's and the parent's own capabilities, once.
+ * the socket pair in which each socket is given away; waiting for a client's first octet before it
+ * gets a process; a spare's touching of memory ahead of its client; the filter's conditions on
+ * arguments; Landlock rights later than its first version; and giving up the fork server's and the
+ * parent's own capabilities, once.
  * The parent listens on and dials 127.0.0.1 only. Nobody should serve anything with this.
  */
 #define _GNU_SOURCE

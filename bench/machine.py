@@ -43,7 +43,9 @@ def describe_versions(peers: Sequence[Peer]) -> dict[str, str]:
     for peer in peers:
         if peer.packages:
             versions[peer.name] = version_of_package(peer.packages[0])
-    versions["libssl3 (the others, and the load)"] = version_of_package("libssl3")
+    # Debian 13 has renamed it.
+    debians = version_of_package("libssl3t64") or version_of_package("libssl3")
+    versions["libssl3 (the others, and the load)"] = debians
     versions["backend"] = f"nginx {version_of_package('nginx-light')}"
     return versions
 
