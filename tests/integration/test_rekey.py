@@ -511,3 +511,24 @@ def test_nothing_is_changed_where_another_user_could_have_root_follow_a_link(
         assert f"in {directory}" in complaints
         assert "chown root, chmod go-w" in complaints
     assert files(directory) == before
+
+
+@pytest.mark.parametrize("linked", ["crt", "key"])
+def test_a_link_in_the_place_of_a_new_file_is_named_before_anything_is_done(
+    company: Company, tmp_path: Path, linked: str
+) -> None:
+    live = pairs(company, tmp_path / "live", "a.example")
+    new = live / "a.example/privkey.new"
+    for kind in ("crt", "key"):
+        elsewhere = tmp_path / kind
+        elsewhere.write_text("elsewhere")
+        if kind == linked:
+            new.with_name(f"privkey.new.{kind}").symlink_to(elsewhere)
+        else:
+            new.with_name(f"privkey.new.{kind}").write_text("here")
+    before = files(tmp_path)
+    code, _, complaints = without_an_instance("--install", "--dry-run", f"{live}/")
+    assert code == 2
+    said = f"{new}.{linked}: is a symbolic link: put the file itself there"
+    assert said in complaints
+    assert files(tmp_path) == before

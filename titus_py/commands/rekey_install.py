@@ -105,7 +105,10 @@ def _answered(targets: Sequence[Target], mistakes: list[str]) -> Iterator[_Answe
             if target.new_certificate.exists():
                 mistakes.append(f"{target.new_certificate}: there is no {target.new_key} for it")
         elif target.new_certificate.exists():
-            come.append(target)
+            links = [one for one in (target.new_certificate, target.new_key) if one.is_symlink()]
+            mistakes += [f"{one}: is a symbolic link: put the file itself there" for one in links]
+            if not links:
+                come.append(target)
         else:
             say(f"{target.name}: passed over: its certificate is to be {target.new_certificate}")
     answers = ask_keyd_check(
@@ -183,9 +186,7 @@ def _write_parts(target: Target, chain: str) -> None:
         path = target.certificate.with_name(name)
         if path.exists():
             with open(sealed_file(name, content), "rb") as file:
-                like = path.stat()
-                source = Path(f"/proc/self/fd/{file.fileno()}")
-                whole_files.copy([source], path.resolve(), like.st_mode & 0o7777, like)
+                whole_files.copy([file.fileno()], path.resolve(), path.stat())
 
 
 def _described(one: _Answered) -> str:

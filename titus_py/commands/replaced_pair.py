@@ -10,7 +10,8 @@ file, that file is replaced.
 import errno
 import os
 import shutil
-import stat
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,15 +49,14 @@ class Place(NamedTuple):
         """Put these files' contents here, with the old files' modes and owners. Raises OSError."""
         self.settle()
         if self.in_one_file:
-            status = self.key.stat()
             sources = [certificate] if certificate == key else [certificate, key]
-            whole_files.copy(sources, self.key, stat.S_IMODE(status.st_mode), status)
+            _copy(sources, self.key, self.key)
             return
         for name, pair in (("old", self), ("new", Place(certificate, key))):
             directory = self._work / name
             directory.mkdir(parents=True)
-            _copy(pair.certificate, directory / _CERTIFICATE, self.certificate)
-            _copy(pair.key, directory / _KEY, self.key)
+            _copy([pair.certificate], directory / _CERTIFICATE, self.certificate)
+            _copy([pair.key], directory / _KEY, self.key)
         now = self._work / _NOW
         whole_files.point(now, self._work / "old")
         whole_files.sync(self._work.parent)
@@ -74,14 +74,16 @@ class Place(NamedTuple):
         for path, name in ((self.certificate, _CERTIFICATE), (self.key, _KEY)):
             if path.is_symlink():
                 copied = self._work / _NOW / name
-                _copy(copied, path, copied)
+                _copy([copied], path, copied)
         shutil.rmtree(self._work)
 
 
-def _copy(source: Path, to: Path, like: Path) -> None:
-    """With the mode and owner of ``like``."""
-    status = like.stat()
-    whole_files.copy([source], to, stat.S_IMODE(status.st_mode), status)
+def _copy(sources: Sequence[Path], to: Path, like: Path) -> None:
+    """With the mode and owner of ``like``. Each has to be a file itself: no link is followed."""
+    with ExitStack() as files:
+        _, status = files.enter_context(whole_files.opened(like))
+        descriptors = [files.enter_context(whole_files.opened(path))[0] for path in sources]
+        whole_files.copy(descriptors, to, status)
 
 
 def _led_to(path: Path) -> Path:

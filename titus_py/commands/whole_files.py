@@ -4,12 +4,14 @@ Run by ``titus-py rekey``, as root. What a file holds is copied by the kernel: a
 comes into this process's memory. Each function raises OSError.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["copy", "forget", "link", "new_file", "point", "sync"]
+__all__ = ["copy", "forget", "link", "new_file", "opened", "point", "sync"]
 
 _COPIED_AT_ONCE = 1 << 20
 
@@ -34,21 +36,41 @@ def new_file(path: Path, mode: int, like: os.stat_result) -> Iterator[int]:
     sync(path.parent)
 
 
-def copy(sources: Sequence[Path], path: Path, mode: int, like: os.stat_result) -> None:
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A regular file to read, and its status. What a symbolic link leads to is not opened."""
+    # Without O_NONBLOCK, opening a pipe would wait for somebody who writes.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_regular(path) from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path)
+        yield descriptor, status
+    finally:
+        os.close(descriptor)
+
+
+def copy(sources: Sequence[int], path: Path, like: os.stat_result) -> None:
     """Have what is in ``sources``, one after the other, at ``path``, in place of what is there.
 
-    ``mode``, and the owner and group of ``like``, are the copy's.
+    ``sources`` are descriptors. The mode, owner and group of ``like`` are the copy's.
     """
     temporary = _temporary(path)
-    descriptor = _create(temporary, mode, like)
+    descriptor = _create(temporary, stat.S_IMODE(like.st_mode), like)
     try:
         for number, source in enumerate(sources):
             if number:
                 # Each PEM block wants lines of its own, and the last line may lack its end.
                 os.write(descriptor, b"\n")
-            with open(source, "rb", buffering=0) as file:
-                while os.sendfile(descriptor, file.fileno(), None, _COPIED_AT_ONCE):
-                    continue
+            offset = 0
+            while sent := os.sendfile(descriptor, source, offset, _COPIED_AT_ONCE):
+                offset += sent
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -87,6 +109,10 @@ def sync(directory: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _create(path: Path, mode: int, like: os.stat_result) -> int:

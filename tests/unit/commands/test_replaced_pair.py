@@ -113,3 +113,37 @@ def test_links_that_lead_in_a_circle_are_named(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(OSError, match="symbolic links"):
         Place.of(tmp_path / "a", tmp_path / "a")
+
+
+@pytest.mark.parametrize("in_one_file", [False, True])
+@pytest.mark.parametrize("put_there", ["link", "pipe"])
+def test_what_is_no_file_is_not_copied(tmp_path: Path, put_there: str, in_one_file: bool) -> None:
+    """It may have been put there since it was checked: root must not copy what it leads to."""
+    certificate, key = pair(tmp_path, "www", "old")
+    new_certificate, new_key = pair(tmp_path / "new", "new", "new")
+    secret = tmp_path / "secret"
+    secret.write_text("key of somebody else\n")
+    new_key.unlink()
+    if put_there == "link":
+        new_key.symlink_to(secret)
+    else:
+        os.mkfifo(new_key)
+    place = Place.of(key, key) if in_one_file else Place.of(certificate, key)
+    with pytest.raises(OSError, match="not a regular file"):
+        place.replace(new_certificate, new_key)
+    place.settle()
+    assert words(certificate, key) == ("old", "old")
+
+
+@pytest.mark.parametrize("linked", ["certificate", "key"])
+def test_the_owner_and_mode_are_not_those_of_a_file_elsewhere(tmp_path: Path, linked: str) -> None:
+    certificate, key = pair(tmp_path, "www", "old")
+    place, new = Place.of(certificate, key), pair(tmp_path / "new", "new", "new")
+    public = tmp_path / "public"
+    public.write_text("for everybody\n")
+    public.chmod(0o644)
+    replaced = getattr(place, linked)
+    replaced.unlink()
+    replaced.symlink_to(public)
+    with pytest.raises(OSError, match="not a regular file"):
+        place.replace(*new)
