@@ -19,7 +19,6 @@ from titus_py.configuration.tables import (
     Keyd,
     KeydSocket,
     Match,
-    Metrics,
     Table,
     Uids,
 )
@@ -38,10 +37,8 @@ __all__ = [
     "empty_directories",
     "key_mistakes",
     "listed",
-    "metrics_mistakes",
     "never_matching",
     "never_received",
-    "overlaps",
     "setting",
     "shared_backends",
     "too_many",
@@ -241,39 +238,6 @@ def too_many(
     if len(keys) > MAX_KEYS:
         reason = f"more than {MAX_KEYS} different keys: split them among instances"
         yield source.mistake("vhost", reason)
-
-
-def overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:
-    for j, address in listeners.items():
-        for i, earlier in listeners.items():
-            if i < j and (earlier.covers(address) or address.covers(earlier)):
-                key = f"listen[{i}].address"
-                yield source.mistake(
-                    f"listen[{j}].address",
-                    f"{address} overlaps {source.reference(key)}, {earlier}: only one can be bound",
-                )
-                break
-
-
-def metrics_mistakes(
-    tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
-) -> Iterator[Mistake]:
-    """The metrics' address must not be used by anything else in the configuration."""
-    metrics = valid_part(Metrics, tables["metrics"], source)
-    address = metrics.address if metrics else None
-    if isinstance(address, IPAddress):
-        for i, listener in listeners.items():
-            if listener.covers(address) or address.covers(listener):
-                where = source.reference(f"listen[{i}].address")
-                reason = f"{address} overlaps {where}, {listener}: only one can be bound"
-                yield source.mistake("metrics.address", reason)
-    elif address is not None:
-        for i, vhost in each_valid(Backend, tables, "vhost", source):
-            for setting, backend in vhost.all_backends:
-                if backend == address:
-                    where = source.reference(f"vhost[{i}].{setting}")
-                    yield source.mistake("metrics.address", f"{address} is {where}, too")
-                    return
 
 
 def shared_backends(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:

@@ -14,16 +14,15 @@ from titus_py.configuration.across_tables import (
     empty_directories,
     key_mistakes,
     listed,
-    metrics_mistakes,
     never_matching,
     never_received,
-    overlaps,
     shared_backends,
     too_many,
     uid_mistakes,
     uid_warnings,
 )
 from titus_py.configuration.address import IPAddress
+from titus_py.configuration.addresses_in_use import address_mistakes
 from titus_py.configuration.client_certificates import client_files, client_mistakes
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
@@ -151,8 +150,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     mistakes += client_mistakes(tables, source)
     mistakes += certificates_not_asked_for(tables, source)
     mistakes += transparency_mistakes(tables, source)
-    mistakes += overlaps(listeners, source)
-    mistakes += metrics_mistakes(tables, listeners, source)
+    mistakes += address_mistakes(tables, listeners, source)
     transparent = any(
         table.transparent for _, table in each_valid(Listen, tables, "listen", source)
     )

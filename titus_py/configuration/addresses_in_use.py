@@ -1,0 +1,114 @@
+"""Checks of addresses: that no two settings share one, and that somebody can come to each.
+
+Run by the supervisor (root) and by commands, on the tables that are valid, whatever is wrong with
+others.
+"""
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from titus_py.configuration.across_tables import each_valid, valid_part
+from titus_py.configuration.address import Address, IPAddress, UnixAddress
+from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics
+
+__all__ = ["address_mistakes"]
+
+
+def address_mistakes(
+    tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
+) -> Iterator[Mistake]:
+    yield from _overlaps(listeners, source)
+    yield from _balancers_of_another_family(tables, source)
+    backends = [
+        (f"vhost[{i}].{setting}", backend)
+        for i, vhost in each_valid(Backend, tables, "vhost", source)
+        for setting, backend in vhost.all_backends
+    ]
+    metrics = valid_part(Metrics, tables["metrics"], source)
+    address = metrics.address if metrics else None
+    if address is not None:
+        yield from _shared_metrics(address, listeners, backends, source)
+    yield from _looping(listeners, backends, source)
+    keyd = valid_part(KeydSocket, tables["keyd"], source)
+    if keyd is not None and keyd.socket is not None:
+        socket = UnixAddress(str(keyd.socket))
+        for key, other in (("metrics.address", address), *backends):
+            if other == socket:
+                yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
+
+
+def _overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:
+    for j, address in listeners.items():
+        for i, earlier in listeners.items():
+            if i < j and (earlier.covers(address) or address.covers(earlier)):
+                key = f"listen[{i}].address"
+                yield source.mistake(
+                    f"listen[{j}].address",
+                    f"{address} overlaps {source.reference(key)}, {earlier}: only one can be bound",
+                )
+                break
+
+
+def _shared_metrics(
+    metrics: Address,
+    listeners: Mapping[int, IPAddress],
+    backends: list[tuple[str, Address]],
+    source: Source,
+) -> Iterator[Mistake]:
+    if isinstance(metrics, IPAddress):
+        for i, listener in listeners.items():
+            if listener.covers(metrics) or metrics.covers(listener):
+                where = source.reference(f"listen[{i}].address")
+                reason = f"{metrics} overlaps {where}, {listener}: only one can be bound"
+                yield source.mistake("metrics.address", reason)
+    for key, backend in backends:
+        if backend == metrics:
+            yield source.mistake("metrics.address", f"{metrics} is {source.reference(key)}, too")
+            return
+        if _receives(metrics, backend):
+            where = source.reference(key)
+            reason = f"{metrics} overlaps {where}, {backend}: only one can be bound"
+            yield source.mistake("metrics.address", reason)
+            return
+
+
+def _looping(
+    listeners: Mapping[int, IPAddress], backends: list[tuple[str, Address]], source: Source
+) -> Iterator[Mistake]:
+    """Backends that are listeners: each connection to one would make another, without end."""
+    for key, backend in backends:
+        for i, listener in listeners.items():
+            if _receives(listener, backend):
+                where = source.reference(f"listen[{i}].address")
+                yield source.mistake(
+                    key,
+                    f"{backend} is {where}: the plaintext would come back here, as from a client",
+                )
+                break
+
+
+def _receives(listener: Address, backend: Address) -> bool:
+    """Whether a connection to ``backend`` surely comes to this machine's ``listener``.
+
+    Which addresses the machine has is not known: a wildcard is one of them where it is loopback.
+    """
+    if not (isinstance(listener, IPAddress) and isinstance(backend, IPAddress)):
+        return False
+    return listener == backend or (
+        listener.is_wildcard and backend.is_loopback and listener.covers(backend)
+    )
+
+
+def _balancers_of_another_family(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """Load balancers that cannot connect, and nobody else may."""
+    for i, table in each_valid(Listen, tables, "listen", source):
+        if table.accept_proxy_from is None or table.address.host == "::":
+            continue
+        own = 6 if ":" in table.address.host else 4
+        if all(ipaddress.ip_network(one).version != own for one in table.accept_proxy_from):
+            yield source.mistake(
+                f"listen[{i}].accept_proxy_from",
+                f"lets nobody connect: no IPv{10 - own} connection comes to {table.address}",
+            )
