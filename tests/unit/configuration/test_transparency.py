@@ -86,3 +86,28 @@ def test_a_transparent_listener_receives_what_is_for_any_address(tmp_path: Path)
     listen = 'address = "192.0.2.1:443"'
     assert len(loaded(tmp_path, listen, *vhosts).mistakes) == 2
     assert not loaded(tmp_path, f"{listen}\ntransparent = true", *vhosts).mistakes
+
+
+@pytest.mark.parametrize(
+    ("listen", "backend", "wrong"),
+    [
+        ("192.0.2.1:443", '"[2001:db8::9]:80"', True),
+        ("0.0.0.0:443", '["[2001:db8::8]:80", "[2001:db8::9]:80"]', True),
+        ("[2001:db8::1]:443", '"10.0.0.5:80"', True),
+        ("[2001:db8::1]:443", '["10.0.0.5:80", "[2001:db8::9]:80"]', False),
+        ("192.0.2.1:443", '"name.example:80"', False),
+        # Only clients of one family are served; which come is not known.
+        ("[::]:443", '"10.0.0.5:80"', False),
+        # What a load balancer says of its client may be of either family.
+        ('192.0.2.1:443"\naccept_proxy_from = ["10.0.0.0/8"] #', '"[2001:db8::9]:80"', False),
+    ],
+)
+def test_a_backend_has_an_address_of_some_clients_family(
+    tmp_path: Path, listen: str, backend: str, wrong: bool
+) -> None:
+    vhost = f"backend = {backend}\n"
+    mistakes = loaded(tmp_path, f'address = "{listen}"', CLIENT + vhost).mistakes
+    assert [mistake.key for mistake in mistakes] == ["vhost[0].backend"] * wrong
+    if wrong:
+        assert "no client's address can be used to connect to it" in mistakes[0].reason
+    assert not loaded(tmp_path, f'address = "{listen}"', vhost).mistakes
