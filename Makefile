@@ -7,13 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
-# and what the demo and the tests drive.
+# and what the demo and the tests drive, or have installed.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
 DEMO_PACKAGES := curl
-TEST_PACKAGES := $(DEMO_PACKAGES) clang haproxy iproute2 libseccomp2 nftables nghttp2-client nginx-light openssl procps prometheus man-db systemd-container
+TEST_PACKAGES := $(DEMO_PACKAGES) clang haproxy iproute2 libseccomp2 nftables nghttp2-client nginx-light openssl procps prometheus man-db systemd-container \
+    python3-cryptography python3-openssl
 LINT_PACKAGES := shellcheck
-SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/units \
+SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/lock packaging/units \
     $(addprefix packaging/debian/,postinst postrm prerm)
 
 # Where `make install` puts things: the program, below PREFIX, knows where it is.
@@ -27,10 +28,20 @@ export SOURCE_DATE_EPOCH
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 REVISION ?= 1
 PACKAGED = LICENSE CHANGELOG.md $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
-    docs/*.md systemd/* systemd/prometheus/* packaging/*) docs/reference.py
+    docs/*.md systemd/* systemd/prometheus/* packaging/locked/*) \
+    packaging/titus.toml packaging/install packaging/units docs/reference.py
 DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
 
-.PHONY: demo test bench bench-quick peers lint clean install deb docs constraints
+# Whose OpenSSL the package has: the one in cryptography's wheels, or Debian's, with which Debian's
+# python3-cryptography goes. Debian 12's is too old.
+OPENSSL ?= $(shell . /etc/os-release; test "$$ID" = debian && test "$${VERSION_ID:-13}" -ge 13 && \
+    echo debian || echo wheels)
+
+# Nothing is installed whose hash is not in packaging/locked, and nothing is fetched to build with.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet
+LOCKED_INSTALL = $(PIP_INSTALL) --require-hashes --no-build-isolation --use-pep517 --requirement
+
+.PHONY: demo test bench bench-quick peers lint clean install deb docs lock
 
 demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
@@ -52,27 +63,33 @@ lint: $(VENV)/built $(VENV)/lint-packages
 	shellcheck --shell=bash completion/titus-py.bash
 
 install: $(VENV)/built
-	packaging/install $(BIN)/python
+	packaging/install $(BIN)/python wheels
 
 # The package is made from what this lays out. REVISION=2 makes a later one from the same.
 deb: $(DEB)
 
 $(DEB): build/stage packaging/deb $(wildcard packaging/debian/*)
-	packaging/deb $< $(VERSION)-$(REVISION) $@
+	packaging/deb $< $(VERSION)-$(REVISION) $(OPENSSL) $@
 
-build/stage: $(VENV)/built $(PACKAGED)
-	rm -rf $@ $@.new
+# Whoever chooses the other one gets the other package.
+build/openssl-is-$(OPENSSL):
 	mkdir -p build
-	DESTDIR=$(CURDIR)/$@.new PREFIX=/usr SYSCONFDIR=/etc packaging/install $(BIN)/python
+	rm -f build/openssl-is-*
+	touch $@
+
+build/stage: $(VENV)/built $(PACKAGED) build/openssl-is-$(OPENSSL)
+	rm -rf $@ $@.new
+	DESTDIR=$(CURDIR)/$@.new PREFIX=/usr SYSCONFDIR=/etc packaging/install $(BIN)/python $(OPENSSL)
 	mv $@.new $@
 	touch $@
 
 docs: $(VENV)/docs-packages
 	$(BIN)/mkdocs build --strict --quiet
 
-constraints: $(VENV)/built
-	$(BIN)/python packaging/constraints.py > packaging/constraints.new
-	mv packaging/constraints.new packaging/constraints.txt
+# What was tested is installed: the tests have to pass with what this writes.
+lock: $(VENV)/built
+	$(LOCKED_INSTALL) packaging/locked/lock.txt
+	packaging/lock $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so titus_py/worker/*.so
@@ -94,8 +111,10 @@ $(VENV)/test-packages: $(VENV)/build-packages
 	.ci/apt-install $(TEST_PACKAGES)
 	touch $@
 
-$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py packaging/constraints.txt $(wildcard keyd/*/*.[ch] titus_py/*/*.[ch])
-	$(BIN)/python -m pip install --quiet --constraint packaging/constraints.txt --editable '.[test]'
+$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard packaging/locked/*.txt keyd/*/*.[ch] titus_py/*/*.[ch])
+	$(PIP_INSTALL) --require-hashes --requirement packaging/locked/build.txt
+	$(LOCKED_INSTALL) packaging/locked/test.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # One that cannot be installed is missing from the results, which then say so.
@@ -103,7 +122,7 @@ peers: $(VENV)/built
 	for package in $(PEER_PACKAGES); do .ci/apt-install $$package || echo "bench: no $$package" >&2; done
 
 $(VENV)/pictures: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(LOCKED_INSTALL) packaging/locked/bench.txt
 	touch $@
 
 build/%: bench/%.c
@@ -111,5 +130,5 @@ build/%: bench/%.c
 	$(CC) -std=c11 -O2 -Wall -Wextra -Werror -o $@ $< -lssl -lcrypto
 
 $(VENV)/docs-packages: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(LOCKED_INSTALL) packaging/locked/docs.txt
 	touch $@

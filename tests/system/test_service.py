@@ -159,6 +159,7 @@ def _installs(admin: Administrator) -> None:
     assert not admin.types(f"systemd-analyze verify {units}").strip()
     for words in ("titus-py --version", "keyd --version"):
         assert "OpenSSL" in admin.types(words)
+    _has_one_openssl(admin)
     admin.types("promtool check rules /usr/share/titus-py/prometheus/titus-py.rules.yml")
     admin.types("ls /usr/share/titus-py/prometheus/titus-py.dashboard.json")
     documents = "/usr/share/doc/titus-py"
@@ -175,6 +176,15 @@ def _installs(admin: Administrator) -> None:
         "certificate",
         "key",
     }
+
+
+def _has_one_openssl(admin: Administrator) -> None:
+    """From Debian 13 on, it is Debian's, and the package has no copy; before, it is the wheel's."""
+    debians = int(admin.types(". /etc/os-release; echo $VERSION_ID")) >= 13
+    copies = admin.types("dpkg --listfiles titus-py | grep -E '_rust.abi3.so|libssl' || :").split()
+    assert len(copies) == (0 if debians else 1)
+    version = admin.types("openssl version").partition(" (")[0].strip()
+    assert (version in admin.types("titus-py --version")) == debians
 
 
 def _starts(admin: Administrator) -> None:

@@ -40,6 +40,7 @@ from titus_py.worker.tls import (
     offered_suites,
     security_level,
     selected_suites,
+    set_ciphersuites,
     set_groups,
     set_signature_schemes,
     use_credentials,
@@ -163,7 +164,7 @@ def _cipher_mistakes(settings: TlsSettings, keys: tuple[str, ...]) -> Problems:
     if ciphersuites is not None:
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
         try:
-            context.set_tls13_ciphersuites(ciphersuites.encode())
+            set_ciphersuites(context, ciphersuites)
         except SSL.Error:
             found.append(("ciphersuites", f"OpenSSL finds no cipher suite in {ciphersuites!r}"))
     return found
@@ -353,7 +354,7 @@ def _client_context(settings: TlsSettings, version: str) -> SSL.Context:
     context.set_max_proto_version(VERSIONS[version])
     context.set_cipher_list(b"ALL")
     if settings.ciphersuites is not None:
-        context.set_tls13_ciphersuites(settings.ciphersuites.encode())
+        set_ciphersuites(context, settings.ciphersuites)
     if settings.groups is not None:
         # A TLS 1.2 client names the curves of certificates in the same list (RFC 8422 §5.1).
         set_groups(context, [*settings.groups, "P-256", "P-384", "P-521"])

@@ -35,7 +35,7 @@ from titus_py.worker.client_hello import (
 )
 from titus_py.worker.farewell import part
 from titus_py.worker.pump import Pump, describe
-from titus_py.worker.tls import reseed
+from titus_py.worker.tls import group_name, reseed
 
 if TYPE_CHECKING:
     from titus_py.between.certificate_index import CertificateIndex
@@ -218,7 +218,7 @@ def _serve(
             state=State.ESTABLISHED,
             tls_version=version,
             cipher_suite=cipher_suite,
-            group=connection.get_group_name() or "",
+            group=group_name(connection) or "",
         )
         protocol = connection.get_alpn_proto_negotiated() if site.alpn else b""
         if site.alpn_required and not protocol:

@@ -9,7 +9,7 @@ before this module is imported. Workers run ``reseed``.
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import groupby
@@ -27,12 +27,20 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from OpenSSL import rand
 
+# pyOpenSSL has the first function, but no method for it. cryptography has its older name.
+if hasattr(lib, "SSL_CTX_set1_curves_list"):
+    set_groups_list = lib.SSL_CTX_set1_curves_list
+    group_name: Callable[[SSL.Connection], str | None] = SSL.Connection.get_group_name
+else:
+    from titus_py.worker.older_bindings import group_name, set_groups_list
+
 __all__ = [
     "BUILT_IN_LEVEL",
     "VERSIONS",
     "Credentials",
     "as_path",
     "client_hello",
+    "group_name",
     "make_context",
     "negotiate_protocol",
     "note_close_notify",
@@ -40,6 +48,7 @@ __all__ = [
     "reseed",
     "security_level",
     "selected_suites",
+    "set_ciphersuites",
     "set_groups",
     "set_signature_schemes",
     "use_credentials",
@@ -102,7 +111,7 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     level = f"@SECLEVEL={security_level(settings.ciphers)}"
     context.set_cipher_list(":".join([*suites, level]).encode())
     if settings.ciphersuites is not None:
-        context.set_tls13_ciphersuites(settings.ciphersuites.encode())
+        set_ciphersuites(context, settings.ciphersuites)
     set_groups(context, settings.groups)
     set_signature_schemes(context)
     # Resumption would need a secret, or a store, that all workers share.
@@ -176,12 +185,18 @@ def offered_suites(ciphers: str | None, rsa_key_exchange: bool) -> tuple[str, ..
 def selected_suites(ciphers: str) -> tuple[str, ...]:
     """The TLS 1.2 suites that OpenSSL makes of a cipher list (ciphers(1)); possibly none."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
-    context.set_tls13_ciphersuites(b"")
+    set_ciphersuites(context, "")
     try:
         context.set_cipher_list(ciphers.encode())
     except SSL.Error:
         return ()
     return tuple(SSL.Connection(context).get_cipher_list())
+
+
+def set_ciphersuites(context: SSL.Context, names: str) -> None:
+    """The suites of TLS 1.3 (SSL_CTX_set_ciphersuites(3)). Raises SSL.Error."""
+    # Debian 13's pyOpenSSL has no method for it.
+    SSL._openssl_assert(lib.SSL_CTX_set_ciphersuites(context._context, names.encode()) == 1)
 
 
 def security_level(ciphers: str | None) -> int:
@@ -197,9 +212,8 @@ def set_groups(context: SSL.Context, groups: Sequence[str] | None) -> None:
     trip. The exception: the best one is post-quantum, and the guess is not.
     """
     kinds = groupby(groups or _GROUPS, lambda group: "MLKEM" in group)
-    # SSL_CTX_set1_groups_list(3). pyOpenSSL has the function, but no method for it.
     names = " / ".join(":".join(kind) for _, kind in kinds)
-    if lib.SSL_CTX_set1_curves_list(context._context, names.encode()) != 1:
+    if set_groups_list(context._context, names.encode()) != 1:
         raise ValueError(f"OpenSSL does not know each of these groups: {names}")
 
 
