@@ -86,6 +86,9 @@ _TRANSCRIPT_HASH_OCTETS = frozenset({32, 48})
 
 #: client_random and server_random, then ServerECDHParams (RFC 8422 §5.4).
 _RANDOMS_OCTETS = 64
+#: The end of the server_random of a server that speaks TLS 1.3 and negotiates TLS 1.2 (RFC 8446
+#: §4.1.3). A client that speaks TLS 1.3 aborts such a handshake.
+_DOWNGRADE = b"DOWNGRD\x01"
 _NAMED_CURVE = 3
 _X448 = 30
 #: NamedGroup -> octets of its point: the NIST curves uncompressed, X25519, X448.
@@ -163,13 +166,10 @@ def _sign(key: PrivateKey, parameter: int, octets: bytes, granted: Set[Power]) -
             raise NotTLS(f"{name.name} in TLS 1.3")
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {key.curve.name}")
-        needed, what = Power.SIGN_TLS13, "a CertificateVerify of TLS 1.3"
-    elif _group_of_server_key_exchange(octets) == _X448:
-        needed, what = Power.SIGN_TLS12_X448, "a ServerKeyExchange of TLS 1.2 in X448"
+        if Power.SIGN_TLS13 not in granted:
+            raise NotGranted("a CertificateVerify of TLS 1.3")
     else:
-        needed, what = Power.SIGN_TLS12, "a ServerKeyExchange of TLS 1.2"
-    if needed not in granted:
-        raise NotGranted(what)
+        _check_server_key_exchange(octets, granted)
     return scheme.sign(key, octets)
 
 
@@ -177,6 +177,16 @@ def _check_certificate_verify(octets: bytes) -> None:
     length = len(octets) - len(_TLS13_SERVER)
     if length not in _TRANSCRIPT_HASH_OCTETS:
         raise NotTLS(f"a transcript hash of {length} octets")
+
+
+def _check_server_key_exchange(octets: bytes, granted: Set[Power]) -> None:
+    group = _group_of_server_key_exchange(octets)
+    if granted.isdisjoint({Power.SIGN_TLS12, Power.SIGN_TLS12_MARKED}):
+        raise NotGranted("a ServerKeyExchange of TLS 1.2")
+    if group == _X448 and Power.SIGN_TLS12_X448 not in granted:
+        raise NotGranted("a ServerKeyExchange of TLS 1.2 in X448")
+    if Power.SIGN_TLS12 not in granted and octets[:_RANDOMS_OCTETS][-8:] != _DOWNGRADE:
+        raise NotGranted("a ServerKeyExchange of TLS 1.2 without the mark of a downgrade")
 
 
 def _group_of_server_key_exchange(octets: bytes) -> int:

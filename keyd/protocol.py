@@ -65,7 +65,7 @@ __all__ = [
 
 VERSION = 1
 #: Of the messages between keyd and its parents.
-CONTROL_VERSION = 3
+CONTROL_VERSION = 4
 KEY_ID_OCTETS = 32
 #: How much of a key's id is enough to tell it from others, where nothing depends on it.
 SHORT_ID_OCTETS = 8
@@ -115,13 +115,16 @@ class Power(enum.IntEnum):
     """What a channel may have done with a key.
 
     Signatures are told apart by what is signed: a virtual host that speaks TLS 1.3 alone needs no
-    signature of TLS 1.2. With X448, almost all of those octets are the worker's choice.
+    signature of TLS 1.2. One that speaks both needs them only with the mark by which a client that
+    speaks both sees a downgrade. With X448, almost all of those octets are the worker's choice: it
+    takes a power besides.
     """
 
     SIGN_TLS12 = 1
     SIGN_TLS12_X448 = 2
     SIGN_TLS13 = 3
     DECRYPT = 4
+    SIGN_TLS12_MARKED = 5
 
 
 class Status(enum.IntEnum):

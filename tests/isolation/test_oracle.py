@@ -347,16 +347,26 @@ def relay_at(instance: Instance, listener: int) -> Relay:
 # --- other versions of TLS ------------------------------------------------------------------
 
 KEY_EXCHANGES = {"X25519": key_exchange(29, bytes(32)), "X448": key_exchange(30, bytes(56))}
+#: As a server signs it that speaks TLS 1.3, too (RFC 8446 §4.1.3).
+MARKED = {
+    name: octets[:56] + b"DOWNGRD\x01" + octets[64:] for name, octets in KEY_EXCHANGES.items()
+}
 #: By the name of a certificate: its listener, and what may be signed there.
 SIGNED_AT: dict[str, tuple[int, dict[str, bytes]]] = {
-    "own": (0, {"TLS 1.3": HANDSHAKE, "TLS 1.2": KEY_EXCHANGES["X25519"]}),
+    "own": (0, {"TLS 1.3": HANDSHAKE, "TLS 1.2": MARKED["X25519"]}),
     "tls13": (2, {"TLS 1.3": HANDSHAKE}),
     "tls12": (3, {"TLS 1.2": KEY_EXCHANGES["X25519"], "X448": KEY_EXCHANGES["X448"]}),
 }
 NOT_SIGNED_AT = [
-    ("own", KEY_EXCHANGES["X448"], "a ServerKeyExchange of TLS 1.2 in X448"),
-    ("tls13", KEY_EXCHANGES["X25519"], "a ServerKeyExchange of TLS 1.2"),
-    ("tls13", KEY_EXCHANGES["X448"], "a ServerKeyExchange of TLS 1.2 in X448"),
+    ("own", MARKED["X448"], "a ServerKeyExchange of TLS 1.2 in X448"),
+    # A client that speaks both would not see that it was made to speak TLS 1.2.
+    (
+        "own",
+        KEY_EXCHANGES["X25519"],
+        "a ServerKeyExchange of TLS 1.2 without the mark of a downgrade",
+    ),
+    ("tls13", MARKED["X25519"], "a ServerKeyExchange of TLS 1.2"),
+    ("tls13", MARKED["X448"], "a ServerKeyExchange of TLS 1.2"),
     ("tls12", HANDSHAKE, "a CertificateVerify of TLS 1.3"),
 ]
 

@@ -356,7 +356,8 @@ def _powers(tls: TlsSettings) -> set[Power]:
     if tls.max_version == "TLSv1.3":
         powers.add(Power.SIGN_TLS13)
     if tls.min_version == "TLSv1.2":
-        powers.add(Power.SIGN_TLS12)
+        speaks_both = tls.max_version == "TLSv1.3"
+        powers.add(Power.SIGN_TLS12_MARKED if speaks_both else Power.SIGN_TLS12)
         if "X448" in (tls.groups or ()):
             powers.add(Power.SIGN_TLS12_X448)
     if tls.rsa_key_exchange:

@@ -4,6 +4,7 @@ import base64
 import datetime
 import json
 import os
+from itertools import combinations
 
 import pytest
 from cryptography import x509
@@ -315,27 +316,55 @@ def test_of_any_octets_only_the_two_shapes_are_signed(octets: bytes) -> None:
 # --- what only some virtual hosts need ---------------------------------------------------
 
 
-@pytest.mark.parametrize("power", Power)
+MARK = b"DOWNGRD\x01"
+TLS12, TLS12_MARKED = frozenset({Power.SIGN_TLS12}), frozenset({Power.SIGN_TLS12_MARKED})
+X448 = frozenset({Power.SIGN_TLS12_X448})
+
+
+def marked(octets: bytes) -> bytes:
+    """As a server signs it that speaks TLS 1.3, too (RFC 8446 §4.1.3)."""
+    return octets[:56] + MARK + octets[64:]
+
+
 @pytest.mark.parametrize(
-    ("octets", "needed"),
+    ("octets", "enough"),
     [
-        (TLS13, Power.SIGN_TLS13),
-        *((key_exchange(group), Power.SIGN_TLS12) for group in (23, 24, 25, 29)),
-        (key_exchange(30), Power.SIGN_TLS12_X448),
+        (TLS13, [frozenset({Power.SIGN_TLS13})]),
+        *((key_exchange(group), [TLS12]) for group in (23, 24, 25, 29)),
+        *((marked(key_exchange(group)), [TLS12, TLS12_MARKED]) for group in (23, 24, 25, 29)),
+        (key_exchange(30), [TLS12 | X448]),
+        (marked(key_exchange(30)), [TLS12 | X448, TLS12_MARKED | X448]),
     ],
     # Not by the octets, which are random: all processes of a run have to collect the same tests.
-    ids=["tls13", "P-256", "P-384", "P-521", "X25519", "X448"],
+    ids=[
+        "tls13",
+        *("P-256", "P-384", "P-521", "X25519"),
+        *("P-256-marked", "P-384-marked", "P-521-marked", "X25519-marked"),
+        *("X448", "X448-marked"),
+    ],
 )
-def test_each_shape_takes_a_power_of_its_own(power: Power, octets: bytes, needed: Power) -> None:
-    def sign_with(granted: frozenset[Power]) -> None:
-        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
-
-    for granted in (frozenset({power}), frozenset(Power) - {power}):
-        if needed in granted:
-            sign_with(granted)
+def test_each_shape_takes_its_powers(octets: bytes, enough: list[frozenset[Power]]) -> None:
+    """With every set of powers that there is."""
+    sets = [frozenset(some) for n in range(len(Power) + 1) for some in combinations(Power, n)]
+    for granted in sets:
+        if any(needed <= granted for needed in enough):
+            perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
         else:
             with pytest.raises(NotGranted):
-                sign_with(granted)
+                perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
+
+
+@pytest.mark.parametrize(
+    "random",
+    [bytes(24) + b"DOWNGRD\x00", bytes(23) + MARK + bytes(1), MARK + bytes(24), bytes(32)],
+    ids=["of TLS 1.1", "one octet early", "in front", "none"],
+)
+def test_the_mark_of_a_downgrade_is_at_the_end_of_the_servers_random(random: bytes) -> None:
+    octets = key_exchange()
+    # The client's random is the client's: a mark there counts for nothing.
+    unmarked = bytes(24) + MARK + random + octets[64:]
+    with pytest.raises(NotGranted, match="without the mark of a downgrade"):
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, unmarked, TLS12_MARKED)
 
 
 def test_decryption_takes_a_power_of_its_own() -> None:

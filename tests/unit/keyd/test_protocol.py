@@ -111,9 +111,9 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
     assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
     assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
     terms = Open(7, 10_000, 1, 9)
-    assert terms.encode() == (b"\3O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
+    assert terms.encode() == (b"\4O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
     grants = GrantSet(9, {KEY: frozenset({Power.SIGN_TLS13, Power.DECRYPT})})
-    assert grants.encode() == [b"\3G" + b"\0\0\0\x09" + b"\x18" + KEY]
+    assert grants.encode() == [b"\4G" + b"\0\0\0\x09" + b"\x18" + KEY]
 
 
 # --- whatever else ---------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
 def test_any_octets_are_a_message_or_malformed(
     kind: type[Request | Reply | Open | GrantSet | Refusal | Done], octets: bytes
 ) -> None:
-    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\3G", b"\3R", b"\3D")
+    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\4G", b"\4R", b"\4D")
     for message in (head + octets for head in heads):
         try:
             decoded = kind.decode(message)
