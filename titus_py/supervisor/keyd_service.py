@@ -17,8 +17,9 @@ __all__ = ["KeydService"]
 
 #: How many certificates whose key keyd lacks are named.
 _SHOWN = 5
-#: How soon to try again to connect to keyd.
+#: How soon to try again to connect to keyd; each time, the pause doubles.
 _PAUSE_SECONDS = 0.2
+_MAX_PAUSE_SECONDS = 2.0
 #: How long keyd may take to say which keys it has.
 _PATIENCE_SECONDS = 15.0
 
@@ -44,7 +45,7 @@ class KeydService:
         self._takeover = takeover
         self._reload_for_keys = reload_for_keys
 
-    def connect(self, generation: Generation) -> None:
+    def connect(self, generation: Generation, pause: float = _PAUSE_SECONDS) -> None:
         """Connect to keyd: again and again, until it answers or the generation needs it no more."""
         path = generation.configuration.keyd.socket
         if path is None or self._is_of_no_use(generation):
@@ -52,14 +53,14 @@ class KeydService:
         try:
             control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         except OSError:
-            self._loop.after(_PAUSE_SECONDS, lambda: self.connect(generation))
+            self._loop.after(pause, lambda: self.connect(generation, pause))
             return
 
         def stop_waiting() -> None:
             self._loop.unwatch(control.fileno())
             control.close()
             reason = f"it has not said within {_PATIENCE_SECONDS:g} s which keys it has"
-            self._again(generation, path, reason)
+            self._again(generation, path, reason, pause)
 
         def hear() -> None:
             patience.cancel()
@@ -68,13 +69,13 @@ class KeydService:
                 keys, reason = _hear_keys(control)
                 if keys is not None and self._introduced(generation, control, keys):
                     return
-            self._again(generation, path, reason)
+            self._again(generation, path, reason, pause)
 
         try:
             control.connect(str(path))
         except OSError as error:
             control.close()
-            self._again(generation, path, error.strerror or str(error))
+            self._again(generation, path, error.strerror or str(error), pause)
         else:
             patience = self._loop.after(_PATIENCE_SECONDS, stop_waiting)
             self._loop.watch(control.fileno(), hear)
@@ -133,12 +134,15 @@ class KeydService:
     def _is_of_no_use(self, generation: Generation) -> bool:
         return bool(self._service.stops) or generation.retired or generation.parent is None
 
-    def _again(self, generation: Generation, path: Path, reason: str) -> None:
-        if not (generation.keyd_missed or generation.retired or generation.parent is None):
+    def _again(self, generation: Generation, path: Path, reason: str, pause: float) -> None:
+        before = generation.keyd_missed
+        if reason != before and not (generation.retired or generation.parent is None):
             generation.keyd_missed = reason
-            self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
+            if not before:
+                self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
             self._service.tell_status()
-        self._loop.after(_PAUSE_SECONDS, lambda: self.connect(generation))
+        longer = min(2 * pause, _MAX_PAUSE_SECONDS)
+        self._loop.after(pause, lambda: self.connect(generation, longer))
 
 
 def _lacks(generation: Generation, missing: set[str]) -> str:
