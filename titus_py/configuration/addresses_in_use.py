@@ -1,4 +1,4 @@
-"""Checks of addresses: that no two settings share one, and that somebody can come to each.
+"""Checks of addresses: that no two settings share one, and who can come to each.
 
 Run by the supervisor (root) and by commands, on the tables that are valid, whatever is wrong with
 others.
@@ -13,7 +13,7 @@ from titus_py.configuration.address import Address, IPAddress, UnixAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics
 
-__all__ = ["address_mistakes"]
+__all__ = ["address_mistakes", "metrics_warnings"]
 
 
 def address_mistakes(
@@ -37,6 +37,19 @@ def address_mistakes(
         for key, other in (("metrics.address", address), *backends):
             if other == socket:
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
+
+
+def metrics_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    """The metrics are neither encrypted nor kept from anybody who can connect to them."""
+    metrics = valid_part(Metrics, tables["metrics"], source)
+    address = metrics.address if metrics else None
+    if isinstance(address, IPAddress) and not address.is_loopback:
+        yield source.mistake(
+            "metrics.address",
+            f"{address}: other machines can connect, and anybody who does gets the metrics, in "
+            f"plain text: set 127.0.0.1:{address.port} or unix:/run/titus-py/metrics.sock, or let "
+            "a firewall admit only the machine that reads them",
+        )
 
 
 def _overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:

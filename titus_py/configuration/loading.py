@@ -22,7 +22,7 @@ from titus_py.configuration.across_tables import (
     uid_warnings,
 )
 from titus_py.configuration.address import IPAddress
-from titus_py.configuration.addresses_in_use import address_mistakes
+from titus_py.configuration.addresses_in_use import address_mistakes, metrics_warnings
 from titus_py.configuration.client_certificates import client_files, client_mistakes
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
@@ -176,6 +176,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
         *uid_warnings(tables, source),
         *exposed_files(credentials, source),
         *shared_backends(tables, source),
+        *metrics_warnings(tables, source),
     ]
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)

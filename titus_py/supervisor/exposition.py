@@ -88,6 +88,10 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         "event", metrics.alarms
     )
     yield _counter("child_deaths", "Processes that ended unasked.").by("child", metrics.deaths)
+    yield _counter(
+        "fork_servers_replaced",
+        "Fork servers replaced for another memory layout: once a day, or after workers crashed.",
+    ).by("reason", metrics.fork_servers_replaced)
     reloads = _counter("reloads", "Reloads of the configuration, by outcome.")
     for result, count in metrics.reloads.items():
         reloads.add(count, result=result)

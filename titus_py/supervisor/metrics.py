@@ -184,6 +184,7 @@ class Metrics:
         self._operations: dict[int, _Operations] = {}
         self.alarms = Tally([*sorted(ALARMS), OTHER], room=0)
         self.deaths = Tally(_CHILDREN)
+        self.fork_servers_replaced = Tally(("daily", "crashes"))
         self.reloading = False
         self.reloads = {"ok": 0, "failed": 0}
         self.last_reload_failed = False
@@ -198,6 +199,7 @@ class Metrics:
             "keyd_died": lambda *_: self.deaths.add("keyd"),
             "parent_died": lambda *_: self.deaths.add("parent"),
             "fork_server_died": lambda *_: self.deaths.add("fork_server"),
+            "fork_server_replaced": self._fork_server_replaced,
             "resolver_died": lambda *_: self.deaths.add("resolver"),
             "worker_failed": lambda *_: self.deaths.add("worker"),
             "reloading": self._reload_begun,
@@ -234,6 +236,7 @@ class Metrics:
             "refused": self.refused,
             "alarms": self.alarms,
             "deaths": self.deaths,
+            "fork_servers_replaced": self.fork_servers_replaced,
             "limits": self.limits,
         }
 
@@ -373,6 +376,10 @@ class Metrics:
             for number, (below, above) in enumerate(zip([0, *since], since, strict=False)):
                 self.keyd_latency.counts[number] += max(0, above - below)
             self.keyd_latency.sum += max(0.0, now.seconds - before.seconds)
+
+    def _fork_server_replaced(self, fields: Mapping[str, object], generation: int) -> None:
+        del generation
+        self.fork_servers_replaced.add("crashes" if fields.get("level") == "warning" else "daily")
 
     def _reload_begun(self, fields: Mapping[str, object], generation: int) -> None:
         del fields, generation

@@ -142,6 +142,7 @@ class Status:
         serving = self._generations.serving
         now = datetime.now(UTC)
         credentials = [one for one in serving.certificates if one.directory is None]
+        positions = {credential: position for position, credential in enumerate(credentials)}
         return {
             "version": self.version,
             "pid": os.getpid(),
@@ -181,7 +182,7 @@ class Status:
                         for protocol, backends in vhost.backends.items()
                     ],
                     "health": self._health_of(vhost),
-                    "certificates": [credentials.index(one) for one in vhost.credentials.values()],
+                    "certificates": [positions[one] for one in vhost.credentials.values()],
                     "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),
                 }
                 for vhost in serving.configuration.vhost

@@ -838,6 +838,27 @@ def test_metrics_are_not_where_a_backend_is(load_text: Load) -> None:
     assert line.endswith('app.sock is vhost "www.example.org": backend (line 8), too')
 
 
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("127.0.0.2:9443", False),
+        ("[::1]:9443", False),
+        ("unix:/run/metrics.sock", False),
+        ("192.0.2.1:9443", True),
+        ("[2001:db8::1]:9443", True),
+        (":9443", True),
+    ],
+)
+def test_metrics_for_other_machines_are_warned_of(
+    load_text: Load, address: str, warned: bool
+) -> None:
+    loaded = load_text(f'[metrics]\naddress = "{address}"\n{LISTEN}{VHOST}')
+    assert loaded.configuration is not None
+    assert [one.key for one in loaded.warnings if "other machines can connect" in one.reason] == [
+        "metrics.address"
+    ] * warned
+
+
 def test_both_virtual_hosts_are_named(load_text: Load) -> None:
     hosts = ['sni = ["a.x"]', 'sni = ["b.x", "c.x"]', 'sni = ["C.x", "a.x"]']
     assert told(load_text(LISTEN + "".join(f"{VHOST}{host}\n" for host in hosts))) == [

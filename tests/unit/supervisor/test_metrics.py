@@ -346,6 +346,19 @@ def test_a_fork_servers_end_is_a_childs_death() -> None:
     assert found['titus_alarms_total{event="fork_server_died"}'] == 1
 
 
+def test_a_replaced_fork_server_is_counted_by_why_it_was() -> None:
+    series = 'titus_fork_servers_replaced_total{{reason="{}"}}'.format
+    metrics = Metrics()
+    assert read(metrics)[series("crashes")] == 0
+    metrics.record("fork_server_replaced", {"level": "info", "reason": "once a day"})
+    metrics.record("fork_server_replaced", {"level": "warning", "reason": "3 workers"})
+    metrics.record("fork_server_replaced", {"level": "warning", "reason": "3 workers"})
+    successor = Metrics()
+    successor.inherit(metrics.leave())
+    found = read(successor)
+    assert (found[series("daily")], found[series("crashes")]) == (1, 2)
+
+
 def test_every_way_to_end_is_there_from_the_start() -> None:
     found = read(Metrics())
     for end in End:
