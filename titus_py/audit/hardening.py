@@ -14,7 +14,7 @@ from titus_py.audit.finding import Check, Seen, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Mapping, Observation, Scene
 
-__all__ = ["CHECKS", "has_stack_protector", "is_position_independent"]
+__all__ = ["CHECKS", "has_stack_protector", "is_position_independent", "tls_library"]
 
 #: <elf.h>: what the file is for, at this place of its header.
 _ELF, _TYPE_PLACE, _ET_DYN = b"\x7fELF", 16, 3
@@ -22,6 +22,8 @@ _ELF, _TYPE_PLACE, _ET_DYN = b"\x7fELF", 16, 3
 _CANARY = b"\0__stack_chk_fail\0"
 #: Where OpenSSL is: a library of the system's, or within cryptography's wheel.
 _SYSTEMS, _WHEELS = "libssl.so", "_rust.abi3.so"
+#: What the kernel adds to the name of a file that is no longer there (proc_pid_maps(5)).
+_DELETED = " (deleted)"
 
 
 def is_position_independent(header: bytes) -> bool:
@@ -55,12 +57,23 @@ def _interpreter(seen: Observation, _: Scene) -> Seen:
 
 
 def _library(seen: Observation, _: Scene) -> Seen:
-    mapping = _openssl(seen.mappings)
+    return tls_library(seen.pid, seen.mappings)
+
+
+def tls_library(pid: int, mappings: tuple[Mapping, ...]) -> Seen:
+    """What a process's OpenSSL is like: protected, and still the one that is installed?"""
+    mapping = _openssl(mappings)
     if mapping is None:
         return not_available("no file of this process is known to hold OpenSSL")
+    if mapping.name.endswith(_DELETED):
+        return not_available(
+            f"{mapping.name.removesuffix(_DELETED)} is another file by now, by an update, and this "
+            "process has the old one. Have new connections use the new one: titus-py reload "
+            "--program; if keyd is a unit of its own, systemctl restart titus-keyd"
+        )
     try:
         protected = has_stack_protector(
-            Path(f"/proc/{seen.pid}/map_files/{mapping.start:x}-{mapping.end:x}")
+            Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
         )
     except (FileNotFoundError, ProcessLookupError):
         return not_available("it ended while it was looked at")
@@ -75,7 +88,7 @@ def _library(seen: Observation, _: Scene) -> Seen:
 def _openssl(mappings: tuple[Mapping, ...]) -> Mapping | None:
     for file in (_SYSTEMS, _WHEELS):
         for mapping in mappings:
-            if Path(mapping.name.removesuffix(" (deleted)")).name.startswith(file):
+            if Path(mapping.name.removesuffix(_DELETED)).name.startswith(file):
                 return mapping
     return None
 
@@ -91,7 +104,7 @@ CHECKS = (
     Check(
         "library",
         frozenset({Role.FORK_SERVER}),
-        "the TLS library has a stack protector",
+        "the TLS library has a stack protector, and is the one that is installed",
         "the symbols of the file with OpenSSL, by /proc/PID/maps and map_files",
         _library,
     ),

@@ -25,7 +25,7 @@ from titus_py.audit.instance import (
 from titus_py.audit.sockets import Tcp, Unix, tcp_sockets, unix_sockets, unix_sockets_of
 from titus_py.audit.target import Target
 
-__all__ = ["Mapping", "Observation", "Scene", "Stage", "has_backend", "stage_of"]
+__all__ = ["Mapping", "Observation", "Scene", "Stage", "has_backend", "mappings_of", "stage_of"]
 
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 _LIMIT = re.compile(r"(.+?)  +(\S+) +(\S+) *(\S*)")
@@ -240,7 +240,7 @@ def _observe(process: Process) -> Observation:
         root_mode=root_stat.st_mode & 0o7777,
         limits=dict(_limits((proc / "limits").read_text())),
         descriptors=descriptors(process.pid),
-        mappings=tuple(_mappings((proc / "maps").read_text(errors="replace"))),
+        mappings=tuple(mappings_of((proc / "maps").read_text(errors="replace"))),
         arguments=_words((proc / "cmdline").read_bytes()),
         environment=_words((proc / "environ").read_bytes()),
         owner_of_proc=(proc / "environ").stat().st_uid,
@@ -262,7 +262,8 @@ def _limits(text: str) -> Iterable[tuple[str, tuple[str, str]]]:
             yield match[1].removeprefix("Max "), (match[2], match[3])
 
 
-def _mappings(text: str) -> Iterable[Mapping]:
+def mappings_of(text: str) -> Iterable[Mapping]:
+    """The lines of /proc/PID/maps."""
     for line in text.splitlines():
         addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))

@@ -1,11 +1,14 @@
 """What programs were built with, seen in real ones."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from titus_py.audit.hardening import has_stack_protector, is_position_independent
+from titus_py.audit.finding import Verdict
+from titus_py.audit.hardening import has_stack_protector, is_position_independent, tls_library
+from titus_py.audit.observation import mappings_of
 
 SOURCE = """
 #include <string.h>
@@ -40,3 +43,24 @@ def test_a_stack_protector_leaves_its_name(
     # Start files of a program have none of their own.
     options = ("-shared", "-fPIC", "-s") if kind == "stripped library" else ()
     assert has_stack_protector(built(tmp_path, option, *options)) is protected
+
+
+def test_a_library_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> None:
+    library = tmp_path / "libssl.so.3"
+    built(tmp_path, "-shared", "-fPIC", "-fstack-protector-all").rename(library)
+    program = f"import ctypes; ctypes.CDLL({str(library)!r}); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        maps = Path(f"/proc/{process.pid}/maps")
+        seen = tls_library(process.pid, tuple(mappings_of(maps.read_text())))
+        assert seen == (Verdict.HOLDS, f"{library} checks canaries")
+        # As dpkg does it.
+        built(tmp_path, "-shared", "-fPIC", "-fstack-protector-all").rename(library)
+        seen = tls_library(process.pid, tuple(mappings_of(maps.read_text())))
+        assert seen.verdict is Verdict.NOT_AVAILABLE
+        assert seen.text.startswith(f"{library} is another file by now")
+        process.stdin.close()
