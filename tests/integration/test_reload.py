@@ -379,15 +379,17 @@ def test_a_reload_is_refused_where_an_added_address_is_in_use(
     serve: Serve, echoing: Listener
 ) -> None:
     instance = serve(echoing.address)
-    free, taken = free_port(), echoing.port
     processes, descriptors = generation_processes(instance), instance.supervisor().descriptors
 
     def add(tables: dict[str, Any]) -> None:
         tables["listen"] += [{"address": f"127.0.0.1:{port}"} for port in (free, taken)]
         tables["log"]["format"] = "text"
 
-    edit(instance, add)
-    assert problems(instance) == [f"cannot listen on 127.0.0.1:{taken}: Address already in use"]
+    with Listener.tcp() as another:
+        free, taken = free_port(), another.port
+        edit(instance, add)
+        reason = f"cannot listen on 127.0.0.1:{taken}: Address already in use"
+        assert problems(instance) == [reason]
     assert refused(free)
     assert generation_processes(instance) == processes
     eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
