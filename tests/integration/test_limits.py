@@ -418,6 +418,8 @@ def test_one_who_comes_within_a_surge_waits_for_no_more_than_the_limit(
             come()
             started = time.monotonic()
             with suppress(*REFUSED), TlsClient(instance.port) as client:
+                # Who says nothing does not wait for a worker yet.
+                client.socket.sendall(client.first_flight())
                 come()
                 assert talk(client.handshake())
                 return time.monotonic() - started
