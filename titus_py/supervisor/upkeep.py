@@ -204,5 +204,6 @@ def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
     connection = event["connection"]
     for begun in (generation.connections.get(connection, {}), *reversed(generation.ended)):
         if begun.get("connection") == connection:
-            event |= {"client": begun["client"], "uid": begun["uid"]}
+            # Who said nothing had no worker, and no uid.
+            event |= {"client": begun["client"], "uid": begun.get("uid")}
             return

@@ -1,5 +1,6 @@
 """What is remembered and logged of what children say is bounded."""
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,7 +41,9 @@ def generation(connections: int) -> Generation:
     """With room for so many connections."""
     return cast(
         Generation,
-        SimpleNamespace(number=1, connections={}, uids_needed=connections, checks=("one",)),
+        SimpleNamespace(
+            number=1, connections={}, ended=deque(), uids_needed=connections, checks=("one",)
+        ),
     )
 
 
@@ -50,6 +53,17 @@ def test_no_more_connections_are_remembered_than_there_can_be(upkeep: Upkeep) ->
     for number in range(1000):
         upkeep.heard(of, NOBODY, "connection_begun", {"connection": number, "uid": 1})
     assert list(of.connections) == list(range(980, 1000))
+
+
+def test_a_refusal_for_a_client_without_a_worker_is_recorded(
+    upkeep: Upkeep, recorded: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """An honest keyd refuses nothing to one; a keyd that was taken over may say so."""
+    of = generation(1)
+    of.ended.append({"connection": 7, "client": "192.0.2.1:1"})
+    upkeep.heard(of, NOBODY, "keyd_refused", {"connection": 7, "level": "alarm"})
+    [(name, fields)] = recorded
+    assert (name, fields["client"], fields["uid"]) == ("keyd_refused", "192.0.2.1:1", None)
 
 
 def test_keyd_does_not_fill_the_log(
