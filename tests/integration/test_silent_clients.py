@@ -91,6 +91,28 @@ def test_when_it_is_full_of_silent_ones_the_first_of_them_goes(
         assert not instance.events_named("full")
 
 
+def test_silent_ones_do_not_keep_idle_connections_from_giving_way(
+    serve: Serve, echoing: Listener
+) -> None:
+    """They come faster than each has been silent for long enough to be turned away."""
+    instance = serve(
+        echoing.address,
+        worker={"max": 4, "handshake_timeout": "2s"},
+        limits={"connections_per_prefix": 100, "handshakes": 3},
+    )
+    with ExitStack() as stack:
+        idle = [stack.enter_context(TlsClient(instance.port)) for _ in range(3)]
+        assert all(talk(client.handshake()) for client in idle)
+        # Until then nobody gives way: a newcomer may stand still for as long.
+        time.sleep(2.5)
+        for _ in range(20):
+            stack.enter_context(connect(instance.port))
+        assert serves(instance)
+        ends = [event["end"] for event in instance.wait_for_events(3, "connection_ended")]
+        # Newcomers get no more places in that way than limits.handshakes.
+        assert ends.count("gave_way") == 2
+
+
 def test_a_load_balancer_has_its_own_time(serve: Serve, echoing: Listener) -> None:
     instance = serve(
         echoing.address,

@@ -119,12 +119,16 @@ class Arrivals:
                 self._loop.watch(descriptor, self._make_way)
 
     def _wanted(self) -> bool | None:
-        """Accept if there is room. If not, and nobody is leaving, notice who comes."""
+        """Accept if there is room, or a client has been silent for too long.
+
+        If not, and nobody is leaving, notice who comes.
+        """
         if self._has_room():
             self._leaving = None
             return True
-        if (oldest := self.silent.oldest()) is not None:
-            return None if self._may_still_speak(oldest) else True
+        oldest = self.silent.oldest()
+        if oldest is not None and not self._may_still_speak(oldest):
+            return True
         leaving = self._leaving
         if leaving is not None and self._connections.busy.get(leaving.uid) is leaving:
             return None
@@ -227,7 +231,7 @@ class Arrivals:
             return
         self._leaving = None
         try:
-            self._leaving = self._connections.give_way()
+            self._leaving = self._connections.give_way(len(self._waiting) + len(self.silent))
         except OSError as error:
             if not self._not_available_told:
                 self._not_available_told = True

@@ -240,15 +240,16 @@ class Connections:
             attempted=refusal.detail,
         )
 
-    def give_way(self) -> Worker | None:
+    def give_way(self, without_worker: int) -> Worker | None:
         """End a connection for a newcomer's sake: the proxy is full. Returns its worker, if any.
 
-        Raises OSError where the kernel cannot be asked which connection stands still.
+        ``without_worker`` is how many clients have come before it and have no worker yet. Raises
+        OSError where the kernel cannot be asked which connection stands still.
         """
         # Others do not need it in their memory.
         from titus_py.parent.giving_way import longest_idle
 
-        if len(self.handshaking) >= self._plan.limits.handshakes:
+        if len(self.handshaking) + without_worker >= self._plan.limits.handshakes:
             # In a flood of newcomers, the place of an idle one is soon taken by the next of them.
             return None
         established = (
