@@ -172,6 +172,8 @@ class Generation:
         self.keyds_keys: set[str] | None = None
         #: Replaced by a later generation: it keeps its connections and takes no new ones.
         self.retired = False
+        #: Its connections are being ended, to make room for another generation.
+        self.gives_way = False
         #: Its parent was told to retire, and has not confirmed it.
         self.retiring = False
         #: Its fork server has ended: no more workers can be made.

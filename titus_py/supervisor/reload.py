@@ -22,6 +22,7 @@ from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import CannotListen, Listeners
 from titus_py.supervisor.privileges import given_up
 from titus_py.supervisor.record import Event
+from titus_py.supervisor.room import Room
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.takeover import Awaited, Takeover
@@ -32,9 +33,6 @@ __all__ = ["READ_SECONDS", "ReadAgain", "Reload"]
 #: How long reading the configuration and the files that it names may take: longer than checking
 #: the largest number of certificates that is possible.
 READ_SECONDS = 1000.0
-
-#: Earlier generations whose connections go on take up uids that a reload may need.
-_MOST_GENERATIONS = 8
 
 _Found = TypeVar("_Found")
 #: Reads and checks the configuration; it is told which certificates are served.
@@ -68,13 +66,13 @@ class Reload:
         self._event = event
         self._service = service
         self._listeners = listeners
-        self._children = children
         self._uids = uids
         self._generations = generations
         self._takeover = takeover
         self._starting = starting
         self._keyd_service = keyd_service
         self._cut = cut
+        self._room = Room(event, generations, children, uids)
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
@@ -269,26 +267,14 @@ class Reload:
             over(False)
         elif urgently is not None and serving.number != urgently:
             return
-        elif self._is_crowded(serving):
+        elif not self._room.is_there(serving):
             if urgently is not None:
-                self._end_oldest()
+                self._room.make(serving)
             over(False)
         else:
             self._service.reloading = self._renewing = self._unforced = True
             self._renewal_over = over
             self._take(serving.checked)
-
-    def _is_crowded(self, serving: Generation) -> bool:
-        """Whether earlier generations, whose connections go on, leave no room for another one."""
-        several = len(list(self._generations)) >= _MOST_GENERATIONS
-        return several or self._uids.free(serving, self._generations) is None
-
-    def _end_oldest(self) -> None:
-        """End the connections of the oldest generation: it could otherwise be kept for ever."""
-        oldest = next(iter(self._generations))
-        if oldest.parent is not None and oldest.retired:
-            self._event("generation_gives_way", level="warning", generation=oldest.number)
-            self._children.order(oldest.parent, {"do": "close"})
 
     def renew(self, generation: Generation) -> None:
         """Replace a generation that can make no more workers by one with the same configuration.

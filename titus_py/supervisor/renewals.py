@@ -24,8 +24,10 @@ _ENDS = frozenset(f"killed by {signal}" for signal in _SIGNALS)
 #: How long to wait, at least, from one to the next; and after how long without one to begin anew.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _QUIET_SECONDS = 15.0, 300.0, 3600.0
 _DAY_SECONDS = 86_400.0
-#: How soon to try again what a reload, for one, did not allow; and how soon while workers crash.
-_RETRY_SECONDS, _URGENT_RETRY_SECONDS = 60.0, 2.0
+#: How soon to try the daily renewal again, if a reload, for one, did not allow it.
+_RETRY_SECONDS = 60.0
+#: The same while workers crash. The pause doubles with each attempt: each has processes started.
+_URGENT_RETRY_SECONDS, _LONGEST_URGENT_RETRY_SECONDS = 2.0, 300.0
 
 
 class Replace(Protocol):
@@ -57,11 +59,13 @@ class Renewals:
         self._deaths: deque[float] = deque(maxlen=_DEATHS)
         self._pause = _SHORTEST_PAUSE_SECONDS
         self._last = -_QUIET_SECONDS
+        #: The generation that is being replaced because of crashes, if one is.
+        self._urgent: int | None = None
         self._loop.after(_DAY_SECONDS, self._daily)
 
     def worker_ended(self, end: str, generation: int) -> None:
         """A worker of the generation that serves has ended, which had a client."""
-        if end not in _ENDS:
+        if end not in _ENDS or generation == self._urgent:
             return
         now = self._clock()
         self._deaths.append(now)
@@ -74,7 +78,7 @@ class Renewals:
         else:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
         # Not now: the event that says so is still being heard.
-        self._last = now
+        self._last, self._urgent = now, generation
         self._deaths.clear()
         reason = f"{_DEATHS} workers within a minute, the last one {end}"
         self._loop.after(0, partial(self._after_deaths, reason, generation))
@@ -87,14 +91,18 @@ class Renewals:
 
         self._replace(over)
 
-    def _after_deaths(self, reason: str, generation: int) -> None:
+    def _after_deaths(
+        self, reason: str, generation: int, pause: float = _URGENT_RETRY_SECONDS
+    ) -> None:
         """Try until that generation no longer serves: an attacker knows part of its layout."""
 
         def over(replaced: bool) -> None:
             if replaced:
+                self._urgent = None
                 self._event("fork_server_replaced", level="warning", reason=reason)
                 return
-            again = partial(self._after_deaths, reason, generation)
-            self._loop.after(_URGENT_RETRY_SECONDS, again)
+            longer = min(2 * pause, _LONGEST_URGENT_RETRY_SECONDS)
+            again = partial(self._after_deaths, reason, generation, longer)
+            self._loop.after(pause, again)
 
         self._replace(over, urgently=generation)

@@ -54,7 +54,16 @@ class UidBlocks:
 
     def free(self, generation: Generation, others: Iterable[Generation]) -> range | None:
         """A free block for this generation's workers; None if there is none now."""
-        taken = [*self.used, self.resolvers, *(other.uids for other in others if other.uids)]
+        return self._free(generation, others, self.used)
+
+    def free_later(self, generation: Generation, others: Iterable[Generation]) -> range | None:
+        """As ``free``, once no process has the uids of parents that have ended any more."""
+        return self._free(generation, others, ())
+
+    def _free(
+        self, generation: Generation, others: Iterable[Generation], used: Iterable[range]
+    ) -> range | None:
+        taken = [*used, self.resolvers, *(other.uids for other in others if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
     def for_resolver(self, generations: Generations) -> int:

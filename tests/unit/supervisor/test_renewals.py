@@ -106,6 +106,39 @@ def test_what_a_reload_has_replaced_is_not_replaced_again() -> None:
     assert [seconds for seconds, _ in found.timers] == [DAY]
 
 
+def test_what_fails_each_time_is_tried_ever_more_seldom() -> None:
+    """No descriptor is left, say. An attacker decides how many bursts of crashes there are."""
+    found = Replaced()
+    found.possible = False
+    found.die(3)
+    for _ in range(20):
+        found.die(3, every=19)
+    daily, *urgent = found.timers
+    assert len(urgent) == 1, "one attempt at a time, however many workers crash"
+    pauses = [found.timer() for _ in range(10)]
+    assert pauses == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    found.possible = True
+    assert found.timer() == 300
+    assert found.timers == [daily]
+    # The next time it begins with the shortest pause again.
+    found.possible, found.now = False, found.now + 3700
+    found.die(3)
+    assert found.timer() == 2
+
+
+def test_crashes_of_another_generation_are_a_reason_of_their_own() -> None:
+    found = Replaced()
+    found.possible = False
+    found.die(3)
+    found.serving, found.now = 2, found.now + 3700
+    found.die(3)
+    found.possible = True
+    while len(found.timers) > 1:
+        found.timer()
+    assert found.count == 1
+    assert len(found.said) == 1
+
+
 def test_once_a_day() -> None:
     found = Replaced()
     [(seconds, daily)] = found.timers
