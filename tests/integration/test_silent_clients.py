@@ -3,6 +3,7 @@
 import socket
 import time
 from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 
@@ -11,11 +12,21 @@ from .instance import Instance, Process, eventually, free_port
 from .peers import Listener, TlsClient, connect, reset
 from .service import reload, serves, status, talk
 
+#: More than have an event of their own while they come.
+FLOOD = 500
+
 
 def spares(instance: Instance) -> set[Process]:
     """Once nobody is served, and as many are there as there may be."""
     instance.settled_counts()
     return set(instance.workers())
+
+
+def told_of(instance: Instance) -> int:
+    """How many handshakes have failed, each or together."""
+    together = instance.events_named("silent_clients")
+    own = instance.events_named("handshake_failed")
+    return len(own) + sum(event["count"] for event in together)
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["FIN", "RST"])
@@ -25,24 +36,59 @@ def test_who_connects_and_leaves_takes_no_worker(
     """Health checks and port scanners. With the control: one octet takes one."""
     instance = serve(echoing.address)
     before = spares(instance)
-    for number in range(1, 101):
+    for number in range(1, 11):
         client = connect(instance.port)
         assert callable(leave)
         leave(client)
-        if number % 10 == 0:
-            instance.wait_for_events(number, "handshake_failed")
+        failed = instance.wait_for_events(number, "handshake_failed")
     assert set(instance.workers()) == before
-    failed = instance.events_named("handshake_failed")
     assert {event["end"] for event in failed} == {"client_left"}
     assert {event["level"] for event in failed} == {"info"}
     assert all("uid" not in event for event in failed)
-    assert len(instance.events_named("connection_begun")) == 100
+    assert not instance.events_named("connection_begun")
 
     with connect(instance.port) as client:
         client.sendall(b"\x16")
-    failed = instance.wait_for_events(101, "handshake_failed")
-    assert (failed[100]["end"], failed[100]["detail"]) == ("client_left", "after 1 octets")
+    failed = instance.wait_for_events(11, "handshake_failed")
+    assert (failed[10]["end"], failed[10]["detail"]) == ("client_left", "after 1 octets")
     eventually(lambda: before - set(instance.workers()), "a worker has been used up")
+
+
+def test_of_many_that_connect_and_leave_most_are_only_counted(
+    serve: Serve, echoing: Listener
+) -> None:
+    """A flood of them takes no room from other events."""
+    instance = serve(echoing.address)
+    spares(instance)
+    already = status(instance)["counts"]["accepted"]
+    started = time.monotonic()
+    for _ in range(FLOOD):
+        connect(instance.port).close()
+
+    def counts() -> dict[str, Any]:
+        return cast(dict[str, Any], status(instance)["counts"])
+
+    eventually(lambda: counts()["accepted"] == already + FLOOD, "each is counted")
+    seconds = time.monotonic() - started
+    assert told_of(instance) == FLOOD
+    own = len(instance.events_named("handshake_failed"))
+    assert own <= 20 * (seconds + 1), "of each second, a few have an event of their own"
+    together = instance.events_named("silent_clients", end="client_left", last_client="127.0.0.1")
+    assert 0 < len(together) <= seconds + 1, "once a second"
+    assert counts()["failed"]["client_left"] >= FLOOD
+    assert not counts()["events_lost"]
+
+
+def test_of_those_that_leave_just_before_the_end_each_is_counted(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address)
+    for _ in range(50):
+        connect(instance.port).close()
+    # It came last, and so all of them have been accepted.
+    assert serves(instance)
+    assert instance.terminate() == 0
+    assert told_of(instance) == 50
 
 
 def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
@@ -165,5 +211,5 @@ def test_nothing_is_left_of_them(serve: Serve, echoing: Listener) -> None:
     assert serves(instance)
     for client in clients:
         client.close()
-    instance.wait_for_events(100, "handshake_failed")
+    eventually(lambda: told_of(instance) == 100, "the end of each")
     assert instance.settled_counts() == before

@@ -17,6 +17,7 @@ from titus_py.parent.connections import Connections
 from titus_py.parent.outbox import Tell
 from titus_py.parent.silent import Silent, has_spoken
 from titus_py.parent.sock_diag import not_available
+from titus_py.parent.unserved import Unserved
 from titus_py.parent.worker import Worker
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Arrivals:
         #: Those that are not waiting yet.
         self.silent = Silent(loop, plan.handshake_timeout, self._wait, self._over)
         self._connections = connections
+        self._unserved = Unserved(loop, connections, tell)
         self._admission = admission
         self._limits_hit = limits_hit
         self._tell = tell
@@ -162,6 +164,10 @@ class Arrivals:
             self._turn_away(self.silent.pop_oldest())
         while len(self._waiting) > count:
             self._turn_away(self._waiting.popleft())
+
+    def say_last(self) -> None:
+        """Report, before the parent ends, what has not been reported yet."""
+        self._unserved.say_last()
 
     def _no_longer_full(self) -> None:
         """Report room only if it is still there: connections may come and go at the maximum."""
@@ -282,7 +288,7 @@ class Arrivals:
     def _over(self, arrival: Arrival, end: str) -> None:
         """A client has left, or has been silent for too long."""
         self._turn_away(arrival)
-        self._connections.over(arrival, end)
+        self._unserved.over(arrival, end)
 
     def _wait(self, arrival: Arrival) -> None:
         """Queue a client for a worker. If too many wait, reset the one that has waited longest.

@@ -122,15 +122,15 @@ class Connections:
         """Record a client that said nothing until its end, and so had no worker."""
         connection = self.next_number
         self.next_number += 1
-        client = _text(arrival.address, arrival.port)
-        fields: dict[str, Any] = {
-            "connection": connection,
-            "client": client,
-            "local": _text(arrival.local_address, arrival.local_port),
-        }
-        self._tell("connection_begun", **fields)
-        seconds = round(time.monotonic() - arrival.since, 3)
-        self._tell("connection_over", level="info", **fields, seconds=seconds, end=end)
+        self._tell(
+            "connection_over",
+            level="info",
+            connection=connection,
+            client=_text(arrival.address, arrival.port),
+            local=_text(arrival.local_address, arrival.local_port),
+            seconds=round(time.monotonic() - arrival.since, 3),
+            end=end,
+        )
 
     def hear(self, worker: Worker) -> bool:
         """Receive a worker's message; returns whether it says "ready for a client"."""

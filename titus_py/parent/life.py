@@ -117,6 +117,7 @@ class Parent:
             self._loop.run_once()
             self._serve_waiting()
             self._adjust_accepting()
+        self._arrivals.say_last()
         self._limits_hit.say_last()
         self._outbox.send_last()
 

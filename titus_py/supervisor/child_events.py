@@ -171,8 +171,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "client": _TEXT,
             "local": _TEXT,
             "balancer": _optional(_TEXT),
-            # Nobody's who had no worker.
-            "uid": _optional(_COUNT),
+            "uid": _COUNT,
         },
         "connection_over": {
             "level": _LEVEL,
@@ -188,7 +187,15 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "worker_seconds": _optional(_SECONDS),
             "end": _TEXT,
             "unfinished": _optional(_FLAG),
+            # Nobody's who had no worker.
             "uid": _optional(_COUNT),
+        },
+        "silent_clients": {
+            "level": _LEVEL,
+            "end": _TEXT,
+            "count": _COUNT,
+            "last_client": _TEXT,
+            "seconds": _SECONDS,
         },
         "signed_unfinished": {"connection": _COUNT, "client": _TEXT, "local": _TEXT},
         "accept_failed": {"level": _LEVEL, "reason": _optional(_TEXT)},

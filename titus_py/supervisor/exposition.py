@@ -27,9 +27,9 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
 
 def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
     live = sum(generation["connections"] for generation in status.get("generations", ()))
-    yield _counter("connections_accepted", "Clients that were given a worker.").add(
-        metrics.accepted
-    )
+    yield _counter(
+        "connections_accepted", "Clients that had a worker, or said nothing until their end."
+    ).add(metrics.accepted)
     yield _gauge("connections_live", "Connections that have not ended.").add(live)
     yield _counter("connections_ended", "Connections by how they ended.").by("end", metrics.ended)
     handshakes = _counter(

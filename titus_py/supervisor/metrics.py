@@ -194,6 +194,7 @@ class Metrics:
             "connection_begun": self._connection_begun,
             "connection_ended": self._connection_ended,
             "handshake_failed": self._handshake_failed,
+            "silent_clients": self._silent,
             "operations": self._keyd_operated,
             "keyd_started": self._keyd_started,
             "keyd_died": lambda *_: self.deaths.add("keyd"),
@@ -330,9 +331,22 @@ class Metrics:
         del generation
         end = _end(fields)
         self.failures.add(end)
+        if fields.get("uid") is None:
+            # Without a worker, it has no event at its beginning.
+            self.accepted += 1
         if end == "client_certificate":
             self.certificates_refused.add(str(fields.get("detail")).partition(":")[0])
         self._over(fields, end)
+
+    def _silent(self, fields: Mapping[str, object], generation: int) -> None:
+        """Count clients that said nothing, had no worker, and have one event together."""
+        del generation
+        end, count = _end(fields), _count(fields.get("count"))
+        self.accepted += count
+        self.failures.add(end, count)
+        self.ended.add(end, count)
+        # How long each took is not known.
+        self.durations.observe(_number(fields.get("seconds")) / max(1, count), count)
 
     def _over(self, fields: Mapping[str, object], end: str) -> None:
         self.ended.add(end)

@@ -88,7 +88,7 @@ class Upkeep:
             if len(generation.connections) > generation.uids_needed:
                 # More than there can be: the ends of the first ones were lost.
                 del generation.connections[next(iter(generation.connections))]
-        elif name in _ENDS:
+        elif name in _ENDS and event.get("uid") is not None:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
             if generation is self._generations.serving:
                 self._worker_ended(event["end"], generation.number)
@@ -204,6 +204,6 @@ def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:
     connection = event["connection"]
     for begun in (generation.connections.get(connection, {}), *reversed(generation.ended)):
         if begun.get("connection") == connection:
-            # Who said nothing had no worker, and no uid.
+            # A supervisor of the program before may have left one without a uid.
             event |= {"client": begun["client"], "uid": begun.get("uid")}
             return

@@ -67,7 +67,7 @@ ENDED: dict[str, Any] = {
     "worker_seconds": 61.0,
     "end": "clean",
 }
-FAILED = {"level": "info", "seconds": 10.0, "end": "handshake_timeout"}
+FAILED = {"level": "info", "seconds": 10.0, "end": "handshake_timeout", "uid": 5}
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool")
 
 
@@ -122,6 +122,21 @@ def test_refused_client_certificates_are_counted_by_reasons_that_are_known() -> 
     assert found[f'{name}{{reason="other"}}'] == 2
     assert found[f'{name}{{reason="revoked"}}'] == 0
     assert found['titus_handshake_failures_total{reason="client_certificate"}'] == 4
+
+
+def test_clients_that_said_nothing_are_counted_each_or_together() -> None:
+    metrics = Metrics()
+    silent = {"level": "info", "seconds": 2.0, "end": "client_left"}
+    metrics.record("handshake_failed", silent)
+    metrics.record("silent_clients", silent | {"seconds": 7.0, "count": 7})
+    metrics.record("silent_clients", silent | {"seconds": 0.0, "count": 0})
+    found = read(metrics)
+    assert found["titus_connections_accepted_total"] == 8
+    assert found['titus_connections_ended_total{end="client_left"}'] == 8
+    assert found['titus_handshake_failures_total{reason="client_left"}'] == 8
+    assert found["titus_connection_duration_seconds_count"] == 8
+    assert found["titus_connection_duration_seconds_sum"] == 9
+    assert found['titus_connection_duration_seconds_bucket{le="1"}'] == 7
 
 
 def test_connections() -> None:

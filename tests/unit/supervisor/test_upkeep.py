@@ -55,6 +55,18 @@ def test_no_more_connections_are_remembered_than_there_can_be(upkeep: Upkeep) ->
     assert list(of.connections) == list(range(980, 1000))
 
 
+def test_clients_without_a_worker_do_not_take_the_place_of_those_that_had_one(
+    upkeep: Upkeep, recorded: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """keyd may be heard after the end of a worker that it refused."""
+    of = generation(1)
+    of.ended.append({"connection": 7, "client": "192.0.2.1:1", "uid": 5})
+    fields = {"level": "info", "client": "192.0.2.9:1", "end": "client_left"}
+    upkeep.heard(of, NOBODY, "handshake_failed", {**fields, "connection": 8})
+    assert [begun["connection"] for begun in of.ended] == [7]
+    assert recorded == [("handshake_failed", {**fields, "connection": 8})]
+
+
 def test_a_refusal_for_a_client_without_a_worker_is_recorded(
     upkeep: Upkeep, recorded: list[tuple[str, dict[str, Any]]]
 ) -> None:
