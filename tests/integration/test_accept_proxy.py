@@ -191,7 +191,8 @@ def test_who_hangs_up_before_the_header_is_a_health_check(
     with connect(proxied.port) as side:
         name = name_of(side)
         side.sendall(said)
-    ended = said_of(proxied, 2, client=name)[-1]
+    # Who says nothing has no worker, and so no event at its beginning.
+    ended = said_of(proxied, 2 if said else 1, client=name)[-1]
     assert (ended["end"], ended.get("detail")) == ("client_left", detail)
 
 
