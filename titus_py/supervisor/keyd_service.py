@@ -1,6 +1,8 @@
 """Connects to a keyd that is a service of its own. Run by the supervisor; never blocks it."""
 
 import socket
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +22,35 @@ _SHOWN = 5
 #: How soon to try again to connect to keyd; each time, the pause doubles.
 _PAUSE_SECONDS = 0.2
 _MAX_PAUSE_SECONDS = 2.0
+#: The same after one that was connected and is gone: it may be about to go each time, and each time
+#: with other keys, which asks for a reload. One that has been there for so long counts as reliable.
+_MAX_LOST_PAUSE_SECONDS, _RELIABLE_SECONDS = 30.0, 10.0
 #: How long keyd may take to say which keys it has.
 _PATIENCE_SECONDS = 15.0
+
+
+class _Reliability:
+    """Of the keyd at one path: whichever generation connects to it, it is the same keyd."""
+
+    def __init__(self) -> None:
+        self._connected: float | None = None
+        self._pause = 0.0
+
+    def is_connected(self, now: float) -> None:
+        if self._connected is None:
+            self._connected = now
+
+    def is_lost(self, now: float) -> float:
+        """Returns after which pause to connect to it again."""
+        if self._connected is not None:
+            if now - self._connected >= _RELIABLE_SECONDS:
+                self._pause = 0.0
+            else:
+                longer = max(2 * self._pause, _PAUSE_SECONDS)
+                self._pause = min(longer, _MAX_LOST_PAUSE_SECONDS)
+            # Several generations may lose the same one.
+            self._connected = None
+        return self._pause
 
 
 class KeydService:
@@ -36,6 +65,7 @@ class KeydService:
         children: Children,
         takeover: Takeover,
         reload_for_keys: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
         self._event = event
@@ -44,6 +74,8 @@ class KeydService:
         self._children = children
         self._takeover = takeover
         self._reload_for_keys = reload_for_keys
+        self._clock = clock
+        self._reliability: dict[Path | None, _Reliability] = defaultdict(_Reliability)
 
     def connect(self, generation: Generation, pause: float = _PAUSE_SECONDS) -> None:
         """Connect to keyd: again and again, until it answers or the generation needs it no more."""
@@ -79,6 +111,19 @@ class KeydService:
         else:
             patience = self._loop.after(_PATIENCE_SECONDS, stop_waiting)
             self._loop.watch(control.fileno(), hear)
+
+    def lost(self, generation: Generation) -> None:
+        """The parent has lost its keyd: connect again, later if it had not been there for long."""
+        generation.without_keyd = True
+        path, parent = generation.configuration.keyd.socket, generation.parent
+        pause = self._reliability[path].is_lost(self._clock())
+
+        def again() -> None:
+            # Another parent is connected when it is started.
+            if generation.parent is parent:
+                self.connect(generation)
+
+        self._loop.after(pause, again)
 
     def use_after_all(self, generation: Generation) -> None:
         """Use a keyd that was held back: the reload brought no certificates for its new keys."""
@@ -123,6 +168,7 @@ class KeydService:
         except OSError:
             return False
         self._event("keyd_connected", socket=str(path), generation=generation.number)
+        self._reliability[path].is_connected(self._clock())
         generation.without_keyd = generation.waits_for_keyd = False
         generation.keyd_missed = ""
         if generation.ready:

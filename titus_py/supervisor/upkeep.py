@@ -97,8 +97,7 @@ class Upkeep:
         elif name == "keyd_refused":
             _complete_refusal(generation, event)
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
-            generation.without_keyd = True
-            self._keyd_service.connect(generation)
+            self._keyd_service.lost(generation)
         elif name == "keyd_said":
             if not self._may_say_more():
                 return

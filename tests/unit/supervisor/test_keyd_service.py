@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from keyd.protocol import Keys
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.keyd_service import KeydService
@@ -62,3 +63,79 @@ def test_it_is_asked_ever_more_seldom_and_that_is_said_once(tmp_path: Path) -> N
         lose_patience()
     assert generation.keyd_missed == "it has not said within 15 s which keys it has"
     assert [one["event"] for one in said] == ["keyd_unreachable"]
+
+
+class ShortLived:
+    """A keyd that says its keys and hangs up, and a supervisor's side of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.now = 1000.0
+        self.loop = Clockless()
+        self.children: Any = SimpleNamespace(order=lambda *order: None)
+        nothing: Any = None
+        service: Any = SimpleNamespace(stops=0, tell_status=lambda: None)
+        takeover: Any = SimpleNamespace(awaits=lambda generation: False)
+        generations: Any = SimpleNamespace(serving=None)
+        self.service = KeydService(
+            self.loop,
+            lambda name, generation=0, **fields: None,
+            service,
+            generations,
+            self.children,
+            takeover,
+            nothing,
+            clock=lambda: self.now,
+        )
+        self._path = path
+        self.generations = [self.generation(), self.generation()]
+
+    def generation(self) -> Generation:
+        return cast(
+            Generation,
+            SimpleNamespace(
+                configuration=SimpleNamespace(keyd=SimpleNamespace(socket=self._path)),
+                number=1,
+                retired=False,
+                parent=object(),
+                keyds_keys=None,
+                key_ids=set(),
+                ready=False,
+                without_keyd=True,
+                waits_for_keyd=True,
+                keyd_missed="",
+            ),
+        )
+
+    def live(self, listener: socket.socket, seconds: float) -> list[float]:
+        """Be connected to each, and die after so long; returns after what pauses they ask again."""
+        for generation in self.generations:
+            self.service.connect(generation)
+            peer, _ = listener.accept()
+            with peer:
+                peer.send(Keys(()).encode())
+                self.loop.run_once()
+            assert not generation.without_keyd
+        self.now += seconds
+        self.loop.later.clear()
+        for generation in self.generations:
+            self.service.lost(generation)
+            assert generation.without_keyd
+        pauses = [pause for pause, _ in self.loop.later]
+        self.now += max(pauses)
+        return pauses
+
+
+def test_one_that_says_its_keys_and_dies_is_asked_ever_more_seldom(tmp_path: Path) -> None:
+    keyd = ShortLived(tmp_path / "keyd.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "keyd.sock"))
+        listener.listen()
+        pauses = [keyd.live(listener, 1) for _ in range(10)]
+        assert pauses == [
+            [pause] * 2 for pause in (0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30)
+        ]
+        assert keyd.live(listener, 60) == [0, 0], "it has lived for a while"
+        assert keyd.live(listener, 1) == [0.2, 0.2]
+        # A new generation does not make it more reliable.
+        keyd.generations = [keyd.generation()]
+        assert keyd.live(listener, 1) == [0.4]
