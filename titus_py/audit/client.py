@@ -13,6 +13,7 @@ import signal
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -37,9 +38,11 @@ __all__ = ["MAX_ANSWER_OCTETS", "main"]
 #: A certificate has at most 2^24 - 1 octets (RFC 8446 §4.4.2), and rarely more than a few KiB.
 MAX_ANSWER_OCTETS = 128 * 1024
 _MAX_ORDER_OCTETS = 4096
+#: How long the peer may take for the handshake, in all.
 _SECONDS = 5.0
 #: How long to wait for the server's close_notify.
 _FAREWELL_SECONDS = 1.0
+_SHORTEST_WAIT_SECONDS = 0.001
 _DESCRIPTORS = 8
 _MAX_RECEIVED = 65536
 
@@ -91,7 +94,6 @@ def main() -> int:
         control.send(json.dumps({"cannot": str(error)}).encode())
         return 1
     control.send(json.dumps({"confined": True}).encode())
-    peer.settimeout(_SECONDS)
     order = json.loads(control.recv(_MAX_ORDER_OCTETS) or b"{}")
     if order.get("do") == "begin":
         client = Client(context, peer, order["name"], order["alpn"])
@@ -108,7 +110,12 @@ class Client:
     """TLS's client side on a connected socket."""
 
     def __init__(
-        self, context: ssl.SSLContext, peer: socket.socket, name: str | None, alpn: list[str] | None
+        self,
+        context: ssl.SSLContext,
+        peer: socket.socket,
+        name: str | None,
+        alpn: list[str] | None,
+        seconds: float = _SECONDS,
     ) -> None:
         if alpn is not None:
             context.set_alpn_protocols(alpn)
@@ -116,12 +123,14 @@ class Client:
         self._from_peer, self._to_peer = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._from_peer, self._to_peer, server_hostname=name)
         self._flight = b""
+        self._seconds = seconds
 
     def begin(self) -> dict[str, str]:
         """Say one octet: who says nothing gets no worker. Returns what to answer."""
         with suppress(ssl.SSLWantReadError):
             self.tls.do_handshake()
         self._flight = self._to_peer.read()
+        self._peer.settimeout(self._seconds)
         try:
             self._peer.sendall(self._flight[:1])
         except OSError as error:
@@ -131,35 +140,40 @@ class Client:
     def shake_hands(self) -> None:
         """Raises OSError."""
         self._peer.sendall(self._flight[1:])
-        self._drive(self.tls.do_handshake)
+        self._drive(self.tls.do_handshake, self._seconds)
 
     def say_goodbye(self) -> bool:
         """Send close_notify; returns whether the server sent one, too."""
-        self._peer.settimeout(_FAREWELL_SECONDS)
         try:
-            self._drive(self.tls.unwrap)
+            self._drive(self.tls.unwrap, _FAREWELL_SECONDS)
             self._peer.close()
         except (OSError, ValueError):
             return False
         return True
 
-    def _drive(self, step: Callable[[], object]) -> None:
+    def _drive(self, step: Callable[[], object], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+
+        def send() -> None:
+            # A timeout of 0 would mean "do not wait", and fail in other words.
+            self._peer.settimeout(max(deadline - time.monotonic(), _SHORTEST_WAIT_SECONDS))
+            if octets := self._to_peer.read():
+                self._peer.sendall(octets)
+
         while True:
             try:
                 step()
-                self._send()
+                send()
                 return
             except ssl.SSLWantReadError:
-                self._send()
+                send()
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out") from None
                 octets = self._peer.recv(_MAX_RECEIVED)
                 if octets:
                     self._from_peer.write(octets)
                 else:
                     self._from_peer.write_eof()
-
-    def _send(self) -> None:
-        if octets := self._to_peer.read():
-            self._peer.sendall(octets)
 
 
 def shake_hands(client: Client) -> dict[str, str]:
