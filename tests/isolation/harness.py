@@ -163,8 +163,10 @@ def one_more_connection(instance: Instance) -> None:
 class Relay:
     """Through a taken-over worker, messages to keyd, and its answers."""
 
-    def __init__(self, instance: Instance, seconds: int = 0) -> None:
-        self.socket = connect(instance.port)
+    def __init__(
+        self, instance: Instance, seconds: int = 0, source: socket.socket | None = None
+    ) -> None:
+        self.socket = source or connect(instance.port)
         self.client = "{}:{}".format(*self.socket.getsockname())
         hello = TlsClient(instance.port, f"h.relay.{seconds}.attack.test", source=self.socket)
         self.socket.sendall(hello.first_flight())

@@ -6,6 +6,7 @@ asks for certificates; anything else is an alarm.
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -348,6 +349,13 @@ class Connections:
             powers = _powers(self._plan.vhosts[number].tls)
             for key in self._keys[number]:
                 grants[key] = grants.get(key, frozenset()) | powers
+        if any(Power.DECRYPT in powers for powers in grants.values()):
+            # A key that others sign with decrypts what their clients sent. The check refuses such a
+            # configuration; whatever it overlooks, keyd is to refuse.
+            users = Counter(key for keys in self._keys for key in set(keys))
+            grants.update(
+                (key, powers - {Power.DECRYPT}) for key, powers in grants.items() if users[key] > 1
+            )
         return grants
 
 
