@@ -111,6 +111,15 @@ def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
     assert 1.9 < event["seconds"] < 5
 
 
+def test_whose_first_octet_is_urgent_has_spoken(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address)
+    with connect(instance.port) as client:
+        client.send(b"G", socket.MSG_OOB)
+        client.sendall(b"ET / HTTP/1.1\r\n\r\n")
+        name = "{}:{}".format(*client.getsockname())
+        assert "uid" in instance.wait_for_event("handshake_failed", client=name)
+
+
 def test_when_it_is_full_of_silent_ones_the_first_of_them_goes(
     serve: Serve, echoing: Listener
 ) -> None:

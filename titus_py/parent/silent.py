@@ -5,6 +5,7 @@ The kernel tells when octets have come, and whether the client has left; none is
 """
 
 import fcntl
+import select
 import struct
 import termios
 import time
@@ -24,6 +25,14 @@ def has_spoken(arrival: Arrival) -> bool:
     """Whether octets of this client wait to be read (tcp(7), SIOCINQ)."""
     unread = fcntl.ioctl(arrival.client, termios.FIONREAD, bytes(_COUNT.size))
     return bool(_COUNT.unpack(unread)[0])
+
+
+def _has_left(arrival: Arrival) -> bool:
+    """Whether this client has ended its stream, or the connection."""
+    poll = select.poll()
+    # POLLHUP and POLLERR are reported unasked.
+    poll.register(arrival.client, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class Silent:
@@ -78,7 +87,9 @@ class Silent:
 
     def _hear(self, descriptor: int) -> None:
         arrival = self._take(descriptor)
-        if has_spoken(arrival):
+        if has_spoken(arrival) or not _has_left(arrival):
+            # The kernel does not count urgent octets, nor what came within a SYN (RFC 7413) whose
+            # handshake is not done.
             self._spoke(arrival._replace(since=time.monotonic()))
         else:
             self._over(arrival, "client_left")
