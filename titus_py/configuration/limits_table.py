@@ -7,7 +7,10 @@ from pydantic import Field
 from titus_py.configuration.table import Table
 from titus_py.configuration.values import Duration, Integer, Keepalive
 
-__all__ = ["Limits", "Unfinished"]
+__all__ = ["Limits", "Unfinished", "default_handshakes", "default_per_prefix"]
+
+_FEW_HANDSHAKES = 64
+_FEW_OF_A_PREFIX = 16
 
 
 class Unfinished(Table):
@@ -73,3 +76,13 @@ class Limits(Table):
         default_factory=Unfinished,
         description="How many connections keyd may sign for that never come to their backend.",
     )
+
+
+def default_handshakes(connections: int) -> int:
+    """How many of these connections may be in their handshake: half, but at least 64 (or all)."""
+    return max(min(connections, _FEW_HANDSHAKES), connections // 2)
+
+
+def default_per_prefix(connections: int) -> int:
+    """How many of these connections one network may have: a quarter, but at least 16."""
+    return max(_FEW_OF_A_PREFIX, connections // 4)

@@ -29,6 +29,7 @@ from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
 from titus_py.configuration.exposure import exposed_files
 from titus_py.configuration.include import Unreadable, include, read_file
+from titus_py.configuration.ineffective import ineffective_settings
 from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
 from titus_py.configuration.transparency import transparency_mistakes
@@ -180,6 +181,7 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
     ]
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)
+        warnings += ineffective_settings(configuration, source)
     of_clients = client_files(tables, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients)

@@ -39,11 +39,10 @@ from titus_py.between.plan import (
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
+from titus_py.configuration.limits_table import default_handshakes, default_per_prefix
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
-_FEW_HANDSHAKES = 64
-_FEW_OF_A_PREFIX = 16
 #: How long a load balancer may take for its PROXY header.
 _PROXY_SECONDS = 5.0
 #: How often the parent and keyd say that they are alive.
@@ -366,16 +365,6 @@ class Generation:
 
 def _certificate(facts: CertificateFacts) -> Certificate:
     return Certificate(facts.chain, facts.reference, facts.key_id.hex())
-
-
-def default_handshakes(connections: int) -> int:
-    """How many of these connections may be in their handshake: half, but at least 64 (or all)."""
-    return max(min(connections, _FEW_HANDSHAKES), connections // 2)
-
-
-def default_per_prefix(connections: int) -> int:
-    """How many of these connections one network may have: a quarter, but at least 16."""
-    return max(_FEW_OF_A_PREFIX, connections // 4)
 
 
 def _start_keyd(

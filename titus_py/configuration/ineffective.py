@@ -1,0 +1,72 @@
+"""Settings that are valid, and cannot do what they say: each is a warning.
+
+Run by the supervisor and by the commands. What shows only with OpenSSL, or with a certificate, is
+found elsewhere (``fork_server.handshake_check``).
+"""
+
+from collections.abc import Iterator
+
+from titus_py.configuration.limits_table import default_per_prefix
+from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.tables import Configuration, VirtualHost
+
+__all__ = ["ineffective_settings"]
+
+
+def ineffective_settings(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    for i, vhost in enumerate(configuration.vhost):
+        for setting, reason in (*_of_other_versions(vhost), *_of_several_backends(vhost)):
+            yield source.mistake(f"vhost[{i}].{setting}", f"has no effect: {reason}")
+    yield from _never_reached(configuration, source)
+    yield from _of_another_keyd(configuration, source)
+
+
+def _of_other_versions(vhost: VirtualHost) -> Iterator[tuple[str, str]]:
+    ciphers = vhost.ciphers
+    # A security level holds for certificates and groups as well.
+    if vhost.min_version == "TLSv1.3" and ciphers is not None and "@SECLEVEL" not in ciphers:
+        yield (
+            "ciphers",
+            "these are suites of TLS 1.2, and min_version is TLSv1.3. Those of TLS 1.3 go into "
+            "ciphersuites",
+        )
+    if vhost.max_version == "TLSv1.2" and vhost.ciphersuites is not None:
+        yield "ciphersuites", "these are suites of TLS 1.3, and max_version is TLSv1.2"
+
+
+def _of_several_backends(vhost: VirtualHost) -> Iterator[tuple[str, str]]:
+    if "balance" in vhost.model_fields_set and all(
+        len(backends) == 1 for backends in (vhost.backend, *vhost.backends.values())
+    ):
+        yield "balance", "there is one backend. Several are a list"
+
+
+def _never_reached(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    limits, most = configuration.limits, configuration.worker.max
+    per_address = limits.connections_per_address
+    per_prefix = limits.connections_per_prefix or default_per_prefix(most)
+    if per_address is not None and per_address > per_prefix:
+        default = limits.connections_per_prefix is None
+        why = " (a quarter of worker.max, where it is not set)" if default else ""
+        yield source.mistake(
+            "limits.connections_per_address",
+            f"{per_address} are never reached: connections_per_prefix is {per_prefix}{why}, and "
+            "counts those of one address, too",
+        )
+    if limits.handshakes is not None and limits.handshakes > most:
+        yield source.mistake(
+            "limits.handshakes",
+            f"{limits.handshakes} cannot be within their handshake at once: worker.max is {most}, "
+            "and a flood of handshakes may take every worker",
+        )
+
+
+def _of_another_keyd(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    keyd = configuration.keyd
+    for setting, option in (("user", "--user"), ("lock_memory", "--lock-memory")):
+        if keyd.socket is not None and setting in keyd.model_fields_set:
+            yield source.mistake(
+                f"keyd.{setting}",
+                f"has no effect: the keyd at {keyd.socket} is not started by titus-py, and has its "
+                f"own {option}",
+            )
