@@ -4,17 +4,20 @@ Run by the supervisor. Fields come from the parent, and some of them from worker
 quoted as data. The reader of the log may be slow, full or gone, so a thread of its own writes.
 Nobody waits for that thread: events that find no room are lost and counted. The count is logged
 first when the log can be written again.
+
+An event that comes alone is written at once. Waking the thread for each of many would cost more
+than all else that is done for them, so it then rests for a moment, and writes several at a time.
 """
 
 import json
 import os
-import queue
+import re
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Protocol
 
 from titus_py.supervisor import journal
 from titus_py.supervisor.events import is_as_loud
@@ -27,11 +30,12 @@ _QUEUE_ALARMS = 1_000
 _STANDARD_ERROR = 2
 #: How soon to try again when the journal is too slow, or being restarted.
 _PAUSE_SECONDS = 0.1
-
-
-class _Sink(Protocol):
-    def write(self, octets: bytes) -> None:
-        """Write a whole line or entry, or raise OSError."""
+#: How long the thread rests when it has written all that there was.
+_REST_SECONDS = 0.02
+#: Lines that are written at once: what others write to the same pipe does not come between
+#: (pipe(7), PIPE_BUF).
+_AT_ONCE_OCTETS = select.PIPE_BUF
+_NOT_PLAIN = re.compile(r'[ "=\\]')
 
 
 class Log:
@@ -50,9 +54,11 @@ class Log:
         self._journal: journal.Journal | None = None
         if journal.is_standard_error() and os.path.exists(journal_socket):
             self._journal = journal.Journal(journal_socket)
-        self._lines: queue.Queue[tuple[_Sink, bytes] | None] = queue.Queue(
-            _QUEUE_LINES + _QUEUE_ALARMS
-        )
+        #: Lines, and whether each is an entry for the journal. The thread takes off what it has
+        #: written; only the others put on.
+        self._lines: deque[tuple[bool, bytes]] = deque()
+        self._awake = threading.Event()
+        self._closing = threading.Event()
         # Each of these is changed by one thread only.
         self._not_queued = lost
         self._not_written = 0
@@ -69,58 +75,74 @@ class Log:
         """Record an event, if it is loud enough; never waits."""
         if not is_as_loud(level, self.least):
             return
-        try:
-            if level != "alarm" and self._lines.qsize() >= _QUEUE_LINES:
-                raise queue.Full
-            self._lines.put_nowait(self._line(event, level, fields))
-        except queue.Full:
+        if len(self._lines) >= _QUEUE_LINES + (_QUEUE_ALARMS if level == "alarm" else 0):
             self._not_queued += 1
+            return
+        self._lines.append(self._line(event, level, fields))
+        if not self._awake.is_set():
+            self._awake.set()
 
     def close(self, seconds: float = 2.0) -> None:
         """Let the queue be written for up to ``seconds``. Events that are left then are lost."""
-        deadline = time.monotonic() + seconds
-        try:
-            self._lines.put(None, timeout=seconds)
-        except queue.Full:
-            pass
-        else:
-            self._writer.join(max(0.0, deadline - time.monotonic()))
-        self._not_queued += self._lines.qsize()
+        self._closing.set()
+        self._awake.set()
+        self._writer.join(seconds)
+        self._not_queued += len(self._lines)
 
-    def _line(self, event: str, level: str, fields: Mapping[str, object]) -> tuple[_Sink, bytes]:
+    def _line(self, event: str, level: str, fields: Mapping[str, object]) -> tuple[bool, bytes]:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         known = {name: value for name, value in fields.items() if value is not None}
         if self.form == "json":
-            return self._standard_error, _octets(_json(now, level, event, known))
+            return False, _octets(_json(now, level, event, known))
         text = as_text(now, level, event, known)
         if self._journal is not None:
-            return self._journal, journal.entry(text, level, event, known)
-        return self._standard_error, _octets(text)
+            return True, journal.entry(text, level, event, known)
+        return False, _octets(text)
 
     # --- the writer's thread ----------------------------------------------------
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            lost = self.lost
-            if lost > self._reported:
-                count = lost - self._reported
-                if self._written(*self._line("log_lines_lost", "error", {"count": count})):
-                    self._reported = lost
-            if not self._written(*line):
-                self._not_written += 1
+        while True:
+            self._awake.wait()
+            # Before looking: whoever puts a line on now wakes this thread again.
+            self._awake.clear()
+            while self._lines:
+                self._write_some()
+            if self._closing.wait(_REST_SECONDS) and not self._lines:
+                return
 
-    def _written(self, sink: _Sink, octets: bytes) -> bool:
-        """Write a line or entry; returns whether that succeeded."""
+    def _write_some(self) -> None:
+        """Write the next entry for the journal, or the next lines; first, how many were lost."""
+        lost = self.lost
+        if lost > self._reported:
+            count = lost - self._reported
+            if not self._unwritten(*self._line("log_lines_lost", "error", {"count": count})):
+                self._reported = lost
+        for_journal, octets = self._lines[0]
+        count = 1
+        while not for_journal and count < len(self._lines):
+            next_for_journal, line = self._lines[count]
+            if next_for_journal or len(octets) + len(line) > _AT_ONCE_OCTETS:
+                break
+            octets += line
+            count += 1
+        self._not_written += self._unwritten(for_journal, octets)
+        for _ in range(count):
+            self._lines.popleft()
+
+    def _unwritten(self, for_journal: bool, octets: bytes) -> int:
+        """Write an entry or lines; returns how many of them could not be written."""
+        if not for_journal or self._journal is None:
+            return self._standard_error.write(octets)
         while True:
             try:
-                sink.write(octets)
-                return True
+                self._journal.write(octets)
+                return 0
             except journal.PASSING:
                 # Meanwhile new events wait in the queue, until it is full.
                 time.sleep(_PAUSE_SECONDS)
             except OSError:
-                # A full disk, a closed pipe: the proxy goes on without its log.
-                return False
+                return 1
 
 
 class _StandardError:
@@ -129,9 +151,10 @@ class _StandardError:
     def __init__(self) -> None:
         self._within_a_line = False
 
-    def write(self, octets: bytes) -> None:
+    def write(self, lines: bytes) -> int:
+        """Write whole lines; returns how many could not be written, or not to their end."""
         # The last write failed within a line (the disk was full): begin a new line.
-        left = memoryview(b"\n" + octets if self._within_a_line else octets)
+        left = b"\n" + lines if self._within_a_line else lines
         while left:
             try:
                 written = os.write(_STANDARD_ERROR, left)
@@ -141,8 +164,12 @@ class _StandardError:
                 poll.register(_STANDARD_ERROR, select.POLLOUT)
                 poll.poll()
                 continue
+            except OSError:
+                # A full disk, a closed pipe: the proxy goes on without its log.
+                return min(left.count(b"\n"), lines.count(b"\n"))
+            self._within_a_line = not left[:written].endswith(b"\n")
             left = left[written:]
-            self._within_a_line = bool(left)
+        return 0
 
 
 def _octets(line: str) -> bytes:
@@ -161,7 +188,7 @@ def as_text(now: str, level: str, event: str, fields: Mapping[str, object]) -> s
 
 def _quoted(value: object) -> str:
     text = str(value)
-    plain = text and text.isprintable() and not any(character in text for character in ' "=\\')
+    plain = text and text.isprintable() and _NOT_PLAIN.search(text) is None
     return text if plain else _dumped(text)
 
 

@@ -214,7 +214,7 @@ class Metrics:
     def record(self, event: str, fields: Mapping[str, object], generation: int = 0) -> None:
         """Count an event of the supervisor, or of a child of this generation.
 
-        ``fields`` are as they are logged, ``level`` included. Raises nothing.
+        ``fields`` are as they are logged. Raises nothing.
         """
         handler = self._handlers.get(event)
         if handler is not None:

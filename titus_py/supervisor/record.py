@@ -24,6 +24,6 @@ class Record:
 
     def __call__(self, name: str, of_generation: int = 0, **fields: Any) -> None:
         """Record an event. ``of_generation``: the number of the generation whose child sent it."""
-        self.metrics.record(name, {"level": "info", **fields}, of_generation)
+        self.metrics.record(name, fields, of_generation)
         if name not in _NOT_FOR_THE_LOG:
             self.log(name, **fields)
