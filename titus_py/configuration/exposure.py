@@ -1,4 +1,4 @@
-"""Who else can read a secret file, or put another in its place (as OpenSSH's StrictModes).
+"""Who else can read or write a file, or put another in its place (as OpenSSH's StrictModes).
 
 Run by the supervisor, as root, and by ``titus-py check``. What is found is a warning: the
 administrator may have reasons.
@@ -6,11 +6,12 @@ administrator may have reasons.
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from titus_py.configuration.across_tables import setting
+from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential
 
@@ -18,24 +19,36 @@ __all__ = ["exposed_files", "open_directories"]
 
 _GROUP_OR_OTHERS_WRITE = 0o022
 _GROUP_OR_OTHERS_READ_OR_WRITE = 0o066
+#: More than that the kernel does not follow.
+_MOST_LINKS = 40
 
 
-def exposed_files(credentials: Mapping[Credential, list[str]], source: Source) -> Iterator[Mistake]:
-    """Warnings for files of keys and passphrases, and for the configuration file.
+def exposed_files(
+    credentials: Mapping[Credential, list[str]],
+    of_clients: Mapping[ClientFiles, list[str]],
+    included: Iterable[str],
+    source: Source,
+) -> Iterator[Mistake]:
+    """Warnings for keys, passphrases, whose clients are let in, and the configuration's files.
 
     One for each file that is exposed, and one for each directory that exposes what is below it.
     """
     warned: set[Path] = set()
+    secret = _GROUP_OR_OTHERS_READ_OR_WRITE, "read or write it", "chmod 600"
+    public = _GROUP_OR_OTHERS_WRITE, "write it", "chmod go-w"
     for credential, (place, *_) in credentials.items():
         for field in ("key", "passphrase_file"):
             path = getattr(credential, field)
             if path is not None:
-                secret = _GROUP_OR_OTHERS_READ_OR_WRITE, "read or write it", "chmod 600"
                 for reason in _exposed(path, *secret, warned):
                     yield source.mistake(setting(place, field), reason)
-    if source.path:
-        settings = _GROUP_OR_OTHERS_WRITE, "write it", "chmod go-w"
-        for reason in _exposed(Path(source.path), *settings, warned):
+    for files, (place, *_) in of_clients.items():
+        for field, path in (("client_ca", files.ca), ("client_crl", files.crl)):
+            if path is not None:
+                for reason in _exposed(path, *public, warned):
+                    yield source.mistake(f"{place}.{field}", reason)
+    for file in filter(None, (source.path, *included)):
+        for reason in _exposed(Path(file), *public, warned):
             yield source.mistake("", reason)
 
 
@@ -59,29 +72,58 @@ def _exposed(
 
 
 def open_directories(path: Path, passed: set[Path]) -> Iterator[str]:
-    """A reason for each directory above this file in which others than root can replace it.
+    """A reason for each directory on the way to this file in which others can replace it.
 
-    Directories in ``passed`` were looked at before; those that are looked at now are added.
+    A directory above a link is on the way, and so are those that it leads through. Those in
+    ``passed`` were looked at before; those that are looked at now are added.
     """
-    try:
-        above = path.resolve().parents
-    except OSError:
-        return
-    for directory in above:
-        # What is above a directory that was looked at has been looked at, too.
-        if directory in passed:
-            return
-        passed.add(directory)
+    for directory, entry in _way(path):
         with suppress(OSError):
             status = directory.stat()
             mode = stat.S_IMODE(status.st_mode)
             # In a sticky directory, nobody can replace the file of another (``/tmp``).
-            loose = mode & _GROUP_OR_OTHERS_WRITE and not mode & stat.S_ISVTX
-            if loose or _is_strangers(status.st_uid):
+            sticky = mode & stat.S_ISVTX and not _is_strangers_link(entry)
+            loose = mode & _GROUP_OR_OTHERS_WRITE and not sticky
+            if directory not in passed and (loose or _is_strangers(status.st_uid)):
                 yield (
                     f"{path}: others than root can put another file in its place, in {directory} "
                     f"(uid {status.st_uid}'s, mode {mode:04o}): chown root, chmod go-w"
                 )
+        passed.add(directory)
+
+
+def _way(path: Path) -> Iterator[tuple[Path, Path]]:
+    """The directories that the kernel passes on the way to a file, and what it takes from each.
+
+    See path_resolution(7).
+    """
+    directory, rest, links = Path("/"), [*reversed(path.absolute().parts[1:])], 0
+    while rest:
+        name = rest.pop()
+        entry = directory / name
+        if name == "..":
+            directory = directory.parent
+            continue
+        yield directory, entry
+        try:
+            target = Path(os.readlink(entry))
+        except OSError:  # It is no link.
+            directory = entry
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return
+        if target.is_absolute():
+            directory = Path("/")
+        rest += [part for part in reversed(target.parts) if part != "/"]
+
+
+def _is_strangers_link(entry: Path) -> bool:
+    try:
+        found = entry.lstat()
+    except OSError:
+        return False
+    return stat.S_ISLNK(found.st_mode) and _is_strangers(found.st_uid)
 
 
 def _is_strangers(uid: int) -> bool:

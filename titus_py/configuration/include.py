@@ -30,10 +30,11 @@ class Unreadable(Exception):
 
 
 class Included(NamedTuple):
-    """All tables together, and where each of them is."""
+    """All tables together, where each of them is, and the files that were included."""
 
     tables: dict[str, Any]
     source: Source
+    files: list[str]
     mistakes: list[Mistake]
     warnings: list[Mistake]
 
@@ -66,7 +67,8 @@ def include(tables: dict[str, Any], source: Source) -> Included:
     mistakes: list[Mistake] = []
     warnings: list[Mistake] = []
     patterns = tables.get("include")
-    for path in _matching(patterns if isinstance(patterns, list) else [], source, warnings):
+    found = [*_matching(patterns if isinstance(patterns, list) else [], source, warnings)]
+    for path in found:
         try:
             if not os.path.isfile(path):
                 raise Unreadable("is no file")
@@ -86,7 +88,7 @@ def include(tables: dict[str, Any], source: Source) -> Included:
                 files[f"{name}[{index}]"] = path
         lines |= {_moved(key, counts): line for key, line in their_lines.items() if "[" in key}
     source = source._replace(lines=lines, files=files, labels=labels_of(together))
-    return Included(together, source, mistakes, warnings)
+    return Included(together, source, found, mistakes, warnings)
 
 
 def _matching(patterns: list[object], source: Source, warnings: list[Mistake]) -> Iterator[str]:

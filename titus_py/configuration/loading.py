@@ -71,7 +71,7 @@ def load(path: str | Path, credentials: Path | None = None) -> Loaded:
         )
         return _failed(source._replace(lines={"": line or 0}), "", reason)
     included = include(tables, source._replace(lines=lines))
-    loaded = _validated(included.tables, included.source)
+    loaded = _validated(included.tables, included.source, included.files)
     mistakes = included.mistakes + loaded.mistakes
     return loaded._replace(
         configuration=None if mistakes else loaded.configuration,
@@ -121,7 +121,7 @@ def _failed(source: Source, key: str, reason: str) -> Loaded:
     return Loaded(source, None, [source.mistake(key, reason)], [], {})
 
 
-def _validated(content: dict[str, Any], source: Source) -> Loaded:
+def _validated(content: dict[str, Any], source: Source, included: Sequence[str] = ()) -> Loaded:
     # Absent tables are added, so that their defaults are validated in the same pass.
     tables = {
         "worker": {},
@@ -173,15 +173,15 @@ def _validated(content: dict[str, Any], source: Source) -> Loaded:
                 credentials.setdefault(credential, []).append(f"vhost[{i}].certificate_dir")
     mistakes += too_many(tables, credentials, source)
     mistakes += empty_directories(tables, credentials, source)
+    of_clients = client_files(tables, source)
     warnings = [
         *uid_warnings(tables, source),
-        *exposed_files(credentials, source),
+        *exposed_files(credentials, of_clients, included, source),
         *shared_backends(tables, source),
         *metrics_warnings(tables, source),
     ]
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)
         warnings += ineffective_settings(configuration, source)
-    of_clients = client_files(tables, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients)
