@@ -272,14 +272,21 @@ def test_what_goes_on_in_the_other_direction_keeps_a_half_closed_connection(
 def test_a_slow_backend_gets_what_a_half_closed_client_has_sent(
     serve: Serve, listener: Listener
 ) -> None:
-    """The last of it is in our kernel, with nothing left for the worker to do, for long."""
+    """The last of it is in our kernel, with nothing left for the worker to do, for long.
+
+    That takes longer than a worker may stay whose client has left, and nothing goes on.
+    """
     instance = serve(listener.address, limits={"half_closed_timeout": "500ms"})
     with TlsClient(instance.port) as client:
         client.handshake()
         with listener.accept() as backend:
-            writer = threading.Thread(
-                target=lambda: (client.send(MUCH[:1_000_000]), client.close_notify())
-            )
+
+            def write_and_end() -> None:
+                client.send(MUCH[:1_000_000])
+                client.close_notify()
+                client.socket.shutdown(socket.SHUT_WR)
+
+            writer = threading.Thread(target=write_and_end)
             writer.start()
             octets = bytearray()
             while received := backend.recv(8192):

@@ -17,7 +17,5 @@ class Arrival(NamedTuple):
     #: When it came, and once it has said something, when it began to wait for a worker
     #: (time.monotonic()).
     since: float
-    #: The index of the interface that the listening socket is bound to; 0: to none.
-    interface: int = 0
     #: How many ms the client's load balancer has for a header. 0: the address is the client's.
     proxy_timeout: int = 0

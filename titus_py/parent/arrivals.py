@@ -37,8 +37,6 @@ _NOBODY_SECONDS = 1.0
 _SILENCE_SECONDS = 0.25
 #: How long after there is room again to look once more: if there still is, that is logged.
 _NOT_FULL_SECONDS = 1.0
-#: <asm-generic/socket.h>; Python does not know it.
-_SO_BINDTOIFINDEX = 62
 
 
 class Arrivals:
@@ -78,11 +76,6 @@ class Arrivals:
             self._balancers = balancers(plan.listeners)
         for listener in self._listeners.values():
             listener.setblocking(False)
-        #: The interfaces that they are bound to, as the service manager may have done; 0: to none.
-        self._interfaces = {
-            descriptor: listener.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
-            for descriptor, listener in self._listeners.items()
-        }
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
         self._accepting: bool | None = None
         #: Whose end is awaited, for a newcomer's sake.
@@ -222,7 +215,6 @@ class Arrivals:
                         _plain(local[0]),
                         local[1],
                         time.monotonic(),
-                        self._interfaces[listener.fileno()],
                         proxy_timeout,
                     )
                 )

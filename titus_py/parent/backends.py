@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
-from titus_py.between.messages import Dial
+from titus_py.between.messages import Dial, Ends
 from titus_py.between.plan import Plan, ResolvedAddress, address_text
 from titus_py.parent.backend import Backend
 from titus_py.parent.balance import Balance
@@ -96,6 +96,7 @@ class Backends:
                     connected = None
             if connected is not None and backend is not None:
                 worker.backend = backend
+                worker.backend_ends = _ends(connected)
                 if bind is not None:
                     worker.source = address_text(connected.getsockname())
                 backend.connections += 1
@@ -143,3 +144,15 @@ class Backends:
             # The worker may have ended meanwhile. Its end is recorded when its pidfd tells of it.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):
                 worker.kill(f"does not take its backend: {error.strerror}")
+
+
+def _ends(connected: socket.socket) -> Ends | None:
+    """For the kernel to find this connection by, once the worker alone has it."""
+    if connected.family == socket.AF_UNIX:
+        return None
+    try:
+        backend, here = connected.getpeername(), connected.getsockname()
+    except OSError:
+        # The backend has reset it already.
+        return None
+    return Ends(*backend[:2], *here[:2])

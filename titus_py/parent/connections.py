@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CLIENT_GONE", "Connections"]
 
+#: <asm-generic/socket.h>; Python does not know it.
+_SO_BINDTOIFINDEX = 62
 #: How long after its handshake timeout a worker may take to end by itself.
 _GRACE_SECONDS = 2.0
 #: Why a worker that takes longer still is killed: it got no processor time, or runs other code
@@ -96,9 +98,12 @@ class Connections:
         worker.counted = not worker.awaits_header
         ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
         worker.ends = worker.endpoints = ends
-        if arrival.interface and "%" not in arrival.address:
+        # The service manager may have bound the listening socket. If not, the kernel binds what it
+        # accepts through a VRF (net.ipv4.tcp_l3mdev_accept).
+        interface = arrival.client.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+        if interface and "%" not in arrival.address:
             # The kernel finds the connection by it, too.
-            worker.endpoints = ends._replace(client=f"{arrival.address}%{arrival.interface}")
+            worker.endpoints = ends._replace(client=f"{arrival.address}%{interface}")
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer

@@ -1,8 +1,11 @@
-"""Ends workers that stay although their client has left. Run by the parent.
+"""Ends workers that stay although their client has left and nothing goes on. Run by the parent.
 
 Our code ends by itself then. A worker that was taken over need not, and would hold its place for
-ever. The kernel says whether a client has left, not the worker.
+ever. The kernel says whether a client has left, and whether the backend still takes octets, not the
+worker.
 """
+
+from typing import NamedTuple
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.messages import Ends
@@ -14,12 +17,18 @@ from titus_py.parent.worker import Worker
 
 __all__ = ["Overstays"]
 
-#: In how many looks in a row the client has to be gone. Our code may need that long to give the
-#: backend the last octets: it gives up only if none is taken for ``half_closed_timeout``.
+#: In how many looks in a row the client has to be gone, and nothing to have moved.
 _LOOKS = 5
 _SHORTEST_SECONDS = 0.5
 #: How many connections to look at in a row before anything else is served, and the pause then.
 _AT_ONCE, _PAUSE_SECONDS = 64, 0.01
+
+
+class _Standstill(NamedTuple):
+    """In how many looks in a row nothing has moved, and how far everything was."""
+
+    looks: int
+    moved: tuple[int, ...]
 
 
 class Overstays:
@@ -30,11 +39,11 @@ class Overstays:
         self._every = max(_SHORTEST_SECONDS, plan.limits.half_closed_timeout)
         self._connections = connections
         self._tell = tell
-        #: By connection, in how many looks in a row its client was gone.
-        self._gone: dict[int, int] = {}
+        #: By connection, if its client was gone when last looked at.
+        self._gone: dict[int, _Standstill] = {}
         self._left: list[Worker] = []
         self._told = False
-        #: By a connection's ends, the last connection that had them.
+        #: By a connection's ends, of a client or a backend, the last connection that had them.
         self._current: dict[Ends, int] = {}
         self._loop.after(self._every, self._begin)
 
@@ -42,7 +51,12 @@ class Overstays:
         """Begin a round with the connections that there are."""
         self._left = list(self._connections.busy.values())
         # Another connection may have come from the same port since.
-        self._current = {worker.endpoints: worker.connection for worker in self._left}
+        self._current = {
+            ends: worker.connection
+            for worker in self._left
+            for ends in (worker.endpoints, worker.backend_ends)
+            if ends is not None
+        }
         self._gone = {
             worker.connection: self._gone[worker.connection]
             for worker in self._left
@@ -73,11 +87,18 @@ class Overstays:
             return
         number = worker.connection
         current = self._current[worker.endpoints] == number
-        if current and not self._has_left(kernel.look(worker.endpoints)):
+        seen = kernel.look(worker.endpoints) if current else None
+        if current and not self._has_left(seen):
             self._gone.pop(number, None)
             return
-        self._gone[number] = self._gone.get(number, 0) + 1
-        if self._gone[number] >= _LOOKS:
+        behind = None
+        if worker.backend_ends is not None and self._current.get(worker.backend_ends) == number:
+            behind = kernel.look(worker.backend_ends)
+        moved = _moved(seen, behind)
+        before = self._gone.get(number)
+        looks = before.looks + 1 if before is not None and before.moved == moved else 1
+        self._gone[number] = _Standstill(looks, moved)
+        if looks >= _LOOKS:
             worker.kill(CLIENT_GONE)
 
     def _has_left(self, seen: Seen | None) -> bool:
@@ -89,3 +110,16 @@ class Overstays:
         if seen is None:
             return True
         return seen.state == CLOSE_WAIT and seen.silent_out > self._every
+
+
+def _moved(client: Seen | None, behind: Seen | None) -> tuple[int, ...]:
+    """How far a connection has come whose client has left: what changes while octets move.
+
+    A slow backend may take long for what the client has sent. A unix socket is not asked: with one,
+    our code reads on from the client within a few times ``half_closed_timeout``, or ends.
+    """
+    return (
+        client.unread if client else 0,
+        client.acknowledged if client else 0,
+        behind.acknowledged if behind else 0,
+    )

@@ -27,9 +27,11 @@ _ERROR = struct.Struct("=i")
 _ATTRIBUTE = struct.Struct("=HH")
 #: Of struct tcp_info: when data was last sent, and last received, in ms before now.
 _LAST_SENT, _LAST_RECEIVED, _MILLISECONDS = 44, 52, struct.Struct("=I")
+#: And how many octets the peer has acknowledged so far.
+_ACKNOWLEDGED, _OCTETS = 120, struct.Struct("=Q")
 _ANSWER_OCTETS = 4096
-#: Of struct inet_diag_msg: its length, and where the state is.
-_SOCKET_OCTETS, _STATE_PLACE = 72, 1
+#: Of struct inet_diag_msg: its length, and where the state is, and how many octets wait to be read.
+_SOCKET_OCTETS, _STATE_PLACE, _UNREAD_PLACE, _UNREAD = 72, 1, 56, struct.Struct("=I")
 #: <net/tcp_states.h>
 _TIME_WAIT, _CLOSE, CLOSE_WAIT, _LISTEN = 6, 7, 8, 10
 #: What is there in place of a connection that is over.
@@ -38,11 +40,16 @@ _NOBODY = Ends("0.0.0.0", 0, "0.0.0.0", 0)
 
 
 class Seen(NamedTuple):
-    """A connection's state, and for how many seconds nothing was sent, and nothing received."""
+    """A connection's state, and for how many seconds nothing was sent, and nothing received.
+
+    Octets: how many the peer has acknowledged so far; how many have come and were not read yet.
+    """
 
     state: int
     silent_out: float
     silent_in: float
+    acknowledged: int
+    unread: int
 
 
 class SockDiag:
@@ -67,7 +74,7 @@ class SockDiag:
         self._socket.close()
 
     def look(self, ends: Ends) -> Seen | None:
-        """The connection between a client and a local address; None if it is over."""
+        """The connection between a peer ("client") and a local address; None if it is over."""
         answer = self._ask(_question(ends, _ANY_STATE))
         try:
             _error(answer)
@@ -132,6 +139,8 @@ def _seen(message: bytes) -> Seen | None:
             info = place + _ATTRIBUTE.size
             (sent,) = _MILLISECONDS.unpack_from(message, info + _LAST_SENT)
             (received,) = _MILLISECONDS.unpack_from(message, info + _LAST_RECEIVED)
-            return Seen(state, sent / 1000, received / 1000)
+            (acknowledged,) = _OCTETS.unpack_from(message, info + _ACKNOWLEDGED)
+            (unread,) = _UNREAD.unpack_from(message, _HEADER.size + _UNREAD_PLACE)
+            return Seen(state, sent / 1000, received / 1000, acknowledged, unread)
         place += (max(length, _ATTRIBUTE.size) + 3) & ~3
     raise OSError(errno.ENODATA, "no tcp_info")

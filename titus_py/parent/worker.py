@@ -32,6 +32,7 @@ class Worker:
         "address",
         "awaits_header",
         "backend",
+        "backend_ends",
         "balancer",
         "client",
         "connection",
@@ -84,6 +85,8 @@ class Worker:
         self.deadline: Timer | None = None
         self.dialer: Failover | None = None
         self.backend: Backend | None = None
+        #: Of its connection to that backend, the backend's end first; None for a unix socket.
+        self.backend_ends: Ends | None = None
         #: Where its backend sees it come from, if that is its client's address.
         self.source: str | None = None
         #: Who its client is, as it says; None where it has not said.

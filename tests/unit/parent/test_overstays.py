@@ -36,7 +36,9 @@ def no_descriptor_left() -> Iterator[None]:
 def test_nobody_is_ended_without_the_kernels_word_and_it_is_said_once() -> None:
     killed: list[str] = []
     told: list[str] = []
-    worker = SimpleNamespace(uid=7, connection=1, endpoints=NOBODY, kill=killed.append)
+    worker = SimpleNamespace(
+        uid=7, connection=1, endpoints=NOBODY, backend_ends=None, kill=killed.append
+    )
     loop = EventLoop()
 
     def tell(event: str, **fields: Any) -> None:
