@@ -686,7 +686,14 @@ def keyd_has_no_clock(_: str) -> None:
 def keyd_decrypts(_: str) -> None:
     from keyd.protocol import Power
 
-    _change_grants(lambda stated: dict.fromkeys(stated, frozenset(Power)))
+    _change_grants(lambda stated: {key: powers | {Power.DECRYPT} for key, powers in stated.items()})
+
+
+@breaks("refuses_version", "keyd", within="keyd")
+def keyd_signs_for_any_version(_: str) -> None:
+    from keyd.protocol import Power
+
+    _change_grants(lambda stated: dict.fromkeys(stated, frozenset(Power) - {Power.DECRYPT}))
 
 
 @breaks("refuses_other_key", "keyd", within="keyd")
@@ -695,9 +702,9 @@ def keyd_grants_every_key(_: str) -> None:
 
     class Every(dict[bytes, frozenset[Power]]):
         def get(self, key: bytes, default: object = None) -> frozenset[Power]:  # type: ignore[override]
-            return frozenset({Power.SIGN_TLS13})
+            return super().get(key, frozenset({Power.SIGN_TLS13}))
 
-    _change_grants(lambda stated: Every())
+    _change_grants(Every)
 
 
 @breaks("refuses_malformed", "keyd", within="keyd")

@@ -38,7 +38,7 @@ from keyd.protocol import (
 )
 from keyd.reference import key_id
 from titus_py.audit.announcement import UNANNOUNCED
-from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
+from titus_py.audit.finding import Finding, Seen, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
 
@@ -162,6 +162,15 @@ def _certificate_verify() -> bytes:
     return b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + secrets.token_bytes(32)
 
 
+def _server_key_exchange() -> bytes:
+    """What a TLS 1.2 server signs (RFC 8422 §5.4), for X25519, and likewise.
+
+    It lacks the mark with which a server that speaks TLS 1.3, too, ends its random (RFC 8446
+    §4.1.3).
+    """
+    return secrets.token_bytes(64) + b"\x03\x00\x1d\x20" + secrets.token_bytes(32)
+
+
 def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
     """The control: one signature; then a second request on the same channel."""
     with closing(way.open(_sign_only(key))) as channel:
@@ -264,6 +273,13 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
         keyd,
         _refused(way, key, decrypt, Status.NOT_GRANTED),
     )
+    yield _finding(
+        "refuses_version",
+        "signs for the TLS versions of the connection's virtual hosts, and no other; for both of "
+        "them with the mark of a downgrade",
+        keyd,
+        _other_versions(way, key),
+    )
     with closing(way.open({secrets.token_bytes(32): _SIGN})) as channel:
         seen = _judge(_ask(channel, sign.encode()), Status.NOT_GRANTED)
     yield _finding("refuses_other_key", "does not sign with a key of another listener", keyd, seen)
@@ -275,6 +291,26 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
         time.sleep(0.05)
         seen = _judge(_ask(channel, sign.encode()), Status.EXPIRED)
     yield _finding("refuses_late", "does nothing after the handshake's time is up", keyd, seen)
+
+
+#: What virtual hosts of one version, or of both, have signed; and what is none of that.
+_OTHER_VERSIONS: tuple[tuple[frozenset[Power], str, Callable[[], bytes]], ...] = (
+    (frozenset({Power.SIGN_TLS13}), "TLS 1.2", _server_key_exchange),
+    (frozenset({Power.SIGN_TLS13, Power.SIGN_TLS12_MARKED}), "TLS 1.2, unmarked",
+     _server_key_exchange),
+    (frozenset({Power.SIGN_TLS12}), "TLS 1.3", _certificate_verify),
+)  # fmt: skip
+
+
+def _other_versions(way: _Keyd, key: _Key) -> Seen:
+    """Requests of TLS versions that the channel is not for."""
+    for powers, name, payload in _OTHER_VERSIONS:
+        request = Request(Operation.SIGN, _scheme(key), key_id(key), payload())
+        with closing(way.open({key_id(key): powers})) as channel:
+            seen = _judge(_ask(channel, request.encode()), Status.NOT_GRANTED)
+        if seen.verdict is not Verdict.HOLDS:
+            return broken(f"{name}: {seen.text}")
+    return seen
 
 
 def _parameter(operation: Operation, key: _Key) -> int:
