@@ -3,6 +3,8 @@
 import pytest
 from integration.instance import Instance
 
+from titus_py.worker.client_hello import MAX_RECORDS
+
 from .client import (
     ALERT,
     CCS,
@@ -12,6 +14,7 @@ from .client import (
     TLS12,
     TLS13,
     Client,
+    Extension,
     Handshake,
     Version,
     message,
@@ -74,6 +77,13 @@ def data_within_a_message(client: Client) -> None:
     client.record(DATA, b"data")
 
 
+def too_many_records(client: Client) -> None:
+    hello = client.hello({Extension.GREASE: bytes(MAX_RECORDS)})
+    for octet in hello[: MAX_RECORDS + 1]:
+        client.record(HANDSHAKE, bytes((octet,)))
+    client.hear()
+
+
 def alert_within_a_message(client: Client) -> None:
     client.record(HANDSHAKE, client.hello()[:20])
     client.record(ALERT, b"\1\0")
@@ -94,6 +104,8 @@ FRAGMENTS = [
     Conversation("KeyUpdate behind KeyUpdate", TLS13, "5.1", UNEXPECTED_MESSAGE,
                  two_updates_in_a_record),
     Conversation("data within a message", TLS13, "5.1", UNEXPECTED_MESSAGE, data_within_a_message),
+    Conversation("a ClientHello in too many records", TLS13, "5.1", UNEXPECTED_MESSAGE,
+                 too_many_records),
     Conversation("an alert within a message", TLS13, "5.1", UNEXPECTED_MESSAGE,
                  alert_within_a_message),
     Conversation("ChangeCipherSpec within a message", TLS12, "RFC 5246 7.1", UNEXPECTED_MESSAGE,

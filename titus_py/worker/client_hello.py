@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 __all__ = [
     "MAX_MESSAGE_OCTETS",
+    "MAX_RECORDS",
     "Alert",
     "ClientHello",
     "ClientHelloReader",
@@ -27,6 +28,10 @@ __all__ = [
 #: The longest ClientHello that there can be, without its header: 2 octets of version, 32 of
 #: random, and four vectors at their longest. This is also OpenSSL's limit.
 MAX_MESSAGE_OCTETS = 2 + 32 + (1 + 32) + (2 + 65534) + (1 + 255) + (2 + 65535)
+#: How many records a ClientHello may be cut into; a usual one is in one. RFC 8446 §5.1 has no
+#: limit, and neither has OpenSSL. But each record takes time, here and there, for as few as six
+#: octets.
+MAX_RECORDS = 512
 
 _HANDSHAKE = 22
 _CLIENT_HELLO = 1
@@ -83,16 +88,16 @@ def fatal_alert(description: int) -> bytes:
 class ClientHelloReader:
     """Puts one ClientHello together from octets as they come; looks at each octet once.
 
-    The work is in proportion to the octets, however a client cuts the message into segments and
-    records. There are at most six octets for each one of the message.
+    The work is in proportion to the octets, however a client cuts the message into segments.
     """
 
-    __slots__ = ("_end", "_header", "_left", "_message")
+    __slots__ = ("_end", "_header", "_left", "_message", "_records")
 
     def __init__(self) -> None:
         #: What has come of a record's header, and how much of its content is still to come.
         self._header = b""
         self._left = 0
+        self._records = 0
         self._message = bytearray()
         #: Where the message ends, once its header is there.
         self._end = 0
@@ -135,6 +140,10 @@ class ClientHelloReader:
             raise InvalidClientHello("a record of 0 octets")
         if length > _MAX_RECORD_OCTETS:
             raise InvalidClientHello(f"a record of {length} octets", Alert.RECORD_OVERFLOW)
+        self._records += 1
+        if self._records > MAX_RECORDS:
+            reason = f"a ClientHello in more than {MAX_RECORDS} records"
+            raise InvalidClientHello(reason, Alert.UNEXPECTED_MESSAGE)
         self._left = length
         self._header = b""
 

@@ -11,6 +11,7 @@ from OpenSSL import SSL
 
 from titus_py.worker.client_hello import (
     MAX_MESSAGE_OCTETS,
+    MAX_RECORDS,
     Alert,
     ClientHello,
     ClientHelloReader,
@@ -141,21 +142,42 @@ def test_a_client_hello_may_come_an_octet_at_a_time() -> None:
         assert name_in(last) == name
 
 
-@pytest.mark.timeout(
-    60
-)  # a second, where each octet is looked at once; hours, where all are each time
-def test_the_longest_in_the_smallest_pieces_is_read() -> None:
+def longest() -> bytes:
+    """The longest message that there can be."""
     extensions = b"".join(b"\x33\x33" + vector(2, bytes(996)) for _ in range(65))
     extensions += b"\0\0" + vector(2, vector(2, b"\0" + vector(2, b"last.example")))
     extensions += b"\x33\x33" + vector(2, bytes(0xFFFF - len(extensions) - 4))
     body = b"\3\3" + bytes(32) + vector(1, bytes(32)) + vector(2, bytes(0xFFFE))
     body += vector(1, bytes(0xFF)) + vector(2, extensions)
     assert len(body) == MAX_MESSAGE_OCTETS
-    octets = b"".join(record(bytes((octet,))) for octet in b"\1" + vector(3, body))
+    return b"\1" + vector(3, body)
+
+
+def in_records(message: bytes, count: int) -> bytes:
+    """The message, cut into so many records of about the same length."""
+    cuts = [len(message) * number // count for number in range(count + 1)]
+    return b"".join(record(message[start:end]) for start, end in pairwise(cuts))
+
+
+# A second, where each octet is looked at once; hours, where all are each time.
+@pytest.mark.timeout(60)
+def test_the_longest_in_the_smallest_pieces_is_read() -> None:
     reader = ClientHelloReader()
+    octets = in_records(longest(), MAX_RECORDS)
     *before, last = [reader.feed(bytes((octet,))) for octet in octets]
     assert not any(before)
     assert name_in(last) == "last.example"
+
+
+@pytest.mark.parametrize("whole", [longest(), RECORDED[0][1][5:]], ids=["longest", "usual"])
+def test_what_is_cut_into_more_records_is_refused_at_once(whole: bytes) -> None:
+    octets = in_records(whole, MAX_RECORDS + 1)
+    last = octets.rindex(record(b"")[:3])
+    with pytest.raises(InvalidClientHello, match=f"more than {MAX_RECORDS} records") as refused:
+        read(octets[: last + 5])
+    assert refused.value.alert == Alert.UNEXPECTED_MESSAGE
+    assert is_incomplete(octets[: last + 4])
+    assert read(in_records(whole, MAX_RECORDS)) is not None
 
 
 @given(recorded=st.sampled_from(RECORDED), data=st.data())
