@@ -249,7 +249,7 @@ def test_clients_that_keep_their_sockets_after_the_end_keep_nobody_out(
         with backend.accept() as accepted:
             sixth.send(b"at last")
             assert receive_exactly(accepted, 7) == b"at last"
-    assert instance.events_named("connection_ended")[0]["end"] == "half_closed"
+    assert instance.wait_for_event("connection_ended")["end"] == "half_closed"
 
 
 def test_what_goes_on_in_the_other_direction_keeps_a_half_closed_connection(

@@ -2,28 +2,42 @@
 
 The supervisor may be slow. Events that it does not take are queued. If the queue is full, they
 are dropped and counted. Part of the queue is for alarms only.
+
+Waking the supervisor costs more than an event does. So what is ordinary waits a moment for others
+where there were others just before, and they go in one message.
 """
 
 import json
 import os
 import socket
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Protocol
 
 from keyd.linux.descriptors import send_descriptors
-from titus_py.between.event_loop import EventLoop
+from titus_py.between.event_loop import EventLoop, Timer
 
-__all__ = ["TEXT_CHARACTERS", "Outbox", "Tell"]
+__all__ = ["MAX_EVENTS", "MAX_REPORTS", "TEXT_CHARACTERS", "Outbox", "Tell"]
 
 #: A text is cut off after so many: what a worker attempted, or a configuration has, may be long,
 #: and the supervisor takes no event that is longer than a message.
 TEXT_CHARACTERS = 1000
+#: How many events one message has at most, and how many of them have a report.
+MAX_EVENTS, MAX_REPORTS = 100, 50
+#: How long a message of several events is at most.
+_MESSAGE_OCTETS = 32 * 1024
 _EVENTS, _ALARMS = 10_000, 1_000
 #: How soon to send again what was not taken.
 _PAUSE_SECONDS = 0.01
+#: What is ordinary comes at most so often, unless there is more of it than a message has room for.
+_GATHER_SECONDS = 0.02
+#: These are ordinary, at the level of information.
+_ORDINARY = frozenset({"connection_begun", "connection_over"})
 #: How long to wait for a supervisor that does not take the last events.
 _LAST_SECONDS = 5.0
+
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class Tell(Protocol):
@@ -40,6 +54,10 @@ class Outbox:
         self._supervisor = supervisor
         self._waiting: deque[tuple[bytes, int | None]] = deque()
         self._lost = 0
+        #: When to send, where that is not now; and whether the supervisor took no more.
+        self._timer: Timer | None = None
+        self._refused = False
+        self._sent = -_GATHER_SECONDS
 
     def put(self, event: str, report: int | None = None, **fields: object) -> None:
         """Have an event sent; never waits.
@@ -52,41 +70,64 @@ class Outbox:
             if report is not None:
                 os.close(report)
             return
-        idle = not self._waiting
         if self._lost:
             lost = {"event": "events_lost", "level": "error", "count": self._lost}
             self._lost = 0
-            self._waiting.append((json.dumps(lost).encode(), None))
+            self._waiting.append((_encode(lost).encode(), None))
         for name, value in fields.items():
             if isinstance(value, str) and len(value) > TEXT_CHARACTERS:
                 fields[name] = value[:TEXT_CHARACTERS]
-        self._waiting.append((json.dumps({"event": event, **fields}).encode(), report))
-        if idle:
+        self._waiting.append((_encode({"event": event, **fields}).encode(), report))
+        if self._refused:
+            return
+        early = self._sent + _GATHER_SECONDS - time.monotonic()
+        ordinary = event in _ORDINARY and fields.get("level", "info") == "info"
+        if early <= 0 or not ordinary or len(self._waiting) >= MAX_EVENTS:
             self._send()
+        elif self._timer is None:
+            self._timer = self._loop.after(early, self._send)
 
     def send_last(self) -> None:
         """Send the rest before the parent ends. No client is left, so this may wait."""
         self._supervisor.settimeout(_LAST_SECONDS)
         with suppress(OSError):
             while self._waiting:
-                self._send_one(0)
+                self._send_some(0)
 
     def _send(self) -> None:
         """Send as many as the supervisor takes now, and the others soon."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._refused = False
+        self._sent = time.monotonic()
         try:
             while self._waiting:
-                self._send_one(socket.MSG_DONTWAIT)
+                self._send_some(socket.MSG_DONTWAIT)
         except (BrokenPipeError, ConnectionResetError):
             self._waiting.clear()
         except OSError:
             # The socket's queue is full, or too many descriptors are on their way.
-            self._loop.after(_PAUSE_SECONDS, self._send)
+            self._refused = True
+            self._timer = self._loop.after(_PAUSE_SECONDS, self._send)
 
-    def _send_one(self, flags: int) -> None:
+    def _send_some(self, flags: int) -> None:
+        """Send the next event, and in the same message those after it for which there is room."""
         octets, report = self._waiting[0]
-        if report is None:
-            self._supervisor.send(octets, flags)
-        else:
-            send_descriptors(self._supervisor, octets, [report], flags)
+        reports = [] if report is None else [report]
+        count = 1
+        while count < min(len(self._waiting), MAX_EVENTS) and len(reports) < MAX_REPORTS:
+            more, report = self._waiting[count]
+            if len(octets) + len(more) > _MESSAGE_OCTETS:
+                break
+            octets += b"," + more
+            if report is not None:
+                reports.append(report)
+            count += 1
+        if count > 1:
+            octets = b"[" + octets + b"]"
+        send_descriptors(self._supervisor, octets, reports, flags)
+        for _ in range(count):
+            self._waiting.popleft()
+        for report in reports:
             os.close(report)
-        self._waiting.popleft()

@@ -3,7 +3,7 @@
 Run by the supervisor, which is root. keyd has no privilege, and hears workers; the parent hears
 workers, too. An attacker who controls one of them must neither end the supervisor nor have it log
 what is another process's to say. So each child has its own events; each event has its own fields,
-with types and bounds; and everything else is refused.
+with types and bounds; and everything else is refused. The parent may say several in one message.
 
 A field that is new, or left out, is a change of the version in ``succession``: a supervisor hears
 children of the program before.
@@ -11,14 +11,14 @@ children of the program before.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from keyd.tally import LATENCY_BOUNDS
-from titus_py.parent.outbox import TEXT_CHARACTERS
+from titus_py.parent.outbox import MAX_EVENTS, TEXT_CHARACTERS
 from titus_py.supervisor.events import LEVELS
 
-__all__ = ["EVENTS", "Unintelligible", "decode", "fields_of"]
+__all__ = ["EVENTS", "Said", "Unintelligible", "decode", "fields_of"]
 
 #: An unsigned number of 63 bits: also a signed one for whoever reads the log.
 _MOST = (1 << 63) - 1
@@ -232,8 +232,19 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "keyd_incomprehensible": {"level": _LEVEL, "reason": _TEXT},
     },
 }
-#: What comes with the descriptor of a worker's report; nothing else comes with one.
+#: What comes with the descriptor of a worker's report, unless there was no worker (and so no uid);
+#: nothing else comes with one.
 _WITH_REPORT = "connection_over"
+#: Who may say several events in one message.
+_OFTEN = "parent"
+
+
+class Said(NamedTuple):
+    """An event: its name, its fields, and the descriptor of its report, if one has come."""
+
+    name: str
+    fields: dict[str, Any]
+    report: int | None
 
 
 def fields_of(child: str, event: str) -> Mapping[str, bool] | None:
@@ -242,21 +253,38 @@ def fields_of(child: str, event: str) -> Mapping[str, bool] | None:
     return None if fields is None else {name: field.optional for name, field in fields.items()}
 
 
-def decode(child: str, message: bytes, has_report: bool) -> tuple[str, dict[str, Any]]:
-    """An event's name, and its fields; raises Unintelligible.
+def decode(child: str, message: bytes, descriptors: Sequence[int]) -> list[Said]:
+    """The events of a message, in order; raises Unintelligible if one of them is not well-formed.
 
-    ``has_report``: a descriptor came with it.
+    ``descriptors`` came with it: one for each report, but for the last ones if this process had
+    none left to receive them.
     """
     try:
-        event = json.loads(message)
+        said = json.loads(message)
     except (ValueError, RecursionError):
         # Among others, a message that was too long, and was cut off.
         raise Unintelligible("no JSON") from None
+    events = said if child == _OFTEN and isinstance(said, list) else [said]
+    if not 0 < len(events) <= MAX_EVENTS:
+        raise Unintelligible(f"{len(events)} events at once")
+    reports = iter(descriptors)
+    decoded = []
+    for event in events:
+        name = _checked(child, event)
+        has_report = name == _WITH_REPORT and event.get("uid") is not None
+        decoded.append(Said(name, event, next(reports, None) if has_report else None))
+    if next(reports, None) is not None:
+        raise Unintelligible(f"{decoded[-1].name} with a descriptor")
+    return decoded
+
+
+def _checked(child: str, event: Any) -> str:
+    """Take an event's name off its fields, and return it. Raises Unintelligible."""
     if not isinstance(event, dict):
         raise Unintelligible("no object")
     name = event.pop("event", None)
     fields = EVENTS[child].get(name) if isinstance(name, str) else None
-    if fields is None:
+    if not isinstance(name, str) or fields is None:
         raise Unintelligible("an event that is not its own")
     if unknown := event.keys() - fields.keys():
         raise Unintelligible(f"{name} with {len(unknown)} unknown fields")
@@ -264,6 +292,4 @@ def decode(child: str, message: bytes, has_report: bool) -> tuple[str, dict[str,
         value = event.get(key)
         if not (field.optional if value is None else field.fits(value)):
             raise Unintelligible(f"{name} with a bad {key}")
-    if has_report and name != _WITH_REPORT:
-        raise Unintelligible(f"{name} with a descriptor")
-    return name, event
+    return name

@@ -13,7 +13,8 @@ from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import NoReport, complete_record, read_report
 from titus_py.configuration.certificate_table import load_seconds
-from titus_py.supervisor.child_events import Unintelligible, decode
+from titus_py.parent.outbox import MAX_REPORTS
+from titus_py.supervisor.child_events import Said, Unintelligible, decode
 from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
 from titus_py.supervisor.record import Event
 
@@ -26,7 +27,10 @@ START_SECONDS = 60.0
 _QUIET_SECONDS = 15.0
 #: How soon to send an order again that a child could not take.
 _RETRY_SECONDS = 0.05
-_EVENT_OCTETS = 64 * 1024
+_MESSAGE_OCTETS = 64 * 1024
+#: How many messages to hear in a row from a child before anything else is served: each may have
+#: many events.
+_HEAR_AT_ONCE = 10
 
 
 class Children:
@@ -100,9 +104,9 @@ class Children:
 
     def _hear(self, generation: Generation, child: Child) -> bool:
         """Hear a child's events; returns whether there may be more."""
-        for _ in range(100):
+        for _ in range(_HEAR_AT_ONCE):
             try:
-                message, reports = receive_descriptors(child.socket, _EVENT_OCTETS, 1)
+                message, reports = receive_descriptors(child.socket, _MESSAGE_OCTETS, MAX_REPORTS)
             except BlockingIOError:
                 return False
             except ConnectionResetError:
@@ -115,9 +119,9 @@ class Children:
             child.last_heard = time.monotonic()
             try:
                 if not child.distrusted:
-                    self._heard(
-                        generation, child, *_understood(generation, child, message, reports)
-                    )
+                    for said in decode(child.name, message, reports):
+                        name = _understood(generation, child, said)
+                        self._heard(generation, child, name, said.fields)
             except (Unintelligible, NoReport) as error:
                 # Whoever runs code in it may have sent more. None of that is heard.
                 child.distrusted = True
@@ -135,20 +139,18 @@ class Children:
         return True
 
 
-def _understood(
-    generation: Generation, child: Child, message: bytes, reports: Sequence[int]
-) -> tuple[str, dict[str, Any]]:
-    """An event by its name, complete for the record. Raises Unintelligible and NoReport."""
-    name, event = decode(child.name, message, bool(reports))
+def _understood(generation: Generation, child: Child, said: Said) -> str:
+    """Complete an event for the record; returns its name there. Raises Unintelligible, NoReport."""
+    name, event, report = said
     if name == "ready" and child not in generation.starting:
         raise Unintelligible("ready for the second time")
-    if name == "connection_over":
-        if reports:
-            return complete_record(event, read_report(reports[0])), event
-        if event.get("uid") is None:
-            # It had no worker, and so has no report.
-            return "handshake_failed", event
-        # No descriptor was left to receive the report.
-        event["end"] = event["end"] or "not known: no descriptor for its report"
-        return "connection_ended", event
-    return name, event
+    if name != "connection_over":
+        return name
+    if report is not None:
+        return complete_record(event, read_report(report))
+    if event.get("uid") is None:
+        # It had no worker, and so has no report.
+        return "handshake_failed"
+    # No descriptor was left to receive the report.
+    event["end"] = event["end"] or "not known: no descriptor for its report"
+    return "connection_ended"

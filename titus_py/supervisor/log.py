@@ -5,8 +5,9 @@ quoted as data. The reader of the log may be slow, full or gone, so a thread of 
 Nobody waits for that thread: events that find no room are lost and counted. The count is logged
 first when the log can be written again.
 
-An event that comes alone is written at once. Waking the thread for each of many would cost more
-than all else that is done for them, so it then rests for a moment, and writes several at a time.
+Waking the thread for each of many events would cost more than all else that is done for them. So
+it rests for a moment when it has written, and then writes several at a time. Events that are not
+ordinary do not let it rest.
 """
 
 import json
@@ -32,6 +33,8 @@ _STANDARD_ERROR = 2
 _PAUSE_SECONDS = 0.1
 #: How long the thread rests when it has written all that there was.
 _REST_SECONDS = 0.02
+#: What it lets wait meanwhile, at the level of information.
+_ORDINARY = frozenset({"connection_begun", "connection_ended", "handshake_failed"})
 #: Lines that are written at once: what others write to the same pipe does not come between
 #: (pipe(7), PIPE_BUF).
 _AT_ONCE_OCTETS = select.PIPE_BUF
@@ -58,7 +61,8 @@ class Log:
         #: written; only the others put on.
         self._lines: deque[tuple[bool, bytes]] = deque()
         self._awake = threading.Event()
-        self._closing = threading.Event()
+        self._no_rest = threading.Event()
+        self._closed = False
         # Each of these is changed by one thread only.
         self._not_queued = lost
         self._not_written = 0
@@ -79,12 +83,15 @@ class Log:
             self._not_queued += 1
             return
         self._lines.append(self._line(event, level, fields))
+        if event not in _ORDINARY or level != "info":
+            self._no_rest.set()
         if not self._awake.is_set():
             self._awake.set()
 
     def close(self, seconds: float = 2.0) -> None:
         """Let the queue be written for up to ``seconds``. Events that are left then are lost."""
-        self._closing.set()
+        self._closed = True
+        self._no_rest.set()
         self._awake.set()
         self._writer.join(seconds)
         self._not_queued += len(self._lines)
@@ -106,10 +113,12 @@ class Log:
             self._awake.wait()
             # Before looking: whoever puts a line on now wakes this thread again.
             self._awake.clear()
+            self._no_rest.clear()
             while self._lines:
                 self._write_some()
-            if self._closing.wait(_REST_SECONDS) and not self._lines:
+            if self._closed and not self._lines:
                 return
+            self._no_rest.wait(_REST_SECONDS)
 
     def _write_some(self) -> None:
         """Write the next entry for the journal, or the next lines; first, how many were lost."""

@@ -4,12 +4,14 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
-from titus_py.parent.outbox import Outbox
+from titus_py.parent.outbox import MAX_EVENTS, MAX_REPORTS, Outbox
 
 
 @pytest.fixture
@@ -19,6 +21,11 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
+def events_in(message: bytes) -> list[dict[str, Any]]:
+    said = json.loads(message)
+    return said if isinstance(said, list) else [said]
+
+
 def hear_until(
     loop: EventLoop, supervisor: socket.socket, last: dict[str, object]
 ) -> list[dict[str, Any]]:
@@ -26,7 +33,7 @@ def hear_until(
     heard: list[dict[str, Any]] = []
     while not heard or heard[-1] != last:
         try:
-            heard.append(json.loads(supervisor.recv(65536, socket.MSG_DONTWAIT)))
+            heard += events_in(supervisor.recv(65536, socket.MSG_DONTWAIT))
         except BlockingIOError:
             loop.run_once()
     return heard
@@ -81,3 +88,74 @@ def test_the_longest_texts_are_one_message(pair: tuple[socket.socket, socket.soc
     octets = theirs.recv(1 << 20)
     assert len(octets) <= 64 * 1024
     assert json.loads(octets)["attempted"] == long[:1000]
+
+
+def test_what_is_ordinary_waits_for_others_and_for_nothing_else(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """The first event goes at once, and so does what is not ordinary, with all before it."""
+    loop = EventLoop()
+    outbox = Outbox(loop, pair[0])
+    outbox.put("connection_begun", connection=0)
+    assert events_in(pair[1].recv(65536, socket.MSG_DONTWAIT))
+    messages = []
+    for number in range(1, 600):
+        read, write = os.pipe()
+        os.close(write)
+        outbox.put("connection_over", read, level="info", connection=number)
+        if number == 300:
+            outbox.put("connection_over", level="warning", connection=number)
+            # Some may have gone before, where this test was not given the processor.
+            while not messages or b"warning" not in messages[-1]:
+                messages.append(pair[1].recv(65536, socket.MSG_DONTWAIT))
+    while b":599}" not in messages[-1]:
+        loop.run_once()
+        with suppress(BlockingIOError):
+            while True:
+                messages.append(pair[1].recv(65536, socket.MSG_DONTWAIT))
+    heard = [event["connection"] for message in messages for event in events_in(message)]
+    assert heard == [*range(1, 301), *range(300, 600)]
+    assert len(messages) < len(heard) // 5
+    assert all(len(events_in(message)) <= MAX_EVENTS for message in messages)
+
+
+def test_each_report_comes_with_its_event(pair: tuple[socket.socket, socket.socket]) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    outbox = Outbox(EventLoop(), pair[0])
+    reports = []
+    for number in range(2 * MAX_REPORTS):
+        report = os.memfd_create("report")
+        os.write(report, str(number).encode())
+        outbox.put("connection_over", report, connection=number)
+        outbox.put("connection_begun", connection=number)
+    outbox.send_last()
+    while len(reports) < 2 * MAX_REPORTS:
+        message, descriptors = receive_descriptors(pair[1], 65536, MAX_REPORTS)
+        over = [event for event in events_in(message) if event["event"] == "connection_over"]
+        for event, descriptor in zip(over, descriptors, strict=True):
+            assert os.pread(descriptor, 9, 0) == str(event["connection"]).encode()
+            os.close(descriptor)
+            reports.append(event["connection"])
+    assert reports == list(range(2 * MAX_REPORTS))
+    # The loop's own is left, perhaps.
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("octets", [100, 900, 5000, 11_000])
+def test_no_message_is_longer_than_the_supervisor_takes(
+    pair: tuple[socket.socket, socket.socket], octets: int
+) -> None:
+    loop = EventLoop()
+    outbox = Outbox(loop, pair[0])
+    for number in range(30):
+        names = {f"n{place}": "x" * 1000 for place in range(octets // 1000)}
+        outbox.put("connection_begun", number=number, rest="x" * (octets % 1000), **names)
+    heard = 0
+    while heard < 30:
+        try:
+            message = pair[1].recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            loop.run_once()
+            continue
+        assert len(message) <= 64 * 1024
+        heard += len(events_in(message))

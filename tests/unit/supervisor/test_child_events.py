@@ -1,6 +1,7 @@
 """What children may say: their own events with their own fields, and nothing else ends well."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -84,12 +85,16 @@ CHILDREN = st.sampled_from(sorted(EVENTS))
 
 
 def said_by(child: str, said: object, has_report: bool = False) -> dict[str, object] | None:
-    """What is understood of it; None if nothing is."""
+    """What is understood of a message with one event; None if nothing is."""
     octets = said if isinstance(said, bytes) else json.dumps(said).encode()
     try:
-        name, fields = decode(child, octets, has_report)
+        events = decode(child, octets, [3] if has_report else [])
     except Unintelligible:
         return None
+    if len(events) != 1:
+        return None
+    ((name, fields, report),) = events
+    assert report == (3 if has_report else None)
     known = fields_of(child, name)
     assert known is not None
     assert fields.keys() <= known.keys()
@@ -162,6 +167,57 @@ def test_a_descriptor_comes_with_a_report_alone() -> None:
     assert said_by("parent", OVER, has_report=True) == OVER
     assert said_by("parent", {"event": "retired"}, has_report=True) is None
     assert said_by("keyd", {"event": "alive"}, has_report=True) is None
+
+
+def test_the_parent_may_say_several_events_at_once() -> None:
+    """Each report is that of the next connection which had a worker; the last may be missing."""
+    silent = {key: value for key, value in OVER.items() if key != "uid"}
+    said = [{"event": "alive", "spares": 4}, OVER, silent, OVER | {"connection": 8}]
+    for descriptors, expected in (
+        ([], [None, None, None, None]),
+        ([5], [None, 5, None, None]),
+        ([5, 6], [None, 5, None, 6]),
+    ):
+        events = decode("parent", json.dumps(said).encode(), descriptors)
+        assert [{"event": name, **fields} for name, fields, _ in events] == said
+        assert [report for _, _, report in events] == expected
+
+
+@pytest.mark.parametrize(
+    ("child", "said", "descriptors"),
+    [
+        ("parent", [OVER], [5, 6]),
+        ("parent", [{"event": "retired"}, OVER | {"uid": None}], [5]),
+        ("parent", [OVER, OVER | {"level": "emergency"}], []),
+        ("parent", [OVER, OPERATIONS], []),
+        ("parent", [OVER, [OVER]], []),
+        ("parent", [OVER, 1], []),
+        ("parent", [{"event": "retired"}] * 101, []),
+        ("keyd", [{"event": "alive"}], []),
+        ("keyd", [{"event": "alive"}] * 2, []),
+    ],
+)
+def test_nothing_is_understood_where_not_all_is(
+    child: str, said: list[object], descriptors: list[int]
+) -> None:
+    with pytest.raises(Unintelligible):
+        decode(child, json.dumps(said).encode(), descriptors)
+
+
+@given(st.data(), st.lists(st.sampled_from(VALID), min_size=1, max_size=5), ANYTHING)
+def test_one_event_that_is_changed_is_as_good_or_none_is_understood(
+    data: st.DataObject, several: list[tuple[str, dict[str, object]]], value: object
+) -> None:
+    events = [said for child, said in several if child == "parent"]
+    position = data.draw(st.integers(0, len(events)))
+    said = [*events[:position], value, *events[position:]]
+    with suppress(Unintelligible):
+        decoded = decode("parent", json.dumps(said).encode(), [])
+        # Compared as JSON: NaN is not equal to itself.
+        heard = [{"event": name, **fields} for name, fields, _ in decoded]
+        assert [json.dumps(one, sort_keys=True) for one in heard] == [
+            json.dumps(one, sort_keys=True) for one in said
+        ]
 
 
 @given(CHILDREN, st.binary(max_size=300))

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -138,3 +139,33 @@ def test_a_descriptor_that_is_no_report_is_not_read(ears: Callable[[str], Ear]) 
         one.mouth.close()
     # Each has its loop's own descriptor left.
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_several_events_in_one_message_each_with_its_own_report(
+    ears: Callable[[str], Ear],
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    ear = ears("parent")
+    reports = []
+    for octets in (100, 200):
+        report = make_report()
+        # state, end, octets from the client, octets to the client
+        os.pwrite(report, struct.pack("=BBxxxxxxQQ", 4, 1, octets, 0), 0)
+        reports.append(report)
+    events = [OVER | {"connection": number} for number in (1, 2, 3)]
+    del events[1]["uid"]
+    ear.say([{"event": "alive", "spares": 1}, *events, {"event": "retired"}], *reports)
+    ear.run_until(lambda: len(ear.heard) == 5)
+    assert [name for name, _ in ear.heard] == ["alive", *["handshake_failed"] * 3, "retired"]
+    passed = [event.get("octets_from_client") for _, event in ear.heard[1:4]]
+    assert passed == [100, None, 200]
+    assert not ear.alarms
+    ear.say([events[0], {"event": "forged"}], reports[0])
+    ear.run_until(lambda: ear.how)
+    assert len(ear.heard) == 5
+    assert [alarm["event"] for alarm in ear.alarms] == ["unintelligible"]
+    for report in reports:
+        os.close(report)
+    ear.mouth.close()
+    # The loop has its own descriptor left.
+    assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -75,20 +75,25 @@ class Program:
 def test_many_lines_are_few_writes_of_whole_lines() -> None:
     """A socket stands in for the pipe: each write is one message of it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    text = "log('alone')\nstep()\nfor number in range(2000): log('x', number=number)\nlog.close(20)"
+    text = "log('alone')\nstep()\n"
+    text += "for number in range(2000): log('connection_begun', number=number)\n"
+    text += "log('urgent', number=2000)\nstep()\nlog.close()"
     program = Program(text, theirs.fileno())
     theirs.close()
     with ours:
         assert ours.recv(1 << 16).endswith(b" info alone\n")
         program.reached()
         program.go_on()
-        writes = []
-        while written := ours.recv(1 << 16):
-            writes.append(written)
-    program.ended()
+        program.reached()
+        # All is written without the log's being closed.
+        writes = [ours.recv(1 << 16)]
+        while b" urgent " not in writes[-1]:
+            writes.append(ours.recv(1 << 16))
+        program.go_on()
+        program.ended()
     assert all(len(written) <= select.PIPE_BUF and written.endswith(b"\n") for written in writes)
     lines = b"".join(writes).decode().splitlines()
-    assert [line.split(" number=")[1] for line in lines] == [str(n) for n in range(2000)]
+    assert [line.split(" number=")[1] for line in lines] == [str(n) for n in range(2001)]
     assert len(writes) < len(lines) // 2
 
 
