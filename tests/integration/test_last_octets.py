@@ -6,7 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from OpenSSL import SSL
@@ -294,6 +294,43 @@ def test_a_slow_backend_gets_what_a_half_closed_client_has_sent(
                 time.sleep(0.03)
             assert octets == MUCH[:1_000_000]
             writer.join()
+
+
+def is_reset_although_it_reads(side: socket.socket, octets: int) -> bool:
+    """Whether the connection ends in a reset while so many octets are read at a time."""
+    with suppress(ConnectionResetError):
+        while side.recv(octets):
+            time.sleep(0.02)
+        return False
+    return True
+
+
+def test_a_client_that_takes_the_last_octets_one_by_one_is_reset_in_the_end(
+    serve: Serve, backend: Listener
+) -> None:
+    """It would hold its place for as many times the timeout as there are octets for it."""
+    instance = serve(backend.address, limits={"half_closed_timeout": "100ms"})
+    with TlsClient(instance.port, receive_buffer=8192) as client:
+        client.handshake()
+        with backend.accept() as accepted:
+            accepted.sendall(MUCH[:1_000_000])
+        assert is_reset_although_it_reads(client.socket, 4096)
+        event = instance.wait_for_event("connection_ended", client=client.name)
+        assert event["end"] == "half_closed"
+
+
+def test_a_backend_that_takes_them_one_by_one_is_reset_in_the_end_too(
+    serve: Serve, listener: Listener
+) -> None:
+    instance = serve(listener.address, limits={"half_closed_timeout": "100ms"})
+    client = TlsClient(instance.port).handshake()
+    with listener.accept() as backend:
+        client.send(MUCH[:400_000])
+        eventually(lambda: not unacknowledged(client.socket), "all is with the worker")
+        client.reset()
+        assert is_reset_although_it_reads(backend, 2048)
+        event = instance.wait_for_event("connection_ended", client=client.name)
+        assert " octets not taken in " in event["detail"]
 
 
 def test_the_handshake_of_a_client_that_only_ends_is_one_that_it_left(instance: Instance) -> None:

@@ -60,7 +60,8 @@ class Limits(Table):
     half_closed_timeout: Duration = Field(
         default=60.0,
         description="How long the other direction may stand still of a connection of which one "
-        "has ended; and how long a peer may take nothing of the last octets that are for it.",
+        "has ended; and how long a peer may take nothing of the last octets that are for it. Those "
+        "that only the system still holds, it has to take within 16 times as long.",
     )
     keepalive: Keepalive = Field(
         default=60.0,

@@ -6,7 +6,8 @@ came before it, and the other direction goes on. An unclean end (RST, an invalid
 with ``truncated_is_reset``, a TLS stream without close_notify) is passed on as a reset, once
 the other side's kernel has acknowledged what was sent before it. A receiver that takes
 nothing for ``half_closed_timeout`` is reset without waiting for that, or, while our kernel has
-octets for it, within twice as long.
+octets for it, within twice as long. So is one that has taken a little each time, but not all within
+``_MOST_WAITS`` times as long.
 
 When this process ends, however it ends, both sockets reset their connections: they came
 with SO_LINGER and a timeout of zero (``reset_at_close``). This is taken off both when both
@@ -45,6 +46,10 @@ _RECORD_OCTETS = 16 * 1024
 #: How long to wait before looking again whether the last octets were acknowledged, in
 #: seconds: the first time, and at most.
 _PAUSES = 0.001, 0.1
+#: How often in a row a peer gets another ``half_closed_timeout`` because it has taken some of the
+#: last octets. An honest one that is slow needs several; one that takes an octet at a time would
+#: hold its place for days.
+_MOST_WAITS = 16
 #: Errors that say nothing beyond the name of the end.
 _RESETS = errno.ECONNRESET, errno.EPIPE
 
@@ -135,7 +140,7 @@ class Pump:
         client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
         client_events = backend_events = 0
         client_hung_up = False
-        in_flight = sys.maxsize
+        waits, in_flight = 0, sys.maxsize
         poll.register(client_fd, client_events)
         while not (self._client_end_passed and self._backend_end_passed):
             # The client is watched until it hangs up, if only for a reset: poll(2) reports that
@@ -158,11 +163,12 @@ class Pump:
             if not ready:
                 # Nothing can be passed on, but a slow peer may still take what our kernel has.
                 sides = (self._client_socket, self._backend)
-                if not 0 < (left := sum(map(unacknowledged, sides))) < in_flight:
+                waits, before = waits + 1, in_flight
+                in_flight = sum(map(unacknowledged, sides))
+                if waits >= _MOST_WAITS or not 0 < in_flight < before:
                     raise _Ended(self._stood_still)
-                in_flight = left
                 continue
-            in_flight = sys.maxsize
+            waits, in_flight = 0, sys.maxsize
             for descriptor, events in ready:
                 if descriptor == backend_fd:
                     self._backend_ready()
@@ -358,8 +364,10 @@ class Pump:
         receivers = thrown_away.copy()
         self._stop_sending(end, receivers)
         pause, longest = _PAUSES
-        before: tuple[int, ...] = ()
-        deadline = 0.0
+        patience, in_all = self._half_closed_timeout, self._half_closed_timeout * _MOST_WAITS
+        moved: tuple[int, ...] = ()
+        since = deadline = 0.0
+        before = sys.maxsize
         while True:
             if allowance == 0:
                 self._backend_ended = self._backend_end_passed = True
@@ -368,11 +376,15 @@ class Pump:
                 return ""
             now = time.monotonic()
             counts = self._octets_from_client, self._octets_to_client, len(self._to_backend)
-            if before != (before := (*counts, in_flight)):
-                deadline = now + self._half_closed_timeout
-            elif now >= deadline:
+            if moved != (moved := counts):
+                since, before = now, sys.maxsize
+            if in_flight < before:
+                deadline = min(now + patience, since + in_all)
+            before = in_flight
+            if now >= deadline:
                 missing = in_flight + len(self._to_backend) + len(self._to_client)
-                return f"{missing} octets not taken in {self._half_closed_timeout:g} s"
+                waited = patience if now < since + in_all else in_all
+                return f"{missing} octets not taken in {waited:g} s"
             ready = self._wait_for(thrown_away, min(pause, deadline - now))
             pause = min(2 * pause, longest)
             try:
