@@ -1,0 +1,106 @@
+"""Which connection gives way, as the kernel knows real ones, and how often it is asked."""
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from titus_py.between.messages import Ends
+from titus_py.parent.giving_way import GivingWay
+from titus_py.parent.sock_diag import Seen, SockDiag
+from titus_py.parent.worker import Worker
+
+IDLE_SECONDS = 0.2
+
+
+class Full:
+    """A proxy's connections, and for each the client's end."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.busy: dict[int, Worker] = {}
+        self.handshaking: dict[int, Worker] = {}
+        self.clients: dict[Worker, socket.socket] = {}
+        self.choice = GivingWay(self.busy, self.handshaking, IDLE_SECONDS)
+
+    def come(self, source: str) -> Worker:
+        here = self._listener.getsockname()
+        client = socket.create_connection(here, 10, (source, 0))
+        server, (host, port) = self._listener.accept()
+        worker = Worker(len(self.clients), -1, self._stack.enter_context(server))
+        worker.address = host
+        worker.endpoints = Ends(host, port, *here)
+        self.busy[worker.uid] = worker
+        self.clients[worker] = self._stack.enter_context(client)
+        return worker
+
+
+@pytest.fixture
+def full() -> Iterator[Full]:
+    with ExitStack() as stack:
+        yield Full(stack)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[Ends]:
+    """How often the kernel was asked about each connection."""
+    count: Counter[Ends] = Counter()
+    look = SockDiag.look
+
+    def counted(kernel: SockDiag, ends: Ends) -> Seen | None:
+        count[ends] += 1
+        return look(kernel, ends)
+
+    monkeypatch.setattr(SockDiag, "look", counted)
+    return count
+
+
+def test_for_many_newcomers_the_kernel_is_asked_little(full: Full, asked: Counter[Ends]) -> None:
+    workers = [full.come("127.1.1.1") for _ in range(30)]
+    time.sleep(IDLE_SECONDS + 0.1)
+    chosen = {full.choice.choose() for _ in range(30)}
+    assert chosen == set(workers)
+    # Once for all of them, once more before each is ended; and anew, if this took over a second.
+    assert asked.total() <= 3 * len(workers)
+    assert full.choice.choose() is None
+
+
+def test_who_has_talked_since_or_ended_does_not_give_way(full: Full) -> None:
+    workers = {full.come("127.1.1.1") for _ in range(5)}
+    time.sleep(IDLE_SECONDS + 0.1)
+    # From now on, it holds for how long the others have stood still.
+    first = full.choice.choose()
+    assert first is not None
+    workers.remove(first)
+    talks, ends, killed, left = workers
+    full.clients[talks].send(b"x")
+    del full.busy[ends.uid]
+    killed.kill("for another reason")
+    assert [full.choice.choose(), full.choice.choose()] == [left, None]
+
+
+def test_it_is_of_the_network_that_has_most_now(full: Full) -> None:
+    """As connections give way, another network has most."""
+    workers = [full.come(f"127.1.{net}.1") for net in (1, 1, 1, 1, 2, 2, 3)]
+    time.sleep(IDLE_SECONDS + 0.1)
+    order = []
+    for _ in workers:
+        worker = full.choice.choose()
+        assert worker is not None
+        order.append(worker.address)
+    assert order[:2] == ["127.1.1.1", "127.1.1.1"]
+    assert sorted(order[2:4]) == ["127.1.1.1", "127.1.2.1"]
+    assert sorted(order[4:]) == ["127.1.1.1", "127.1.2.1", "127.1.3.1"]
+
+
+def test_a_connection_that_is_over_goes_first_and_a_handshake_never(full: Full) -> None:
+    handshake, idle, over = (full.come("127.1.1.1") for _ in range(3))
+    full.handshaking[handshake.uid] = handshake
+    time.sleep(IDLE_SECONDS + 0.1)
+    full.clients[over].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    full.clients[over].close()
+    assert [full.choice.choose() for _ in range(3)] == [over, idle, None]
