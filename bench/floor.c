@@ -1,29 +1,30 @@
 /*
- * The floor: what isolation itself costs. A TLS proxy with a process for each connection, as small
- * as one can be that gives each connection what titus-py's confinement gives it.
+ * The floor: what isolation costs at least. The smallest TLS proxy with a process for each
+ * connection that confines each connection as titus-py does.
  *
  *     floor PORT BACKEND-PORT CERTIFICATE KEY EMPTY-DIRECTORY FIRST-UID
  *
- * A parent accepts, dials and reaps; a fork server, which holds the TLS context, makes the workers.
- * The parent orders them ahead (SPARES, as titus-py's default), and one more for each client that
- * it hands over: without spares each client would wait for a fork, and bursts and latency would say
- * nothing about titus-py. A worker waits for its client, shakes hands, asks the parent for the
- * backend's socket, pumps, and exits.
+ * A parent accepts, dials and reaps. A fork server, which holds the TLS context, makes the workers.
+ * The parent orders SPARES workers ahead (titus-py's default), and another one for each client that
+ * it hands over. Without spares each client would wait for a fork, and bursts and latency could not
+ * be compared with titus-py's. A worker waits for its client, makes the handshake, asks the parent
+ * for the backend's socket, moves octets both ways, and exits.
  *
- * As in titus-py, and in its order: workers are forked into pid, IPC and UTS namespaces of their
- * own, as the parent's children (CLONE_PARENT), from a process in an empty network namespace and
- * an empty root, with speculation off, no_new_privs, a Landlock domain and resource limits; each
- * adds a Landlock domain, closes all but one descriptor, has limits, a uid and a gid of its own, no
- * capability, is not dumpable, dies with the parent, and has one seccomp filter, of the same calls.
- * The fork server practises a handshake before it forks, too.
+ * The following is as in titus-py, and in the same order. The fork server is in an empty network
+ * namespace and an empty root, with speculation off, no_new_privs, a Landlock domain and resource
+ * limits. It forks workers into pid, IPC and UTS namespaces of their own, as the parent's children
+ * (CLONE_PARENT). Each worker adds a Landlock domain, closes all but one descriptor, gets resource
+ * limits and a uid and a gid of its own, has no capability, is not dumpable, dies with the parent,
+ * and has one seccomp filter, with the same system calls. The fork server makes a handshake for
+ * practice before it forks.
  *
  * Left out: keyd (the key is in every worker, and no other process signs); the supervisor, the log,
  * a worker's report; timeouts and every limit on clients; virtual hosts; resets that are passed on;
  * the socket pair in which each socket is given away; waiting for a client's first octet before it
  * gets a process; a spare's touching of memory ahead of its client; the filter's conditions on
- * arguments; Landlock rights later than its first version; and giving up the fork server's and the
- * parent's own capabilities, once.
- * The parent listens on and dials 127.0.0.1 only. Nobody should serve anything with this.
+ * arguments; Landlock rights later than its first version; and that the fork server and the parent
+ * give up capabilities when they start.
+ * The parent listens on and dials 127.0.0.1 only. Do not serve anything with this.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -185,8 +186,8 @@ static void confine_fork_server(const char *directory)
 }
 
 /*
- * System calls, where the C library's functions do more: those that change the uid and the gid have
- * every thread change them.
+ * syscall(2) for the uid, the gid and the groups: the C library's functions would change them in
+ * every thread.
  */
 static int confine_worker(int parent, unsigned int uid)
 {
@@ -267,7 +268,7 @@ static void pump(SSL *ssl, int client, int backend)
                              (to_client || SSL_want_write(ssl) ? POLLOUT : 0);
             both[1].events = (down.from == down.to && !down.ended ? POLLIN : 0) |
                              (up.from < up.to ? POLLOUT : 0);
-            /* What nobody waits for must not wake us with its end. */
+            /* Leave out a socket that we wait for nothing from: its hang-up would wake us. */
             for (int at = 0; at < 2; at++)
                 if (!both[at].events)
                     both[at].fd = -1;
@@ -310,7 +311,7 @@ static SSL_CTX *make_context(const char *certificate, const char *key)
     return context;
 }
 
-/* One handshake in memory: what OpenSSL looks up for the first is inherited by all workers. */
+/* Makes a handshake in memory. What OpenSSL looks up for the first one, all workers inherit. */
 static void practise(SSL_CTX *context)
 {
     SSL_CTX *client_context = SSL_CTX_new(TLS_client_method());
@@ -355,7 +356,7 @@ static void serve_orders(SSL_CTX *context)
 /* --- the parent ---------------------------------------------------------------------- */
 
 static enum state { SPARE, SERVING, DIALLED } states[MAX_DESCRIPTORS];
-static int spares[SPARES], oldest; /* the sockets to them, in the order in which they were made */
+static int spares[SPARES], oldest; /* their sockets, the oldest spare's at [oldest] */
 static int epoll, fork_server;
 
 static void watch(int descriptor)
@@ -366,7 +367,7 @@ static void watch(int descriptor)
         die("epoll_ctl");
 }
 
-/* The uid goes by our descriptor, which no other worker has that still runs. */
+/* Our descriptor's number decides the uid: no other live worker has the same one. */
 static int order_worker(void)
 {
     int pair[2];
@@ -391,7 +392,7 @@ static void hand_over(int client)
     oldest = (oldest + 1) % SPARES;
 }
 
-/* A worker asks for its backend, once, or is gone. The backend may still be connecting. */
+/* A worker has asked for its backend, or has ended. The socket may be connecting still. */
 static void hear(int worker, const struct sockaddr_in *address)
 {
     char octet;

@@ -1,22 +1,24 @@
 /*
- * The load: TLS 1.3 clients, in one thread, that show what each of them had to wait for.
+ * The load: TLS 1.3 clients in one thread, and how long each of them had to wait.
  *
- *     load closed PORT --clients N --seconds S   N clients, each the next one when one is done
- *     load rate   PORT --rate R --seconds S      R new ones a second, whatever becomes of them
- *     load once   PORT --clients N [--rate R]    N at once, one exchange each; R newcomers a
- *                                                second beside them until they are done
- *     load hold   PORT                           for each number on stdin, have so many
- *                                                connections, idle, and say so; until its end
+ *     load closed PORT --clients N --seconds S   N clients at a time; when one is done, the
+ *                                                next one begins
+ *     load rate   PORT --rate R --seconds S      R new ones a second, done or not
+ *     load once   PORT --clients N [--rate R]    N at once, one exchange each; meanwhile
+ *                                                R newcomers a second
+ *     load hold   PORT                           read numbers from stdin: have so many idle
+ *                                                connections, then print how many there are;
+ *                                                end at the end of file
  *
- * An exchange is: connect, a full handshake (X25519, AES-256-GCM, nothing resumed), one
- * request, the whole answer to the end of TLS. What is asked for: --path, with --length, the
- * octets that the answer must have; or --upload, the octets to send, of which the answer must
- * be the number. --timeout is how long an exchange may take. The server is on 127.0.0.1; the
- * certificate is not looked at.
+ * An exchange is: connect, a full handshake (X25519, AES-256-GCM, no resumption), one request, the
+ * whole answer to the end of TLS. The request is for --path. With --length, the answer must have so
+ * many octets. With --upload, so many octets are sent, and the answer must be their number.
+ * --timeout is how long an exchange may take. The server is on 127.0.0.1. Its certificate is not
+ * verified.
  *
- * Prints JSON: for the clients, and for the newcomers, how many exchanges were done and how
- * others failed, and in microseconds when each one's first octet of the answer and its end
- * came. Times begin where the client was due, not when this program got around to it.
+ * Prints JSON, for the clients and for the newcomers: how many exchanges were done, how the others
+ * failed, and after how many microseconds the first octet and the end of each answer came. Times
+ * are measured from when a client was due, even if this program began it later.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -40,7 +42,7 @@
 #define MAX_EVENTS 256
 #define HEAD_OCTETS 1024
 #define PIECE_OCTETS 65536
-#define MAX_HANDSHAKES 32 /* of "hold", at once: having them is its purpose, not the burst */
+#define MAX_HANDSHAKES 32 /* at once, in "hold", which is not for bursts */
 #define SECOND INT64_C(1000000)
 
 enum stage { FREE, CONNECTING, SHAKING, SENDING, RECEIVING, HELD };
@@ -66,7 +68,7 @@ struct client {
     size_t request_sent;
     int64_t upload_left, body;
     size_t head_length;
-    char head[HEAD_OCTETS]; /* and what of the body came with it */
+    char head[HEAD_OCTETS]; /* and as much of the body as came with it */
     uint32_t interest;
 };
 
@@ -86,7 +88,7 @@ static int epoll;
 static char request[1024], expected[32], zeros[PIECE_OCTETS];
 static size_t request_length;
 static long tickets;
-static int counting = 1; /* not any more, once the time is over */
+static int counting = 1; /* until the time is over */
 static int holding;
 static long held;
 
@@ -147,7 +149,7 @@ static void begin(struct group *group, int64_t due)
     int on = 1;
 
     if (free_count == 0) {
-        /* The server has fallen behind by all that we can hold: that one is lost, too. */
+        /* The server is behind by as many clients as we can have: this one has failed, too. */
         group->failed[CONNECT]++;
         group->all_failed++;
         return;
@@ -196,7 +198,7 @@ static int complete(const struct client *client)
     return options.length < 0 || client->body == options.length;
 }
 
-/* The answer has ended; how does OpenSSL call it? */
+/* The answer has ended, with this error of OpenSSL's. */
 static void finish(struct client *client, int error)
 {
     if (!complete(client)) {
@@ -238,7 +240,7 @@ static void take(struct client *client, const char *octets, size_t length)
         client->body = (int64_t)(client->head + client->head_length - body - 4 + (length - kept));
 }
 
-/* Whether there is more to do now; not, where this has to wait or has ended. */
+/* Waits for the socket, or ends the exchange. Returns 0: there is no more to do now. */
 static int wait_or_fail(struct client *client, int result, enum failure how)
 {
     int error = SSL_get_error(client->ssl, result);
@@ -308,7 +310,7 @@ static int advance(struct client *client)
             return wait_or_fail(client, result, ANSWER);
         take(client, piece, (size_t)result);
         return 1;
-    case HELD: /* nothing is to come but tickets and the end */
+    case HELD: /* only tickets and the end may come */
         if ((result = SSL_read(client->ssl, piece, sizeof piece)) <= 0)
             return wait_or_fail(client, result, ANSWER);
         return 1;
@@ -333,7 +335,7 @@ static void expire(int64_t now)
             fail(client, TIMEOUT);
 }
 
-/* Waits until `until` at most; says whether stdin can be read. */
+/* Waits until `until` at the latest. Returns whether stdin can be read. */
 static int serve(int64_t until)
 {
     struct epoll_event events[MAX_EVENTS];
@@ -392,7 +394,7 @@ static void report(int64_t took)
                + (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6);
 }
 
-/* Let what has begun end, so that the next run finds a server at rest; that is "late". */
+/* Waits for exchanges that have begun, so that the next run finds a server at rest: "late". */
 static void let_end(void)
 {
     counting = 0;
@@ -479,7 +481,7 @@ static void run_hold(void)
     }
 }
 
-/* --- to begin with ------------------------------------------------------------------- */
+/* --- the start ----------------------------------------------------------------------- */
 
 static int count_ticket(SSL *ssl, SSL_SESSION *session)
 {
@@ -502,7 +504,7 @@ static void make_context(void)
     SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
     SSL_CTX_sess_set_new_cb(context, count_ticket);
     if (options.length > PIECE_OCTETS) {
-        /* Several records with one system call: the client is not what is measured. */
+        /* Read several records with one system call: the client is not what is measured. */
         SSL_CTX_set_read_ahead(context, 1);
         SSL_CTX_set_default_read_buffer_len(context, 4 * PIECE_OCTETS);
     }

@@ -4,9 +4,9 @@
  *     sign KEY SECONDS MOST
  *
  * KEY is a PEM file: a private key, or the reference to one for which OPENSSL_CONF loads a
- * provider. Every signature is begun anew, as in every handshake: RSA-PSS or ECDSA, SHA-256.
- * Prints JSON: the seconds, and the microseconds of each signature, after SECONDS or when
- * there are so many as MOST.
+ * provider. Each signature has a context of its own, as in a handshake: RSA-PSS or ECDSA, SHA-256.
+ * Stops after SECONDS, or after MOST signatures. Prints JSON: the seconds that all of them took,
+ * and the microseconds of each.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <openssl/err.h>
@@ -54,7 +54,7 @@ int main(int count, char **words)
     fclose(file);
     check((times = calloc((size_t)most, sizeof *times)) != NULL, "calloc");
     memset(content, 0x20, 64);
-    memcpy(content + 64, context, sizeof context); /* and its 0 */
+    memcpy(content + 64, context, sizeof context); /* with its final 0 */
     memset(content + 64 + sizeof context, 1, TRANSCRIPT_HASH_OCTETS);
 
     begun = now();

@@ -1,9 +1,9 @@
 /*
- * A list of system calls, made in order: at once, or by a child of clone(2) before anything else.
+ * Makes a list of system calls, in order: in this process, or in a new child of clone(2).
  *
- * Run by the fork server and by workers. Between its birth and the last of the calls the child
- * runs nothing but this: no Python, whose objects it would first have to copy, page by page.
- * What is called is written down, in order, in Python (titus_py/fork_server/confinement.py).
+ * Run by the fork server and by workers. A child makes all of the calls before it runs any Python:
+ * Python writes to its objects, and each page that it writes to would have to be copied first.
+ * The list comes from Python (titus_py/fork_server/confinement.py).
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -41,7 +41,7 @@ static int take_calls(const char *octets, Py_ssize_t length, struct calls *calls
 	return 0;
 }
 
-/* Returns the number of the call that failed, with errno, and makes none after it; or -1. */
+/* Stops at the first call that fails, and returns its index, with errno; -1 if none fails. */
 static int make_all(struct calls calls)
 {
 	for (Py_ssize_t at = 0; at < calls.count; at++) {
@@ -79,10 +79,9 @@ static PyObject *spawn(PyObject *module, PyObject *args)
 		return NULL;
 
 	/*
-	 * clone(2) and not clone3(2): a service manager's filter on namespaces sees only the
-	 * flags of the former (systemd.exec(5), RestrictNamespaces=). No stack: the child goes
-	 * on with its copy of ours. The pidfd is stored where CLONE_PARENT_SETTID would store
-	 * the child's id.
+	 * clone(2) and not clone3(2): systemd's filter on namespaces cannot see the flags of
+	 * clone3(2) (systemd.exec(5), RestrictNamespaces=). The stack is NULL: the child uses
+	 * its copy of ours. The kernel stores the pidfd in the third argument.
 	 */
 	int pidfd = -1;
 	const long pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, 0UL, &pidfd, 0UL, 0UL);
@@ -109,7 +108,7 @@ static struct PyModuleDef definition = {
 	.m_methods = methods,
 };
 
-/* This machine's numbers for the calls that are of use here. */
+/* The numbers of the calls that a list may have, on this architecture. */
 static const struct {
 	const char *name;
 	int number;

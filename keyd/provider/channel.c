@@ -1,9 +1,9 @@
 /*
- * One request to keyd, one reply from it, in bounded time (the format: protocol.py).
+ * Sends one request to keyd and receives one reply, within a time limit (the format: protocol.py).
  *
- * Runs in the worker; its system calls are poll, sendto, recvmsg and clock_gettime, on
- * failure shutdown, and with `socket` also socket, setsockopt, connect and close. Of
- * keyd's reply it believes a form that it has checked, and a length that the caller set.
+ * Runs in the worker. Its system calls are poll, sendto, recvmsg and clock_gettime, on failure
+ * shutdown, and with `socket` also socket, setsockopt, connect and close. It checks the form of
+ * keyd's reply, and that the reply is no longer than the caller allows.
  */
 #include "keyd_provider.h"
 
@@ -45,7 +45,7 @@ static int wait_for(const struct provider *provider, int fd, short event, int64_
         int ready = left > 0 ? poll(&wanted, 1, (int)left) : 0;
 
         if (ready > 0)
-            return 1; /* for better or worse: the call that follows says which */
+            return 1; /* or failed: the next call says so */
         if (ready == 0 && left <= 0)
             return too_slow(provider);
         if (ready < 0 && errno != EINTR)
@@ -54,8 +54,8 @@ static int wait_for(const struct provider *provider, int fd, short event, int64_
 }
 
 /*
- * connect(2) to a Unix socket waits while the listener's backlog is full, and poll cannot
- * wait for it instead. SO_SNDTIMEO bounds it.
+ * connect(2) to a Unix socket blocks while the listener's backlog is full, and poll(2) cannot
+ * wait for that. SO_SNDTIMEO limits how long it blocks.
  */
 static int connect_to_keyd(const struct provider *provider, int64_t deadline)
 {
@@ -87,12 +87,12 @@ static int connect_to_keyd(const struct provider *provider, int64_t deadline)
     return -1;
 }
 
-/* The descriptor may be blocking or not, and stays so: MSG_DONTWAIT, and poll to wait. */
+/* Does not depend on whether the descriptor is blocking: MSG_DONTWAIT, and poll(2) to wait. */
 static int send_request(const struct provider *provider, int fd, const uint8_t *request,
                         size_t length, int64_t deadline)
 {
     for (;;) {
-        /* Not sendmsg(2), which could send descriptors, too: a worker has no use for it. */
+        /* Not sendmsg(2), which could send descriptors: a worker's filter does not allow it. */
         if (send(fd, request, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
             return 1;
         if (errno != EINTR && errno != EAGAIN)
@@ -155,7 +155,7 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
                  const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
                  uint8_t *answer, size_t answer_size)
 {
-    /* One more, for what now_ms() rounds off: never less than what was set. */
+    /* 1 ms more, since now_ms() rounds down: the limit is never shorter than what was set. */
     int64_t deadline = now_ms() + provider->timeout_ms + 1;
     int fd = provider->channel_fd;
     uint8_t request[REQUEST_HEAD_OCTETS + MAX_PAYLOAD_OCTETS] = {
@@ -183,7 +183,7 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
     if (fd != provider->channel_fd)
         close(fd);
     else if (length < 0)
-        /* An answer that comes late must not be taken for the next request's. */
+        /* A late answer must not be taken for the answer to the next request. */
         shutdown(fd, SHUT_RDWR);
     return length;
 }

@@ -1,8 +1,9 @@
 /*
  * Decryption (ASYM_CIPHER): the RSA key exchange of TLS 1.2, and nothing else.
  *
- * Runs in the worker. keyd unpads, checks the version, and where either is wrong answers
- * with random octets (RFC 5246 section 7.4.7.1): nothing here can tell, and so leak, which.
+ * Runs in the worker. keyd removes the padding and checks the version. If either is wrong, it
+ * answers with random octets (RFC 5246 section 7.4.7.1). So this code cannot tell whether they
+ * were right, and cannot leak it.
  */
 #include "keyd_provider.h"
 
@@ -44,7 +45,7 @@ static void *duplicate(void *from)
 
 /*
  * tls-negotiated-version is not read: it is for SSL_OP_TLS_ROLLBACK_BUG, which tolerates
- * premaster secrets of a version that the client did not offer. keyd does not.
+ * premaster secrets of a version that the client did not offer. keyd does not tolerate them.
  */
 static int set_params(void *context, const OSSL_PARAM params[])
 {
@@ -53,7 +54,7 @@ static int set_params(void *context, const OSSL_PARAM params[])
 
     if ((param = find_param(params, OSSL_ASYM_CIPHER_PARAM_PAD_MODE)) != NULL
         && !get_int(param, &cipher->padding))
-        cipher->padding = 0; /* a name: TLS's padding has none */
+        cipher->padding = 0; /* a name, which TLS's padding does not have */
     if ((param = find_param(params, OSSL_ASYM_CIPHER_PARAM_TLS_CLIENT_VERSION)) != NULL
         && (!get_int(param, &cipher->client_version) || cipher->client_version < 0
             || cipher->client_version > UINT16_MAX)) {
@@ -115,8 +116,9 @@ static int decrypt(void *context, unsigned char *secret, size_t *length, size_t 
         return 0;
     }
     /*
-     * A length that no request can have is as wrong as any but the modulus's: let keyd answer
-     * as it does to those, and the handshake go on as after bad padding.
+     * This ciphertext does not fit into a request, so its length is wrong. Send one octet
+     * instead: keyd answers as to any wrong length, and the handshake goes on as after bad
+     * padding.
      */
     if (encrypted_length < 1 || encrypted_length > MAX_PAYLOAD_OCTETS) {
         encrypted = none;

@@ -1,8 +1,8 @@
 /*
- * A key as OpenSSL sees it (KEYMGMT): its public part, and the claim to be private.
+ * A key as OpenSSL sees it (KEYMGMT): it has the public part, and claims to have the private one.
  *
- * Runs in the worker, or in whatever program loads it. There is no private part here to
- * give away; what asks for one is refused.
+ * Runs in the worker, or in whatever program loads it. The private part is not in this process:
+ * requests for it are refused.
  */
 #include "keyd_provider.h"
 
@@ -44,7 +44,7 @@ static void *load(const void *reference, size_t size)
     return key;
 }
 
-/* The private part too: a reference stands in for it. */
+/* Also the private part: keyd has it, and uses it for this key. */
 static int has(const void *data, int selection)
 {
     const struct key *key = data;
@@ -91,7 +91,7 @@ static unsigned int modulus_bits(const struct key *key)
     return bits;
 }
 
-/* NIST SP 800-57 part 1 table 2, with OpenSSL's values between its lines. */
+/* NIST SP 800-57 part 1 table 2; for sizes between those of the table, OpenSSL's values. */
 static unsigned int rsa_security_bits(unsigned int bits)
 {
     return bits >= 8192 ? 200 : bits >= 7680 ? 192 : bits >= 6144 ? 176 : bits >= 4096 ? 152
@@ -132,7 +132,7 @@ static int get_params(void *data, OSSL_PARAM params[])
             && set_octets(params, OSSL_PKEY_PARAM_PUB_KEY, public, length)
             && set_octets(params, OSSL_PKEY_PARAM_ENCODED_PUBLIC_KEY, public, length);
     case KEY_ED25519:
-        /* Empty: it hashes by itself, and nothing else may. */
+        /* Empty: Ed25519 hashes the message itself, and takes no digest. */
         return get_sizes(key, params, 256, 128)
             && set_text(params, OSSL_PKEY_PARAM_MANDATORY_DIGEST, "")
             && set_octets(params, OSSL_PKEY_PARAM_PUB_KEY, public, length);
@@ -195,9 +195,9 @@ static const OSSL_PARAM *gettable_ed25519(void *provider)
 }
 
 /*
- * Give the public part to another provider. Whoever asks for the private part as well
- * gets nothing: OpenSSL tries that for every operation, to have the default provider do
- * it, and comes to us when it fails. No error is raised: it would outlive the handshake.
+ * Exports the public part to another provider. Exporting the private part fails: OpenSSL tries
+ * that for every operation, so that the default provider could do it, and uses this provider when
+ * it fails. No error is raised: it would stay in the queue after the handshake.
  */
 static int export_public(void *data, int selection, OSSL_CALLBACK *callback, void *callback_arg)
 {

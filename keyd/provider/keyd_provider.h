@@ -1,15 +1,15 @@
 /*
  * The keyd provider: OpenSSL keys that are references to keys in keyd.
  *
- * Runs in the worker, or in whatever program loads it. Holds no private key: it names
- * one, asks keyd to use it, and hands the answer on. Trusts the reference file and the
- * configuration as far as the administrator wrote them (mistakes are named, never fatal
- * to the process), and keyd's answers only as far as their form has been checked.
+ * Runs in the worker, or in whatever program loads it. It holds no private key: it names one, asks
+ * keyd to use it, and returns the answer. It trusts the reference file and the configuration, which
+ * are the administrator's: mistakes in them are named, and do not end the process. Of keyd's
+ * answers it checks the form.
  *
- * One shared object may serve two copies of libcrypto in one process. So nothing here
- * links against libcrypto, nothing is global and mutable, and every upcall goes through
- * the provider's context. Nothing changes after loading, so forks and threads are free
- * to share it; only `channel_fd` is one conversation, and belongs to one thread.
+ * One shared object may serve two copies of libcrypto in one process. So nothing here links against
+ * libcrypto, nothing is global and mutable, and every upcall goes through the provider's context.
+ * Nothing changes after loading: forks and threads may share it. The exception is `channel_fd`,
+ * which carries one request at a time: only one thread may use it.
  */
 #ifndef KEYD_PROVIDER_H
 #define KEYD_PROVIDER_H
@@ -27,7 +27,7 @@
 #include <openssl/params.h>
 
 #define KEY_ID_OCTETS 32
-#define MAX_PAYLOAD_OCTETS 1024 /* of a request, as of a reply: RSA-8192 */
+#define MAX_PAYLOAD_OCTETS 1024 /* of a request and of a reply: as RSA-8192 takes */
 #define PREMASTER_SECRET_OCTETS 48
 
 /* provider.c: the context, and errors */
@@ -113,7 +113,7 @@ extern const OSSL_ALGORITHM key_managers[];
 extern const OSSL_ALGORITHM signatures[];
 extern const OSSL_ALGORITHM ciphers[];
 
-/* params.c: OSSL_PARAM without libcrypto's helpers. Setting what was not asked for succeeds. */
+/* params.c: OSSL_PARAM without libcrypto's helpers. Setting one that was not asked for succeeds. */
 
 const OSSL_PARAM *find_param(const OSSL_PARAM *params, const char *name);
 int get_int(const OSSL_PARAM *param, int *value);

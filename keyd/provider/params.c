@@ -1,9 +1,9 @@
 /*
- * OSSL_PARAM by hand. Runs in the worker; what it reads and fills comes from the
- * libcrypto that calls, which is trusted.
+ * Reads and fills OSSL_PARAM arrays. Runs in the worker. The arrays come from the libcrypto that
+ * calls, which is trusted.
  *
- * libcrypto has helpers for this, but calling them would mean linking against one
- * particular libcrypto. OSSL_PARAM(3) is the contract that these few keep.
+ * libcrypto has functions for this, but calling them would mean linking against one particular
+ * libcrypto. These follow OSSL_PARAM(3).
  */
 #include "keyd_provider.h"
 
@@ -54,7 +54,7 @@ int is_text(const OSSL_PARAM *param, const char *text)
         && strncasecmp(param->data, text, length) == 0;
 }
 
-/* How much was, or would be, written. 1: go on and write it; 0: nothing to write to. */
+/* Tells the value's length. Returns 1 if the value is to be written, 0 if only that was asked. */
 static int announce(OSSL_PARAM *param, size_t length)
 {
     param->return_size = length;

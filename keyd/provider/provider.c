@@ -1,9 +1,9 @@
 /*
- * The provider's front door: configuration, context, errors, and what it offers.
+ * The provider's entry point: configuration, context, errors, and what it offers.
  *
- * Runs in the worker, or in whatever program loads it. Trusts the OpenSSL configuration
- * that loads it. A mistake there is kept, and named as soon as a reference is to be read:
- * OpenSSL says nothing about a provider that fails to load.
+ * Runs in the worker, or in whatever program loads it. It trusts the OpenSSL configuration that
+ * loads it. A mistake in that is kept, and raised as an error when a reference is read: OpenSSL
+ * says nothing about a provider that fails to load.
  */
 #include "keyd_provider.h"
 
@@ -18,7 +18,7 @@
 #define DEFAULT_TIMEOUT_MS 10000
 #define MAX_TIMEOUT_MS 86400000
 
-/* What shows in an error line, and all of it that some applications show. */
+/* The reasons in OpenSSL's errors. Some applications show nothing else of an error. */
 static const OSSL_ITEM reasons[] = {
     {REASON_CONFIGURATION, "bad provider configuration"},
     {REASON_MEMORY, "out of memory"},
@@ -59,7 +59,7 @@ void raise_at(const struct provider *provider, int line, const char *function, e
     va_end(arguments);
 }
 
-/* A decimal number and nothing else; -1 if it is none or out of bounds. */
+/* The text as a decimal number; -1 if it is anything else, or out of bounds. */
 static int decimal(const char *text, int least, int most)
 {
     int64_t number = 0;

@@ -1,13 +1,13 @@
 /*
- * Reference files (the format: reference.py), and how OpenSSL gets keys out of them.
+ * Decodes reference files (the format: reference.py), so that OpenSSL gets keys from them.
  *
- * Runs in the worker's parent, or in whatever program loads it. A reference file is the
- * administrator's: it is parsed strictly, to name mistakes. Every other PEM file comes by
- * here as well, and is left to the other providers.
+ * Runs in the fork server and in workers, or in whatever program loads it. A reference file is the
+ * administrator's: it is parsed strictly, to name mistakes. OpenSSL also offers every other PEM
+ * file to this decoder, which leaves those to other providers.
  *
- * Two decoders, PEM to "DER" and that to a key, since OSSL_STORE (which the openssl
- * commands use) takes a key from a PEM file in no other way. What they call DER is the
- * content of the reference; only `structure` ties the two together.
+ * There are two decoders, from PEM to "DER" and from "DER" to a key: OSSL_STORE (which the openssl
+ * commands use) takes a key from a PEM file in no other way. The "DER" is the content of the
+ * reference. OpenSSL knows by the name of its structure (STRUCTURE) which decoder takes it.
  */
 #include "keyd_provider.h"
 
@@ -145,7 +145,7 @@ static int sextet(char c)
     return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
-/* Base64 (RFC 4648 section 4) as an encoder writes it, nothing looser. -1: it is not. */
+/* Decodes Base64 (RFC 4648 section 4), strictly. Returns -1 for what no encoder writes. */
 static ssize_t decode_base64(const char *text, size_t length, uint8_t *content)
 {
     uint8_t *end = content;
@@ -174,7 +174,7 @@ static ssize_t decode_base64(const char *text, size_t length, uint8_t *content)
     return end - content;
 }
 
-/* The next line without its end; longer lines come in pieces. -1: there is none. */
+/* Reads the next line, without its end, or a piece of a longer one. Returns -1 at the end. */
 static int next_line(const struct provider *provider, OSSL_CORE_BIO *in, char *line)
 {
     int length = provider->bio_gets(in, line, MAX_LINE_OCTETS);
@@ -188,8 +188,8 @@ static int next_line(const struct provider *provider, OSSL_CORE_BIO *in, char *l
 }
 
 /*
- * Read the first PEM block, if it is a reference, as text. 0: it is not; then no more has
- * been read than the line that says so. -1: it is a broken one.
+ * Reads the text of the first PEM block, if that is a reference. Returns 0 if it is something
+ * else, and has then read nothing beyond its first line; -1 if the reference is malformed.
  */
 static ssize_t read_reference(const struct provider *provider, OSSL_CORE_BIO *in, char *text)
 {
@@ -240,7 +240,7 @@ static int decode_pem(void *context, OSSL_CORE_BIO *in, int selection, OSSL_CALL
 
     (void)selection, (void)passphrase, (void)passphrase_arg;
     if (length == 0)
-        return 1; /* another provider's: "nothing found" is no failure */
+        return 1; /* left to another provider: to find nothing is no failure */
     if (provider->mistake != NULL) {
         RAISE(provider, REASON_CONFIGURATION, "keyd: bad configuration: %s", provider->mistake);
         return 0;
@@ -263,7 +263,7 @@ static int decode_pem(void *context, OSSL_CORE_BIO *in, int selection, OSSL_CALL
     return found(object, found_arg);
 }
 
-/* Any DER comes by here when its kind is not known yet: what is not such a key, passes. */
+/* Is offered any DER whose kind is not known yet; leaves all but such keys to other decoders. */
 static int decode_content(const struct provider *provider, enum key_type type, OSSL_CORE_BIO *in,
                           OSSL_CALLBACK *found, void *found_arg)
 {

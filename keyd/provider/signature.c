@@ -1,9 +1,9 @@
 /*
- * Signing (SIGNATURE): which TLS SignatureScheme is meant, and keyd's answer to it.
+ * Signing (SIGNATURE): finds the TLS SignatureScheme that is meant, and asks keyd to sign with it.
  *
- * Runs in the worker. The whole to-be-signed octets go to keyd, which pads and hashes and
- * first looks at what they are; whether scheme and key suit each other is keyd's to say as
- * well. Of the answer, only the length can be checked cheaply: the peer verifies the rest.
+ * Runs in the worker. keyd gets all of the octets that are to be signed. It checks that a TLS
+ * server signs such octets, and that the scheme suits the key; then it hashes and pads. Of the
+ * answer, only the length is checked here: the peer verifies the signature.
  */
 #include "keyd_provider.h"
 
@@ -14,7 +14,7 @@
 #include <openssl/core_names.h>
 #include <openssl/rsa.h>
 
-/* Just as RFC 8446 section 4.2.3 numbers them: the schemes follow from it. */
+/* In the order of RFC 8446 section 4.2.3: scheme() calculates with these numbers. */
 enum hash { HASH_NONE = -1, HASH_SHA256, HASH_SHA384, HASH_SHA512 };
 
 #define SCHEME_ED25519 0x0807
@@ -142,7 +142,7 @@ static int set_padding(struct signature *signature, const OSSL_PARAM *param)
     return 0;
 }
 
-/* A number or its text; "auto" and "max" are not TLS's and stay unsupported. */
+/* A number or its text. "auto" and "max" are not supported: TLS does not use them. */
 static int set_salt_length(struct signature *signature, const OSSL_PARAM *param)
 {
     char text[8] = "";
@@ -152,7 +152,7 @@ static int set_salt_length(struct signature *signature, const OSSL_PARAM *param)
         return 1;
     }
     if (get_int(param, &signature->salt_length))
-        return 1; /* for scheme() to judge, once the digest is known */
+        return 1; /* scheme() checks it, once the digest is known */
     for (enum hash hash = HASH_SHA256; hash <= HASH_SHA512; hash++) {
         int length = hash_length(hash);
 

@@ -1,10 +1,10 @@
 /*
  * Whether the TLS peer has sent its close_notify.
  *
- * Run by workers, within OpenSSL. An end of file without a close_notify leaves a connection
- * usable for the other direction only if OpenSSL is told to take the one for the other
- * (SSL_OP_IGNORE_UNEXPECTED_EOF); so this is what tells them apart. A worker has one
- * connection: one variable is enough. In C, because a callback that Python makes takes a page
+ * Run by workers, called by OpenSSL. After an end of file without a close_notify, OpenSSL gives up
+ * the other direction as well, unless it is told to take the one for the other
+ * (SSL_OP_IGNORE_UNEXPECTED_EOF). This callback still tells them apart. A worker has one
+ * connection: one variable is enough. In C, because a callback in Python needs a page of memory
  * that is writable and executable.
  */
 

@@ -1,8 +1,9 @@
 /*
- * The application protocol that a client and its virtual host agree on (ALPN, RFC 7301).
+ * Chooses the application protocol of a connection (ALPN, RFC 7301).
  *
- * Run by workers, within OpenSSL, on the list that a client sent: hostile. The server's order
- * holds. In C, because a callback that Python makes takes a page that is writable and executable.
+ * Run by workers, called by OpenSSL, on the list that a client sent, which is hostile. The server's
+ * order holds. In C, because a callback in Python needs a page of memory that is writable and
+ * executable.
  */
 
 #include <Python.h>
@@ -24,7 +25,7 @@ static bool has(const unsigned char *list, size_t octets, const unsigned char *n
 	return false;
 }
 
-/* The first of our names that the client offers; a name of no octets ends our list. */
+/* Chooses the first of our names that the client offers. A name of 0 octets ends our list. */
 static int choose(const void *ssl, const unsigned char **chosen, unsigned char *length,
 		  const unsigned char *offered, unsigned int octets, const void *ours)
 {

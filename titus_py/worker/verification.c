@@ -1,11 +1,11 @@
 /*
  * Asks Python whether a client's certificate is good.
  *
- * Run by workers, within OpenSSL, once for each certificate of a chain and for each fault that
- * OpenSSL finds (SSL_CTX_set_verify(3)). What OpenSSL has to be told within the handshake, so that
- * the client gets an alert: that a name or a key is not on the list, and that a key on the list
- * needs no authority. In C, because a callback that Python makes takes a page that is writable and
- * executable. A worker has one connection: one function is enough. Loaded only where a virtual
+ * Run by workers, called by OpenSSL once for each certificate of a chain and for each fault that
+ * OpenSSL finds (SSL_CTX_set_verify(3)). Python decides two things during the handshake, so that
+ * the client gets an alert: whether a name or a key is on the list, and that a key on the list
+ * needs no authority. In C, because a callback in Python needs a page of memory that is writable
+ * and executable. A worker has one connection: one function is enough. Loaded only where a virtual
  * host asks for client certificates.
  */
 
@@ -13,7 +13,7 @@
 
 static PyObject *judge;
 
-/* Fails closed: without a function, or if that raises an exception, nobody is let in. */
+/* Refuses the certificate if there is no function, or if the function raises an exception. */
 static int verify(int good, void *store_context)
 {
 	PyGILState_STATE state = PyGILState_Ensure();
@@ -24,7 +24,7 @@ static int verify(int good, void *store_context)
 	if (judge != NULL && context != NULL)
 		verdict = PyObject_CallFunction(judge, "iO", good, context);
 	accepted = verdict == Py_True;
-	/* It cannot be told to anybody from here: the handshake fails. */
+	/* An exception cannot be reported from here. The handshake fails. */
 	PyErr_Clear();
 	Py_XDECREF(verdict);
 	Py_XDECREF(context);
