@@ -45,7 +45,7 @@ class Limits(NamedTuple):
     #: 0 is none.
     keepalive: float
     lifetime: float | None
-    #: Connections that were signed for and never came to their backend.
+    #: Connections that were signed for and never asked for their backend.
     unfinished_per_prefix: int
     unfinished_every: float
 

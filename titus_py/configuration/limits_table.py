@@ -19,7 +19,7 @@ class Unfinished(Table):
     per_prefix: Annotated[Integer, Field(ge=1)] = Field(
         default=500,
         description="How many connections of one IPv6 /64, or IPv4 /24, may be signed for by keyd "
-        "and never come to their backend. With so many, its new connections are reset. Clients "
+        "and never ask for their backend. With so many, its new connections are reset. Clients "
         "that dislike the certificate are among them, and attackers who have keyd sign through "
         "workers that they took over.",
     )
@@ -75,7 +75,7 @@ class Limits(Table):
     )
     unfinished: Unfinished = Field(
         default_factory=Unfinished,
-        description="How many connections keyd may sign for that never come to their backend.",
+        description="How many connections keyd may sign for that never ask for their backend.",
     )
 
 

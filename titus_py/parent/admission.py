@@ -65,7 +65,7 @@ class Admission:
                 del counts[key]
 
     def unfinished(self, address: str) -> bool:
-        """Count a connection that was signed for and never came to its backend.
+        """Count a connection that was signed for and never asked for its backend.
 
         Returns whether it is this address's first one.
         """

@@ -1,7 +1,8 @@
-"""Connections that keyd signed for, and that never came to their backend: counted by prefix.
+"""Connections that keyd signed for, and that never asked for their backend: counted by prefix.
 
-Run by the parent. Clients that dislike the certificate are among them; so is each signature that an
-attacker has made through a worker that was taken over. The limit is a leaky bucket.
+Run by the parent. Clients that dislike the certificate are among them; so is a signature that an
+attacker has made through a worker that was taken over, unless that worker then asks for its backend
+as an honest one does. The limit is a leaky bucket.
 """
 
 import time

@@ -46,7 +46,8 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     ).by("reason", metrics.failures)
     yield _counter(
         "signed_unfinished",
-        "Connections that keyd signed for and that never came to their backend, by local address.",
+        "Connections that keyd signed for and that never asked for their backend, by local "
+        "address. A worker that was taken over and asks for it is not among them.",
     ).by("listener", metrics.unfinished)
     yield _counter(
         "client_certificates_refused", "Handshakes that ended by the client's certificate, by why."

@@ -169,7 +169,7 @@ class Metrics:
         #: By the protocol that ALPN chose. The parent says which: it is one of the configuration's.
         self.protocols = Tally()
         self.failures = Tally(_FAILURES)
-        #: Signed for, and never came to their backend: by the local address.
+        #: Signed for, and never asked for their backend: by the local address.
         self.unfinished = Tally()
         self.certificates_refused = Tally([*_CERTIFICATE_REFUSALS, OTHER], room=0)
         self.from_clients = 0
