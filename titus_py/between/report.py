@@ -188,5 +188,7 @@ def complete_record(ended: dict[str, Any], report: Report) -> str:
 
 
 def _text(octets: bytes) -> str:
-    text = octets.split(b"\0", 1)[0].decode("utf-8", "replace")
+    text = octets.partition(b"\0")[0].decode("utf-8", "replace")
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -40,14 +40,13 @@ class _Field(NamedTuple):
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+    # Not a bool, which is an int as well.
+    return type(value) is int and 0 <= value <= _MOST
 
 
 def _is_seconds(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
     # Neither NaN nor infinity is. An integer may be too large for a float, but not to be compared.
-    return 0 <= value <= _MOST_SECONDS
+    return (type(value) is int or type(value) is float) and 0 <= value <= _MOST_SECONDS
 
 
 def _is_counts_by_word(value: object) -> bool:

@@ -14,6 +14,7 @@ import re
 import socket
 import struct
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from keyd.linux.sealed import sealed_file
 
@@ -59,8 +60,12 @@ def _encoded(line: str, level: str, event: str, fields: Mapping[str, object]) ->
     yield _field("TITUS_EVENT", event)
     for name, value in fields.items():
         if value is not None:
-            name = "TITUS_" + _NOT_IN_A_NAME.sub("_", name.upper())
-            yield _field(name[:_NAME_CHARACTERS], value)
+            yield _field(_field_name(name), value)
+
+
+@lru_cache
+def _field_name(name: str) -> str:
+    return ("TITUS_" + _NOT_IN_A_NAME.sub("_", name.upper()))[:_NAME_CHARACTERS]
 
 
 def _field(name: str, value: object) -> bytes:

@@ -40,6 +40,8 @@ _ORDINARY = frozenset({"connection_begun", "connection_ended", "handshake_failed
 _AT_ONCE_OCTETS = select.PIPE_BUF
 _NOT_PLAIN = re.compile(r'[ "=\\]')
 
+_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
 
 class Log:
     """The log. ``form`` is "text" or "json"; ``least`` is the quietest level that is recorded.
@@ -203,5 +205,5 @@ def _quoted(value: object) -> str:
 
 def _dumped(value: object) -> str:
     """JSON on one line, without characters that break lines or control terminals (U+2028, C1)."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = _encode(value)
     return text if text.isprintable() else json.dumps(value, default=str)
