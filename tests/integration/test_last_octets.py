@@ -40,6 +40,12 @@ def instance(serve_all: Serve, listener: Listener) -> Instance:
     return serve_all(listener.address)
 
 
+@pytest.fixture(scope="module")
+def impatient(serve_all: Serve, listener: Listener) -> Instance:
+    """With little time for those who do not take the last octets."""
+    return serve_all(listener.address, limits={"half_closed_timeout": "100ms"})
+
+
 @pytest.fixture
 def pair(instance: Instance, listener: Listener) -> Iterator[Pair]:
     yield from connected(instance, listener, SSL.TLS1_3_VERSION)
@@ -193,18 +199,17 @@ def test_a_request_with_its_end_arrives_before_its_clients_reset(pair: Pair) -> 
 # --- a peer that does not read ------------------------------------------------------------
 
 
-def test_a_backend_that_does_not_read_is_reset_in_the_end(serve: Serve) -> None:
-    with Listener.tcp() as listener:
-        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        instance = serve(listener.address, limits={"half_closed_timeout": "500ms"})
-        client = TlsClient(instance.port).handshake()
-        with listener.accept():
-            client.send(MUCH[:400_000])
-            eventually(lambda: not unacknowledged(client.socket), "all is with the worker")
-            client.reset()
-            event = instance.wait_for_event("connection_ended")
+def test_a_backend_that_does_not_read_is_reset_in_the_end(
+    impatient: Instance, listener: Listener
+) -> None:
+    client = TlsClient(impatient.port).handshake()
+    with listener.accept():
+        client.send(MUCH[:400_000])
+        eventually(lambda: not unacknowledged(client.socket), "all is with the worker")
+        client.reset()
+        event = impatient.wait_for_event("connection_ended", client=client.name)
     assert event["end"] == "client_reset"
-    assert event["detail"].endswith(" octets not taken in 0.5 s")
+    assert event["detail"].endswith(" octets not taken in 0.1 s")
 
 
 # --- alerts -----------------------------------------------------------------------------
@@ -306,30 +311,28 @@ def is_reset_although_it_reads(side: socket.socket, octets: int) -> bool:
 
 
 def test_a_client_that_takes_the_last_octets_one_by_one_is_reset_in_the_end(
-    serve: Serve, backend: Listener
+    impatient: Instance, listener: Listener
 ) -> None:
     """It would hold its place for as many times the timeout as there are octets for it."""
-    instance = serve(backend.address, limits={"half_closed_timeout": "100ms"})
-    with TlsClient(instance.port, receive_buffer=8192) as client:
+    with TlsClient(impatient.port, receive_buffer=8192) as client:
         client.handshake()
-        with backend.accept() as accepted:
+        with listener.accept() as accepted:
             accepted.sendall(MUCH[:1_000_000])
         assert is_reset_although_it_reads(client.socket, 4096)
-        event = instance.wait_for_event("connection_ended", client=client.name)
+        event = impatient.wait_for_event("connection_ended", client=client.name)
         assert event["end"] == "half_closed"
 
 
 def test_a_backend_that_takes_them_one_by_one_is_reset_in_the_end_too(
-    serve: Serve, listener: Listener
+    impatient: Instance, listener: Listener
 ) -> None:
-    instance = serve(listener.address, limits={"half_closed_timeout": "100ms"})
-    client = TlsClient(instance.port).handshake()
+    client = TlsClient(impatient.port).handshake()
     with listener.accept() as backend:
         client.send(MUCH[:400_000])
         eventually(lambda: not unacknowledged(client.socket), "all is with the worker")
         client.reset()
         assert is_reset_although_it_reads(backend, 2048)
-        event = instance.wait_for_event("connection_ended", client=client.name)
+        event = impatient.wait_for_event("connection_ended", client=client.name)
         assert " octets not taken in " in event["detail"]
 
 
