@@ -56,10 +56,10 @@ def steps() -> list[Step]:
     KEPT.append(program)
     page = ReportWriter()
     KEPT.append(page)
-    given = confinement.Given(_UID, make_report(), socket.socket(socket.AF_UNIX).detach())
+    given = confinement.Given(make_report(), socket.socket(socket.AF_UNIX).detach())
     if landlock.version():
         os.dup2(landlock.make_ruleset(), confinement.RULESET_FD)
-    own = confinement.worker_calls(program, page.address, given)
+    own = [_with_uid(call) for call in confinement.worker_calls(program, page.address, given)]
     namespaces = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     found = [
         Step("fork and exit, nothing else"),
@@ -72,6 +72,11 @@ def steps() -> list[Step]:
     ]
     found.append(Step("fresh randomness", namespaces, encode(own), reseeds=True))
     return found
+
+
+def _with_uid(call: Call) -> Call:
+    arguments = (_UID if one == confinement.OWN_UID else one for one in call.arguments)
+    return Call(call.name, tuple(arguments))
 
 
 def _name(calls: Sequence[Call], number: int) -> str:

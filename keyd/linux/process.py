@@ -89,7 +89,7 @@ def encode(calls: Iterable[Call]) -> bytes:
     )
 
 
-def clone(flags: int = 0, calls: bytes = b"") -> Child:
+def clone(flags: int = 0, calls: bytes | bytearray = b"") -> Child:
     """Fork this process; the child is in the new namespaces that ``flags`` names.
 
     In the child, ``calls`` (from ``encode``) are made in order before this returns; after

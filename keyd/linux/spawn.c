@@ -30,14 +30,16 @@ struct calls {
 	Py_ssize_t count;
 };
 
-static int take_calls(const char *octets, Py_ssize_t length, struct calls *calls)
+/* Releases the octets where they are no calls. */
+static int take_calls(Py_buffer *octets, struct calls *calls)
 {
-	if (length % (Py_ssize_t)sizeof(struct call) != 0) {
+	if (octets->len % (Py_ssize_t)sizeof(struct call) != 0) {
+		PyBuffer_Release(octets);
 		PyErr_SetString(PyExc_ValueError, "not a whole number of calls");
 		return -1;
 	}
-	calls->first = (const struct call *)(const void *)octets;
-	calls->count = length / (Py_ssize_t)sizeof(struct call);
+	calls->first = octets->buf;
+	calls->count = octets->len / (Py_ssize_t)sizeof(struct call);
 	return 0;
 }
 
@@ -55,27 +57,28 @@ static int make_all(struct calls calls)
 
 static PyObject *make(PyObject *module, PyObject *args)
 {
-	const char *octets;
-	Py_ssize_t length;
+	Py_buffer octets;
 	struct calls calls;
 	(void)module;
-	if (!PyArg_ParseTuple(args, "y#", &octets, &length) ||
-	    take_calls(octets, length, &calls) < 0)
+	if (!PyArg_ParseTuple(args, "y*", &octets) || take_calls(&octets, &calls) < 0)
 		return NULL;
-	if (make_all(calls) >= 0)
+	const int failed = make_all(calls);
+	const int error = errno;
+	PyBuffer_Release(&octets);
+	if (failed >= 0) {
+		errno = error;
 		return PyErr_SetFromErrno(PyExc_OSError);
+	}
 	Py_RETURN_NONE;
 }
 
 static PyObject *spawn(PyObject *module, PyObject *args)
 {
 	unsigned long flags;
-	const char *octets;
-	Py_ssize_t length;
+	Py_buffer octets;
 	struct calls calls;
 	(void)module;
-	if (!PyArg_ParseTuple(args, "ky#", &flags, &octets, &length) ||
-	    take_calls(octets, length, &calls) < 0)
+	if (!PyArg_ParseTuple(args, "ky*", &flags, &octets) || take_calls(&octets, &calls) < 0)
 		return NULL;
 
 	/*
@@ -85,12 +88,10 @@ static PyObject *spawn(PyObject *module, PyObject *args)
 	 */
 	int pidfd = -1;
 	const long pid = syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, 0UL, &pidfd, 0UL, 0UL);
-	if (pid < 0)
-		return Py_BuildValue("liii", -1L, -1, -1, errno);
-	if (pid > 0)
-		return Py_BuildValue("liii", pid, pidfd, -1, 0);
-	const int failed = make_all(calls);
-	return Py_BuildValue("liii", 0L, -1, failed, failed < 0 ? 0 : errno);
+	const int failed = pid == 0 ? make_all(calls) : -1;
+	const int error = pid < 0 || failed >= 0 ? errno : 0;
+	PyBuffer_Release(&octets);
+	return Py_BuildValue("liii", pid, pid > 0 ? pidfd : -1, failed, error);
 }
 
 static PyMethodDef methods[] = {

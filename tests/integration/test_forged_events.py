@@ -118,7 +118,7 @@ def test_keyd_that_the_parent_does_not_understand_is_replaced(
         client.handshake()
 
 
-@pytest.mark.parametrize("answer", [b"nonsense", b"P" + bytes(7) + b"\1"])
+@pytest.mark.parametrize("answer", [b"nonsense", b"P" + bytes(8) + b"\1\0\0\0"])
 def test_a_fork_server_that_answers_nonsense_is_replaced(
     serve: Serve, echoing: Listener, answer: bytes
 ) -> None:

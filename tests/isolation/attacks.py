@@ -475,7 +475,7 @@ def look_ahead_at_many(place: Place) -> None:
 
 def speak_for_another(place: Place) -> None:
     """On any socket but its own: the fork server's, whose word the parent takes for its own."""
-    forked = b"P" + bytes(8)
+    forked = b"P" + bytes(12)
     for descriptor in set(range(64)) - set(place[:4]):
         with contextlib.suppress(OSError):
             call("sendto", descriptor, forked, len(forked), socket.MSG_DONTWAIT, None, 0)

@@ -22,6 +22,8 @@ from titus_py.audit.key_search import Needle, needles
 from .harness import infected, over_tls
 
 PAST, CONCURRENT = 20, 5
+#: How many there are at most, the spares included.
+WORKERS, SPARE = 100, 16
 
 T = TypeVar("T")
 
@@ -44,7 +46,9 @@ def instance(
     directory = tmp_path_factory.mktemp("infected")
     certificate = Authority(directory).issue(request.param)
     key = serialization.load_pem_private_key(certificate.key.read_bytes(), None)
-    with infected(directory, certificate, backend.address) as instance:
+    # Many are forked in a row.
+    worker = {"max": WORKERS - SPARE, "spare": SPARE}
+    with infected(directory, certificate, backend.address, worker=worker) as instance:
         yield instance, needles(key)  # type: ignore[arg-type]
 
 
@@ -109,6 +113,25 @@ def numbers_in(memory: bytes, numbers: Iterable[int]) -> set[int]:
     )
 
 
+def uids_in(memory: bytes, uids: Iterable[int]) -> set[int]:
+    """Those that are there: as text, as a system call's argument, as Python's own integer.
+
+    The last two only at addresses as they have them: four octets, and zeros, are found by chance.
+    They are looked for backwards, since that is how uids of one range begin alike.
+    """
+    text = {str(uid).encode(): uid for uid in uids}
+    words = {struct.pack("=q", uid)[::-1]: uid for uid in uids}
+    integers = {pythons_integer(uid)[::-1]: uid for uid in uids}
+    backwards = memory[::-1]
+    aligned = {
+        uid
+        for forms in (words, integers)
+        for uid, end in hits(forms, backwards)
+        if (len(memory) - end) % 8 == 0
+    }
+    return found(text, memory) | aligned
+
+
 def pythons_integer(number: int) -> bytes:
     """An int as it lies in this interpreter's memory, behind what every object begins with.
 
@@ -119,13 +142,18 @@ def pythons_integer(number: int) -> bytes:
 
 
 def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
-    """Those whose form is there. They begin alike, and so are looked for all at once."""
+    """Those whose form is there."""
+    return {thing for thing, _ in hits(forms, memory)}
+
+
+def hits(forms: Mapping[bytes, T], memory: bytes) -> Iterator[tuple[T, int]]:
+    """Whose form is there, and where it ends. They begin alike: all are looked for at once."""
     prefix = os.path.commonprefix([*forms])  # noqa: RUF071
     # The longest first: an address may begin as another does.
     longest = sorted(forms, key=len, reverse=True)
     rest = b"|".join(re.escape(form.removeprefix(prefix)) for form in longest)
-    hits = re.findall(re.escape(prefix) + b"(?:" + rest + b")", memory)
-    return {forms[hit] for hit in hits}
+    for hit in re.finditer(re.escape(prefix) + b"(?:" + rest + b")", memory):
+        yield forms[hit[0]], hit.end()
 
 
 def number_of(instance: Instance, address: str) -> int:
@@ -154,7 +182,9 @@ def test_memory_holds_only_what_is_its_clients(
 ) -> None:
     serving, secret = instance
     others, own = [], canary()
-    addresses = addresses_unlike(memory_of_a_worker(serving, stage, canary()))
+    memory = memory_of_a_worker(serving, stage, canary())
+    addresses = addresses_unlike(memory)
+    uids_before = uids_in(memory, serving.uids[:WORKERS])
     with ExitStack() as stack:
         for number, address in enumerate(addresses):
             other = another(serving, address)
@@ -174,14 +204,21 @@ def test_memory_holds_only_what_is_its_clients(
             over_tls(serving, "localhost", b"one worker later")
         memory = memory_of_a_worker(serving, stage, own)
         parents = b"".join(memory_from_outside(serving.parent().pid))
+        begun = serving.events_named("connection_begun")
+        # Of connections that are over, of those that there are, of spares.
+        uids = {event["uid"] for event in begun} | {worker.uid for worker in serving.workers()}
+        # But for what was there before: the configuration's first and last one.
+        uids -= uids_before
 
     assert len(memory) > 10_000_000
     assert own.encode() in memory
     # What all workers have, to show that the search finds what there is.
     assert b"server CertificateVerify" in memory
     # Not even its own: it would tell how many connections there have been.
-    mine = max(event["connection"] for event in serving.events_named("connection_begun"))
-    assert not numbers_in(memory, [mine])
+    mine = max(begun, key=lambda event: event["connection"])
+    assert not numbers_in(memory, [mine["connection"]])
+    # Its own uid, and no other worker's: not of those, either, that were forked just before it.
+    assert uids_in(memory, {*uids, mine["uid"]}) == {mine["uid"]}
 
     assert not [other for other in others if other.name.encode() in memory]
     assert not [other for other in others if other.body.encode() in memory]
@@ -191,6 +228,7 @@ def test_memory_holds_only_what_is_its_clients(
     # The control: the parent, which is not forked any more, knows who is there.
     assert {*addresses[PAST:]} <= addresses_in(parents, addresses)
     assert {*numbers[PAST:]} <= numbers_in(parents, numbers)
+    assert uids_in(parents, uids) == uids
 
 
 def test_the_search_finds_a_key_that_is_there(

@@ -53,8 +53,10 @@ _PROXIED = struct.Struct("!c?16sH16sH")
 _NO_PROTOCOL = 255
 #: The longest of each text in TlsFacts: a server name is no longer than 255 (RFC 1035 §2.3.4).
 _FACTS_OCTETS = (16, 64, 255)
-_FORK = struct.Struct("!cI")
-_FORKED = struct.Struct("!cII")
+#: These have a uid as a system call takes it: 8 octets in this machine's order.
+_FORK = struct.Struct("=cq")
+_FORKED = struct.Struct("=cqI")
+_FORKED_NUMBER = struct.Struct("=I")
 _CLIENT = struct.Struct("!cI")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
 MAX_PROTOCOLS = _NO_PROTOCOL
@@ -202,10 +204,10 @@ class Fork(NamedTuple):
     def encode(self) -> bytes:
         return _FORK.pack(b"W", self.uid)
 
-    @classmethod
-    def decode(cls, message: bytes) -> "Fork":
-        """For the fork server, which trusts the parent."""
-        return cls(_FORK.unpack(message)[1])
+    @staticmethod
+    def uid_in(message: memoryview) -> memoryview:
+        """For the fork server, which trusts the parent: 8 octets, of which it makes no number."""
+        return message[1:]
 
 
 class Forked(NamedTuple):
@@ -215,8 +217,10 @@ class Forked(NamedTuple):
     pid: int
     error: int = 0
 
-    def encode(self) -> bytes:
-        return _FORKED.pack(b"E" if self.error else b"P", self.uid, self.error or self.pid)
+    @staticmethod
+    def parts(uid: bytes | memoryview, pid: int, error: int = 0) -> list[bytes | memoryview]:
+        """The message for the parent, in parts; the uid is as it was in the order."""
+        return [b"E" if error else b"P", uid, _FORKED_NUMBER.pack(error or pid)]
 
     @classmethod
     def decode(cls, message: bytes) -> "Forked":

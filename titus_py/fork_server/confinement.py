@@ -39,6 +39,7 @@ __all__ = [
     "LANDLOCK",
     "MAX_ORDERS",
     "MEMORY_OCTETS",
+    "OWN_UID",
     "PARENT_CAPABILITIES",
     "RULESET_FD",
     "SPECULATION",
@@ -113,10 +114,14 @@ LANDLOCK = "landlock"
 SPECULATION = "speculation"
 
 
-class Given(NamedTuple):
-    """What one worker gets: its uid, and the descriptors of its report and of its socket."""
+#: In place of a worker's uid, in its calls. Should it ever be left there, setresuid(2) and
+#: setresgid(2) take the lower half, which is nobody.
+OWN_UID = 0x4F57_4E00_0000_FFFE
 
-    uid: int
+
+class Given(NamedTuple):
+    """What one worker gets, besides its uid: the descriptors of its report and of its socket."""
+
     report: int
     parent: int
 
@@ -161,14 +166,15 @@ def worker_calls(worker_filter: seccomp.Program, page: int, given: Given) -> lis
     """The rest of the confinement: the system calls that a worker makes before anything else.
 
     Its namespaces are new since the fork. ``page`` is the address of a page that the fork
-    server has reserved: the worker's report is mapped there.
+    server has reserved: the worker's report is mapped there. Its uid is still to be put in the
+    place of ``OWN_UID``.
     """
     # Each worker has a Landlock domain of its own, within the fork server's. Landlock keeps
     # processes from signalling and tracing each other between domains, but not within one.
     own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
     shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
     writable = mmap.PROT_READ | mmap.PROT_WRITE
-    uid = given.uid
+    uid = OWN_UID
     return [
         Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
         *own_domain,

@@ -26,23 +26,22 @@ import prctl
 from OpenSSL import SSL
 
 from keyd.linux.credentials import hide_memory
-from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
-from titus_py.between.messages import FORK_OCTETS, Fork, Forked, Ready
+from titus_py.between.messages import Forked, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
-    MAX_ORDERS,
     WORKER_NAMESPACES,
     Given,
     confine_fork_server,
     parting_calls,
     worker_calls,
 )
+from titus_py.fork_server.orders import Orders
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
@@ -160,47 +159,34 @@ def _serve(
     After each fork, this process has to copy every page that it writes to. So it takes all
     orders that have come, and forks in a row.
     """
-    while orders := _take_orders(parent):
-        flags = WORKER_NAMESPACES | CLONE_PARENT
-        page = terms.report.address
-        calls = [worker_calls(worker_filter, page, given) for given in orders]
+    flags = WORKER_NAMESPACES | CLONE_PARENT
+    page = terms.report.address
+    orders = Orders(encode(worker_calls(worker_filter, page, Given(-1, -1))))
+    while row := orders.take(parent):
+        calls = [worker_calls(worker_filter, page, given) for given in row]
         # The workers' title, written once for all of them: each would have to copy the page.
         command_line.write([_WORKERS_TITLE])
         children: list[Child] = []
-        for encoded in [encode(own) for own in calls]:
-            child = clone(flags, encoded)
+        for number, encoded in enumerate([encode(own) for own in calls]):
+            child = clone(flags, orders.with_uid(encoded, number))
             if not child.pid:
-                live(terms, why_failed(child, calls[len(children)]))
+                orders.forget()
+                live(terms, why_failed(child, calls[number]))
             children.append(child)
         command_line.write([_TITLE])
-        for given, child in zip(orders, children, strict=True):
-            _answer(parent, given, child)
+        for number, (given, child) in enumerate(zip(row, children, strict=True)):
+            _answer(parent, orders.uid(number), given, child)
 
 
-def _take_orders(parent: socket.socket) -> list[Given]:
-    """Wait for an order, and take all that have come; returns none if the parent has hung up."""
-    orders: list[Given] = []
-    flags = 0
-    while len(orders) < MAX_ORDERS:
-        try:
-            message, descriptors = receive_descriptors(parent, FORK_OCTETS, 2, flags)
-        except BlockingIOError:
-            break
-        if not message:
-            return []
-        report, end = descriptors
-        orders.append(Given(Fork.decode(message).uid, report, end))
-        flags = socket.MSG_DONTWAIT
-    return orders
-
-
-def _answer(parent: socket.socket, given: Given, child: Child) -> None:
+def _answer(parent: socket.socket, uid: memoryview, given: Given, child: Child) -> None:
     os.close(given.parent)
     os.close(given.report)
     if child.error:
-        parent.send(Forked(given.uid, 0, child.error).encode())
+        parent.sendmsg(Forked.parts(uid, 0, child.error))
         return
-    send_descriptors(parent, Forked(given.uid, child.pid).encode(), [child.pidfd])
+    pidfd = child.pidfd.to_bytes(4, sys.byteorder)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pidfd)]
+    parent.sendmsg(Forked.parts(uid, child.pid), rights)
     os.close(child.pidfd)
 
 

@@ -48,6 +48,7 @@ FOR_WORKERS = {
     "titus_py.fork_server",
     "titus_py.fork_server.confinement",
     "titus_py.fork_server.life",
+    "titus_py.fork_server.orders",
     "titus_py.fork_server.rehearsal",
     "titus_py.worker",
     "titus_py.worker.alerts",
