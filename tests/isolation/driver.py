@@ -3,7 +3,8 @@
 Its first argument is for that one, by way of ``driven_parent``; the second is "lasting" if its fork
 server is to be the same for as long as it runs, however many workers are killed. The others are the
 command line of ``titus-py``. A part of the confinement that is left out here is "own key": a key
-that decrypts may be another virtual host's.
+that decrypts may be another virtual host's. With "resolver SETTINGS", the resolver can be taken
+over as well: see ``infected_resolver``.
 """
 
 import json
@@ -12,11 +13,16 @@ from pathlib import Path
 
 from titus_py.__main__ import main
 from titus_py.configuration import checking
-from titus_py.supervisor import generation, renewals
+from titus_py.supervisor import generation, renewals, resolver_process
 
 if __name__ == "__main__":
-    if "own key" in json.loads(sys.argv[1]):
-        checking._decrypted_for_others = lambda *_: iter(())
+    for part in json.loads(sys.argv[1]):
+        what, _, settings = part.partition(" ")
+        if part == "own key":
+            checking._decrypted_for_others = lambda *_: iter(())
+        elif what == "resolver":
+            program = str(Path(__file__).with_name("infected_resolver.py"))
+            resolver_process._PROGRAM = (program, settings)
     generation._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))
     if sys.argv.pop(1) == "lasting":
         renewals._ENDS = frozenset()

@@ -38,22 +38,32 @@ from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
 from titus_py.worker import life as worker
 from titus_py.worker.client_hello import ClientHelloReader
-from titus_py.worker.pump import stop_resetting
+from titus_py.worker.pump import describe, stop_resetting
+from titus_py.worker.tls import client_hello
 
 __all__ = ["DEEDS", "LAYERS"]
 
 DOMAIN = ".attack.test"
+HELLO = client_hello()
 
 
 class Taken:
-    """A worker that is taken over: what it holds, and a way to its client."""
+    """A worker that is taken over: what it holds, and a way to its client.
+
+    ``context`` is OpenSSL's, of the handshake that is done.
+    """
 
     def __init__(
-        self, place: Place, send: Callable[[bytes], None], receive: Callable[[], bytes]
+        self,
+        place: Place,
+        send: Callable[[bytes], None],
+        receive: Callable[[], bytes],
+        context: SSL.Context | None = None,
     ) -> None:
         self.place = place
         self.send = send
         self.receive = receive
+        self.context = context
 
 
 # --- what a worker can be made to do --------------------------------------------------------
@@ -170,6 +180,18 @@ def impersonate(taken: Taken, *names: str) -> str:
     return stall(taken, "5")
 
 
+def shake_hands_again(taken: Taken) -> str:
+    """With a client of its own: OpenSSL needs the private key, and the provider asks for it."""
+    connection = SSL.Connection(taken.context)
+    connection.set_accept_state()
+    connection.bio_write(HELLO)
+    try:
+        connection.do_handshake()
+    except SSL.Error as error:
+        return describe(error)
+    return "signed"
+
+
 def _wait(descriptor: int, events: int) -> None:
     poll = select.poll()
     poll.register(descriptor, events)
@@ -190,6 +212,7 @@ DEEDS: dict[str, Callable[..., str]] = {
     "child": leave_a_child,
     "burst": burst,
     "impersonate": impersonate,
+    "again": shake_hands_again,
 }
 
 
@@ -307,6 +330,11 @@ def _without_limit(name: str) -> Callable[[], None]:
     return leave_out
 
 
+def _without_parting() -> None:
+    """The channel's descriptor is closed, and its number the next one's."""
+    fork_server.parting_calls = lambda: [Call("close_range", (KEYD_FD, KEYD_FD))]
+
+
 def _without_header() -> None:
     fork_server._proxy_header_reader = lambda plan: None
 
@@ -328,6 +356,7 @@ LAYERS: dict[str, Callable[[], None]] = {
     "as": _without_limit("RLIMIT_AS"),
     "nofile": _without_limit("RLIMIT_NOFILE"),
     "reseed": _without_reseed,
+    "parting": _without_parting,
     "header": _without_header,
 }
 
@@ -393,7 +422,8 @@ def _infect() -> None:
         def send(octets: bytes) -> None:
             _send(self._client, client, octets)
 
-        result = _obey(words, Taken(place, send, lambda: self._client.recv(65536)))
+        context = self._client.get_context()
+        result = _obey(words, Taken(place, send, lambda: self._client.recv(65536), context))
         send(result.encode())
         self._client.shutdown()
         for side in (self._client_socket, self._backend):

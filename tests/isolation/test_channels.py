@@ -1,6 +1,7 @@
 """The channels that a worker holds: fuzzed, flooded, left waiting. And how it may end."""
 
 import random
+import socket
 import statistics
 import threading
 import time
@@ -14,6 +15,7 @@ from integration.instance import Instance, eventually
 from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by, was_reset
 
 from keyd import protocol
+from keyd.protocol import Operation, Request
 from titus_py.between import messages
 
 from .harness import infected, make_certificate, one_more_connection, take_over
@@ -107,6 +109,30 @@ def test_fuzzing_the_decoders() -> None:
         except protocol.Malformed as error:
             assert str(error).isprintable()  # noqa: PT017
     assert 0 < decoded < MESSAGES
+
+
+# --- after the handshake --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", [[], ["filter", "parting"]], ids=["as it is", "control"])
+def test_what_the_private_key_is_needed_for_later_reaches_nobody(
+    certificate: Certificate, tmp_path: Path, without: list[str]
+) -> None:
+    """The provider asks at the number that the channel had. Closed, it would be the backend's."""
+    received = []
+
+    def keep(connection: socket.socket) -> None:
+        received.append(connection.recv(65536))
+
+    with Listener.tcp() as listener, served_by(listener, keep):
+        with infected(tmp_path, certificate, listener.address, without) as instance:
+            result = take_over(instance, "e", "again")
+        eventually(lambda: received, "an end of the backend's connection")
+    if not without:
+        assert result.outcome.startswith("keyd is gone")
+        assert received == [b""]
+    else:
+        assert Request.decode(received[0]).operation is Operation.SIGN
 
 
 # --- the others are not slowed down ---------------------------------------------------------
