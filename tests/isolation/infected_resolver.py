@@ -1,7 +1,7 @@
 """The real resolver, with somebody else's code in it: started in its place by ``driver``.
 
-``python -I infected_resolver.py SETTINGS ...``: JSON, and then the resolver's own arguments. When it
-is asked for ``NAME``, and confined by then, it makes the attempts below in the thread that would
+``python -I infected_resolver.py SETTINGS ...``: JSON, and then the resolver's own arguments. When
+it is asked for ``NAME``, and confined by then, it makes the attempts below in the thread that would
 hear the name servers, and tells the test by TCP what came of each. With "alone" instead of the
 arguments, it is no resolver: it confines itself, and tries.
 """

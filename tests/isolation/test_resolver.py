@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.instance import Instance, eventually
+from integration.instance import Instance
 from integration.peers import Listener, echo, receive_all, served_by
 
 from keyd.linux import landlock, seccomp
