@@ -4,7 +4,9 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import prctl
@@ -18,16 +20,26 @@ from titus_py.audit.memory import _NEVER_SWAPPED, _flagged_mappings
 
 from .held_file import held
 
-KEYD = TITUS_PY.with_name("keyd")
+Keyd = Sequence[str | Path]
+KEYD: Keyd = [TITUS_PY.with_name("keyd")]
+#: The control.
+UNPROTECTED: Keyd = [
+    sys.executable,
+    "-I",
+    "-c",
+    "import sys; from keyd import __main__ as keyd; "
+    "keyd.lock_memory_meanwhile = keyd.lock_before_keys = lambda *_: None; "
+    "keyd.guard = list; sys.exit(keyd.main())",
+]
 
 
-def as_the_supervisor_starts_it(key: Path) -> "subprocess.Popen[bytes]":
+def as_the_supervisor_starts_it(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
     terms = {"uid": 1, "gid": 1, "chroot": "/", "must_lock": True, "filter": ""}
     keys = [{"key": str(key), "passphrase_file": None}]
     settings = sealed_file("settings", json.dumps({**terms, "keys": keys}).encode())
     other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0]
     parent, supervisor = other.fileno(), os.dup(other.fileno())
-    command = [KEYD, "serve", f"--settings-fd={settings}", f"--parent-fd={parent}"]
+    command = [*keyd, "serve", f"--settings-fd={settings}", f"--parent-fd={parent}"]
     descriptors = settings, parent, supervisor
     started = subprocess.Popen(
         [*command, f"--supervisor-fd={supervisor}"], pass_fds=descriptors, stderr=subprocess.DEVNULL
@@ -38,16 +50,19 @@ def as_the_supervisor_starts_it(key: Path) -> "subprocess.Popen[bytes]":
     return started
 
 
-def as_a_service(key: Path) -> "subprocess.Popen[bytes]":
-    command = [KEYD, "control", f"--socket={key.parent}/socket", "--user=games"]
+def as_a_service(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
+    command = [*keyd, "control", f"--socket={key.parent}/socket", "--user=games"]
     return subprocess.Popen(
         [*command, f"--chroot={key.parent}/root", f"--key={key}"], stderr=subprocess.DEVNULL
     )
 
 
-def as_a_check(key: Path) -> "subprocess.Popen[bytes]":
+def as_a_check(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
     started = subprocess.Popen(
-        [KEYD, "check"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*keyd, "check"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     assert started.stdin is not None
     files = {"certificate": str(key.with_name("certificate")), "key": str(key)}
@@ -56,40 +71,56 @@ def as_a_check(key: Path) -> "subprocess.Popen[bytes]":
     return started
 
 
-@pytest.fixture(
-    params=[as_the_supervisor_starts_it, as_a_service, as_a_check],
-    ids=["serve", "control", "check"],
-)
-def keyd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A keyd that is about to open its key file, and is held there."""
-    key = tmp_path / "key"
+Start = Callable[[Keyd, Path], "subprocess.Popen[bytes]"]
+SERVING: list[Start] = [as_the_supervisor_starts_it, as_a_service]
+
+
+@contextmanager
+def about_to_read_a_key(start: Start, keyd: Keyd, directory: Path) -> Iterator[int]:
+    """A keyd that is about to open its key file, and is held there; yields its pid."""
+    key = directory / "key"
     key.touch(mode=0o600)
-    with held(key) as file, request.param(key) as started:
+    with held(key) as file, start(keyd, key) as started:
         try:
             assert eventually(file.opener, "keyd opens the key", 30) == started.pid
-            yield started
+            yield started.pid
         finally:
             started.kill()
             file.let_go()
 
 
-def test_memory_is_locked_before_a_key_is_read(keyd: "subprocess.Popen[bytes]") -> None:
-    """What was swapped out once is on the disk."""
-    loose = [
+def may_be_swapped_out(pid: int) -> int:
+    """So many octets of what it can write to."""
+    return sum(
         end - start
-        for start, end, permissions, flags in _flagged_mappings(keyd.pid)
+        for start, end, permissions, flags in _flagged_mappings(pid)
         if "w" in permissions and _NEVER_SWAPPED.isdisjoint(flags)
-    ]
-    assert not loose
+    )
 
 
-@pytest.mark.parametrize("keyd", [as_the_supervisor_starts_it, as_a_service], indirect=True)
-def test_speculation_is_off_before_a_key_is_read(keyd: "subprocess.Popen[bytes]") -> None:
+@pytest.mark.parametrize("start", [*SERVING, as_a_check])
+def test_memory_is_locked_before_a_key_is_read(start: Start, tmp_path: Path) -> None:
+    """What was swapped out once is on the disk."""
+    with about_to_read_a_key(start, KEYD, tmp_path) as pid:
+        assert may_be_swapped_out(pid) == 0
+
+
+@pytest.mark.parametrize("start", [*SERVING, as_a_check])
+def test_it_would_not_be_by_itself(start: Start, tmp_path: Path) -> None:
+    """The control: at the same point, memory that the key's octets are about to get into."""
+    with about_to_read_a_key(start, UNPROTECTED, tmp_path) as pid:
+        assert may_be_swapped_out(pid) > 1 << 20
+
+
+@pytest.mark.parametrize("start", SERVING)
+@pytest.mark.parametrize("keyd", [KEYD, UNPROTECTED], ids=["as it is", "control"])
+def test_speculation_is_off_before_a_key_is_read(start: Start, keyd: Keyd, tmp_path: Path) -> None:
     names = {
         prctl.SPEC_STORE_BYPASS: ("Speculation_Store_Bypass", "thread force mitigated"),
         prctl.SPEC_INDIRECT_BRANCH: ("SpeculationIndirectBranch", "conditional force disabled"),
     }
-    found = status(keyd.pid)
-    for feature in controllable_speculation():
-        name, state = names[feature]
-        assert found[name] == state
+    with about_to_read_a_key(start, keyd, tmp_path) as pid:
+        found = status(pid)
+        for feature in controllable_speculation():
+            name, state = names[feature]
+            assert (found[name] == state) == (keyd is KEYD)

@@ -2,13 +2,19 @@
 
 import contextlib
 import ssl
+import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from OpenSSL import SSL
 
+from titus_py.worker import client_hello
 from titus_py.worker.client_hello import (
     MAX_MESSAGE_OCTETS,
     MAX_RECORDS,
@@ -167,6 +173,42 @@ def test_the_longest_in_the_smallest_pieces_is_read() -> None:
     *before, last = [reader.feed(bytes((octet,))) for octet in octets]
     assert not any(before)
     assert name_in(last) == "last.example"
+
+
+def lines_run(octets: bytes, feed: Callable[[int], object]) -> int:
+    """How many lines of the parser's code run, if this is called for each octet's place."""
+    count = 0
+
+    def of_the_parser(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return of_the_parser if frame.f_code.co_filename == client_hello.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(of_the_parser)
+    try:
+        for place in range(len(octets)):
+            feed(place)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_work_grows_with_the_octets_and_not_with_their_square() -> None:
+    """For octets that come one by one, in records of eight."""
+
+    def growth(read_on: Callable[[ClientHelloReader, bytes, int], object]) -> float:
+        """How much more work four times as many octets are."""
+        work = []
+        for records in (30, 120):
+            reader = ClientHelloReader()
+            octets = in_records(message(bytes(8 * records)), records)[:-1]
+            work.append(lines_run(octets, partial(read_on, reader, octets)))
+        return work[1] / work[0]
+
+    assert growth(lambda reader, octets, at: reader.feed(octets[at : at + 1])) < 5
+    # The control: where nothing is kept from one octet to the next.
+    assert growth(lambda _, octets, at: ClientHelloReader().feed(octets[: at + 1])) > 10
 
 
 @pytest.mark.parametrize("whole", [longest(), RECORDED[0][1][5:]], ids=["longest", "usual"])
