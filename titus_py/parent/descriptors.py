@@ -5,6 +5,7 @@ needs the most: the supervisor has none for a connection, keyd one while the han
 """
 
 from titus_py.parent.dialer import MAX_ATTEMPTS
+from titus_py.parent.outbox import MAX_EVENTS
 
 __all__ = ["connections_within", "descriptors_needed"]
 
@@ -12,8 +13,9 @@ __all__ = ["connections_within", "descriptors_needed"]
 #: connected to, each attempt takes one more. A client that waits for a worker takes one.
 _EACH_WORKER = 3
 _EACH_CONNECTION = _EACH_WORKER + MAX_ATTEMPTS
-#: Listening sockets, the parent's own descriptors, and those that are open for a moment.
-_BESIDE = 64
+#: Listening sockets, the parent's own descriptors, and those that are open for a moment; reports of
+#: workers that have ended, until they are sent.
+_BESIDE = 64 + MAX_EVENTS
 
 
 def descriptors_needed(connections: int, spares: int) -> int:
