@@ -15,7 +15,6 @@ __all__ = [
     "allow_many_descriptors",
     "become",
     "controllable_speculation",
-    "end_first_out_of_memory",
     "enter_empty_root",
     "forbid_core_dumps",
     "forbid_regaining",
@@ -159,18 +158,6 @@ def lock_memory_meanwhile() -> None:
 def forbid_core_dumps() -> None:
     """Set RLIMIT_CORE to zero, soft and hard."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def end_first_out_of_memory(more: int) -> None:
-    """When memory runs out, have the kernel end this process, or a child, before others.
-
-    ``more`` is in thousandths of the machine's memory (proc_pid_oom_score_adj(5)): the kernel
-    chooses as if the process had so much more. Raises OSError.
-    """
-    with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
-        adjusted = min(int(file.read()) + more, 1000)
-        file.seek(0)
-        file.write(str(adjusted))
 
 
 def allow_many_descriptors() -> int:

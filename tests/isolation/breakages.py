@@ -361,20 +361,13 @@ def fork_server_speculation(_: str) -> None:
 
 @breaks("descriptors", "fork server", within="fork_server")
 def fork_server_opens_a_file(file: str) -> None:
-    from titus_py.between.hand_over import PARENT_FD
     from titus_py.fork_server import confinement
 
-    def keep_only(parent: int, ruleset: int) -> None:
-        os.dup2(parent, PARENT_FD, inheritable=False)
-        os.dup2(opened, 7, inheritable=False)
-        if ruleset not in (-1, confinement.RULESET_FD):
-            os.dup2(ruleset, confinement.RULESET_FD, inheritable=False)
-        os.closerange(5, 7)
-        os.closerange(8, 1 << 20)
+    real = confinement.keep_only
 
     # Not where the others are dup2()ed to, which are below.
     opened = fcntl.fcntl(os.open(file, os.O_RDONLY), fcntl.F_DUPFD_CLOEXEC, 100)
-    confinement.keep_only = keep_only
+    confinement.keep_only = lambda kept: real({**kept, 7: opened})
 
 
 @breaks("mappings", "fork server", "worker", within="fork_server")

@@ -11,6 +11,7 @@ the pump). Everything else is the code that is served with.
 import ctypes
 import errno
 import json
+import mmap
 import os
 import random
 import resource
@@ -28,7 +29,7 @@ if __name__ == "__main__":
 
 from OpenSSL import SSL
 
-from isolation.attacks import ATTEMPTS, Place, outcome
+from isolation.attacks import ATTEMPTS, Place, call, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
@@ -148,6 +149,27 @@ def use_up_memory(taken: Taken) -> str:
         held.append(bytearray(1 << 20))
 
 
+def spread_out(taken: Taken, count: str) -> str:
+    """Memory that costs three times what it looks like: one page in each GiB, with its tables.
+
+    So many, or as many as can be had. Kept until the client says something, or leaves.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    pages = []
+    with suppress(OSError):
+        for number in range(1, int(count) + 1):
+            place = (number + 1024) << 30
+            writable = mmap.PROT_READ | mmap.PROT_WRITE
+            pages.append(call("mmap", place, mmap.PAGESIZE, writable, private, -1, 0))
+            ctypes.memset(pages[-1], 1, 1)
+    for page in pages[-256:]:
+        # Our own code goes on needing some.
+        call("munmap", page, mmap.PAGESIZE)
+    taken.send(b".")
+    _wait(taken.place.client, select.POLLIN)
+    return "spread out"
+
+
 def leave_a_child(taken: Taken) -> str:
     """A child that would live on: with the client's connection, whose end shows its own."""
     if not os.fork():
@@ -209,6 +231,7 @@ DEEDS: dict[str, Callable[..., str]] = {
     "crash": crash,
     "leave": leave_silently,
     "useup": use_up_memory,
+    "spread": spread_out,
     "child": leave_a_child,
     "burst": burst,
     "impersonate": impersonate,
@@ -330,6 +353,12 @@ def _without_limit(name: str) -> Callable[[], None]:
     return leave_out
 
 
+def _without_oom() -> None:
+    """To the kernel, one process is as good as another when memory runs out."""
+    for name in ("as_fork_server", "as_workers"):
+        setattr(fork_server.OutOfMemory, name, _nothing)  # type: ignore[attr-defined]
+
+
 def _without_parting() -> None:
     """The channel's descriptor is closed, and its number the next one's."""
     fork_server.parting_calls = lambda: [Call("close_range", (KEYD_FD, KEYD_FD))]
@@ -357,6 +386,7 @@ LAYERS: dict[str, Callable[[], None]] = {
     "nofile": _without_limit("RLIMIT_NOFILE"),
     "reseed": _without_reseed,
     "parting": _without_parting,
+    "oom": _without_oom,
     "header": _without_header,
 }
 

@@ -27,6 +27,7 @@ _TO_PARENT = "socket to the parent"
 _TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
 _NAME_SERVER, _SETTINGS = "socket to a name server", "file that it reads settings from"
+_SCORE = "score for when memory runs out"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
     r"/dev/null": _NULL,
@@ -34,6 +35,7 @@ _KINDS = {
     r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": _PIDFD,
     r"/memfd:report \(deleted\)": _REPORT,
     r"anon_inode:\[landlock-ruleset\]": _RULESET,
+    r"/proc/\d+/oom_score_adj": _SCORE,
 }
 
 #: What a process may hold, and how many of each (None: any number).
@@ -58,6 +60,7 @@ _FORK_SERVER: _Allowed = {
     _ERRORS: 1,
     _TO_PARENT: 1,
     _RULESET: 1,
+    _SCORE: 1,
     # Held for a moment: they come with an order, or go back with the answer.
     _WORKERS: None,
     _REPORT: None,
@@ -243,8 +246,8 @@ CHECKS = (
     Check(
         "descriptors",
         frozenset({Role.FORK_SERVER}),
-        "no file and no connection open: its socket to the parent, and what passes through "
-        "it for a new worker",
+        "no file (but its own oom_score_adj) and no connection open: its socket to the parent, "
+        "and what passes through it for a new worker",
         "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
         _descriptors,
     ),

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import prctl
@@ -21,7 +21,6 @@ import prctl
 from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     controllable_speculation,
-    end_first_out_of_memory,
     enter_empty_root,
     forbid_regaining,
     keep_capabilities,
@@ -32,6 +31,7 @@ from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS, Call
 from keyd.linux.title import PR_SET_NAME
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
+from titus_py.fork_server import out_of_memory
 
 __all__ = [
     "CONFINING_CAPABILITIES",
@@ -42,6 +42,7 @@ __all__ = [
     "OWN_UID",
     "PARENT_CAPABILITIES",
     "RULESET_FD",
+    "SCORE_FD",
     "SPECULATION",
     "TRANSPARENT_CAPABILITIES",
     "WORKER_NAMESPACES",
@@ -83,8 +84,9 @@ CONFINING_CAPABILITIES = {
     prctl.CAP_SETPCAP: "emptying bounding sets, locking securebits",
 }
 
-#: The descriptor of the fork server's Landlock ruleset.
-RULESET_FD = 4
+#: The descriptors of the fork server's Landlock ruleset, and of what the kernel goes by when memory
+#: runs out (``out_of_memory``).
+RULESET_FD, SCORE_FD = 4, 5
 #: A worker's: the standard streams, the sockets to the parent, keyd, the client and the backend,
 #: and one to spare.
 _MAX_DESCRIPTORS = 8
@@ -95,10 +97,6 @@ _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
 #: connection takes about one MiB.
 MEMORY_OCTETS = 64 * 1024 * 1024
-
-#: In thousandths of the machine's memory: more than keyd, the parent and the supervisor have, so
-#: that a worker is ended before these; less than what a program that eats up the machine has.
-_OUT_OF_MEMORY_BEFORE = 100
 
 _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
@@ -133,7 +131,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     before. Only the privileges for making processes of other users are left.
     """
     memory = _memory_in_use() + MEMORY_OCTETS
-    end_first_out_of_memory(_OUT_OF_MEMORY_BEFORE)
+    score = os.open(out_of_memory.FILE, os.O_RDWR | os.O_CLOEXEC)
     ruleset = landlock.make_ruleset() if landlock.version() else -1
     leave_namespaces(CLONE_NEWNET)
     enter_empty_root(chroot)
@@ -146,7 +144,7 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     prctl.set_no_new_privs(1)
     if ruleset >= 0:
         landlock.restrict_self(ruleset)
-    keep_only(parent, ruleset)
+    keep_only({PARENT_FD: parent, RULESET_FD: ruleset, SCORE_FD: score})
     limit(
         {
             resource.RLIMIT_AS: memory,
@@ -206,18 +204,21 @@ def parting_calls() -> list[Call]:
     return [Call("shutdown", (KEYD_FD, socket.SHUT_RDWR))]
 
 
-def keep_only(parent: int, ruleset: int) -> None:
-    """Keep the standard streams, and these descriptors at their places. Close everything else."""
+def keep_only(kept: Mapping[int, int]) -> None:
+    """Keep the standard streams, and these descriptors (-1: none) at these places.
+
+    Everything else is closed.
+    """
     # Move them out of each other's way first.
-    moved = [
-        fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, RULESET_FD + 1)
-        for descriptor in (parent, ruleset)
+    moved = {
+        place: fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(kept) + 1)
+        for place, descriptor in kept.items()
         if descriptor >= 0
-    ]
-    os.closerange(PARENT_FD, RULESET_FD + 1)
-    for place, descriptor in zip((PARENT_FD, RULESET_FD), moved, strict=False):
+    }
+    os.closerange(PARENT_FD, max(kept) + 1)
+    for place, descriptor in moved.items():
         os.dup2(descriptor, place, inheritable=False)
-    os.closerange(RULESET_FD + 1, 1 << 20)
+    os.closerange(max(kept) + 1, 1 << 20)
 
 
 def _memory_in_use() -> int:

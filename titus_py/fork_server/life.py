@@ -35,6 +35,7 @@ from titus_py.between.messages import Forked, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
+    SCORE_FD,
     WORKER_NAMESPACES,
     Given,
     confine_fork_server,
@@ -42,6 +43,7 @@ from titus_py.fork_server.confinement import (
     worker_calls,
 )
 from titus_py.fork_server.orders import Orders
+from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
@@ -89,6 +91,7 @@ def main() -> int:
     # tried that would be killed.
     warnings.simplefilter("ignore")
     rehearse(terms)
+    give_code_back()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
@@ -162,10 +165,12 @@ def _serve(
     flags = WORKER_NAMESPACES | CLONE_PARENT
     page = terms.report.address
     orders = Orders(encode(worker_calls(worker_filter, page, Given(-1, -1))))
+    out_of_memory = OutOfMemory(SCORE_FD)
     while row := orders.take(parent):
         calls = [worker_calls(worker_filter, page, given) for given in row]
         # The workers' title, written once for all of them: each would have to copy the page.
         command_line.write([_WORKERS_TITLE])
+        out_of_memory.as_workers()
         children: list[Child] = []
         for number, encoded in enumerate([encode(own) for own in calls]):
             child = clone(flags, orders.with_uid(encoded, number))
@@ -174,6 +179,7 @@ def _serve(
                 live(terms, why_failed(child, calls[number]))
             children.append(child)
         command_line.write([_TITLE])
+        out_of_memory.as_fork_server()
         for number, (given, child) in enumerate(zip(row, children, strict=True)):
             _answer(parent, orders.uid(number), given, child)
 

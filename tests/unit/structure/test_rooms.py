@@ -49,6 +49,7 @@ FOR_WORKERS = {
     "titus_py.fork_server.confinement",
     "titus_py.fork_server.life",
     "titus_py.fork_server.orders",
+    "titus_py.fork_server.out_of_memory",
     "titus_py.fork_server.rehearsal",
     "titus_py.worker",
     "titus_py.worker.alerts",

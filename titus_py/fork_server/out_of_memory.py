@@ -1,0 +1,65 @@
+"""Whom the kernel ends when memory runs out: workers, then the fork server, then all others.
+
+Run by the fork server. A worker has the adjustment that the fork server has when it forks, and
+cannot reach its own. So the fork server raises its own for that moment. The file is open, since it
+has no path to it once it is confined (proc_pid_oom_score_adj(5)). For that moment, too, the fork
+server has less memory than a worker with a client: it gives back the code that it ran only once.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+__all__ = ["FILE", "OutOfMemory", "give_code_back"]
+
+#: In thousandths of the machine's memory: as if the process had so much more. Less than what a
+#: program has that eats up the machine.
+_FORK_SERVERS, _WORKERS = 100, 200
+_MOST = 1000
+_MADV_DONTNEED = 4
+_libc = ctypes.CDLL(None, use_errno=True)
+FILE = "/proc/self/oom_score_adj"
+
+
+class OutOfMemory:
+    """``descriptor`` is of ``FILE``. Each method raises OSError."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        before = int(os.pread(descriptor, 8, 0))
+        self._fork_servers, self._workers = (
+            str(min(before + more, _MOST)).encode() for more in (_FORK_SERVERS, _WORKERS)
+        )
+        self.as_fork_server()
+
+    def as_fork_server(self) -> None:
+        os.pwrite(self._descriptor, self._fork_servers, 0)
+
+    def as_workers(self) -> None:
+        """For those that are forked now."""
+        os.pwrite(self._descriptor, self._workers, 0)
+
+
+def give_code_back() -> None:
+    """Unmap the pages of code that have been run. Those that are run again are still in memory.
+
+    Raises OSError.
+    """
+    for start, end in list(_code()):
+        length = ctypes.c_size_t(end - start)
+        if _libc.madvise(ctypes.c_void_p(start), length, _MADV_DONTNEED):
+            error = ctypes.get_errno()
+            raise OSError(error, f"madvise: {os.strerror(error)}")
+
+
+def _code() -> Iterator[tuple[int, int]]:
+    """What is executable, a file's, and not changed since it was mapped (proc_pid_smaps(5))."""
+    place = None
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
+        for line in file:
+            name, *rest = line.split()
+            if not name.endswith(":"):
+                place = name if rest[0] == "r-xp" and rest[-1].startswith("/") else None
+            elif place and name == "Anonymous:" and rest[0] == "0":
+                start, end = (int(address, 16) for address in place.split("-"))
+                yield start, end
