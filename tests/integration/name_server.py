@@ -18,10 +18,11 @@ from pathlib import Path
 
 from keyd.linux import seccomp
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.lookups import MAX_OCTETS
 from titus_py.configuration.address import NameAddress
 from titus_py.resolver.system_calls import RESOLVING
 from titus_py.supervisor.resolver import Resolver
-from titus_py.supervisor.resolver_process import ResolverProcess
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 from .certificates import Authority
 from .instance import Instance
@@ -121,7 +122,8 @@ def resolver() -> dict[str, list[object]]:
     def note(event: str, level: str = "info", **fields: object) -> None:
         events.append(f"{event} {fields}")
 
-    process = ResolverProcess(loop, note, lambda: UID, program)
+    told = {"uid": UID, "filter": program}
+    process = UnprivilegedProcess(loop, note, "resolver", lambda: told, MAX_OCTETS)
     lookups = Resolver(loop, process, take)
     lookups.resolve(names, 3600)
     while len(found) < len(ZONE) - 1 or len(found["both.test"]) < 2:

@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from titus_py.audit.instance import Role, instance_processes
+
 from .certificates import Certificate
 from .conftest import Certificates, Serve
 from .instance import Instance, Process, Uids, eventually, free_port
@@ -59,7 +61,11 @@ def generation_processes(instance: Instance) -> list[Process]:
 
 def no_earlier_generation(instance: Instance) -> None:
     """Old parents and their keyds are gone: two processes are left, beside the workers."""
-    eventually(lambda: len(generation_processes(instance)) == 2, "one parent, one keyd")
+    of_generations = (Role.PARENT, Role.KEYD)
+    eventually(
+        lambda: sum(one.role in of_generations for one in instance_processes(instance.pid)) == 2,
+        "one parent, one keyd",
+    )
     eventually(lambda: len(status(instance)["generations"]) == 1, "one generation")
 
 

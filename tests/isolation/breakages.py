@@ -446,22 +446,40 @@ def _load_key(file: str) -> None:
 # --- the supervisor ---------------------------------------------------------------
 
 
-def change_resolver(change: str) -> None:
-    """Have the resolver run this before all else."""
-    from titus_py.supervisor import resolver_process
+def change(role: str, change: str) -> None:
+    """Have the resolver, or the metrics server, run this before all else."""
+    from titus_py.supervisor import unprivileged
 
-    names = "from titus_py.resolver import confinement, life"
-    resolver_process._PROGRAM = ("-c", f"{names}\n{change}\nlife.main()")
+    def program(name: str) -> tuple[str, ...]:
+        names = f"from titus_py.{name} import confinement, life"
+        return ("-c", f"{names}\n{change if name == role else ''}\nlife.main()")
+
+    unprivileged._program = program
 
 
 @breaks("filter", "resolver", within="supervisor")
 def resolver_filter(_: str) -> None:
-    change_resolver("confinement.seccomp.install = lambda *_: None")
+    change("resolver", "confinement.seccomp.install = lambda *_: None")
 
 
 @breaks("limits", "resolver", within="supervisor")
 def resolver_limits(_: str) -> None:
-    change_resolver("confinement.limit = lambda _: None")
+    change("resolver", "confinement.limit = lambda _: None")
+
+
+@breaks("filter", "metrics", within="supervisor")
+def metrics_filter(_: str) -> None:
+    change("metrics", "confinement.seccomp.install = lambda *_: None")
+
+
+@breaks("limits", "metrics", within="supervisor")
+def metrics_limits(_: str) -> None:
+    change("metrics", "confinement.limit = lambda _: None")
+
+
+@breaks("descriptors", "metrics", within="supervisor")
+def metrics_listens_elsewhere(_: str) -> None:
+    change("metrics", "import socket; life.KEPT = socket.create_server(('127.0.0.1', 0))")
 
 
 @breaks("processes", "supervisor", within="supervisor")

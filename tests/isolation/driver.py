@@ -13,7 +13,13 @@ from pathlib import Path
 
 from titus_py.__main__ import main
 from titus_py.configuration import checking
-from titus_py.supervisor import generation, renewals, resolver_process
+from titus_py.supervisor import generation, renewals, unprivileged
+
+
+def infect_resolver(settings: str) -> None:
+    usual, program = unprivileged._program, str(Path(__file__).with_name("infected_resolver.py"))
+    unprivileged._program = lambda name: (program, settings) if name == "resolver" else usual(name)
+
 
 if __name__ == "__main__":
     for part in json.loads(sys.argv[1]):
@@ -21,8 +27,7 @@ if __name__ == "__main__":
         if part == "own key":
             checking._decrypted_for_others = lambda *_: iter(())
         elif what == "resolver":
-            program = str(Path(__file__).with_name("infected_resolver.py"))
-            resolver_process._PROGRAM = (program, settings)
+            infect_resolver(settings)
     generation._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))
     if sys.argv.pop(1) == "lasting":
         renewals._ENDS = frozenset()

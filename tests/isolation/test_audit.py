@@ -78,11 +78,17 @@ def backend() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
+class WithMetrics(TitusInstance):
+    def _configuration(self, directory: Path, backend: str) -> str:
+        metrics = f'[metrics]\naddress = "unix:{directory}/metrics"\n'
+        return super()._configuration(directory, backend) + metrics
+
+
 @pytest.fixture(scope="module")
 def instance(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
-    """As it is by default. Its backend has a name, so that there is a resolver too."""
+    """As it is by default, with every process: the backend has a name, and there are metrics."""
     name = backend.replace("127.0.0.1", "localhost")
-    found = TitusInstance(tmp_path_factory.mktemp("instance"), name, "RSA-2048", ["localhost"])
+    found = WithMetrics(tmp_path_factory.mktemp("instance"), name, "RSA-2048", ["localhost"])
     found.wait_until_listening()
     yield found
     found.stop()
@@ -233,7 +239,8 @@ def another(instance: TitusInstance, directory: Path, **changes: str) -> tuple[P
     text = text.replace(str(instance.port), str(port))
     text = re.sub(r'uids = "\d+-\d+"', f'uids = "{uids[0]}-{uids[-2]}"', text)
     text = re.sub(r'user = "\d+"', f'user = "{uids[-1]}"', text)
-    text = text.replace(str(instance.key_file.parent / "empty"), str(directory / "empty"))
+    for name in ("empty", "metrics"):
+        text = text.replace(str(instance.key_file.parent / name), str(directory / name))
     for name, line in changes.items():
         text, count = re.subn(rf"^{name} = .*$", line, text, flags=re.M)
         assert count == 1
@@ -483,7 +490,8 @@ def test_a_protection_taken_out_is_noticed(
     monkeypatch.setattr(throwaway, "PROGRAM", (*driver, str(directory / "site.key")))
     if "resolver" in breakage.roles:
         backend = backend.replace("127.0.0.1", "localhost")
-    found = TitusInstance(directory, backend, "P-256", ["localhost"])
+    kind = WithMetrics if "metrics" in breakage.roles else TitusInstance
+    found = kind(directory, backend, "P-256", ["localhost"])
     found.wait_until_listening()
     try:
         made = audit(find_target(found.pid))

@@ -55,7 +55,7 @@ def _uid(seen: Observation, scene: Scene) -> Seen:
         user = scene.target.configuration.keyd.user
         right = (int(uids[0]), int(gids[0])) == (user.uid, user.gid)
         newest = scene.newest(Role.KEYD) is seen and scene.target.started(seen.process)
-    elif seen.process.role is Role.RESOLVER:
+    elif seen.process.role in _SINGLE:
         # It may have its uid from a configuration before this one.
         right, newest = uids == gids, False
     else:
@@ -205,10 +205,12 @@ def _can_look_into(pid: int) -> bool:
     return results == [True]
 
 
-_UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD, Role.RESOLVER})
+#: The only process of its kind, whatever generations there are.
+_SINGLE = frozenset({Role.RESOLVER, Role.METRICS})
+_UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD}) | _SINGLE
 _PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER})
 #: Workers inherit this from the fork server, which confined itself.
-_CONFINED = frozenset({Role.WORKER, Role.KEYD, Role.FORK_SERVER, Role.RESOLVER})
+_CONFINED = _UNPRIVILEGED | {Role.FORK_SERVER}
 _STATUS = "/proc/PID/task/*/status"
 
 CHECKS = (
@@ -228,7 +230,7 @@ CHECKS = (
     ),
     Check(
         "uid",
-        frozenset({Role.RESOLVER}),
+        _SINGLE,
         "a uid and gid that no other process has",
         f"{_STATUS}: Uid, Gid; those of all processes",
         _uid,

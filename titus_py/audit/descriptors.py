@@ -28,12 +28,14 @@ _TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
 _NAME_SERVER, _SETTINGS = "socket to a name server", "file that it reads settings from"
 _SCORE = "score for when memory runs out"
+_READER, _TEXT = "who asks for the metrics", "text of the metrics"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
     r"/dev/null": _NULL,
     r"anon_inode:\[eventpoll\]": "epoll",
     r"anon_inode:\[pidfd\]|pidfd:\[\d+\]": _PIDFD,
     r"/memfd:report \(deleted\)": _REPORT,
+    r"/memfd:metrics \(deleted\)": _TEXT,
     r"anon_inode:\[landlock-ruleset\]": _RULESET,
     r"/proc/\d+/oom_score_adj": _SCORE,
 }
@@ -91,6 +93,15 @@ _RESOLVER: _Allowed = {
     _NAME_SERVER: None,
     _SETTINGS: None,
 }
+_METRICS: _Allowed = {
+    _NULL: 3,
+    "epoll": 1,
+    "socket to the supervisor": 1,
+    _LISTENER: 1,
+    _READER: None,
+    # While it reads it.
+    _TEXT: 1,
+}
 
 
 def names(seen: Observation, scene: Scene) -> dict[int, str]:
@@ -122,6 +133,10 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
     name = _socket_name(scene, inode) or what
     if resolves and name in (what, _BACKEND):
         return _NAME_SERVER
+    if seen.process.role is Role.METRICS and name in (_BACKEND, _CLIENT):
+        # The listening socket is the supervisor's as well, no reader's is.
+        holders = {other.process.role for other in scene.holders.get(inode, ())}
+        return _LISTENER if Role.SUPERVISOR in holders else _READER
     if seen.process.role is Role.FORK_SERVER and number != PARENT_FD and name == _TO_PARENT:
         return _WORKERS
     return name
@@ -182,6 +197,8 @@ def _allowed(seen: Observation) -> _Allowed:
             return _KEYD
         case Role.RESOLVER:
             return _RESOLVER
+        case Role.METRICS:
+            return _METRICS
         case _ if seen.stage == Stage.ESTABLISHED:
             return _ESTABLISHED
         case _ if seen.stage == Stage.HANDSHAKE:
@@ -264,6 +281,13 @@ CHECKS = (
         frozenset({Role.RESOLVER}),
         "nothing open but its socket to the supervisor; while it looks something up, also sockets "
         "to name servers and settings that it reads",
+        "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
+        _descriptors,
+    ),
+    Check(
+        "descriptors",
+        frozenset({Role.METRICS}),
+        "nothing open but its socket to the supervisor, its listening socket, and who asks there",
         "/proc/PID/fd; sock_diag(7) and /proc/net/tcp for what they are",
         _descriptors,
     ),

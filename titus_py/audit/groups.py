@@ -38,6 +38,7 @@ _IN_ORDER = (
     Role.FORK_SERVER,
     Role.KEYD,
     Role.RESOLVER,
+    Role.METRICS,
     Role.WORKER,
 )
 _MANY = (Stage.SPARE, Stage.HANDSHAKE, Stage.ESTABLISHED)

@@ -40,8 +40,16 @@ class Role(StrEnum):
     KEYD = "keyd"
     WORKER = "worker"
     RESOLVER = "resolver"  #: only where a backend has a name
+    METRICS = "metrics"  #: only where metrics are served
     CHECK = "keyd check"  #: short-lived: checks keys and certificates
     OTHER = "other"
+
+
+#: Processes of the supervisor by the program that they are before they have renamed themselves.
+_UNPRIVILEGED = {
+    Role.RESOLVER: b"titus_py.resolver.life",
+    Role.METRICS: b"titus_py.metrics.life",
+}
 
 
 class Process(NamedTuple):
@@ -145,8 +153,9 @@ def _role(above: Role, pid: int) -> Role:
         return Role.OTHER
     if is_parent(words):
         return Role.PARENT
-    if b"titus_py.resolver.life" in words or title(Role.RESOLVER) in words:
-        return Role.RESOLVER
+    for role, module in _UNPRIVILEGED.items():
+        if module in words or title(role) in words:
+            return role
     if b"keyd" in words:
         return Role.CHECK if b"check" in words else Role.KEYD
     return Role.OTHER

@@ -5,12 +5,14 @@ the process; the lists are in ``titus_py.worker.system_calls`` and ``keyd.system
 """
 
 import resource
+from collections.abc import Mapping
 
 from keyd.linux import landlock
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
 from titus_py.fork_server.confinement import LANDLOCK, MEMORY_OCTETS, SPECULATION
+from titus_py.metrics.confinement import LIMITS as METRICS_LIMITS
 from titus_py.resolver.confinement import LIMITS as RESOLVER_LIMITS
 
 __all__ = ["CHECKS"]
@@ -29,7 +31,7 @@ _FORK_SERVER_LIMITS = {
 #: What a worker may have at most.
 _WORKER_LIMITS = {**_FORK_SERVER_LIMITS, "open files": 8, "processes": 0}
 _ADDRESS_SPACE = "address space"
-#: The words of /proc/PID/limits for what the resolver limits.
+#: The words of /proc/PID/limits for what these two limit.
 _LIMITS = {
     resource.RLIMIT_AS: _ADDRESS_SPACE,
     resource.RLIMIT_NPROC: "processes",
@@ -90,9 +92,17 @@ def _limits(seen: Observation, scene: Scene) -> Seen:
 
 
 def _limits_of_resolver(seen: Observation, _: Scene) -> Seen:
+    return _at_most(seen, RESOLVER_LIMITS)
+
+
+def _limits_of_metrics(seen: Observation, _: Scene) -> Seen:
+    return _at_most(seen, METRICS_LIMITS)
+
+
+def _at_most(seen: Observation, limits: Mapping[int, int]) -> Seen:
     loose = [
         f"{name}: {seen.limits[name][1]}"
-        for number, most in RESOLVER_LIMITS.items()
+        for number, most in limits.items()
         if (name := _LIMITS[number]) in seen.limits and not _within(seen.limits[name][1], most)
     ]
     if loose:
@@ -156,7 +166,7 @@ CHECKS = (
     ),
     Check(
         "filter",
-        frozenset({Role.RESOLVER}),
+        frozenset({Role.RESOLVER, Role.METRICS}),
         "a seccomp filter on each of its threads",
         "/proc/PID/task/*/status: Seccomp, Seccomp_filters",
         _filter,
@@ -167,6 +177,13 @@ CHECKS = (
         "no files written; memory, threads and descriptors bounded",
         "/proc/PID/limits, hard limits",
         _limits_of_resolver,
+    ),
+    Check(
+        "limits",
+        frozenset({Role.METRICS}),
+        "no processes, no files written; memory and descriptors bounded",
+        "/proc/PID/limits, hard limits",
+        _limits_of_metrics,
     ),
     Check(
         "limits",
@@ -184,14 +201,14 @@ CHECKS = (
     ),
     Check(
         "limits",
-        frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.RESOLVER}),
+        frozenset({Role.SUPERVISOR, Role.PARENT, Role.KEYD, Role.RESOLVER, Role.METRICS}),
         "no core dump",
         "/proc/PID/limits",
         _no_core,
     ),
     Check(
         "speculation",
-        frozenset({Role.FORK_SERVER, Role.WORKER, Role.KEYD, Role.RESOLVER}),
+        frozenset({Role.FORK_SERVER, Role.WORKER, Role.KEYD, Role.RESOLVER, Role.METRICS}),
         "indirect-branch and store-bypass speculation off for good, where it can be",
         "/proc/PID/status: Speculation*",
         _speculation,

@@ -68,7 +68,9 @@ def _environment(seen: Observation, scene: Scene) -> Seen:
     )
 
 
-_STARTED = frozenset({Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER, Role.RESOLVER})
+_STARTED = frozenset(
+    {Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER, Role.RESOLVER, Role.METRICS}
+)
 
 CHECKS = (
     Check(

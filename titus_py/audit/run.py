@@ -137,6 +137,7 @@ _IN_ORDER = (
     Role.FORK_SERVER,
     Role.WORKER,
     Role.RESOLVER,
+    Role.METRICS,
 )
 _KNOWN = frozenset(_IN_ORDER)
 
@@ -157,7 +158,8 @@ def _only_known(target: Target) -> Finding:
     return Finding(
         "processes",
         Subject.of(target.supervisor),
-        "no process below it but keyd, the parent, its fork server, its workers and the resolver",
+        "no process below it but keyd, the parent, its fork server, its workers, the resolver and "
+        "what serves the metrics",
         "/proc/PID/stat of all processes",
         seen.text,
         seen.verdict,

@@ -105,8 +105,8 @@ class TitusInstance:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:]) or "(no log)"
 
     def _configuration(self, directory: Path, backend: str) -> str:
-        # And one each for keyd, which has the last, and for the resolver, if there is one.
-        uids = _free_uids(GENERATIONS * (_MAX + SPARE) + 2)
+        # And one each for keyd, which has the last, the resolver and what serves the metrics.
+        uids = _free_uids(GENERATIONS * (_MAX + SPARE) + 3)
         tables: dict[str, dict[str, object]] = {
             "[worker]": {
                 "uids": f"{uids[0]}-{uids[-2]}",

@@ -17,7 +17,9 @@ import socket
 import struct
 from typing import NamedTuple
 
-__all__ = ["AT_ONCE", "MAX_ADDRESSES", "MAX_OCTETS", "Answer", "Malformed", "Question"]
+from titus_py.between.unprivileged import Malformed
+
+__all__ = ["AT_ONCE", "MAX_ADDRESSES", "MAX_OCTETS", "Answer", "Question"]
 
 #: How many questions of each family the resolver is asked at a time.
 AT_ONCE = 8
@@ -31,10 +33,6 @@ _SCOPE = struct.Struct("!I")
 _OCTETS = {socket.AF_INET: 4, socket.AF_INET6: 16 + _SCOPE.size}
 #: One more than the longest message, so that a longer one is noticed.
 MAX_OCTETS = _ANSWER.size + MAX_ADDRESSES * _OCTETS[socket.AF_INET6] + 1
-
-
-class Malformed(ValueError):
-    """A message that neither of the two sends while it runs our code."""
 
 
 class Question(NamedTuple):

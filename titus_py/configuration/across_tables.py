@@ -1,7 +1,7 @@
 """Checks across several tables: made on the valid ones, whatever is wrong with others."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from titus_py.configuration.tables import (
     Keyd,
     KeydSocket,
     Match,
+    Metrics,
     Table,
     Uids,
 )
@@ -74,7 +75,7 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     worker = valid_part(Uids, tables["worker"], source)
     keyd = valid_part(Keyd, tables["keyd"], source)
     if worker:
-        yield from _worker_uid_mistakes(worker, _has_names(tables, source), source)
+        yield from _worker_uid_mistakes(worker, _others(tables, source), source)
     if worker and keyd and keyd.user.uid in worker.uids:
         yield source.mistake(
             "worker.uids",
@@ -84,8 +85,8 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
         yield from _keyd_uid_mistakes(keyd, source)
 
 
-def _worker_uid_mistakes(worker: Uids, names: bool, source: Source) -> Iterator[Mistake]:
-    if lack := _lack_of_uids(worker, 2, names):
+def _worker_uid_mistakes(worker: Uids, others: Sequence[str], source: Source) -> Iterator[Mistake]:
+    if lack := _lack_of_uids(worker, 2, others):
         yield source.mistake("worker.uids", lack)
     if reason := unmapped(worker.uids):
         yield source.mistake("worker.uids", f'{reason}: set a range within, such as "20000-39999"')
@@ -107,41 +108,45 @@ def _keyd_uid_mistakes(keyd: Keyd, source: Source) -> Iterator[Mistake]:
 
 def uid_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     worker = valid_part(Uids, tables["worker"], source)
-    names = _has_names(tables, source)
+    others = _others(tables, source)
     if (
         worker
-        and not _lack_of_uids(worker, 2, names)
-        and (lack := _lack_of_uids(worker, GENERATIONS, names))
+        and not _lack_of_uids(worker, 2, others)
+        and (lack := _lack_of_uids(worker, GENERATIONS, others))
     ):
         yield source.mistake("worker.uids", lack)
 
 
-def _has_names(tables: dict[str, Any], source: Source) -> bool:
-    """Whether any backend has a name: then there is a resolver, with a uid of its own."""
-    return any(
+def _others(tables: dict[str, Any], source: Source) -> list[str]:
+    """The processes beside the workers that have one uid each."""
+    names = any(
         isinstance(backend, NameAddress)
         for _, vhost in each_valid(Backend, tables, "vhost", source)
         for _, backend in vhost.all_backends
     )
+    metrics = valid_part(Metrics, tables["metrics"], source)
+    found = ["the resolver, for names of backends"] if names else []
+    return [*found, "what serves the metrics"] if metrics and metrics.address else found
 
 
-def _lack_of_uids(worker: Uids, generations: int, resolver: bool) -> str | None:
+def _lack_of_uids(worker: Uids, generations: int, others: Sequence[str]) -> str | None:
     """What to report if so many generations have too few uids; None if there are enough.
 
-    ``resolver``: the resolver has one of them.
+    ``others`` are processes with one of them each.
     """
     each = worker.max + worker.spare
-    if len(worker.uids) >= generations * each + resolver:
+    if len(worker.uids) >= generations * each + len(others):
         return None
     first = worker.uids[0]
     what = {
         2: "a reload starts as many again beside those that serve",
         3: "once a reload has left connections behind, another one has to wait for their end",
     }[generations]
+    also = f" (and {', and '.join(others)})" if others else ""
     return (
         f"{len(worker.uids)} uids are too few for max + spare = {each} workers, each with one of "
-        f"its own{' (and the resolver, for names of backends)' if resolver else ''}: {what}. "
-        f'Make it "{first}-{first + GENERATIONS * each + resolver - 1}"'
+        f"its own{also}: {what}. "
+        f'Make it "{first}-{first + GENERATIONS * each + len(others) - 1}"'
     )
 
 

@@ -95,8 +95,9 @@ class Uids(Table):
         default=DEFAULT_UIDS,
         description="The uids of workers, first to last: one per live connection, never shared. "
         "At least 2 * (max + spare), so that a reload has room beside what serves, and better "
-        "three times that; one more where a backend has a name. Nothing else on the system may use "
-        "them: no user or group, no range in /etc/subuid or /etc/subgid, no other instance.",
+        "three times that; one more where a backend has a name, and one where metrics are served. "
+        "Nothing else on the system may use them: no user or group, no range in /etc/subuid or "
+        "/etc/subgid, no other instance.",
     )
 
 

@@ -20,6 +20,7 @@ from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.lookups import MAX_OCTETS, Answer, Question
+from titus_py.between.unprivileged import ALIVE, READY
 from titus_py.resolver.confinement import confine
 
 __all__ = ["main"]
@@ -44,12 +45,12 @@ def main() -> int:
     threading.stack_size(_STACK_OCTETS)
     # How often to tell the supervisor that this process is alive.
     supervisor.settimeout(settings["alive_seconds"])
-    supervisor.send(b"R")
+    supervisor.send(READY)
     while True:
         try:
             message = supervisor.recv(MAX_OCTETS)
         except TimeoutError:
-            supervisor.send(b"A")
+            supervisor.send(ALIVE)
             continue
         if not message:
             break

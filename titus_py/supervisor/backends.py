@@ -9,7 +9,7 @@ from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.resolver import Addresses, Resolver, numeric
-from titus_py.supervisor.resolver_process import ResolverProcess
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 __all__ = ["Backends"]
 
@@ -27,7 +27,7 @@ class Backends:
         generations: Iterable[Generation],
         children: Children,
         ready: Callable[[Generation], None],
-        process: ResolverProcess,
+        process: UnprivilegedProcess,
     ) -> None:
         self._loop = loop
         self._event = event

@@ -22,6 +22,8 @@ ALARMS = frozenset(
         "keyd_hangs",
         "keyd_refused",
         "malformed_message",
+        "metrics_died",
+        "metrics_hangs",
         "parent_died",
         "parent_hangs",
         "resolver_died",

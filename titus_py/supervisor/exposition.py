@@ -10,9 +10,7 @@ from typing import Any
 from titus_py.supervisor.counting import Histogram, Tally
 from titus_py.supervisor.metrics import Metrics
 
-__all__ = ["CONTENT_TYPE", "exposition"]
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+__all__ = ["exposition"]
 
 
 def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:

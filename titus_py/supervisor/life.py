@@ -1,11 +1,10 @@
 """The supervisor's life: bind, start a generation, keep it running, replace it, stop.
 
-Runs as root from start to end. It hears signals, root's commands, its own children and the readers
-of the metrics. It never reads an octet of a TLS client, never has a private key, and does not load
-OpenSSL. Each duty has a class of its own; this file puts them together.
+Runs as root from start to end. It hears signals, root's commands and its own children, and nothing
+from the network. It never has a private key, and does not load OpenSSL. Each duty has a class of
+its own; this file puts them together.
 """
 
-import errno
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ from functools import partial
 
 import prctl
 
-from keyd.linux import seccomp
 from keyd.linux.credentials import (
     allow_many_descriptors,
     forbid_core_dumps,
@@ -27,14 +25,13 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.linux.title import set_title
-from keyd.system_calls import SERVING
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.lookups import MAX_OCTETS
 from titus_py.between.plan import resolved
 from titus_py.configuration.address import parse_backend
 from titus_py.configuration.checking import Checked
 from titus_py.configuration.held_uids import Held, HeldUids
 from titus_py.fork_server.confinement import TRANSPARENT_CAPABILITIES
-from titus_py.resolver.system_calls import RESOLVING
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
@@ -42,25 +39,25 @@ from titus_py.supervisor.children import Children
 from titus_py.supervisor.control import Answer, Control
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.exposition import exposition
+from titus_py.supervisor.filters import build_filters
 from titus_py.supervisor.generation import ALIVE_SECONDS, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import CannotListen, Listeners, listen, passed_listeners
 from titus_py.supervisor.log import Log
-from titus_py.supervisor.metrics_server import MetricsAddress
+from titus_py.supervisor.metrics_address import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
 from titus_py.supervisor.renewals import Renewals
-from titus_py.supervisor.resolver_process import ResolverProcess
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
 from titus_py.supervisor.succession import Legacy
 from titus_py.supervisor.takeover import Takeover
 from titus_py.supervisor.uid_blocks import UidBlocks
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 from titus_py.supervisor.upkeep import Upkeep
-from titus_py.worker.system_calls import WORKER
 
 __all__ = ["serve", "take_over"]
 
@@ -80,7 +77,7 @@ def serve(checked: Checked, read_again: ReadAgain) -> int:
     """
     if checked.configuration is None:
         raise ValueError("a configuration with mistakes")
-    filters = _build_filters()
+    filters = build_filters()
     notify = Notifier()
     passed = passed_listeners(passed_sockets())
     try:
@@ -111,21 +108,13 @@ def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
             passed[left.address] = listener
         if left.listening:
             listeners[left.address] = listener
-    filters = _build_filters()
+    filters = build_filters()
     # What the previous program had kept: whether it needed it.
     _withdraw(permitted_capabilities() & TRANSPARENT_CAPABILITIES.keys())
     log = Log(legacy.log_format, least=legacy.log_level, lost=legacy.log_lines_lost)
     return _Supervisor(read_again, filters, Listeners(passed, listeners), log, Notifier()).run(
         legacy
     )
-
-
-def _build_filters() -> dict[str, str]:
-    return {
-        "worker": seccomp.build(WORKER).hex(),
-        "keyd": seccomp.build(SERVING).hex(),
-        "resolver": seccomp.build(RESOLVING, errno.ENOSYS).hex(),
-    }
 
 
 def _withdraw(kept: Iterable[int]) -> None:
@@ -167,15 +156,20 @@ class _Supervisor:
             lambda *told: self._upkeep.heard(*told),
             lambda *ended: self._upkeep.ended(*ended),
         )
+
+        def told(name: str) -> dict[str, object]:
+            """What a process without privilege is told at its start. Raises OSError."""
+            chroot = generations.serving.configuration.worker.chroot
+            uid = uids.single(name, generations)
+            return {"uid": uid, "chroot": str(chroot), "filter": filters[name]}
+
         self._backends = backends = Backends(
             loop,
             record,
             generations,
             children,
             lambda generation: takeover.ready(generation),
-            ResolverProcess(
-                loop, record, lambda: uids.for_resolver(generations), filters["resolver"]
-            ),
+            UnprivilegedProcess(loop, record, "resolver", partial(told, "resolver"), MAX_OCTETS),
         )
         self._takeover = takeover = Takeover(
             loop, record, service, generations, children, listeners, uids, backends
@@ -235,7 +229,12 @@ class _Supervisor:
             Renewals(loop, record, self._reload.replace).worker_ended,
         )
         self._status = Status(record, service, generations, listeners, backends, keyd_service)
-        self._metrics = MetricsAddress(loop, lambda: exposition(record.metrics, self._status.all()))
+        self._metrics = MetricsAddress(
+            loop,
+            record,
+            partial(told, "metrics"),
+            lambda: exposition(record.metrics, self._status.all()),
+        )
         self._control: Control | None = None
 
     # --- life -------------------------------------------------------------------
@@ -261,6 +260,7 @@ class _Supervisor:
             self._loop.run_once()
         self._takeover.end_all()
         self._backends.stop()
+        self._metrics.stop()
         # When Python ends, it restores the default actions: a further signal would kill us.
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -431,6 +431,7 @@ class _Supervisor:
             return
         # The new program starts its own.
         self._backends.stop()
+        self._metrics.stop()
         log = self._record.log
         log.close()
         try:
@@ -438,6 +439,7 @@ class _Supervisor:
         except OSError as error:
             self._record.log = Log(log.form, least=log.least, lost=log.lost)
             self._backends.resolve()
+            self._metrics.serve()
             self._reload.failed([f"{sys.executable}: {error.strerror}"])
 
     def _go_on(self, legacy: Legacy) -> None:
@@ -464,12 +466,12 @@ class _Supervisor:
             self._generations.append(generation)
             for child in generation.children:
                 self._children.watch(generation, child)
-        if legacy.metrics is not None:
-            self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
         for first, beyond in legacy.used_uids:
             self._uids.used.append(range(first, beyond))
             self._uids.release(self._uids.used[-1])
         self._backends.resolve()
+        if legacy.metrics is not None:
+            self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
         serving = self._generations.serving
         self._event(
             "program_changed",

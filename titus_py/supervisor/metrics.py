@@ -125,7 +125,7 @@ _CERTIFICATE_REFUSALS = (
     "rejected",
 )
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
-_CHILDREN = ("keyd", "parent", "fork_server", "resolver", "worker")
+_CHILDREN = ("keyd", "parent", "fork_server", "resolver", "metrics", "worker")
 #: Signals that tell something about a worker's end. A worker may choose among the others.
 _TELLING_SIGNALS = ("SIGSYS", "SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGTRAP")
 #: The most octets a second (100 Gbit/s) that a worker's report is believed.
@@ -202,6 +202,7 @@ class Metrics:
             "fork_server_died": lambda *_: self.deaths.add("fork_server"),
             "fork_server_replaced": self._fork_server_replaced,
             "resolver_died": lambda *_: self.deaths.add("resolver"),
+            "metrics_died": lambda *_: self.deaths.add("metrics"),
             "worker_failed": lambda *_: self.deaths.add("worker"),
             "reloading": self._reload_begun,
             "reloaded": lambda *_: self._reload_ended("ok"),

@@ -1,6 +1,6 @@
 """Looks up backends' names, again and again, without delaying the supervisor.
 
-Run by the supervisor. A process of its own asks the name servers (``resolver_process``); this says
+Run by the supervisor. A process of its own asks the name servers (``unprivileged``); this says
 what it is to ask, and keeps what it has answered. A name server is trusted with where a name's
 connections go, and with nothing else.
 """
@@ -9,13 +9,15 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import chain, zip_longest
 
 from titus_py.between.event_loop import EventLoop, Timer
-from titus_py.between.lookups import AT_ONCE, MAX_ADDRESSES, Answer, Malformed, Question
+from titus_py.between.lookups import AT_ONCE, MAX_ADDRESSES, Answer, Question
 from titus_py.between.plan import ResolvedAddress
+from titus_py.between.unprivileged import Malformed
 from titus_py.configuration.address import IPAddress, NameAddress, UnixAddress
-from titus_py.supervisor.resolver_process import ResolverProcess
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 __all__ = ["Resolver", "numeric"]
 
@@ -57,7 +59,7 @@ class Resolver:
     def __init__(
         self,
         loop: EventLoop,
-        process: ResolverProcess,
+        process: UnprivilegedProcess,
         take: Callable[[NameAddress, Addresses | OSError], None],
     ) -> None:
         self._loop = loop
@@ -116,7 +118,9 @@ class Resolver:
             for _ in range(min(AT_ONCE - busy, len(waiting))):
                 name, number = waiting.popleft(), next(self._numbers)
                 self._asked[number] = name, family
-                self._process.ask(Question(number, family, name.name))
+                # If that fails, the process is about to be found dead.
+                with suppress(OSError):
+                    self._process.send(Question(number, family, name.name).encode())
 
     def _changed(self) -> None:
         """The process has become ready, or has died: then ask again what it had been asked."""

@@ -41,8 +41,8 @@ class UidBlocks:
         self.held = held
         #: The blocks that earlier parents' workers may still have.
         self.used: list[range] = []
-        #: The resolver's uid, if there is a resolver: a block of one.
-        self.resolvers = range(0)
+        #: The uids of the resolver and of the metrics server, by name: each a block of one.
+        self.singles: dict[str, range] = {}
 
     def hold(self, configuration: Configuration, path: str) -> None:
         """Keep other instances from these uids until we end. Raises Held."""
@@ -63,18 +63,22 @@ class UidBlocks:
     def _free(
         self, generation: Generation, others: Iterable[Generation], used: Iterable[range]
     ) -> range | None:
-        taken = [*used, self.resolvers, *(other.uids for other in others if other.uids)]
+        taken = [*used, *self.singles.values(), *(other.uids for other in others if other.uids)]
         return free_block(generation.configuration.worker.uids, generation.uids_needed, taken)
 
-    def for_resolver(self, generations: Generations) -> int:
-        """The last free uid of the range. Raises OSError if there is none."""
+    def single(self, name: str, generations: Generations) -> int:
+        """The last free uid of the range, for the only process of this name.
+
+        Raises OSError if there is none.
+        """
         uids = generations.serving.configuration.worker.uids
-        taken = [*self.used, *(generation.uids for generation in generations)]
+        singles = [uids for other, uids in self.singles.items() if other != name]
+        taken = [*self.used, *singles, *(generation.uids for generation in generations)]
         for uid in reversed(uids):
             if not any(uid in block for block in taken) and not any_process_has(
                 range(uid, uid + 1)
             ):
-                self.resolvers = range(uid, uid + 1)
+                self.singles[name] = range(uid, uid + 1)
                 return uid
         raise OSError(errno.EAGAIN, "worker.uids has no free uid for it")
 
@@ -82,7 +86,8 @@ class UidBlocks:
         """Raises NoUids if there is no block for a generation beside the existing ones."""
         range_of_all, needed = generation.configuration.worker.uids, generation.uids_needed
         uids = self.free(generation, others)
-        if uids is None and free_block(range_of_all, needed, [others.serving.uids, self.resolvers]):
+        lasting = [others.serving.uids, *self.singles.values()]
+        if uids is None and free_block(range_of_all, needed, lasting):
             raise NoUids(
                 "connections of earlier generations still have too many of them: "
                 "widen the range, or wait for those connections to end"

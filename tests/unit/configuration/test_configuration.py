@@ -1070,9 +1070,14 @@ def test_mistakes_in_health_checks(load_text: Load, line: str, key: str, reason:
     assert mistake.reason.startswith(reason)
 
 
-@pytest.mark.parametrize(("backend", "enough"), [("127.0.0.1:80", True), ("app.example:80", False)])
-def test_the_resolver_takes_one_uid(load_text: Load, backend: str, enough: bool) -> None:
+@pytest.mark.parametrize("backend", ["127.0.0.1:80", "app.example:80"])
+@pytest.mark.parametrize("metrics", ["", '[metrics]\naddress = "127.0.0.1:9443"\n'])
+def test_the_resolver_and_the_metrics_take_one_uid_each(
+    load_text: Load, backend: str, metrics: str
+) -> None:
     text = '[worker]\nmax = 10\nspare = 2\nuids = "300000-300023"\n' + LISTEN
-    text += VHOST.replace("127.0.0.1:80", backend)
-    assert [mistake.key for mistake in load_text(text).mistakes] == ["worker.uids"] * (not enough)
-    assert load_text(text.replace("300023", "300024")).mistakes == []
+    text += VHOST.replace("127.0.0.1:80", backend) + metrics
+    more = ("app" in backend) + bool(metrics)
+    for last in range(300023, 300026):
+        mistakes = load_text(text.replace("300023", str(last))).mistakes
+        assert [mistake.key for mistake in mistakes] == ["worker.uids"] * (last < 300023 + more)

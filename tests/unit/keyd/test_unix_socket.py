@@ -23,7 +23,7 @@ if hostile == "hostile":
     sys.addaudithook(swap)
 if who == "metrics":
     from titus_py.configuration.address import UnixAddress
-    from titus_py.supervisor.metrics_server import listen_at
+    from titus_py.supervisor.metrics_address import listen_at
     listen_at(UnixAddress(path))
 elif who == "control":
     from keyd.__main__ import _listener

@@ -20,7 +20,8 @@ from titus_py.supervisor.events import ALARMS
 _REPOSITORY = Path(__file__).parents[3]
 #: What logs an event by a name that is in the source: which of its arguments that is.
 _LOGGING = {"_event": 0, "_log": 0, "_tell": 0, "_line": 0, "_alarm": 1}
-_CHILDREN = ("keyd", "parent")
+#: Which names a process's attribute may have, in what an event is called after.
+_CHILDREN = {"name": ("keyd", "parent"), "_name": ("resolver", "metrics")}
 #: What the parent says of a connection's end, the supervisor completes to one of these.
 _ENDS = {"connection_ended", "handshake_failed"}
 #: For the supervisor's ears alone.
@@ -43,8 +44,10 @@ def _names(expression: ast.expr) -> Iterator[str]:
         case ast.IfExp(body=one, orelse=other):
             yield from _names(one)
             yield from _names(other)
-        case ast.JoinedStr(values=[ast.FormattedValue(), ast.Constant(end)]):
-            yield from (child + end for child in _CHILDREN)
+        case ast.JoinedStr(
+            values=[ast.FormattedValue(value=ast.Attribute(attr=name)), ast.Constant(end)]
+        ):
+            yield from (child + end for child in _CHILDREN.get(name, ()))
 
 
 def _logged(node: ast.AST) -> Iterator[str]:

@@ -19,6 +19,7 @@ FLOORS = (
     "titus_py.configuration",
     "titus_py.parent",
     "titus_py.resolver",
+    "titus_py.metrics",
     "titus_py.fork_server",
     "titus_py.worker",
     "titus_py.between",

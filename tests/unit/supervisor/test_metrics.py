@@ -399,7 +399,7 @@ def test_the_service_itself() -> None:
 def test_the_supervisor_does_not_load_openssl_for_it() -> None:
     program = (
         "import sys; sys.modules['_hashlib'] = None; "
-        "from titus_py.supervisor import journal, log, metrics, metrics_server; "
+        "from titus_py.supervisor import journal, log, metrics, metrics_address; "
         "sys.exit('ssl' in sys.modules or '_ssl' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

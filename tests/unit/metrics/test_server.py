@@ -1,6 +1,5 @@
 """The metrics address, against a real curl and against clients that mean no good."""
 
-import os
 import socket
 import struct
 import subprocess
@@ -8,13 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.configuration.address import IPAddress, UnixAddress
-from titus_py.supervisor.metrics_server import MetricsServer, listen_at
+from titus_py.metrics.server import MetricsServer
 
 TEXT = b"# TYPE titus_x gauge\ntitus_x 1\n"
 
@@ -24,9 +21,14 @@ class Instance:
 
     def __init__(self, text: Callable[[], bytes] = lambda: TEXT) -> None:
         self.loop = EventLoop()
-        listener = listen_at(IPAddress("127.0.0.1", 0))
-        self.port = listener.getsockname()[1]
-        self.server = MetricsServer(self.loop, listener, text)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=32)
+        self.port = self._listener.getsockname()[1]
+        # As from the supervisor: it comes later.
+        self.server = MetricsServer(
+            self.loop,
+            self._listener,
+            lambda: self.loop.after(0, lambda: self.server.take(text())),
+        )
         self.longest_round = 0.0
         self._stopped = False
         self._thread = threading.Thread(target=self._run)
@@ -42,7 +44,7 @@ class Instance:
     def stop(self) -> None:
         self._stopped = True
         self._thread.join()
-        self.server.close()
+        self._listener.close()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -215,33 +217,3 @@ def test_it_goes_on_after_it_had_no_descriptor_left(
     monkeypatch.setattr(socket.socket, "accept", accept)
     assert instance.curl().stdout == TEXT
     assert refused
-
-
-def test_closing_lets_everybody_go(instance: Instance) -> None:
-    client = instance.connect()
-    until(lambda: instance.server.clients == 1)
-    instance.stop()
-    assert client.recv(1) == b""
-    with pytest.raises(ConnectionRefusedError):
-        instance.connect()
-    client.close()
-
-
-def test_a_unix_socket(tmp_path: Path) -> None:
-    address = UnixAddress(str(tmp_path / "metrics.sock"))
-    listen_at(address).close()
-    # The file that the first left behind is no obstacle.
-    with listen_at(address):
-        assert os.stat(address.path).st_mode & 0o777 == 0o660
-        # One that is in use is.
-        with pytest.raises(OSError, match="in use"):
-            listen_at(address)
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(OSError, match="in use"):
-        listen_at(UnixAddress(str(tmp_path / "file")))
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_an_ipv6_socket() -> None:
-    with listen_at(IPAddress("::1", 0)) as listener:
-        assert listener.family == socket.AF_INET6

@@ -1,4 +1,4 @@
-"""A resolver that hangs, or says what it never says, is ended and started again."""
+"""A process without privilege that hangs, or says what it never says, is replaced."""
 
 import errno
 import os
@@ -11,10 +11,11 @@ import pytest
 
 from keyd.linux import seccomp
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.lookups import Malformed
+from titus_py.between.lookups import MAX_OCTETS
+from titus_py.between.unprivileged import Malformed
 from titus_py.resolver.system_calls import RESOLVING
-from titus_py.supervisor import resolver_process
-from titus_py.supervisor.resolver_process import ResolverProcess
+from titus_py.supervisor import unprivileged
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 UID = 2_000_000_011
 
@@ -24,7 +25,10 @@ class Watched:
         self.loop = EventLoop()
         self.events: list[tuple[str, dict[str, Any]]] = []
         program = seccomp.build(RESOLVING, errno.ENOSYS).hex()
-        self.process = ResolverProcess(self.loop, self._event, lambda: UID, program)
+        told = {"uid": UID, "filter": program}
+        self.process = UnprivilegedProcess(
+            self.loop, self._event, "resolver", lambda: told, MAX_OCTETS
+        )
 
     def _event(self, event: str, level: str = "info", **fields: Any) -> None:
         self.events.append((event, {"level": level, **fields}))
@@ -45,9 +49,9 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    monkeypatch.setattr(resolver_process, "_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(resolver_process, "_QUIET_SECONDS", 3.0)
-    monkeypatch.setattr(resolver_process, "_PAUSE_SECONDS", (0.1, 1.0))
+    monkeypatch.setattr(unprivileged, "_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(unprivileged, "_QUIET_SECONDS", 3.0)
+    monkeypatch.setattr(unprivileged, "_PAUSE_SECONDS", (0.1, 1.0))
     found = Watched()
     found.process.start()
     try:
