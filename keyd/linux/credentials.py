@@ -14,6 +14,7 @@ import prctl
 __all__ = [
     "allow_many_descriptors",
     "become",
+    "become_with",
     "controllable_speculation",
     "enter_empty_root",
     "forbid_core_dumps",
@@ -58,13 +59,19 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     ambient sets are emptied. The process gains no capability that it did not have. Needs
     CAP_SETPCAP.
     """
-    wanted = sum(1 << capability for capability in set(kept))
+    kept = set(kept)
     capability = 0
     while _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # up to the kernel's last
-        if not wanted >> capability & 1:
+        if capability not in kept:
             _prctl(_PR_CAPBSET_DROP, capability)
         capability += 1
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    _set_capabilities(kept)
+
+
+def _set_capabilities(kept: Iterable[int]) -> None:
+    """Those of the permitted set that are among these become permitted and effective; no others."""
+    wanted = sum(1 << capability for capability in set(kept))
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()
     _check(_libc.capget(header, sets), "capget")
@@ -112,6 +119,34 @@ def become(uid: int, gid: int) -> None:
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
+    prctl.set_no_new_privs(1)
+
+
+def become_with(uid: int, gid: int, kept: Iterable[int]) -> None:
+    """Become this user and this group alone, for good, and keep these capabilities (by number).
+
+    There is no way to others: the bounding, inheritable and ambient sets are empty, uid 0 would
+    give none. Sets no_new_privs as well. Needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP.
+    """
+    meanwhile = {*kept, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
+    keep_capabilities(meanwhile)
+    for capability in meanwhile:
+        _prctl(_PR_CAPBSET_DROP, capability)
+    _prctl(
+        _PR_SET_SECUREBITS,
+        prctl.SECBIT_NOROOT
+        | prctl.SECBIT_NOROOT_LOCKED
+        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        # So setresuid(2) leaves the permitted set as it is.
+        | prctl.SECBIT_KEEP_CAPS
+        | prctl.SECBIT_KEEP_CAPS_LOCKED
+        | _SECBIT_NO_CAP_AMBIENT_RAISE
+        | _SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
+    )
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    _set_capabilities(kept)
     prctl.set_no_new_privs(1)
 
 

@@ -6,6 +6,7 @@ filter only runs ``install``, and does not load libseccomp.
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import Mapping
 from enum import IntFlag
@@ -37,12 +38,12 @@ class Flag(IntFlag):
     ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 
 
-def build(rules: Rules, error: int = 0) -> bytes:
+def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
     """Build a filter, as BPF, that allows these calls and kills the process for any other.
 
-    With ``error``, any other call fails with that errno instead. A call of another architecture (a
-    32-bit one) kills the process in any case. Raises OSError or RuntimeError where libseccomp is
-    missing or does not know a call.
+    With ``error``, any other call fails with that errno instead; those of ``failing`` fail with
+    EPERM. A call of another architecture (a 32-bit one) kills the process in any case. Raises
+    OSError or RuntimeError where libseccomp is missing or does not know a call.
     """
     # Imported only here: processes that are given a filter do without these modules, and
     # without the libraries that they load.
@@ -52,13 +53,17 @@ def build(rules: Rules, error: int = 0) -> bytes:
 
     program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
-    for name, alternatives in rules.items():
-        for conditions in alternatives:
-            arguments = [
-                pyseccomp.Arg(only.argument, pyseccomp.MASKED_EQ, only.mask, only.value)
-                for only in conditions
-            ]
-            program.add_rule_exactly(pyseccomp.ALLOW, name, *arguments)
+    for action, calls in (
+        (pyseccomp.ALLOW, rules),
+        (pyseccomp.ERRNO(errno.EPERM), failing or {}),
+    ):
+        for name, alternatives in calls.items():
+            for conditions in alternatives:
+                arguments = [
+                    pyseccomp.Arg(only.argument, pyseccomp.MASKED_EQ, only.mask, only.value)
+                    for only in conditions
+                ]
+                program.add_rule_exactly(action, name, *arguments)
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
         file.seek(0)

@@ -46,6 +46,20 @@ class Process(NamedTuple):
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
+    def limit_descriptors(self, soft: int | None = None) -> None:
+        """Set its soft limit; None: as high as it goes.
+
+        As its own uid may (prlimit(2)): root may lack CAP_SYS_RESOURCE.
+        """
+        if soft is None:
+            limits = Path(f"/proc/{self.pid}/limits").read_text()
+            found = re.search(r"^Max open files +\S+ +(\d+)", limits, re.MULTILINE)
+            assert found
+            soft = int(found[1])
+        command = ["prlimit", f"--pid={self.pid}", f"--nofile={soft}:"]
+        ids = {"user": self.uid, "group": self.uid, "extra_groups": []} if self.uid else {}
+        subprocess.run(command, check=True, **ids)  # type: ignore[call-overload]
+
 
 def all_processes() -> Iterator[Process]:
     """Every process that is more than a zombie."""

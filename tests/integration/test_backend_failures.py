@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -157,7 +156,6 @@ def test_a_backend_that_cannot_be_handed_over_ends_the_connection(
     instance = serve(backend.address)
     instance.expected_alarms.add("fork_failed")
     parent = instance.parent()
-    _, hard = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
     with TlsClient(instance.port) as client:
         flight = client.first_flight()
         client.socket.sendall(flight[:40])
@@ -165,11 +163,11 @@ def test_a_backend_that_cannot_be_handed_over_ends_the_connection(
         time.sleep(0.5)  # for spares that are forked in the place of this one
         used = {int(number) for number in os.listdir(f"/proc/{parent.pid}/fd")}
         free = next(number for number in itertools.count() if number not in used)
-        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (free + 1, hard))
+        parent.limit_descriptors(free + 1)
         try:
             client.socket.sendall(flight[40:])
             client.handshake()
             ended = instance.wait_for_event("connection_ended")
         finally:
-            resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (hard, hard))
+            parent.limit_descriptors()
     assert ended["end"] == "does not take its backend: Too many open files"

@@ -28,12 +28,11 @@ SECONDS = 3.0
 @contextmanager
 def allowed(process: Process, descriptors: int) -> Iterator[None]:
     """Meanwhile, it gets no new one with this number, or a higher one."""
-    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (descriptors, before[1]))
+    process.limit_descriptors(descriptors)
     try:
         yield
     finally:
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        process.limit_descriptors()
 
 
 def processor_seconds(process: Process) -> float:

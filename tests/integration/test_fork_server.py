@@ -1,7 +1,6 @@
 """The fork server killed, stuck, not confined, or making workers that are not."""
 
 import os
-import resource
 import signal
 import sys
 import textwrap
@@ -200,7 +199,6 @@ def test_the_parent_goes_on_when_it_cannot_take_a_worker(serve: Serve, echoing: 
     instance.expected_alarms.add("worker_failed")
     before = instance.settled_counts()
     parent = instance.parent()
-    _, hard = resource.prlimit(parent.pid, resource.RLIMIT_NOFILE)
     with TlsClient(instance.port) as established:
         assert talk(established.handshake())
         uid = instance.wait_for_event("connection_begun")["uid"]
@@ -209,11 +207,11 @@ def test_the_parent_goes_on_when_it_cannot_take_a_worker(serve: Serve, echoing: 
         for worker in instance.workers():
             if worker.uid != uid:
                 worker.kill()
-        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (highest - 1, hard))
+        parent.limit_descriptors(highest - 1)
         parent.kill(signal.SIGCONT)
         time.sleep(1)
         assert talk(established)
-        resource.prlimit(parent.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        parent.limit_descriptors()
         assert serves(instance)
         assert talk(established)
     assert not instance.events_named("parent_died")

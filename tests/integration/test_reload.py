@@ -473,7 +473,7 @@ def test_a_new_generation_that_does_not_start_is_abandoned(serve: Serve, echoing
         reason = instance.wait_for_event("reload_failed")["problem"]
         assert reason == "keyd or the parent did not start: see the lines above"
         assert refused(free)
-        assert generation_processes(instance) == processes
+        eventually(lambda: generation_processes(instance) == processes, "the end of the others")
         assert talk(client)
         assert serves(instance)
         eventually(

@@ -5,6 +5,7 @@ backend's. Each of the outer two knows no way but by the one in the middle.
 """
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -125,10 +126,11 @@ def web(machines: Machines, tmp_path: Path) -> Iterator[Path]:
 
 
 def capabilities(pid: int) -> set[int]:
-    status = Path(f"/proc/{pid}/status").read_text()
-    masks = {line.split()[1] for line in status.splitlines() if line[:6] in ("CapPrm", "CapBnd")}
-    (mask,) = masks
-    return {number for number in range(64) if int(mask, 16) >> number & 1}
+    """Those that it has. There is no way to others."""
+    sets = dict(re.findall(r"^Cap(\w+):\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M))
+    permitted, bounding = int(sets["Prm"], 16), int(sets["Bnd"], 16)
+    assert bounding in (permitted, 0)
+    return {number for number in range(64) if permitted >> number & 1}
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def fork_server_bounding_set(_: str) -> None:
     confinement.forbid_regaining = nothing
 
 
-@breaks("no_new_privs", "supervisor", "parent", "fork server", within="fork_server")
+@breaks("no_new_privs", "supervisor", "fork server", within="fork_server")
 def fork_server_no_new_privs(_: str) -> None:
     """What it leaves out, its workers do. It would have it from the supervisor (``main``)."""
     import prctl
@@ -259,7 +259,7 @@ def fork_server_no_new_privs(_: str) -> None:
     change_calls(lambda calls: [prctl_of(PR_SET_NO_NEW_PRIVS, 1), *calls])
 
 
-@breaks("no_new_privs", "supervisor", "parent", "fork server", "worker", within="fork_server")
+@breaks("no_new_privs", "supervisor", "fork server", "worker", within="fork_server")
 def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
     import prctl
@@ -414,16 +414,40 @@ def parent_keeps_the_client(_: str) -> None:
 
 @breaks("capabilities", "parent", within="parent")
 def parent_capabilities(_: str) -> None:
-    from titus_py.parent import life as parent
+    import prctl
 
-    parent.keep_capabilities = nothing
+    from titus_py.parent import confinement
+
+    real = confinement.become_with
+
+    def become_with(uid: int, gid: int, kept: list[int]) -> None:
+        real(uid, gid, [*kept, prctl.CAP_SETUID])
+
+    confinement.become_with = become_with
+
+
+@breaks("uid", "parent", within="parent")
+def parent_root(_: str) -> None:
+    from titus_py.parent import confinement
+
+    real = confinement.become_with
+    confinement.become_with = lambda uid, gid, kept: real(0, 0, kept)
+
+
+@breaks("filter", "parent", within="parent")
+def parent_filter(_: str) -> None:
+    from titus_py.parent import confinement
+
+    confinement.seccomp.install = nothing
 
 
 @breaks("hidden", "parent", within="parent")
 def parent_dumpable(_: str) -> None:
-    from titus_py.parent import life as parent
+    import prctl
 
-    parent.hide_memory = nothing
+    from titus_py.parent import confinement
+
+    confinement.hide_memory = lambda: prctl.set_dumpable(True)
 
 
 @breaks("descriptors", "parent", within="parent")

@@ -19,7 +19,7 @@ import prctl
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWPID
 from titus_py.between.messages import Ends
-from titus_py.parent import dialer, forks
+from titus_py.parent import confinement, dialer, forks
 from titus_py.parent import life as parent
 from titus_py.parent.worker import Worker
 
@@ -61,6 +61,13 @@ class _Gullible(_Connections):
         self._introduced(worker, ends)
 
 
+class _Executing(_Connections):
+    """Executes another program in place of a client's being served."""
+
+    def begin(self, *_: Any) -> NoReturn:
+        os.execv("/bin/true", ["true"])
+
+
 def _become_process_one() -> None:
     """Process 1 of a pid namespace, as in a container; ends with it, and it with this one."""
     leave_namespaces(CLONE_NEWPID)
@@ -83,6 +90,10 @@ def main() -> NoReturn:
     if "dialer" in without:
         _leave_out_the_dialers_question()
     parent.Connections = _Gullible if "once" in without else _Connections  # type: ignore[misc]
+    if "parent serves" in without:
+        parent.Connections = _Executing  # type: ignore[misc]
+    if "parent filter" in without:
+        confinement.seccomp.install = lambda _: None  # type: ignore[assignment,misc]
     forks._PROGRAM = (str(Path(__file__).with_name("infected_fork_server.py")), argument)
     sys.exit(parent.main())
 

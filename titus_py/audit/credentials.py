@@ -55,6 +55,9 @@ def _uid(seen: Observation, scene: Scene) -> Seen:
         user = scene.target.configuration.keyd.user
         right = (int(uids[0]), int(gids[0])) == (user.uid, user.gid)
         newest = scene.newest(Role.KEYD) is seen and scene.target.started(seen.process)
+    elif seen.process.role is Role.PARENT:
+        right = int(uids[0]) in scene.target.configuration.worker.uids and uids == gids
+        newest = scene.newest(Role.PARENT) is seen
     elif seen.process.role in _SINGLE:
         # It may have its uid from a configuration before this one.
         right, newest = uids == gids, False
@@ -89,18 +92,20 @@ def _capabilities_to_fork(seen: Observation, _: Scene) -> Seen:
     return _at_most(seen, _mask(FORK_SERVER_CAPABILITIES), 0)
 
 
-def _few_capabilities(seen: Observation, scene: Scene) -> Seen:
-    if seen.process.role is Role.SUPERVISOR:
-        # It keeps what the configuration took with which it was started, and may have another now.
-        kept = {*SUPERVISOR_CAPABILITIES, *TRANSPARENT_CAPABILITIES}
-        return _at_most(seen, _mask(kept), _mask(kept))
+def _few_capabilities(seen: Observation, _: Scene) -> Seen:
+    # It keeps what the configuration took with which it was started, and may have another now.
+    kept = _mask({*SUPERVISOR_CAPABILITIES, *TRANSPARENT_CAPABILITIES})
+    return _at_most(seen, kept, kept)
+
+
+def _capabilities_to_end_workers(seen: Observation, scene: Scene) -> Seen:
     kept = set(PARENT_CAPABILITIES)
     vhosts = scene.target.configuration.vhost
     if any(isinstance(one, UnixAddress) for vhost in vhosts for _, one in vhost.all_backends):
         kept.add(prctl.CAP_DAC_OVERRIDE)
     if any(vhost.source_address for vhost in vhosts):
         kept |= TRANSPARENT_CAPABILITIES.keys()
-    return _at_most(seen, _mask(kept), _mask(kept))
+    return _at_most(seen, _mask(kept), 0)
 
 
 def _mask(capabilities: Iterable[int]) -> int:
@@ -162,7 +167,7 @@ def _hidden_by_attempt(seen: Observation, _: Scene) -> Seen:
 
 
 def _control() -> bool:
-    """The control: whether a process like the parent, but dumpable, can be looked into."""
+    """The control: whether a process like these, but dumpable, can be looked into."""
     program = (
         "from keyd.linux.credentials import keep_capabilities\n"
         "keep_capabilities([])\n"
@@ -208,15 +213,16 @@ def _can_look_into(pid: int) -> bool:
 #: The only process of its kind, whatever generations there are.
 _SINGLE = frozenset({Role.RESOLVER, Role.METRICS})
 _UNPRIVILEGED = frozenset({Role.WORKER, Role.KEYD}) | _SINGLE
-_PRIVILEGED = frozenset({Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER})
+_UIDS_OF_THEIR_OWN = _UNPRIVILEGED | {Role.PARENT}
+_ROOT = frozenset({Role.SUPERVISOR, Role.FORK_SERVER})
 #: Workers inherit this from the fork server, which confined itself.
-_CONFINED = _UNPRIVILEGED | {Role.FORK_SERVER}
+_CONFINED = _UIDS_OF_THEIR_OWN | {Role.FORK_SERVER}
 _STATUS = "/proc/PID/task/*/status"
 
 CHECKS = (
     Check(
         "uid",
-        frozenset({Role.WORKER}),
+        frozenset({Role.WORKER, Role.PARENT}),
         "a uid and gid of its own, out of worker.uids",
         f"{_STATUS}: Uid, Gid; those of all processes",
         _uid,
@@ -252,28 +258,35 @@ CHECKS = (
     ),
     Check(
         "capabilities",
-        frozenset({Role.SUPERVISOR, Role.PARENT}),
+        frozenset({Role.SUPERVISOR}),
         "only the capabilities that it uses, none inheritable or ambient",
         f"{_STATUS}: {', '.join(_SETS)}",
         _few_capabilities,
     ),
     Check(
+        "capabilities",
+        frozenset({Role.PARENT}),
+        "only the capabilities that it uses, and no way to another",
+        f"{_STATUS}: {', '.join(_SETS)}",
+        _capabilities_to_end_workers,
+    ),
+    Check(
         "no_new_privs",
-        _CONFINED | _PRIVILEGED,
+        _CONFINED | _ROOT,
         "no_new_privs: no program could give it more",
         f"{_STATUS}: NoNewPrivs",
         _no_new_privs,
     ),
     Check(
         "hidden",
-        _UNPRIVILEGED,
+        _UIDS_OF_THEIR_OWN,
         "not dumpable: its memory is closed to its own uid",
         "owner of /proc/PID/environ",
         _hidden_by_owner,
     ),
     Check(
         "hidden",
-        _PRIVILEGED,
+        _ROOT,
         "not dumpable: its memory takes CAP_SYS_PTRACE to see",
         "attempt on /proc/PID/cwd as root without CAP_SYS_PTRACE",
         _hidden_by_attempt,

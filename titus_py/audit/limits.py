@@ -159,6 +159,13 @@ CHECKS = (
     ),
     Check(
         "filter",
+        frozenset({Role.PARENT}),
+        "a seccomp filter of its own",
+        "/proc/PID/status: Seccomp, Seccomp_filters",
+        _filter,
+    ),
+    Check(
+        "filter",
         frozenset({Role.KEYD}),
         "a seccomp filter on each of its threads",
         "/proc/PID/task/*/status: Seccomp, Seccomp_filters",

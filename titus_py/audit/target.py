@@ -153,18 +153,15 @@ def _words(pid: int) -> list[bytes]:
 def find_supervisors() -> list[Process]:
     """The supervisors of all visible instances: root's processes that have a parent as a child."""
     processes = {process.pid: process for process in all_processes()}
-    parents = [
-        process
-        for process in processes.values()
-        if process.uid == 0 and is_parent(_words(process.pid))
-    ]
+    parents = [process for process in processes.values() if is_parent(_words(process.pid))]
     # A child of a parent has the parent's command line until it has executed a program.
     pids = {process.pid for process in parents}
     supervisors = {process.ppid for process in parents if process.ppid not in pids}
     return [
         processes[pid]._replace(role=Role.SUPERVISOR)
         for pid in sorted(supervisors)
-        if pid in processes and processes[pid].uid == 0
+        # Anybody's process may have a parent's command line; a supervisor's is root's.
+        if pid in processes and processes[pid].uid == 0 and b"serve" in _words(pid)
     ]
 
 

@@ -106,7 +106,7 @@ class TitusInstance:
 
     def _configuration(self, directory: Path, backend: str) -> str:
         # And one each for keyd, which has the last, the resolver and what serves the metrics.
-        uids = _free_uids(GENERATIONS * (_MAX + SPARE) + 3)
+        uids = _free_uids(GENERATIONS * (_MAX + SPARE + 1) + 3)
         tables: dict[str, dict[str, object]] = {
             "[worker]": {
                 "uids": f"{uids[0]}-{uids[-2]}",

@@ -160,6 +160,9 @@ class Plan(NamedTuple):
     required: tuple[str, ...]
     #: The program of the workers' filter, as BPF in hexadecimal.
     worker_filter: str
+    #: What the parent becomes once it has started the fork server, and its own filter.
+    parent_uid: int
+    parent_filter: str
 
     @property
     def indexes(self) -> list[int]:
@@ -167,6 +170,10 @@ class Plan(NamedTuple):
         return [
             vhost.certificate_index for vhost in self.vhosts if vhost.certificate_index is not None
         ]
+
+    @property
+    def connects_to_unix_sockets(self) -> bool:
+        return any(backend.startswith("unix:") for backend in self.addresses)
 
     @property
     def binds_clients_addresses(self) -> bool:

@@ -134,7 +134,7 @@ def _lack_of_uids(worker: Uids, generations: int, others: Sequence[str]) -> str 
 
     ``others`` are processes with one of them each.
     """
-    each = worker.max + worker.spare
+    each = worker.max + worker.spare + 1
     if len(worker.uids) >= generations * each + len(others):
         return None
     first = worker.uids[0]
@@ -144,8 +144,8 @@ def _lack_of_uids(worker: Uids, generations: int, others: Sequence[str]) -> str 
     }[generations]
     also = f" (and {', and '.join(others)})" if others else ""
     return (
-        f"{len(worker.uids)} uids are too few for max + spare = {each} workers, each with one of "
-        f"its own{also}: {what}. "
+        f"{len(worker.uids)} uids are too few for max + spare = {each - 1} workers and their "
+        f"parent, each with one of its own{also}: {what}. "
         f'Make it "{first}-{first + GENERATIONS * each + len(others) - 1}"'
     )
 

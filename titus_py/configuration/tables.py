@@ -93,9 +93,10 @@ class Uids(Table):
     )
     uids: UidRange = Field(
         default=DEFAULT_UIDS,
-        description="The uids of workers, first to last: one per live connection, never shared. "
-        "At least 2 * (max + spare), so that a reload has room beside what serves, and better "
-        "three times that; one more where a backend has a name, and one where metrics are served. "
+        description="The uids of workers, first to last: one per live connection, never shared; "
+        "and one for their parent. At least 2 * (max + spare + 1), so that a reload has room "
+        "beside what serves, and better three times that; one more where a backend has a name, "
+        "and one where metrics are served. "
         "Nothing else on the system may use them: no user or group, no range in /etc/subuid or "
         "/etc/subgid, no other instance.",
     )
@@ -253,8 +254,9 @@ class Backend(Table):
 
     backend: BackendAddresses = Field(
         description="Where the plaintext goes: 127.0.0.1:8080, [::1]:8080, name:8080 or "
-        "unix:/run/app.sock. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the next "
-        "one where one fails, or has not answered within 250 ms. Several backends are a list: "
+        "unix:/run/app.sock, which sees a uid out of worker.uids connect (SO_PEERCRED), another "
+        "one after each reload. Of a name, all addresses are tried, IPv6 and IPv4 in turn: the "
+        "next one where one fails, or has not answered within 250 ms. Several backends are a list: "
         '["10.0.0.5:8080", "10.0.0.6:8080"].'
     )
     balance: Literal["round-robin", "priority", "least-connections", "source"] = Field(

@@ -37,7 +37,7 @@ def uids_in_use(
     if running or other is not None or is_running(source.path, held):
         # Other processes with these uids may be this instance's own.
         return mistakes, warnings
-    needed = worker.uids[: GENERATIONS * (worker.max + worker.spare)]
+    needed = worker.uids[: GENERATIONS * (worker.max + worker.spare + 1)]
     if (uid := process_with(needed, _PATIENCE_SECONDS)) is not None:
         reason = f"{uid} is the uid of a running process{_process_of(uid)}: take others"
         mistakes.append(source.mistake("worker.uids", reason))

@@ -99,7 +99,8 @@ def main() -> int:
     # A worker's garbage collector must not touch what exists now: that stays.
     gc.freeze()
     parent.send(Ready().encode())
-    _serve(parent, terms, worker_filter, command_line)
+    uids = range(plan.first_uid, plan.last_uid + 1)
+    _serve(parent, uids, terms, worker_filter, command_line)
     return 0
 
 
@@ -155,7 +156,11 @@ def _practice_context(site: Site, vhost: VirtualHost) -> SSL.Context:
 
 
 def _serve(
-    parent: socket.socket, terms: Terms, worker_filter: Program, command_line: CommandLine
+    parent: socket.socket,
+    uids: range,
+    terms: Terms,
+    worker_filter: Program,
+    command_line: CommandLine,
 ) -> None:
     """Fork as ordered, until the parent hangs up.
 
@@ -164,7 +169,7 @@ def _serve(
     """
     flags = WORKER_NAMESPACES | CLONE_PARENT
     page = terms.report.address
-    orders = Orders(encode(worker_calls(worker_filter, page, Given(-1, -1))))
+    orders = Orders(encode(worker_calls(worker_filter, page, Given(-1, -1))), uids)
     out_of_memory = OutOfMemory(SCORE_FD)
     while row := orders.take(parent):
         calls = [worker_calls(worker_filter, page, given) for given in row]

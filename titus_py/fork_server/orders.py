@@ -1,11 +1,13 @@
 """The parent's orders, and the uids in them, of which a worker is to find none but its own.
 
-Run by the fork server, which trusts the parent. A uid stays octets in one buffer, and Python makes
+Run by the fork server, which trusts the parent, but not with a uid that is not for workers: it has
+what root's uid gives, and the parent has not. A uid stays octets in one buffer, and Python makes
 no number of it: what an object had in it may be left in memory, which each worker inherits. A
 worker wipes the buffer before it has a client.
 """
 
 import sys
+from collections.abc import Iterable
 from socket import MSG_DONTWAIT, SocketType
 
 from keyd.linux.descriptors import receive_descriptors_into
@@ -16,12 +18,17 @@ __all__ = ["Orders"]
 
 _UID_OCTETS = 8
 _OWN_UID = OWN_UID.to_bytes(_UID_OCTETS, sys.byteorder)
+_MOST_SIGNIFICANT_FIRST = -1 if sys.byteorder == "little" else 1
 
 
 class Orders:
-    """Those that have come together. ``calls`` are a worker's, encoded, with ``OWN_UID``."""
+    """Those that have come together. ``calls`` are a worker's, encoded, with ``OWN_UID``.
 
-    def __init__(self, calls: bytes) -> None:
+    ``uids`` are those that workers may have.
+    """
+
+    def __init__(self, calls: bytes, uids: range) -> None:
+        self._first, self._last = (uid.to_bytes(_UID_OCTETS, "big") for uid in (uids[0], uids[-1]))
         self._octets = bytearray(MAX_ORDERS * FORK_OCTETS)
         whole = memoryview(self._octets)
         self._messages = [
@@ -38,7 +45,10 @@ class Orders:
         ]
 
     def take(self, parent: SocketType) -> list[Given]:
-        """Wait for an order, and take all that have come; none if the parent has hung up."""
+        """Wait for an order, and take all that have come; none if the parent has hung up.
+
+        Ends this process at an order for a uid that is not for workers: our parent sends none.
+        """
         taken: list[Given] = []
         flags = 0
         for message in self._messages:
@@ -48,6 +58,9 @@ class Orders:
                 break
             if not octets:
                 return []
+            uid = Fork.uid_in(message)[::_MOST_SIGNIFICANT_FIRST]
+            if not (_at_least(uid, self._first) and _at_least(self._last, uid)):
+                sys.exit("titus-py: the parent ordered a worker with a uid that is not for workers")
             taken.append(Given(*descriptors))
             flags = MSG_DONTWAIT
         return taken
@@ -67,3 +80,11 @@ class Orders:
     def forget(self) -> None:
         """In the worker: wipe all but its own."""
         self._octets[:] = bytes(len(self._octets))
+
+
+def _at_least(one: Iterable[int], other: Iterable[int]) -> bool:
+    """Compare octet by octet: Python has those, as numbers, before there is any uid."""
+    for ours, theirs in zip(one, other, strict=True):
+        if ours != theirs:
+            return ours > theirs
+    return True

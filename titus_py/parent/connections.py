@@ -21,11 +21,11 @@ from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.arrival import Arrival
 from titus_py.parent.backends import Backends
+from titus_py.parent.giving_way import GivingWay
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer, Worker
 
 if TYPE_CHECKING:
-    from titus_py.parent.giving_way import GivingWay
     from titus_py.parent.identities import Identities
 
 __all__ = ["CLIENT_GONE", "Connections"]
@@ -72,7 +72,8 @@ class Connections:
         # however the wall clock is set.
         self.next_number = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
         self.offer = lru_cache(maxsize=1024)(self._offer)
-        self._giving_way: GivingWay | None = None
+        # A newcomer may stand still for as long, within its handshake.
+        self._giving_way = GivingWay(self.busy, self.handshaking, plan.handshake_timeout)
         #: The ids of each virtual host's keys.
         self._keys = [_keys(vhost) for vhost in plan.vhosts]
         #: What is offered at one local address or another, by the virtual hosts.
@@ -257,13 +258,6 @@ class Connections:
         if len(self.handshaking) + without_worker >= self._plan.limits.handshakes:
             # In a flood of newcomers, the place of an idle one is soon taken by the next of them.
             return None
-        if self._giving_way is None:
-            # Others do not need it in their memory.
-            from titus_py.parent.giving_way import GivingWay
-
-            # A newcomer may stand still for as long, within its handshake.
-            seconds = self._plan.handshake_timeout
-            self._giving_way = GivingWay(self.busy, self.handshaking, seconds)
         worker = self._giving_way.choose()
         if worker is not None:
             worker.kill("gave_way")

@@ -1,10 +1,11 @@
 """The parent's life: accept clients, have workers forked, hand each a client.
 
-Started anew by the supervisor for each generation of the configuration, as root.
-It accepts, connects to backends and notes how each worker ended. Its fork server makes
-the workers, which are the parent's children. It never reads a client's octet, holds no
-private key and resolves no name. It trusts the supervisor, the fork server and keyd. It
-does not trust workers, and understands only the messages that ``messages`` decodes.
+Started anew by the supervisor for each generation of the configuration, as root. Once it has
+started its fork server, it has a uid of its own, next to no capability, and a filter. It accepts,
+connects to backends and notes how each worker ended. Its fork server makes the workers, which are
+the parent's children. It never reads a client's octet, holds no private key and resolves no name.
+It trusts the supervisor, the fork server and keyd. It does not trust workers, and understands only
+the messages that ``messages`` decodes.
 """
 
 import argparse
@@ -17,13 +18,12 @@ from collections import deque
 
 import prctl
 
-from keyd.linux import landlock
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     allow_many_descriptors,
     controllable_speculation,
     forbid_core_dumps,
     hide_memory,
-    keep_capabilities,
 )
 from keyd.linux.descriptors import receive_descriptors
 from keyd.linux.sealed import read_all
@@ -40,6 +40,8 @@ from titus_py.parent.arrival import Arrival
 from titus_py.parent.arrivals import Arrivals
 from titus_py.parent.backends import Backends
 from titus_py.parent.channels import Channels
+from titus_py.parent.claims import cut, tell_claims
+from titus_py.parent.confinement import confine
 from titus_py.parent.connections import Connections
 from titus_py.parent.descriptors import connections_within
 from titus_py.parent.dialer import MAX_ATTEMPTS
@@ -91,7 +93,7 @@ class Parent:
             self._channels.take([keyd])
 
     def withdraw(self) -> None:
-        """Report the kernel features that are missing; keep only the capabilities for serving."""
+        """Report the kernel features that are missing; keep only what serving takes."""
         missing = missing_features(landlock.version(), controllable_speculation())
         for feature in missing:
             self._tell("not_available", level="warning", feature=feature)
@@ -99,12 +101,13 @@ class Parent:
         if lacking:
             sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
         capabilities = list(PARENT_CAPABILITIES)
-        if any(backend.startswith("unix:") for backend in self._plan.addresses):
+        if self._plan.connects_to_unix_sockets:
             # For unix sockets whose owner and mode do not let root connect.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
         if self._plan.binds_clients_addresses:
             capabilities += TRANSPARENT_CAPABILITIES
-        keep_capabilities(capabilities)
+        program = seccomp.Program(bytes.fromhex(self._plan.parent_filter))
+        confine(self._plan.parent_uid, capabilities, program)
 
     def serve(self) -> None:
         """Serve until told to stop and every connection has ended."""
@@ -208,13 +211,9 @@ class Parent:
             case "use backend":
                 self._backends.move(order["backend"], resolved(order["addresses"]))
             case "claims":
-                from titus_py.parent.claims import tell_claims
-
                 self._arrivals.keep(0)
                 tell_claims(self._connections, order["vhosts"], self._tell)
             case "cut":
-                from titus_py.parent.claims import cut
-
                 cut(self._connections, order["connections"])
             case "retire":
                 self._stop_accepting()

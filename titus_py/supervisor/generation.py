@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from keyd.linux import seccomp
 from keyd.linux.descriptors import send_descriptors
 from keyd.linux.process import how_ended, signals_held_back
 from keyd.linux.sealed import sealed_file
@@ -40,6 +41,7 @@ from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
 from titus_py.configuration.limits_table import default_handshakes, default_per_prefix
+from titus_py.parent.system_calls import FAILING, parent_calls
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
@@ -220,7 +222,8 @@ class Generation:
 
     @property
     def uids_needed(self) -> int:
-        return self.configuration.worker.max + self.configuration.worker.spare
+        """One for each worker, and one for the parent."""
+        return self.configuration.worker.max + self.configuration.worker.spare + 1
 
     @property
     def key_ids(self) -> set[str]:
@@ -285,7 +288,7 @@ class Generation:
             checks=self.checks,
             states=tuple(map(states.get, self.checks)),
             first_uid=uids[0],
-            last_uid=uids[-1],
+            last_uid=uids[-2],
             max_workers=worker.max,
             spare_workers=worker.spare,
             handshake_timeout=worker.handshake_timeout,
@@ -305,7 +308,11 @@ class Generation:
             chroot=str(worker.chroot),
             required=worker.require,
             worker_filter=self._filters["worker"],
+            parent_uid=uids[-1],
+            parent_filter="",
         )
+        calls = parent_calls(plan.connects_to_unix_sockets, plan.binds_clients_addresses)
+        plan = plan._replace(parent_filter=seccomp.build(calls, failing=FAILING).hex())
         self.parent = _start_parent(plan, control)
         self.starting.add(self.parent)
 

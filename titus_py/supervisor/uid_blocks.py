@@ -94,8 +94,8 @@ class UidBlocks:
             )
         if uids is None:
             raise NoUids(
-                f"max + spare = {needed} workers find no room in the range beside those that "
-                "serve: widen it, or set one apart from the former"
+                f"max + spare = {needed - 1} workers and their parent find no room in the range "
+                "beside those that serve: widen it, or set one apart from the former"
             )
         # No process of ours has one of these uids: a block is free only when none has.
         if (uid := process_with(uids)) is not None:

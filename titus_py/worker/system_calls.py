@@ -12,25 +12,25 @@ import socket
 from keyd.linux.seccomp import Only, Rules
 from titus_py.worker.farewell import SIOCINQ, SIOCOUTQ
 
-__all__ = ["WORKER"]
+__all__ = ["LOCK", "NOT_EXECUTABLE", "OWN_MEMORY", "WORKER"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _ALL = 0xFFFF_FFFF
 _ALL_64 = 0xFFFF_FFFF_FFFF_FFFF
 _MSG_FASTOPEN = 0x2000_0000
 
-_NOT_EXECUTABLE = Only(2, mmap.PROT_EXEC, 0)
+NOT_EXECUTABLE = Only(2, mmap.PROT_EXEC, 0)
 #: Memory of its own alone, as the C library and Python ask for it: MAP_PRIVATE and MAP_ANONYMOUS,
 #: and of all else at most MAP_FIXED, MAP_NORESERVE and MAP_STACK. No file's, no socket's.
 _MAP_OWN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _MAP_MAY = 0x10 | 0x4000 | 0x2_0000
-_OWN_MEMORY = (Only(3, _ALL & ~_MAP_MAY, _MAP_OWN), Only(4, _ALL, _ALL))
+OWN_MEMORY = (Only(3, _ALL & ~_MAP_MAY, _MAP_OWN), Only(4, _ALL, _ALL))
 #: How malloc gives memory back (MADV_DONTNEED).
 _GIVE_BACK = (Only(2, _ALL, 4),)
 #: The futex(2) operations of locks: FUTEX_WAIT, _WAKE, _WAIT_BITSET, _WAKE_BITSET; each may be
 #: private to the process and by either clock.
 _FUTEX_OPTIONS = 128 | 256
-_LOCK = tuple((Only(1, _ALL & ~_FUTEX_OPTIONS, operation),) for operation in (0, 1, 9, 10))
+LOCK = tuple((Only(1, _ALL & ~_FUTEX_OPTIONS, operation),) for operation in (0, 1, 9, 10))
 #: Receiving what comes next, or looking at it. No error queue, no out-of-band octets, no memory of
 #: devices.
 _PLAIN_RECEIVE = (Only(3, _ALL & ~(socket.MSG_PEEK | socket.MSG_DONTWAIT), 0),)
@@ -76,8 +76,8 @@ WORKER: Rules = {
     "ioctl": ((Only(1, _ALL, SIOCOUTQ),), (Only(1, _ALL, SIOCINQ),)),
     # Memory, none of it executable.
     "brk": _ANYHOW,
-    "mmap": ((_NOT_EXECUTABLE, *_OWN_MEMORY),),
-    "mprotect": ((_NOT_EXECUTABLE,),),
+    "mmap": ((NOT_EXECUTABLE, *OWN_MEMORY),),
+    "mprotect": ((NOT_EXECUTABLE,),),
     "mremap": _ANYHOW,
     "munmap": _ANYHOW,
     "madvise": (_GIVE_BACK,),
@@ -86,7 +86,7 @@ WORKER: Rules = {
     "getrandom": _ANYHOW,
     # Needed where the vDSO does not do it.
     "clock_gettime": _ANYHOW,
-    "futex": _LOCK,
+    "futex": LOCK,
     "restart_syscall": _ANYHOW,
     "rt_sigreturn": _ANYHOW,
     "exit_group": _ANYHOW,

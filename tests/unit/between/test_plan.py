@@ -43,6 +43,8 @@ def plan(*vhosts: VirtualHost) -> Plan:
         chroot="/run/empty",
         required=(),
         worker_filter="",
+        parent_uid=3,
+        parent_filter="",
     )
 
 

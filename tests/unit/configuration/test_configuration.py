@@ -252,8 +252,8 @@ def test_every_key_is_described() -> None:
         ('[worker]\nuids = "2000-1000"\n', "worker.uids: expected the lower uid first"),
         ('[worker]\nuids = "1-4294967295"\n', "none above 4294967294"),
         ('[worker]\nuids = "5000-7030"\n', "worker.uids: 2031 uids are too few for max + spare = "
-         "1016 workers, each with one of its own: a reload starts as many again beside those that "
-         'serve. Make it "5000-8047"'),
+         "1016 workers and their parent, each with one of its own: a reload starts as many again "
+         'beside those that serve. Make it "5000-8050"'),
         ("[worker]\nmax = 65000\n", "worker.uids: 65536 uids are too few for max + spare = 65016"),
         ('[worker]\nuids = "2099000000-2100000000"\n', "worker.uids: the range holds 2099999999, "),
         ("[keyd]\nuser = 2100000001\n", "worker.uids: the range holds 2100000001, which is"),
@@ -1075,9 +1075,9 @@ def test_mistakes_in_health_checks(load_text: Load, line: str, key: str, reason:
 def test_the_resolver_and_the_metrics_take_one_uid_each(
     load_text: Load, backend: str, metrics: str
 ) -> None:
-    text = '[worker]\nmax = 10\nspare = 2\nuids = "300000-300023"\n' + LISTEN
+    text = '[worker]\nmax = 10\nspare = 2\nuids = "300000-300025"\n' + LISTEN
     text += VHOST.replace("127.0.0.1:80", backend) + metrics
     more = ("app" in backend) + bool(metrics)
-    for last in range(300023, 300026):
-        mistakes = load_text(text.replace("300023", str(last))).mistakes
-        assert [mistake.key for mistake in mistakes] == ["worker.uids"] * (last < 300023 + more)
+    for last in range(300025, 300028):
+        mistakes = load_text(text.replace("300025", str(last))).mistakes
+        assert [mistake.key for mistake in mistakes] == ["worker.uids"] * (last < 300025 + more)
