@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="keyd", description="Hold private keys; sign and decrypt what a TLS server may."
     )
     parser.add_argument(
-        "--version", action=_Version, nargs=0, help="which keyd this is, with which OpenSSL"
+        "--version", action=_Version, nargs=0, help="show the versions of keyd and of OpenSSL"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -162,13 +162,13 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
         "--socket", metavar="PATH", help="where to listen, unless systemd passes a socket"
     )
     parser.add_argument("--key", required=True, action="append", metavar="FILE")
-    parser.add_argument("--passphrase-file", metavar="FILE", help="of those keys that have one")
-    parser.add_argument("--user", help="whom root becomes once the keys are loaded")
+    parser.add_argument("--passphrase-file", metavar="FILE", help="of the keys that are encrypted")
+    parser.add_argument("--user", help="the user to become, if root, once the keys are loaded")
     parser.add_argument(
         "--lock-memory",
         choices=("required", "try"),
         default="required",
-        help="whether to go without locked memory where there can be none",
+        help="whether to serve if the memory cannot be locked",
     )
     parser.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
 

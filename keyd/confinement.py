@@ -107,12 +107,12 @@ def _lock_memory(required: bool) -> bool:
 
 def _cannot_lock(error: OSError) -> CannotLock:
     return CannotLock(
-        f'{_why_unlocked(error)}; with lock_memory = "try" (--lock-memory=try), keyd goes without'
+        f'{_why_unlocked(error)}; lock_memory = "try" (--lock-memory=try) has keyd serve anyhow'
     )
 
 
 def _why_unlocked(error: OSError) -> str:
     return (
-        f"memory cannot be locked ({error.strerror}): what is missing is CAP_IPC_LOCK or a higher "
+        f"memory cannot be locked ({error.strerror}): this takes CAP_IPC_LOCK or a higher "
         "RLIMIT_MEMLOCK (LimitMEMLOCK=)"
     )

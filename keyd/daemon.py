@@ -224,7 +224,7 @@ class Keyd:
                     grants = sets.use(order.grants)
             except Malformed as error:
                 # Perhaps it has another version than ours. keyd goes on, for other parents.
-                print(f"keyd: hanging up on a parent: {error}", file=sys.stderr)
+                print(f"keyd: closing the connection to a parent: {error}", file=sys.stderr)
                 order = None
             if order is None:
                 for descriptor in descriptors:

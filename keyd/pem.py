@@ -40,9 +40,7 @@ def blocks(content: bytes) -> Iterator[Block]:
         line = _line(content, found.start())
         label = found[3].decode("ascii", "replace")
         if not (found[1] == found[4] == b"-----" and label):
-            raise Damaged(
-                line, f"a line that is meant to be a block's {found[2].decode()}, and is not"
-            )
+            raise Damaged(line, f"a malformed {found[2].decode()} line")
         if found[2] == b"BEGIN":
             if open_block is not None:
                 raise Damaged(open_block[1], f"no end of the {open_block[0]} that begins here")

@@ -154,7 +154,7 @@ def test_keyd_has_no_way_to_the_log_but_its_own_event(serve: Serve, echoing: Lis
     with mouth(instance.parent(), keyd) as parent:
         parent.send(b"nonsense")
     said = instance.wait_for_event("keyd_said", since=since)
-    assert said["text"].startswith("hanging up on a parent: ")
+    assert said["text"].startswith("closing the connection to a parent: ")
     instance.wait_for_event("keyd_started", since=since)
 
     keyd = instance.keyd()

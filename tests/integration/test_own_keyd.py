@@ -497,7 +497,7 @@ def test_a_reload_that_keyd_cannot_serve_is_not_taken(
         install(certificates("P-256", "after.test"), tmp_path)
         (reason,) = problems(instance)
         assert reason == (
-            f"keyd.socket: the keyd at {keyd.socket} has not the key of {site.certificate}: "
+            f"keyd.socket: the keyd at {keyd.socket} does not have the key of {site.certificate}: "
             "have it read its keys again (systemctl restart titus-keyd)"
         )
         assert name_shown_to_a_new_client(instance) == "before.test"

@@ -182,7 +182,8 @@ def test_an_address_that_cannot_be_bound_ends_the_connection(
     assert machines.get(MIDDLE[0], "six.example") == b""
     failed = transparent.wait_for_event("backend_unavailable")
     assert failed["reason"] == (
-        f"[{BACKEND[1]}]:{WEB}: the client's address, {CLIENT[0]}, is IPv4, and this one is not"
+        f"[{BACKEND[1]}]:{WEB}: the client's address, {CLIENT[0]}, is IPv4, "
+        "and the backend's is not"
     )
     transparent.wait_for_event("connection_ended", end="backend_unavailable")
     assert web.read_text() == before
@@ -211,7 +212,7 @@ def test_a_load_balancer_names_the_client(serve: Serve, machines: Machines, web:
         assert answer.partition(b"\r\n\r\n")[2].startswith(seen)
         assert bool(answer) == bool(seen)
     one, two = [event["reason"] for event in instance.wait_for_events(2, "backend_unavailable")]
-    assert one.endswith("the client's address, 0.0.0.0, is none")
+    assert one.endswith("the client's address, 0.0.0.0, is the unspecified one")
     assert two.endswith("the client's address, 127.0.0.1, does not leave this machine")
 
 

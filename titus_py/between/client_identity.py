@@ -171,9 +171,9 @@ def _names(octets: bytes) -> dict[bytes, list[str]]:
             letter, length = _NAME.unpack_from(octets)
             text = octets[_NAME.size : _NAME.size + length].decode()
         except (struct.error, UnicodeDecodeError):
-            raise Malformed("a name that is none in an identity") from None
+            raise Malformed("an unreadable name in an identity") from None
         if letter not in names or len(octets) < _NAME.size + length:
-            raise Malformed("a name that is cut off, or of no kind, in an identity")
+            raise Malformed("a name that is cut off, or of an unknown kind, in an identity")
         names[letter].append(text)
         octets = octets[_NAME.size + length :]
     return names

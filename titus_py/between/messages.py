@@ -111,7 +111,7 @@ class Proxied(NamedTuple):
         ends = Ends(_text(client), client_port, _text(server), server_port)
         proxied = cls(ends if known else None)
         if proxied.encode() != message:
-            raise Malformed("an address in another form than it has")
+            raise Malformed("an address that is not in its usual form")
         return proxied
 
 

@@ -125,9 +125,9 @@ class _Checking:
             return
         self._answer += octets
         if not octets:
-            self._settle("hung up before it had answered")
+            self._settle("closed the connection before it had answered")
         elif not self._expected.startswith(self._answer):
-            self._settle("does not answer what is expected")
+            self._settle("its answer is not the expected one")
         elif len(self._answer) == len(self._expected):
             self._settle("")
 

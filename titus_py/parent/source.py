@@ -52,9 +52,9 @@ def from_address(client: str) -> Bind:
 def _problem(client: str, family: int, of_backend: int, address: SocketAddress) -> str:
     if family != of_backend:
         kind = "IPv6" if family == socket.AF_INET6 else "IPv4"
-        return f"the client's address, {client}, is {kind}, and this one is not"
+        return f"the client's address, {client}, is {kind}, and the backend's is not"
     if client in _UNSPECIFIED:
-        return f"the client's address, {client}, is none"
+        return f"the client's address, {client}, is the unspecified one"
     if _is_loopback(client):
         return f"the client's address, {client}, does not leave this machine"
     if _is_loopback(str(address[0])):

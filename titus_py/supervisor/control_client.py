@@ -76,13 +76,13 @@ def ask(
         except OSError as error:
             raise NoAnswer(f"process {pid} does not answer: {error.strerror}") from None
     if not octets:
-        raise NoAnswer(f"process {pid} has hung up")
+        raise NoAnswer(f"process {pid} has closed the connection without an answer")
     try:
         answer = json.loads(octets)
     except ValueError:
-        raise NoAnswer(f"process {pid} has answered what is no JSON") from None
+        raise NoAnswer(f"process {pid} has answered with something else than JSON") from None
     if not isinstance(answer, dict):
-        raise NoAnswer(f"process {pid} has answered what is no object")
+        raise NoAnswer(f"process {pid} has answered with something else than an object")
     return answer
 
 

@@ -129,7 +129,7 @@ class Cut:
     def _give_up(self) -> None:
         numbers = ", ".join(map(str, self._awaited))
         self._finish(
-            problem=f"the parents of these generations did not say whom they serve: {numbers}"
+            problem=f"the parents of generations {numbers} did not say which clients they serve"
         )
 
     def _judge_if_all_is_told(self) -> None:

@@ -102,7 +102,7 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         "limit", metrics.limits
     )
     yield (
-        _counter("events_lost", "Events that could not be recorded, by who lost them.")
+        _counter("events_lost", "Events that could not be recorded, by the process that lost them.")
         .add(metrics.events_lost, by="parent")
         .add(status.get("log_lines_lost", 0), by="log")
     )

@@ -200,7 +200,7 @@ def _lacks(generation: Generation, missing: set[str]) -> str:
     ]
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
     return (
-        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} has not the key of "
+        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} does not have the key of "
         f"{', '.join(files[:_SHOWN])}{more}: have it read its keys again (systemctl restart "
         "titus-keyd)"
     )
@@ -211,9 +211,10 @@ def _hear_keys(control: socket.socket) -> tuple[set[str] | None, str]:
     try:
         introduction = control.recv(MAX_KEYS_OCTETS)
         if not introduction:
-            return None, "it hung up without a word"
-        return {key.hex() for key in Keys.decode(introduction).keys}, "it could not be handed on"
+            return None, "it closed the connection and said nothing"
+        keys = Keys.decode(introduction).keys
+        return {key.hex() for key in keys}, "its connection could not be passed on"
     except OSError as error:
         return None, error.strerror or str(error)
     except Malformed as error:
-        return None, f"it does not speak as keyd does: {error}"
+        return None, f"it does not speak keyd's protocol: {error}"

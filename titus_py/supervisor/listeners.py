@@ -119,8 +119,8 @@ def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str
         for other in passed:
             if other.covers(address) or address.covers(other):
                 return (
-                    f" by systemd's titus-py.socket, which listens on {other}: have both, that "
-                    "unit (ListenStream=) and [[listen]], say the same address"
+                    f" by systemd's titus-py.socket, which listens on {other}: write the "
+                    "same address in that unit (ListenStream=) and in [[listen]]"
                 )
     if error.errno == errno.EPERM:
         return ": [[listen]] transparent takes CAP_NET_RAW"

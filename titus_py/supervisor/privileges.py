@@ -66,7 +66,7 @@ def lacking(configuration: Configuration | None) -> list[str]:
     ]
     if not Path("/proc/self/statm").exists():
         found.append(
-            "/proc is not mounted: the fork server's limits and OpenSSL's settings take it"
+            "/proc is not mounted: the fork server's limits and OpenSSL's settings need it"
         )
     # With something missing, a step may fail only because of that: then none is tried.
     if not found:
@@ -127,18 +127,18 @@ def _memory(why: str) -> str:
     return (
         f"keyd cannot lock its memory, so that keys could be swapped out ({why}; RLIMIT_MEMLOCK is "
         f"{most}): CAP_IPC_LOCK is missing or, in a user namespace, a higher RLIMIT_MEMLOCK from "
-        'outside; with [keyd] lock_memory = "try", it goes without where it must'
+        'outside; with [keyd] lock_memory = "try", keyd serves without it if it has to'
     )
 
 
 _EXPLAINED: dict[str, Callable[[str], str]] = {
     "groups": lambda why: (
-        f"setgroups(2) is refused ({why}), by which workers and keyd give up root's groups: in a "
-        "user namespace, it takes newgidmap(1) to map its gids"
+        f"setgroups(2) is refused ({why}): workers and keyd need it to give up root's groups; in a "
+        "user namespace, map its gids with newgidmap(1)"
     ),
     "namespaces": lambda why: (
-        f"new namespaces are refused ({why}), of which each worker has its own: by a filter of "
-        "system calls (seccomp), or a limit of user.max_*_namespaces, where CAP_SYS_ADMIN is there"
+        f"new namespaces are refused ({why}), and each worker needs its own: where CAP_SYS_ADMIN "
+        "is there, by a filter of system calls (seccomp) or a limit of user.max_*_namespaces"
     ),
     "memory": _memory,
 }

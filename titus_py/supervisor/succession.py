@@ -289,8 +289,8 @@ def inherit(
         configuration = Configuration.model_validate(left.configuration, context=Valid())
     except ValidationError as error:
         raise CannotTakeOver(
-            f"of the configuration that serves, it does not understand {_first(error)}: "
-            "only a restart of titus-py, which ends its connections, makes it run"
+            f"it does not understand {_first(error)} of the configuration that is served: "
+            "only a restart of titus-py, which ends all connections, can change the program"
         ) from None
     certificates = dict(left.certificates)
     authorities = dict(left.authorities)

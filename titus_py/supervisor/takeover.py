@@ -127,7 +127,7 @@ class Takeover:
         """Abandon a generation whose keyd, a service of its own, has not been there in time."""
         if generation.waits_for_keyd:
             path = generation.configuration.keyd.socket
-            reason = f"keyd.socket: {path}: no keyd is there, or none that answers"
+            reason = f"keyd.socket: {path}: no keyd listens there, or it does not answer"
             self.abandon_awaited(generation, reason)
 
     def _retire_all_but(self, generation: Generation) -> None:

@@ -104,7 +104,7 @@ class Upkeep:
             event["level"] = "error"
         elif name in _STATES:
             if event["check"] >= len(generation.checks):
-                raise Unintelligible(f"{name} of a check that there is not")
+                raise Unintelligible(f"{name} of an unknown check")
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
             self._backends.checked(generation.checks[event.pop("check")], state)
         self._event(name, generation.number, **event)
@@ -139,7 +139,7 @@ class Upkeep:
             generation.lacks_keys = keys != expected
             if generation.lacks_keys and self._takeover.awaits_same_keys(generation):
                 # Nobody has asked for others. The generation before still has its own.
-                reason = "the key files have changed, and titus-py has not been told: reload it"
+                reason = "the key files have changed since the last reload: run titus-py reload"
                 self._loop.after(0, lambda: self._takeover.abandon_awaited(generation, reason))
                 return
             if generation.lacks_keys:

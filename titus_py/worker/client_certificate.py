@@ -136,10 +136,10 @@ class Verifier:
         chain = connection.get_verified_chain() or []
         if not chain:
             if self._terms.required or self._shown is not None:
-                raise PermissionError("a handshake without the certificate that it takes")
+                raise PermissionError("a handshake without the certificate that is required")
             return None
         if not self._accepted or self._shown is None:
-            raise PermissionError("a certificate that nobody has judged")
+            raise PermissionError("a certificate that was not verified")
         links = []
         # Where keys are all that counts, the client has made the others up.
         for one in chain[:1] if self._keys_only else chain:

@@ -212,7 +212,7 @@ def offered_protocols(hello: ClientHello) -> tuple[bytes, ...] | None:
     while names.more():
         protocols.append(names.vector(1))
     if data.more() or not all(protocols) or not protocols:
-        raise InvalidClientHello("a list of protocols that is not well-formed")
+        raise InvalidClientHello("a malformed list of protocols")
     return tuple(protocols)
 
 

@@ -112,7 +112,7 @@ def _read_line(line: bytes) -> Ends | None:
         return None
     families = {b"TCP4": socket.AF_INET, b"TCP6": socket.AF_INET6}
     if kind not in families or len(words) != 4:
-        raise InvalidProxyHeader("a line in another form than version 1 has")
+        raise InvalidProxyHeader("a line that is not in the form of version 1")
     client, server, client_port, server_port = words
     return Ends(
         _address(families[kind], client),

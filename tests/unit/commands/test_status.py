@@ -214,7 +214,7 @@ def test_as_json(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str
     start(9, b"nonsense")
     assert status(as_json=True, directory=tmp_path) == 1
     first, second = json.loads(capsys.readouterr().out)
-    assert first == {"error": "process 9 has answered what is no JSON"}
+    assert first == {"error": "process 9 has answered with something else than JSON"}
     assert second == expected
 
 

@@ -93,4 +93,4 @@ def test_only_the_supervisor_is_obeyed(of: str, capsys: pytest.CaptureFixture[st
             send_descriptors(theirs, order(IDS[:1]), [end.fileno()])
         hear()
         assert bool(successor.recv(1 << 16)) == (of == "supervisor")
-    assert ("hanging up on a parent" in capsys.readouterr().err) == (of == "parent")
+    assert ("closing the connection to a parent" in capsys.readouterr().err) == (of == "parent")

@@ -147,8 +147,8 @@ def test_what_another_parent_knew_holds_until_checks_say_otherwise(stack: ExitSt
     [
         (lambda peer: peer.sendall(b"+PONG\r\nand much more" * 1000), ""),
         (lambda peer: [peer.sendall(b"+PO"), time.sleep(0.01), peer.sendall(b"NG")], ""),
-        (lambda peer: peer.sendall(b"-ERR"), "does not answer what is expected"),
-        (lambda peer: peer.sendall(b"+PON"), "hung up before it had answered"),
+        (lambda peer: peer.sendall(b"-ERR"), "its answer is not the expected one"),
+        (lambda peer: peer.sendall(b"+PON"), "closed the connection before it had answered"),
         (hangs, "no answer in 0.1 s"),
     ],
     ids=["more", "in pieces", "another", "too short", "nothing"],

@@ -141,7 +141,9 @@ def test_a_parent_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch)
     while not asked.outcomes:
         asked.loop.run_once()
-    assert "did not say whom they serve: 1" in str(asked.outcomes[0]["not_cut"])
+    assert "of generations 1 did not say which clients they serve" in str(
+        asked.outcomes[0]["not_cut"]
+    )
 
 
 def test_a_parent_that_ends_has_no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
