@@ -92,8 +92,10 @@ def checked(tmp_path: Path) -> Check:
 
 
 def said(problems: list[Mistake], host: int = 0) -> list[str]:
-    """What is said of this virtual host's suites and groups, without the place."""
+    """What a handshake shows of this virtual host's suites and groups, without the place."""
     texts = [str(problem).partition(f'"a{host}.example": ')[2] for problem in problems]
+    # Told without a handshake: ``configuration.ineffective``.
+    texts = [text for text in texts if ": has no effect: these are suites" not in text]
     return [text for text in texts if text.partition(":")[0] not in ("", "certificate", "sni")]
 
 
