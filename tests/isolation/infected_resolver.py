@@ -13,6 +13,7 @@ import resource
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +106,9 @@ def _outcome(attempt: Callable[[], object]) -> int:
 
 def _outcome_aside(attempt: Callable[[], object]) -> int:
     """In a child: for attempts that may well succeed."""
-    pid = os.fork()
+    # From Python 3.12 on, a fork of a process with threads is warned of, in the instance's log.
+    with warnings.catch_warnings(action="ignore"):
+        pid = os.fork()
     if not pid:
         os._exit(min(_outcome(attempt), 255))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -32,7 +32,8 @@ def make_status() -> dict[str, Any]:
         metrics.record("connection_begun", {})
     ended = {"tls_version": "TLSv1.3", "octets_to_client": 12_345_678, "seconds": 1, "end": "clean"}
     metrics.record("connection_ended", ended)
-    metrics.record("handshake_failed", {"end": "handshake_timeout", "level": "info"})
+    failed = {"end": "handshake_timeout", "level": "info", "uid": 200_000}
+    metrics.record("handshake_failed", failed)
     metrics.record("keyd_died", {"level": "alarm"})
     metrics.protocols.add("h2", 2)
     metrics.protocols.add("http/1.1")
