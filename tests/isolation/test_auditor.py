@@ -68,7 +68,10 @@ def test_who_takes_over_the_audits_client_can_do_nothing_with_it(
 
 
 def words(process: Process) -> bytes:
-    return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # It has ended meanwhile.
+        return b""
 
 
 def test_only_the_process_that_searches_reads_the_keys_and_it_has_no_network(
