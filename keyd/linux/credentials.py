@@ -89,12 +89,13 @@ def permitted_capabilities() -> set[int]:
     return {number for number in range(64) if permitted >> number & 1}
 
 
-def forbid_regaining(bounding: Iterable[int]) -> None:
+def forbid_regaining(bounding: Iterable[int], keep_caps: bool = False) -> None:
     """Close the ways back to a capability, before ``become`` gives the last one up.
 
     The bounding set, which here holds at most ``bounding``, is emptied. From now on, uid 0
-    gives no capability, and no capability can become ambient or outlast a change of uid.
-    None of this can be undone (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
+    gives no capability, and no capability can become ambient, nor outlast a change of uid unless
+    ``keep_caps`` says so (SECBIT_KEEP_CAPS: permitted ones do then). None of this can be undone
+    (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
     """
     for capability in bounding:
         _prctl(_PR_CAPBSET_DROP, capability)
@@ -102,8 +103,9 @@ def forbid_regaining(bounding: Iterable[int]) -> None:
         _PR_SET_SECUREBITS,
         prctl.SECBIT_NOROOT
         | prctl.SECBIT_NOROOT_LOCKED
-        # Locked while it is off: so become() still drops all capabilities.
+        # Locked while it is off: so a change of uid still drops capabilities.
         | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+        | (prctl.SECBIT_KEEP_CAPS if keep_caps else 0)
         | prctl.SECBIT_KEEP_CAPS_LOCKED
         | _SECBIT_NO_CAP_AMBIENT_RAISE
         | _SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
@@ -130,24 +132,9 @@ def become_with(uid: int, gid: int, kept: Iterable[int]) -> None:
     """
     meanwhile = {*kept, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
     keep_capabilities(meanwhile)
-    for capability in meanwhile:
-        _prctl(_PR_CAPBSET_DROP, capability)
-    _prctl(
-        _PR_SET_SECUREBITS,
-        prctl.SECBIT_NOROOT
-        | prctl.SECBIT_NOROOT_LOCKED
-        | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
-        # So setresuid(2) leaves the permitted set as it is.
-        | prctl.SECBIT_KEEP_CAPS
-        | prctl.SECBIT_KEEP_CAPS_LOCKED
-        | _SECBIT_NO_CAP_AMBIENT_RAISE
-        | _SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
-    )
-    os.setgroups([])
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+    forbid_regaining(meanwhile, keep_caps=True)
+    become(uid, gid)
     _set_capabilities(kept)
-    prctl.set_no_new_privs(1)
 
 
 def hide_memory() -> None:

@@ -18,6 +18,9 @@ __all__ = ["GivingWay"]
 
 #: How many connections of one network to look at: the oldest.
 _MOST = 1000
+#: How many are asked about once more, at most, before one gives way: many may have moved again, and
+#: the parent serves nobody meanwhile.
+_MOST_AGAIN = 32
 #: For how long it holds which connections there are, and how long each has stood still.
 _KEPT_SECONDS = 1.0
 
@@ -49,7 +52,10 @@ class GivingWay:
         if time.monotonic() >= self._until:
             self._look_anew()
         with SockDiag() as kernel:
-            while (worker := self._longest(kernel)) is not None:
+            for _ in range(_MOST_AGAIN):
+                worker = self._longest(kernel)
+                if worker is None:
+                    break
                 if self._may_give_way(worker):
                     idle = self._idle[worker] = _idle(kernel, worker)
                     if idle >= self._seconds:

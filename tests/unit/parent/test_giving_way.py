@@ -83,6 +83,21 @@ def test_who_has_talked_since_or_ended_does_not_give_way(full: Full) -> None:
     assert [full.choice.choose(), full.choice.choose()] == [left, None]
 
 
+def test_if_all_talk_at_once_only_some_of_them_are_asked_about_again(
+    full: Full, asked: Counter[Ends], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titus_py.parent.giving_way._KEPT_SECONDS", 60.0)
+    for _ in range(50):
+        full.come("127.1.1.1")
+    time.sleep(IDLE_SECONDS + 0.1)
+    assert full.choice.choose() is not None
+    for client in full.clients.values():
+        client.send(b"x")
+    asked.clear()
+    assert full.choice.choose() is None
+    assert 0 < asked.total() <= 32
+
+
 def test_it_is_of_the_network_that_has_most_now(full: Full) -> None:
     """As connections give way, another network has most."""
     workers = [full.come(f"127.1.{net}.1") for net in (1, 1, 1, 1, 2, 2, 3)]
