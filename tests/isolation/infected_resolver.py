@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import struct
 import sys
 import threading
 import warnings
@@ -63,6 +64,12 @@ def _write(path: str) -> None:
         file.write("x")
 
 
+def _linger() -> None:
+    """Whoever closes the last descriptor of such a socket waits: its supervisor, if it is sent."""
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+
+
 def attempts(file: str, roots_socket: str) -> dict[str, Callable[[], object]]:
     """Each raises OSError if it is refused. ``file`` is everybody's, the socket is root's."""
     its_supervisor, another = os.getppid(), 1_999_999_999
@@ -91,6 +98,7 @@ def attempts(file: str, roots_socket: str) -> dict[str, Callable[[], object]]:
         "make a user namespace": lambda: _call("unshare", 0x10000000),
         "make a mount namespace": lambda: _call("unshare", 0x20000),
         "raise a limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096)),
+        "have whoever closes a socket wait": _linger,
         "share memory": lambda: os.memfd_create("x"),
     }
 

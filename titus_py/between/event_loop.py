@@ -13,18 +13,25 @@ __all__ = ["EventLoop", "Timer"]
 
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
+#: So many cancelled timers may be kept in any case.
+_FEW_TIMERS = 1000
 
 
 class Timer:
     """A call to come; ``cancel`` forgets it."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("_cancelled", "callback")
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(
+        self, callback: Callable[[], None], cancelled: Callable[[], object] = lambda: None
+    ) -> None:
         self.callback: Callable[[], None] | None = callback
+        self._cancelled = cancelled
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._cancelled()
 
 
 class EventLoop:
@@ -35,6 +42,8 @@ class EventLoop:
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        #: How many of the timers are cancelled, at most: some of them may be gone already.
+        self._cancelled = 0
 
     def watch(
         self, descriptor: int, callback: Callable[[], object], events: int = READABLE
@@ -50,7 +59,7 @@ class EventLoop:
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call back once, after so many seconds."""
-        timer = Timer(callback)
+        timer = Timer(callback, self._forget_cancelled)
         due = time.monotonic() + seconds
         heapq.heappush(self._timers, (due, next(self._order), timer))
         return timer
@@ -66,9 +75,18 @@ class EventLoop:
                 callback()
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
-            callback = heapq.heappop(self._timers)[2].callback
+            timer = heapq.heappop(self._timers)[2]
+            callback, timer.callback = timer.callback, None
             if callback is not None:
                 callback()
+
+    def _forget_cancelled(self) -> None:
+        """Called for each timer that is cancelled. One for a day would be kept for a day."""
+        self._cancelled += 1
+        if self._cancelled > max(_FEW_TIMERS, len(self._timers) // 2):
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
 
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].callback is None:

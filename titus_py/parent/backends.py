@@ -155,4 +155,6 @@ def _ends(connected: socket.socket) -> Ends | None:
     except OSError:
         # The backend has reset it already.
         return None
-    return Ends(*backend[:2], *here[:2])
+    # The kernel knows a link-local address with its interface only (ipv6(7), sin6_scope_id).
+    interface = f"%{backend[3]}" if connected.family == socket.AF_INET6 and backend[3] else ""
+    return Ends(backend[0] + interface, backend[1], *here[:2])

@@ -17,6 +17,30 @@ _32_BITS = 0xFFFF_FFFF
 _WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: clone(2): only a thread of this process.
 _CLONE_THREAD = 0x0001_0000
+#: <linux/socket.h>
+_SOL_NETLINK = 270
+
+#: Any option of these levels, and a few of SOL_SOCKET. SO_LINGER is not among them: who closes the
+#: last descriptor of a socket with it waits, and that could be the supervisor, to whom a descriptor
+#: was sent.
+_OPTIONS = (
+    *((Only(1, _32_BITS, level),) for level in (socket.IPPROTO_IP, socket.IPPROTO_IPV6)),
+    (Only(1, _32_BITS, socket.IPPROTO_TCP),),
+    (Only(1, _32_BITS, _SOL_NETLINK),),
+    *(
+        (Only(1, _32_BITS, socket.SOL_SOCKET), Only(2, _32_BITS, option))
+        for option in (
+            socket.SO_BROADCAST,
+            socket.SO_KEEPALIVE,
+            socket.SO_PASSCRED,
+            socket.SO_RCVBUF,
+            socket.SO_RCVTIMEO,
+            socket.SO_REUSEADDR,
+            socket.SO_SNDBUF,
+            socket.SO_SNDTIMEO,
+        )
+    ),
+)
 
 RESOLVING: Rules = {
     # Sockets: name servers, local services (nscd, systemd-resolved, Avahi), and the kernel's own
@@ -35,7 +59,7 @@ RESOLVING: Rules = {
     "getsockname": _ANYHOW,
     "getpeername": _ANYHOW,
     "getsockopt": _ANYHOW,
-    "setsockopt": _ANYHOW,
+    "setsockopt": _OPTIONS,
     "shutdown": _ANYHOW,
     "sendto": _ANYHOW,
     "sendmsg": _ANYHOW,

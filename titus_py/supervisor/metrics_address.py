@@ -96,6 +96,9 @@ class MetricsAddress:
     def _hear(self, message: bytes) -> None:
         if message != WANTED or self._due is not None:
             raise Malformed(f"{len(message)} octets")
+        if self._process.owes:
+            # Texts that it never takes would fill the memory.
+            raise Malformed("a text is wanted, and the last one was not taken")
         pause = max(0.0, self._made + _TEXT_SECONDS - time.monotonic())
         self._due = self._loop.after(pause, self._send)
 

@@ -104,7 +104,7 @@ class Legacy(_Left):
     #: The version of this, and of the messages to and from parents and keyds: those that run on
     #: are of the old program. It changes if a supervisor of the version before would not
     #: understand them.
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     generations: list[LeftGeneration]
     listeners: list[Listener]
     #: The file that keeps other instances from this one's uids; -1 if there is none.

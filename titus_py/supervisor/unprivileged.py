@@ -5,12 +5,15 @@ two. What they say is decoded strictly: each reads what the network sends, and m
 it.
 """
 
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +34,7 @@ _ALIVE_SECONDS, _QUIET_SECONDS = 3.0, 15.0
 _PAUSE_SECONDS = (1.0, 30.0)
 #: How long one that has closed its socket may take to end by itself: how it ended is then logged.
 _END_SECONDS = 1.0
+_COUNT = struct.Struct("=i")
 
 
 class UnprivilegedProcess:
@@ -89,6 +93,14 @@ class UnprivilegedProcess:
         """Send it a message. Raises OSError; then it is, as a rule, about to be found dead."""
         if self._socket is not None:
             send_descriptors(self._socket, message, descriptors)
+
+    @property
+    def owes(self) -> bool:
+        """Whether it has not taken all that was sent to it. Raises OSError."""
+        if self._socket is None:
+            return False
+        unread = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(_COUNT.size))
+        return bool(_COUNT.unpack(unread)[0])
 
     def dismiss(self) -> None:
         """End it: it is not needed any more. Its end is heard later."""

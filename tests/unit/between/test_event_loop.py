@@ -199,3 +199,22 @@ def test_a_duplicate_may_be_watched_for_something_else(
     os.close(duplicate)
     loop.run_once(wait=False)
     assert called == ["writable"]
+
+
+def test_cancelled_timers_are_not_kept_until_they_are_due(loop: EventLoop) -> None:
+    called: list[int] = []
+    for number in range(50_000):
+        loop.after(86_400, lambda: None).cancel()
+        if number % 10_000 == 0:
+            loop.after(0, lambda number=number: called.append(number))
+    assert len(loop._timers) <= 2_000
+    loop.run_once(wait=False)
+    assert called == [0, 10_000, 20_000, 30_000, 40_000]
+
+
+def test_a_timer_that_has_called_can_be_cancelled(loop: EventLoop) -> None:
+    timers = [loop.after(0, lambda: None) for _ in range(3_000)]
+    loop.run_once(wait=False)
+    for timer in timers:
+        timer.cancel()
+    assert loop._cancelled == 0

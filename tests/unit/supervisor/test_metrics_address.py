@@ -19,7 +19,7 @@ from titus_py.supervisor.metrics_address import MetricsAddress, listen_at
 UID = 2_000_000_017
 #: A process that is under an attacker's control: it says this, and answers nobody.
 CONTROLLED = """
-import socket, sys
+import socket, sys, time
 supervisor = socket.socket(fileno=int(sys.argv[2].partition("=")[2]))
 supervisor.send(b"R")
 {}
@@ -131,6 +131,17 @@ def test_one_that_wants_two_at_once_is_replaced(
     served.listen()
     served.run(lambda: len(served.events) == 2)
     assert [event for event, _ in served.events] == ["unintelligible", "metrics_died"]
+
+
+def test_one_that_takes_no_text_gets_no_other(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be kept for it, in memory."""
+    control(monkeypatch, 'while True: supervisor.send(b"W"); time.sleep(0.3)')
+    served.listen()
+    served.run(lambda: len(served.events) == 2)
+    assert [event for event, _ in served.events] == ["unintelligible", "metrics_died"]
+    assert served.made == 1
 
 
 @pytest.mark.parametrize(
