@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,13 @@ def connect(port: int) -> ssl.SSLSocket:
 def workers(floor: Proxy) -> list[int]:
     """Its children but the fork server, zombies included."""
     children = Path(f"/proc/{floor.pid}/task/{floor.pid}/children").read_text().split()
-    return [pid for pid in map(int, children) if field(pid, "Name") == "floor-worker"]
+    found = []
+    for pid in map(int, children):
+        # It may be reaped meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if field(pid, "Name") == "floor-worker":
+                found.append(pid)
+    return found
 
 
 def field(pid: int, name: str) -> str:
