@@ -47,7 +47,7 @@ demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
 
 test: $(VENV)/built $(VENV)/test-packages
-	$(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGUMENTS)
 
 bench: peers $(VENV)/pictures build/load build/floor build/sign
 	$(BIN)/python -m bench $(BENCH_ARGUMENTS)

@@ -220,8 +220,8 @@ def test_memory_holds_only_what_is_its_clients(
     # Its own uid, and no other worker's: not of those, either, that were forked just before it.
     assert uids_in(memory, {*uids, mine["uid"]}) == {mine["uid"]}
 
-    assert not [other for other in others if other.name.encode() in memory]
-    assert not [other for other in others if other.body.encode() in memory]
+    canaries = {text.encode(): text for other in others for text in (other.name, other.body)}
+    assert not found(canaries, memory)
     assert not [needle for needle in secret if needle.octets in memory]
     assert not addresses_in(memory, addresses)
     assert not numbers_in(memory, numbers)
