@@ -1,8 +1,10 @@
 """Several backends of one virtual host: which gets a client, and what the failure of one costs."""
 
+import ctypes
 import json
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -19,6 +21,20 @@ from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, free_port
 from .peers import Listener, TlsClient, Truncated
 from .test_backend_failures import full_backlog, is_reset_with_event
+
+#: <asm-generic/socket.h>
+_SO_ATTACH_FILTER = 26
+#: A filter of one instruction, BPF_RET | BPF_K with 0, and the struct sock_fprog for it.
+_INSTRUCTION = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0), 8)
+_DROPPING_ALL = struct.pack("@HP", 1, ctypes.addressof(_INSTRUCTION))
+
+
+def _queue(listener: socket.socket) -> int:
+    """How many connections wait to be accepted (struct tcp_info, tcpi_unacked)."""
+    (count,) = struct.unpack_from(
+        "=I", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 64), 24
+    )
+    return int(count)
 
 
 class Named:
@@ -38,6 +54,10 @@ class Named:
     def stop(self) -> None:
         """Refuse everybody from now on. Those who were served go on."""
         if self._listener is not None:
+            # Whom the kernel has let in is served, too: closing would reset those in the queue.
+            self._listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROPPING_ALL)
+            while _queue(self._listener):
+                time.sleep(0.001)
             # close(2) alone would leave accept(2) waiting.
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
