@@ -123,9 +123,10 @@ def assert_refused(
     assert Reply.decode(relay.ask(message)) == Reply(status)
     assert relay.ask(message) in (b"", b"EPIPE", b"ECONNRESET")
     event = instance.wait_for_event("keyd_refused", since=since, client=relay.client)
-    begun = instance.wait_for_event("connection_begun", client=relay.client)
+    # By its number: a client's port may have been an earlier client's.
+    begun = instance.wait_for_event("connection_begun", connection=event["connection"])
     assert event["level"] == "alarm"
-    assert event["connection"] == begun["connection"]
+    assert begun["client"] == relay.client
     assert event["uid"] == begun["uid"]
     assert event["status"] == status.name.lower()
     assert attempted in event["attempted"]
