@@ -92,7 +92,7 @@ lock: $(VENV)/built
 	packaging/lock $(BIN)/uv
 
 clean:
-	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so titus_py/worker/*.so
+	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so titus_py/*/*.so
 
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)

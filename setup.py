@@ -28,6 +28,7 @@ setup(
     ext_modules=[
         extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
         extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
+        extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
         extension("titus_py.worker.verification", "titus_py/worker/verification.c"),

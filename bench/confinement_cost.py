@@ -29,6 +29,7 @@ from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, c
 from titus_py.between.report import ReportWriter, make_report
 from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
+from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Terms
 from titus_py.worker.system_calls import WORKER
@@ -111,6 +112,7 @@ def main() -> int:
     # As the fork server does before it forks.
     rehearse(Terms(1.0, None, 1.0, [], b"", ReportWriter(), client_hello()))
     gc.collect()
+    make_all_immortal()
     gc.freeze()
     times: list[list[float]] = [[] for _ in todo]
     for _ in range(arguments.rounds):

@@ -116,6 +116,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         ),
         _virtual_hosts(answer["vhosts"]),
         _counts(answer["counts"], answer["generations"]),
+        _forking(answer),
         Text(),
     )
 
@@ -236,6 +237,13 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     if counts["events_lost"]:
         table.add_row("events lost", Text(str(counts["events_lost"]), style="bold red"))
     return table
+
+
+def _forking(answer: Mapping[str, Any]) -> Text:
+    """What makes a fork cheaper, and may be missing."""
+    if answer.get("immortal_objects"):
+        return Text("workers share immortal objects")
+    return Text("workers share no immortal objects, which Python 3.12 and 3.13 have", style="dim")
 
 
 def _table(*headings: str) -> Table:

@@ -42,6 +42,7 @@ from titus_py.fork_server.confinement import (
     parting_calls,
     worker_calls,
 )
+from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.orders import Orders
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
 from titus_py.fork_server.rehearsal import rehearse
@@ -96,7 +97,9 @@ def main() -> int:
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
     gc.collect()
-    # A worker's garbage collector must not touch what exists now: that stays.
+    # A worker copies each page that it writes to. What exists now stays: a worker counts no
+    # references to it, and its garbage collector does not touch it.
+    make_all_immortal()
     gc.freeze()
     parent.send(Ready().encode())
     uids = range(plan.first_uid, plan.last_uid + 1)

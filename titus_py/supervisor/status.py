@@ -15,6 +15,7 @@ from titus_py.configuration.address import Address
 from titus_py.configuration.checking import CertificateFacts
 from titus_py.configuration.client_certificates import ClientAuthorities
 from titus_py.configuration.client_table import ClientFiles
+from titus_py.fork_server import immortal
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
@@ -203,5 +204,6 @@ class Status:
             "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,
             "log_lines_lost": self._record.log.lost,
+            "immortal_objects": immortal.AVAILABLE,
             "counts": self._record.metrics.counts(),
         }

@@ -121,6 +121,7 @@ def make_status() -> dict[str, Any]:
                 "days_left": 1,
             }
         ],
+        "immortal_objects": True,
         "counts": metrics.counts(),
     }
 
@@ -204,6 +205,7 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "12.3 MB to clients",
         "1 keyd",
         "1 keyd died",
+        "workers share immortal objects",
     ):
         assert part in text, text
     assert "\x1b" not in text

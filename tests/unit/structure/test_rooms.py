@@ -48,6 +48,8 @@ FOR_WORKERS = {
     "titus_py.between.virtual_host",
     "titus_py.fork_server",
     "titus_py.fork_server.confinement",
+    "titus_py.fork_server.immortal",
+    "titus_py.fork_server.immortality",
     "titus_py.fork_server.life",
     "titus_py.fork_server.orders",
     "titus_py.fork_server.out_of_memory",
