@@ -1,9 +1,9 @@
-"""A driver: ``titus-py serve`` with one protection taken out, for ``test_audit``.
+"""A driver: ``titus-py serve`` with protections taken out, for ``test_audit``.
 
-Started as ``python -I breakages.py supervisor NAME FILE serve ...``. It is the tests' own:
-no configuration and no environment of the program's reaches it. What the supervisor
+Started as ``python -I breakages.py supervisor NAME[,NAME...] FILE serve ...``. It is the tests'
+own: no configuration and no environment of the program's reaches it. What the supervisor
 starts is this file again, as the parent or as keyd, and so is what the parent starts, as
-the fork server; each takes its one step out, gives itself the command line that it would
+the fork server; each takes its own steps out, gives itself the command line that it would
 have, and goes on as the real one. ``FILE`` is a file that a breakage may need, such as the
 private key's.
 """
@@ -35,6 +35,11 @@ class Breakage(NamedTuple):
 
 
 BREAKAGES: dict[str, Breakage] = {}
+
+
+def apart(one: Breakage, other: Breakage) -> bool:
+    """Whether an audit that finds both tells which finding comes of which."""
+    return one.check != other.check and not one.roles & other.roles
 
 
 def breaks(
@@ -474,11 +479,10 @@ def change(role: str, change: str) -> None:
     """Have the resolver, or the metrics server, run this before all else."""
     from titus_py.supervisor import unprivileged
 
-    def program(name: str) -> tuple[str, ...]:
-        names = f"from titus_py.{name} import confinement, life"
-        return ("-c", f"{names}\n{change if name == role else ''}\nlife.main()")
-
-    unprivileged._program = program
+    real = unprivileged._program
+    names = f"from titus_py.{role} import confinement, life"
+    changed = ("-c", f"{names}\n{change}\nlife.main()")
+    unprivileged._program = lambda name: changed if name == role else real(name)
 
 
 @breaks("filter", "resolver", within="supervisor")
@@ -541,21 +545,25 @@ def supervisor_core_dumps(_: str) -> None:
 
 @breaks("environment", "parent", within="supervisor")
 def parent_environment(_: str) -> None:
-    _environment_of("titus_py.parent.life")
+    from titus_py.supervisor import generation
+
+    _environment_of(generation._PARENT)
 
 
 @breaks("environment", "keyd", within="supervisor")
 def keyd_environment(_: str) -> None:
-    _environment_of("serve")
+    from titus_py.supervisor import generation
+
+    _environment_of(generation._KEYD)
 
 
-def _environment_of(program: str) -> None:
+def _environment_of(program: tuple[str, ...]) -> None:
     import subprocess
 
     real = subprocess.Popen
 
     def start(arguments: Any, **given: Any) -> Any:
-        if program in arguments:
+        if set(program) <= set(arguments):
             given["env"] = {**given["env"], "SECRET": "of the operator's"}
         return real(arguments, **given)
 
@@ -570,7 +578,8 @@ def keyd_uid(_: str) -> None:
     from keyd import confinement
 
     real = confinement.become
-    confinement.become = lambda uid, gid: real(uid - 1, gid - 1)
+    # The one before it is the metrics server's.
+    confinement.become = lambda uid, gid: real(uid + 1, gid + 1)
 
 
 @breaks("capabilities", "keyd", within="keyd")
@@ -778,48 +787,48 @@ def keyd_signs_logins(_: str) -> None:
 
 
 def main() -> int:
-    _, role, name, file, *rest = sys.argv
-    breakage = BREAKAGES[name]
+    _, role, words, file, *rest = sys.argv
+    names = words.split(",")
+    taken_out = [BREAKAGES[name] for name in names]
+    processes = {breakage.process for breakage in taken_out}
     if role == "supervisor":
-        if breakage.check == "no_new_privs":
+        if any(breakage.check == "no_new_privs" for breakage in taken_out):
             import prctl
 
             prctl.set_no_new_privs = nothing
         from titus_py.__main__ import main as serve
         from titus_py.supervisor import generation
 
-        if breakage.process == "supervisor":
-            breakage.take_out(file)
-        else:
-            if breakage.process == "keyd":
-                generation._KEYD = (__file__, "keyd", name, file)
-            else:
-                generation._PARENT = (__file__, "parent", name, file)
-            if name == "worker_no_new_privs":
-                worker_no_new_privs_supervisor()
+        if "keyd" in processes:
+            generation._KEYD = (__file__, "keyd", words, file)
+        if processes & {"parent", "fork_server"}:
+            generation._PARENT = (__file__, "parent", words, file)
+        if "worker_no_new_privs" in names:
+            worker_no_new_privs_supervisor()
         sys.argv = ["titus-py", *rest]
-        return serve()
-    if role == "parent":
+        life = serve
+    elif role == "parent":
         from titus_py.parent import forks
         from titus_py.parent import life as parent
 
+        if "fork_server" in processes:
+            forks._PROGRAM = (__file__, "fork_server", words, file)
         sys.argv = ["titus_py.parent.life", *rest]
-        if breakage.process == "parent":
-            breakage.take_out(file)
-        else:
-            forks._PROGRAM = (__file__, "fork_server", name, file)
-        return parent.main()
-    if role == "fork_server":
+        life = parent.main
+    elif role == "fork_server":
         from titus_py.fork_server import life as fork_server
 
         sys.argv = ["titus_py.fork_server.life", *rest]
-        breakage.take_out(file)
-        return fork_server.main()
-    from keyd.__main__ import main as keyd
+        life = fork_server.main
+    else:
+        from keyd.__main__ import main as keyd
 
-    sys.argv = ["keyd", "serve", *rest]
-    breakage.take_out(file)
-    return keyd()
+        sys.argv = ["keyd", "serve", *rest]
+        life = keyd
+    for breakage in taken_out:
+        if breakage.process == role:
+            breakage.take_out(file)
+    return life()
 
 
 if __name__ == "__main__":
