@@ -15,8 +15,8 @@ import json
 import os
 import pwd
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from keyd.confinement import (
     lock_before_keys,
 )
 from keyd.daemon import Keyd
-from keyd.keys import UnusableKey, load_private_key
+from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
@@ -39,7 +39,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import bind
+from keyd.linux.unix_socket import bind, peer_process
 from keyd.powers import ALL_POWERS, PrivateKey, rehearse
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
@@ -161,7 +161,10 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--socket", metavar="PATH", help="where to listen, unless systemd passes a socket"
     )
-    parser.add_argument("--key", required=True, action="append", metavar="FILE")
+    parser.add_argument("--key", action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--key-directory", metavar="DIRECTORY", help="where each file is a key, such as credentials"
+    )
     parser.add_argument("--passphrase-file", metavar="FILE", help="of the keys that are encrypted")
     parser.add_argument("--user", help="the user to become, if root, once the keys are loaded")
     parser.add_argument(
@@ -261,7 +264,8 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     keys = _load_some_encrypted(arguments)
     introduction = Keys.of(keys).encode()
     # A client of this socket states the terms, so only root may connect.
-    with _listener(arguments, uid=0, gid=0, mode=0o600) as listener:
+    with ExitStack() as stack:
+        listeners = _listeners(arguments, stack, lambda: (0, 0), mode=0o600)
         program = _withdraw(arguments, guards)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
@@ -271,7 +275,8 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
                 parent.send(introduction)
             keyd.hear_parent(parent, gone=lambda: None)
 
-        keyd.hear_listener(listener, accepted)
+        for listener in listeners:
+            keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
@@ -282,11 +287,10 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()
-    user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
-    gid = grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
     guards = _protect(arguments)
     keys = _load_some_encrypted(arguments)
-    with _listener(arguments, user.pw_uid, gid, mode=0o660) as listener:
+    with ExitStack() as stack:
+        listeners = _listeners(arguments, stack, lambda: _owner(arguments), mode=0o660)
         program = _withdraw(arguments, guards)
         # Which versions and groups its clients speak, they do not say.
         granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
@@ -294,30 +298,50 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
 
-        def record(report: Refusal | Done) -> None:
-            if isinstance(report, Refusal):
-                print(f"keyd: refused, {report.status.name}: {report.detail}", file=sys.stderr)
+        def accepted(client: socket.socket) -> None:
+            def record(report: Refusal | Done) -> None:
+                if isinstance(report, Refusal):
+                    print(
+                        f"keyd: refused, {report.status.name}: {report.detail} "
+                        f"(process {peer_process(client)})",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
-        keyd.hear_listener(listener, lambda client: keyd.open(terms, grants, client, record))
+            keyd.open(terms, grants, client, record)
+
+        for listener in listeners:
+            keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
 
 
-def _listener(arguments: argparse.Namespace, uid: int, gid: int, mode: int) -> socket.socket:
-    """The socket that systemd passed, or else a new one at the path that was asked for."""
+def _owner(arguments: argparse.Namespace) -> tuple[int, int]:
+    """The uid and the gid of the socket of ``keyd listen``. Raises LookupError."""
+    user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
+    return user.pw_uid, grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
+
+
+def _listeners(
+    arguments: argparse.Namespace,
+    stack: ExitStack,
+    owner: Callable[[], tuple[int, int]],
+    mode: int,
+) -> list[socket.socket]:
+    """The sockets that systemd passed, or else a new one at the path that was asked for."""
     passed = [one for sockets in passed_sockets().values() for one in sockets]
     if passed:
-        return passed[0]
+        return [stack.enter_context(one) for one in passed]
     if arguments.socket is None:
         raise LookupError("no --socket, and none was passed by systemd")
     path = Path(arguments.socket)
     if path.is_socket():
         path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    bind(listener, str(path), mode, (uid, gid) if os.geteuid() == 0 else None)
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    bind(listener, str(path), mode, owner() if os.geteuid() == 0 else None)
     listener.listen(_BACKLOG)
-    return listener
+    return [listener]
 
 
 def _protect(arguments: argparse.Namespace) -> str:
@@ -346,13 +370,29 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
 
 
 def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKey]:
-    """Load the keys of the command line; only encrypted ones get the passphrase file."""
-    return _load(
-        load_private_key(
-            path, arguments.passphrase_file if b"ENCRYPTED" in Path(path).read_bytes() else None
-        )
-        for path in arguments.key
-    )
+    """Load the keys of the command line; only encrypted ones get the passphrase file.
+
+    In a directory, a file that holds no key is named, and left out: it does not take the others
+    out of service. Raises UnusableKey, and LookupError where there is no key at all.
+    """
+
+    def load(path: str) -> PrivateKey:
+        encrypted = b"ENCRYPTED" in read(path, "key")
+        return load_private_key(path, arguments.passphrase_file if encrypted else None)
+
+    keys = [load(path) for path in arguments.key]
+    if arguments.key_directory:
+        for file in sorted(map(str, Path(arguments.key_directory).iterdir())):
+            if file == arguments.passphrase_file:
+                continue
+            try:
+                keys.append(load(file))
+            except UnusableKey as error:
+                print(f"keyd: left out: {error}", file=sys.stderr)
+    if not keys:
+        where = f" in {arguments.key_directory}" if arguments.key_directory else ": set --key"
+        raise LookupError(f"no private key{where}")
+    return _load(keys)
 
 
 def _load(keys: Iterable[PrivateKey]) -> dict[bytes, PrivateKey]:

@@ -1,4 +1,4 @@
-"""A unix socket's file, made with its owner and mode from the start (unix(7)).
+"""Unix sockets (unix(7)): a file with its owner and mode from the start; who connected.
 
 Run by the supervisor and by keyd, as root. The directory may be one that others can write to. So
 nothing is done by the path once the file is there: a link could be in its place.
@@ -7,8 +7,12 @@ nothing is done by the path once the file is there: a link could be in its place
 import os
 import socket
 import stat
+import struct
 
-__all__ = ["bind"]
+__all__ = ["bind", "peer_process"]
+
+#: struct ucred (unix(7)): pid, uid, gid.
+_CREDENTIALS = struct.Struct("iII")
 
 
 def bind(
@@ -32,3 +36,10 @@ def bind(
             os.chown(f"/proc/self/fd/{file}", *owner)
         finally:
             os.close(file)
+
+
+def peer_process(connection: socket.socket) -> int:
+    """The pid of the process that connected; 0 if it is in a namespace that we do not see."""
+    octets = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(octets)[0]
+    return pid

@@ -5,10 +5,7 @@ One test, in the order in which it is done; it prints what was typed and what wa
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from .administrator import Administrator, package
 from .clock import SteppedClock
 from .machine import Machine
 
@@ -39,91 +37,12 @@ uids = "2110000000-2110065535"
 """
 
 
-def _package(revision: int) -> Path:
-    """The Debian package; each revision has the same content."""
-    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
-    subprocess.run(
-        ["make", "--no-print-directory", "deb", f"REVISION={revision}"],
-        cwd=_REPOSITORY,
-        env=environment,
-        stdout=sys.stderr,
-        check=True,
-    )
-    (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
-    _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
-    return built
-
-
-def _tells_nothing_of_its_build(stage: Path) -> None:
-    """It is the same wherever it is built: pip's directories for a build have random names."""
-    for file in stage.rglob("*"):
-        if file.is_file() and not file.is_symlink():
-            assert not re.search(rb"/pip-[a-z]+-\w{8}/", file.read_bytes()), file
-    # The build ID of what is linked here (NT_GNU_BUILD_ID, 20 octets) is a hash of such names, too.
-    for library in (*stage.rglob("_prctl.*.so"), *stage.rglob("keyd/*/*.so")):
-        assert b"\x14\0\0\0\x03\0\0\0GNU\0" not in library.read_bytes(), library
-
-
-class Administrator:
-    """Types commands on the machine, and shows them with what came of them."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.etc = machine.root / "etc/titus-py"
-
-    def types(self, command: str, fails: bool = False) -> str:
-        print(f"\n# {command}", flush=True)
-        seen = self.machine.run(f"{command}\ncode=$?\necho\necho code=$code")
-        seen, _, code = seen.rpartition("\ncode=")
-        # Not the progress that dpkg shows.
-        seen = re.sub(r".*\r", "", seen)
-        print(seen.rstrip(), flush=True)
-        assert (code.strip() != "0") == fails, f"{command}: exit code {code.strip()}\n{seen}"
-        return seen
-
-    def writes(self, path: str, text: str) -> None:
-        print(f"\n# editor {path}\n{text.rstrip()}", flush=True)
-        file = self.machine.root / path.lstrip("/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-    def gets_a_certificate(self, name: str) -> None:
-        """One that says who issued it, with its key; a client is to trust it alone."""
-        self.types(
-            "umask 077; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
-            f" -days 30 -subj '/O={name}/CN=www.example.org'"
-            " -addext subjectAltName=DNS:www.example.org"
-            " -keyout /etc/titus-py/www.key -out /etc/titus-py/www.crt 2>/dev/null"
-        )
-
-    def requests(self) -> None:
-        """A request, by a client that trusts the certificate that is there now."""
-        seen = self.types(
-            "curl --silent --show-error --max-time 20 --resolve www.example.org:443:127.0.0.1"
-            f" --cacert /etc/titus-py/www.crt {_URL}"
-        )
-        assert seen.strip() == "It works."
-
-    def property(self, unit: str, name: str) -> str:
-        return self.machine.run(f"systemctl show --property={name} --value {unit}").strip()
-
-    def processes(self) -> str:
-        """Those that are titus-py's, by the program and by whom they run as."""
-        seen = self.machine.run("ps -eo uid,pid,args --no-headers")
-        return "\n".join(
-            line
-            for line in seen.splitlines()
-            if re.search("titus|keyd", line)
-            or int(line.split()[0]) in range(2_110_000_000, 2_110_065_536)
-        )
-
-
 @pytest.fixture
 def administrator(default_uids: None) -> Iterator[Administrator]:
     with Machine() as machine:
         for revision in (1, 2):
-            package = _package(revision)
-            (machine.root / "root" / f"titus-py-{revision}.deb").write_bytes(package.read_bytes())
+            built = package(revision)
+            (machine.root / "root" / f"titus-py-{revision}.deb").write_bytes(built.read_bytes())
         yield Administrator(machine)
 
 

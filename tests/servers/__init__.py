@@ -1,0 +1,1 @@
+"""Other people's servers, as Debian packages them, with their keys in keyd."""

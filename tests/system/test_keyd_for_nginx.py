@@ -1,0 +1,139 @@
+"""docs/keyd.md, followed to the letter on a machine with systemd: nginx's key goes to keyd."""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .administrator import Administrator, package
+from .machine import Machine
+
+_GUIDE = (Path(__file__).parents[2] / "docs/keyd.md").read_text()
+_UNIT = "keyd@nginx"
+_URL = "https://www.example.org/"
+
+
+@pytest.fixture
+def administrator(default_uids: None) -> Iterator[Administrator]:
+    with Machine() as machine:
+        (machine.root / "root/titus-py.deb").write_bytes(package(1).read_bytes())
+        yield Administrator(machine)
+
+
+def _blocks(heading: str, indent: int) -> list[str]:
+    """What the guide has to be typed below this heading, block by block."""
+    section = re.split(r"^## ", _GUIDE.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+    without_files = re.sub(r"^ *```.*?^ *```$", "", section, flags=re.DOTALL | re.M)
+    blocks = re.findall(rf"(?:^ {{{indent}}}.*\n)+", without_files, re.MULTILINE)
+    return [textwrap.dedent(block).rstrip() for block in blocks]
+
+
+def _nginxs_file() -> str:
+    found = re.search(r"^ *```nginx\n(.*?)^ *```$", _GUIDE, re.DOTALL | re.MULTILINE)
+    assert found
+    return textwrap.dedent(found[1])
+
+
+def _requests(admin: Administrator) -> str:
+    """By a client that trusts what is nginx's certificate now; it may have to wait."""
+    return admin.types(
+        "curl --silent --show-error --fail --max-time 20 --retry 20 --retry-all-errors"
+        " --retry-delay 1 --cacert /etc/nginx/www.crt"
+        f" --resolve www.example.org:443:127.0.0.1 {_URL}"
+    )
+
+
+def _makes_a_certificate(admin: Administrator, stem: str) -> None:
+    admin.types(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30"
+        f" -subj '/O={Path(stem).name}/CN=www.example.org'"
+        f" -addext subjectAltName=DNS:www.example.org"
+        f" -keyout {stem}.key -out {stem}.crt 2>/dev/null"
+    )
+
+
+def test_the_guide_is_right(administrator: Administrator) -> None:
+    admin = administrator
+    admin.types("apt-get install --quiet --quiet --yes /root/titus-py.deb")
+    assert not admin.types(f"systemd-analyze verify {_UNIT}.service {_UNIT}.socket").strip()
+    # A machine within a container cannot always raise the limit for who is not root.
+    admin.writes(
+        f"/etc/systemd/system/{_UNIT}.service.d/lock.conf",
+        "[Service]\nEnvironment=OPTIONS=--lock-memory=try\n",
+    )
+    admin.types("mkdir -p /var/www/html && echo It works. > /var/www/html/index.html")
+    _makes_a_certificate(admin, "/etc/nginx/www")
+    gives_key, says_who, writes_reference, looks = _blocks("nginx in five minutes", 8)
+    for typed in (gives_key, says_who, writes_reference):
+        admin.types(typed)
+    admin.writes("/etc/nginx/sites-enabled/www", _nginxs_file())
+    admin.types("systemctl restart nginx")
+    assert "It works." in admin.types(looks)
+    admin.types("rm /etc/nginx/www.key")
+    _is_restarted(admin)
+    _is_asked_by_others(admin)
+    _is_renewed(admin)
+    _is_exposed_as_documented(admin)
+    _is_removed(admin)
+
+
+def _is_restarted(admin: Administrator) -> None:
+    """Either, without the other: a client has to wait, and no more."""
+    for unit in (_UNIT, "nginx", f"{_UNIT}.socket"):
+        admin.types(f"systemctl restart {unit}")
+        _requests(admin)
+    # Killed, and started again by the next one who asks.
+    admin.types(f"systemctl kill --signal=KILL {_UNIT}")
+    _requests(admin)
+    assert admin.property(_UNIT, "ActiveState") == "active"
+
+
+def _is_asked_by_others(admin: Administrator) -> None:
+    """Who is not of the group cannot even connect; and keyd is nobody who could be another keyd."""
+    script = (
+        "import socket; s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        " s.connect('/run/titus-keyd/nginx.sock')"
+    )
+    for group, fails in (("www-data", False), ("nogroup", True)):
+        who = f"setpriv --reuid=nobody --regid={group} --clear-groups"
+        seen = admin.types(f'{who} python3 -c "{script}"', fails=fails)
+        assert ("PermissionError" in seen) == fails
+    pid = admin.property(_UNIT, "MainPID")
+    status = admin.types(f"cat /proc/{pid}/status")
+    assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\t2$", status, re.MULTILINE)
+    assert int(re.search(r"^Uid:\t(\d+)", status, re.MULTILINE)[1]) >= 61184  # type: ignore[index]
+
+
+def _is_renewed(admin: Administrator) -> None:
+    _makes_a_certificate(admin, "new")
+    first, last = _blocks("A renewed certificate", 4)[:2]
+    admin.types(first)
+    _requests(admin)
+    admin.types(last)
+    _requests(admin)
+    # A file that is no key does not take the others out of service.
+    admin.types("cp new.crt /etc/titus-keyd/nginx/")
+    admin.types(f"systemctl restart {_UNIT}")
+    _requests(admin)
+    assert "left out: " in admin.types(f"journalctl --quiet --unit {_UNIT}")
+    admin.types("rm /etc/titus-keyd/nginx/new.crt new.crt new.key")
+
+
+def _is_exposed_as_documented(admin: Administrator) -> None:
+    documented = (Path(__file__).parents[2] / "docs/systemd.md").read_text()
+    seen = admin.types(f"systemd-analyze security --no-pager {_UNIT}.service | tail -n 1")
+    figure = re.search(r"level for \S+: ([\d.]+)", seen)
+    assert figure
+    assert f"| `{_UNIT}.service` | {figure[1]} |" in documented
+
+
+def _is_removed(admin: Administrator) -> None:
+    admin.types("apt-get purge --quiet --quiet --yes titus-py")
+    assert not admin.processes()
+    admin.types("systemctl daemon-reload")
+    assert not admin.types("systemctl list-units --plain --no-legend 'keyd@*'").strip()
+    # The key is the administrator's, and stays.
+    admin.types("ls /etc/titus-keyd/nginx/new.key")
