@@ -46,6 +46,9 @@ LOCKED_INSTALL = $(PIP_INSTALL) --require-hashes --no-build-isolation --use-pep5
 demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
 
+# PYTEST_ARGUMENTS=--full: the long ones as often as was once promised. What Python has compiled is
+# kept, whatever the environment says: a program that is started a thousand times is compiled once.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/built $(VENV)/test-packages
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGUMENTS)
 

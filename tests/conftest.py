@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -16,6 +17,28 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="long tests as often as was once promised, and not only as often as shows a mistake",
+    )
+
+
+class Rounds(Protocol):
+    """How often a long test does what it does: ``enough``, or, with ``--full``, ``full``."""
+
+    def __call__(self, *, enough: int, full: int) -> int: ...
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig: pytest.Config) -> Rounds:
+    def choose(*, enough: int, full: int) -> int:
+        return full if pytestconfig.getoption("full") else enough
+
+    return choose
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

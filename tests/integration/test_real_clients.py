@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Rounds
 
 from titus_py.audit.throwaway_authority import KEY_TYPES
 
@@ -15,7 +16,6 @@ from .instance import Instance
 
 CommandLine = Callable[..., Instance]
 
-SIZE = 1 << 30
 SERVED = ["RSA-2048", "RSA-4096", "P-256", "P-384", "Ed25519"]
 REQUEST = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
 RSA_SUITES = "AES128-GCM-SHA256:AES256-GCM-SHA384"
@@ -42,10 +42,14 @@ def s_client(
 
 
 @pytest.fixture(scope="module")
-def gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """As many octets, no two pages of them alike: AES in counter mode over zeros."""
-    path = tmp_path_factory.mktemp("gigabyte") / "octets"
-    command = f"head -c {SIZE} /dev/zero | openssl enc -aes-128-ctr -K 01 -iv 02 -out {path}"
+def large_file(tmp_path_factory: pytest.TempPathFactory, rounds: Rounds) -> Iterator[Path]:
+    """No two pages of it alike: AES in counter mode over zeros.
+
+    It is a hundred times what all buffers on the way hold, and makes 16,000 TLS records.
+    """
+    size = rounds(enough=1 << 28, full=1 << 30)
+    path = tmp_path_factory.mktemp("large") / "octets"
+    command = f"head -c {size} /dev/zero | openssl enc -aes-128-ctr -K 01 -iv 02 -out {path}"
     subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=60)
     yield path
     path.unlink()
@@ -66,17 +70,17 @@ def test_curl_gets_a_page_over_http_1_1(
     assert (answer.stdout, answer.stderr) == ("It works.\n1.1", "")
 
 
-def test_a_gibibyte_comes_down_and_goes_up_unchanged(
-    command_line: CommandLine, nginx: Nginx, certificates: Certificates, gigabyte: Path
+def test_a_large_file_comes_down_and_goes_up_unchanged(
+    command_line: CommandLine, nginx: Nginx, certificates: Certificates, large_file: Path
 ) -> None:
     certificate = certificates("P-256")
     instance = command_line(nginx.address, certificate)
-    expected = digest(gigabyte)
-    served = nginx.files / "gigabyte"
-    served.symlink_to(gigabyte)
+    size, expected = large_file.stat().st_size, digest(large_file)
+    served = nginx.files / "large"
+    served.symlink_to(large_file)
 
     with subprocess.Popen(
-        curl(instance, certificate, "/gigabyte"), stdout=subprocess.PIPE
+        curl(instance, certificate, "/large"), stdout=subprocess.PIPE
     ) as download:
         assert download.stdout is not None
         received = hashlib.sha256()
@@ -84,12 +88,12 @@ def test_a_gibibyte_comes_down_and_goes_up_unchanged(
         while piece := download.stdout.read(1 << 20):
             received.update(piece)
             octets += len(piece)
-    assert (download.returncode, octets, received.hexdigest()) == (0, SIZE, expected)
+    assert (download.returncode, octets, received.hexdigest()) == (0, size, expected)
 
-    uploaded = nginx.uploads / "gigabyte"
-    command = curl(instance, certificate, "/upload/gigabyte", "--upload-file", str(gigabyte))
+    uploaded = nginx.uploads / "large"
+    command = curl(instance, certificate, "/upload/large", "--upload-file", str(large_file))
     subprocess.run(command, check=True, timeout=120)
-    assert (uploaded.stat().st_size, digest(uploaded)) == (SIZE, expected)
+    assert (uploaded.stat().st_size, digest(uploaded)) == (size, expected)
     uploaded.unlink()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Rounds
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -41,7 +42,6 @@ from .service import (
     without_end,
 )
 
-RELOADS = 50
 COMERS = 50
 STAYERS = 50
 #: A transfer goes on until it has seen so many reloads.
@@ -151,9 +151,12 @@ class Load:
             await writer.wait_closed()
 
 
-def test_50_reloads_under_load_fail_nobody(
-    serve: Serve, certificates: Certificates, tmp_path: Path
+def test_reloads_under_load_fail_nobody(
+    serve: Serve, certificates: Certificates, tmp_path: Path, rounds: Rounds
 ) -> None:
+    """So many that every long transfer sees its end, and every uid is used again several times."""
+    reloads = rounds(enough=20, full=50)
+
     def certificate_of(number: int) -> Certificate:
         return certificates("P-256", "localhost", f"reload-{number}.test")
 
@@ -173,7 +176,7 @@ def test_50_reloads_under_load_fail_nobody(
 
         async def reload_again_and_again() -> None:
             nonlocal most_generations
-            for number in range(1, RELOADS + 1):
+            for number in range(1, reloads + 1):
                 changed = number % 2 == 1
                 if changed:
                     install(certificate_of(number), tmp_path)
@@ -203,7 +206,7 @@ def test_50_reloads_under_load_fail_nobody(
         started = time.monotonic()
         asyncio.run(everybody())
         print(
-            f"{RELOADS} reloads in {time.monotonic() - started:.0f} s, the slowest "
+            f"{reloads} reloads in {time.monotonic() - started:.0f} s, the slowest "
             f"{max(durations):.1f} s; up to {most_generations} generations at once; "
             f"{load.served} connections, {load.transfers} long transfers, {load.octets} octets; "
             f"{len(load.failures)} failures"

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import Rounds
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
@@ -25,7 +26,6 @@ from .service import PATIENCE, edit, launcher, reload, serves, talk, without_end
 from .test_stopping import write_configuration
 
 FAILS = (SSL.Error, OSError, Truncated, AssertionError)
-ROUNDS = 5
 CLIENTS = 15
 
 
@@ -105,8 +105,14 @@ def nothing_left_of(processes: list[Process], spaces: set[str], before: set[Proc
     eventually(lambda: not left(), f"nothing left of {processes}")
 
 
-def test_20_kills_under_load(certificates: Certificates, echoing: Listener, tmp_path: Path) -> None:
-    """A worker, keyd, the parent and the supervisor (which systemd starts again), in turn."""
+def test_kills_under_load(
+    certificates: Certificates, echoing: Listener, tmp_path: Path, rounds: Rounds
+) -> None:
+    """A worker, keyd, the parent and the supervisor (which systemd starts again), in turn.
+
+    In the second round each meets what the first has left; the third is as the second.
+    """
+    times = rounds(enough=3, full=5)
     port = free_port()
     configuration = write_configuration(certificates, tmp_path, port)
     text = configuration.read_text().replace("127.0.0.1:9", echoing.address)
@@ -166,7 +172,7 @@ def test_20_kills_under_load(certificates: Certificates, echoing: Listener, tmp_
     try:
         start().wait_until_listening()
         with Load(port) as load:
-            for _ in range(ROUNDS):
+            for _ in range(times):
                 for which in ("worker", "keyd", "parent", "supervisor"):
                     time.sleep(0.3)
                     kill(instances[-1], which)
@@ -188,7 +194,7 @@ def test_20_kills_under_load(certificates: Certificates, echoing: Listener, tmp_
         for event in instance.events()
         if event["level"] == "alarm" and event.get("end") == "killed by SIGKILL"
     ]
-    assert len(killed) == ROUNDS
+    assert len(killed) == times
     assert not Path(f"/run/titus-py/{last.pid}.control").exists()
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import Rounds
 from integration.certificates import Certificate
 from integration.instance import Instance, eventually
 from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by, was_reset
@@ -21,8 +22,14 @@ from titus_py.between import messages
 from .harness import infected, make_certificate, one_more_connection, take_over
 from .infected_fork_server import random_message
 
-#: In sum; and so many at most from one worker, of which a channel's buffer takes a part.
-MESSAGES, FROM_ONE = 100_000, 400
+#: So many at most from one worker, of which a channel's buffer takes a part.
+FROM_ONE = 400
+
+
+@pytest.fixture(scope="module")
+def some(rounds: Rounds) -> int:
+    """To each, by sixty workers or more: the first that makes no sense is a worker's last."""
+    return rounds(enough=20_000, full=50_000)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def _order(instance: Instance, name: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["parent", "keyd"])
-def test_fuzzing(instance: Instance, to: str) -> None:
+def test_fuzzing(instance: Instance, to: str, some: int) -> None:
     """Through the real channels: nothing but the own connection ends."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
@@ -62,7 +69,7 @@ def test_fuzzing(instance: Instance, to: str) -> None:
 
     sent = 0
     with ThreadPoolExecutor(3) as pool:
-        while sent < MESSAGES // 2:
+        while sent < some:
             names = [f"h.fuzz.{to}.{seed + number}.{FROM_ONE}" for number in range(30)]
             seed += len(names)
             list(pool.map(lambda name: _order(instance, name), names))
@@ -89,13 +96,13 @@ def _not_more(instance: Instance, before: dict[str, int]) -> dict[str, int] | No
     return counts if all(counts[name] <= before[name] for name in before) else None
 
 
-def test_fuzzing_the_decoders() -> None:
+def test_fuzzing_the_decoders(some: int) -> None:
     """Each message to its end, which no channel would live to see."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     source = random.Random(seed)
     decoded = 0
-    for _ in range(MESSAGES // 2):
+    for _ in range(some):
         try:
             messages.decode_from_worker(
                 random_message(source, "parent")[: messages.WORKER_MESSAGE_OCTETS]
@@ -108,7 +115,7 @@ def test_fuzzing_the_decoders() -> None:
             decoded += 1
         except protocol.Malformed as error:
             assert str(error).isprintable()  # noqa: PT017
-    assert 0 < decoded < MESSAGES
+    assert 0 < decoded < 2 * some
 
 
 # --- after the handshake --------------------------------------------------------------------
