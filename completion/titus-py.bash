@@ -10,12 +10,17 @@ _titus_py() {
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;
-        --kind)
+        --directory)
+            compopt -o filenames
+            mapfile -t COMPREPLY < <(compgen -d -- "$word")
+            return
+            ;;
+        --kind | --type)
             options='rsa-2048 rsa-3072 rsa-4096 rsa-8192 p-256 p-384 p-521 ed25519'
             mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
             return
             ;;
-        --listen | --backend)
+        --listen | --backend | --server-name | --timeout)
             return
             ;;
         --pid)
@@ -37,9 +42,23 @@ _titus_py() {
             fi
             ;;
         reload) options='--pid --program --cut' ;;
+        keys)
+            case ${COMP_WORDS[2]} in
+                new) options='--directory --type --force --config' ;;
+                pin)
+                    options='--server-name --timeout'
+                    if [[ $word != -* ]]; then
+                        compopt -o filenames
+                        mapfile -t COMPREPLY < <(compgen -f -- "$word")
+                        return
+                    fi
+                    ;;
+            esac
+            [ "$COMP_CWORD" -eq 2 ] && options='new pin'
+            ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
-        options='serve check demo audit status reload rekey --help --version'
+        options='serve check demo audit status reload rekey keys --help --version'
     else
         options="$options --help"
     fi

@@ -1,17 +1,19 @@
-"""Makes private keys, and the requests for their certificates.
+"""Makes private keys, and requests for their certificates, or certificates that they sign.
 
-Runs as ``keyd make``, which ``titus-py rekey`` starts as root. Before it makes anything, it gives
-up root, the network and every file (``confine``): what it reads and writes are descriptors that
-come with each order. So no key's octets are in ``titus-py rekey``, and this process has no key
-but the new ones. It trusts ``titus-py rekey``; the certificates are the administrator's.
+Runs as ``keyd make``, which ``titus-py rekey`` and ``titus-py keys new`` start as root. Before it
+makes anything, it gives up root, the network and every file (``confine``): what it reads and writes
+are descriptors that come with each order. So no key's octets are in the command that started it,
+and this process has no key but the new ones. It trusts that command; the certificates that it reads
+are the administrator's.
 """
 
 import json
 import os
 import resource
 import socket
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -25,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from keyd import confinement
 from keyd.chain import UNREADABLE
@@ -35,7 +38,7 @@ from keyd.linux.descriptors import receive_descriptors
 from keyd.powers import PrivateKey
 from keyd.system_calls import MAKING
 
-__all__ = ["Order", "confine", "kind_of", "make", "serve"]
+__all__ = ["Order", "confine", "kind_of", "make", "make_known", "serve"]
 
 _ORDER_OCTETS = 1024
 _CURVES: Mapping[str, ec.EllipticCurve] = {
@@ -50,9 +53,25 @@ _DIGESTS: Mapping[str, hashes.SHA384 | hashes.SHA512 | None] = {
     "p-521": hashes.SHA512(),
     "ed25519": None,
 }
+#: RFC 5280 §4.2.1.3.
+_KEY_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
 #: What it may have open, and how many octets a file that it writes may have.
 _MAX_DESCRIPTORS, _MAX_FILE_OCTETS = 16, 1024 * 1024
 _RSA_EXPONENT = 65537
+#: How long a certificate is valid whose key is known, and which nobody needs to renew. And from how
+#: long ago: the other host's clock may be slow.
+_KNOWN_VALIDITY = timedelta(days=36_500)
+_SLOW_CLOCK = timedelta(days=1)
 
 
 class Order(NamedTuple):
@@ -84,6 +103,7 @@ def confine(to: confinement.Confinement) -> None:
     program = seccomp.Program(seccomp.build(MAKING))
     # What the library loads late: no file can be opened later.
     request_for(None, generate("p-256"))
+    self_signed("host.invalid", generate("p-256"), 0)
     _encoded(generate("ed25519"), b"passphrase")
     confinement.confine(to)
     if landlock.version():
@@ -103,6 +123,8 @@ def serve(orders: socket.socket) -> None:
 
     An order is JSON with ``kind``, ``has_key``, ``has_request`` (the request's descriptor comes
     with it) and ``encrypted`` (the passphrase's does); the descriptors are in Order's sequence.
+    Or with ``kind``, ``known`` (a name) and ``now`` (in Unix time), and the descriptors of the key
+    and the certificate.
     """
     while True:
         message, descriptors = receive_descriptors(orders, _ORDER_OCTETS, 4)
@@ -111,10 +133,11 @@ def serve(orders: socket.socket) -> None:
         problem = None
         try:
             told = json.loads(message)
-            certificate, key, *others = descriptors
-            request = others.pop(0) if told["has_request"] else -1
-            passphrase = others.pop(0) if told["encrypted"] else -1
-            make(Order(told["kind"], certificate, key, request, passphrase, told["has_key"]))
+            if "known" in told:
+                key, certificate = descriptors
+                make_known(told["kind"], told["known"], told["now"], key, certificate)
+            else:
+                make(_order(told, descriptors))
         except _CannotMake as error:
             problem = str(error)
         except OSError as error:
@@ -123,6 +146,13 @@ def serve(orders: socket.socket) -> None:
             for descriptor in descriptors:
                 os.close(descriptor)
         orders.send(json.dumps({"problem": problem}).encode())
+
+
+def _order(told: Mapping[str, Any], descriptors: Sequence[int]) -> Order:
+    certificate, key, *others = descriptors
+    request = others.pop(0) if told["has_request"] else -1
+    passphrase = others.pop(0) if told["encrypted"] else -1
+    return Order(told["kind"], certificate, key, request, passphrase, told["has_key"])
 
 
 def make(order: Order) -> None:
@@ -142,6 +172,20 @@ def make(order: Order) -> None:
             _write(order.request, request_for(leaf, key))
     except UNREADABLE as error:
         raise _CannotMake(f"its certificate cannot be taken over into a request: {error}") from None
+
+
+def make_known(kind: str, name: str, now: int, key_file: int, certificate_file: int) -> None:
+    """Make a key and a certificate that it signs itself; raises OSError, or _CannotMake.
+
+    The files are descriptors to write. ``now`` is in Unix time.
+    """
+    key = generate(kind)
+    try:
+        certificate = self_signed(name, key, now)
+    except ValueError as error:
+        raise _CannotMake(f"{name} cannot be a certificate's name: {error}") from None
+    _write(key_file, _encoded(key, None))
+    _write(certificate_file, certificate)
 
 
 def generate(kind: str) -> PrivateKey:
@@ -176,6 +220,33 @@ def request_for(leaf: x509.Certificate | None, key: PrivateKey) -> bytes:
     for extension in leaf.extensions if leaf is not None else ():
         if isinstance(extension.value, x509.SubjectAlternativeName | x509.TLSFeature):
             builder = builder.add_extension(extension.value, extension.critical)
+    digest = _DIGESTS.get(kind_of(key.public_key()), hashes.SHA256())
+    return builder.sign(key, digest).public_bytes(Encoding.PEM)
+
+
+def self_signed(name: str, key: PrivateKey, now: int) -> bytes:
+    """A certificate (PEM) for this host name, for a TLS server and for a TLS client.
+
+    It can certify no other. Raises ValueError.
+    """
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    begins = datetime.fromtimestamp(now, UTC)
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    signs = dict.fromkeys(_KEY_USES, False) | {"digital_signature": True}
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins - _SLOW_CLOCK)
+        .not_valid_after(begins + _KNOWN_VALIDITY)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(**signs), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
     digest = _DIGESTS.get(kind_of(key.public_key()), hashes.SHA256())
     return builder.sign(key, digest).public_bytes(Encoding.PEM)
 

@@ -29,6 +29,8 @@ __all__ = ["main"]
 #: What ``keyd make`` makes.
 _KEY_KINDS = ("rsa-2048", "rsa-3072", "rsa-4096", "rsa-8192", "p-256", "p-384", "p-521", "ed25519")
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
+#: Where ``keys new`` puts what it makes.
+_KEYS = Path("/etc/titus-py/keys")
 
 
 def main() -> int:
@@ -121,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     rekey.add_argument("--pid", type=int, help="the supervisor of the instance, if several run")
     rekey.set_defaults(run=_rekey)
 
+    _add_keys(commands.add_parser("keys", help="keys that other hosts know by their pins"))
+
     demo = commands.add_parser("demo", help="show a real request, and what protects the key")
     demo.set_defaults(run=_demo)
 
@@ -137,6 +141,45 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--html", type=Path, metavar="FILE", help="also write a report to hand on")
     audit.set_defaults(run=_audit)
     return parser
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    new = commands.add_parser(
+        "new",
+        help="make a key, and a certificate that it signs itself",
+        description="Writes NAME.key and NAME.crt, and prints the key's pin, and what to do with "
+        "it. Exit code 0: done; 1: something failed; 2: a mistake, and nothing was done.",
+    )
+    new.add_argument("name", metavar="NAME", help="a host's, or a name as good as one: web-1")
+    new.add_argument("--directory", type=Path, default=_KEYS, help=f"where (default: {_KEYS})")
+    new.add_argument(
+        "--type", choices=_KEY_KINDS, default="p-256", help="of the key (default: p-256)"
+    )
+    new.add_argument("--force", action="store_true", help="replace files that are there")
+    new.add_argument("--config", type=Path, metavar="FILE")
+    new.set_defaults(run=_keys_new)
+
+    pin = commands.add_parser(
+        "pin",
+        help="print the pin of a key",
+        description="Of the first certificate or public key of a file (PEM or DER), or of the "
+        "certificate that a TLS server shows, whoever that is. Standard output has the pin alone. "
+        "Exit code 0: done; 1: something failed; 2: a mistake.",
+    )
+    pin.add_argument("asked", metavar="FILE | HOST:PORT")
+    pin.add_argument("--server-name", metavar="NAME", help="to ask the server for (default: HOST)")
+    pin.add_argument(
+        "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="default: 10"
+    )
+    pin.set_defaults(run=_keys_pin)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise ValueError(text)
+    return seconds
 
 
 class _Version(argparse.Action):
@@ -242,6 +285,19 @@ def _rekey(arguments: argparse.Namespace) -> int:
         arguments.dry_run,
         arguments.pid,
     )
+
+
+def _keys_new(arguments: argparse.Namespace) -> int:
+    from titus_py.commands.keys_new import new
+
+    of = arguments
+    return new(of.name, of.directory, of.type, of.force, of.config)
+
+
+def _keys_pin(arguments: argparse.Namespace) -> int:
+    from titus_py.commands.keys_pin import pin
+
+    return pin(arguments.asked, arguments.server_name, arguments.timeout)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

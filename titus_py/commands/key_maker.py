@@ -1,15 +1,16 @@
 """``keyd make``, which makes keys in a confined process: starts it, and gives it its orders.
 
-Run by ``titus-py rekey``, as root. Each order goes with the descriptors of the files to read and
-write. So the process needs no way to a file, and no key's octets come here. Its answers are
-strictly decoded: it may say that something cannot be made, and why.
+Run by ``titus-py rekey`` and ``titus-py keys new``, as root. Each order goes with the descriptors
+of the files to read and write. So the process needs no way to a file, and no key's octets come
+here. Its answers are strictly decoded: it may say that something cannot be made, and why.
 """
 
 import json
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from keyd.linux.descriptors import send_descriptors
@@ -77,22 +78,33 @@ class KeyMaker:
         }
         with open(sealed_file("certificate", certificate.encode()), "rb") as file:
             given = [one for one in (file.fileno(), key, request, passphrase) if one is not None]
-            try:
-                send_descriptors(self._orders, json.dumps(order).encode(), given)
-                answer = self._orders.recv(_ANSWER_OCTETS)
-            except TimeoutError:
-                self._process.kill()
-                raise NotMade(f"no key within {_SECONDS:g} s", ended=True) from None
-            except OSError:
-                answer = b""
-        if problem := self._problem(answer):
-            raise NotMade(problem)
+            self._carry_out(order, given)
+
+    def make_known(self, kind: str, name: str, key: int, certificate: int) -> None:
+        """Have a key made, and a certificate for this name that it signs itself; both written.
+
+        Raises NotMade.
+        """
+        order = {"kind": kind, "known": name, "now": int(time.time())}
+        self._carry_out(order, [key, certificate])
 
     def close(self) -> None:
         """End it."""
         self._orders.close()
         if self._process.returncode is None:
             self._process.communicate()
+
+    def _carry_out(self, order: Mapping[str, object], given: Sequence[int]) -> None:
+        try:
+            send_descriptors(self._orders, json.dumps(order).encode(), given)
+            answer = self._orders.recv(_ANSWER_OCTETS)
+        except TimeoutError:
+            self._process.kill()
+            raise NotMade(f"no key within {_SECONDS:g} s", ended=True) from None
+        except OSError:
+            answer = b""
+        if problem := self._problem(answer):
+            raise NotMade(problem)
 
     def _problem(self, answer: bytes) -> str | None:
         try:

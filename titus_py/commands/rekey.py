@@ -5,13 +5,13 @@ key is read here, and no file is overwritten: what is made is beside the old key
 ``NAME.new.key`` and ``NAME.new.csr``. An interrupted run is completed by the next one.
 """
 
-import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from titus_py.commands import whole_files
+from titus_py.commands.alone import alone
 from titus_py.commands.check import report
 from titus_py.commands.key_maker import KeyMaker, NotMade
 from titus_py.commands.progress import tracked
@@ -31,7 +31,6 @@ from titus_py.configuration.tables import Keyd, Worker
 __all__ = ["rekey"]
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
-_LOCK = Path("/run/titus-py/rekey.lock")
 
 
 def rekey(
@@ -58,7 +57,7 @@ def rekey(
             report(loaded)
             return 2
     try:
-        with _alone():
+        with alone(say):
             mistakes: list[str] = []
             chosen = selected(asked, loaded, mistakes)
             if installs and not dry_run:
@@ -75,19 +74,6 @@ def rekey(
     except OSError as error:
         say(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
     return 1
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """No other rekey runs meanwhile: waits for one that does. Raises OSError."""
-    _LOCK.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with open(_LOCK, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another titus-py rekey to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make_all(

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, whenever the machine or the command is stopped.
 
-Run by ``titus-py rekey``, as root. What a file holds is copied by the kernel: a private key never
-comes into this process's memory. Each function raises OSError.
+Run by ``titus-py rekey`` and ``titus-py keys new``, as root. What a file holds is copied by the
+kernel: a private key never comes into this process's memory. Each function raises OSError.
 """
 
 import errno
@@ -17,22 +17,26 @@ _COPIED_AT_ONCE = 1 << 20
 
 
 @contextmanager
-def new_file(path: Path, mode: int, like: os.stat_result) -> Iterator[int]:
+def new_file(path: Path, mode: int, like: os.stat_result, replaces: bool = False) -> Iterator[int]:
     """A file to write, which appears at ``path`` when the block ends well.
 
-    Its owner and group are those of ``like``. It overwrites nothing: where something is there
-    already, FileExistsError. Until then the file is ``.NAME.tmp``; one that an interrupted run has
-    left is removed, so only one process at a time may make files here.
+    Its owner and group are those of ``like``. It overwrites nothing unless it ``replaces`` what is
+    there: where something is there already, FileExistsError. Until then the file is ``.NAME.tmp``;
+    one that an interrupted run has left is removed, so only one process at a time may make files
+    here.
     """
     temporary = _temporary(path)
     descriptor = _create(temporary, mode, like)
     try:
         yield descriptor
         os.fsync(descriptor)
-        os.link(temporary, path)
+        if replaces:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
     finally:
         os.close(descriptor)
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -1,0 +1,303 @@
+"""``titus-py keys``: keys that openssl accepts, and pins that it agrees to."""
+
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from OpenSSL import SSL
+
+from titus_py.commands.keys_new import new
+from titus_py.commands.keys_pin import pin
+
+from .conftest import Serve
+from .instance import TITUS_PY, eventually, free_port
+from .peers import Listener, TlsClient, Truncated, was_reset
+
+
+class Done(NamedTuple):
+    code: int
+    said: str
+    explained: str
+
+
+def keys(*arguments: str | Path, user: int | None = None) -> Done:
+    done = subprocess.run(
+        [str(TITUS_PY), "keys", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def openssl(*arguments: str | Path, stdin: bytes = b"") -> bytes:
+    return subprocess.run(
+        ["openssl", *arguments], input=stdin, capture_output=True, check=True
+    ).stdout
+
+
+def pin_by_openssl(certificate: Path) -> str:
+    key = openssl("x509", "-in", certificate, "-noout", "-pubkey")
+    der = openssl("pkey", "-pubin", "-outform", "DER", stdin=key)
+    digest = openssl("dgst", "-sha256", "-r", stdin=der)
+    return "sha256:" + digest.split()[0].decode()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def web(directory: Path) -> Path:
+    """The certificate of a known key."""
+    done = keys("new", "web-1", "--directory", directory)
+    assert done.code == 0, done.explained
+    assert done.said == pin_by_openssl(directory / "web-1.crt") + "\n"
+    assert done.said.strip() in done.explained
+    return directory / "web-1.crt"
+
+
+def test_what_is_made(web: Path) -> None:
+    key = web.with_suffix(".key")
+    assert key.stat().st_mode & 0o7777 == 0o600
+    assert (key.stat().st_uid, web.stat().st_mode & 0o7777) == (0, 0o644)
+    assert sorted(path.name for path in web.parent.iterdir()) == ["web-1.crt", "web-1.key"]
+    text = openssl("x509", "-in", web, "-noout", "-text").decode()
+    for expected in (
+        "Subject: CN = web-1",
+        "DNS:web-1",
+        "prime256v1",
+        "CA:FALSE",
+        "TLS Web Server Authentication, TLS Web Client Authentication",
+    ):
+        assert expected in text
+    in_decades = str(30 * 365 * 86400)
+    openssl("x509", "-in", web, "-noout", "-checkend", in_decades)
+    public = openssl("x509", "-in", web, "-noout", "-pubkey")
+    assert openssl("pkey", "-in", key, "-pubout") == public
+    for purpose in ("sslserver", "sslclient"):
+        openssl("verify", "-CAfile", web, "-purpose", purpose, web)
+
+
+def test_nothing_is_overwritten_unless_it_is_said(directory: Path, tmp_path: Path) -> None:
+    assert keys("new", "db-1", "--directory", tmp_path).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    done = keys("new", "db-1", "--directory", tmp_path)
+    assert (done.code, done.said) == (2, "")
+    assert f"{tmp_path}/db-1.key is there already" in done.explained
+    assert "--force" in done.explained
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    done = keys("new", "db-1", "--directory", tmp_path, "--force", "--type", "rsa-2048")
+    assert done.code == 0, done.explained
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[path] != before[path] for path in before)
+    assert done.said.strip() == pin_by_openssl(tmp_path / "db-1.crt")
+    public = openssl("x509", "-in", tmp_path / "db-1.crt", "-noout", "-pubkey")
+    assert openssl("pkey", "-in", tmp_path / "db-1.key", "-pubout") == public
+
+
+@pytest.mark.parametrize(
+    ("name", "directory", "said"),
+    [
+        ("web_1.example.org/x", "", "is no host name"),
+        ("a" * 60 + ".example.org", "", "has 72 characters"),
+        ("192.0.2.1", "", "IP address"),
+        ("web-1", "none", "none: is no directory"),
+        ("web-1", "strangers", "chown root"),
+    ],
+)
+def test_a_mistake_makes_nothing(
+    name: str, directory: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "strangers").mkdir()
+    os.chown(tmp_path / "strangers", 12345, 12345)
+    assert new(name, tmp_path / directory, "p-256", force=False, config=None) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, said in printed.err) == ("", True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["strangers"]
+
+
+def test_a_configuration_that_is_named_has_to_be_good(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[keyd]\nuser = 7.5\n")
+    done = keys("new", "web-1", "--config", tmp_path / "bad.toml", "--directory", tmp_path)
+    assert (done.code, done.said) == (2, "")
+    assert "bad.toml" in done.explained
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.toml"]
+
+
+def test_only_root_makes_keys(tmp_path: Path) -> None:
+    done = keys("new", "web-1", "--directory", tmp_path, user=12345)
+    assert (done.code, done.said) == (2, "")
+    assert "must be run as root" in done.explained
+
+
+def test_the_pin_of_a_chains_first_for_anybody(web: Path, tmp_path: Path) -> None:
+    """Nobody needs to be root for that."""
+    done = keys("new", "db-1", "--directory", tmp_path, "--type", "ed25519")
+    assert done.code == 0, done.explained
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        chain = Path(directory) / "chain.pem"
+        chain.write_bytes((tmp_path / "db-1.crt").read_bytes() + web.read_bytes())
+        shown = keys("pin", chain, user=12345)
+        as_root = keys("pin", chain)
+    assert shown == as_root
+    assert (shown.code, shown.said) == (0, done.said)
+    assert f"not the one to pin: {pin_by_openssl(web)}" in shown.explained
+
+
+def test_what_has_no_pin(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in {
+        web.with_suffix(".key"): "has a private key in it, which is not read",
+        tmp_path / "none": "no such file or directory",
+        tmp_path: "is no regular file",
+        tmp_path / "pipe": "is no regular file",
+    }.items():
+        assert pin(str(path), None, 10) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"{path}: {said}" in printed.err
+
+
+@contextmanager
+def s_server(*options: str | Path) -> Iterator[int]:
+    port = free_port()
+    process = subprocess.Popen(
+        ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-quiet", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def listens() -> bool:
+        # A connection would be one that it serves.
+        return f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text()
+
+    try:
+        eventually(listens, "openssl listens")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("options", [("-tls1_2",), ("-tls1_2", "-Verify", "1"), ("-Verify", "1")])
+def test_the_pin_of_a_server(web: Path, options: Sequence[str]) -> None:
+    """Also of one that asks for a client's certificate, which this client has not."""
+    with s_server("-cert", web, "-key", web.with_suffix(".key"), *options) as port:
+        done = keys("pin", f"127.0.0.1:{port}")
+    assert (done.code, done.said) == (0, pin_by_openssl(web) + "\n"), done.explained
+    assert "CN=web-1" in done.explained
+    assert "compare this pin by another way" in done.explained
+
+
+def test_the_name_that_a_server_is_asked_for(web: Path, tmp_path: Path) -> None:
+    assert keys("new", "other", "--directory", tmp_path).code == 0
+    other = tmp_path / "other.crt"
+    options = ("-cert", web, "-key", web.with_suffix(".key"), "-servername", "other.test")
+    second = ("-cert2", other, "-key2", other.with_suffix(".key"))
+    with s_server(*options, *second) as port:
+        assert keys("pin", f"localhost:{port}").said.strip() == pin_by_openssl(web)
+        named = keys("pin", f"127.0.0.1:{port}", "--server-name", "other.test")
+        assert named.said.strip() == pin_by_openssl(other)
+
+
+def test_servers_that_show_no_certificate(tmp_path: Path) -> None:
+    def answer(content: bytes) -> None:
+        client = listener.accept()
+        client.sendall(content)
+        client.close()
+
+    with Listener.tcp() as listener:
+        speaking = threading.Thread(target=answer, args=(b"220 mail.example.org ESMTP\r\n",))
+        speaking.start()
+        done = keys("pin", listener.address)
+        speaking.join()
+        assert (done.code, done.said) == (1, "")
+        assert "no certificate was shown: " in done.explained
+        # One that says nothing.
+        done = keys("pin", listener.address, "--timeout", "0.2")
+        assert (done.code, done.said) == (1, "")
+        assert "no answer within" in done.explained
+    done = keys("pin", listener.address)
+    assert (done.code, done.said) == (1, "")
+    assert f"{listener.address}: cannot be connected to: connection refused" in done.explained
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("127.0.0.1:0", "expected a port"),
+        ("::1:443", "brackets"),
+        ("https://example.org", "no such file"),
+        ("example.org", "HOST:PORT"),
+        (":443", "means every address"),
+    ],
+)
+def test_what_is_no_server(asked: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pin(asked, None, 10) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, said in printed.err) == ("", True)
+
+
+def test_two_hosts_and_a_new_key(
+    serve: Serve, echoing: Listener, web: Path, tmp_path: Path
+) -> None:
+    """Each step as docs/known-keys.md has it."""
+    made = {
+        name: keys("new", name, "--directory", tmp_path).said.strip()
+        for name in ("db-1", "stranger", "web-1")
+    }
+    old, now = keys("pin", web).said.strip(), made["web-1"]
+    own = tmp_path / "db-1.crt"
+    vhost = {
+        "certificate": own,
+        "key": own.with_suffix(".key"),
+        "client_certificates": "required",
+        "client_allow": {"spki": [old]},
+    }
+    instance = serve(echoing.address, vhost=[vhost])
+    assert keys("pin", f"127.0.0.1:{instance.port}").said.strip() == made["db-1"]
+
+    def connect(certificate: Path) -> TlsClient:
+        shown = (certificate, certificate.with_suffix(".key"))
+        client = TlsClient(instance.port, authority=own, certificate=shown).handshake()
+        client.send(b"hello")
+        assert client.receive_exactly(5) == b"hello"
+        return client
+
+    def allow(before: str, after: str, *options: str) -> str:
+        file = instance.directory / "titus.toml"
+        text = file.read_text()
+        assert text.count(before) == 1
+        file.write_text(text.replace(before, after))
+        command = [str(TITUS_PY), "reload", f"--pid={instance.pid}", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with connect(web) as with_old:
+        with pytest.raises((SSL.Error, Truncated)):
+            connect(tmp_path / "stranger.crt")
+        refused = instance.wait_for_event("handshake_failed", detail="unknown_key")
+        assert refused["certificate_spki"] == made["stranger"]
+        allow(f'"{old}"', f'"{old}", "{now}"')
+        with connect(web), connect(tmp_path / "web-1.crt") as with_new:
+            pass
+        instance.wait_for_event("connection_ended", client=with_new.name, certificate_spki=now)
+        assert "1 connection ended" in allow(f'"{old}", "{now}"', f'"{now}"', "--cut")
+        assert was_reset(with_old.socket)
+        connect(tmp_path / "web-1.crt").socket.close()
+        with pytest.raises((SSL.Error, Truncated)):
+            connect(web)
