@@ -173,6 +173,19 @@ def reset(side: socket.socket) -> None:
     side.close()
 
 
+def lingering() -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose last holder waits for ten minutes in closing it, and its peer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        side = socket.create_connection(listener.getsockname())
+        peer = listener.accept()[0]
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 600))
+    side.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            side.send(bytes(1 << 20))
+    return side, peer
+
+
 def receive_all(side: socket.socket) -> bytes:
     """Everything up to the FIN; raises ConnectionResetError at an RST."""
     octets = bytearray()

@@ -17,7 +17,7 @@ import pytest
 
 from .conftest import Serve
 from .instance import Event, Instance, Process
-from .peers import Listener, TlsClient
+from .peers import Listener, TlsClient, lingering
 
 _PIDFD_GETFD = 438
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -98,6 +98,31 @@ def test_keyd_can_neither_end_the_supervisor_nor_speak_for_others(
     with TlsClient(instance.port) as client:
         client.handshake()
     assert not instance.events_named("fork_server_died")
+
+
+def test_the_parent_cannot_have_the_supervisor_wait_in_closing_a_socket(
+    serve: Serve, echoing: Listener
+) -> None:
+    """The control is among the tests of ``supervisor.children``."""
+    instance = serve(backend=echoing.address)
+    instance.expected_alarms |= {"unintelligible", "parent_died"}
+    alive = json.dumps({"event": "alive", "spares": 1}).encode()
+    since = len(instance.events())
+    supervisor = instance.supervisor()
+    with mouth(instance.parent(), supervisor) as ours:
+        side, peer = lingering()
+        with peer:
+            # Held, so that it is the last to close it.
+            supervisor.kill(signal.SIGSTOP)
+            with side:
+                for _ in range(3):
+                    socket.send_fds(ours, [alive], [side.fileno()] * 100)
+            supervisor.kill(signal.SIGCONT)
+            instance.wait_for_event("parent_started", since=since)
+            with TlsClient(instance.port) as client:
+                client.handshake()
+    alarms = [event["process"] for event in instance.events_named("unintelligible")]
+    assert alarms == ["parent"]
 
 
 @pytest.mark.parametrize("said", [b"nonsense", b"X" * 2000])

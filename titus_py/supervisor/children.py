@@ -5,17 +5,19 @@ in its form (``child_events``), ends that child. ``upkeep`` decides what is done
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import NoReport, complete_record, read_report
 from titus_py.configuration.certificate_table import load_seconds
-from titus_py.parent.outbox import MAX_REPORTS
 from titus_py.supervisor.child_events import Said, Unintelligible, decode
 from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
+from titus_py.supervisor.lingering import hear_alarms, not_lingering
 from titus_py.supervisor.record import Event
 
 __all__ = ["START_SECONDS", "Children"]
@@ -28,6 +30,9 @@ _QUIET_SECONDS = 15.0
 #: How soon to send an order again that a child could not take.
 _RETRY_SECONDS = 0.05
 _MESSAGE_OCTETS = 64 * 1024
+#: The most that a message can have (SCM_MAX_FD, unix(7)): so ``decode`` sees those that are too
+#: many.
+_MOST_DESCRIPTORS = 253
 #: How many messages to hear in a row from a child before anything else is served: each may have
 #: many events.
 _HEAR_AT_ONCE = 10
@@ -49,6 +54,7 @@ class Children:
         self._event = event
         self._heard = heard
         self._ended = ended
+        hear_alarms()
         #: When ``look_after`` last ran.
         self._looked = time.monotonic()
 
@@ -74,9 +80,9 @@ class Children:
         if child.patience is not None:
             child.patience.cancel()
         self._loop.unwatch(child.pidfd)
-        if child.socket.fileno() >= 0:
-            self._loop.unwatch(child.socket.fileno())
-        return child.bury()
+        with not_lingering():
+            self._hang_up(child)
+            return child.bury()
 
     def look_after(self, generations: Iterable[Generation]) -> None:
         """Kill a child that has gone silent: its successor will serve."""
@@ -98,45 +104,59 @@ class Children:
             self._loop.after(_RETRY_SECONDS, lambda: self._send_orders(child))
 
     def _hear_last(self, generation: Generation, child: Child) -> None:
+        """Hear what a child had sent before it ended.
+
+        Another process may have its end of the socket, and can send nothing from now on.
+        """
+        with suppress(OSError):
+            child.socket.shutdown(socket.SHUT_RD)
         while child.socket.fileno() >= 0 and self._hear(generation, child):
             continue
         self._ended(generation, child)
 
     def _hear(self, generation: Generation, child: Child) -> bool:
         """Hear a child's events; returns whether there may be more."""
-        for _ in range(_HEAR_AT_ONCE):
-            try:
-                message, reports = receive_descriptors(child.socket, _MESSAGE_OCTETS, MAX_REPORTS)
-            except BlockingIOError:
-                return False
-            except ConnectionResetError:
-                # The child ended without reading all orders. Its events can still be read.
-                continue
-            if not message:
-                self._loop.unwatch(child.socket.fileno())
-                child.socket.close()
-                return False
-            child.last_heard = time.monotonic()
-            try:
-                if not child.distrusted:
+        with not_lingering():
+            for _ in range(_HEAR_AT_ONCE):
+                try:
+                    message, reports = receive_descriptors(
+                        child.socket, _MESSAGE_OCTETS, _MOST_DESCRIPTORS
+                    )
+                except BlockingIOError:
+                    return False
+                except ConnectionResetError:
+                    # The child ended without reading all orders. Its events can still be read.
+                    continue
+                if not message:
+                    self._hang_up(child)
+                    return False
+                child.last_heard = time.monotonic()
+                try:
                     for said in decode(child.name, message, reports):
                         name = _understood(generation, child, said)
                         self._heard(generation, child, name, said.fields)
-            except (Unintelligible, NoReport) as error:
-                # Whoever runs code in it may have sent more. None of that is heard.
-                child.distrusted = True
-                self._event(
-                    "unintelligible",
-                    level="alarm",
-                    process=child.name,
-                    pid=child.pid,
-                    reason=str(error),
-                )
-                child.kill()
-            finally:
-                for report in reports:
-                    os.close(report)
+                except (Unintelligible, NoReport) as error:
+                    self._event(
+                        "unintelligible",
+                        level="alarm",
+                        process=child.name,
+                        pid=child.pid,
+                        reason=str(error),
+                    )
+                    child.kill()
+                    # Whoever runs code in it may have sent more. None of that is heard.
+                    self._hang_up(child)
+                    return False
+                finally:
+                    for report in reports:
+                        os.close(report)
         return True
+
+    def _hang_up(self, child: Child) -> None:
+        """Hear nothing more of it."""
+        if child.socket.fileno() >= 0:
+            self._loop.unwatch(child.socket.fileno())
+            child.socket.close()
 
 
 def _understood(generation: Generation, child: Child, said: Said) -> str:

@@ -73,8 +73,6 @@ class Child:
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(self.pid)
         self.started = self.last_heard = time.monotonic()
-        #: It has said what it has not to say, and is killed: nothing more that it says is heard.
-        self.distrusted = False
         self._process = process
         #: Orders not sent yet, each with our own duplicates of its descriptors.
         self._orders: deque[tuple[bytes, list[int]]] = deque()

@@ -2,15 +2,20 @@
 
 import json
 import os
+import select
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from integration.peers import lingering
 
 from keyd.linux.descriptors import send_descriptors
 from titus_py.between.event_loop import EventLoop
@@ -42,6 +47,7 @@ class Ear:
         self.alarms: list[dict[str, Any]] = []
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self.how = ""
+        self.when_heard: Callable[[], object] = lambda: None
         self.loop = EventLoop()
         self._children = Children(self.loop, self._event, self._hear, self._ended)
         self.generation = cast(Generation, SimpleNamespace(starting=set(), certificates={}))
@@ -53,6 +59,7 @@ class Ear:
     def _hear(self, _: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
         assert child is self.child
         self.heard.append((name, event))
+        self.when_heard()
 
     def _ended(self, _: Generation, child: Child) -> None:
         self.how = self._children.let_go(child)
@@ -169,3 +176,91 @@ def test_several_events_in_one_message_each_with_its_own_report(
     ear.mouth.close()
     # The loop has its own descriptor left.
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def within(side: socket.socket) -> socket.socket:
+    """A unix socket in whose queue this socket is: its one descriptor."""
+    inner, outer = socket.socketpair()
+    with outer:
+        socket.send_fds(outer, [b"x"], [side.fileno()])
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("said", "count", "wrap"),
+    [
+        (OVER, 1, lambda side: side),
+        (OVER, 1, within),
+        # More than are received.
+        ({"event": "alive", "spares": 1}, 200, lambda side: side),
+    ],
+    ids=["a socket", "within a socket", "too many"],
+)
+def test_it_cannot_have_the_supervisor_wait_in_closing_its_socket(
+    ears: Callable[[str], Ear],
+    said: object,
+    count: int,
+    wrap: Callable[[socket.socket], socket.socket],
+) -> None:
+    ear = ears("parent")
+    side, peer = lingering()
+    with peer:
+        with side, wrap(side) as sent:
+            ear.say({"event": "alive", "spares": 1})
+            for _ in range(2):
+                ear.say(said, *[sent.fileno()] * count)
+        del side, sent
+        began = time.monotonic()
+        ear.run_until(lambda: ear.how)
+        assert time.monotonic() - began < 60
+    assert [event for event, _ in ear.heard] == ["alive"]
+    assert [alarm["event"] for alarm in ear.alarms] == ["unintelligible"]
+
+
+def test_whoever_closes_such_a_socket_waits() -> None:
+    """The control."""
+    side, peer = lingering()
+    closes = f"import os; os.read(0, 1); os.close({side.fileno()})"
+    with (
+        peer,
+        subprocess.Popen(
+            [sys.executable, "-c", closes], stdin=subprocess.PIPE, pass_fds=[side.fileno()]
+        ) as closing,
+    ):
+        side.close()
+        assert closing.stdin is not None
+        closing.stdin.write(b"x")
+        closing.stdin.flush()
+        deadline = time.monotonic() + 30
+        # It is in close(2), asleep.
+        while Path(f"/proc/{closing.pid}/syscall").read_text().split()[0] != "3":
+            assert closing.poll() is None
+            assert time.monotonic() < deadline
+        assert closing.poll() is None
+        closing.kill()
+
+
+def test_what_another_process_says_for_one_that_has_ended_is_not_heard(
+    ears: Callable[[str], Ear],
+) -> None:
+    """It would hold the supervisor for as long as it speaks."""
+    ear = ears("keyd")
+    ended = os.pidfd_open(ear.child.pid)
+    said = 0
+
+    def speak() -> None:
+        nonlocal said
+        if select.select([ended], [], [], 0)[0] and said < 1000:
+            with suppress(BrokenPipeError):
+                ear.say({"event": "alive"})
+                said += 1
+
+    ear.when_heard = speak
+    ear.child.kill()
+    select.select([ended], [], [], 30)
+    ear.say({"event": "alive"})
+    ear.run_until(lambda: ear.how)
+    os.close(ended)
+    assert ear.how == "killed by SIGKILL"
+    # What it had sent before its end was noticed.
+    assert 0 < len(ear.heard) < 100
