@@ -40,12 +40,14 @@ from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import bind, peer_process
-from keyd.powers import ALL_POWERS, PrivateKey, rehearse
+from keyd.powers import ALL_POWERS, Key, PrivateKey, rehearse
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from keyd.succession import inherited, receive
 from keyd.system_calls import SERVING
+from keyd.token import options as token_options
+from keyd.token.keys import Token, hear_first
 from keyd.words import leave_standard_error
 
 __all__ = ["main"]
@@ -137,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--orders-fd", type=int, required=True)
     make.set_defaults(run=_make)
 
+    token_options.add_command(commands)
+
     serve = commands.add_parser("serve")  # titus-py's: on inherited descriptors
     serve.add_argument("--settings-fd", type=int, required=True)
     serve.add_argument("--parent-fd", type=int, required=True)
@@ -161,7 +165,13 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--socket", metavar="PATH", help="where to listen, unless systemd passes a socket"
     )
-    parser.add_argument("--key", action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a PEM file, or the URI of a key in a token (pkcs11:)",
+    )
     parser.add_argument(
         "--key-directory", metavar="DIRECTORY", help="where each file is a key, such as credentials"
     )
@@ -174,6 +184,7 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
         help="whether to serve if the memory cannot be locked",
     )
     parser.add_argument("--chroot", default="/run/titus-py/empty", metavar="DIRECTORY")
+    token_options.add(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:
@@ -261,18 +272,24 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     close_inherited()
     notify = Notifier()
     guards = _protect(arguments)
-    keys = _load_some_encrypted(arguments)
-    introduction = Keys.of(keys).encode()
+    keys: dict[bytes, Key] = {}
+    tokens = token_options.start(
+        arguments, lambda key: keys.update({key_id(key.public_key()): key})
+    )
+    keys |= _load_some_encrypted(arguments)
+    hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
     with ExitStack() as stack:
         listeners = _listeners(arguments, stack, lambda: (0, 0), mode=0o600)
         program = _withdraw(arguments, guards)
-        keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
+        keyd = Keyd(keys, tick=lambda: _tick(notify, tokens))
+        for token in tokens:
+            keyd.hear_token(token.socket, token.hear)
 
         def accepted(parent: socket.socket) -> None:
             parent.setblocking(False)
             with suppress(OSError):
-                parent.send(introduction)
+                parent.send(Keys.of(keys).encode())
             keyd.hear_parent(parent, gone=lambda: None)
 
         for listener in listeners:
@@ -288,15 +305,26 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     close_inherited()
     notify = Notifier()
     guards = _protect(arguments)
-    keys = _load_some_encrypted(arguments)
+    # Which versions and groups its clients speak, they do not say.
+    granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
+    keys: dict[bytes, Key] = {}
+    grants: dict[bytes, frozenset[Power]] = {}
+
+    def found(key: Key) -> None:
+        identity = key_id(key.public_key())
+        keys[identity], grants[identity] = key, granted
+
+    tokens = token_options.start(arguments, found)
+    for key in _load_some_encrypted(arguments).values():
+        found(key)
+    hear_first(tokens)
     with ExitStack() as stack:
         listeners = _listeners(arguments, stack, lambda: _owner(arguments), mode=0o660)
         program = _withdraw(arguments, guards)
-        # Which versions and groups its clients speak, they do not say.
-        granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
-        grants = dict.fromkeys(keys, granted)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
-        keyd = Keyd(keys, tick=lambda: notify(watchdog=1))
+        keyd = Keyd(keys, tick=lambda: _tick(notify, tokens))
+        for token in tokens:
+            keyd.hear_token(token.socket, token.hear)
 
         def accepted(client: socket.socket) -> None:
             def record(report: Refusal | Done) -> None:
@@ -315,6 +343,12 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
+
+
+def _tick(notify: Notifier, tokens: Iterable[Token]) -> None:
+    notify(watchdog=1)
+    for token in tokens:
+        token.expire()
 
 
 def _owner(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -380,7 +414,8 @@ def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKe
         encrypted = b"ENCRYPTED" in read(path, "key")
         return load_private_key(path, arguments.passphrase_file if encrypted else None)
 
-    keys = [load(path) for path in arguments.key]
+    in_tokens = [key for key in arguments.key if key.startswith(token_options.SCHEME)]
+    keys = [load(path) for path in arguments.key if path not in in_tokens]
     if arguments.key_directory:
         for file in sorted(map(str, Path(arguments.key_directory).iterdir())):
             if file == arguments.passphrase_file:
@@ -389,7 +424,7 @@ def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKe
                 keys.append(load(file))
             except UnusableKey as error:
                 print(f"keyd: left out: {error}", file=sys.stderr)
-    if not keys:
+    if not keys and not in_tokens:
         where = f" in {arguments.key_directory}" if arguments.key_directory else ": set --key"
         raise LookupError(f"no private key{where}")
     return _load(keys)

@@ -19,13 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 
 from cryptography.exceptions import InternalError
 
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_descriptors
-from keyd.powers import NotGranted, NotTLS, PrivateKey, may_ask, perform
+from keyd.powers import Key, Later, NotGranted, NotTLS, may_ask, perform
 from keyd.protocol import (
     MAX_CONTROL_OCTETS,
     MAX_REQUEST_OCTETS,
@@ -129,7 +130,7 @@ class Keyd:
 
     def __init__(
         self,
-        keys: Mapping[bytes, PrivateKey],
+        keys: Mapping[bytes, Key],
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = keys
@@ -274,6 +275,15 @@ class Keyd:
 
         self._arm_source(supervisor, hear)
 
+    def hear_token(self, process: socket.socket, hear: Callable[[], bool]) -> None:
+        """Call ``hear`` when this process says something, until it returns that it has ended."""
+
+        def hear_once() -> None:
+            if hear():
+                del self._sources[process.fileno()]
+
+        self._arm_source(process, hear_once)
+
     def hear_listener(
         self, listener: socket.socket, accepted: Callable[[socket.socket], None]
     ) -> None:
@@ -352,10 +362,33 @@ class Keyd:
         try:
             operation, result = self._grant(channel, message)
         except _Refused as refused:
-            self.tally.refused(refused.status)
-            channel.record(Refusal(channel.connection, refused.status, refused.detail))
-            _reply(channel, Reply(refused.status))
-            self._close(descriptor, channel)
+            self._refuse(descriptor, channel, refused)
+            return
+        told = partial(self._told, descriptor, channel, operation, started)
+        if isinstance(result, bytes):
+            told(result)
+        else:
+            # The channel is not armed before the answer is there: only one thread serves it.
+            result(told)
+
+    def _refuse(self, descriptor: int, channel: _Channel, refused: _Refused) -> None:
+        self.tally.refused(refused.status)
+        channel.record(Refusal(channel.connection, refused.status, refused.detail))
+        _reply(channel, Reply(refused.status))
+        self._close(descriptor, channel)
+
+    def _told(
+        self,
+        descriptor: int,
+        channel: _Channel,
+        operation: Operation,
+        started: float,
+        result: bytes | str,
+    ) -> None:
+        """Answer a request with its result, or with why there is none."""
+        if isinstance(result, str):
+            failed = _Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
+            self._refuse(descriptor, channel, failed)
             return
         # Before the reply: when its worker ends, the parent can know that it has got one.
         channel.record(Done(channel.connection, operation))
@@ -364,7 +397,7 @@ class Keyd:
         self.tally.done(operation, time.monotonic() - started)
         self._epoll.modify(descriptor, _READABLE_ONCE)
 
-    def _grant(self, channel: _Channel, message: bytes) -> tuple[Operation, bytes]:
+    def _grant(self, channel: _Channel, message: bytes) -> tuple[Operation, bytes | Later]:
         """Check a request against the channel's terms, count it, and perform it."""
         try:
             request = Request.decode(message)

@@ -7,7 +7,9 @@ would not sign is refused. Padding is chosen here, never by the worker.
 
 import hmac
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
+from functools import partial
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives import hashes
@@ -16,9 +18,41 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 
-__all__ = ["ALL_POWERS", "NotGranted", "NotTLS", "PrivateKey", "may_ask", "perform", "rehearse"]
+__all__ = [
+    "ALL_POWERS",
+    "Key",
+    "KeyElsewhere",
+    "Later",
+    "NotGranted",
+    "NotTLS",
+    "PrivateKey",
+    "Told",
+    "may_ask",
+    "perform",
+    "rehearse",
+]
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+#: Called once with a signature, or with why there is none.
+Told = Callable[[bytes | str], None]
+#: Asks for what cannot be had at once.
+Later = Callable[[Told], None]
+
+
+class KeyElsewhere(ABC):
+    """A key that another process has, which signs with it for keyd. It never decrypts."""
+
+    @abstractmethod
+    def public_key(self) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
+        """The public part; raises LookupError while it is not known."""
+
+    @abstractmethod
+    def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
+        """Have octets signed that have been checked. Never blocks."""
+
+
+Key = PrivateKey | KeyElsewhere
 
 
 class NotTLS(ValueError):
@@ -35,10 +69,11 @@ def may_ask(operation: Operation, granted: Set[Power]) -> bool:
 
 
 def perform(
-    operation: Operation, key: PrivateKey, parameter: int, payload: bytes, granted: Set[Power]
-) -> bytes:
+    operation: Operation, key: Key, parameter: int, payload: bytes, granted: Set[Power]
+) -> bytes | Later:
     """Perform the operation; raises NotTLS, or NotGranted for what only other powers allow.
 
+    With a key that is elsewhere, everything is checked, and the result is what asks for it.
     This may take milliseconds: the caller is one of several threads.
     """
     if operation is Operation.SIGN:
@@ -100,6 +135,13 @@ _CURVES: dict[int, ec.EllipticCurve] = {
 }
 
 
+_PUBLIC: dict[type, type] = {
+    rsa.RSAPrivateKey: rsa.RSAPublicKey,
+    ec.EllipticCurvePrivateKey: ec.EllipticCurvePublicKey,
+    ed25519.Ed25519PrivateKey: ed25519.Ed25519PublicKey,
+}
+
+
 class _Scheme(NamedTuple):
     key_type: type
     sign: Callable[..., bytes]
@@ -151,25 +193,31 @@ _SCHEMES = {
 }
 
 
-def _sign(key: PrivateKey, parameter: int, octets: bytes, granted: Set[Power]) -> bytes:
+def _sign(key: Key, parameter: int, octets: bytes, granted: Set[Power]) -> bytes | Later:
     try:
         name = SignatureScheme(parameter)
     except ValueError:
         raise NotTLS(f"signature scheme 0x{parameter:04x}") from None
     scheme = _SCHEMES[name]
-    if not isinstance(key, scheme.key_type):
+    known = key.public_key() if isinstance(key, KeyElsewhere) else key
+    if not isinstance(known, (scheme.key_type, _PUBLIC[scheme.key_type])):
         raise NotTLS(f"{name.name} with a key of another kind")
     if octets.startswith(_TLS13_SERVER):
         _check_certificate_verify(octets)
         # TLS 1.3 ties the scheme to the curve, TLS 1.2 does not.
         if not scheme.tls13:
             raise NotTLS(f"{name.name} in TLS 1.3")
-        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
-            raise NotTLS(f"{name.name} in TLS 1.3 with a key on {key.curve.name}")
+        if (
+            isinstance(known, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey)
+            and known.curve.name != scheme.curve
+        ):
+            raise NotTLS(f"{name.name} in TLS 1.3 with a key on {known.curve.name}")
         if Power.SIGN_TLS13 not in granted:
             raise NotGranted("a CertificateVerify of TLS 1.3")
     else:
         _check_server_key_exchange(octets, granted)
+    if isinstance(key, KeyElsewhere):
+        return partial(key.ask, name, octets)
     return scheme.sign(key, octets)
 
 
@@ -215,7 +263,7 @@ def _group_of_server_key_exchange(octets: bytes) -> int:
 # --- decrypt --------------------------------------------------------------------
 
 
-def _decrypt(key: PrivateKey, parameter: int, ciphertext: bytes) -> bytes:
+def _decrypt(key: Key, parameter: int, ciphertext: bytes) -> bytes:
     """The premaster secret, or random octets of the same length, after the same time.
 
     RFC 5246 §7.4.7.1: the answer does not tell whether padding and version were right.

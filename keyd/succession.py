@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_private_key,
 )
 
-from keyd.powers import PrivateKey
+from keyd.powers import Key, KeyElsewhere, PrivateKey
 from keyd.protocol import MAX_HANDED
 from keyd.reference import key_id
 
@@ -32,7 +32,7 @@ _PATIENCE_SECONDS = 5.0
 _MAX_KEY_OCTETS = 16 * 1024
 
 
-def hand_over(keys: Mapping[bytes, PrivateKey], order: bytes, descriptor: int) -> None:
+def hand_over(keys: Mapping[bytes, Key], order: bytes, descriptor: int) -> None:
     """Send the keys that the supervisor's order names on this socket, and close it.
 
     A key that there is not, or for which there is no room, is left out.
@@ -40,7 +40,7 @@ def hand_over(keys: Mapping[bytes, PrivateKey], order: bytes, descriptor: int) -
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor) as successor:
         for wanted in json.loads(order)["keys"]:
             key = keys.get(bytes.fromhex(wanted))
-            if key is not None:
+            if key is not None and not isinstance(key, KeyElsewhere):
                 octets = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
                 with suppress(OSError):
                     successor.send(octets, socket.MSG_DONTWAIT)

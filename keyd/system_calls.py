@@ -1,13 +1,15 @@
 """The system calls that keyd may make once it serves, and ``keyd make``: data for their filters.
 
-No file is opened, no socket made, no program started, no memory made executable.
+No file is opened, no socket made, no program started, no memory made executable. The process with
+a token's module is different: what a vendor's module calls, nobody knows. Its filter names what no
+module needs.
 """
 
 import mmap
 
 from keyd.linux.seccomp import Only, Rules
 
-__all__ = ["MAKING", "SERVING"]
+__all__ = ["MAKING", "NOT_FOR_MODULES", "SERVING", "UNKNOWN_TO_MODULES"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
@@ -75,3 +77,30 @@ MAKING: Rules = {
     "rt_sigprocmask": _ANYHOW,
     "exit_group": _ANYHOW,
 }
+
+_CLONE_THREAD = 0x0001_0000
+
+#: A module that makes one of these calls is killed: it is not what its vendor wrote.
+NOT_FOR_MODULES: Rules = dict.fromkeys(
+    (
+        # Other programs, and processes: it may have threads (clone3 below).
+        *("execve", "execveat", "fork", "vfork"),
+        # Other processes' memory and descriptors.
+        *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp"),
+        *("process_madvise", "perf_event_open"),
+        # Another view of the file system, and other namespaces.
+        *("mount", "umount2", "move_mount", "open_tree", "fsopen", "fsconfig", "fsmount", "fspick"),
+        *("pivot_root", "chroot", "setns", "unshare", "open_by_handle_at", "fanotify_init"),
+        # The kernel's large interfaces, where holes have been.
+        *("bpf", "io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"),
+        *("add_key", "request_key", "keyctl", "modify_ldt", "vmsplice"),
+        # The machine.
+        *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load"),
+        *("reboot", "swapon", "swapoff", "acct", "quotactl", "syslog", "iopl", "ioperm"),
+        *("settimeofday", "clock_settime", "adjtimex", "clock_adjtime", "sethostname"),
+        *("setdomainname", "personality", "lookup_dcookie", "nfsservctl", "vhangup"),
+    ),
+    _ANYHOW,
+) | {"clone": ((Only(0, _CLONE_THREAD, 0),),)}
+#: Its flags are in memory, where a filter cannot see them. libc then makes threads with clone(2).
+UNKNOWN_TO_MODULES: Rules = {"clone3": _ANYHOW}

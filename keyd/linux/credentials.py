@@ -7,7 +7,7 @@ what it says or raises OSError; then the caller must not go on.
 import ctypes
 import os
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import prctl
 
@@ -112,13 +112,13 @@ def forbid_regaining(bounding: Iterable[int], keep_caps: bool = False) -> None:
     )
 
 
-def become(uid: int, gid: int) -> None:
-    """Become this user and this group alone, for good: real, effective and saved.
+def become(uid: int, gid: int, groups: Sequence[int] = ()) -> None:
+    """Become this user, and of these groups alone, for good: real, effective and saved.
 
     All capabilities are lost with uid 0 (capabilities(7), "Effect of user ID changes on
     capabilities"). Sets no_new_privs as well.
     """
-    os.setgroups([])
+    os.setgroups(list(groups))
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     prctl.set_no_new_privs(1)

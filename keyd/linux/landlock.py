@@ -6,10 +6,11 @@ second barrier.
 
 import ctypes
 import os
+import stat
 import struct
 from functools import cache
 
-__all__ = ["allow_reading", "make_ruleset", "restrict_self", "version"]
+__all__ = ["allow_reading", "allow_using", "make_ruleset", "restrict_self", "version"]
 
 _SYS_CREATE_RULESET = 444
 _SYS_ADD_RULE = 445
@@ -22,6 +23,13 @@ _RULESET_ATTR = struct.Struct("=QQQ")
 _PATH_BENEATH_ATTR = struct.Struct("=Qi")
 _RULE_PATH_BENEATH = 1
 _READ_FILE = 1 << 2
+#: The rights that ``allow_using`` grants for what is in a directory, as far as the kernel knows
+#: them: to read and list, and to write, make, rename and remove files and directories, and to
+#: control devices. Not: to execute, nor to make anything else.
+_READ_DIR = 1 << 3
+_WRITING = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15
+#: Of these, the rights that a file has, too.
+_OF_FILES = 1 << 1 | _READ_FILE | 1 << 14 | 1 << 15
 #: By version of the interface: how many file system rights, network rights and scopes
 #: it knows, and how many octets of the structure.
 _RIGHTS = {
@@ -56,9 +64,24 @@ def make_ruleset(network: bool = True) -> int:
 
 def allow_reading(ruleset: int, directory: str) -> None:
     """Let files in this directory, and below it, be read. Raises OSError."""
-    descriptor = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+    _allow(ruleset, directory, _READ_FILE)
+
+
+def allow_using(ruleset: int, path: str, writing: bool) -> None:
+    """Let a file or device, or what is in a directory, be read, listed and, if so, written.
+
+    Raises OSError.
+    """
+    known = (1 << _RIGHTS[min(version(), max(_RIGHTS))][0]) - 1
+    _allow(ruleset, path, (_READ_FILE | _READ_DIR | (_WRITING if writing else 0)) & known)
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        attr = _PATH_BENEATH_ATTR.pack(_READ_FILE, descriptor)
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            rights &= _OF_FILES
+        attr = _PATH_BENEATH_ATTR.pack(rights, descriptor)
         if _libc.syscall(_SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, attr, 0):
             error = ctypes.get_errno()
             raise OSError(error, f"landlock_add_rule: {os.strerror(error)}")

@@ -8,11 +8,20 @@ filter only runs ``install``, and does not load libseccomp.
 import ctypes
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["SET_MODE_FILTER", "Flag", "Only", "Program", "Rules", "build", "install"]
+__all__ = [
+    "SET_MODE_FILTER",
+    "Flag",
+    "Only",
+    "Program",
+    "Rules",
+    "build",
+    "build_forbidding",
+    "install",
+]
 
 SET_MODE_FILTER = 1
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
@@ -45,10 +54,8 @@ def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
     EPERM. A call of another architecture (a 32-bit one) kills the process in any case. Raises
     OSError or RuntimeError where libseccomp is missing or does not know a call.
     """
-    # Imported only here: processes that are given a filter do without these modules, and
-    # without the libraries that they load.
-    import tempfile
-
+    # Imported only here: processes that are given a filter do without this module, and
+    # without the library that it loads.
     import pyseccomp
 
     program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS)
@@ -57,17 +64,47 @@ def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
         (pyseccomp.ALLOW, rules),
         (pyseccomp.ERRNO(errno.EPERM), failing or {}),
     ):
-        for name, alternatives in calls.items():
-            for conditions in alternatives:
-                arguments = [
-                    pyseccomp.Arg(only.argument, pyseccomp.MASKED_EQ, only.mask, only.value)
-                    for only in conditions
-                ]
-                program.add_rule_exactly(action, name, *arguments)
+        _add(program.add_rule_exactly, action, calls)
+    return _exported(program)
+
+
+def _add(add_rule: Callable[..., None], action: object, calls: Rules) -> None:
+    import pyseccomp
+
+    for name, alternatives in calls.items():
+        for conditions in alternatives:
+            arguments = [
+                pyseccomp.Arg(only.argument, pyseccomp.MASKED_EQ, only.mask, only.value)
+                for only in conditions
+            ]
+            add_rule(action, name, *arguments)
+
+
+def _exported(program: Any) -> bytes:
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
         file.seek(0)
         return file.read()
+
+
+def build_forbidding(rules: Rules, failing: Rules) -> bytes:
+    """Build a filter that kills the process for these calls, and allows all others.
+
+    Those of ``failing`` fail as if the kernel did not know them (ENOSYS). For code whose calls
+    nobody knows. A call that this architecture does not have is left out. Raises as ``build``.
+    """
+    import pyseccomp
+
+    program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    for action, calls in (
+        (pyseccomp.KILL_PROCESS, rules),
+        (pyseccomp.ERRNO(errno.ENOSYS), failing),
+    ):
+        _add(program.add_rule, action, calls)
+    return _exported(program)
 
 
 class _SockFprog(ctypes.Structure):

@@ -1,0 +1,97 @@
+"""The options by which a keyd of its own is told of keys in tokens, and starting their processes.
+
+Run by ``keyd listen`` and ``keyd control``, before they read a key. What they start is ``keyd
+token``.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from keyd.linux.sealed import read_all
+from keyd.linux.title import set_title
+from keyd.token.keys import Token, TokenKey, rehearse_verifying
+from keyd.token.starting import Settings, user_named
+from keyd.token.starting import start as start_processes
+from keyd.token.uri import SCHEME, BadUri, parse
+
+__all__ = ["SCHEME", "add", "add_command", "start"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token-user", metavar="USER", help="whom the processes of tokens run as, if root"
+    )
+    parser.add_argument(
+        "--token-path",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="what a token's module may read and write: a directory, or a device",
+    )
+    parser.add_argument(
+        "--token-environment",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable that a token's module reads",
+    )
+    parser.add_argument(
+        "--token-network", action="store_true", help="let a token's module use the network"
+    )
+
+
+def add_command(commands: Any) -> None:
+    """``keyd token``, which is keyd's own: on inherited descriptors."""
+    token = commands.add_parser("token")
+    token.add_argument("--settings-fd", type=int, required=True)
+    token.add_argument("--keyd-fd", type=int, required=True)
+    token.set_defaults(run=_token)
+
+
+def _token(arguments: argparse.Namespace) -> NoReturn:
+    # Imported here: keyd has no use for it.
+    from keyd.token.minder import mind
+
+    set_title("keyd-token", "keyd: a token's process")
+    settings = json.loads(read_all(arguments.settings_fd))
+    keyd = socket.socket(fileno=arguments.keyd_fd)
+    keyd.set_inheritable(False)
+    mind(settings, keyd)
+
+
+def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> list[Token]:
+    """Start the processes of the tokens whose keys are named; raises LookupError for a mistake.
+
+    ``found`` gets each key that can be used from then on.
+    """
+    uris = []
+    for text in arguments.key:
+        if text.startswith(SCHEME):
+            try:
+                uris.append((parse(text), None))
+            except BadUri as error:
+                # Without its query, which may have a PIN in it that does not belong there.
+                raise LookupError(f"--key {text.partition('?')[0]} {error}") from None
+    if not uris:
+        return []
+    user = None
+    if os.geteuid() == 0:
+        if arguments.token_user is None:
+            raise LookupError("a key in a token, and no --token-user for the vendor's module")
+        user = user_named(arguments.token_user)
+    environment = dict(variable.partition("=")[::2] for variable in arguments.token_environment)
+    settings = Settings(user, tuple(arguments.token_path), environment, arguments.token_network)
+    rehearse_verifying()
+    try:
+        return start_processes(uris, settings, _say, found)
+    except BadUri as error:
+        raise LookupError(f"--key: a URI {error}") from None
+
+
+def _say(line: str) -> None:
+    print(f"keyd: {line}", file=sys.stderr, flush=True)
