@@ -9,7 +9,7 @@ def extension(name: str, *sources: str) -> Extension:
     return Extension(
         name,
         sources=sorted(sources),
-        depends=glob("keyd/provider/*.h"),
+        depends=glob("keyd/*/*.h") + glob("titus_py/*/*.h"),
         extra_compile_args=[
             "-std=c11",
             "-Wall",
@@ -27,7 +27,12 @@ def extension(name: str, *sources: str) -> Extension:
 setup(
     ext_modules=[
         extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
-        extension("keyd.linux.spawn", "keyd/linux/spawn.c"),
+        extension("keyd.linux.calls", "keyd/linux/calls.c"),
+        extension(
+            "titus_py.fork_server.forking",
+            "titus_py/fork_server/forking.c",
+            "titus_py/fork_server/orders.c",
+        ),
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),

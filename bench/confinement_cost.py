@@ -15,7 +15,6 @@ import gc
 import os
 import platform
 import resource
-import socket
 import statistics
 import sys
 import time
@@ -24,11 +23,13 @@ from typing import NamedTuple
 
 import prctl
 
+from bench.forking import fork_once
 from keyd.linux import landlock, seccomp
-from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, clone, encode
-from titus_py.between.report import ReportWriter, make_report
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, encode
+from titus_py.between.report import ReportWriter
 from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
+from titus_py.fork_server.forking import ORDERED
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Terms
@@ -57,10 +58,9 @@ def steps() -> list[Step]:
     KEPT.append(program)
     page = ReportWriter()
     KEPT.append(page)
-    given = confinement.Given(make_report(), socket.socket(socket.AF_UNIX).detach())
     if landlock.version():
         os.dup2(landlock.make_ruleset(), confinement.RULESET_FD)
-    own = [_with_uid(call) for call in confinement.worker_calls(program, page.address, given)]
+    own = confinement.worker_calls(program, page.address, confinement.Given(*ORDERED))
     namespaces = CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     found = [
         Step("fork and exit, nothing else"),
@@ -75,11 +75,6 @@ def steps() -> list[Step]:
     return found
 
 
-def _with_uid(call: Call) -> Call:
-    arguments = (_UID if one == confinement.OWN_UID else one for one in call.arguments)
-    return Call(call.name, tuple(arguments))
-
-
 def _name(calls: Sequence[Call], number: int) -> str:
     """A call's name; where there are others of that name, which of them it is."""
     name = calls[number].name
@@ -90,7 +85,7 @@ def _name(calls: Sequence[Call], number: int) -> str:
 def fork_and_wait(step: Step) -> float:
     """Microseconds of the processor's time, the fork server's for the fork and all the child's."""
     begun = time.thread_time_ns()
-    child = clone(step.flags, step.calls)
+    child = fork_once(step.flags, step.calls, _UID)
     if not child.pid:
         if step.reseeds:
             reseed()

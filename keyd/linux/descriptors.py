@@ -5,10 +5,10 @@ kernel: with them, a process that must not block would block.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, SocketType
 
-__all__ = ["receive_descriptors", "receive_descriptors_into", "send_descriptors"]
+__all__ = ["receive_descriptors", "send_descriptors"]
 
 _INT = struct.Struct("=i")
 
@@ -31,18 +31,4 @@ def receive_descriptors(
     message, ancillary, _, _ = giver.recvmsg(
         octets, CMSG_SPACE(count * _INT.size), flags | MSG_CMSG_CLOEXEC
     )
-    return message, _numbers(ancillary)
-
-
-def receive_descriptors_into(
-    giver: SocketType, buffer: memoryview, count: int, flags: int = 0
-) -> tuple[int, list[int]]:
-    """The same into a buffer; returns how many octets the message has, and the descriptors."""
-    octets, ancillary, _, _ = giver.recvmsg_into(
-        [buffer], CMSG_SPACE(count * _INT.size), flags | MSG_CMSG_CLOEXEC
-    )
-    return octets, _numbers(ancillary)
-
-
-def _numbers(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    return [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]
+    return message, [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]

@@ -1,4 +1,4 @@
-"""Making a process, in new namespaces where asked (clone(2), namespaces(7), pidfd_open(2)).
+"""Processes: the calls that a new one makes first, how it ended, what it starts out with.
 
 Run by the fork server, which is root and has one thread. Programs that an administrator
 or a service manager starts run parts of it as they start.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from keyd.linux.spawn import NUMBERS, make, spawn
+from keyd.linux.calls import NUMBERS, make
 
 __all__ = [
     "CLONE_NEWIPC",
@@ -22,8 +22,6 @@ __all__ = [
     "CLONE_NEWUTS",
     "CLONE_PARENT",
     "Call",
-    "Child",
-    "clone",
     "encode",
     "how_ended",
     "make",
@@ -57,7 +55,7 @@ _ZEROS = (0,) * 6
 
 
 class Call(NamedTuple):
-    """A system call by its name (one of ``spawn.NUMBERS``) with its arguments, at most six.
+    """A system call by its name (one of ``calls.NUMBERS``) with its arguments, at most six.
 
     A pointer is passed as an address; what is there has to stay there.
     """
@@ -66,48 +64,17 @@ class Call(NamedTuple):
     arguments: tuple[int, ...]
 
 
-class Child(NamedTuple):
-    """The result of ``clone``.
-
-    In the caller: the child's pid and a pidfd (close-on-exec), or the errno if there is no
-    child: EAGAIN where a limit on processes is reached, ENOMEM, EPERM without CAP_SYS_ADMIN
-    (clone(2)). In the child: ``pid`` is 0, and ``failed`` is the index of the call that
-    failed, with its errno; it is -1 if none failed.
-    """
-
-    pid: int
-    pidfd: int
-    failed: int
-    error: int
-
-
 def encode(calls: Iterable[Call]) -> bytes:
-    """Encode calls for ``clone`` and ``make``."""
+    """Encode calls for ``make``, and for ``forking.fork_as_ordered``."""
     return b"".join(
         _CALL.pack(NUMBERS[name], *arguments, *_ZEROS[len(arguments) :])
         for name, arguments in calls
     )
 
 
-def clone(flags: int = 0, calls: bytes | bytearray = b"") -> Child:
-    """Fork this process; the child is in the new namespaces that ``flags`` names.
-
-    In the child, ``calls`` (from ``encode``) are made in order before this returns; after
-    one that fails, no other is made. Raises ValueError where ``calls`` is cut off.
-
-    The system call is made directly, without Python's and libc's after-fork hooks. Those
-    hooks repair what other threads may have held locked, and there are no other threads;
-    they would cost some 180 page faults in each child. The child must renew its
-    randomness before it draws any.
-    """
-    return Child(*spawn(flags, calls))
-
-
-def why_failed(child: Child, calls: Sequence[Call]) -> str:
-    """In the child: which call failed and why; nothing if none did."""
-    if child.failed < 0:
-        return ""
-    return f"{calls[child.failed].name}: {os.strerror(child.error)}"
+def why_failed(calls: Sequence[Call], failed: int, error: int) -> str:
+    """Which call failed (its index, -1 for none) and why (an errno); nothing if none did."""
+    return "" if failed < 0 else f"{calls[failed].name}: {os.strerror(error)}"
 
 
 def how_ended(code: int) -> str:

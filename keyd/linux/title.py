@@ -31,9 +31,15 @@ class CommandLine:
 
     def write(self, words: Iterable[str]) -> None:
         """Replace the command line by these words; if they do not fit, it stays as it is."""
+        address, content = self.place(words)
+        ctypes.memmove(address, content, len(content))
+
+    def place(self, words: Iterable[str]) -> tuple[int, bytes]:
+        """The address, and the octets to write there: none if the words do not fit."""
         content = b"".join(os.fsencode(word) + b"\0" for word in words)
-        if len(content) <= self._octets:
-            ctypes.memmove(self._start, content.ljust(self._octets, b"\0"), self._octets)
+        if len(content) > self._octets:
+            return self._start, b""
+        return self._start, content.ljust(self._octets, b"\0")
 
 
 def set_title(name: str, *words: str) -> None:

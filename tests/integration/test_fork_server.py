@@ -12,10 +12,14 @@ from unittest import mock
 
 import pytest
 
+from keyd.linux.descriptors import send_descriptors
+from titus_py.between.messages import Fork
+
 from .conftest import Serve
 from .instance import Instance, Process, eventually, zombies
 from .peers import Listener, TlsClient
 from .service import PATIENCE, reload, serves, talk
+from .test_forged_events import mouth
 from .test_supervision import CLIENTS, Load
 
 Change = Callable[[str], None]
@@ -188,6 +192,34 @@ def test_nothing_is_left_of_a_retired_parents(serve: Serve, echoing: Listener) -
         assert reload(instance)["reloaded"]
         instance.wait_for_event("parent_started", generation=generation)
     eventually(lambda: not zombies(instance.pid), "no zombies")
+
+
+# --- ordered what no parent orders --------------------------------------------------------
+
+#: The uids of workers are above 0.
+FORGED = {
+    "root": Fork(0).encode(),
+    "two in one": Fork(1).encode() * 2,
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_fork_server_ends_rather_than_forks_what_is_not_for_it(
+    serve: Serve, echoing: Listener, forged: str
+) -> None:
+    """By whoever has taken the parent over, which is not root as the fork server is."""
+    instance = serve(echoing.address)
+    instance.expected_alarms.add("fork_server_died")
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        fork_server = instance.fork_server()
+        with mouth(instance.parent(), fork_server) as ours, open(os.devnull) as nothing:
+            send_descriptors(ours, FORGED[forged], [nothing.fileno()] * 2)
+        # It says why, which a log that is a file does not hear: it may not write to files.
+        assert instance.wait_for_event("fork_server_died")["how"].startswith("exited with")
+        assert not any(worker.uid == 0 for worker in instance.workers())
+        eventually(lambda: serves(instance), "served by another generation")
+        assert talk(established)
 
 
 # --- short of descriptors --------------------------------------------------------------

@@ -355,8 +355,14 @@ def _without_limit(name: str) -> Callable[[], None]:
 
 def _without_oom() -> None:
     """To the kernel, one process is as good as another when memory runs out."""
-    for name in ("as_fork_server", "as_workers"):
-        setattr(fork_server.OutOfMemory, name, _nothing)  # type: ignore[attr-defined]
+
+    class NoCalls:
+        as_workers = as_fork_server = b""
+
+        def __init__(self, descriptor: int) -> None:
+            pass
+
+    fork_server.OutOfMemory = NoCalls  # type: ignore[attr-defined]
 
 
 def _without_parting() -> None:

@@ -56,7 +56,6 @@ _FACTS_OCTETS = (16, 64, 255)
 #: These have a uid as a system call takes it: 8 octets in this machine's order.
 _FORK = struct.Struct("=cq")
 _FORKED = struct.Struct("=cqI")
-_FORKED_NUMBER = struct.Struct("=I")
 _CLIENT = struct.Struct("!cI")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
 MAX_PROTOCOLS = _NO_PROTOCOL
@@ -65,7 +64,6 @@ MAX_VHOSTS = 4096
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than a worker's longest message, so that a longer one is noticed.
 WORKER_MESSAGE_OCTETS = _DIAL.size + sum(1 + most for most in _FACTS_OCTETS) + 1
-FORK_OCTETS = _FORK.size
 FORKED_OCTETS = _FORKED.size
 
 
@@ -197,30 +195,23 @@ class Client(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """An order to the fork server: a worker with this uid."""
+    """An order to the fork server: a worker with this uid. ``orders.c`` takes it."""
 
     uid: int
 
     def encode(self) -> bytes:
         return _FORK.pack(b"W", self.uid)
 
-    @staticmethod
-    def uid_in(message: memoryview) -> memoryview:
-        """For the fork server, which trusts the parent: 8 octets, of which it makes no number."""
-        return message[1:]
-
 
 class Forked(NamedTuple):
-    """The result of an order: the worker's pid, or the errno with which forking failed."""
+    """The result of an order: the worker's pid, or the errno with which forking failed.
+
+    ``orders.c`` makes it.
+    """
 
     uid: int
     pid: int
     error: int = 0
-
-    @staticmethod
-    def parts(uid: bytes | memoryview, pid: int, error: int = 0) -> list[bytes | memoryview]:
-        """The message for the parent, in parts; the uid is as it was in the order."""
-        return [b"E" if error else b"P", uid, _FORKED_NUMBER.pack(error or pid)]
 
     @classmethod
     def decode(cls, message: bytes) -> "Forked":

@@ -39,7 +39,6 @@ __all__ = [
     "LANDLOCK",
     "MAX_ORDERS",
     "MEMORY_OCTETS",
-    "OWN_UID",
     "PARENT_CAPABILITIES",
     "RULESET_FD",
     "SCORE_FD",
@@ -90,9 +89,11 @@ RULESET_FD, SCORE_FD = 4, 5
 #: A worker's: the standard streams, the sockets to the parent, keyd, the client and the backend,
 #: and one to spare.
 _MAX_DESCRIPTORS = 8
-#: How many workers the fork server forks in a row, at most.
+#: How many orders the fork server is given before it has answered the first of them.
 MAX_ORDERS = 16
-#: The fork server's: two that come with each order, each worker's pidfd, and its own.
+#: The fork server's: two that come with each order, each worker's pidfd, and its own. It has no
+#: more than one order's open, but those that are under way count, too, where it is root of no more
+#: than a user namespace (unix(7), ETOOMANYREFS).
 _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
 #: connection takes about one MiB.
@@ -112,14 +113,10 @@ LANDLOCK = "landlock"
 SPECULATION = "speculation"
 
 
-#: In place of a worker's uid, in its calls. Should it ever be left there, setresuid(2) and
-#: setresgid(2) take the lower half, which is nobody.
-OWN_UID = 0x4F57_4E00_0000_FFFE
-
-
 class Given(NamedTuple):
-    """What one worker gets, besides its uid: the descriptors of its report and of its socket."""
+    """What an order gives a worker: its uid, the descriptors of its report and of its socket."""
 
+    uid: int
     report: int
     parent: int
 
@@ -164,15 +161,14 @@ def worker_calls(worker_filter: seccomp.Program, page: int, given: Given) -> lis
     """The rest of the confinement: the system calls that a worker makes before anything else.
 
     Its namespaces are new since the fork. ``page`` is the address of a page that the fork
-    server has reserved: the worker's report is mapped there. Its uid is still to be put in the
-    place of ``OWN_UID``.
+    server has reserved: the worker's report is mapped there.
     """
     # Each worker has a Landlock domain of its own, within the fork server's. Landlock keeps
     # processes from signalling and tracing each other between domains, but not within one.
     own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
     shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
     writable = mmap.PROT_READ | mmap.PROT_WRITE
-    uid = OWN_UID
+    uid = given.uid
     return [
         Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
         *own_domain,

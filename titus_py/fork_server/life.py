@@ -15,7 +15,6 @@ import sys
 sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 import gc
-import os
 import signal
 import socket
 import warnings
@@ -26,12 +25,12 @@ import prctl
 from OpenSSL import SSL
 
 from keyd.linux.credentials import hide_memory
-from keyd.linux.process import CLONE_PARENT, Child, clone, encode, why_failed
+from keyd.linux.process import CLONE_PARENT, encode, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
-from titus_py.between.messages import Forked, Ready
+from titus_py.between.messages import Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
@@ -42,8 +41,8 @@ from titus_py.fork_server.confinement import (
     parting_calls,
     worker_calls,
 )
+from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.immortality import make_all_immortal
-from titus_py.fork_server.orders import Orders
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Site, Terms, live
@@ -96,14 +95,10 @@ def main() -> int:
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    gc.collect()
-    # A worker copies each page that it writes to. What exists now stays: a worker counts no
-    # references to it, and its garbage collector does not touch it.
-    make_all_immortal()
-    gc.freeze()
-    parent.send(Ready().encode())
-    uids = range(plan.first_uid, plan.last_uid + 1)
-    _serve(parent, uids, terms, worker_filter, command_line)
+    try:
+        _serve(parent, plan, terms, worker_filter, command_line)
+    except ValueError as error:
+        sys.exit(f"titus-py: {error}")
     return 0
 
 
@@ -160,48 +155,34 @@ def _practice_context(site: Site, vhost: VirtualHost) -> SSL.Context:
 
 def _serve(
     parent: socket.socket,
-    uids: range,
+    plan: Plan,
     terms: Terms,
     worker_filter: Program,
     command_line: CommandLine,
 ) -> None:
-    """Fork as ordered, until the parent hangs up.
-
-    After each fork, this process has to copy every page that it writes to. So it takes all
-    orders that have come, and forks in a row.
-    """
-    flags = WORKER_NAMESPACES | CLONE_PARENT
-    page = terms.report.address
-    orders = Orders(encode(worker_calls(worker_filter, page, Given(-1, -1))), uids)
+    """Fork as ordered, until the parent hangs up. A worker does not return."""
+    calls = worker_calls(worker_filter, terms.report.address, Given(*ORDERED))
+    encoded = encode(calls)
     out_of_memory = OutOfMemory(SCORE_FD)
-    while row := orders.take(parent):
-        calls = [worker_calls(worker_filter, page, given) for given in row]
-        # The workers' title, written once for all of them: each would have to copy the page.
-        command_line.write([_WORKERS_TITLE])
-        out_of_memory.as_workers()
-        children: list[Child] = []
-        for number, encoded in enumerate([encode(own) for own in calls]):
-            child = clone(flags, orders.with_uid(encoded, number))
-            if not child.pid:
-                orders.forget()
-                live(terms, why_failed(child, calls[number]))
-            children.append(child)
-        command_line.write([_TITLE])
-        out_of_memory.as_fork_server()
-        for number, (given, child) in enumerate(zip(row, children, strict=True)):
-            _answer(parent, orders.uid(number), given, child)
-
-
-def _answer(parent: socket.socket, uid: memoryview, given: Given, child: Child) -> None:
-    os.close(given.parent)
-    os.close(given.report)
-    if child.error:
-        parent.sendmsg(Forked.parts(uid, 0, child.error))
-        return
-    pidfd = child.pidfd.to_bytes(4, sys.byteorder)
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pidfd)]
-    parent.sendmsg(Forked.parts(uid, child.pid), rights)
-    os.close(child.pidfd)
+    title = command_line.place([_WORKERS_TITLE])
+    gc.collect()
+    # A worker copies each page that it writes to. What exists now stays: a worker counts no
+    # references to it, and its garbage collector does not touch it.
+    make_all_immortal()
+    gc.freeze()
+    parent.send(Ready().encode())
+    worker = fork_as_ordered(
+        parent.fileno(),
+        plan.first_uid,
+        plan.last_uid,
+        WORKER_NAMESPACES | CLONE_PARENT,
+        out_of_memory.as_workers,
+        encoded,
+        out_of_memory.as_fork_server,
+        *title,
+    )
+    if worker is not None:
+        live(terms, why_failed(calls, *worker))
 
 
 if __name__ == "__main__":

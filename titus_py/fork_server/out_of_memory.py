@@ -10,6 +10,8 @@ import ctypes
 import os
 from collections.abc import Iterator
 
+from keyd.linux.process import Call, encode, make
+
 __all__ = ["FILE", "OutOfMemory", "give_code_back"]
 
 #: In thousandths of the machine's memory: as if the process had so much more. Less than what a
@@ -22,22 +24,25 @@ FILE = "/proc/self/oom_score_adj"
 
 
 class OutOfMemory:
-    """``descriptor`` is of ``FILE``. Each method raises OSError."""
+    """The calls (encoded) that make this process one of those that are ended first, or second.
+
+    ``descriptor`` is of ``FILE``. Makes it a fork server's at once. Raises OSError.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
         before = int(os.pread(descriptor, 8, 0))
-        self._fork_servers, self._workers = (
-            str(min(before + more, _MOST)).encode() for more in (_FORK_SERVERS, _WORKERS)
+        #: What the calls point to.
+        self._texts: list[ctypes.Array[ctypes.c_char]] = []
+        self.as_workers, self.as_fork_server = (
+            self._call(descriptor, str(min(before + more, _MOST)))
+            for more in (_WORKERS, _FORK_SERVERS)
         )
-        self.as_fork_server()
+        make(self.as_fork_server)
 
-    def as_fork_server(self) -> None:
-        os.pwrite(self._descriptor, self._fork_servers, 0)
-
-    def as_workers(self) -> None:
-        """For those that are forked now."""
-        os.pwrite(self._descriptor, self._workers, 0)
+    def _call(self, descriptor: int, score: str) -> bytes:
+        text = ctypes.create_string_buffer(score.encode(), len(score))
+        self._texts.append(text)
+        return encode([Call("pwrite64", (descriptor, ctypes.addressof(text), len(score), 0))])
 
 
 def give_code_back() -> None:

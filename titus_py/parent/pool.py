@@ -100,8 +100,7 @@ class Pool:
     def look_at_spares(self) -> None:
         """Once half of the spares are used up, have as many forked as are missing, in a row.
 
-        After each fork, the fork server pays for every page that it writes to. It writes to few
-        if it forks in a row and undisturbed. Forking is put off for a moment, while the client
+        Forking takes processor time from clients. So it is put off for a moment, while the client
         that got the last spare is served, unless a client waits or few spares are left.
         """
         left = self.coming

@@ -1,6 +1,6 @@
 """What the parent, its fork server and a worker say to each other."""
 
-import sys
+import struct
 from ipaddress import ip_address
 
 import pytest
@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.between.messages import (
-    FORK_OCTETS,
     FORKED_OCTETS,
     MAX_CLIENT_OCTETS,
     MAX_PROTOCOLS,
@@ -17,7 +16,6 @@ from titus_py.between.messages import (
     Client,
     Dial,
     Ends,
-    Fork,
     Forked,
     Malformed,
     Proxied,
@@ -25,6 +23,9 @@ from titus_py.between.messages import (
     TlsFacts,
     decode_from_worker,
 )
+
+#: As ``orders.c`` has it.
+FORKED = struct.Struct("=cqI")
 
 
 def texts(most: int) -> st.SearchStrategy[str]:
@@ -69,21 +70,6 @@ def test_a_ready_comes_back() -> None:
 def test_a_client_comes_back(vhosts: tuple[int, ...], timeout: int) -> None:
     client = Client(vhosts, timeout)
     assert Client.decode(client.encode()) == client
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_an_order_comes_back(uid: int) -> None:
-    octets = Fork(uid).encode()
-    assert Fork.uid_in(memoryview(octets)) == uid.to_bytes(8, sys.byteorder)
-    assert len(octets) == FORK_OCTETS
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4095), st.booleans())
-def test_what_came_of_an_order_comes_back(uid: int, number: int, failed: bool) -> None:
-    forked = Forked(uid, 0, number) if failed else Forked(uid, number)
-    octets = b"".join(Forked.parts(Fork(uid).encode()[1:], forked.pid, forked.error))
-    assert Forked.decode(octets) == forked
-    assert len(octets) == FORKED_OCTETS
 
 
 def test_the_largest_messages_fit() -> None:
@@ -134,13 +120,22 @@ def test_a_worker_has_three_things_to_say(octets: bytes) -> None:
         decode_from_worker(octets)
 
 
-@given(st.binary(max_size=FORKED_OCTETS + 1))
+ANSWERS = st.builds(
+    FORKED.pack,
+    st.sampled_from([b"P", b"E", b"X"]),
+    st.integers(-(2**63), 2**63 - 1),
+    st.integers(0, 4096) | st.integers(0, 2**32 - 1),
+)
+
+
+@given(st.binary(max_size=FORKED_OCTETS + 1) | ANSWERS)
 def test_any_octets_from_the_fork_server_are_an_answer_or_malformed(octets: bytes) -> None:
     try:
         forked = Forked.decode(octets)
     except Malformed:
         return
-    assert forked.encode() == octets
+    kind = b"E" if forked.error else b"P"
+    assert octets == FORKED.pack(kind, forked.uid, forked.error or forked.pid)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""clone(2) and what a child calls first: as it is installed, and under sanitizers.
+"""The fork server's loop, and what a child calls first: as installed, and under sanitizers.
 
-These watch spawn.c in the caller and, up to where the list of calls has been gone through, in
+These watch the C code in the caller and, up to where the list of calls has been gone through, in
 the child, which is a copy, sanitizer and all. They know nothing of the calls themselves: whether
 an address in one of them is of anything is the caller's affair.
 """
@@ -18,12 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
 
+from keyd.linux.calls import NUMBERS
 from keyd.linux.process import Call, encode
-from keyd.linux.spawn import NUMBERS
 
-_PROGRAM = Path(__file__).with_name("spawning.py")
-_SOURCE = Path(__file__).parents[2] / "keyd/linux/spawn.c"
+_PROGRAM = Path(__file__).with_name("making_children.py")
+_REPOSITORY = Path(__file__).parents[2]
+#: Of each extension.
+_SOURCES = {
+    "calls": ["keyd/linux/calls.c"],
+    "forking": ["titus_py/fork_server/forking.c", "titus_py/fork_server/orders.c"],
+}
 NO_CHILD, FAILED = [0, -1, -1, 0], [0, -1, 1, errno.EBADF]
+NO_ORDER = "the parent sent what is no order"
+NOT_FOR_WORKERS = "the parent ordered a worker with a uid that is not for workers"
 EXPECTED: dict[str, list[object]] = {
     "calls_in_order": [False, False, NO_CHILD, False, True, 7],
     "calls_to_the_first_that_fails": [FAILED, "dup3: Bad file descriptor", True, False, 7],
@@ -32,8 +39,18 @@ EXPECTED: dict[str, list[object]] = {
     "a_sibling": [True, [3, 7]],
     "in_a_namespace": [1, 7],
     "broken_blobs": [["not a whole number of calls"] * 8, True],
+    "what_the_order_says": [[4_000_000_000, True, True], 7],
+    "a_title": ["a worker", 0, "before"],
+    "no_orders": [NO_ORDER, True],
+    "uids_of_others": [NOT_FOR_WORKERS, True, [1022, 1023, 1024, 1025]],
+    "nobody_orders": [None, True],
+    "nobody_waits_for_the_answer": [0, True],
+    "around_a_fork": ["a", [[0, True]] * 2, errno.EBADF, [], errno.EBADF, [], True],
+    "a_signal": [None, True, True],
+    "a_signal_before_the_last_call": [[0, 0], [1, 1], True, True],
+    "ended_by_the_first_call": [[0, 0], True],
     "calls_of_our_own": [True, True, errno.EBADF, False, True],
-    "what_clone_refuses": [[-1, -1, -1, errno.EINVAL], True, 0],
+    "what_clone_refuses": [[0, -1, -1, errno.EINVAL], True, 0],
     "many": [200, 0],
 }
 
@@ -43,21 +60,24 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What to hand to the program."""
     if request.param == "as installed":
         return []
-    output = tmp_path_factory.mktemp("sanitized") / "spawn.so"
+    directory = tmp_path_factory.mktemp("sanitized")
     include = sysconfig.get_path("include")
     command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", *SANITIZE, f"-I{include}"]
-    subprocess.run([*command, "-shared", "-o", str(output), str(_SOURCE)], check=True)
-    return [output]
+    for name, sources in _SOURCES.items():
+        output = str(directory / f"{name}.so")
+        subprocess.run([*command, "-shared", "-o", output, *sources], check=True, cwd=_REPOSITORY)
+    return [directory / f"{name}.so" for name in _SOURCES]
 
 
 @pytest.mark.parametrize("thing", EXPECTED)
-def test_spawn(build: list[Path], thing: str) -> None:
+def test_forking(build: list[Path], thing: str) -> None:
     done = subprocess.run(
         [sys.executable, _PROGRAM, thing, *build],
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, **(preload_sanitizer() if build else {})},
+        cwd=_REPOSITORY,
+        env={**os.environ, "PYTHONPATH": ".", **(preload_sanitizer() if build else {})},
         timeout=60,
     )
     check_sanitizer(done.stderr)
@@ -67,8 +87,7 @@ def test_spawn(build: list[Path], thing: str) -> None:
 
 def test_the_sanitizer_is_there(build: list[Path]) -> None:
     """The control."""
-    if build:
-        assert b"__asan_report" in build[0].read_bytes()
+    assert all(b"__asan_report" in one.read_bytes() for one in build)
 
 
 @given(st.sampled_from([*NUMBERS]), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))
