@@ -257,7 +257,10 @@ class Instance:
         }
         configuration = directory / "titus.toml"
         configuration.write_text(toml(complete))
-        port = int(tables["listen"][0]["address"].rpartition(":")[2])
+        first = (
+            tables["listen"][0]["address"] if tables["listen"] else tables["tunnel"][0]["listen"]
+        )
+        port = int(first.rpartition(":")[2])
         return cls(["--config", str(configuration)], directory / "log", uids, port, program)
 
     # --- what it says -------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The messages between the parent and its fork server, and between the parent and a worker.
 
 Encoding and decoding only, no I/O. One message is one SOCK_SEQPACKET packet. A worker sends
-three kinds of message, of a fixed size or with fixed maxima. The parent trusts neither.
+four kinds of message, of a fixed size or with fixed maxima. The parent trusts neither.
 
 ===================  =========================================================
 worker: ready        'R'                    confined; may be given a client
@@ -13,9 +13,12 @@ worker: dial         'D' vhost(2) protocol(1)
                      its place in the host's alpn, or 255 where none was negotiated.
                      For a host that sends TLS facts to its backend, there follow, each
                      with its length(1): TLS version, cipher suite, server name
+worker: established  'E'                    of a tunnel: the server is whom it should be
 parent: client       'C' proxy_timeout(4) vhosts(n x 2), with the
                      client's socket and, where there is a vhost at all, the channel
                      to keyd; milliseconds for a load balancer's header, 0: none comes
+parent: tunnel       'T' tunnel(2) keyed(1), with the channel to keyd where there is one, the
+                     client's socket and the server's, which is connected
 parent: backend      'B', with the connected socket; or 'F' and why there is none
 parent: fork         'W' uid(4), with the descriptor of the new worker's report and
                      its end of its socket
@@ -34,15 +37,18 @@ __all__ = [
     "Client",
     "Dial",
     "Ends",
+    "Established",
     "Fork",
     "Forked",
     "Malformed",
     "Proxied",
     "Ready",
     "TlsFacts",
+    "Tunnel",
     "decode_from_worker",
 ]
 
+TUNNEL = b"T"
 BACKEND = b"B"
 BACKEND_FAILED = b"F"
 #: The longest answer about a backend: its kind and a short reason.
@@ -57,10 +63,12 @@ _FACTS_OCTETS = (16, 64, 255)
 _FORK = struct.Struct("=cq")
 _FORKED = struct.Struct("=cqI")
 _CLIENT = struct.Struct("!cI")
+_TUNNEL = struct.Struct("!cH?")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
 MAX_PROTOCOLS = _NO_PROTOCOL
 #: How many virtual hosts there may be: a client's message may name all of them.
 MAX_VHOSTS = 4096
+#: Of a client's message, or a tunnel's.
 MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than a worker's longest message, so that a longer one is noticed.
 WORKER_MESSAGE_OCTETS = _DIAL.size + sum(1 + most for most in _FACTS_OCTETS) + 1
@@ -171,6 +179,13 @@ class Dial(NamedTuple):
         return _DIAL.pack(b"D", self.vhost, protocol) + facts
 
 
+class Established(NamedTuple):
+    """The handshake of a tunnel's connection is done, and the server is whom it should be."""
+
+    def encode(self) -> bytes:
+        return b"E"
+
+
 class Client(NamedTuple):
     """A connection to serve; ``vhosts`` are those that its local address allows.
 
@@ -192,6 +207,22 @@ class Client(NamedTuple):
         count = (len(message) - _CLIENT.size) // 2
         vhosts = struct.unpack_from(f"!{count}H", message, _CLIENT.size)
         return cls(vhosts, proxy_timeout)
+
+
+class Tunnel(NamedTuple):
+    """A connection to carry through a tunnel; ``keyed``: a channel to keyd comes with it."""
+
+    number: int
+    keyed: bool
+
+    def encode(self) -> bytes:
+        return _TUNNEL.pack(TUNNEL, self.number, self.keyed)
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Tunnel":
+        """For the worker, which trusts the parent."""
+        _, number, keyed = _TUNNEL.unpack(message)
+        return cls(number, keyed)
 
 
 class Fork(NamedTuple):
@@ -226,10 +257,12 @@ class Forked(NamedTuple):
         raise Malformed(f"{kind!r}, {number}")
 
 
-def decode_from_worker(message: bytes) -> Ready | Proxied | Dial:
+def decode_from_worker(message: bytes) -> Ready | Proxied | Dial | Established:
     """Decode a worker's message; raises Malformed, which says what is wrong with it."""
     if message == b"R":
         return Ready()
+    if message == b"E":
+        return Established()
     if _DIAL.size <= len(message) < WORKER_MESSAGE_OCTETS and message[:1] == b"D":
         _, vhost, protocol = _DIAL.unpack_from(message)
         facts = TlsFacts.decode(message[_DIAL.size :]) if len(message) > _DIAL.size else None

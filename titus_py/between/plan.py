@@ -12,6 +12,7 @@ from titus_py.between.virtual_host import TlsSettings
 
 if TYPE_CHECKING:
     from titus_py.between.client_identity import ClientTerms
+    from titus_py.between.tunnel_terms import TunnelTerms
 
 __all__ = [
     "Certificate",
@@ -94,6 +95,8 @@ class Listener(NamedTuple):
     descriptor: int
     accept_proxy_from: tuple[str, ...]
     proxy_timeout: float
+    #: Which tunnel its clients are for; None: they speak TLS, and a virtual host is chosen.
+    tunnel: int | None = None
 
 
 class VirtualHost(NamedTuple):
@@ -143,7 +146,8 @@ class Plan(NamedTuple):
 
     listeners: tuple[Listener, ...]
     vhosts: tuple[VirtualHost, ...]
-    #: The addresses of each backend that a virtual host names, by that name.
+    tunnels: "tuple[TunnelTerms, ...]"
+    #: The addresses of each backend that a virtual host or a tunnel names, by that name.
     addresses: dict[str, tuple[ResolvedAddress, ...]]
     #: The backends that are checked, and what is known of each of them.
     checks: tuple[Check, ...]
@@ -186,7 +190,10 @@ class Plan(NamedTuple):
         for vhost in vhosts:
             if (clients := vhost["clients"]) is not None:
                 vhost["clients"] = clients.with_texts(lambda t: texts.setdefault(t, len(texts)))
-        fields = {"vhosts": vhosts, "texts": list(texts)}
+        tunnels = [
+            tunnel.with_texts(lambda t: texts.setdefault(t, len(texts))) for tunnel in self.tunnels
+        ]
+        fields = {"vhosts": vhosts, "tunnels": tunnels, "texts": list(texts)}
         return json.dumps(self._asdict() | fields).encode()
 
     @classmethod
@@ -209,6 +216,7 @@ class Plan(NamedTuple):
             )
             for vhost in fields["vhosts"]
         )
+        fields["tunnels"] = tuple(_tunnel_terms(tunnel, texts) for tunnel in fields["tunnels"])
         fields["checks"] = tuple(
             Check(backend, Health(*health), send_proxy)
             for backend, health, send_proxy in fields["checks"]
@@ -227,6 +235,13 @@ def _client_terms(fields: list[Any] | None, texts: list[str]) -> "ClientTerms | 
     from titus_py.between.client_identity import ClientTerms
 
     return ClientTerms.decode(fields).with_texts(texts.__getitem__)
+
+
+def _tunnel_terms(fields: list[Any], texts: list[str]) -> "TunnelTerms":
+    # Others do not need it in their memory.
+    from titus_py.between.tunnel_terms import TunnelTerms
+
+    return TunnelTerms.decode(fields).with_texts(texts.__getitem__)
 
 
 def resolved(addresses: list[list[object]]) -> tuple[ResolvedAddress, ...]:

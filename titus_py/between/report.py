@@ -89,6 +89,12 @@ class End(IntEnum):
     CLIENT_CERTIFICATE = 18
     BAD_PROXY_HEADER = 19
     PROXY_TIMEOUT = 20
+    # Of a tunnel, whose server is the TLS side.
+    SERVER_CERTIFICATE = 21
+    SERVER_LEFT = 22
+    SERVER_RESET = 23
+    SERVER_TRUNCATED = 24
+    SERVER_PROTOCOL_ERROR = 25
 
 
 class Report(NamedTuple):
@@ -103,7 +109,7 @@ class Report(NamedTuple):
     group: str
     server_name: str
     detail: str
-    #: Of the certificate that the client has shown; empty if it has shown none.
+    #: Of the certificate that the client has shown, or a tunnel's server; empty if none was.
     certificate_subject: str = ""
     certificate_issuer: str = ""
     certificate_serial: str = ""
@@ -184,7 +190,9 @@ def complete_record(ended: dict[str, Any], report: Report) -> str:
         "detail": report.detail or None,
     }
     ended |= {name: value for name in _CERTIFICATE if (value := getattr(report, name))}
-    return "connection_ended" if report.tls_version else "handshake_failed"
+    if report.tls_version:
+        return "connection_ended"
+    return "handshake_failed" if ended.get("tunnel") is None else "tunnel_failed"
 
 
 def _text(octets: bytes) -> str:

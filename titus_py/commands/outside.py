@@ -47,6 +47,11 @@ def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[M
             if isinstance(backend, UnixAddress) and not Path(backend.path).is_socket():
                 reason = f"no socket is at {backend.path}: does the backend run?"
                 yield source.mistake(f"vhost[{i}].{setting}", reason)
+    for i, tunnel in enumerate(configuration.tunnel):
+        for server in tunnel.connect:
+            if isinstance(server, UnixAddress) and not Path(server.path).is_socket():
+                reason = f"no socket is at {server.path}: does the server run?"
+                yield source.mistake(f"tunnel[{i}].connect", reason)
 
 
 def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:
@@ -55,6 +60,10 @@ def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistak
         for setting, backend in vhost.all_backends:
             if isinstance(backend, NameAddress):
                 users.setdefault(backend, []).append(f"vhost[{i}].{setting}")
+    for i, tunnel in enumerate(configuration.tunnel):
+        for server in tunnel.connect:
+            if isinstance(server, NameAddress):
+                users.setdefault(server, []).append(f"tunnel[{i}].connect")
     why = _looked_up(list(users))
     for backend, (first, *others) in users.items():
         if reason := why.get(backend, f"no answer within {_RESOLVE_SECONDS:g} s"):

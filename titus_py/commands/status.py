@@ -114,7 +114,8 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
             answer.get("certificate_dirs", ()),
             answer.get("client_authorities", ()),
         ),
-        _virtual_hosts(answer["vhosts"]),
+        *([_virtual_hosts(answer["vhosts"])] if answer["vhosts"] else []),
+        *([_tunnels(tunnels)] if (tunnels := answer.get("tunnels")) else []),
         _counts(answer["counts"], answer["generations"]),
         _forking(answer),
         Text(),
@@ -202,6 +203,21 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _tunnels(tunnels: Iterable[Mapping[str, Any]]) -> Table:
+    table = _table("tunnel from", "to", "which is", "verified by")
+    for tunnel in tunnels:
+        addresses = _text(", ".join(tunnel["addresses"])) if tunnel["addresses"] else None
+        by = [f"ca {tunnel['ca']}, {tunnel['server_name']}"] if tunnel["ca"] else []
+        by += [f"{tunnel['pins']} pins"] if tunnel["pins"] else []
+        table.add_row(
+            _text(tunnel["listen"]),
+            _text(tunnel["connect"]),
+            addresses or Text("not resolved", style="red"),
+            _text("; ".join(by)),
+        )
+    return table
+
+
 def _backend(of: Mapping[str, Any], how: str) -> tuple[Text, Text]:
     """As it is configured and how it is connected to, and its addresses."""
     addresses = _text(", ".join(of["addresses"])) if of["addresses"] else None
@@ -215,6 +231,8 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     table.add_row("handshakes", _tally(counts["handshakes"], "failed", counts["failed"]))
     if counts["certificates_refused"]:
         table.add_row("client certificates refused", _listed(counts["certificates_refused"]))
+    if failures := counts.get("tunnel_failures"):
+        table.add_row("tunnels' failures", Text(_listed(failures), style="yellow"))
     if counts["protocols"]:
         table.add_row("protocols", _listed(counts["protocols"]))
     table.add_row(

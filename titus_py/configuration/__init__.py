@@ -13,6 +13,7 @@ from titus_py.configuration.tables import (
     Keyd,
     Listen,
     Log,
+    Tunnel,
     VirtualHost,
     Worker,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Log",
     "Mistake",
     "Source",
+    "Tunnel",
     "User",
     "Valid",
     "VirtualHost",

@@ -21,6 +21,7 @@ from titus_py.configuration.tables import (
     Match,
     Metrics,
     Table,
+    Tunnel,
     Uids,
 )
 from titus_py.configuration.uids import (
@@ -123,6 +124,10 @@ def _others(tables: dict[str, Any], source: Source) -> list[str]:
         isinstance(backend, NameAddress)
         for _, vhost in each_valid(Backend, tables, "vhost", source)
         for _, backend in vhost.all_backends
+    ) or any(
+        isinstance(server, NameAddress)
+        for _, tunnel in each_valid(Tunnel, tables, "tunnel", source)
+        for server in tunnel.connect
     )
     metrics = valid_part(Metrics, tables["metrics"], source)
     found = ["the resolver, for names of backends"] if names else []

@@ -11,7 +11,7 @@ from typing import Any
 from titus_py.configuration.across_tables import each_valid, valid_part
 from titus_py.configuration.address import Address, IPAddress, UnixAddress
 from titus_py.configuration.mistake import Mistake, Source
-from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics
+from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics, Tunnel
 
 __all__ = ["address_mistakes", "metrics_warnings"]
 
@@ -19,22 +19,31 @@ __all__ = ["address_mistakes", "metrics_warnings"]
 def address_mistakes(
     tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
 ) -> Iterator[Mistake]:
-    yield from _overlaps(listeners, source)
+    tunnels = dict(each_valid(Tunnel, tables, "tunnel", source))
+    bound = {f"listen[{i}].address": address for i, address in listeners.items()}
+    bound |= {f"tunnel[{i}].listen": tunnel.listen for i, tunnel in tunnels.items()}
+    yield from _overlaps(bound, source)
     yield from _balancers_of_another_family(tables, source)
     backends = [
         (f"vhost[{i}].{setting}", backend)
         for i, vhost in each_valid(Backend, tables, "vhost", source)
         for setting, backend in vhost.all_backends
     ]
+    servers = [
+        (f"tunnel[{i}].connect", server)
+        for i, tunnel in tunnels.items()
+        for server in tunnel.connect
+    ]
     metrics = valid_part(Metrics, tables["metrics"], source)
     address = metrics.address if metrics else None
     if address is not None:
-        yield from _shared_metrics(address, listeners, backends, source)
+        yield from _shared_metrics(address, bound, [*backends, *servers], source)
     yield from _looping(listeners, backends, source)
+    yield from _to_a_tunnel(tunnels, servers, source)
     keyd = valid_part(KeydSocket, tables["keyd"], source)
     if keyd is not None and keyd.socket is not None:
         socket = UnixAddress(str(keyd.socket))
-        for key, other in (("metrics.address", address), *backends):
+        for key, other in (("metrics.address", address), *backends, *servers):
             if other == socket:
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
 
@@ -52,28 +61,28 @@ def metrics_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake
         )
 
 
-def _overlaps(listeners: Mapping[int, IPAddress], source: Source) -> Iterator[Mistake]:
-    for j, address in listeners.items():
-        for i, earlier in listeners.items():
-            if i < j and (earlier.covers(address) or address.covers(earlier)):
-                key = f"listen[{i}].address"
-                yield source.mistake(
-                    f"listen[{j}].address",
-                    f"{address} overlaps {source.reference(key)}, {earlier}: only one can be bound",
-                )
+def _overlaps(bound: Mapping[str, IPAddress], source: Source) -> Iterator[Mistake]:
+    """``bound`` is by the keys of the settings."""
+    before: dict[str, IPAddress] = {}
+    for key, address in bound.items():
+        for other, earlier in before.items():
+            if earlier.covers(address) or address.covers(earlier):
+                where = f"{source.reference(other)}, {earlier}"
+                yield source.mistake(key, f"{address} overlaps {where}: only one can be bound")
                 break
+        before[key] = address
 
 
 def _shared_metrics(
     metrics: Address,
-    listeners: Mapping[int, IPAddress],
+    bound: Mapping[str, IPAddress],
     backends: list[tuple[str, Address]],
     source: Source,
 ) -> Iterator[Mistake]:
     if isinstance(metrics, IPAddress):
-        for i, listener in listeners.items():
+        for key, listener in bound.items():
             if listener.covers(metrics) or metrics.covers(listener):
-                where = source.reference(f"listen[{i}].address")
+                where = source.reference(key)
                 reason = f"{metrics} overlaps {where}, {listener}: only one can be bound"
                 yield source.mistake("metrics.address", reason)
     for key, backend in backends:
@@ -99,6 +108,18 @@ def _looping(
                     key,
                     f"{backend} is {where}: the plaintext would come back here, as from a client",
                 )
+                break
+
+
+def _to_a_tunnel(
+    tunnels: Mapping[int, Tunnel], servers: list[tuple[str, Address]], source: Source
+) -> Iterator[Mistake]:
+    """Servers that are tunnels' clients' side, where nobody speaks TLS."""
+    for key, server in servers:
+        for i, tunnel in tunnels.items():
+            if _receives(tunnel.listen, server):
+                where = source.reference(f"tunnel[{i}].listen")
+                yield source.mistake(key, f"{server} is {where}, which speaks no TLS")
                 break
 
 

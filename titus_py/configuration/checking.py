@@ -159,7 +159,7 @@ def check(
     certificates: dict[Credential, CertificateFacts] = {}
     kept: list[tuple[Credential, str]] = []
     inherited: set[Credential] = set()
-    watched = [path for one in loaded.client_files for path in one if path]
+    watched = [path for one in loaded.client_files for path in one.paths]
     files = FileWatch.of(loaded.credentials, watched)
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.

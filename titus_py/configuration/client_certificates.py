@@ -16,6 +16,7 @@ from titus_py.configuration.across_tables import each_valid
 from titus_py.configuration.client_table import ClientCertificates, ClientFiles
 from titus_py.configuration.helper import CLIENT_AUTHORITIES, Helper, Unanswered
 from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.tunnel_table import Tunnel
 
 __all__ = [
     "ClientAuthorities",
@@ -111,21 +112,27 @@ def read_authorities(
     """
     if not files:
         return {}, [], []
-    question = [{"ca": str(one.ca), "crl": one.crl and str(one.crl)} for one in files]
+    question = [
+        {"ca": str(one.ca), "crl": one.crl and str(one.crl), "whose": one.whose} for one in files
+    ]
     try:
         octets = (helper or Helper(CLIENT_AUTHORITIES)).ask(question, timeout)
         answers = _ANSWERS.validate_json(octets)
         if len(answers) != len(files):
             raise Unanswered(f"{len(answers)} answers to {len(files)} questions")
     except (Unanswered, ValidationError) as error:
-        reason = f"client_ca and client_crl could not be read: {error}"
+        settings = dict.fromkeys(one.setting("client_ca") for one in files)
+        reason = f"the files of {' and '.join(settings)} could not be read: {error}"
         return {}, [source.mistake("", reason)], []
     found: dict[ClientFiles, ClientAuthorities] = {}
     mistakes: list[Mistake] = []
     warnings: list[Mistake] = []
     for (one, (place, *_)), answer in zip(files.items(), answers, strict=True):
         for problems, to in ((answer.mistakes, mistakes), (answer.warnings, warnings)):
-            to += [source.mistake(f"{place}.{each.field}", each.reason) for each in problems]
+            to += [
+                source.mistake(f"{place}.{one.setting(each.field)}", each.reason)
+                for each in problems
+            ]
         if (authorities := answer.found()) is not None:
             found[one] = authorities
     return found, mistakes, warnings
@@ -148,9 +155,12 @@ def client_terms(
 
 
 def client_files(tables: dict[str, Any], source: Source) -> dict[ClientFiles, list[str]]:
-    """The files that are to be read, with the places of their virtual hosts."""
+    """The files that are to be read, with the places of their virtual hosts and tunnels."""
     places: dict[ClientFiles, list[str]] = {}
     for i, vhost in each_valid(ClientCertificates, tables, "vhost", source):
         if (files := vhost.client_files) is not None:
             places.setdefault(files, []).append(f"vhost[{i}]")
+    for i, tunnel in each_valid(Tunnel, tables, "tunnel", source):
+        if (files := tunnel.client_files) is not None:
+            places.setdefault(files, []).append(f"tunnel[{i}]")
     return places

@@ -16,10 +16,22 @@ __all__ = ["ClientCertificates", "ClientFiles"]
 
 
 class ClientFiles(NamedTuple):
-    """The files that say whose client certificates are trusted: absolute paths."""
+    """The files that say whose certificates are trusted: absolute paths.
+
+    ``whose``: "clients", or of a tunnel "servers"; "system" if the file is not the administrator's.
+    """
 
     ca: Path
     crl: Path | None
+    whose: str = "clients"
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for path in (self.ca, self.crl) if path is not None]
+
+    def setting(self, field: str) -> str:
+        """The setting that names the file: ``field`` is as it is in [[vhost]]."""
+        return field if self.whose == "clients" else field.removeprefix("client_")
 
 
 class ClientCertificates(Table):

@@ -46,7 +46,7 @@ def exposed_files(
         for field, path in (("client_ca", files.ca), ("client_crl", files.crl)):
             if path is not None:
                 for reason in _exposed(path, *public, warned):
-                    yield source.mistake(f"{place}.{field}", reason)
+                    yield source.mistake(f"{place}.{files.setting(field)}", reason)
     for file in filter(None, (source.path, *included)):
         for reason in _exposed(Path(file), *public, warned):
             yield source.mistake("", reason)

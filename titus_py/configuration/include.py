@@ -17,7 +17,7 @@ __all__ = ["Unreadable", "include", "read_file"]
 
 _MAX_FILE_OCTETS = 4 * 1024 * 1024
 #: The tables that an included file may have.
-_ARRAYS = ("listen", "vhost")
+_ARRAYS = ("listen", "vhost", "tunnel")
 
 
 class Unreadable(Exception):
@@ -80,7 +80,9 @@ def include(tables: dict[str, Any], source: Source) -> Included:
         for name, value in added.items():
             before = _array(together, name)
             if name not in _ARRAYS or not isinstance(value, list) or before is None:
-                reason = "an included file has only tables headed [[listen]] and [[vhost]]"
+                reason = (
+                    "an included file has only tables headed [[listen]], [[vhost]] and [[tunnel]]"
+                )
                 mistakes.append(Mistake(path, name, reason, their_lines.get(name)))
                 continue
             together[name] = [*before, *value]

@@ -33,6 +33,7 @@ from titus_py.configuration.ineffective import ineffective_settings
 from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
 from titus_py.configuration.transparency import transparency_mistakes
+from titus_py.configuration.tunnels import missing_tables, tunnel_mistakes
 
 __all__ = ["Loaded", "from_options", "load"]
 
@@ -132,11 +133,11 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         "service": {},
     } | content
     configuration = None
-    mistakes = []
+    mistakes = list(missing_tables(tables, source))
     try:
         configuration = Configuration.model_validate(tables, context=source)
     except ValidationError as error:
-        mistakes = [explained(details, source) for details in error.errors(include_url=False)]
+        mistakes += [explained(details, source) for details in error.errors(include_url=False)]
 
     # Checks across several tables are made on the valid ones, whatever is wrong with others.
     listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
@@ -151,6 +152,7 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     mistakes += client_mistakes(tables, source)
     mistakes += certificates_not_asked_for(tables, source)
     mistakes += transparency_mistakes(tables, source)
+    mistakes += tunnel_mistakes(tables, source)
     mistakes += address_mistakes(tables, listeners, source)
     transparent = any(
         table.transparent for _, table in each_valid(Listen, tables, "listen", source)

@@ -102,7 +102,7 @@ class Source(NamedTuple):
 def labels_of(tables: Mapping[str, object]) -> dict[str, str]:
     """Names that tell virtual hosts, and listening addresses, apart for people."""
     labels = {}
-    for array, key in (("vhost", "sni"), ("listen", "address")):
+    for array, key in (("vhost", "sni"), ("listen", "address"), ("tunnel", "listen")):
         found = tables.get(array)
         for index, table in enumerate(found if isinstance(found, list) else []):
             value = table.get(key) if isinstance(table, dict) else None

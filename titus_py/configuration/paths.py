@@ -10,7 +10,7 @@ from pydantic import AfterValidator, PlainValidator, ValidationInfo
 
 from titus_py.configuration.mistake import Source, Valid, described, os_reason, text_of
 
-__all__ = ["Directory", "EmptyDirectory", "File", "FilePath", "directory_of"]
+__all__ = ["Directory", "EmptyDirectory", "File", "FilePath", "directory_of", "readable_file"]
 
 
 def directory_of(info: ValidationInfo) -> Path:
@@ -59,6 +59,11 @@ def _readable_file(path: Path, info: ValidationInfo) -> Path:
     if not os.access(path, os.R_OK, effective_ids=True):
         raise ValueError(f"{path}: permission denied")
     return path
+
+
+def readable_file(value: object, info: ValidationInfo) -> Path:
+    """For a setting that may be something else than a file's path. Raises ValueError."""
+    return _readable_file(_path(value, info), info)
 
 
 def _readable_directory(path: Path, info: ValidationInfo) -> Path:

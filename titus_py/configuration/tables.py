@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from titus_py.configuration.mistake import described
 from titus_py.configuration.paths import EmptyDirectory, FilePath
 from titus_py.configuration.table import Table
 from titus_py.configuration.toml import key_text
+from titus_py.configuration.tunnel_table import Tunnel
 from titus_py.configuration.uids import DEFAULT_UIDS
 from titus_py.configuration.values import (
     BackendAddresses,
@@ -65,6 +66,7 @@ __all__ = [
     "Metrics",
     "Service",
     "Table",
+    "Tunnel",
     "Uids",
     "VirtualHost",
     "Worker",
@@ -390,24 +392,15 @@ class VirtualHost(ClientCertificates, Backend, Credentials, Match):
         return TlsSettings(*(getattr(self, field) for field in TlsSettings._fields))
 
 
-_Element = TypeVar("_Element")
-
-
-def _not_empty(value: tuple[_Element, ...]) -> tuple[_Element, ...]:
-    if not value:
-        raise ValueError("at least one is needed")
-    return value
-
-
 class Configuration(Table):
     """The whole file. Immutable for the life of the processes that are started with it."""
 
     include: Patterns = Field(
         default=(),
         description='Other files whose tables belong to this one, such as ["conf.d/*.toml"]: each '
-        "has [[listen]] and [[vhost]] tables and nothing else. The files that match are read in "
-        "the order of their names, after this one. Relative paths in them are relative to the "
-        "directory of this file.",
+        "has [[listen]], [[vhost]] and [[tunnel]] tables and nothing else. The files that match "
+        "are read in the order of their names, after this one. Relative paths in them are relative "
+        "to the directory of this file.",
     )
 
     worker: Worker = Field(default_factory=Worker, description="The processes for connections.")
@@ -418,12 +411,20 @@ class Configuration(Table):
     log: Log = Field(default_factory=Log, description="What is written to standard error.")
     metrics: Metrics = Field(default_factory=Metrics, description="Numbers for Prometheus.")
     service: Service = Field(default_factory=Service, description="How titus-py itself is run.")
-    listen: Annotated[tuple[Listen, ...], AfterValidator(_not_empty)] = Field(
-        description="The addresses to accept connections on: one table each."
+    listen: tuple[Listen, ...] = Field(
+        default=(), description="The addresses to accept TLS connections on: one table each."
     )
-    vhost: Annotated[tuple[VirtualHost, ...], AfterValidator(_not_empty)] = Field(
-        description="The virtual hosts, the first that matches taken: one table each."
+    vhost: tuple[VirtualHost, ...] = Field(
+        default=(), description="The virtual hosts, the first that matches taken: one table each."
     )
+    tunnel: tuple[Tunnel, ...] = Field(
+        default=(), description="Tunnels to TLS servers, for plaintext clients: one table each."
+    )
+
+    @property
+    def listening(self) -> list[IPAddress]:
+        """The addresses that clients connect to."""
+        return [table.address for table in self.listen] + [table.listen for table in self.tunnel]
 
     @property
     def has_transparent_sockets(self) -> bool:
@@ -450,4 +451,5 @@ TABLES: Mapping[str, type[Table]] = {
     "service": Service,
     "listen": Listen,
     "vhost": VirtualHost,
+    "tunnel": Tunnel,
 }

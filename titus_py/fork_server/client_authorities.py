@@ -43,13 +43,17 @@ def main() -> int:
         answer: object = _revoked(question["lists"], question["certificates"])
     else:
         now = datetime.now(UTC)
-        answer = [_answer(one["ca"], one["crl"], now) for one in question]
+        answer = [_answer(one["ca"], one["crl"], one["whose"], now) for one in question]
     json.dump(answer, sys.stdout)
     return 0
 
 
-def _answer(ca: str, crl: str | None, now: datetime) -> dict[str, Any]:
-    """What is in the two files, and what is wrong with them."""
+def _answer(ca: str, crl: str | None, whose: str, now: datetime) -> dict[str, Any]:
+    """What is in the two files, and what is wrong with them.
+
+    ``whose`` certificates are trusted by them: "clients", "servers"; "system" for those of servers,
+    where the file is the system's, which somebody else keeps.
+    """
     mistakes: list[_Problem] = []
     warnings: list[_Problem] = []
     authorities: list[x509.Certificate] = []
@@ -57,7 +61,9 @@ def _answer(ca: str, crl: str | None, now: datetime) -> dict[str, Any]:
     keys: list[str] = []
     try:
         authorities = _read("client_ca", ca, "CERTIFICATE", x509.load_pem_x509_certificate)
-        warnings += [_Problem("client_ca", doubt) for doubt in _doubts(ca, authorities, now)]
+        if whose != "system":
+            doubts = _doubts(ca, authorities, whose, now)
+            warnings += [_Problem("client_ca", doubt) for doubt in doubts]
         keys = [public_key_id(one).hex() for one in authorities]
         if crl is not None:
             lists = _read("client_crl", crl, "X509 CRL", x509.load_pem_x509_crl)
@@ -106,14 +112,16 @@ def _read(field: str, path: str, label: str, load: Callable[[bytes], _Found]) ->
     return found
 
 
-def _doubts(path: str, authorities: Sequence[x509.Certificate], now: datetime) -> Iterator[str]:
+def _doubts(
+    path: str, authorities: Sequence[x509.Certificate], whose: str, now: datetime
+) -> Iterator[str]:
     """Certificates of authorities that are out of date, or soon will be."""
     for one in authorities:
         what = f"{path}: {name_of(one)}"
         if one.not_valid_before_utc > now:
             yield f"{what} is not valid before {one.not_valid_before_utc:%Y-%m-%d}"
         ends = one.not_valid_after_utc
-        yield from _end(what, ends, now, "its clients are refused", "will be refused")
+        yield from _end(what, ends, now, whose)
 
 
 def _ageing(
@@ -123,14 +131,15 @@ def _ageing(
     for one in lists:
         if (ends := one.next_update_utc) is not None:
             what = f"{path}: the list of {one.issuer.rfc4514_string()}"
-            yield from _end(what, ends, now, "its clients are refused", "will be refused")
+            yield from _end(what, ends, now, "clients")
 
 
-def _end(what: str, ends: datetime, now: datetime, after: str, later: str) -> Iterator[str]:
+def _end(what: str, ends: datetime, now: datetime, whose: str) -> Iterator[str]:
     if ends <= now:
-        yield f"{what} expired on {ends:%Y-%m-%d}: {after}: get the newer one"
+        yield f"{what} expired on {ends:%Y-%m-%d}: its {whose} are refused: get the newer one"
     elif ends < now + _WARNING:
-        yield f"{what} expires on {ends:%Y-%m-%d %H:%M} UTC: clients {later}: get the newer one"
+        when = f"{ends:%Y-%m-%d %H:%M} UTC"
+        yield f"{what} expires on {when}: {whose} will be refused: get the newer one"
 
 
 def _gaps(

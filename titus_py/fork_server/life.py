@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from titus_py.between.client_identity import ClientTerms
     from titus_py.worker.client_certificate import Verifier
     from titus_py.worker.proxy_header import ProxyHeaderReader
+    from titus_py.worker.tunnel import Conduit
 
 __all__ = ["main"]
 
@@ -74,6 +75,9 @@ def main() -> int:
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
     plan = Plan.decode(read_all(given["--plan-fd"]))
+    # For a warning, of a certificate for example, Python reads source files: a worker that
+    # tried that would be killed.
+    warnings.simplefilter("ignore")
     sites = [_site(vhost) for vhost in plan.vhosts]
     practice = [_practice_context(*each) for each in zip(sites, plan.vhosts, strict=True)]
     terms = Terms(
@@ -84,13 +88,16 @@ def main() -> int:
         encode(parting_calls()),
         ReportWriter(),
         client_hello(),
-        practice[0],
+        practice[0] if practice else None,
         _proxy_header_reader(plan),
+        _conduits(plan),
     )
-    # For a warning, of a client's certificate for example, Python reads source files: a worker that
-    # tried that would be killed.
-    warnings.simplefilter("ignore")
     rehearse(terms)
+    if plan.tunnels:
+        # Others do not need it in their memory.
+        from titus_py.fork_server.tunnel_rehearsal import rehearse_tunnel
+
+        rehearse_tunnel(terms)
     give_code_back()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
@@ -109,6 +116,15 @@ def _proxy_header_reader(plan: Plan) -> "Callable[[], ProxyHeaderReader] | None"
     from titus_py.worker.proxy_header import ProxyHeaderReader
 
     return ProxyHeaderReader
+
+
+def _conduits(plan: Plan) -> "list[Conduit]":
+    """What carries connections through tunnels; loaded only if there are any."""
+    if not plan.tunnels:
+        return []
+    from titus_py.worker.tunnel import conduit
+
+    return [conduit(tunnel) for tunnel in plan.tunnels]
 
 
 def _site(vhost: VirtualHost) -> Site:

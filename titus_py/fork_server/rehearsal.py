@@ -26,20 +26,20 @@ from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next
 from titus_py.worker.tls import negotiate_protocol, note_close_notify, reseed
 
-__all__ = ["rehearse"]
+__all__ = ["CONNECTIONS", "MESSAGE_OCTETS", "PATIENCE_SECONDS", "rehearse"]
 
 #: Python begins to adapt a function after eight runs.
-_CONNECTIONS = 12
+CONNECTIONS = 12
 _SERVER_NAME = "localhost"
-_MESSAGE_OCTETS = 1024
+MESSAGE_OCTETS = 1024
 #: How long a step may take. All of practice takes milliseconds.
-_PATIENCE_SECONDS = 10
+PATIENCE_SECONDS = 10
 
 
 def rehearse(terms: Terms) -> None:
     """Serve the connections. Raises RuntimeError if one does not end cleanly, and OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE_SECONDS, 0))
     # As every host that has protocols: others have nothing to practise.
     protocols = next((site.alpn for site in terms.sites if site.alpn), ())
     child = os.fork()
@@ -52,9 +52,9 @@ def rehearse(terms: Terms) -> None:
     if protocols:
         negotiate_protocol(context, protocols)
     for_practice = terms._replace(
-        handshake_timeout=_PATIENCE_SECONDS,
-        idle_timeout=_PATIENCE_SECONDS,
-        half_closed_timeout=_PATIENCE_SECONDS,
+        handshake_timeout=PATIENCE_SECONDS,
+        idle_timeout=PATIENCE_SECONDS,
+        half_closed_timeout=PATIENCE_SECONDS,
         sites=[Site((_SERVER_NAME,), context, True, alpn=protocols)],
         parting=b"",
         report=ReportWriter(),
@@ -64,14 +64,14 @@ def rehearse(terms: Terms) -> None:
     # Of the same type as a worker's.
     parent = socket.SocketType(fileno=ours.detach())
     try:
-        for _ in range(_CONNECTIONS):
+        for _ in range(CONNECTIONS):
             reseed()
             end = serve_next(for_practice, parent)
             if end != (End.CLEAN, ""):
                 raise RuntimeError(f"a connection for practice ended with {end}")
     except BlockingIOError:
         raise RuntimeError(
-            f"practice, which takes milliseconds, stood still for {_PATIENCE_SECONDS} s:"
+            f"practice, which takes milliseconds, stood still for {PATIENCE_SECONDS} s:"
             " unless this machine was overloaded, please report it"
         ) from None
     finally:
@@ -96,7 +96,7 @@ def _play_everybody_else(worker: socket.socket, protocols: Sequence[bytes]) -> N
         context = _anonymous_context(SSL.TLS_CLIENT_METHOD)
         if protocols:
             context.set_alpn_protos(list(protocols))
-        for _ in range(_CONNECTIONS):
+        for _ in range(CONNECTIONS):
             _connect_once(worker, context)
     finally:
         error = sys.exception()
@@ -113,15 +113,15 @@ def _connect_once(worker: socket.socket, context: SSL.Context) -> None:
     client.set_connect_state()
     client.set_tlsext_host_name(_SERVER_NAME.encode())
     client.do_handshake()
-    worker.recv(_MESSAGE_OCTETS)
+    worker.recv(MESSAGE_OCTETS)
     backend, theirs = socket.socketpair()
     theirs.setblocking(False)
     give(worker, messages.BACKEND, [theirs])
     client.send(b"request")
-    backend.send(backend.recv(_MESSAGE_OCTETS))
+    backend.send(backend.recv(MESSAGE_OCTETS))
     backend.close()
     with suppress(SSL.ZeroReturnError):
-        while client.recv(_MESSAGE_OCTETS):
+        while client.recv(MESSAGE_OCTETS):
             pass
     client.shutdown()
     ours.close()

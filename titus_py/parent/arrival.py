@@ -3,6 +3,9 @@
 import socket
 from typing import NamedTuple
 
+from titus_py.between.messages import Ends
+from titus_py.parent.backend import Backend
+
 __all__ = ["Arrival"]
 
 
@@ -19,3 +22,11 @@ class Arrival(NamedTuple):
     since: float
     #: How many ms the client's load balancer has for a header. 0: the address is the client's.
     proxy_timeout: int = 0
+    #: Which tunnel it is for, and once that has been connected: its server's socket, and whose.
+    tunnel: int | None = None
+    server: socket.socket | None = None
+    backend: Backend | None = None
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.address, self.port, self.local_address, self.local_port)

@@ -6,6 +6,7 @@ Nothing is read from a client here. Its address decides, and whether it has said
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.arrival import Arrival
+from titus_py.parent.backends import Backends
 from titus_py.parent.connections import Connections
 from titus_py.parent.outbox import Tell
 from titus_py.parent.silent import Silent, has_spoken
@@ -22,6 +24,7 @@ from titus_py.parent.worker import Worker
 
 if TYPE_CHECKING:
     from titus_py.parent.networks import Networks
+    from titus_py.parent.tunnels import Tunnels
 
 __all__ = ["Arrivals"]
 
@@ -48,6 +51,7 @@ class Arrivals:
         plan: Plan,
         waiting: deque[Arrival],
         connections: Connections,
+        backends: Backends,
         admission: Admission,
         limits_hit: LimitsHit,
         tell: Tell,
@@ -74,6 +78,13 @@ class Arrivals:
             from titus_py.parent.networks import balancers
 
             self._balancers = balancers(plan.listeners)
+        #: Clients whose tunnel's server is being connected to.
+        self.tunnels = _tunnels(loop, plan, backends, connections, self._wait, self._turn_away)
+        self._tunnel_of = {
+            listener.descriptor: listener.tunnel
+            for listener in plan.listeners
+            if listener.tunnel is not None
+        }
         for listener in self._listeners.values():
             listener.setblocking(False)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
@@ -90,6 +101,11 @@ class Arrivals:
         self._full_told = False
         self._full_timer: Timer | None = None
         self._waiting_timer: Timer | None = None
+
+    @property
+    def unready(self) -> int:
+        """How many clients have been accepted that do not wait for a worker yet."""
+        return len(self.silent) + (len(self.tunnels) if self.tunnels is not None else 0)
 
     def adjust(self, may_accept: bool) -> None:
         """Accept clients only while there is, or soon will be, a worker for them."""
@@ -109,7 +125,10 @@ class Arrivals:
         for descriptor, listener in self._listeners.items():
             if wanted:
                 balancers, timeout = self._balancers.get(descriptor, (None, 0))
-                self._loop.watch(descriptor, partial(self._accept, listener, balancers, timeout))
+                tunnel = self._tunnel_of.get(descriptor)
+                self._loop.watch(
+                    descriptor, partial(self._accept, listener, balancers, timeout, tunnel)
+                )
             elif wanted is not None:
                 self._loop.watch(descriptor, self._make_way)
 
@@ -153,6 +172,8 @@ class Arrivals:
 
     def keep(self, count: int) -> None:
         """Reset the clients that are silent, and have waited longest, until ``count`` are left."""
+        while self.tunnels and len(self._waiting) + self.unready > count:
+            self.tunnels.turn_oldest_away()
         while self.silent and len(self._waiting) + len(self.silent) > count:
             self._turn_away(self.silent.pop_oldest())
         while len(self._waiting) > count:
@@ -171,11 +192,15 @@ class Arrivals:
 
     def _has_room(self) -> bool:
         """Beyond the maximum, clients wait in the listen queue."""
-        accepted = len(self._connections.busy) + len(self._waiting) + len(self.silent)
+        accepted = len(self._connections.busy) + len(self._waiting) + self.unready
         return accepted < self._plan.max_workers
 
     def _accept(
-        self, listener: socket.socket, balancers: "Networks | None", proxy_timeout: int
+        self,
+        listener: socket.socket,
+        balancers: "Networks | None",
+        proxy_timeout: int,
+        tunnel: int | None,
     ) -> None:
         """Accept the clients in the listen queue, without waiting for workers to be forked.
 
@@ -216,6 +241,7 @@ class Arrivals:
                         local[1],
                         time.monotonic(),
                         proxy_timeout,
+                        tunnel,
                     )
                 )
             else:
@@ -229,7 +255,7 @@ class Arrivals:
             return
         self._leaving = None
         try:
-            self._leaving = self._connections.give_way(len(self._waiting) + len(self.silent))
+            self._leaving = self._connections.give_way(len(self._waiting) + self.unready)
         except OSError as error:
             if not self._not_available_told:
                 self._not_available_told = True
@@ -257,13 +283,16 @@ class Arrivals:
     def _welcome(self, arrival: Arrival) -> None:
         """Queue a client for a worker once it has said something: a worker costs a process.
 
-        If there is no room, the client goes that has been silent for longest.
+        If there is no room, the client goes that has been silent for longest. A tunnel's client may
+        leave the first word to its server.
         """
         if not self._has_room():
             oldest = self.silent.pop_oldest()
             self._turn_away(oldest)
             self._limits_hit.note("silent", oldest.address)
-        if has_spoken(arrival):
+        if self.tunnels is not None and arrival.tunnel is not None:
+            self.tunnels.dial(arrival, arrival.tunnel)
+        elif has_spoken(arrival):
             self._wait(arrival)
         else:
             self.silent.add(arrival)
@@ -302,6 +331,8 @@ class Arrivals:
     def _turn_away(self, arrival: Arrival) -> None:
         """Reset a connection that has no worker yet."""
         arrival.client.close()
+        if arrival.server is not None:
+            arrival.server.close()
         if not arrival.proxy_timeout:
             self._admission.leave(arrival.address)
 
@@ -317,6 +348,22 @@ class Arrivals:
             self._waiting_timer = self._loop.after(
                 self._waiting[0].since - long_ago, self._end_long_waits
             )
+
+
+def _tunnels(
+    loop: EventLoop,
+    plan: Plan,
+    backends: Backends,
+    connections: Connections,
+    connected: Callable[[Arrival], None],
+    turn_away: Callable[[Arrival], None],
+) -> "Tunnels | None":
+    if not plan.tunnels:
+        return None
+    # Others do not need it in their memory.
+    from titus_py.parent.tunnels import Tunnels
+
+    return Tunnels(loop, plan, backends, connections, connected, turn_away)
 
 
 def _plain(address: str) -> str:

@@ -61,6 +61,10 @@ class Backends:
 
             self._from_address = from_address
 
+    def balance(self, how: str, names: tuple[str, ...]) -> Balance:
+        """The order in which a tunnel tries these, which are not checked."""
+        return Balance(how, [self._backends[name, None] for name in names])
+
     def move(self, backend: str, addresses: tuple[ResolvedAddress, ...]) -> None:
         """From now on, connect to these addresses for this backend."""
         for (name, _), one in self._backends.items():
@@ -95,11 +99,9 @@ class Backends:
                     connected.close()
                     connected = None
             if connected is not None and backend is not None:
-                worker.backend = backend
-                worker.backend_ends = _ends(connected)
+                self.assign(worker, connected, backend)
                 if bind is not None:
                     worker.source = address_text(connected.getsockname())
-                backend.connections += 1
             self._answer(worker, connected, reason)
             if connected is None:
                 self._tell(
@@ -119,6 +121,12 @@ class Backends:
         worker.dialer = Failover(self._loop, backends, timeout, keepalive, done, bind)
         worker.dialer.start()
 
+    def assign(self, worker: Worker, connected: socket.socket, backend: Backend) -> None:
+        """Note which backend a worker is about to get."""
+        worker.backend = backend
+        worker.backend_ends = _ends(connected)
+        backend.connections += 1
+
     def ended(self, worker: Worker) -> None:
         """Forget a worker that has ended."""
         if worker.dialer is not None:
@@ -127,10 +135,15 @@ class Backends:
             worker.backend.connections -= 1
 
     def chosen(self, worker: Worker) -> str | None:
-        """Which of its virtual host's backends a worker has, if there are several."""
-        if worker.backend is None or worker.vhost is None:
+        """Which of its virtual host's, or its tunnel's, backends a worker has, if of several."""
+        if worker.backend is None:
             return None
-        names = self._plan.vhosts[worker.vhost].backend_for(worker.protocol)
+        if worker.tunnel is not None:
+            names = self._plan.tunnels[worker.tunnel].connect
+        elif worker.vhost is not None:
+            names = self._plan.vhosts[worker.vhost].backend_for(worker.protocol)
+        else:
+            return None
         return worker.backend.name if len(names) > 1 else None
 
     def _answer(self, worker: Worker, connected: socket.socket | None, reason: str) -> None:

@@ -15,7 +15,7 @@ from keyd.protocol import Done, GrantSet, Power, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
-from titus_py.between.messages import Client, Dial, Ends, Proxied, Ready
+from titus_py.between.messages import Client, Dial, Ends, Established, Proxied, Ready, Tunnel
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.parent.admission import Admission, LimitsHit
@@ -90,7 +90,8 @@ class Connections:
     ) -> None:
         """Give a client to a spare worker.
 
-        ``sockets`` are the channel to keyd, if there is one, and then the client's socket.
+        ``sockets`` are the channel to keyd, if there is one, the client's socket, and that of a
+        tunnel's server.
         """
         connection = self.next_number
         self.next_number += 1
@@ -99,8 +100,7 @@ class Connections:
         worker.address = arrival.address
         worker.awaits_header = arrival.proxy_timeout > 0
         worker.counted = not worker.awaits_header
-        ends = Ends(arrival.address, arrival.port, arrival.local_address, arrival.local_port)
-        worker.ends = worker.endpoints = ends
+        worker.ends = worker.endpoints = ends = arrival.ends
         # The service manager may have bound the listening socket. If not, the kernel binds what it
         # accepts through a VRF (net.ipv4.tcp_l3mdev_accept).
         interface = arrival.client.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
@@ -110,6 +110,9 @@ class Connections:
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer
+        worker.tunnel = arrival.tunnel
+        if arrival.server is not None and arrival.backend is not None:
+            self._backends.assign(worker, arrival.server, arrival.backend)
         worker.started = time.monotonic()
         worker.deadline = self._loop.after(
             # A worker that has not asked for its backend by then never will.
@@ -119,26 +122,31 @@ class Connections:
         self.busy[worker.uid] = self.handshaking[worker.uid] = worker
         self._numbered[connection] = worker
         try:
-            client = Client(offer.vhosts, arrival.proxy_timeout)
-            give(worker.socket, client.encode(), sockets)
+            given: Client | Tunnel = Client(offer.vhosts, arrival.proxy_timeout)
+            if arrival.tunnel is not None:
+                given = Tunnel(arrival.tunnel, keyed=bool(offer.grants.grants))
+            give(worker.socket, given.encode(), sockets)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")
-        # Reported only now, so that the worker does not wait for this.
-        if not worker.awaits_header:
+        # Reported only now, so that the worker does not wait for this. A tunnel's connection begins
+        # when its server is known: until then, the log may have one line for many.
+        if not worker.awaits_header and worker.tunnel is None:
             self._tell_begun(worker)
 
-    def over(self, arrival: Arrival, end: str) -> None:
-        """Record a client that said nothing until its end, and so had no worker."""
+    def over(self, arrival: Arrival, end: str, level: str = "info", detail: str = "") -> None:
+        """Record a client that had no worker: it said nothing, or its tunnel has no server."""
         connection = self.next_number
         self.next_number += 1
         self._tell(
             "connection_over",
-            level="info",
+            level=level,
             connection=connection,
             client=_text(arrival.address, arrival.port),
             local=_text(arrival.local_address, arrival.local_port),
+            **_tunnel(arrival.tunnel),
             seconds=round(time.monotonic() - arrival.since, 3),
             end=end,
+            detail=detail or None,
         )
 
     def hear(self, worker: Worker) -> bool:
@@ -176,6 +184,9 @@ class Connections:
             and (self._identities is None or self._identities.allow(worker, message.vhost))
         ):
             self._established(worker, message)
+        elif isinstance(message, Established) and self._may_be_established(worker):
+            self._tell_begun(worker)
+            self._past_handshake(worker)
         elif isinstance(message, Proxied) and worker.awaits_header:
             self._introduced(worker, message.ends)
         elif (
@@ -202,7 +213,7 @@ class Connections:
             level = "alarm"
         else:
             level = "warning" if worker.killed_for in (_OVERDUE, CLIENT_GONE) else "info"
-        unfinished = worker.signed and worker.vhost is None
+        unfinished = worker.signed and worker.vhost is None and worker.tunnel is None
         self._tell(
             "connection_over",
             report=worker.report,
@@ -212,6 +223,7 @@ class Connections:
             local=worker.local,
             **_balancer(worker),
             vhost=worker.vhost,
+            **_tunnel(worker.tunnel),
             **_negotiated(worker.protocol),
             seconds=round(time.monotonic() - worker.started, 3),
             worker_seconds=round(time.monotonic() - worker.forked, 3),
@@ -298,8 +310,13 @@ class Connections:
             client=worker.client,
             local=worker.local,
             **_balancer(worker),
+            **_tunnel(worker.tunnel),
             uid=worker.uid,
         )
+
+    def _may_be_established(self, worker: Worker) -> bool:
+        """Whether our code can say so: of a tunnel's connection, and once."""
+        return worker.tunnel is not None and worker.uid in self.handshaking
 
     def _established(self, worker: Worker, dial: Dial) -> None:
         """A worker says that its handshake is done: connect to its virtual host's backend."""
@@ -307,6 +324,10 @@ class Connections:
         alpn = self._plan.vhosts[dial.vhost].tls.alpn
         if alpn and dial.protocol is not None:
             worker.protocol = alpn[dial.protocol]
+        self._past_handshake(worker)
+        self._backends.dial(worker, dial)
+
+    def _past_handshake(self, worker: Worker) -> None:
         self.handshaking.pop(worker.uid, None)
         if worker.deadline is not None:
             worker.deadline.cancel()
@@ -314,7 +335,6 @@ class Connections:
             worker.deadline = self._loop.after(
                 self._plan.limits.lifetime, lambda: worker.kill("lifetime")
             )
-        self._backends.dial(worker, dial)
 
     def _alarm(self, worker: Worker, event: str, attempted: str) -> None:
         """A worker did what our code never does: raise an alarm, once, and kill it."""
@@ -405,6 +425,11 @@ def _keys(vhost: VirtualHost) -> list[bytes]:
 def _balancer(worker: Worker) -> dict[str, Any]:
     """The load balancer that a connection came through, as a field for the log."""
     return {"balancer": worker.balancer} if worker.balancer else {}
+
+
+def _tunnel(number: int | None) -> dict[str, int]:
+    """The tunnel that a connection is for, as a field for the log."""
+    return {} if number is None else {"tunnel": number}
 
 
 def _text(host: str, port: int) -> str:

@@ -7,7 +7,7 @@ taken over can claim to have any.
 
 from titus_py.between import messages
 from titus_py.between.client_identity import MAX_IDENTITY_OCTETS, Identity
-from titus_py.between.messages import Dial, Proxied, Ready
+from titus_py.between.messages import Dial, Established, Proxied, Ready
 from titus_py.between.plan import Plan
 from titus_py.parent.worker import Worker
 
@@ -21,7 +21,7 @@ class Identities:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def decode(self, message: bytes) -> Ready | Proxied | Dial | Identity:
+    def decode(self, message: bytes) -> Ready | Proxied | Dial | Established | Identity:
         """A worker's message; raises Malformed."""
         if message[:1] == b"I":
             return Identity.decode(message)

@@ -79,7 +79,14 @@ class Parent:
             loop, plan, admission, self._limits_hit, self._backends, tell
         )
         self._arrivals = Arrivals(
-            loop, plan, self._waiting, self._connections, admission, self._limits_hit, tell
+            loop,
+            plan,
+            self._waiting,
+            self._connections,
+            self._backends,
+            admission,
+            self._limits_hit,
+            tell,
         )
         self._channels = Channels(loop, tell, self._connections.refused, self._connections.signed)
         self._pool = Pool(loop, plan, forks, self._waiting, tell, self._hear_worker, self._ended)
@@ -115,7 +122,7 @@ class Parent:
         self._forks.watch(self._loop, self._pool.forked, self._cannot_fork)
         self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
-        while not self._draining or len(self._pool) or self._waiting or self._arrivals.silent:
+        while not self._draining or len(self._pool) or self._waiting or self._arrivals.unready:
             self._pool.look_at_spares()
             self._loop.run_once()
             self._serve_waiting()
@@ -141,17 +148,22 @@ class Parent:
             self._channels.leaves and self._arrivals.somebody_may_speak()
         ):
             self._channels.done()
-        if self._draining and not self._waiting and not self._arrivals.silent and self._pool.coming:
+        if self._draining and not (self._waiting or self._arrivals.unready) and self._pool.coming:
             self._pool.dismiss_spares()
 
     def _hand_over(self, arrival: Arrival) -> bool:
-        """Give a client to a spare worker, with a channel to keyd if a virtual host applies.
+        """Give a client to a spare worker, with a channel to keyd if anything can be signed for it.
 
         Returns False if no channel can be opened now.
         """
-        offer = self._connections.offer(arrival.local_address, arrival.local_port)
-        sockets = [arrival.client]
-        if offer.vhosts:
+        tunnels = self._arrivals.tunnels
+        if tunnels is not None and arrival.tunnel is not None and arrival.server is not None:
+            offer = tunnels.offer(arrival.tunnel)
+            sockets = [arrival.client, arrival.server]
+        else:
+            offer = self._connections.offer(arrival.local_address, arrival.local_port)
+            sockets = [arrival.client]
+        if offer.grants.grants:
             number, lifetime = self._connections.next_number, self._plan.handshake_timeout
             channel = self._channels.open(number, offer, lifetime)
             if channel is None:
@@ -171,7 +183,7 @@ class Parent:
             self._pool.may_serve(worker)
 
     def _ended(self, worker: Worker, how: str) -> None:
-        if worker.vhost is None:
+        if worker.vhost is None and worker.tunnel is None:
             # What keyd did for it was said before the worker had it.
             self._channels.catch_up()
         self._connections.ended(worker, how)
@@ -237,6 +249,8 @@ class Parent:
     def _drain(self) -> None:
         self._draining = True
         self._backends.retire()
+        if self._arrivals.tunnels is not None:
+            self._arrivals.tunnels.retire()
         self._pool.drain()
         self._adjust_accepting()
 

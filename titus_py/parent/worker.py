@@ -54,6 +54,7 @@ class Worker:
         "socket",
         "source",
         "started",
+        "tunnel",
         "uid",
         "vhost",
     )
@@ -95,6 +96,8 @@ class Worker:
         #: What its client is for, once the handshake is done.
         self.vhost: int | None = None
         self.protocol: str | None = None
+        #: Which tunnel its client is for.
+        self.tunnel: int | None = None
 
     def kill(self, reason: str) -> None:
         """Kill the worker. If there are several reasons, the first is logged."""

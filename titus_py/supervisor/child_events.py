@@ -170,6 +170,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "client": _TEXT,
             "local": _TEXT,
             "balancer": _optional(_TEXT),
+            "tunnel": _optional(_COUNT),
             "uid": _COUNT,
         },
         "connection_over": {
@@ -179,12 +180,15 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "local": _TEXT,
             "balancer": _optional(_TEXT),
             "vhost": _optional(_COUNT),
+            "tunnel": _optional(_COUNT),
             "alpn": _optional(_TEXT),
             "backend": _optional(_TEXT),
             "source": _optional(_TEXT),
             "seconds": _SECONDS,
             "worker_seconds": _optional(_SECONDS),
             "end": _TEXT,
+            # Of one without a worker; others have it in their report.
+            "detail": _optional(_TEXT),
             "unfinished": _optional(_FLAG),
             # Nobody's who had no worker.
             "uid": _optional(_COUNT),

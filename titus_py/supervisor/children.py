@@ -170,7 +170,7 @@ def _understood(generation: Generation, child: Child, said: Said) -> str:
         return complete_record(event, read_report(report))
     if event.get("uid") is None:
         # It had no worker, and so has no report.
-        return "handshake_failed"
+        return "handshake_failed" if event.get("tunnel") is None else "tunnel_failed"
     # No descriptor was left to receive the report.
     event["end"] = event["end"] or "not known: no descriptor for its report"
     return "connection_ended"

@@ -28,6 +28,7 @@ ALARMS = frozenset(
         "parent_hangs",
         "resolver_died",
         "resolver_hangs",
+        "tunnel_failed",
         "unexpected_message",
         "unintelligible",
         "worker_failed",

@@ -17,6 +17,7 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
     """Everything as Prometheus reads it; ``status`` is what ``titus-py status`` gets."""
     families = [
         *_of_connections(metrics, status),
+        *_of_tunnels(metrics),
         *_of_keyd(metrics),
         *_of_the_service(metrics, status),
     ]
@@ -63,6 +64,16 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
         "worker_lifetime_seconds",
         "From a worker's fork to its end, its time as a spare included.",
         metrics.worker_lifetimes,
+    )
+
+
+def _of_tunnels(metrics: Metrics) -> Iterator["_Family"]:
+    yield _counter(
+        "tunnel_connections",
+        "Tunnels' connections whose server was verified, by where they listen.",
+    ).by("tunnel", metrics.tunnels)
+    yield _counter("tunnel_failures", "Tunnels' connections that failed before, by reason.").by(
+        "reason", metrics.tunnel_failures
     )
 
 

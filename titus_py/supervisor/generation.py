@@ -37,6 +37,7 @@ from titus_py.between.plan import (
     State,
     VirtualHost,
 )
+from titus_py.between.tunnel_terms import TunnelTerms
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
@@ -141,7 +142,7 @@ class Generation:
         #: Where its clients' connections go on to.
         self.backends = frozenset(
             backend for vhost in self.configuration.vhost for _, backend in vhost.all_backends
-        )
+        ).union(*(tunnel.connect for tunnel in self.configuration.tunnel))
         #: Those of them that are checked, each way of checking once.
         self.checks = tuple(
             dict.fromkeys(
@@ -202,7 +203,7 @@ class Generation:
     @property
     def listening(self) -> list[IPAddress]:
         """The addresses that its clients connect to."""
-        return [table.address for table in self.configuration.listen]
+        return self.configuration.listening
 
     @property
     def transparent(self) -> list[IPAddress]:
@@ -282,6 +283,7 @@ class Generation:
         plan = Plan(
             listeners=tuple(map(self._listener, listeners, listeners.values())),
             vhosts=tuple(map(self._virtual_host, self.configuration.vhost)),
+            tunnels=tuple(map(self._tunnel, self.configuration.tunnel)),
             addresses={str(backend): addresses.get(backend, ()) for backend in self.backends},
             checks=self.checks,
             states=tuple(map(states.get, self.checks)),
@@ -339,6 +341,9 @@ class Generation:
 
     def _listener(self, address: IPAddress, listener: socket.socket) -> Listener:
         """A socket on this address, which may be a part of the address that is configured."""
+        for number, tunnel in enumerate(self.configuration.tunnel):
+            if tunnel.listen.covers(address):
+                return Listener(listener.fileno(), (), 0.0, number)
         table = next(table for table in self.configuration.listen if table.address.covers(address))
         # The header's time is a part of the handshake's.
         proxy_timeout = min(
@@ -365,6 +370,22 @@ class Generation:
             send_proxy=vhost.send_proxy,
             source_address=vhost.source_address,
             clients=client_terms(vhost, self.checked.authorities),
+        )
+
+    def _tunnel(self, tunnel: configuration.Tunnel) -> TunnelTerms:
+        files = tunnel.client_files
+        authorities = "" if files is None else self.checked.authorities[files].authorities
+        return TunnelTerms(
+            connect=tuple(map(str, tunnel.connect)),
+            balance=tunnel.balance,
+            connect_timeout=tunnel.connect_timeout or self.configuration.worker.connect_timeout,
+            server_name=tunnel.verified_name,
+            authorities=authorities,
+            pins=tunnel.pins or (),
+            min_version=tunnel.min_version,
+            alpn=tunnel.alpn,
+            send_proxy=tunnel.send_proxy,
+            drain=tunnel.drain,
         )
 
 

@@ -55,6 +55,7 @@ from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
 from titus_py.supervisor.succession import Legacy
 from titus_py.supervisor.takeover import Takeover
+from titus_py.supervisor.tunnel_events import TunnelEvents
 from titus_py.supervisor.uid_blocks import UidBlocks
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
 from titus_py.supervisor.upkeep import Upkeep
@@ -82,9 +83,9 @@ def serve(checked: Checked, read_again: ReadAgain) -> int:
     passed = passed_listeners(passed_sockets())
     try:
         configuration = checked.configuration
-        addresses = [table.address for table in configuration.listen]
         transparent = [table.address for table in configuration.listen if table.transparent]
-        listeners = listen(addresses, configuration.limits.keepalive, passed, transparent)
+        keepalive = configuration.limits.keepalive
+        listeners = listen(configuration.listening, keepalive, passed, transparent)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         notify(status=f"not started: {error}")
@@ -216,6 +217,7 @@ class _Supervisor:
         self._upkeep = Upkeep(
             loop,
             record,
+            TunnelEvents(loop, record),
             service,
             generations,
             takeover,

@@ -124,6 +124,23 @@ _CERTIFICATE_REFUSALS = (
     "bad_crl",
     "rejected",
 )
+#: Why a tunnel's connection failed before it was established.
+_TUNNEL_FAILURES = (
+    "unreachable",
+    "name_mismatch",
+    "unknown_ca",
+    "expired",
+    "not_yet_valid",
+    "pin_mismatch",
+    "wrong_usage",
+    "chain_too_long",
+    "bad_signature",
+    "malformed",
+    "rejected",
+    "handshake_failed",
+    "handshake_timeout",
+    "server_left",
+)
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
 _CHILDREN = ("keyd", "parent", "fork_server", "resolver", "metrics", "worker")
 #: Signals that tell something about a worker's end. A worker may choose among the others.
@@ -172,6 +189,9 @@ class Metrics:
         #: Signed for, and never asked for their backend: by the local address.
         self.unfinished = Tally()
         self.certificates_refused = Tally([*_CERTIFICATE_REFUSALS, OTHER], room=0)
+        #: By the address where a tunnel listens; and why its connections failed.
+        self.tunnels = Tally()
+        self.tunnel_failures = Tally([*_TUNNEL_FAILURES, OTHER], room=0)
         self.from_clients = 0
         self.to_clients = 0
         self.durations = Histogram(_DURATION_BOUNDS)
@@ -194,6 +214,7 @@ class Metrics:
             "connection_begun": self._connection_begun,
             "connection_ended": self._connection_ended,
             "handshake_failed": self._handshake_failed,
+            "tunnel_failed": self._tunnel_failed,
             "silent_clients": self._silent,
             "operations": self._keyd_operated,
             "keyd_started": self._keyd_started,
@@ -235,6 +256,8 @@ class Metrics:
             "protocols": self.protocols,
             "unfinished": self.unfinished,
             "certificates_refused": self.certificates_refused,
+            "tunnels": self.tunnels,
+            "tunnel_failures": self.tunnel_failures,
             "refused": self.refused,
             "alarms": self.alarms,
             "deaths": self.deaths,
@@ -290,6 +313,7 @@ class Metrics:
             "protocols": self.protocols.some(),
             "failed": self.failures.some(),
             "certificates_refused": self.certificates_refused.some(),
+            "tunnel_failures": self.tunnel_failures.some(),
             "unfinished": self.unfinished.some(),
             "ended": self.ended.some(),
             "octets_from_clients": self.from_clients,
@@ -307,8 +331,10 @@ class Metrics:
     # --- events -----------------------------------------------------------------
 
     def _connection_begun(self, fields: Mapping[str, object], generation: int) -> None:
-        del fields, generation
+        del generation
         self.accepted += 1
+        if "tunnel" in fields:
+            self.tunnels.add(str(fields["tunnel"]))
 
     def _connection_ended(self, fields: Mapping[str, object], generation: int) -> None:
         del generation
@@ -337,6 +363,15 @@ class Metrics:
             self.accepted += 1
         if end == "client_certificate":
             self.certificates_refused.add(str(fields.get("detail")).partition(":")[0])
+        self._over(fields, end)
+
+    def _tunnel_failed(self, fields: Mapping[str, object], generation: int) -> None:
+        del generation
+        # It has no event at its beginning.
+        self.accepted += 1
+        end = _end(fields)
+        why = str(fields.get("detail")).partition(":")[0] if end == "server_certificate" else end
+        self.tunnel_failures.add(why)
         self._over(fields, end)
 
     def _silent(self, fields: Mapping[str, object], generation: int) -> None:

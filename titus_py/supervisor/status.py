@@ -53,8 +53,9 @@ def _client_files(
 ) -> list[dict[str, object]]:
     """What client certificates are judged by, and when the first of each file expires."""
     ends = {
-        (setting, str(path)): when
+        (files.setting(setting), str(path)): when
         for files, found in authorities.items()
+        if files.whose != "system"
         for setting, path, when in (
             ("client_ca", files.ca, found.not_after),
             ("client_crl", files.crl, found.next_update),
@@ -187,6 +188,18 @@ class Status:
                     "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),
                 }
                 for vhost in serving.configuration.vhost
+            ],
+            "tunnels": [
+                {
+                    "listen": str(tunnel.listen),
+                    "connect": ", ".join(map(str, tunnel.connect)),
+                    "balance": tunnel.balance if len(tunnel.connect) > 1 else None,
+                    "addresses": self._addresses_of(tunnel.connect),
+                    "server_name": tunnel.verified_name,
+                    "ca": tunnel.ca and str(tunnel.ca),
+                    "pins": len(tunnel.pins or ()),
+                }
+                for tunnel in serving.configuration.tunnel
             ],
             "certificates": [
                 {

@@ -294,7 +294,7 @@ def inherit(
         ) from None
     certificates = dict(left.certificates)
     authorities = dict(left.authorities)
-    files = FileWatch.of(certificates, [path for one in authorities for path in one if path])
+    files = FileWatch.of(certificates, [path for one in authorities for path in one.paths])
     checked = Checked(configuration, [], [], certificates, files, authorities=authorities)
     generation = Generation(left.number, checked, filters)
     generation.waits_for_keyd = left.waits_for_keyd

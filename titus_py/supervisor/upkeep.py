@@ -18,6 +18,7 @@ from titus_py.supervisor.record import Event
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.takeover import Takeover
+from titus_py.supervisor.tunnel_events import TunnelEvents
 
 __all__ = ["Upkeep"]
 
@@ -26,7 +27,7 @@ _RETRY_SECONDS = 0.05
 _STATES = frozenset({"backend_down", "backend_up"})
 #: How many lines of keyd's are logged in a second.
 _SAID_A_SECOND = 10
-_ENDS = frozenset({"connection_ended", "handshake_failed"})
+_ENDS = frozenset({"connection_ended", "handshake_failed", "tunnel_failed"})
 
 
 class Upkeep:
@@ -39,6 +40,7 @@ class Upkeep:
         self,
         loop: EventLoop,
         event: Event,
+        tunnel_event: TunnelEvents,
         service: Service,
         generations: Generations,
         takeover: Takeover,
@@ -53,6 +55,7 @@ class Upkeep:
     ) -> None:
         self._loop = loop
         self._event = event
+        self._tunnel_event = tunnel_event
         self._service = service
         self._generations = generations
         self._takeover = takeover
@@ -72,6 +75,8 @@ class Upkeep:
 
         Raises Unintelligible for one that is about what this generation does not have.
         """
+        if event.get("tunnel") is not None:
+            event["tunnel"] = _tunnel_name(generation, event["tunnel"])
         if name == "ready":
             self._started(generation, child, event)
             return
@@ -107,6 +112,9 @@ class Upkeep:
                 raise Unintelligible(f"{name} of an unknown check")
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
             self._backends.checked(generation.checks[event.pop("check")], state)
+        if event.get("tunnel") is not None:
+            self._tunnel_event(name, generation.number, event)
+            return
         self._event(name, generation.number, **event)
         if name == "keyd_incomprehensible" and generation.keyd is not None:
             generation.keyd.kill()
@@ -196,6 +204,14 @@ class Upkeep:
             self._starting.fail("the fork server died")
             if self._service.exit_code is None:
                 self._renew(generation)
+
+
+def _tunnel_name(generation: Generation, number: int) -> str:
+    """A tunnel is known by where it listens. Raises Unintelligible."""
+    tunnels = generation.configuration.tunnel
+    if number >= len(tunnels):
+        raise Unintelligible("an unknown tunnel")
+    return str(tunnels[number].listen)
 
 
 def _complete_refusal(generation: Generation, event: dict[str, Any]) -> None:

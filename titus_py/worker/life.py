@@ -22,7 +22,7 @@ from OpenSSL._util import lib
 from keyd.linux.process import make
 from titus_py.between import messages
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
-from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts
+from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts, Tunnel
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
 from titus_py.worker.client_hello import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from titus_py.between.certificate_index import CertificateIndex
     from titus_py.worker.client_certificate import Verifier
     from titus_py.worker.proxy_header import ProxyHeaderReader
+    from titus_py.worker.tunnel import Conduit
 
 __all__ = ["Site", "Terms", "live", "serve_next"]
 
@@ -50,6 +51,9 @@ _IDLE_MS = 250
 _HEADER_OCTETS = 536
 #: How many octets of a ClientHello are read at once.
 _PIECE_OCTETS = 64 * 1024
+#: A tunnel's client and server; and a channel to keyd besides.
+_SOCKETS_OF_A_TUNNEL = 2
+_MOST_SOCKETS = _SOCKETS_OF_A_TUNNEL + 1
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This port speaks HTTPS, not HTTP.\r\n"
@@ -98,6 +102,8 @@ class Terms(NamedTuple):
     practice: SSL.Context | None = None
     #: Where load balancers connect.
     proxy_header_reader: "Callable[[], ProxyHeaderReader] | None" = None
+    #: One for each tunnel.
+    conduits: "Sequence[Conduit]" = ()
 
 
 class _Over(Exception):
@@ -142,7 +148,12 @@ def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
     assigned = _wait_for_client(terms, parent)
     if assigned is None:
         return None
-    end, detail = _serve(terms, terms.report, parent, *assigned)
+    message, sockets = assigned
+    if message[:1] == messages.TUNNEL:
+        tunnel = Tunnel.decode(message)
+        end, detail = terms.conduits[tunnel.number].serve(terms, parent, tunnel.keyed, *sockets)
+    else:
+        end, detail = _serve(terms, terms.report, parent, Client.decode(message), *sockets)
     terms.report.set(state=State.ENDED, end=end, detail=detail)
     return end, detail
 
@@ -152,6 +163,9 @@ def _touch(terms: Terms) -> None:
 
     A page is copied when this process first writes to it. No client has to wait for that now.
     """
+    if not terms.sites:
+        terms.conduits[0].touch()
+        return
     ClientHelloReader().feed(terms.hello)
     index = terms.sites[0].certificate_index
     if terms.practice is not None and index is not None and index.count:
@@ -166,20 +180,24 @@ def _touch(terms: Terms) -> None:
         connection.do_handshake()
 
 
-def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[Client, SocketType] | None:
-    """Be a spare until a client comes; returns None if the parent hangs up instead."""
+def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[SocketType]] | None:
+    """Be a spare until a client comes; returns the message, and the sockets that are to be served.
+
+    Returns None if the parent hangs up instead.
+    """
     poll = select.poll()
     poll.register(parent, select.POLLIN)
     # A spare that is needed at once has no time for this, and others need the processor more.
     if not poll.poll(_IDLE_MS):
         _touch(terms)
-    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, 2)
+    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, _MOST_SOCKETS)
     if not message:
         return None
+    count = _SOCKETS_OF_A_TUNNEL if message[:1] == messages.TUNNEL else 1
     # The provider looks for keyd at a fixed descriptor number.
-    if len(descriptors) > 1 and descriptors[0] != KEYD_FD:
+    if len(descriptors) > count and descriptors[0] != KEYD_FD:
         raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
-    return Client.decode(message), SocketType(fileno=descriptors[-1])
+    return message, [SocketType(fileno=one) for one in descriptors[-count:]]
 
 
 def _serve(

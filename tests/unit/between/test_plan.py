@@ -30,6 +30,7 @@ def plan(*vhosts: VirtualHost) -> Plan:
     return Plan(
         listeners=(),
         vhosts=vhosts,
+        tunnels=(),
         addresses={},
         checks=(),
         states=(),

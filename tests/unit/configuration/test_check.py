@@ -461,7 +461,7 @@ def test_the_command(
     mistakes = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
     assert [line.removeprefix(f"{path}:").split(": /")[0] for line in mistakes] == [
         "1: typo: unknown key: known here are include, worker, limits, keyd, log, metrics, "
-        "service, listen, vhost",
+        "service, listen, vhost, tunnel",
         '7: vhost "a.example": key',
     ]
 

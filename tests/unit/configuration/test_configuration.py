@@ -101,6 +101,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         "log": {"format": "text", "level": "info"},
         "metrics": {"address": None},
         "service": {"reload_on_change": False},
+        "tunnel": [],
         "listen": [
             {
                 "address": "[::]:443",

@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_read_leaves_the_others_checked(
     )
     found = told(loaded, tmp_path)
     assert found[0].startswith("conf.d/a.toml:1: not valid TOML: ")
-    reason = "an included file has only tables headed [[listen]] and [[vhost]]"
+    reason = "an included file has only tables headed [[listen]], [[vhost]] and [[tunnel]]"
     assert found[1:3] == [
         f"conf.d/c.toml:6: worker: {reason}",
         f"conf.d/d.toml:1: include: {reason}",

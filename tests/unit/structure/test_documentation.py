@@ -23,7 +23,7 @@ _LOGGING = {"_event": 0, "_log": 0, "_tell": 0, "_line": 0, "_alarm": 1}
 #: Which names a process's attribute may have, in what an event is called after.
 _CHILDREN = {"name": ("keyd", "parent"), "_name": ("resolver", "metrics")}
 #: What the parent says of a connection's end, the supervisor completes to one of these.
-_ENDS = {"connection_ended", "handshake_failed"}
+_ENDS = {"connection_ended", "handshake_failed", "tunnel_failed"}
 #: For the supervisor's ears alone.
 _NOT_LOGGED = {
     "alive",

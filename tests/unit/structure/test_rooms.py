@@ -65,10 +65,12 @@ FOR_WORKERS = {
 #: What a parent, or a worker, loads only where the configuration uses it.
 ON_REQUEST = {
     "titus_py.between.certificate_index",
+    "titus_py.between.tunnel_terms",
     "titus_py.parent.health",
     "titus_py.parent.introduction",
     "titus_py.parent.networks",
     "titus_py.parent.proxy_header",
+    "titus_py.parent.tunnels",
 }
 
 

@@ -31,7 +31,7 @@ def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
     return Upkeep(
         EventLoop(),
         event,
-        *[nothing] * 5,
+        *[nothing] * 6,
         AnnouncedAudits(),
         *[nothing] * 5,
     )

@@ -19,7 +19,7 @@ from OpenSSL import SSL, crypto
 from titus_py.between.client_identity import ClientTerms
 from titus_py.between.report import ReportWriter
 from titus_py.supervisor.metrics import Metrics
-from titus_py.worker import client_certificate, verification
+from titus_py.worker import client_certificate, peer_certificate, verification
 from titus_py.worker.certificate_facts import facts_of, name_id
 from titus_py.worker.client_certificate import Verifier
 
@@ -30,7 +30,7 @@ def name(*values: str) -> x509.Name:
 
 def test_every_reason_is_counted() -> None:
     source = Path(client_certificate.__file__).read_text()
-    said = {reason for reason, _ in client_certificate._FINDINGS.values()}
+    said = {reason for reason, _ in peer_certificate._FINDINGS.values()}
     said |= set(client_certificate._WITHOUT_VERDICT.values()) | {"rejected"}
     said |= set(re.findall(r'_refuse\(store_context, "(\w+)"', source))
     assert said | {"other"} == set(Metrics().certificates_refused.counts)

@@ -1,0 +1,122 @@
+"""Tunnels: connecting to the server for a client that has been accepted, before it has a worker.
+
+Run by the parent, and loaded only where the configuration has a tunnel. A client whose server
+cannot be reached need not cost a process: its connection is reset as soon as that is known. A
+worker gets the client's socket and the server's together, and connects to nothing.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+
+from keyd.protocol import GrantSet
+from titus_py.between.event_loop import EventLoop
+from titus_py.between.plan import Plan
+from titus_py.between.tunnel_terms import TunnelTerms
+from titus_py.parent.arrival import Arrival
+from titus_py.parent.backend import Backend
+from titus_py.parent.backends import Backends
+from titus_py.parent.connections import Connections
+from titus_py.parent.failover import Failover
+from titus_py.parent.worker import Offer
+
+__all__ = ["Tunnels"]
+
+#: How often connections are ended whose tunnel's time is over: one may only have begun.
+_AGAIN_SECONDS = 1.0
+#: Sets of grants have numbers (``GrantSet``): those of virtual hosts count from 0.
+_FIRST_SET = 1 << 31
+
+
+class Tunnels:
+    """``connected`` is called with a client whose server is connected: it may have a worker.
+
+    ``turn_away`` resets one that has no server. Either is no longer here then.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        plan: Plan,
+        backends: Backends,
+        connections: Connections,
+        connected: Callable[[Arrival], None],
+        turn_away: Callable[[Arrival], None],
+    ) -> None:
+        self._loop = loop
+        self._tunnels = plan.tunnels
+        self._keepalive = plan.limits.keepalive
+        self._balances = [backends.balance(one.balance, one.connect) for one in plan.tunnels]
+        self._connections = connections
+        self._connected = connected
+        self._turn_away = turn_away
+        self._offers = [
+            Offer((), GrantSet(_FIRST_SET + number, {})) for number in range(len(plan.tunnels))
+        ]
+        #: Those whose server is being connected to, by their sockets. Who came first is first.
+        self._dialing: dict[socket.socket, tuple[Arrival, Failover]] = {}
+        self._retired = False
+        if any(one.send_proxy for one in plan.tunnels):
+            # Others do not need it in their memory.
+            from titus_py.parent.introduction import introduce
+
+            self._introduce = introduce
+
+    def __len__(self) -> int:
+        return len(self._dialing)
+
+    def offer(self, number: int) -> Offer:
+        """What keyd may do for a tunnel's connection."""
+        return self._offers[number]
+
+    def dial(self, arrival: Arrival, number: int) -> None:
+        """Connect to the tunnel's server, without waiting for it."""
+        tunnel = self._tunnels[number]
+        backends = self._balances[number].order(arrival.address)
+        done = partial(self._settled, arrival, tunnel)
+        failover = Failover(self._loop, backends, tunnel.connect_timeout, self._keepalive, done)
+        self._dialing[arrival.client] = arrival, failover
+        failover.start()
+
+    def turn_oldest_away(self) -> None:
+        """Reset the client that has waited longest for its server."""
+        arrival, failover = self._dialing.pop(next(iter(self._dialing)))
+        failover.cancel()
+        self._turn_away(arrival)
+
+    def retire(self) -> None:
+        """Nobody is accepted any more: end each tunnel's connections once its ``drain`` is over."""
+        if self._retired:
+            return
+        self._retired = True
+        for number, tunnel in enumerate(self._tunnels):
+            if tunnel.drain is not None:
+                self._loop.after(tunnel.drain, partial(self._end, number))
+
+    def _end(self, number: int) -> None:
+        for worker in list(self._connections.busy.values()):
+            if worker.tunnel == number:
+                worker.kill("drained")
+        self._loop.after(_AGAIN_SECONDS, partial(self._end, number))
+
+    def _settled(
+        self,
+        arrival: Arrival,
+        tunnel: TunnelTerms,
+        server: socket.socket | None,
+        backend: Backend | None,
+        reason: str,
+    ) -> None:
+        del self._dialing[arrival.client]
+        if server is not None and tunnel.send_proxy is not None:
+            reason = self._introduce(server, tunnel.send_proxy, arrival.ends, None, None, None)
+            if reason:
+                server.close()
+                server = None
+        if server is not None:
+            now = time.monotonic()
+            self._connected(arrival._replace(server=server, backend=backend, since=now))
+            return
+        self._turn_away(arrival)
+        self._connections.over(arrival, "unreachable", "error", reason)

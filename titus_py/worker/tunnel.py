@@ -1,0 +1,154 @@
+"""A tunnel's connection: plaintext from the client, TLS to the server.
+
+Run by the worker. The parent has connected to the server before it gave both sockets away. What
+differs from a virtual host's connection is this file: the worker is TLS's client, and judges the
+server. The pump is the same, with its sides changed round: its TLS side is the server, and the side
+without TLS is the client. Loaded only where the configuration has a tunnel.
+"""
+
+import select
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from socket import SocketType
+
+from OpenSSL import SSL
+
+from keyd.linux.process import make
+from titus_py.between.messages import Established
+from titus_py.between.report import End, State
+from titus_py.between.tunnel_terms import TunnelTerms
+from titus_py.worker.farewell import part
+from titus_py.worker.life import Terms
+from titus_py.worker.pump import Pump, describe
+from titus_py.worker.server_certificate import ServerVerifier, packed_address
+from titus_py.worker.tls import (
+    BUILT_IN_LEVEL,
+    VERSIONS,
+    group_name,
+    note_close_notify,
+    offered_suites,
+)
+
+__all__ = ["Conduit", "conduit", "make_client_context"]
+
+#: What the pump calls an end, with its sides changed round.
+_CHANGED_ROUND = {
+    End.CLIENT_RESET: End.SERVER_RESET,
+    End.CLIENT_TRUNCATED: End.SERVER_TRUNCATED,
+    End.CLIENT_PROTOCOL_ERROR: End.SERVER_PROTOCOL_ERROR,
+    End.BACKEND_RESET: End.CLIENT_RESET,
+}
+
+
+def make_client_context(min_version: str, alpn: Sequence[str] | None) -> SSL.Context:
+    """A client's context, which verifies nobody yet."""
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(VERSIONS[min_version])
+    suites = offered_suites(None, rsa_key_exchange=False)
+    context.set_cipher_list(":".join([*suites, f"@SECLEVEL={BUILT_IN_LEVEL}"]).encode())
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    note_close_notify(context)
+    if alpn is not None:
+        context.set_alpn_protos([name.encode() for name in alpn])
+    return context
+
+
+class Conduit:
+    """One tunnel, as far as a worker knows it."""
+
+    def __init__(
+        self, context: SSL.Context, server_name: str | None, verifier: ServerVerifier
+    ) -> None:
+        self._context = context
+        self._server_name = server_name
+        self._verifier = verifier
+        verifier.demand(context)
+
+    def touch(self) -> None:
+        """Write, while no client waits, to the pages that a handshake will write to."""
+        with suppress(SSL.WantReadError):
+            self._begin(None).do_handshake()
+
+    def serve(
+        self, terms: Terms, parent: SocketType, keyed: bool, client: SocketType, server: SocketType
+    ) -> tuple[End, str]:
+        """Serve one connection; returns how it ended and a detail for the record.
+
+        Neither socket blocks. ``keyed``: there is a channel to keyd.
+        """
+        report = terms.report
+        deadline = time.monotonic() + terms.handshake_timeout
+        report.set(state=State.HANDSHAKE, server_name=self._server_name or "")
+        self._verifier.begin(report)
+        connection = self._begin(server)
+        failure = self._shake_hands(connection, server, deadline)
+        if failure is not None:
+            # The client learns of it at once, by a reset; the server has an alert to read.
+            client.close()
+            part(server)
+            return failure
+        if not self._verifier.is_satisfied(connection):
+            raise PermissionError("a handshake with a server that was not verified")
+        report.set(
+            state=State.ESTABLISHED,
+            tls_version=connection.get_protocol_version_name(),
+            cipher_suite=connection.get_cipher_name() or "",
+            group=group_name(connection) or "",
+        )
+        parent.send(Established().encode())
+        if keyed:
+            make(terms.parting)
+        end, detail = Pump(
+            connection,
+            server,
+            client,
+            lambda from_server, to_server: report.count(to_server, from_server),
+            terms.idle_timeout,
+            terms.half_closed_timeout,
+            truncated_is_reset=True,
+        ).run()
+        return _CHANGED_ROUND.get(end, end), detail
+
+    def _begin(self, server: SocketType | None) -> SSL.Connection:
+        # pyOpenSSL asks the socket for its descriptor, and for nothing else.
+        connection = SSL.Connection(self._context, server)  # type: ignore[arg-type]
+        connection.set_connect_state()
+        # An address is no name (RFC 6066 §3).
+        if self._server_name is not None and packed_address(self._server_name) is None:
+            connection.set_tlsext_host_name(self._server_name.encode())
+        return connection
+
+    def _shake_hands(
+        self, connection: SSL.Connection, server: SocketType, deadline: float
+    ) -> tuple[End, str] | None:
+        """Returns why it failed; None if it did not."""
+        while True:
+            try:
+                connection.do_handshake()
+                return None
+            except SSL.WantReadError:
+                events = select.POLLIN
+            except SSL.WantWriteError:
+                events = select.POLLOUT
+            except SSL.ZeroReturnError:
+                return End.SERVER_LEFT, "within the handshake"
+            except SSL.SysCallError as error:
+                reason = "" if error.args[0] == -1 else str(error.args[1])
+                return End.SERVER_LEFT, f"within the handshake {reason}".strip()
+            except SSL.Error as error:
+                if self._verifier.refused:
+                    return End.SERVER_CERTIFICATE, self._verifier.refused
+                return End.HANDSHAKE_FAILED, describe(error)
+            poll = select.poll()
+            poll.register(server, events)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return End.HANDSHAKE_TIMEOUT, ""
+
+
+def conduit(terms: TunnelTerms) -> Conduit:
+    """What workers inherit of a tunnel. Raises SSL.Error."""
+    context = make_client_context(terms.min_version, terms.alpn)
+    verifier = ServerVerifier(terms.authorities, terms.pins, terms.server_name)
+    return Conduit(context, terms.server_name, verifier)
