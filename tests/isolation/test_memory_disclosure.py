@@ -1,8 +1,6 @@
 """A worker made to send all of its readable memory to its client: what is in it, what is not."""
 
 import ctypes
-import os
-import re
 import secrets
 import socket
 import struct
@@ -18,6 +16,7 @@ from integration.instance import Event, Instance, eventually
 from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
 
 from titus_py.audit.key_search import Needle, needles
+from titus_py.audit.occurrences import occurrences
 from titus_py.between.messages import Fork
 
 from .harness import infected, over_tls
@@ -25,6 +24,8 @@ from .harness import infected, over_tls
 PAST, CONCURRENT = 20, 5
 #: How many there are at most, the spares included.
 WORKERS, SPARE = 100, 16
+#: More than that of what is looked for is in no memory.
+MANY = 1_000_000
 
 T = TypeVar("T")
 
@@ -97,20 +98,21 @@ def addresses_in(memory: bytes, addresses: Iterable[str]) -> set[str]:
     """Those that are there: as text, in network order, as a number of this machine's."""
     text = {address.encode(): address for address in addresses}
     packed = {socket.inet_aton(address): address for address in addresses}
-    return found(text, memory) | found(packed, memory) | found(packed, memory[::-1])
+    backwards = {octets[::-1]: address for octets, address in packed.items()}
+    return found(text, memory) | found(packed, memory) | found(backwards, memory)
 
 
 def numbers_in(memory: bytes, numbers: Iterable[int]) -> set[int]:
     """Those that are there: as text, in either order of octets, as Python's own integer."""
     text = {str(number).encode(): number for number in numbers}
     packed = {struct.pack("!Q", number): number for number in numbers}
-    integers = {pythons_integer(number)[::-1]: number for number in numbers}
-    backwards = memory[::-1]
+    backwards = {octets[::-1]: number for octets, number in packed.items()}
+    integers = {pythons_integer(number): number for number in numbers}
     return (
         found(text, memory)
         | found(packed, memory)
-        | found(packed, backwards)
-        | found(integers, backwards)
+        | found(backwards, memory)
+        | found(integers, memory)
     )
 
 
@@ -118,22 +120,15 @@ def uids_in(memory: bytes, uids: Iterable[int]) -> set[int]:
     """Those that are there: as text, in a message, as a call's argument, as Python's integer.
 
     The last two only at addresses as they have them: four octets, and zeros, are found by chance.
-    They are looked for backwards, since that is how uids of one range begin alike.
     """
     text = {str(uid).encode(): uid for uid in uids}
-    messages = {
-        struct.pack("=cq", kind, uid)[::-1]: uid for uid in uids for kind in (b"W", b"P", b"E")
-    }
-    words = {struct.pack("=q", uid)[::-1]: uid for uid in uids}
-    integers = {pythons_integer(uid)[::-1]: uid for uid in uids}
-    backwards = memory[::-1]
+    messages = {struct.pack("=cq", kind, uid): uid for uid in uids for kind in (b"W", b"P", b"E")}
+    words = {struct.pack("=q", uid): uid for uid in uids}
+    integers = {pythons_integer(uid): uid for uid in uids}
     aligned = {
-        uid
-        for forms in (words, integers)
-        for uid, end in hits(forms, backwards)
-        if (len(memory) - end) % 8 == 0
+        uid for forms in (words, integers) for uid, place in hits(forms, memory) if place % 8 == 0
     }
-    return found(text, memory) | found(messages, backwards) | aligned
+    return found(text, memory) | found(messages, memory) | aligned
 
 
 def pythons_integer(number: int) -> bytes:
@@ -145,19 +140,24 @@ def pythons_integer(number: int) -> bytes:
     return ctypes.string_at(id(number) + head, number.__sizeof__() - head)
 
 
+def keys_in(memory: bytes, secret: list[Needle]) -> set[str]:
+    """What of a private key is there, in words."""
+    return found({needle.octets: needle.name for needle in secret}, memory)
+
+
 def found(forms: Mapping[bytes, T], memory: bytes) -> set[T]:
     """Those whose form is there."""
     return {thing for thing, _ in hits(forms, memory)}
 
 
 def hits(forms: Mapping[bytes, T], memory: bytes) -> Iterator[tuple[T, int]]:
-    """Whose form is there, and where it ends. They begin alike: all are looked for at once."""
-    prefix = os.path.commonprefix([*forms])  # noqa: RUF071
-    # The longest first: an address may begin as another does.
-    longest = sorted(forms, key=len, reverse=True)
-    rest = b"|".join(re.escape(form.removeprefix(prefix)) for form in longest)
-    for hit in re.finditer(re.escape(prefix) + b"(?:" + rest + b")", memory):
-        yield forms[hit[0]], hit.end()
+    """Whose form is there, and where."""
+    ordered = tuple(sorted(forms, key=len))
+    places = occurrences(memory, ordered, MANY)
+    assert len(places) < MANY
+    # Of those that begin at one place the longest: an address may begin as another does.
+    for place, number in dict(places).items():
+        yield forms[ordered[number]], place
 
 
 def number_of(instance: Instance, address: str) -> int:
@@ -226,7 +226,7 @@ def test_memory_holds_only_what_is_its_clients(
 
     canaries = {text.encode(): text for other in others for text in (other.name, other.body)}
     assert not found(canaries, memory)
-    assert not [needle for needle in secret if needle.octets in memory]
+    assert not keys_in(memory, secret)
     assert not addresses_in(memory, addresses)
     assert not numbers_in(memory, numbers)
     # The control: the parent, which is not forked any more, knows who is there.
@@ -240,13 +240,7 @@ def test_the_search_finds_a_key_that_is_there(
 ) -> None:
     """The control: keyd's own memory has what is looked for."""
     serving, secret = instance
-    found = {
-        needle.name
-        for octets in memory_from_outside(serving.keyd().pid)
-        for needle in secret
-        if needle.octets in octets
-    }
-    assert found
+    assert any(keys_in(octets, secret) for octets in memory_from_outside(serving.keyd().pid))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ processes say. It only reads, and disturbs none of them.
 """
 
 import base64
-import ctypes
 import errno
 import hashlib
 import os
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from keyd.powers import PrivateKey
+from titus_py.audit.occurrences import occurrences
 
 __all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "search_all"]
 
@@ -29,7 +29,7 @@ __all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "
 _MIN_OCTETS = 16
 #: In base64 text, two windows of this length are sought per number, within this many characters.
 _WINDOW, _WINDOWS_SPAN = 24, 56
-#: So small a piece of memory stays in the processor's cache while every needle is looked for.
+#: So small a piece of memory is still in the processor's cache when it is looked at.
 _PIECE_OCTETS = 512 * 1024
 #: A search ends after so many hits, whatever the process has filled its memory with.
 _MAX_HITS = 10_000
@@ -42,12 +42,6 @@ _PAGEMAP_BLOCK = 64 * 1024 * _PAGEMAP_ENTRY
 _IN_USE = bytes(bool(entry & 0xC0) and not entry & 0x04 for entry in range(256))
 _IN_USE_RUN = re.compile(b"\x01+")
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
-
-# memmem(3) is three times as fast as bytes.find here, and re is far slower than either. Other
-# threads can run while ctypes calls it.
-_memmem = ctypes.CDLL(None).memmem
-_memmem.restype = ctypes.c_void_p
-_memmem.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
 
 
 class Needle(NamedTuple):
@@ -291,7 +285,7 @@ class _Enough(Exception):
 
 
 class _Reader:
-    """Reads spans in ascending order, and looks at each octet once for each needle.
+    """Reads spans in ascending order, and looks for all needles at once.
 
     It keeps the end of what it has read in front of what comes next. So it finds a needle
     that lies across two pieces, or two mappings.
@@ -303,12 +297,11 @@ class _Reader:
         self.octets = 0
         self._pid = pid
         self._memory = memory
-        self._sought = sought
+        self._names = [needle.name for needle in sought]
+        self._sought = tuple(needle.octets for needle in sought)
         self._piece = piece
-        self._overlap = max((len(needle.octets) for needle in sought), default=1) - 1
-        self._buffer = ctypes.create_string_buffer(self._overlap + piece)
-        self._base = ctypes.addressof(self._buffer)
-        self._view = memoryview(self._buffer).cast("B")
+        self._overlap = max(map(len, self._sought), default=1) - 1
+        self._view = memoryview(bytearray(self._overlap + piece))
         #: How many octets from before ``_next`` are at the buffer's beginning.
         self._kept = 0
         self._next = 0
@@ -337,14 +330,12 @@ class _Reader:
             self._keep(address, self._kept + count)
 
     def _look(self, span: _Span, address: int, count: int) -> None:
-        for name, octets in self._sought:
+        filled = self._view[: self._kept + count]
+        for place, number in occurrences(filled, self._sought, _MAX_HITS):
             # The kept octets were searched before: only a needle that ends beyond them is new.
-            place = max(0, self._kept - len(octets) + 1)
-            filled = self._kept + count
-            while found := _memmem(self._base + place, filled - place, octets, len(octets)):
-                place = found - self._base + 1
-                where = address - self._kept + place - 1
-                self.hits.append(Hit(self._pid, span.mapping, where, name))
+            if place + len(self._sought[number]) > self._kept:
+                where = address - self._kept + place
+                self.hits.append(Hit(self._pid, span.mapping, where, self._names[number]))
                 if len(self.hits) == _MAX_HITS:
                     raise _Enough
 

@@ -1,0 +1,54 @@
+"""The search for many needles at once, beside one that looks at every place for each."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titus_py.audit.occurrences import occurrences
+
+#: Few different octets, so that needles are found, lie in each other and overlap.
+FEW = st.lists(st.sampled_from([0, 1, 255]), max_size=60).map(bytes)
+NEEDLES = st.lists(FEW.filter(bool), max_size=6).map(tuple)
+
+
+def slowly(octets: bytes, needles: tuple[bytes, ...]) -> list[tuple[int, int]]:
+    return [
+        (place, number)
+        for place in range(len(octets))
+        for number, needle in enumerate(needles)
+        if octets.startswith(needle, place)
+    ]
+
+
+@given(FEW, NEEDLES, FEW)
+def test_it_finds_what_there_is(before: bytes, needles: tuple[bytes, ...], after: bytes) -> None:
+    octets = before + b"".join(needles) + after
+    assert occurrences(octets, needles, 100_000) == slowly(octets, needles)
+
+
+@given(st.binary(max_size=300), st.integers(2, 300), st.integers(0, 300))
+def test_a_needle_of_any_length_is_found_at_either_end(
+    content: bytes, length: int, position: int
+) -> None:
+    needle = bytes(number % 251 for number in range(length))
+    octets = content[:position] + needle + content[position:]
+    assert occurrences(octets, (needle,), 9) == slowly(octets, (needle,))
+    assert occurrences(octets[:-1], (needle,), 9) == slowly(octets[:-1], (needle,))
+
+
+def test_so_many_and_no_more() -> None:
+    assert occurrences(b"aaaa", (b"a",), 3) == [(0, 0), (1, 0), (2, 0)]
+    assert occurrences(bytearray(b"xyz"), (), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("needles", "most"), [((b"",), 1), ((b"a", b""), 1), ((b"a",), 0), ((b"a",), 1 << 62)]
+)
+def test_what_makes_no_sense_is_refused(needles: tuple[bytes, ...], most: int) -> None:
+    with pytest.raises(ValueError, match=r"empty needle|no room"):
+        occurrences(b"abc", needles, most)
+
+
+def test_a_needle_that_is_no_octets_is_refused() -> None:
+    with pytest.raises(TypeError):
+        occurrences(b"abc", ("a",), 1)  # type: ignore[arg-type]

@@ -1,0 +1,3 @@
+def occurrences(
+    octets: bytes | bytearray | memoryview, needles: tuple[bytes, ...], most: int
+) -> list[tuple[int, int]]: ...
