@@ -8,6 +8,7 @@ few thousand connections. titus-py keeps its defaults beside that: its full conf
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from keyd.keys import load_private_key
+from keyd.provider import openssl_configuration
+from keyd.reference import reference_pem
+
 __all__ = [
     "BACKLOG",
     "CONNECTIONS",
     "FIRST_UID",
     "FLOOR",
+    "NGINX",
+    "NGINX_WITH_KEYD",
     "PEERS",
     "TITUS_PY",
+    "WITH_KEYD",
     "WORKERS",
     "Peer",
     "Setting",
@@ -32,6 +40,8 @@ __all__ = [
 
 TITUS_PY = "titus-py"
 FLOOR = "floor"
+NGINX = "nginx"
+NGINX_WITH_KEYD = "nginx with keyd"
 #: Built by ``make build/floor``.
 FLOOR_PROGRAM = str(Path(__file__).parents[1] / "build" / "floor")
 WORKERS = 2
@@ -40,6 +50,9 @@ CONNECTIONS = 4096
 _IDLE_SECONDS = 600
 #: titus-py's users: far beyond what anybody gives out.
 FIRST_UID = 1_500_000_000 + os.getpid() % 10_000 * 20_000
+
+#: Whom keyd becomes beside nginx, whose workers are nobody.
+_KEYD_USER = "daemon"
 
 _KEYS = {
     "RSA-2048": ["-newkey", "rsa:2048"],
@@ -90,7 +103,10 @@ class Peer(NamedTuple):
         if self.name == TITUS_PY:
             return None
         path = setting.directory / "openssl.cnf"
-        path.write_text(_NO_TICKETS)
+        if self.name == NGINX_WITH_KEYD:
+            path.write_text(openssl_configuration(f"socket = {_socket(setting)}", "NumTickets = 0"))
+        else:
+            path.write_text(_NO_TICKETS)
         return os.environ | {"OPENSSL_CONF": str(path)}
 
     @property
@@ -149,6 +165,26 @@ def _floor(setting: Setting) -> list[str]:
 
 
 def _nginx(setting: Setting) -> list[str]:
+    return _nginx_with(setting, setting.site.key)
+
+
+def _nginx_with_keyd(setting: Setting) -> list[str]:
+    """keyd is a child of nginx's, so that what it uses is counted with nginx."""
+    reference, path = setting.directory / "reference", _socket(setting)
+    public = load_private_key(str(setting.site.key), None).public_key()
+    reference.write_bytes(reference_pem(public))
+    command: list[str | Path] = [sys.executable, "-I", "-m", "keyd", "listen", "--socket", path]
+    command += ["--key", setting.site.key, "--user", str(_KEYD_USER), "--group", "nogroup"]
+    command += ["--chroot", setting.directory / "empty"]
+    script = f"{shlex.join(map(str, command))} & while ! test -S {path}; do sleep 0.05; done; "
+    return ["sh", "-c", f"{script}exec {shlex.join(_nginx_with(setting, reference))}"]
+
+
+def _socket(setting: Setting) -> Path:
+    return setting.directory / "keyd.sock"
+
+
+def _nginx_with(setting: Setting, key: Path) -> list[str]:
     configuration = _write(
         setting,
         f"""\
@@ -162,7 +198,7 @@ stream {{
     server {{
         listen 127.0.0.1:{setting.port} ssl backlog={BACKLOG};
         ssl_certificate {setting.site.certificate};
-        ssl_certificate_key {setting.site.key};
+        ssl_certificate_key {key};
         ssl_protocols TLSv1.3;
         ssl_session_cache off;
         ssl_session_tickets off;
@@ -249,10 +285,16 @@ def _write(setting: Setting, text: str) -> str:
     return str(path)
 
 
+_NGINX_PACKAGES = ("nginx-light", "libnginx-mod-stream")
+#: nginx, with its key and without: a measurement of their own.
+WITH_KEYD = (
+    Peer(NGINX, "nginx", _NGINX_PACKAGES, _nginx),
+    Peer(NGINX_WITH_KEYD, "nginx", _NGINX_PACKAGES, _nginx_with_keyd),
+)
 PEERS = (
     Peer(TITUS_PY, sys.executable, (), _titus_py),
     Peer(FLOOR, FLOOR_PROGRAM, (), _floor),
-    Peer("nginx", "nginx", ("nginx-light", "libnginx-mod-stream"), _nginx),
+    Peer(NGINX, "nginx", _NGINX_PACKAGES, _nginx),
     Peer("haproxy", "haproxy", ("haproxy",), _haproxy),
     Peer("stunnel", "stunnel4", ("stunnel4",), _stunnel),
     Peer("hitch", "hitch", ("hitch",), _hitch),

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 from bench.load import quantile
 from bench.measurements.latency import LIGHT_RATE
 from bench.measurements.signatures import IN_KEYD, IN_PROCESS, THROUGH_KEYD
-from bench.peers import FLOOR, TITUS_PY
+from bench.peers import FLOOR, NGINX, NGINX_WITH_KEYD, TITUS_PY
 from bench.samples import Results
 
 __all__ = ["write_report"]
 
-#: Whom titus-py is held against.
-_AGAINST = (FLOOR, "nginx", "stunnel")
 #: From here on, the load may be what was measured.
 _LOAD_IS_FULL = 0.9
 _MIB = 1 << 20
@@ -48,6 +46,9 @@ class _Table(NamedTuple):
     measurement: str
     rows: Callable[[Results], Iterable[_Row]]
     picture: str
+    #: Who is held against whom.
+    own: str = TITUS_PY
+    against: tuple[str, ...] = (FLOOR, NGINX, "stunnel")
 
 
 def write_report(results: Results, directory: Path) -> Path:
@@ -86,18 +87,18 @@ def _render(table: _Table, results: Results) -> Iterable[str]:
     peers = [peer for peer in results.peers() if peer in measured]
     if not rows or not peers:
         return
-    against = [peer for peer in _AGAINST if peer in peers and TITUS_PY in peers]
+    against = [peer for peer in table.against if peer in peers and table.own in peers]
     yield ""
     yield f"## {table.title}"
     yield ""
     yield table.note
     yield ""
-    yield _line(["", *peers, *(f"titus-py / {peer}" for peer in against)])
+    yield _line(["", *peers, *(f"{table.own} / {peer}" for peer in against)])
     yield "|---|" + "---:|" * (len(peers) + len(against))
     for row in rows:
         medians = {peer: _median(results, table.measurement, peer, row) for peer in peers}
         cells = [_cell(results, table.measurement, peer, row) for peer in peers]
-        own = medians.get(TITUS_PY)
+        own = medians.get(table.own)
         ratios = [_ratio(own, medians[peer]) for peer in against]
         yield _line([row.label, *cells, *ratios])
 
@@ -150,6 +151,14 @@ def _handshake_rows(results: Results) -> Iterable[_Row]:
 def _handshake_cpu_rows(results: Results) -> Iterable[_Row]:
     for row in _handshake_rows(results):
         yield row._replace(value="cpu_ms", digits=2)
+
+
+def _with_keyd_rows(results: Results) -> Iterable[_Row]:
+    for setting in results.settings("keyd", "key", "clients"):
+        plural = "client" if setting["clients"] == 1 else "clients"
+        label = f"{setting['key']}, {setting['clients']} {plural}"
+        yield _Row(f"{label}, a second", "rate", setting)
+        yield _Row(f"{label}, the processor's time, ms", "cpu_ms", setting, digits=2)
 
 
 def _one_core_rows(results: Results) -> Iterable[_Row]:
@@ -271,6 +280,16 @@ _TABLES = (
         "burst",
         _burst_rows,
         "burst",
+    ),
+    _Table(
+        "nginx, its key in keyd",
+        "Full TLS 1.3 handshakes a second with one small request each, and the processor's time "
+        "for one, keyd's included. †: the load had nearly all of its one processor.",
+        "keyd",
+        _with_keyd_rows,
+        "",
+        NGINX_WITH_KEYD,
+        (NGINX,),
     ),
 )
 

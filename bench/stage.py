@@ -127,12 +127,20 @@ class Stage:
 
     @contextmanager
     def proxies(
-        self, measurement: str, key_type: str, backend_port: int, cpus: set[int] | None = None
+        self,
+        measurement: str,
+        key_type: str,
+        backend_port: int,
+        cpus: set[int] | None = None,
+        peers: Sequence[Peer] = (),
     ) -> Iterator[list[Proxy]]:
-        """All of them, each idle while another is measured; one that fails to start is noted."""
+        """All of them, or these, each idle while another is measured.
+
+        One that fails to start is noted.
+        """
         with ExitStack() as stack:
             started = []
-            for peer in self.peers:
+            for peer in peers or self.peers:
                 with self.noting(measurement, peer.name, {"key": key_type}):
                     proxy = self.proxy(peer, key_type, backend_port, cpus)
                     started.append(stack.enter_context(proxy))

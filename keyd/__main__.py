@@ -326,7 +326,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         for token in tokens:
             keyd.hear_token(token.socket, token.hear)
 
-        def accepted(client: socket.socket) -> None:
+        def accepted(client: socket.socket) -> Callable[[], None] | None:
             def record(report: Refusal | Done) -> None:
                 if isinstance(report, Refusal):
                     print(
@@ -336,7 +336,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
                         flush=True,
                     )
 
-            keyd.open(terms, grants, client, record)
+            return keyd.open_once(terms, grants, client, record)
 
         for listener in listeners:
             keyd.hear_listener(listener, accepted)

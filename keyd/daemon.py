@@ -23,11 +23,15 @@ from functools import partial
 from types import TracebackType
 
 from cryptography.exceptions import InternalError
+from cryptography.hazmat.primitives.asymmetric import rsa
 
+from keyd.channel import Channel, Refused, reply
+from keyd.grants import GrantSets
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_descriptors
 from keyd.powers import Key, Later, NotGranted, NotTLS, may_ask, perform
 from keyd.protocol import (
+    KEY_ID_OCTETS,
     MAX_CONTROL_OCTETS,
     MAX_REQUEST_OCTETS,
     Done,
@@ -53,6 +57,10 @@ _SWEEP_INTERVAL = 1.0
 #: In seconds: how long to leave clients in the listen queue when there is no descriptor or no
 #: memory for one, and how often to log that.
 _ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
+#: How many new connections one thread serves before it looks at anything else.
+_ACCEPTED_AT_ONCE = 16
+#: Where a request has the key's id (``protocol``).
+_KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
 #: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -73,55 +81,6 @@ def _die(
     os._exit(1)
 
 
-class _Channel:
-    """One connection's way to keyd, and what is left of its terms."""
-
-    __slots__ = ("connection", "deadline", "grants", "operations", "record", "socket")
-
-    def __init__(
-        self,
-        terms: Open,
-        grants: Grants,
-        endpoint: socket.socket,
-        record: Callable[[Refusal | Done], None],
-    ) -> None:
-        self.socket = endpoint
-        self.record = record
-        self.connection = terms.connection
-        self.deadline = time.monotonic() + terms.lifetime_ms / 1000
-        self.operations = terms.operations
-        self.grants = grants
-
-
-class _GrantSets:
-    """The sets of grants that one parent has announced, by number."""
-
-    def __init__(self) -> None:
-        self._sets: dict[int, dict[bytes, frozenset[Power]]] = {}
-        self._in_use: set[int] = set()
-
-    def add(self, announced: GrantSet) -> None:
-        """Raises Malformed for more in a set that channels have been opened with."""
-        known = self._sets.setdefault(announced.number, {})
-        if announced.number in self._in_use and not announced.grants.items() <= known.items():
-            raise Malformed(f"more grants for set {announced.number}, which is in use")
-        known.update(announced.grants)
-
-    def use(self, number: int) -> Grants:
-        """Raises Malformed for a set that was not announced."""
-        if number not in self._sets:
-            raise Malformed(f"an open with set {number}, which was not announced")
-        self._in_use.add(number)
-        return self._sets[number]
-
-
-class _Refused(Exception):
-    def __init__(self, status: Status, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-
-
 class Keyd:
     """The keys, the channels to them, and the threads that serve them.
 
@@ -134,11 +93,14 @@ class Keyd:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = keys
+        self._slow = {name for name, key in keys.items() if isinstance(key, rsa.RSAPrivateKey)}
         self._tick = tick
         self.tally = Tally()
         self._epoll = select.epoll()
-        self._channels: dict[int, _Channel] = {}
-        self._sources: dict[int, Callable[[], None]] = {}
+        self._channels: dict[int, Channel] = {}
+        #: What to do when there is something to hear. It returns what is to be done once others
+        #: can hear the same source again, or None.
+        self._sources: dict[int, Callable[[], Callable[[], None] | None]] = {}
         self._parents: set[socket.socket] = set()
         #: Once keyd has been told to leave: the latest time for it, and what to call then.
         self._leaves_at: float | None = None
@@ -196,7 +158,7 @@ class Keyd:
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
         """Open channels as this parent asks, tell it what came of them, until it is ``gone``."""
-        sets = _GrantSets()
+        sets = GrantSets()
 
         def record(report: Refusal | Done) -> None:
             try:
@@ -285,25 +247,36 @@ class Keyd:
         self._arm_source(process, hear_once)
 
     def hear_listener(
-        self, listener: socket.socket, accepted: Callable[[socket.socket], None]
+        self,
+        listener: socket.socket,
+        accepted: Callable[[socket.socket], Callable[[], None] | None],
     ) -> None:
-        """Call ``accepted`` with each connection to this listener."""
+        """Call ``accepted`` with each connection to this listener.
+
+        It returns what takes long, to be done once another thread can hear the listener; or None.
+        """
         listener.setblocking(False)
 
-        def hear() -> None:
-            if self._leaves_at is not None:
-                # Not armed again: new connections are for the next keyd.
-                del self._sources[listener.fileno()]
-                return
-            try:
-                accepted(listener.accept()[0])
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would wake
-                # this thread again and again. The other threads go on.
-                self._say_short_of_descriptors(error.strerror)
-                time.sleep(_ACCEPT_PAUSE)
+        def hear() -> Callable[[], None] | None:
+            # Several, while nothing takes long: threads that take turns cost more than they gain.
+            for _ in range(_ACCEPTED_AT_ONCE):
+                if self._leaves_at is not None:
+                    # Not armed again: new connections are for the next keyd.
+                    del self._sources[listener.fileno()]
+                    return None
+                try:
+                    client = listener.accept()[0]
+                except (BlockingIOError, ConnectionAbortedError):
+                    return None
+                except OSError as error:
+                    # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would
+                    # wake this thread again and again. The other threads go on.
+                    self._say_short_of_descriptors(error.strerror)
+                    time.sleep(_ACCEPT_PAUSE)
+                    return None
+                if (slow := accepted(client)) is not None:
+                    return slow
+            return None
 
         self._arm_source(listener, hear)
 
@@ -317,8 +290,36 @@ class Keyd:
         """Serve this channel from now on; ``record`` is told of each answer, and must not block."""
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = _Channel(terms, grants, endpoint, record)
+        self._channels[descriptor] = Channel(terms, grants, endpoint, record, once=False)
         self._epoll.register(descriptor, _READABLE_ONCE)
+
+    def open_once(
+        self,
+        terms: Open,
+        grants: Grants,
+        endpoint: socket.socket,
+        record: Callable[[Refusal | Done], None],
+    ) -> Callable[[], None] | None:
+        """Answer one request on this channel, whose client has sent it already if it is quick.
+
+        That spares two rounds of epoll(7). What takes long is returned, to be called: a request
+        for an RSA key, during which other threads can run (it is without Python's lock).
+        """
+        descriptor = endpoint.fileno()
+        channel = Channel(terms, grants, endpoint, record, once=True)
+        self._channels[descriptor] = channel
+        try:
+            message = endpoint.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            endpoint.setblocking(False)
+            self._epoll.register(descriptor, _READABLE_ONCE)
+        except ConnectionResetError:
+            self._close(descriptor, channel)
+        else:
+            if message[_KEY_IN_REQUEST] in self._slow:
+                return lambda: self._answer_to(message, descriptor, channel)
+            self._answer_to(message, descriptor, channel)
+        return None
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
         """Log it, at most once a second."""
@@ -331,7 +332,9 @@ class Keyd:
                 flush=True,
             )
 
-    def _arm_source(self, source: socket.socket, hear: Callable[[], None]) -> None:
+    def _arm_source(
+        self, source: socket.socket, hear: Callable[[], Callable[[], None] | None]
+    ) -> None:
         self._sources[source.fileno()] = hear
         self._epoll.register(source, select.EPOLLIN | select.EPOLLONESHOT)
 
@@ -340,14 +343,16 @@ class Keyd:
             for descriptor, _ in self._epoll.poll(_SWEEP_INTERVAL, 1):
                 source = self._sources.get(descriptor)
                 if source is not None:
-                    source()
+                    then = source()
                     if self._sources.get(descriptor) is source:
                         self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+                    if then is not None:
+                        then()
                 else:
                     self._answer(descriptor, self._channels[descriptor])
             self._sweep()
 
-    def _answer(self, descriptor: int, channel: _Channel) -> None:
+    def _answer(self, descriptor: int, channel: Channel) -> None:
         try:
             message = channel.socket.recv(MAX_REQUEST_OCTETS + 1)
         except BlockingIOError:
@@ -355,13 +360,16 @@ class Keyd:
             return
         except ConnectionResetError:
             message = b""
+        self._answer_to(message, descriptor, channel)
+
+    def _answer_to(self, message: bytes, descriptor: int, channel: Channel) -> None:
         if not message:
             self._close(descriptor, channel)
             return
         started = time.monotonic()
         try:
             operation, result = self._grant(channel, message)
-        except _Refused as refused:
+        except Refused as refused:
             self._refuse(descriptor, channel, refused)
             return
         told = partial(self._told, descriptor, channel, operation, started)
@@ -371,62 +379,65 @@ class Keyd:
             # The channel is not armed before the answer is there: only one thread serves it.
             result(told)
 
-    def _refuse(self, descriptor: int, channel: _Channel, refused: _Refused) -> None:
+    def _refuse(self, descriptor: int, channel: Channel, refused: Refused) -> None:
         self.tally.refused(refused.status)
         channel.record(Refusal(channel.connection, refused.status, refused.detail))
-        _reply(channel, Reply(refused.status))
+        reply(channel, Reply(refused.status))
         self._close(descriptor, channel)
 
     def _told(
         self,
         descriptor: int,
-        channel: _Channel,
+        channel: Channel,
         operation: Operation,
         started: float,
         result: bytes | str,
     ) -> None:
         """Answer a request with its result, or with why there is none."""
         if isinstance(result, str):
-            failed = _Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
+            failed = Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
             self._refuse(descriptor, channel, failed)
             return
         # Before the reply: when its worker ends, the parent can know that it has got one.
         channel.record(Done(channel.connection, operation))
-        _reply(channel, Reply(Status.DONE, result))
+        reply(channel, Reply(Status.DONE, result))
         # After the reply, so that the worker does not wait for the tally.
         self.tally.done(operation, time.monotonic() - started)
-        self._epoll.modify(descriptor, _READABLE_ONCE)
+        if channel.once:
+            self._close(descriptor, channel)
+        else:
+            self._epoll.modify(descriptor, _READABLE_ONCE)
 
-    def _grant(self, channel: _Channel, message: bytes) -> tuple[Operation, bytes | Later]:
+    def _grant(self, channel: Channel, message: bytes) -> tuple[Operation, bytes | Later]:
         """Check a request against the channel's terms, count it, and perform it."""
         try:
             request = Request.decode(message)
         except Malformed as error:
-            raise _Refused(Status.MALFORMED, str(error)) from None
+            raise Refused(Status.MALFORMED, str(error)) from None
         what = request.operation.name.lower()
         if time.monotonic() > channel.deadline:
-            raise _Refused(Status.EXPIRED, f"{what} after the channel's time")
+            raise Refused(Status.EXPIRED, f"{what} after the channel's time")
         if channel.operations == 0:
-            raise _Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
+            raise Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
         channel.operations -= 1
         granted = channel.grants.get(request.key, frozenset[Power]())
         if not may_ask(request.operation, granted):
-            raise _Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}")
+            raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}")
         key = self._keys.get(request.key)
         if key is None:
-            raise _Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+            raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
         try:
             result = perform(request.operation, key, request.parameter, request.payload, granted)
         except NotGranted as error:
             detail = f"{what} of {error} with key {request.key.hex()}"
-            raise _Refused(Status.NOT_GRANTED, detail) from None
+            raise Refused(Status.NOT_GRANTED, detail) from None
         except NotTLS as error:
-            raise _Refused(Status.NOT_TLS, f"{what} of {error}") from None
+            raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
         except InternalError as error:
-            raise _Refused(Status.FAILED, f"{what}: {error}") from None
+            raise Refused(Status.FAILED, f"{what}: {error}") from None
         return request.operation, result
 
-    def _close(self, descriptor: int, channel: _Channel) -> None:
+    def _close(self, descriptor: int, channel: Channel) -> None:
         # Forget the channel before closing it: another one may get its number at once.
         del self._channels[descriptor]
         channel.socket.close()
@@ -462,9 +473,3 @@ def _print_refusal(refusal: Refusal) -> None:
 def _say_no_more(parent: socket.socket) -> None:
     with suppress(OSError):
         parent.shutdown(socket.SHUT_WR)
-
-
-def _reply(channel: _Channel, reply: Reply) -> None:
-    """Send a reply. It is lost if the worker does not read it, or is gone."""
-    with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-        channel.socket.send(reply.encode())

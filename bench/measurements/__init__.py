@@ -17,4 +17,5 @@ MEASUREMENTS: dict[str, Callable[[Stage], None]] = {
     "burst": burst.measure,
     "certificates": certificates.measure,
     "signatures": signatures.measure,
+    "keyd": handshakes.measure_with_keyd,
 }

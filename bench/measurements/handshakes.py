@@ -1,16 +1,18 @@
 """Full handshakes with one small request a second, by kind of key and number of clients.
 
 And the same with each proxy on one processor and everything else on the others: there the
-load takes nothing from the proxy, and it shows how cost grows with processors.
+load takes nothing from the proxy, and it shows how cost grows with processors. And nginx alone,
+with its key and with the key in keyd.
 """
 
 import os
 
 from bench.load import Load, Outcome
+from bench.peers import WITH_KEYD
 from bench.processes import Failed
 from bench.stage import Proxy, Stage
 
-__all__ = ["CLIENTS", "KEY_TYPES", "measure", "measure_one_core"]
+__all__ = ["CLIENTS", "KEY_TYPES", "measure", "measure_one_core", "measure_with_keyd"]
 
 KEY_TYPES = ("RSA-2048", "P-256")
 CLIENTS = (1, 4, 32)
@@ -24,6 +26,16 @@ def measure(stage: Stage) -> None:
                     for _ in range(stage.scope.rounds):
                         for proxy in proxies:
                             _round(stage, "handshakes", proxy, key_type, clients, stage.load)
+
+
+def measure_with_keyd(stage: Stage) -> None:
+    with stage.backend() as backend:
+        for key_type in KEY_TYPES:
+            with stage.proxies("keyd", key_type, backend.port, peers=WITH_KEYD) as proxies:
+                for clients in CLIENTS:
+                    for _ in range(stage.scope.rounds):
+                        for proxy in proxies:
+                            _round(stage, "keyd", proxy, key_type, clients, stage.load)
 
 
 def measure_one_core(stage: Stage) -> None:

@@ -25,12 +25,11 @@ if who == "metrics":
     from titus_py.configuration.address import UnixAddress
     from titus_py.supervisor.metrics_address import listen_at
     listen_at(UnixAddress(path))
-elif who == "control":
-    from keyd.__main__ import _listener
-    _listener(argparse.Namespace(socket=path), uid=0, gid=0, mode=0o600)
 else:
-    from keyd.__main__ import _listener
-    _listener(argparse.Namespace(socket=path), uid=1, gid=2, mode=0o660)
+    from contextlib import ExitStack
+    from keyd.__main__ import _listeners
+    owner, mode = ((0, 0), 0o600) if who == "control" else ((1, 2), 0o660)
+    _listeners(argparse.Namespace(socket=path), ExitStack(), lambda: owner, mode)
 """
 
 

@@ -1,0 +1,31 @@
+"""What one parent has announced that its channels may be granted.
+
+Run by keyd's threads, one parent's messages by one of them at a time. A parent is trusted with its
+terms; a set that channels were opened with does not change any more.
+"""
+
+from keyd.protocol import Grants, GrantSet, Malformed, Power
+
+__all__ = ["GrantSets"]
+
+
+class GrantSets:
+    """The sets of grants that one parent has announced, by number."""
+
+    def __init__(self) -> None:
+        self._sets: dict[int, dict[bytes, frozenset[Power]]] = {}
+        self._in_use: set[int] = set()
+
+    def add(self, announced: GrantSet) -> None:
+        """Raises Malformed for more in a set that channels have been opened with."""
+        known = self._sets.setdefault(announced.number, {})
+        if announced.number in self._in_use and not announced.grants.items() <= known.items():
+            raise Malformed(f"more grants for set {announced.number}, which is in use")
+        known.update(announced.grants)
+
+    def use(self, number: int) -> Grants:
+        """Raises Malformed for a set that was not announced."""
+        if number not in self._sets:
+            raise Malformed(f"an open with set {number}, which was not announced")
+        self._in_use.add(number)
+        return self._sets[number]
