@@ -44,8 +44,18 @@ def backend() -> Iterator[Listener]:
 
 
 @pytest.fixture
-def instance(certificate: Certificate, backend: Listener, tmp_path: Path) -> Iterator[Instance]:
+def own(certificate: Certificate, backend: Listener, tmp_path: Path) -> Iterator[Instance]:
     with infected(tmp_path, certificate, backend.address) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def instance(
+    certificate: Certificate, backend: Listener, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Instance]:
+    """For those to whom it does not matter what others have done to it."""
+    directory = tmp_path_factory.mktemp("infected")
+    with infected(directory, certificate, backend.address, lasting=True) as instance:
         yield instance
 
 
@@ -57,36 +67,36 @@ def _order(instance: Instance, name: str) -> None:
 
 
 @pytest.mark.parametrize("to", ["parent", "keyd"])
-def test_fuzzing(instance: Instance, to: str, some: int) -> None:
+def test_fuzzing(own: Instance, to: str, some: int) -> None:
     """Through the real channels: nothing but the own connection ends."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
-    survivor = TlsClient(instance.port, "localhost").handshake()
+    survivor = TlsClient(own.port, "localhost").handshake()
     survivor.send(b"x")
     assert survivor.receive_exactly(1) == b"x"
-    eventually(lambda: len(instance.workers()) >= 4, "spare workers")
-    before, parent, keyd = instance.counts(), instance.parent(), instance.keyd()
+    eventually(lambda: len(own.workers()) >= 4, "spare workers")
+    before, parent, keyd = own.counts(), own.parent(), own.keyd()
 
     sent = 0
     with ThreadPoolExecutor(3) as pool:
         while sent < some:
             names = [f"h.fuzz.{to}.{seed + number}.{FROM_ONE}" for number in range(30)]
             seed += len(names)
-            list(pool.map(lambda name: _order(instance, name), names))
-            events = instance.events_named("handshake_failed")
+            list(pool.map(lambda name: _order(own, name), names))
+            events = own.events_named("handshake_failed")
             sent = sum(event["octets_from_client"] for event in events)
     print(f"{sent} messages over {len(events)} channels")
 
     survivor.send(b"unharmed")
     assert survivor.receive_exactly(8) == b"unharmed"
     survivor.socket.close()
-    one_more_connection(instance)
-    assert (instance.parent(), instance.keyd()) == (parent, keyd)
-    after = eventually(lambda: _not_more(instance, before), f"no more than {before}")
+    one_more_connection(own)
+    assert (own.parent(), own.keyd()) == (parent, keyd)
+    after = eventually(lambda: _not_more(own, before), f"no more than {before}")
     assert after
     # Of what was sent, each worker was ended for the first message that made no sense.
     names = {"parent": ("malformed_message", "unexpected_message"), "keyd": ("keyd_refused",)}
-    alarms = [event for name in names[to] for event in instance.events_named(name)]
+    alarms = [event for name in names[to] for event in own.events_named(name)]
     assert alarms
     assert all(event["client"] and event["uid"] and event["attempted"] for event in alarms)
 
