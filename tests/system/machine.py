@@ -46,6 +46,9 @@ class Machine:
     def _prepare(self) -> None:
         """Leave this machine's identity behind, its journal, and what is enabled on it."""
         (self.root / "etc/machine-id").write_text("")
+        # Nothing is fetched, and apt would read all of Debian's packages each time.
+        for file in (self.root / "var/lib/apt/lists").glob("*_*"):
+            file.unlink()
         # Where it says that packages are not to start services.
         (self.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
         for directory in ("etc/systemd/system", "var/log/journal"):
