@@ -31,7 +31,7 @@ from keyd.confinement import (
     lock_before_keys,
 )
 from keyd.daemon import Keyd
-from keyd.keys import UnusableKey, load_private_key, read
+from keyd.keys import UnusableKey, load_private_key, read, read_ahead
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
@@ -473,12 +473,17 @@ def _make(arguments: argparse.Namespace) -> NoReturn:
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here, as above.
     from keyd.certificates import KeyFiles, examine
+    from keyd.parsing import confine_parser
 
     del arguments
     now = datetime.datetime.now(datetime.UTC)
+    asked = [KeyFiles(**entry) for entry in json.load(sys.stdin)]
+    read = read_ahead(path for files in asked for path in files if path is not None)
+    # Its memory is locked, and that to come as well.
+    confine_parser({prctl.CAP_IPC_LOCK})
     findings = []
-    for entry in json.load(sys.stdin):
-        found = examine(KeyFiles(**entry), now)
+    for files in asked:
+        found = examine(files, now, read)
         findings.append(
             found._asdict()
             | {

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.chain import UNREADABLE, Located, doubts, name_of
-from keyd.keys import UnusableKey, load_private_key, read
+from keyd.keys import Read, UnusableKey, load_private_key, read
 from keyd.pem import Damaged, blocks
 from keyd.powers import PrivateKey
 from keyd.reference import UnsupportedKey, key_id, reference_pem
@@ -67,19 +67,19 @@ class Findings(NamedTuple):
     own_key: str | None = None
 
 
-def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
+def examine(files: KeyFiles, now: datetime.datetime, read: Read = read) -> Findings:
     """Check a certificate, its key and its chain against each other and against the clock."""
     mistakes: list[Problem] = []
     warnings: list[Problem] = []
     key = None
     if files.key is not None:
         try:
-            key = load_private_key(files.key, files.passphrase_file)
+            key = load_private_key(files.key, files.passphrase_file, read)
         except UnusableKey as error:
             mistakes.append(Problem(error.field, error.reason))
     own_key = key_id(key.public_key()).hex() if key is not None else None
     try:
-        chain = load_chain(files.certificate)
+        chain = load_chain(files.certificate, read)
     except UnusableKey as error:
         mistakes.append(Problem(error.field, error.reason))
         return Findings(mistakes, warnings, own_key=own_key)
@@ -115,7 +115,7 @@ def examine(files: KeyFiles, now: datetime.datetime) -> Findings:
     )
 
 
-def load_chain(path: str) -> list[Located]:
+def load_chain(path: str, read: Read = read) -> list[Located]:
     """The certificates of a file, at least one; raises UnusableKey.
 
     Other blocks, such as the key's, only have to be whole.

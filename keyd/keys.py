@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable, Iterable
 
 from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -20,7 +21,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from keyd.powers import PrivateKey
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
 
-__all__ = ["UnusableKey", "load_private_key", "passphrase_in", "read"]
+__all__ = ["Read", "UnusableKey", "load_private_key", "passphrase_in", "read", "read_ahead"]
+
+#: Reads the file that a setting names, as ``read`` does.
+Read = Callable[[str, str], bytes]
 
 
 class UnusableKey(ValueError):
@@ -32,7 +36,44 @@ class UnusableKey(ValueError):
         self.reason = reason
 
 
-def load_private_key(path: str, passphrase_file: str | None) -> PrivateKey:
+def read(path: str, field: str) -> bytes:
+    """Read the file that this setting names; raises UnusableKey."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnusableKey(field, f"{path}: is no regular file")
+            return file.read()
+    except OSError as error:
+        raise UnusableKey(field, f"{path}: {error.strerror}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: for a pipe (fifo(7)), that would be until somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_ahead(paths: Iterable[str]) -> Read:
+    """Read these files now, all of them; returns what then stands for ``read``.
+
+    For a process that is confined before it looks at what it has read.
+    """
+    found: dict[str, bytes | str] = {}
+    for path in paths:
+        try:
+            found[path] = read(path, "")
+        except UnusableKey as error:
+            found[path] = error.reason
+
+    def recall(path: str, field: str) -> bytes:
+        content = found[path]
+        if isinstance(content, str):
+            raise UnusableKey(field, content)
+        return content
+
+    return recall
+
+
+def load_private_key(path: str, passphrase_file: str | None, read: Read = read) -> PrivateKey:
     """Read a PEM private key; raises UnusableKey, also for a passphrase that it does not need."""
     passphrase = None
     if passphrase_file is not None:
@@ -142,19 +183,3 @@ def _is_pkcs8_version_2(pem: bytes) -> bool:
     except ValueError:
         return False
     return re.match(rb"\x30(?:[\x00-\x7f]|\x81.|\x82..)\x02\x01\x01", der, re.DOTALL) is not None
-
-
-def read(path: str, field: str) -> bytes:
-    """Read the file that this setting names; raises UnusableKey."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UnusableKey(field, f"{path}: is no regular file")
-            return file.read()
-    except OSError as error:
-        raise UnusableKey(field, f"{path}: {error.strerror}") from None
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting: for a pipe (fifo(7)), that would be until somebody writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)

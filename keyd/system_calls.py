@@ -1,15 +1,15 @@
-"""The system calls that keyd may make once it serves, and ``keyd make``: data for their filters.
+"""The system calls that keyd may make once it serves, ``keyd make``, and checkers of files.
 
-No file is opened, no socket made, no program started, no memory made executable. The process with
-a token's module is different: what a vendor's module calls, nobody knows. Its filter names what no
-module needs.
+Data for their filters. No file is opened, no socket made, no program started, no memory made
+executable. The process with a token's module is different: what a vendor's module calls, nobody
+knows. Its filter names what no module needs.
 """
 
 import mmap
 
 from keyd.linux.seccomp import Only, Rules
 
-__all__ = ["MAKING", "NOT_FOR_MODULES", "SERVING", "UNKNOWN_TO_MODULES"]
+__all__ = ["MAKING", "NOT_FOR_MODULES", "PARSING", "SERVING", "UNKNOWN_TO_MODULES"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
@@ -104,3 +104,29 @@ NOT_FOR_MODULES: Rules = dict.fromkeys(
 ) | {"clone": ((Only(0, _CLONE_THREAD, 0),),)}
 #: Its flags are in memory, where a filter cannot see them. libc then makes threads with clone(2).
 UNKNOWN_TO_MODULES: Rules = {"clone3": _ANYHOW}
+
+#: Any other call fails: what the library or Python tries and can do without ends nobody.
+PARSING: Rules = {
+    # The standard streams: nothing else is open.
+    "read": _ANYHOW,
+    "write": _ANYHOW,
+    "close": _ANYHOW,
+    # Memory, none of it executable.
+    "brk": _ANYHOW,
+    "mmap": _NOT_EXECUTABLE,
+    "mprotect": _NOT_EXECUTABLE,
+    "mremap": _ANYHOW,
+    "munmap": _ANYHOW,
+    "madvise": _ANYHOW,
+    # OpenSSL: to see whether it was forked, and for fresh entropy.
+    "getpid": _ANYHOW,
+    "getrandom": _ANYHOW,
+    # Locks, time, signals, the end.
+    "futex": _ANYHOW,
+    "clock_gettime": _ANYHOW,
+    "restart_syscall": _ANYHOW,
+    "rt_sigreturn": _ANYHOW,
+    "rt_sigprocmask": _ANYHOW,
+    "rt_sigaction": _ANYHOW,
+    "exit_group": _ANYHOW,
+}

@@ -19,6 +19,7 @@ __all__ = [
     "enter_empty_root",
     "forbid_core_dumps",
     "forbid_regaining",
+    "give_up_capabilities",
     "hide_memory",
     "keep_capabilities",
     "limit",
@@ -65,6 +66,12 @@ def keep_capabilities(kept: Iterable[int]) -> None:
         if capability not in kept:
             _prctl(_PR_CAPBSET_DROP, capability)
         capability += 1
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    _set_capabilities(kept)
+
+
+def give_up_capabilities(kept: Iterable[int]) -> None:
+    """Give up all capabilities but these (by number), whoever this process runs as."""
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _set_capabilities(kept)
 

@@ -81,9 +81,7 @@ def _add(add_rule: Callable[..., None], action: object, calls: Rules) -> None:
 
 
 def _exported(program: Any) -> bytes:
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
+    with open(os.memfd_create("filter"), "w+b") as file:
         program.export_bpf(file)
         file.seek(0)
         return file.read()

@@ -7,6 +7,7 @@ arguments, it is no resolver: it confines itself, and tries.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ from titus_py.between.lookups import Question
 from titus_py.resolver import life
 from titus_py.resolver.confinement import confine
 
-__all__ = ["NAME"]
+__all__ = ["NAME", "outcomes"]
 
 NAME = "taken-over.test"
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -109,6 +110,9 @@ def _outcome(attempt: Callable[[], object]) -> int:
         attempt()
     except OSError as error:
         return error.errno or -1
+    except ValueError:
+        # What Python makes of EPERM from setrlimit(2).
+        return errno.EPERM
     return 0
 
 
@@ -122,7 +126,7 @@ def _outcome_aside(attempt: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _outcomes(settings: dict[str, Any], aside: bool) -> dict[str, int]:
+def outcomes(settings: dict[str, Any], aside: bool) -> dict[str, int]:
     if aside:
         _write(settings["file"] + ".removed")
     outcome = _outcome_aside if aside else _outcome
@@ -138,7 +142,7 @@ def _as_the_resolver(settings: dict[str, Any]) -> int:
             return look_up(question)
         if question.family != socket.AF_INET:
             raise socket.gaierror(socket.EAI_NODATA, "an IPv4 address is enough")
-        found = _outcomes(settings, aside=not settings["confined"])
+        found = outcomes(settings, aside=not settings["confined"])
         with socket.create_connection(("127.0.0.1", settings["port"])) as test:
             test.sendall(json.dumps([os.geteuid(), found]).encode())
         return (("127.0.0.1", 0),)
@@ -151,10 +155,10 @@ def _as_the_resolver(settings: dict[str, Any]) -> int:
 
 def _alone(settings: dict[str, Any]) -> None:
     """Prints what came of each as root, then once confined, and whether names can be looked up."""
-    as_root = _outcomes(settings, aside=True)
+    as_root = outcomes(settings, aside=True)
     _write(settings["file"] + ".removed")
     confine(settings["uid"], seccomp.Program(bytes.fromhex(settings["filter"])))
-    confined = _outcomes(settings, aside=False)
+    confined = outcomes(settings, aside=False)
     addresses: list[Any] = []
     thread = threading.Thread(
         target=lambda: addresses.extend(socket.getaddrinfo(b"localhost", None, socket.AF_INET))

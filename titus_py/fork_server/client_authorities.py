@@ -19,7 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.chain import UNREADABLE, name_of
-from keyd.keys import UnusableKey, read
+from keyd.keys import Read, UnusableKey, read_ahead
+from keyd.parsing import confine_parser
 from keyd.pem import Damaged, blocks
 from titus_py.worker.certificate_facts import name_id, public_key_id
 
@@ -40,15 +41,19 @@ def main() -> int:
     """``python -m titus_py.fork_server.client_authorities [revoked]``."""
     question = json.load(sys.stdin)
     if sys.argv[1:] == ["revoked"]:
+        confine_parser()
         answer: object = _revoked(question["lists"], question["certificates"])
     else:
         now = datetime.now(UTC)
-        answer = [_answer(one["ca"], one["crl"], one["whose"], now) for one in question]
+        asked = [(one["ca"], one["crl"], one["whose"]) for one in question]
+        read = read_ahead(path for *files, _ in asked for path in files if path is not None)
+        confine_parser()
+        answer = [_answer(ca, crl, whose, now, read) for ca, crl, whose in asked]
     json.dump(answer, sys.stdout)
     return 0
 
 
-def _answer(ca: str, crl: str | None, whose: str, now: datetime) -> dict[str, Any]:
+def _answer(ca: str, crl: str | None, whose: str, now: datetime, read: Read) -> dict[str, Any]:
     """What is in the two files, and what is wrong with them.
 
     ``whose`` certificates are trusted by them: "clients", "servers"; "system" for those of servers,
@@ -60,13 +65,13 @@ def _answer(ca: str, crl: str | None, whose: str, now: datetime) -> dict[str, An
     lists: list[x509.CertificateRevocationList] = []
     keys: list[str] = []
     try:
-        authorities = _read("client_ca", ca, "CERTIFICATE", x509.load_pem_x509_certificate)
+        authorities = _read(read, "client_ca", ca, "CERTIFICATE", x509.load_pem_x509_certificate)
         if whose != "system":
             doubts = _doubts(ca, authorities, whose, now)
             warnings += [_Problem("client_ca", doubt) for doubt in doubts]
         keys = [public_key_id(one).hex() for one in authorities]
         if crl is not None:
-            lists = _read("client_crl", crl, "X509 CRL", x509.load_pem_x509_crl)
+            lists = _read(read, "client_crl", crl, "X509 CRL", x509.load_pem_x509_crl)
             warnings += [_Problem("client_crl", doubt) for doubt in _ageing(crl, lists, now)]
             mistakes += [
                 _Problem("client_crl", f"{crl}: {reason}") for reason in _gaps(authorities, lists)
@@ -91,7 +96,9 @@ def _answer(ca: str, crl: str | None, whose: str, now: datetime) -> dict[str, An
     }
 
 
-def _read(field: str, path: str, label: str, load: Callable[[bytes], _Found]) -> list[_Found]:
+def _read(
+    read: Read, field: str, path: str, label: str, load: Callable[[bytes], _Found]
+) -> list[_Found]:
     """What a file has under this label, at least one. Raises UnusableKey, also for a key."""
     found = []
     content = read(path, field)

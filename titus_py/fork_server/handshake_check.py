@@ -10,6 +10,7 @@ its certificates that nothing is wrong with (``_Shown``). Standard output is a J
 Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
 """
 
+import fcntl
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 
 from keyd.chain import name_of
+from keyd.linux.seccomp import Only, Rules
+from keyd.parsing import confine_parser
 from titus_py.between.virtual_host import TlsSettings
 from titus_py.worker.tls import (
     BUILT_IN_LEVEL,
@@ -51,6 +54,17 @@ __all__ = ["main"]
 Problems = list[tuple[str, str]]
 
 _SHOWN = 3
+_ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
+#: A certificate is given to OpenSSL as in the fork server, as a file in memory (``tls.as_path``).
+#: Landlock lets such files be opened, and no others.
+_FILES_OF_MEMORY: Rules = {
+    "memfd_create": _ANYHOW,
+    "fcntl": ((Only(1, 0xFFFF_FFFF, fcntl.F_ADD_SEALS),),),
+    "lseek": _ANYHOW,
+    "openat": ((Only(2, os.O_ACCMODE | os.O_CREAT | os.O_TRUNC, os.O_RDONLY),),),
+    "fstat": _ANYHOW,
+    "newfstatat": _ANYHOW,
+}
 #: The setting that certificates of a directory come with.
 _DIRECTORY = "certificate_dir"
 
@@ -71,7 +85,9 @@ class _Shown(NamedTuple):
 def main() -> int:
     """``python -m titus_py.fork_server.handshake_check``."""
     answers = []
-    for question in json.load(sys.stdin):
+    questions = json.load(sys.stdin)
+    confine_parser(more=_FILES_OF_MEMORY)
+    for question in questions:
         settings = TlsSettings.decode(question["settings"])
         shown = [_Shown(**fields) for fields in question["certificates"]]
         keys = tuple(_kind(one.chain) for one in shown)
