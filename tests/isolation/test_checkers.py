@@ -23,7 +23,7 @@ SETTINGS = ["TLSv1.2", "TLSv1.3", None, None, None, False, None, False]
 QUESTIONS: dict[str, Any] = {
     "keyd check": [{"certificate": "FILE", "key": None}],
     "handshake check": [{"settings": SETTINGS, "certificates": []}],
-    "client authorities": [{"ca": "FILE", "crl": None}],
+    "client authorities": [{"ca": "FILE", "crl": None, "whose": "clients"}],
     "revocations": {"lists": "", "certificates": []},
 }
 
