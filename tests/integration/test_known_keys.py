@@ -267,7 +267,7 @@ def test_two_hosts_and_a_new_key(
         "certificate": own,
         "key": own.with_suffix(".key"),
         "client_certificates": "required",
-        "client_allow": {"spki": [old]},
+        "client": [{"name": "web-1", "spki": [old]}],
     }
     instance = serve(echoing.address, vhost=[vhost])
     assert keys("pin", f"127.0.0.1:{instance.port}").said.strip() == made["db-1"]

@@ -279,7 +279,7 @@ _MESSAGES = [
     Proxied(None),
 ]
 #: With one link, no certificate, and one name (``between.client_identity``).
-IDENTITY = b"I" + bytes(32) + b"\1\1\0\0\0\x08" + bytes(84) + b"c\0\5alice"
+IDENTITY = b"I" + bytes(32) + b"\1\1\0\0\0\x08\xff\xff" + bytes(84) + b"c\0\5alice"
 _KEY = bytes(32)
 _PAYLOADS = [
     b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32),

@@ -5,22 +5,27 @@ shown a certificate that was accepted. It is the worker's claim: a worker that w
 make up any. The parent decodes it strictly. Imported only where a virtual host asks for client
 certificates, and in the supervisor.
 
-    'I' spki(32) complete(1) links(1) certificate(2) names(2)
+    'I' spki(32) complete(1) links(1) certificate(2) names(2) known(2)
     links x (issuer(32) serial(20) spki(32))
     certificate, in DER
     names: kind(1) length(2) text
+    known: which of the host's known clients it is, or 65535
 """
 
 import struct
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titus_py.between.client_allow import Allow, Facts
 from titus_py.between.messages import Malformed
 
+if TYPE_CHECKING:
+    from titus_py.between.known_client import KnownClient
+
 __all__ = [
     "MAX_CERTIFICATE_OCTETS",
     "MAX_IDENTITY_OCTETS",
+    "MAX_KNOWN",
     "ClientTerms",
     "Identity",
     "Link",
@@ -28,9 +33,12 @@ __all__ = [
 
 #: A longer certificate is left out: then it cannot be passed on to a backend.
 MAX_CERTIFICATE_OCTETS = 16 * 1024
+#: How many known clients a virtual host may have.
+MAX_KNOWN = 4096
 _MAX_LINKS = 8
 _MAX_NAMES_OCTETS = 8 * 1024
-_HEAD = struct.Struct("!c32s?BHH")
+_HEAD = struct.Struct("!c32s?BHHH")
+_NOBODY = 65535
 _LINK = struct.Struct("!32s20s32s")
 _NAME = struct.Struct("!cH")
 _KINDS = {"dns": b"d", "uri": b"u", "cn": b"c"}
@@ -49,6 +57,8 @@ class ClientTerms(NamedTuple):
     revocations: str
     #: The fields of ``client_allow.Allow``; None: every certificate of the authorities.
     allow: tuple[tuple[str, ...], ...] | None
+    #: Those that it knows one by one. If there are any, ``allow`` has all that these have.
+    known: "tuple[KnownClient, ...]" = ()
 
     @property
     def allowed(self) -> Allow | None:
@@ -64,7 +74,8 @@ class ClientTerms(NamedTuple):
         """From the list that JSON makes of it."""
         terms = cls(*fields)
         allow = terms.allow
-        return terms._replace(allow=allow and tuple(map(tuple, allow)))
+        known = tuple(_known_clients(terms.known)) if terms.known else ()
+        return terms._replace(allow=allow and tuple(map(tuple, allow)), known=known)
 
 
 class Link(NamedTuple):
@@ -88,6 +99,8 @@ class Identity(NamedTuple):
     certificate: bytes
     #: False where there are more names or links than a message holds.
     complete: bool = True
+    #: The index of the client, in ``ClientTerms.known``.
+    known: int | None = None
 
     def encode(self) -> bytes:
         """The message; what does not fit into it is left out."""
@@ -111,15 +124,16 @@ class Identity(NamedTuple):
             certificate = b""
         spki = bytes.fromhex(facts.spki)
         count = len(links) // _LINK.size
-        head = _HEAD.pack(b"I", spki, complete, count, len(certificate), len(names))
+        known = _NOBODY if self.known is None else self.known
+        head = _HEAD.pack(b"I", spki, complete, count, len(certificate), len(names), known)
         return head + links + certificate + names
 
     @classmethod
     def decode(cls, message: bytes) -> "Identity":
         """For the parent, which does not trust the worker. Raises Malformed."""
         try:
-            kind, spki, complete, count, certificate_octets, names_octets = _HEAD.unpack_from(
-                message
+            kind, spki, complete, count, certificate_octets, names_octets, known = (
+                _HEAD.unpack_from(message)
             )
         except struct.error:
             raise Malformed(f"an identity of {len(message)} octets") from None
@@ -145,10 +159,14 @@ class Identity(NamedTuple):
             links,
             message[links_end:certificate_end],
             complete,
+            None if known == _NOBODY else known,
         )
 
     def claim(self) -> dict[str, Any]:
-        """All but the certificate, as JSON values: for the supervisor (``from_claim``)."""
+        """All but the certificate, as JSON values: for the supervisor (``from_claim``).
+
+        And but ``known``, which is a number of the configuration that serves the client.
+        """
         links = [[link.issuer.hex(), f"{link.serial:x}", link.spki.hex()] for link in self.links]
         return {"facts": self.facts, "links": links, "complete": self.complete}
 
@@ -161,6 +179,13 @@ class Identity(NamedTuple):
             for issuer, serial, key in claim["links"]
         )
         return cls(Facts(tuple(dns), tuple(uri), tuple(cn), spki), links, b"", claim["complete"])
+
+
+def _known_clients(fields: Iterable[Sequence[Any]]) -> "Iterator[KnownClient]":
+    # Others do not need it in their memory.
+    from titus_py.between.known_client import KnownClient
+
+    return map(KnownClient.decode, fields)
 
 
 def _names(octets: bytes) -> dict[bytes, list[str]]:

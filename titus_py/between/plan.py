@@ -136,9 +136,20 @@ class VirtualHost(NamedTuple):
         """How one of its backends is checked, if it is."""
         return self.health and Check(backend, self.health, self.send_proxy)
 
-    def backend_for(self, protocol: str | None) -> tuple[str, ...]:
-        """``protocol`` is what the client and its worker negotiated (ALPN)."""
+    def backend_for(self, protocol: str | None, known: int | None) -> tuple[str, ...]:
+        """``protocol`` is what was negotiated (ALPN); ``known``, which known client's it is."""
+        if known is not None and self.clients is not None:
+            own = self.clients.known[known].backend
+            if own:
+                return own
         return self.backends.get(protocol, self.backend) if protocol else self.backend
+
+    @property
+    def all_backends(self) -> set[tuple[str, ...]]:
+        """What ``backend_for`` may come to."""
+        known = self.clients.known if self.clients is not None else ()
+        own = {client.backend for client in known if client.backend}
+        return {self.backend, *self.backends.values()} | own
 
 
 class Plan(NamedTuple):

@@ -34,7 +34,10 @@ This host's titus.toml names these two files, as certificate and key.
 The other host's titus.toml names the pin. Where it is the server, in its [[vhost]]:
 
     client_certificates = "required"
-    client_allow = {{ spki = ["{pin}"] }}
+
+    [[vhost.client]]
+    name = "{name}"
+    spki = ["{pin}"]
 """
 
 
@@ -91,7 +94,7 @@ def new(name: str, directory: Path, kind: str, force: bool, config: Path | None)
         _say(f"{error.filename}: {os_reason(error)}" if error.filename else os_reason(error))
         return 1
     print(pin)
-    _say(_ADVICE.format(key=key, certificate=certificate, pin=pin))
+    _say(_ADVICE.format(name=name, key=key, certificate=certificate, pin=pin))
     return 0
 
 

@@ -114,7 +114,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
             answer.get("certificate_dirs", ()),
             answer.get("client_authorities", ()),
         ),
-        *([_virtual_hosts(answer["vhosts"])] if answer["vhosts"] else []),
+        *([_virtual_hosts(answer["vhosts"], answer["counts"])] if answer["vhosts"] else []),
         *([_tunnels(tunnels)] if (tunnels := answer.get("tunnels")) else []),
         _counts(answer["counts"], answer["generations"]),
         _forking(answer),
@@ -181,7 +181,7 @@ def _days(left: float) -> Text:
     return Text(f"{left:.0f}", style=style)
 
 
-def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
+def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]], counts: Mapping[str, Any]) -> Table:
     table = _table("virtual host", "at", "backend", "which is")
     for vhost in vhosts:
         names = vhost["names"]
@@ -200,6 +200,9 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]]) -> Table:
             table.add_row("", "", _text(f"  {one['backend']}"), state)
         for one in vhost["backends"]:
             table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, how))
+        for one in vhost.get("clients", ()):
+            refused = _refused(one["name"], counts)
+            table.add_row(_text(f"  client {one['name']}"), "", _text(one["backend"]), refused)
     return table
 
 
@@ -216,6 +219,16 @@ def _tunnels(tunnels: Iterable[Mapping[str, Any]]) -> Table:
             _text("; ".join(by)),
         )
     return table
+
+
+def _refused(name: str, counts: Mapping[str, Any]) -> Text:
+    """How many connections of a known client were refused by its own limits."""
+    by = {
+        what: count
+        for key, what in (("clients_too_many", "too many"), ("clients_too_fast", "too fast"))
+        if (count := counts.get(key, {}).get(name))
+    }
+    return Text(f"refused: {_listed(by)}" if by else "", style="yellow")
 
 
 def _backend(of: Mapping[str, Any], how: str) -> tuple[Text, Text]:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import PlainSerializer, PlainValidator
@@ -15,7 +16,7 @@ from titus_py.between.client_allow import Allow
 from titus_py.configuration.address import host_name
 from titus_py.configuration.mistake import described, nearest
 
-__all__ = ["ClientAllow", "public_key_pin"]
+__all__ = ["ClientAllow", "CommonNames", "DnsNames", "PublicKeys", "Uris", "public_key_pin"]
 
 _EXAMPLE = '{ dns = ["*.example.org"] }'
 
@@ -29,11 +30,14 @@ def _client_allow(value: object) -> Allow | Literal["all"]:
             meant = nearest(kind.lower(), _PATTERNS)
             hint = f"did you mean {meant}?" if meant else f"known are {', '.join(_PATTERNS)}"
             raise ValueError(f"{kind} is nothing to go by: {hint}")
-        texts = _texts(kind, patterns)
-        read[kind] = tuple(dict.fromkeys(map(_PATTERNS[kind], texts)))
+        read[kind] = _read(kind, patterns)
     if not any(read.values()):
         raise ValueError('it lets nobody in: name somebody, or say "all"')
     return Allow(**read)
+
+
+def _read(kind: str, value: object) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(_PATTERNS[kind], _texts(kind, value))))
 
 
 def _table(value: object) -> dict[str, object]:
@@ -129,4 +133,14 @@ def _as_in_a_file(allow: Allow | Literal["all"]) -> dict[str, list[str]] | str:
 
 ClientAllow = Annotated[
     Allow | Literal["all"], PlainValidator(_client_allow), PlainSerializer(_as_in_a_file)
+]
+_AsList = PlainSerializer(list)
+#: Each kind on its own, as in a [[vhost.client]].
+DnsNames = Annotated[tuple[str, ...], PlainValidator(partial(_read, "dns")), _AsList]
+Uris = Annotated[tuple[str, ...], PlainValidator(partial(_read, "uri")), _AsList]
+CommonNames = Annotated[tuple[str, ...], PlainValidator(partial(_read, "cn")), _AsList]
+PublicKeys = Annotated[
+    tuple[str, ...],
+    PlainValidator(partial(_read, "spki")),
+    PlainSerializer(lambda digests: [f"sha256:{digest}" for digest in digests]),
 ]

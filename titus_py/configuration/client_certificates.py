@@ -6,6 +6,7 @@ Run by the supervisor (root) and by ``titus-py check``. A short-lived child read
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError, model_validator
@@ -82,11 +83,22 @@ def _misfits(vhost: ClientCertificates) -> Iterator[tuple[str, str]]:
         for field in ("client_ca", "client_crl", "client_allow"):
             if getattr(vhost, field) is not None:
                 yield field, 'has no effect: set client_certificates to "required" or "optional"'
+        if vhost.client:
+            yield "client", 'has no effect: set client_certificates to "required" or "optional"'
         return
-    if allow is None:
+    if vhost.client and allow is not None:
         yield (
             "client_allow",
-            'is missing: say who is let in, as in { dns = ["*.example.org"] }, or "all"',
+            "does not go with [[vhost.client]], which says who is let in: make a client of each "
+            "that it names",
+        )
+    elif vhost.client:
+        yield from _nameless_without_authority(vhost)
+    elif allow is None:
+        yield (
+            "client_allow",
+            'is missing: say who is let in, as in { dns = ["*.example.org"] }, or "all"; or have a '
+            "[[vhost.client]] for each",
         )
     elif vhost.client_ca is None and allow == "all":
         yield "client_ca", 'is missing: with client_allow = "all", it says whose certificates'
@@ -98,6 +110,17 @@ def _misfits(vhost: ClientCertificates) -> Iterator[tuple[str, str]]:
         )
     if vhost.client_crl is not None and vhost.client_ca is None:
         yield "client_crl", "has no effect without client_ca: the keys that are listed are let in"
+
+
+def _nameless_without_authority(vhost: ClientCertificates) -> Iterator[tuple[str, str]]:
+    """Clients that are known by a name, which anybody could have."""
+    for i, client in enumerate(vhost.client):
+        if vhost.client_ca is None and any(client.allow[:3]):
+            yield (
+                f"client[{i}]",
+                "client_ca is missing: anybody can write any name into a certificate; only keys "
+                "(spki) are known without an authority",
+            )
 
 
 def read_authorities(
@@ -146,11 +169,17 @@ def client_terms(
         return None
     files = vhost.client_files
     found = authorities[files] if files is not None else None
+    allow = vhost.client_allow
+    if vhost.client:
+        # All that any of them has.
+        allows = [client.allow for client in vhost.client]
+        allow = Allow(*(tuple(chain.from_iterable(some)) for some in zip(*allows, strict=True)))
     return ClientTerms(
         vhost.client_certificates == "required",
         found.authorities if found is not None else "",
         found.revocations if found is not None else "",
-        tuple(vhost.client_allow) if isinstance(vhost.client_allow, Allow) else None,
+        tuple(allow) if isinstance(allow, Allow) else None,
+        tuple(client.plan for client in vhost.client),
     )
 
 

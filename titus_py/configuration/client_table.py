@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from titus_py.configuration.client_allow import ClientAllow
+from titus_py.configuration.known_client_table import KnownClients
 from titus_py.configuration.paths import File
-from titus_py.configuration.table import Table
 
 __all__ = ["ClientCertificates", "ClientFiles"]
 
@@ -34,7 +34,7 @@ class ClientFiles(NamedTuple):
         return field if self.whose == "clients" else field.removeprefix("client_")
 
 
-class ClientCertificates(Table):
+class ClientCertificates(KnownClients):
     """The part of [[vhost]] that says what is asked of clients."""
 
     client_certificates: Literal["required", "optional"] | None = Field(

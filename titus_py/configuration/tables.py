@@ -20,6 +20,7 @@ from titus_py.configuration.address import Address, IPAddress
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
+from titus_py.configuration.known_client_table import KnownClients
 from titus_py.configuration.limits_table import Limits
 from titus_py.configuration.mistake import described
 from titus_py.configuration.paths import EmptyDirectory, FilePath
@@ -251,7 +252,7 @@ class Match(Table):
         return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
 
 
-class Backend(Table):
+class Backend(KnownClients):
     """The part of [[vhost]] that says where connections go, by their protocol."""
 
     backend: BackendAddresses = Field(
@@ -328,6 +329,11 @@ class Backend(Table):
         """Everywhere that connections go, each with the setting that says so."""
         settings = {"backend": self.backend} | {
             f"backends.{key_text(protocol)}": some for protocol, some in self.backends.items()
+        }
+        settings |= {
+            f"client[{i}].backend": client.backend
+            for i, client in enumerate(self.client)
+            if client.backend is not None
         }
         return [(setting, backend) for setting, some in settings.items() for backend in some]
 

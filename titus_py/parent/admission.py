@@ -97,34 +97,40 @@ class Admission:
 
 
 class LimitsHit:
-    """Reports that a limit was hit: once a second for each limit, however often it was hit."""
+    """Reports that a limit was hit: once a second for each limit, however often it was hit.
+
+    A limit of a known client is one of its own.
+    """
 
     def __init__(self, loop: EventLoop, tell: Tell) -> None:
         self._loop = loop
         self._tell = tell
-        #: By limit: how often it was hit within this second, and the last client that hit it.
-        self._hit: dict[str, tuple[int, str]] = {}
+        #: By limit, and whose it is: how often it was hit within this second, and the last client
+        #: that hit it.
+        self._hit: dict[tuple[str, str | None], tuple[int, str]] = {}
 
-    def note(self, limit: str, address: str) -> None:
-        if limit not in self._hit:
-            self._loop.after(_TELL_SECONDS, lambda: self._say(limit))
-        count, _ = self._hit.get(limit, (0, ""))
-        self._hit[limit] = count + 1, address
+    def note(self, limit: str, address: str, client_name: str | None = None) -> None:
+        key = limit, client_name
+        if key not in self._hit:
+            self._loop.after(_TELL_SECONDS, lambda: self._say(*key))
+        count, _ = self._hit.get(key, (0, ""))
+        self._hit[key] = count + 1, address
 
     def say_last(self) -> None:
         """Report, before the parent ends, what has not been reported yet."""
-        for limit in list(self._hit):
-            self._say(limit)
+        for key in list(self._hit):
+            self._say(*key)
 
-    def _say(self, limit: str) -> None:
-        count, address = self._hit.pop(limit)
+    def _say(self, limit: str, client_name: str | None) -> None:
+        count, address = self._hit.pop((limit, client_name))
+        fields = _advice(limit) if client_name is None else {"client_name": client_name}
         self._tell(
             "limited",
             level="warning",
             limit=limit,
             count=count,
             last_client=address,
-            **_advice(limit),
+            **fields,
         )
 
 

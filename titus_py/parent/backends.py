@@ -37,13 +37,13 @@ class Backends:
             for name, known in plan.addresses.items()
             for check in (None, *(one for one in plan.checks if one.backend == name))
         }
-        #: By virtual host, and the names of those of its backends that a protocol has.
+        #: By virtual host, and the names of those of its backends that a protocol or a client has.
         self._balances = {
             (number, names): Balance(
                 vhost.balance, [self._backends[name, vhost.check(name)] for name in names]
             )
             for number, vhost in enumerate(plan.vhosts)
-            for names in (vhost.backend, *vhost.backends.values())
+            for names in vhost.all_backends
         }
         self._checks: Checks | None = None
         if plan.checks:
@@ -79,7 +79,7 @@ class Backends:
     def dial(self, worker: Worker, dial: Dial) -> None:
         """Connect, without waiting. The worker gets the socket, or the reason for having none."""
         vhost = self._plan.vhosts[dial.vhost]
-        names = vhost.backend_for(worker.protocol)
+        names = vhost.backend_for(worker.protocol, worker.known)
         balance = self._balances[dial.vhost, names]
         bind = None
         if vhost.source_address == "client":
@@ -141,7 +141,7 @@ class Backends:
         if worker.tunnel is not None:
             names = self._plan.tunnels[worker.tunnel].connect
         elif worker.vhost is not None:
-            names = self._plan.vhosts[worker.vhost].backend_for(worker.protocol)
+            names = self._plan.vhosts[worker.vhost].backend_for(worker.protocol, worker.known)
         else:
             return None
         return worker.backend.name if len(names) > 1 else None

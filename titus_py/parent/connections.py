@@ -200,6 +200,8 @@ class Connections:
     def ended(self, worker: Worker, how: str) -> None:
         """Record a connection's end; ``how`` is empty if its worker exited as it should."""
         self._backends.ended(worker)
+        if self._identities is not None:
+            self._identities.ended(worker)
         if worker.deadline is not None:
             worker.deadline.cancel()
         self.handshaking.pop(worker.uid, None)
@@ -225,6 +227,7 @@ class Connections:
             vhost=worker.vhost,
             **_tunnel(worker.tunnel),
             **_negotiated(worker.protocol),
+            **self._named(worker),
             seconds=round(time.monotonic() - worker.started, 3),
             worker_seconds=round(time.monotonic() - worker.forked, 3),
             end=worker.killed_for or how,
@@ -325,6 +328,11 @@ class Connections:
         if alpn and dial.protocol is not None:
             worker.protocol = alpn[dial.protocol]
         self._past_handshake(worker)
+        limit = self._identities.admit(worker) if self._identities is not None else None
+        if limit is not None:
+            worker.kill(limit)
+            self._limits_hit.note(limit, worker.address, **self._named(worker))
+            return
         self._backends.dial(worker, dial)
 
     def _past_handshake(self, worker: Worker) -> None:
@@ -335,6 +343,11 @@ class Connections:
             worker.deadline = self._loop.after(
                 self._plan.limits.lifetime, lambda: worker.kill("lifetime")
             )
+
+    def _named(self, worker: Worker) -> dict[str, str]:
+        """What its client is called, as a field for the log, if its virtual host knows it."""
+        name = self._identities.name_of(worker) if self._identities is not None else None
+        return {} if name is None else {"client_name": name}
 
     def _alarm(self, worker: Worker, event: str, attempted: str) -> None:
         """A worker did what our code never does: raise an alarm, once, and kill it."""

@@ -5,11 +5,16 @@ host requires a certificate. It does not see the certificate's handshake, and a 
 taken over can claim to have any.
 """
 
+from typing import TYPE_CHECKING
+
 from titus_py.between import messages
 from titus_py.between.client_identity import MAX_IDENTITY_OCTETS, Identity
 from titus_py.between.messages import Dial, Established, Proxied, Ready
 from titus_py.between.plan import Plan
 from titus_py.parent.worker import Worker
+
+if TYPE_CHECKING:
+    from titus_py.parent.known_clients import KnownClients
 
 __all__ = ["Identities"]
 
@@ -20,6 +25,7 @@ class Identities:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._known = _known_clients(plan)
 
     def decode(self, message: bytes) -> Ready | Proxied | Dial | Established | Identity:
         """A worker's message; raises Malformed."""
@@ -45,4 +51,31 @@ class Identities:
         clients = self._plan.vhosts[vhost].clients
         if clients is None:
             return worker.identity is None
-        return worker.identity is not None or not clients.required
+        if worker.identity is None:
+            return not clients.required
+        if not clients.known:
+            return worker.known is None
+        return worker.known is not None and worker.known < len(clients.known)
+
+    def admit(self, worker: Worker) -> str | None:
+        """The limit of its client that this worker would exceed, once it has dialled; or None."""
+        return self._known.admit(worker) if self._known is not None else None
+
+    def name_of(self, worker: Worker) -> str | None:
+        """What its client is called, if its virtual host knows it."""
+        client = self._known.client_of(worker) if self._known is not None else None
+        return client and client.name
+
+    def ended(self, worker: Worker) -> None:
+        """Forget a worker that has ended."""
+        if self._known is not None:
+            self._known.leave(worker)
+
+
+def _known_clients(plan: Plan) -> "KnownClients | None":
+    if not any(vhost.clients is not None and vhost.clients.known for vhost in plan.vhosts):
+        return None
+    # Others do not need it in their memory.
+    from titus_py.parent.known_clients import KnownClients
+
+    return KnownClients(plan)

@@ -99,6 +99,11 @@ class Worker:
         #: Which tunnel its client is for.
         self.tunnel: int | None = None
 
+    @property
+    def known(self) -> int | None:
+        """Which of its virtual host's known clients it says that its client is."""
+        return self.identity.known if self.identity is not None else None
+
     def kill(self, reason: str) -> None:
         """Kill the worker. If there are several reasons, the first is logged."""
         self.killed_for = self.killed_for or reason

@@ -184,6 +184,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "alpn": _optional(_TEXT),
             "backend": _optional(_TEXT),
             "source": _optional(_TEXT),
+            "client_name": _optional(_TEXT),
             "seconds": _SECONDS,
             "worker_seconds": _optional(_SECONDS),
             "end": _TEXT,
@@ -217,6 +218,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "limited": {
             "level": _LEVEL,
             "limit": _TEXT,
+            "client_name": _optional(_TEXT),
             "count": _COUNT,
             "last_client": _optional(_TEXT),
             "advice": _optional(_TEXT),

@@ -8,11 +8,13 @@ a certificate that has expired since, ends no connection.
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
-from titus_py.between.client_allow import allows
+from titus_py.between.client_allow import Facts, allows
 from titus_py.between.client_identity import ClientTerms, Identity
 from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.known_client import KnownClient, which
 from titus_py.configuration import VirtualHost
 from titus_py.configuration.client_certificates import client_terms
 from titus_py.configuration.helper import CLIENT_AUTHORITIES, Helper, Unanswered
@@ -39,6 +41,27 @@ class _Rules(NamedTuple):
     terms: ClientTerms
     #: The public keys of the authorities, in hexadecimal.
     keys: frozenset[str]
+    #: Where its clients' connections go, by the configuration before and by the new one; None where
+    #: the new one knows no clients one by one.
+    reach: "tuple[_Reach, _Reach] | None" = None
+
+
+class _Reach(NamedTuple):
+    """Which backends the clients of a virtual host may reach."""
+
+    known: tuple[KnownClient, ...]
+    others: frozenset[str]
+
+    @classmethod
+    def at(cls, vhost: VirtualHost) -> "_Reach":
+        others = {*vhost.backend, *chain.from_iterable(vhost.backends.values())}
+        known = tuple(client.plan for client in vhost.client)
+        return cls(known, frozenset(map(str, others)))
+
+    def of(self, facts: Facts) -> frozenset[str]:
+        index = which(self.known, facts)
+        own = () if index is None else self.known[index].backend
+        return frozenset(own) or self.others
 
 
 class _Claim(NamedTuple):
@@ -177,7 +200,8 @@ def _rules(earlier: Generation, serving: Generation) -> dict[int, _Rules | None]
         if now is not None and terms is not None:
             files = now.client_files
             keys = authorities[files].keys if files is not None else ()
-            rules[number] = _Rules(terms, frozenset(keys))
+            reach = (_Reach.at(before), _Reach.at(now)) if now.client else None
+            rules[number] = _Rules(terms, frozenset(keys), reach)
         elif now is None and before.client_certificates is not None:
             rules[number] = None
     return rules
@@ -212,7 +236,20 @@ def _lets_in(claim: _Claim) -> bool:
     known = not rules.terms.authorities or any(
         link.spki.hex() in rules.keys for link in identity.links
     )
-    return identity.complete and known and allows(rules.terms.allowed, identity.facts)
+    return (
+        identity.complete
+        and known
+        and allows(rules.terms.allowed, identity.facts)
+        and _reaches_as_before(rules, identity.facts)
+    )
+
+
+def _reaches_as_before(rules: _Rules, facts: Facts) -> bool:
+    """Whether a client may still reach each backend that its connection can be with."""
+    if rules.reach is None:
+        return True
+    before, now = rules.reach
+    return before.of(facts) <= now.of(facts)
 
 
 def _revoked(lists: str, claims: Sequence[_Claim]) -> list[_Claim]:

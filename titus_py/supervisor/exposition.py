@@ -51,6 +51,9 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _counter(
         "client_certificates_refused", "Handshakes that ended by the client's certificate, by why."
     ).by("reason", metrics.certificates_refused)
+    yield _counter(
+        "client_connections", "Connections of each [[vhost.client]], counted when they have ended."
+    ).by("client", metrics.clients)
     yield (
         _counter(
             "transferred_bytes",
@@ -112,6 +115,14 @@ def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _counter("limits_hit", "Connections refused or ended by a limit, by limit.").by(
         "limit", metrics.limits
     )
+    limits = _counter("client_limits_hit", "Connections refused by a [[vhost.client]]'s own limit.")
+    for limit, tally in (
+        ("client_connections", metrics.clients_too_many),
+        ("client_rate", metrics.clients_too_fast),
+    ):
+        for client, count in tally.counts.items():
+            limits.add(count, client=client, limit=limit)
+    yield limits
     yield (
         _counter("events_lost", "Events that could not be recorded, by the process that lost them.")
         .add(metrics.events_lost, by="parent")

@@ -148,6 +148,9 @@ _TELLING_SIGNALS = ("SIGSYS", "SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT
 #: The most octets a second (100 Gbit/s) that a worker's report is believed.
 _PLAUSIBLE_RATE = 12_500_000_000
 
+#: How many known clients are counted by their names.
+_MOST_CLIENTS = 4096
+
 #: The counters that are plain numbers, by the names of their attributes.
 _NUMBERS = (
     "started",
@@ -209,6 +212,11 @@ class Metrics:
         self.reloads = {"ok": 0, "failed": 0}
         self.last_reload_failed = False
         self.limits = Tally(("full",))
+        #: By the names of known clients: their connections that have ended, and which limit of
+        #: theirs refused others.
+        self.clients = Tally(room=_MOST_CLIENTS)
+        self.clients_too_many = Tally(room=_MOST_CLIENTS)
+        self.clients_too_fast = Tally(room=_MOST_CLIENTS)
         self.events_lost = 0
         self._handlers: dict[str, Callable[[Mapping[str, object], int], None]] = {
             "connection_begun": self._connection_begun,
@@ -263,6 +271,9 @@ class Metrics:
             "deaths": self.deaths,
             "fork_servers_replaced": self.fork_servers_replaced,
             "limits": self.limits,
+            "clients": self.clients,
+            "clients_too_many": self.clients_too_many,
+            "clients_too_fast": self.clients_too_fast,
         }
 
     @property
@@ -324,6 +335,9 @@ class Metrics:
             "alarms": self.alarms.some(),
             "deaths": self.deaths.some(),
             "limited": self.limits.some(),
+            "clients": self.clients.some(),
+            "clients_too_many": self.clients_too_many.some(),
+            "clients_too_fast": self.clients_too_fast.some(),
             "reloads": self.reloads.copy(),
             "events_lost": self.events_lost,
         }
@@ -350,6 +364,8 @@ class Metrics:
                 _GROUPS.get(group, OTHER),
             )
             self.handshakes[key] = self.handshakes.get(key, 0) + 1
+        if "client_name" in fields:
+            self.clients.add(str(fields["client_name"]))
         if "alpn" in fields:
             self.protocols.add(str(fields["alpn"]))
         self._over(fields, _end(fields))
@@ -444,7 +460,11 @@ class Metrics:
 
     def _limited(self, fields: Mapping[str, object], generation: int) -> None:
         del generation
-        self.limits.add(_word(str(fields.get("limit"))), _count(fields.get("count", 1)))
+        limit, count = str(fields.get("limit")), _count(fields.get("count", 1))
+        self.limits.add(_word(limit), count)
+        if "client_name" in fields:
+            tally = self.clients_too_fast if limit == "client_rate" else self.clients_too_many
+            tally.add(str(fields["client_name"]), count)
 
     def _lost(self, fields: Mapping[str, object], generation: int) -> None:
         del generation

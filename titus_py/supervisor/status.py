@@ -15,6 +15,7 @@ from titus_py.configuration.address import Address
 from titus_py.configuration.checking import CertificateFacts
 from titus_py.configuration.client_certificates import ClientAuthorities
 from titus_py.configuration.client_table import ClientFiles
+from titus_py.configuration.known_client_table import Client
 from titus_py.fork_server import immortal
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
@@ -71,6 +72,17 @@ def _client_files(
         }
         for (setting, file), when in ends.items()
     ]
+
+
+def _client(client: Client) -> dict[str, object]:
+    """A known client, and what it may have; how much it was refused is among the counts."""
+    rate = client.model_dump(include={"rate"})["rate"]
+    return {
+        "name": client.name,
+        "backend": ", ".join(map(str, client.backend or ())),
+        "connections": client.connections,
+        "rate": rate,
+    }
 
 
 class Status:
@@ -183,6 +195,7 @@ class Status:
                         }
                         for protocol, backends in vhost.backends.items()
                     ],
+                    "clients": [_client(one) for one in vhost.client],
                     "health": self._health_of(vhost),
                     "certificates": [positions[one] for one in vhost.credentials.values()],
                     "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),

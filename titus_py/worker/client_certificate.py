@@ -6,12 +6,14 @@ Imported only where a virtual host asks for client certificates. The certificate
 and hostile.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib
 
-from titus_py.between.client_allow import allows
+from titus_py.between.client_allow import Facts, allows
 from titus_py.between.client_identity import ClientTerms, Identity, Link
 from titus_py.between.report import ReportWriter
 from titus_py.worker import verification
@@ -47,6 +49,12 @@ class Verifier:
         self._allow = terms.allowed
         #: Without authorities, the keys that are listed are all that counts.
         self._keys_only = not terms.authorities
+        self._known: Callable[[Facts], int | None] = lambda _: None
+        if terms.known:
+            # Others do not need it in their memory.
+            from titus_py.between.known_client import which
+
+            self._known = partial(which, terms.known)
         self._report: ReportWriter | None = None
         self._shown: Shown | None = None
         self._refused = ""
@@ -100,7 +108,8 @@ class Verifier:
                 links.append(Link(name_id(read.issuer), read.serial_number, public_key_id(read)))
         complete = self._keys_only or len(links) == len(chain)
         own = crypto.dump_certificate(crypto.FILETYPE_ASN1, chain[0])
-        return Identity(self._shown.facts, tuple(links), own, complete)
+        known = self._known(self._shown.facts)
+        return Identity(self._shown.facts, tuple(links), own, complete, known)
 
     def _judge(self, good: int, address: int) -> bool:
         """Whether to go on: called by OpenSSL for each certificate, and for each fault."""

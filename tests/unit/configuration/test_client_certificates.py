@@ -9,6 +9,7 @@ import pytest
 from integration.client_authority import DAY, ClientAuthority
 
 from titus_py.between.client_allow import Allow
+from titus_py.between.known_client import KnownClient, Rate
 from titus_py.configuration import Loaded, load
 from titus_py.configuration.client_certificates import (
     ClientAuthorities,
@@ -68,7 +69,7 @@ def test_who_is_let_in(load_settings: Load) -> None:
     assert loaded.client_files == {files: ["vhost[0]"]}
     authorities = ClientAuthorities("CA", "CRL", ("00",), datetime.now(UTC))
     terms = client_terms(vhost, {files: authorities})
-    assert terms == (False, "CA", "CRL", tuple(allow))
+    assert terms == (False, "CA", "CRL", tuple(allow), ())
     # As another program would read it again.
     assert vhost.model_dump(mode="json")["client_allow"] == {
         "dns": ["*.example.org"],
@@ -84,7 +85,7 @@ def test_keys_alone_need_no_authority(load_settings: Load) -> None:
     )
     assert loaded.configuration is not None, loaded.mistakes
     terms = client_terms(loaded.configuration.vhost[0], {})
-    assert terms == (True, "", "", ((), (), (), (DIGEST.hex(),)))
+    assert terms == (True, "", "", ((), (), (), (DIGEST.hex(),)), ())
 
 
 @pytest.mark.parametrize(
@@ -227,3 +228,89 @@ def test_an_authority_that_ends_is_warned_of(
     mistakes, warnings = read(ClientAuthority(tmp_path, ends=ends).file)
     assert mistakes == []
     assert [warned in warning for warning in warnings if warned] == ([True] if warned else [])
+
+
+OTHER = f"sha256:{'11' * 32}"
+PIN = f"sha256:{DIGEST.hex()}"
+REQUIRED = 'client_certificates = "required"\n'
+
+
+def test_known_clients(load_settings: Load) -> None:
+    loaded = load_settings(
+        'client_certificates = "required"\nclient_ca = "ca.crt"\n'
+        f'[[vhost.client]]\nname = "web-1"\nspki = ["{PIN}", "{OTHER}"]\n'
+        'backend = ["10.0.0.5:5432", "10.0.0.6:5432"]\nconnections = 20\nrate = "600/m"\n'
+        '[[vhost.client]]\nname = "others"\ndns = ["*.example.org"]\n'
+    )
+    assert loaded.configuration is not None, loaded.mistakes
+    (vhost,) = loaded.configuration.vhost
+    files = ClientFiles(vhost.client_ca or Path(), None)
+    authorities = ClientAuthorities("CA", "", ("00",), datetime.now(UTC))
+    terms = client_terms(vhost, {files: authorities})
+    assert terms is not None
+    keys = DIGEST.hex(), "11" * 32
+    # Whoever is one of them is let in.
+    assert terms.allowed == Allow(dns=("*.example.org",), spki=keys)
+    backend = ("10.0.0.5:5432", "10.0.0.6:5432")
+    assert terms.known == (
+        KnownClient("web-1", Allow(spki=keys), backend, 20, Rate(600, 60)),
+        KnownClient("others", Allow(dns=("*.example.org",)), (), None, None),
+    )
+    assert {setting for setting, _ in vhost.all_backends} == {"backend", "client[0].backend"}
+    # As another program would read it again.
+    again = type(loaded.configuration).model_validate(loaded.configuration.model_dump(mode="json"))
+    assert again.vhost[0].client == vhost.client
+
+
+@pytest.mark.parametrize(
+    ("clients", "key", "reason"),
+    [
+        (['name = "a"'], "client", "a is nobody"),
+        ([f'name = "a"\nspki = ["{PIN}"]'] * 2, "client", "two clients of the name a"),
+        (
+            [f'name = "{name}"\nspki = ["{PIN}"]' for name in "ab"],
+            "client",
+            "a and b have the same public key",
+        ),
+        ([f'name = "a b"\nspki = ["{PIN}"]'], "client[0].name", "letters, digits"),
+        ([f'spki = ["{PIN}"]'], "client[0].name", "is missing"),
+        (['name = "a"\nspki = ["sha256:00"]'], "client[0].spki", "no public key's hash"),
+        (['name = "a"\nspki = "x"'], "client[0].spki", "expected a list of texts"),
+        (['name = "a"\ndns = ["x.example.org"]'], "client[0]", "client_ca is missing"),
+        ([f'name = "a"\nspki = ["{PIN}"]\nrate = 50'], "client[0].rate", '"50/s"'),
+        ([f'name = "a"\nspki = ["{PIN}"]\nrate = "0/s"'], "client[0].rate", '"50/s"'),
+        ([f'name = "a"\nspki = ["{PIN}"]\nrate = "5/d"'], "client[0].rate", '"50/s"'),
+        ([f'name = "a"\nspki = ["{PIN}"]\nconnections = 0'], "client[0].connections", "1 or more"),
+        ([f'name = "a"\nspki = ["{PIN}"]\nbackend = "x"'], "client[0].backend", "no address"),
+        ([f'name = "a"\nspki = ["{PIN}"]\nkey = "x"'], "client[0].key", "unknown key"),
+    ],
+)
+def test_mistakes_in_known_clients(
+    load_settings: Load, clients: list[str], key: str, reason: str
+) -> None:
+    tables = "".join(f"[[vhost.client]]\n{one}\n" for one in clients)
+    loaded = load_settings(REQUIRED + tables)
+    assert loaded.configuration is None
+    assert [(one.key, reason in one.reason) for one in loaded.mistakes] == [
+        (f"vhost[0].{key}", True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [
+        ("", "client", "has no effect: set client_certificates"),
+        (
+            f'{REQUIRED}client_allow = {{ spki = ["{OTHER}"] }}\n',
+            "client_allow",
+            "does not go with",
+        ),
+    ],
+)
+def test_known_clients_beside_other_settings(
+    load_settings: Load, settings: str, key: str, reason: str
+) -> None:
+    loaded = load_settings(f'{settings}[[vhost.client]]\nname = "a"\nspki = ["{PIN}"]\n')
+    assert [(one.key, reason in one.reason) for one in loaded.mistakes] == [
+        (f"vhost[0].{key}", True)
+    ]

@@ -138,6 +138,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "client_certificates": None,
                 "client_ca": None,
                 "client_crl": None,
+                "client": [],
                 "client_allow": None,
             }
         ],

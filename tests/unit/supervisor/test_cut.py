@@ -8,11 +8,13 @@ import pytest
 from titus_py.between.client_allow import Allow, Facts
 from titus_py.between.client_identity import ClientTerms, Identity, Link
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.known_client import KnownClient
 from titus_py.supervisor import cut as module
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.cut import _Claim as Claim
 from titus_py.supervisor.cut import _lets_in as lets_in
+from titus_py.supervisor.cut import _Reach as Reach
 from titus_py.supervisor.cut import _Rules as Rules
 from titus_py.supervisor.generation import Generation
 
@@ -158,3 +160,24 @@ def test_lists_that_cannot_be_read_are_no_success(monkeypatch: pytest.MonkeyPatc
     unwanted, problem = module._unwanted([Claim(1, 1, rules, ALICE), Claim(1, 2, None, None)])
     assert [claim.connection for claim in unwanted] == [2]
     assert "could not be read" in problem
+
+
+def test_a_client_that_may_reach_less_than_before() -> None:
+    """Its connection may be with what it may not reach any more."""
+
+    def known(*backend: str) -> KnownClient:
+        return KnownClient("alice", Allow(spki=(OWN.hex(),)), backend, None, None)
+
+    def judge(before: Reach, now: Reach) -> bool:
+        terms = ClientTerms(True, "", "", ((), (), (), (OWN.hex(),)), now.known)
+        return lets_in(Claim(1, 1, Rules(terms, frozenset(), (before, now)), ALICE))
+
+    everywhere = frozenset({"a:1", "b:1"})
+    for before, now, let_in in (
+        (Reach((), everywhere), Reach((known(),), everywhere), True),
+        (Reach((), everywhere), Reach((known("a:1"),), everywhere), False),
+        (Reach((known("a:1"),), everywhere), Reach((known("a:1", "c:1"),), frozenset()), True),
+        (Reach((known("a:1", "c:1"),), everywhere), Reach((known("a:1"),), frozenset()), False),
+        (Reach((known("a:1"),), everywhere), Reach((known(),), frozenset({"b:1"})), False),
+    ):
+        assert judge(before, now) is let_in

@@ -40,6 +40,7 @@ def vhost(number: int) -> SimpleNamespace:
         alpn=None,
         backends={},
         health=None,
+        client=(),
         credentials={"": Credential(files[0], files[1], None)},
         certificate_dir=None,
     )
