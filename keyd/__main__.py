@@ -9,7 +9,6 @@ if sys.argv[1:2] in (["control"], ["listen"]):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
 
 import argparse
-import datetime
 import grp
 import json
 import os
@@ -31,7 +30,7 @@ from keyd.confinement import (
     lock_before_keys,
 )
 from keyd.daemon import Keyd
-from keyd.keys import UnusableKey, load_private_key, read, read_ahead
+from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
@@ -47,7 +46,8 @@ from keyd.reference import key_id
 from keyd.succession import inherited, receive
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
-from keyd.token.keys import Token, hear_first
+from keyd.token.keys import States, hear_first
+from keyd.token.starting import start_told
 from keyd.words import leave_standard_error
 
 __all__ = ["main"]
@@ -198,8 +198,11 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     lock_before_keys(settings["must_lock"])
     guards = guard()
-    keys = _load(_readable(settings["keys"]))
+    tokens = start_told(settings["tokens"]) if settings["tokens"] else []
+    keys: dict[bytes, Key] = {}
+    keys |= _load(_readable(settings["keys"]))
     handed = [] if arguments.predecessor_fd is None else receive(arguments.predecessor_fd)
+    keys |= {key_id(key.public_key()): key for token in tokens for key in token.keys}
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
@@ -215,12 +218,18 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     leave_standard_error(lambda line: tell("keyd_said", text=line))
 
+    hear_first(tokens)
+    states = States(tokens)
+
     def tick() -> None:
         tell("alive")
+        if (news := states.news()) is not None:
+            tell("tokens", tokens=news)
         if (operations := keyd.tally.news()) is not None:
             tell("operations", **operations)
 
     def ready() -> None:
+        tick()
         tell(
             "ready",
             keys=fingerprint(keys),
@@ -229,6 +238,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
         )
 
     keyd = Keyd(keys, tick)
+    for token in tokens:
+        keyd.hear_token(token.socket, token.hear)
     keyd.hear_parent(parent, gone=keyd.stop)
     keyd.hear_supervisor(supervisor)
 
@@ -282,7 +293,8 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     with ExitStack() as stack:
         listeners = _listeners(arguments, stack, lambda: (0, 0), mode=0o600)
         program = _withdraw(arguments, guards)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, tokens))
+        states = States(tokens)
+        keyd = Keyd(keys, tick=lambda: _tick(notify, states))
         for token in tokens:
             keyd.hear_token(token.socket, token.hear)
 
@@ -322,7 +334,8 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         listeners = _listeners(arguments, stack, lambda: _owner(arguments), mode=0o660)
         program = _withdraw(arguments, guards)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, tokens))
+        states = States(tokens)
+        keyd = Keyd(keys, tick=lambda: _tick(notify, states))
         for token in tokens:
             keyd.hear_token(token.socket, token.hear)
 
@@ -345,10 +358,9 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     _leave()
 
 
-def _tick(notify: Notifier, tokens: Iterable[Token]) -> None:
+def _tick(notify: Notifier, tokens: States) -> None:
     notify(watchdog=1)
-    for token in tokens:
-        token.expire()
+    tokens.news()
 
 
 def _owner(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -472,26 +484,10 @@ def _make(arguments: argparse.Namespace) -> NoReturn:
 
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here, as above.
-    from keyd.certificates import KeyFiles, examine
-    from keyd.parsing import confine_parser
+    from keyd.checking import answer
 
     del arguments
-    now = datetime.datetime.now(datetime.UTC)
-    asked = [KeyFiles(**entry) for entry in json.load(sys.stdin)]
-    read = read_ahead(path for files in asked for path in files if path is not None)
-    # Its memory is locked, and that to come as well.
-    confine_parser({prctl.CAP_IPC_LOCK})
-    findings = []
-    for files in asked:
-        found = examine(files, now, read)
-        findings.append(
-            found._asdict()
-            | {
-                "mistakes": [problem._asdict() for problem in found.mistakes],
-                "warnings": [problem._asdict() for problem in found.warnings],
-            }
-        )
-    json.dump(findings, sys.stdout)
+    json.dump(answer(json.load(sys.stdin)), sys.stdout)
     return 0
 
 

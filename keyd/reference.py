@@ -23,13 +23,26 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-__all__ = ["SERVED_KEYS", "UnsupportedKey", "key_id", "kind_of_key", "reference_pem"]
+__all__ = [
+    "SERVED_KEYS",
+    "UnsupportedKey",
+    "key_id",
+    "kind_of_key",
+    "public_key_of",
+    "reference_pem",
+]
 
 SERVED_KEYS = "RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, and Ed25519"
 
 _VERSION = 1
 _RSA, _EC, _ED25519 = 1, 2, 3
 _GROUP_NAMES = {"secp256r1": "prime256v1", "secp384r1": "secp384r1", "secp521r1": "secp521r1"}
+
+_CURVES: dict[str, ec.EllipticCurve] = {
+    "prime256v1": ec.SECP256R1(),
+    "secp384r1": ec.SECP384R1(),
+    "secp521r1": ec.SECP521R1(),
+}
 
 
 class UnsupportedKey(ValueError):
@@ -58,6 +71,22 @@ def reference_pem(key: PublicKeyTypes) -> bytes:
     content += b"".join(struct.pack("!H", len(field)) + field for field in fields)
     text = base64.encodebytes(content)
     return b"-----BEGIN KEYD KEY REFERENCE-----\n" + text + b"-----END KEYD KEY REFERENCE-----\n"
+
+
+def public_key_of(reference: str) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey | None:
+    """The public key in a reference that this module wrote; None for kinds without such fields."""
+    content = base64.b64decode("".join(reference.splitlines()[1:-1]))
+    first, second = None, None
+    kind, rest = content[1], content[2 + hashlib.sha256().digest_size :]
+    while rest:
+        length = int.from_bytes(rest[:2], "big")
+        first, second, rest = second, rest[2 : 2 + length], rest[2 + length :]
+    if kind == _RSA and first and second:
+        n, e = int.from_bytes(first, "big"), int.from_bytes(second, "big")
+        return rsa.RSAPublicNumbers(e, n).public_key()
+    if kind == _EC and first and second:
+        return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[first.decode()], second)
+    return None
 
 
 def _fields(key: PublicKeyTypes) -> tuple[int, tuple[bytes, ...]]:

@@ -9,7 +9,7 @@ import mmap
 
 from keyd.linux.seccomp import Only, Rules
 
-__all__ = ["MAKING", "NOT_FOR_MODULES", "PARSING", "SERVING", "UNKNOWN_TO_MODULES"]
+__all__ = ["ASKING_TOKENS", "MAKING", "NOT_FOR_MODULES", "PARSING", "SERVING", "UNKNOWN_TO_MODULES"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
@@ -77,6 +77,9 @@ MAKING: Rules = {
     "rt_sigprocmask": _ANYHOW,
     "exit_group": _ANYHOW,
 }
+
+#: What ``keyd check`` may do besides, where it has tokens prove their keys.
+ASKING_TOKENS: Rules = {"poll": _ANYHOW, "recvfrom": _ANYHOW, "sendto": _ANYHOW}
 
 _CLONE_THREAD = 0x0001_0000
 

@@ -34,7 +34,7 @@ from keyd.token.messages import (
     decode,
 )
 
-__all__ = ["PublicKey", "Token", "TokenKey", "hear_first", "rehearse_verifying"]
+__all__ = ["PublicKey", "States", "Token", "TokenKey", "hear_first", "rehearse_verifying"]
 
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 #: How long a question may wait for its answer. A client's handshake may take longer.
@@ -43,6 +43,8 @@ _DEADLINE_SECONDS = 5.0
 _FIRST_SECONDS = 10.0
 #: How many questions may wait in one token: more would not be answered in time by a slow one.
 _MOST_WAITING = 64
+#: How much of a state is told to the supervisor: all tokens' go into one message.
+_TOLD_CHARACTERS = 300
 _PROOF = b"keyd asks whether this key is the one of its certificate"
 _DIGESTS: dict[str, hashes.HashAlgorithm] = {
     "sha256": hashes.SHA256(),
@@ -120,6 +122,8 @@ class Token:
         ]
         #: Why it cannot be used; empty while it can.
         self.down = "is starting"
+        #: Whether it will not be tried again.
+        self.lasting = False
         self.starting = True
         self._say = say
         self._found = found
@@ -179,6 +183,14 @@ class Token:
         for one in waited:
             one.told(f"{self.name}: no answer in {_DEADLINE_SECONDS:g} s")
 
+    @property
+    def state(self) -> str:
+        """How it is, in words."""
+        if self.down:
+            return self.down
+        troubled = [f"{key.name} {key.unusable}" for key in self.keys if key.unusable]
+        return "; ".join(troubled) or "ready"
+
     def _taken(self, number: int) -> Told | None:
         with self._lock:
             waiting = self._waiting.pop(number, None)
@@ -186,13 +198,15 @@ class Token:
 
     def _take_down(self, said: Down) -> None:
         with self._lock:
-            self.down = f"cannot be used: {said.why}"
+            before, self.down = self.down, f"cannot be used: {said.why}"
+            self.lasting = said.lasting
             self.starting = False
             self._proofs = 0
             waited = list(self._waiting.values())
             self._waiting.clear()
-        end = "" if not said.lasting else "; it is not tried again before a reload or a restart"
-        self._say(f"{self.name} cannot be used: {said.why}{end}")
+        if self.down != before:
+            end = "; it is not tried again before a reload or a restart" if said.lasting else ""
+            self._say(f"{self.name} {self.down}{end}")
         for one in waited:
             one.told(f"{self.name}: {said.why}")
 
@@ -228,6 +242,30 @@ class Token:
         self.starting = False
         for key in self.keys:
             self._say(f"{self.name}: {key.name} {key.unusable or 'is ready'}")
+
+
+class States:
+    """How all tokens are. What is called once a second."""
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        self._tokens = tokens
+        self._told: list[tuple[str, str]] = []
+
+    def news(self) -> list[tuple[str, str]] | None:
+        """Each token's name and its state, if anything has changed since the last call.
+
+        Questions that have waited for too long are answered.
+        """
+        for token in self._tokens:
+            token.expire()
+        now = [
+            (token.name.removeprefix("token ")[:_TOLD_CHARACTERS], token.state[:_TOLD_CHARACTERS])
+            for token in self._tokens
+        ]
+        if now == self._told:
+            return None
+        self._told = now
+        return now
 
 
 def hear_first(tokens: Iterable[Token]) -> None:

@@ -8,14 +8,15 @@ import argparse
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
+from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
 from keyd.token.keys import Token, TokenKey, rehearse_verifying
-from keyd.token.starting import Settings, user_named
+from keyd.token.starting import Settings, say, user_named
 from keyd.token.starting import start as start_processes
 from keyd.token.uri import SCHEME, BadUri, parse
 
@@ -85,13 +86,11 @@ def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> l
             raise LookupError("a key in a token, and no --token-user for the vendor's module")
         user = user_named(arguments.token_user)
     environment = dict(variable.partition("=")[::2] for variable in arguments.token_environment)
-    settings = Settings(user, tuple(arguments.token_path), environment, arguments.token_network)
+    program = seccomp.build_forbidding(NOT_FOR_MODULES, UNKNOWN_TO_MODULES).hex()
+    paths = tuple(arguments.token_path)
+    settings = Settings(user, paths, environment, arguments.token_network, program)
     rehearse_verifying()
     try:
-        return start_processes(uris, settings, _say, found)
+        return start_processes(uris, settings, say, found)
     except BadUri as error:
         raise LookupError(f"--key: a URI {error}") from None
-
-
-def _say(line: str) -> None:
-    print(f"keyd: {line}", file=sys.stderr, flush=True)

@@ -8,20 +8,22 @@ import json
 import os
 import pwd
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from keyd.linux import seccomp
 from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
-from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
-from keyd.token.keys import PublicKey, Token, TokenKey
-from keyd.token.uri import BadUri, KeyUri
+from keyd.reference import public_key_of
+from keyd.token.keys import PublicKey, Token, TokenKey, rehearse_verifying
+from keyd.token.uri import KeyUri, check_module, parse
 
-__all__ = ["Settings", "User", "check_module", "start", "user_named"]
+__all__ = ["Settings", "User", "say", "start", "start_told", "user_named"]
+
+
+def _ignore(_: object) -> None:
+    """Of no interest here."""
 
 
 class User(NamedTuple):
@@ -41,6 +43,16 @@ class Settings(NamedTuple):
     paths: tuple[str, ...] = ()
     environment: Mapping[str, str] = {}
     network: bool = False
+    #: The modules' system call filter, as BPF in hexadecimal.
+    filter: str = ""
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> "Settings":
+        uid, gid, groups = told["user"]
+        # Whoever is not root cannot become anybody.
+        user = User(uid, gid, tuple(groups)) if os.geteuid() == 0 else None
+        paths = tuple(told["paths"])
+        return cls(user, paths, told["environment"], told["network"], told["filter"])
 
 
 def user_named(name: str) -> User:
@@ -50,23 +62,26 @@ def user_named(name: str) -> User:
     return User(entry.pw_uid, entry.pw_gid, tuple(groups))
 
 
-def check_module(path: str) -> None:
-    """Raises BadUri for a module that somebody other than root could have changed."""
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise BadUri(f"has module-path={path}: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise BadUri(f"has module-path={path}, which is no regular file")
-    if found.st_uid != 0 or found.st_mode & 0o022:
-        raise BadUri(f"has module-path={path}, which others than root may write to")
+def say(line: str) -> None:
+    """To standard error, as keyd says everything."""
+    print(f"keyd: {line}", file=sys.stderr, flush=True)
+
+
+def start_told(told: dict[str, Any]) -> list[Token]:
+    """Start those that titus-py tells of: ``keys``, each a URI and a reference, and ``settings``.
+
+    What they say is for ``States`` alone. Raises OSError, BadUri.
+    """
+    keys = [(parse(uri), public_key_of(reference)) for uri, reference in told["keys"]]
+    rehearse_verifying()
+    return start(keys, Settings.from_json(told["settings"]))
 
 
 def start(
     keys: Iterable[tuple[KeyUri, PublicKey | None]],
     settings: Settings,
-    say: Callable[[str], None],
-    found: Callable[[TokenKey], None],
+    say: Callable[[str], None] = _ignore,
+    found: Callable[[TokenKey], None] = _ignore,
 ) -> list[Token]:
     """Start a process for each token of these keys. Raises OSError, BadUri.
 
@@ -76,18 +91,17 @@ def start(
     for uri, public in keys:
         check_module(uri.module_path)
         places.setdefault(uri.place, []).append((uri, public))
-    program = seccomp.build_forbidding(NOT_FOR_MODULES, UNKNOWN_TO_MODULES).hex() if places else ""
     tokens = []
     for those in places.values():
         uris = [uri for uri, _ in those]
         names = [uri.key_name for uri in uris]
-        process = _start(uris, settings, program)
+        process = _start(uris, settings)
         publics = [public for _, public in those]
         tokens.append(Token(uris[0].token_name, process, names, publics, say, found))
     return tokens
 
 
-def _start(uris: list[KeyUri], settings: Settings, program: str) -> socket.socket:
+def _start(uris: list[KeyUri], settings: Settings) -> socket.socket:
     first = uris[0]
     user = settings.user or User(os.geteuid(), os.getegid())
     told = {
@@ -98,7 +112,7 @@ def _start(uris: list[KeyUri], settings: Settings, program: str) -> socket.socke
         **user._asdict(),
         "paths": settings.paths,
         "network": settings.network,
-        "filter": program,
+        "filter": settings.filter,
     }
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     descriptor = sealed_file("token-settings", json.dumps(told).encode())

@@ -4,12 +4,14 @@ Run by keyd, by ``keyd check`` and by the supervisor, which only wants to know w
 is the administrator's: each mistake is named. A PIN does not belong into it.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
-__all__ = ["SCHEME", "BadUri", "KeyUri", "parse"]
+__all__ = ["SCHEME", "BadUri", "KeyUri", "check_module", "parse"]
 
 SCHEME = "pkcs11:"
 #: RFC 7512 §2.3: what a value of the path, and one of the query, may have in it.
@@ -91,6 +93,18 @@ def parse(uri: str) -> KeyUri:
         module_path=_absolute("module-path", _text("module-path", asked["module-path"])),
         pin_file=_pin_file(asked.get("pin-source")),
     )
+
+
+def check_module(path: str) -> None:
+    """Raises BadUri for a module that somebody other than root could have changed."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise BadUri(f"has module-path={path}: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadUri(f"has module-path={path}, which is no regular file")
+    if found.st_uid != 0 or found.st_mode & 0o022:
+        raise BadUri(f"has module-path={path}, which others than root may write to")
 
 
 def _attributes(text: str, separator: str, allowed: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

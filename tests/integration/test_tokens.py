@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+from OpenSSL import SSL
 
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Reply, SignatureScheme, Status
@@ -27,8 +28,11 @@ from keyd.reference import reference_pem
 from titus_py.audit.key_search import needles, search_all
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
-from .instance import descendants, eventually, free_port
-from .tokens import Hsm, TokenKeyd, attempt_unconfined, build_shim, scratch
+from .conftest import Serve
+from .instance import TITUS_PY, UIDS, Instance, Table, descendants, eventually, free_port, toml
+from .peers import Listener, TlsClient
+from .service import status
+from .tokens import USER, Hsm, TokenKeyd, attempt_unconfined, build_shim, scratch
 
 RSA, ECDSA = SignatureScheme.rsa_pss_rsae_sha256, SignatureScheme.ecdsa_secp256r1_sha256
 
@@ -48,7 +52,6 @@ class Served(NamedTuple):
 
     directory: Path
     hsm: Hsm
-    authority: bytes
     rsa: Site
     ecdsa: Site
     shaky: PrivateKey
@@ -66,18 +69,21 @@ class Served(NamedTuple):
 def served() -> Iterator[Served]:
     authority = ThrowawayAuthority()
 
-    def site(kind: str) -> Site:
-        issued = authority.issue(kind, ["localhost"])
+    def site(kind: str, name: str = "localhost") -> Site:
+        issued = authority.issue(kind, [name])
         key = load_pem_private_key(issued.key, None)
         return Site(issued.certificate, key)  # type: ignore[arg-type]
 
-    rsa, ecdsa, (_, shaky) = site("RSA-2048"), site("P-256"), site("P-256")
+    rsa, ecdsa, shaky = site("RSA-2048"), site("P-256"), site("P-256", "shaky")
     with scratch() as directory:
+        (directory / "authority.pem").write_bytes(authority.certificate)
+        for one_name, one in (("rsa", rsa), ("ecdsa", ecdsa), ("shaky", shaky)):
+            (directory / f"{one_name}.crt").write_bytes(one.certificate)
         home = directory / "hsm"
         home.mkdir()
         hsm = Hsm(home)
         hsm.add_token("web", rsa=rsa.key, ecdsa=ecdsa.key)
-        hsm.add_token("shaky", key=shaky)
+        hsm.add_token("shaky", key=shaky.key)
         shim = build_shim(directory)
         wrong = directory / "wrong-pin"
         wrong.write_text("not the PIN\n")
@@ -95,7 +101,7 @@ def served() -> Iterator[Served]:
             *(f"SHIM_{name.upper()}={home / name}" for name in ("behaviour", "logins", "attempts")),
         )
         try:
-            yield Served(directory, hsm, authority.certificate, rsa, ecdsa, shaky, keyd)
+            yield Served(directory, hsm, rsa, ecdsa, shaky.key, keyd)
         finally:
             keyd.close()
     eventually(lambda: not descendants(keyd.process.pid), "tokens' processes end with keyd")
@@ -119,28 +125,14 @@ def test_a_wrong_pin_is_named_and_never_tried_again(served: Served) -> None:
 def test_nginx_serves_with_keys_of_a_token(
     served: Served, nginx_with_keyd: Nginx, kind: str, version: str
 ) -> None:
-    done = subprocess.run(
-        [
-            *("openssl", "s_client", "-connect", f"localhost:{nginx_with_keyd.port}", version),
-            *("-CAfile", served.directory / "authority.pem", "-verify_return_error"),
-            *("-sigalgs", "RSA-PSS+SHA256" if kind == "rsa" else "ECDSA+SHA256"),
-        ],
-        input=b"",
-        capture_output=True,
-        timeout=30,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = b"RSA-PSS" if kind == "rsa" else b"ECDSA"
-    assert b"Peer signature type: " + expected in done.stdout
+    s_client(nginx_with_keyd.port, served.directory / "authority.pem", kind, version)
 
 
 @pytest.fixture(scope="module")
 def nginx_with_keyd(served: Served) -> Iterator[Nginx]:
     """A stock nginx whose keys are in the token ``web``."""
     directory, port = served.directory, free_port()
-    (directory / "authority.pem").write_bytes(served.authority)
     for name, site in (("rsa", served.rsa), ("ecdsa", served.ecdsa)):
-        (directory / f"{name}.crt").write_bytes(site.certificate)
         (directory / f"{name}.ref").write_bytes(reference_pem(site.key.public_key()))
     (directory / "openssl.cnf").write_text(openssl_configuration(f"socket = {served.keyd.socket}"))
     (directory / "nginx.conf").write_text(
@@ -277,3 +269,186 @@ def holder(key: PrivateKey) -> Iterator[int]:
         process.stdout.readline()
         yield process.pid
         process.kill()
+
+
+# --- titus-py with keys in tokens ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(served: Served, serve_all: Serve, echoing: Listener) -> Instance:
+    """One virtual host with two keys in the token ``web``, and one whose token is ``shaky``."""
+    hsm = served.hsm
+    return serve_all(
+        echoing.address,
+        keyd={
+            "user": str(UIDS.take(2)[0]),
+            "token_user": USER,
+            "token_paths": [str(hsm.directory)],
+            "token_environment": [
+                f"SOFTHSM2_CONF={hsm.configuration}",
+                f"SHIM_BEHAVIOUR={hsm.directory / 'behaviour'}",
+            ],
+        },
+        vhost=[
+            {
+                "sni": ["shaky"],
+                "certificate": str(served.directory / "shaky.crt"),
+                "key": hsm.uri("shaky", "key", served.directory / "shim.so"),
+            },
+            {
+                "certificates": [
+                    {
+                        "certificate": str(served.directory / f"{kind}.crt"),
+                        "key": hsm.uri("web", kind),
+                    }
+                    for kind in ("rsa", "ecdsa")
+                ]
+            },
+        ],
+    )
+
+
+def s_client(port: int, authority: Path, kind: str, version: str) -> None:
+    """A handshake with the certificate of this kind, which has to be right."""
+    done = subprocess.run(
+        [
+            *("openssl", "s_client", "-connect", f"localhost:{port}", version),
+            *("-CAfile", authority, "-verify_return_error"),
+            *("-sigalgs", "RSA-PSS+SHA256" if kind == "rsa" else "ECDSA+SHA256"),
+        ],
+        input=b"",
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = b"RSA-PSS" if kind == "rsa" else b"ECDSA"
+    assert b"Peer signature type: " + expected in done.stdout
+
+
+@pytest.mark.parametrize("version", ["-tls1_3", "-tls1_2"])
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+def test_titus_py_serves_with_keys_of_a_token(
+    served: Served, site: Instance, kind: str, version: str
+) -> None:
+    s_client(site.port, served.directory / "authority.pem", kind, version)
+
+
+def test_the_key_is_in_no_process_of_titus_pys_but_the_tokens(
+    served: Served, site: Instance
+) -> None:
+    s_client(site.port, served.directory / "authority.pem", "rsa", "-tls1_3")
+    sought = [*needles(served.rsa.key), *needles(served.ecdsa.key)]
+    searched = [
+        one.pid
+        for one in site.processes()
+        if "softhsm" not in Path(f"/proc/{one.pid}/maps").read_text()
+    ]
+    assert len(searched) < len(site.processes())
+    for pid, found in zip(searched, search_all(searched, sought), strict=True):
+        assert not found.hits, f"{pid}: {[str(hit) for hit in found.hits]}"
+
+
+def test_a_token_that_fails_is_in_the_log_and_in_the_status(
+    served: Served, site: Instance, capfd: pytest.CaptureFixture[str]
+) -> None:
+    site.wait_for_event("token_ready", token="shaky")
+    assert {one["state"] for one in status(site)["tokens"]} == {"ready"}
+    served.behave("pulled")
+    with pytest.raises(SSL.Error):
+        TlsClient(site.port, "shaky").handshake()
+    told = site.wait_for_event("token_unusable", token="shaky")
+    assert (told["level"], told["reason"]) == ("error", "cannot be used: DeviceRemoved")
+    refused = site.wait_for_event("keyd_refused", status="failed")
+    assert refused["level"] == "error"
+    assert "DeviceRemoved" in refused["attempted"]
+    s_client(site.port, served.directory / "authority.pem", "ecdsa", "-tls1_3")
+    since = len(site.events())
+    served.behave("")
+    site.wait_for_event("token_ready", since=since, token="shaky", seconds=30)
+    TlsClient(site.port, "shaky").handshake()
+    assert {"token": "shaky", "state": "ready"} in status(site)["tokens"]
+
+
+def test_check_asks_the_tokens_and_names_every_mistake_at_once(
+    served: Served, tmp_path: Path
+) -> None:
+    hsm = served.hsm
+    (tmp_path / "wrong").write_text("not the PIN\n")
+    ended = check(
+        served,
+        tmp_path,
+        {"key": hsm.uri("web", "rsa"), "rsa_key_exchange": True},
+        {"key": hsm.uri("web", "ecdsa"), "local_port": 1},
+        {"key": hsm.uri("web", "nothing"), "local_port": 2},
+        {"key": hsm.uri("web", "rsa", pin_file=tmp_path / "wrong"), "local_port": 3},
+        {"key": hsm.uri("pulled", "rsa"), "local_port": 4},
+    )
+    assert ended.returncode == 2
+    for said in (
+        "rsa_key_exchange: its key is in a token, which keyd has sign and never decrypt",
+        "key: token web: ecdsa is not the key of its certificate",
+        "key: token web: nothing is not in the token",
+        "key: token web cannot be used: its PIN was not taken (PinIncorrect)",
+        # A warning: it is served once the token is there.
+        "key: token pulled cannot be used: there is no such token: served once it can be",
+    ):
+        assert said in ended.stderr
+    (hidden,) = [line for line in ended.stderr.splitlines() if "pulled" in line]
+    assert "warning" in hidden
+
+
+def test_check_names_mistakes_in_uris_and_what_goes_with_them(
+    served: Served, tmp_path: Path
+) -> None:
+    hsm = served.hsm
+    writable = tmp_path / "module.so"
+    writable.touch()
+    writable.chmod(0o666)
+    ended = check(
+        served,
+        tmp_path,
+        {"key": hsm.uri("web", "rsa"), "passphrase_file": str(hsm.pin_file)},
+        {"key": hsm.uri("web", "rsa") + "&pin-value=471147", "local_port": 1},
+        {"key": hsm.uri("web", "rsa", Path("/nowhere.so")), "local_port": 2},
+        {"key": hsm.uri("web", "rsa", writable), "local_port": 3},
+        {"key": hsm.uri("web", "rsa", pin_file=tmp_path / "none"), "local_port": 4},
+        with_user=False,
+    )
+    assert ended.returncode == 2
+    assert "471147" not in ended.stderr
+    for said in (
+        "keyd.token_user: is missing",
+        "passphrase_file: does not go with a key in a token",
+        "key: the URI has a PIN in it",
+        "key: the URI has module-path=/nowhere.so: No such file",
+        "which others than root may write to",
+        f"key: {tmp_path}/none: ",
+    ):
+        assert said in ended.stderr
+
+
+def check(
+    served: Served, directory: Path, *vhosts: Table, with_user: bool = True
+) -> "subprocess.CompletedProcess[str]":
+    """``titus-py check`` of virtual hosts with the RSA certificate and these keys."""
+    uids, ports = UIDS.take(), [1, 2, 3, 4]
+    of_tokens = {
+        "token_paths": [str(served.hsm.directory)],
+        "token_environment": [f"SOFTHSM2_CONF={served.hsm.configuration}"],
+        **({"token_user": USER} if with_user else {}),
+    }
+    certificate = str(served.directory / "rsa.crt")
+    tables = {
+        "worker": {"uids": f"{uids[0]}-{uids[-2]}", "chroot": directory / "empty"},
+        "keyd": {"user": str(uids[-1]), **of_tokens},
+        "listen": [{"address": f"127.0.0.1:{port}"} for port in (free_port(), *ports)],
+        "vhost": [
+            {"certificate": certificate, "backend": "127.0.0.1:9", **vhost}
+            # The one for all ports comes last.
+            for vhost in (*vhosts[1:], vhosts[0])
+        ],
+    }
+    file = directory / "titus.toml"
+    file.write_text(toml(tables))
+    words = [TITUS_PY, "check", "--config", file]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)

@@ -74,7 +74,12 @@ def selected(asked: Sequence[str], loaded: Loaded | None, mistakes: list[str]) -
     if names and loaded is not None:
         found.update(dict.fromkeys(_by_name(names, loaded, mistakes)))
     for credential in found:
-        if credential.key is None:
+        if credential.token is not None:
+            mistakes.append(
+                f"{credential.certificate}: its key is in a token: make the new one there, with "
+                "the vendor's tools"
+            )
+        elif credential.key is None:
             mistakes.append(
                 f"{credential.certificate}: its key is in another keyd: make the new one where "
                 "that has its files, by their directory"

@@ -116,6 +116,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         ),
         *([_virtual_hosts(answer["vhosts"], answer["counts"])] if answer["vhosts"] else []),
         *([_tunnels(tunnels)] if (tunnels := answer.get("tunnels")) else []),
+        *_tokens(answer.get("tokens", ())),
         _counts(answer["counts"], answer["generations"]),
         _forking(answer),
         Text(),
@@ -229,6 +230,18 @@ def _refused(name: str, counts: Mapping[str, Any]) -> Text:
         if (count := counts.get(key, {}).get(name))
     }
     return Text(f"refused: {_listed(by)}" if by else "", style="yellow")
+
+
+def _tokens(tokens: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Where keys are in tokens."""
+    if not tokens:
+        return []
+    table = _table("token", "state")
+    for one in tokens:
+        state = _text(one["state"])
+        state.stylize("green" if one["state"] == "ready" else "bold red")
+        table.add_row(_text(one["token"]), state)
+    return [table]
 
 
 def _backend(of: Mapping[str, Any], how: str) -> tuple[Text, Text]:

@@ -24,6 +24,7 @@ from titus_py.configuration.tables import (
     Tunnel,
     Uids,
 )
+from titus_py.configuration.tokens import token_mistakes
 from titus_py.configuration.uids import (
     DEFAULT_UIDS,
     GENERATIONS,
@@ -84,6 +85,11 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
         )
     if keyd and keyd.socket is None:
         yield from _keyd_uid_mistakes(keyd, source)
+    if keyd and (user := keyd.token_user):
+        if user.uid == keyd.user.uid:
+            yield source.mistake("keyd.token_user", "is keyd.user: a module must not run as keyd")
+        if worker and user.uid in worker.uids:
+            yield source.mistake("keyd.token_user", "is among worker.uids: set another one")
 
 
 def _worker_uid_mistakes(worker: Uids, others: Sequence[str], source: Source) -> Iterator[Mistake]:
@@ -160,7 +166,10 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     keyd = valid_part(KeydSocket, tables["keyd"], source)
     if keyd is None:
         return
+    whole = valid_part(Keyd, tables["keyd"], source)
     for place, table in _with_certificate(tables):
+        if keyd.socket is None:
+            yield from token_mistakes(place, table, whole, source)
         if keyd.socket is None and "key" not in table:
             yield source.mistake(f"{place}.key", "is missing")
         elif keyd.socket is not None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from titus_py.configuration.paths import Directory, File
+from keyd.token.uri import parse
+from titus_py.configuration.paths import Directory, File, KeyPlace, TokenUri
 from titus_py.configuration.table import Table
 
 __all__ = ["Certificate", "Credential", "Credentials", "load_seconds"]
@@ -22,11 +23,19 @@ class Credential(NamedTuple):
     """The files of one certificate and its key: absolute paths."""
 
     certificate: Path
-    #: None if a keyd that titus-py does not start has the key.
+    #: None if the key is in no file: a token has it, or a keyd that titus-py does not start.
     key: Path | None
     passphrase_file: Path | None
     #: The ``certificate_dir`` in which they were found; None if the configuration names them.
     directory: Path | None = None
+    #: The URI of the key, if it is in a token.
+    token: str | None = None
+
+    @property
+    def secrets(self) -> list[Path]:
+        """The files that nobody else is to read."""
+        pin = parse(self.token).pin_file if self.token else None
+        return [path for path in (self.key, self.passphrase_file, pin and Path(pin)) if path]
 
 
 def load_seconds(credentials: Collection[Credential]) -> float:
@@ -36,6 +45,14 @@ def load_seconds(credentials: Collection[Credential]) -> float:
     """
     named = sum(one.directory is None for one in credentials)
     return named + (len(credentials) - named) / _OF_A_DIRECTORY_EACH_SECOND
+
+
+def _credential(
+    certificate: Path, key: Path | TokenUri | None, passphrase_file: Path | None
+) -> Credential:
+    if isinstance(key, TokenUri):
+        return Credential(certificate, None, passphrase_file, token=str(key))
+    return Credential(certificate, key, passphrase_file)
 
 
 def _described(table: type[Table], key: str) -> str:
@@ -49,9 +66,10 @@ class Certificate(Table):
         description="The certificate in PEM, followed by the rest of its chain. What else the file "
         "holds (the key, perhaps) is not looked at, but nothing in it may be cut off."
     )
-    key: File | None = Field(
+    key: KeyPlace | None = Field(
         default=None,
-        description="The certificate's private key in PEM. Only keyd reads it. Absent where "
+        description="The certificate's private key in PEM, which only keyd reads; or the URI of a "
+        'key in a token, "pkcs11:token=…;object=…?module-path=…&pin-source=file:…". Absent where '
         "keyd.socket names a keyd that has it already.",
     )
     passphrase_file: File | None = Field(
@@ -67,7 +85,7 @@ class Credentials(Table):
         description=_described(Certificate, "certificate") + " Absent where there are several: "
         "[[vhost.certificates]].",
     )
-    key: File | None = Field(default=None, description=_described(Certificate, "key"))
+    key: KeyPlace | None = Field(default=None, description=_described(Certificate, "key"))
     passphrase_file: File | None = Field(
         default=None, description=_described(Certificate, "passphrase_file")
     )
@@ -97,7 +115,7 @@ class Credentials(Table):
         places: dict[str, Credentials | Certificate] = {"": self}
         places |= {f"certificates[{i}].": one for i, one in enumerate(self.certificates)}
         return {
-            place: Credential(one.certificate, one.key, one.passphrase_file)
+            place: _credential(one.certificate, one.key, one.passphrase_file)
             for place, one in places.items()
             if one.certificate is not None
         }

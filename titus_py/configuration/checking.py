@@ -33,6 +33,7 @@ from titus_py.configuration.helper import (
 )
 from titus_py.configuration.mistake import Source
 from titus_py.configuration.names import uncovered
+from titus_py.configuration.tokens import settings
 from titus_py.configuration.uids_in_use import uids_in_use
 
 __all__ = [
@@ -163,7 +164,9 @@ def check(
     files = FileWatch.of(loaded.credentials, watched)
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
-        answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout)
+        whole = loaded.configuration
+        of_tokens = settings(whole.keyd) if whole is not None else None
+        answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout, of_tokens)
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
             also = _also(source, [place.removesuffix(".") for place in others])
@@ -190,6 +193,7 @@ def check(
     warnings += _misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
     mistakes += _decrypted_for_others(loaded, certificates)
+    mistakes += _decrypted_by_tokens(loaded, certificates)
     warnings += _recorded(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(
         loaded.client_files, source, timeout, of_clients
@@ -220,9 +224,14 @@ def check(
 
 
 def ask_keyd_check(
-    helper: Helper, credentials: Sequence[Credential], timeout: float = _TIMEOUT_SECONDS
+    helper: Helper,
+    credentials: Sequence[Credential],
+    timeout: float = _TIMEOUT_SECONDS,
+    of_tokens: Mapping[str, object] | None = None,
 ) -> list[Answer]:
     """Have these files read and held against each other; an answer for each. Raises Unanswered.
+
+    Tokens are asked for their keys where there are settings for them.
 
     Waits for up to ``timeout`` seconds, and longer for many of them (``load_seconds``).
     """
@@ -234,6 +243,9 @@ def ask_keyd_check(
             "certificate": str(credential.certificate),
             "key": credential.key and str(credential.key),
             "passphrase_file": credential.passphrase_file and str(credential.passphrase_file),
+            "token": {"uri": credential.token, "settings": of_tokens}
+            if credential.token and of_tokens
+            else None,
         }
         for credential in credentials
     ]
@@ -357,6 +369,19 @@ def _decrypted_for_others(
                 f"its key also signs for {_some(used)}, whose recorded sessions whoever takes a "
                 "worker over could then decrypt, too: give this virtual host a key of its own",
             )
+
+
+def _decrypted_by_tokens(
+    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
+) -> Iterator[Mistake]:
+    """Mistakes of virtual hosts whose RSA key is in a token, and is to decrypt."""
+    for number, vhost in enumerate(loaded.configuration.vhost if loaded.configuration else ()):
+        for one in vhost.credentials.values() if vhost.rsa_key_exchange else ():
+            if one.token and one in certificates and certificates[one].kind == "RSA":
+                yield loaded.source.mistake(
+                    f"vhost[{number}].rsa_key_exchange",
+                    "its key is in a token, which keyd has sign and never decrypt: leave it out",
+                )
 
 
 def _recorded(

@@ -37,11 +37,10 @@ def exposed_files(
     secret = _GROUP_OR_OTHERS_READ_OR_WRITE, "read or write it", "chmod 600"
     public = _GROUP_OR_OTHERS_WRITE, "write it", "chmod go-w"
     for credential, (place, *_) in credentials.items():
-        for field in ("key", "passphrase_file"):
-            path = getattr(credential, field)
-            if path is not None:
-                for reason in _exposed(path, *secret, warned):
-                    yield source.mistake(setting(place, field), reason)
+        for one in credential.secrets:
+            field = "passphrase_file" if one == credential.passphrase_file else "key"
+            for reason in _exposed(one, *secret, warned):
+                yield source.mistake(setting(place, field), reason)
     for files, (place, *_) in of_clients.items():
         for field, path in (("client_ca", files.ca), ("client_crl", files.crl)):
             if path is not None:

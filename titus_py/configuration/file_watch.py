@@ -39,7 +39,7 @@ class FileWatch:
         named = [one for one in credentials if one.directory is None]
         files = list(others)
         files += [one.certificate for one in named]
-        files += [file for one in named for file in (one.key, one.passphrase_file) if file]
+        files += [file for one in named for file in one.secrets]
         return cls(files, [one.directory for one in credentials if one.directory is not None])
 
     def settled_change(self) -> bool:

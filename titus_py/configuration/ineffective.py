@@ -63,7 +63,15 @@ def _never_reached(configuration: Configuration, source: Source) -> Iterator[Mis
 
 def _of_another_keyd(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     keyd = configuration.keyd
-    for setting, option in (("user", "--user"), ("lock_memory", "--lock-memory")):
+    options = {
+        "user": "--user",
+        "lock_memory": "--lock-memory",
+        "token_user": "--token-user",
+        "token_paths": "--token-path",
+        "token_environment": "--token-environment",
+        "token_network": "--token-network",
+    }
+    for setting, option in options.items():
         if keyd.socket is not None and setting in keyd.model_fields_set:
             yield source.mistake(
                 f"keyd.{setting}",

@@ -1,4 +1,7 @@
-"""Types for ``tables``: files and directories, as they may be written, and what there must be."""
+"""Types for ``tables``: files and directories, as they may be written, and what there must be.
+
+A key may also be in a token, by its URI.
+"""
 
 import os
 import re
@@ -6,11 +9,27 @@ import stat
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, PlainValidator, ValidationInfo
+from pydantic import AfterValidator, PlainSerializer, PlainValidator, ValidationInfo
 
+from keyd.token.uri import SCHEME, BadUri, check_module, parse
 from titus_py.configuration.mistake import Source, Valid, described, os_reason, text_of
 
-__all__ = ["Directory", "EmptyDirectory", "File", "FilePath", "directory_of", "readable_file"]
+__all__ = [
+    "Directory",
+    "EmptyDirectory",
+    "File",
+    "FilePath",
+    "KeyPlace",
+    "TokenUri",
+    "directory_of",
+    "readable_file",
+]
+
+
+class TokenUri(str):
+    """The URI of a key in a token."""
+
+    __slots__ = ()
 
 
 def directory_of(info: ValidationInfo) -> Path:
@@ -66,6 +85,22 @@ def readable_file(value: object, info: ValidationInfo) -> Path:
     return _readable_file(_path(value, info), info)
 
 
+def _key(value: object, info: ValidationInfo) -> Path | TokenUri:
+    text = text_of(value)
+    if not text.startswith(SCHEME):
+        return _readable_file(_path(value, info), info)
+    try:
+        uri = parse(text)
+        if not isinstance(info.context, Valid):
+            check_module(uri.module_path)
+    except BadUri as error:
+        # The value is not repeated: it may have a PIN in it.
+        raise ValueError(f"the URI {error}") from None
+    if uri.pin_file is not None:
+        _readable_file(Path(uri.pin_file), info)
+    return TokenUri(text)
+
+
 def _readable_directory(path: Path, info: ValidationInfo) -> Path:
     if isinstance(info.context, Valid):
         return path
@@ -98,5 +133,6 @@ def _empty_directory(value: object, info: ValidationInfo) -> Path:
 
 FilePath = Annotated[Path, PlainValidator(_path)]
 File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
+KeyPlace = Annotated[Path | TokenUri, PlainValidator(_key), PlainSerializer(str)]
 Directory = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_directory)]
 EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]

@@ -25,6 +25,7 @@ from titus_py.configuration.limits_table import Limits
 from titus_py.configuration.mistake import described
 from titus_py.configuration.paths import EmptyDirectory, FilePath
 from titus_py.configuration.table import Table
+from titus_py.configuration.token_table import Tokens
 from titus_py.configuration.toml import key_text
 from titus_py.configuration.tunnel_table import Tunnel
 from titus_py.configuration.uids import DEFAULT_UIDS
@@ -149,7 +150,7 @@ class KeydSocket(Table):
     )
 
 
-class Keyd(KeydSocket):
+class Keyd(KeydSocket, Tokens):
     """[keyd]: the process that holds the private keys."""
 
     user: KeydUser = Field(

@@ -42,6 +42,7 @@ __all__ = [
     "Patterns",
     "Protocols",
     "ServerNames",
+    "TokenUser",
     "UidRange",
     "User",
     "Version",
@@ -156,6 +157,12 @@ def _user(value: object) -> User:
     if user.uid == 0:
         raise ValueError("keyd cannot be root: give it a user of its own")
     return user
+
+
+def _token_user(value: object) -> User:
+    if value in (0, "0", "root"):
+        raise ValueError("a token's module cannot be root: give it a user of its own")
+    return _user(value)
 
 
 def _user_of_uid(uid: int) -> User:
@@ -390,6 +397,7 @@ UidRange = Annotated[
     range, PlainValidator(_uids), PlainSerializer(lambda uids: f"{uids[0]}-{uids[-1]}")
 ]
 KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
+TokenUser = Annotated[User, PlainValidator(_token_user), PlainSerializer(lambda user: user.name)]
 ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
 MetricsAddress = Annotated[
     IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)

@@ -9,6 +9,7 @@ A field that is new, or left out, is a change of the version in ``succession``: 
 children of the program before.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ _MOST = (1 << 63) - 1
 #: Durations are below three thousand years.
 _MOST_SECONDS = 1e11
 _MOST_REFUSALS = 32
+_MOST_TOKENS = 64
 #: Of a certificate: DNS names, URIs, common names.
 _KINDS_OF_NAMES = 3
 
@@ -105,6 +107,16 @@ def _is_link(value: object) -> bool:
     return False
 
 
+def _is_tokens(value: object) -> bool:
+    """Tokens, each with its name and its state."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_TOKENS
+        and all(isinstance(one, list) and len(one) == 2 for one in value)
+        and all(map(_is_text, itertools.chain.from_iterable(value)))
+    )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
 
@@ -150,6 +162,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         },
         "alive": {},
         "keyd_said": {"text": _TEXT},
+        "tokens": {"tokens": _Field(_is_tokens)},
         "operations": {
             "signed": _COUNT,
             "decrypted": _COUNT,

@@ -42,6 +42,7 @@ from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
 from titus_py.configuration.limits_table import default_handshakes, default_per_prefix
+from titus_py.configuration.tokens import settings
 from titus_py.parent.system_calls import FAILING, parent_calls
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
@@ -168,6 +169,8 @@ class Generation:
         self.lacks_keys = False
         #: Backends' names that have not been looked up yet.
         self.unresolved: set[NameAddress] = set()
+        #: How keyd's tokens are, each with its name.
+        self.tokens: list[tuple[str, str]] = []
         #: The keys that keyd had when it was last connected.
         self.keyds_keys: set[str] | None = None
         #: Replaced by a later generation: it keeps its connections and takes no new ones.
@@ -259,6 +262,7 @@ class Generation:
                 "chroot": str(self.configuration.worker.chroot),
                 "must_lock": self.configuration.keyd.lock_memory == "required",
                 "filter": self._filters["keyd"],
+                "tokens": self._tokens(),
                 "keys": [
                     {"key": key, "passphrase_file": phrase, "may_be_missing": in_directory}
                     for key, phrase, in_directory in files
@@ -268,6 +272,15 @@ class Generation:
         )
         self.starting.add(self.keyd)
         return control
+
+    def _tokens(self) -> dict[str, object] | None:
+        """What keyd is told of keys in tokens, if there are any."""
+        keys = [
+            (one.token, facts.reference) for one, facts in self.certificates.items() if one.token
+        ]
+        if not keys:
+            return None
+        return {"keys": keys, "settings": settings(self.configuration.keyd)}
 
     def start_parent(
         self,

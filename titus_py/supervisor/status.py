@@ -226,6 +226,7 @@ class Status:
                 for facts in (serving.certificates[credential],)
             ],
             "client_authorities": _client_files(serving.checked.authorities, now),
+            "tokens": [{"token": token, "state": state} for token, state in serving.tokens],
             "certificate_dirs": _directories(serving.certificates, now),
             "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,

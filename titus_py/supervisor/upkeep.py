@@ -107,6 +107,9 @@ class Upkeep:
             if not self._may_say_more():
                 return
             event["level"] = "error"
+        elif name == "tokens":
+            self._tell_tokens(generation, event["tokens"])
+            return
         elif name in _STATES:
             if event["check"] >= len(generation.checks):
                 raise Unintelligible(f"{name} of an unknown check")
@@ -122,6 +125,19 @@ class Upkeep:
             generation.crippled = True
             # Not now: this may end everything, and the child is still being heard.
             self._loop.after(0, lambda: self._fork_server_died(generation))
+
+    def _tell_tokens(self, generation: Generation, tokens: list[list[str]]) -> None:
+        """Log which tokens have another state than before, and keep it for the status."""
+        before, generation.tokens = generation.tokens, [(name, state) for name, state in tokens]
+        for token, state in generation.tokens:
+            if (token, state) in before or not self._may_say_more():
+                continue
+            if state == "ready":
+                self._event("token_ready", generation.number, token=token)
+            else:
+                self._event(
+                    "token_unusable", generation.number, level="error", token=token, reason=state
+                )
 
     def _may_say_more(self) -> bool:
         """Whether what keyd says is logged: it must not fill the log."""

@@ -51,6 +51,7 @@ def test_each_virtual_host_finds_its_certificate_without_a_search() -> None:
     certificates = {one: FACTS for of in reversed(vhosts) for one in of.credentials.values()}
     serving = SimpleNamespace(
         certificates=certificates,
+        tokens=[],
         configuration=SimpleNamespace(vhost=vhosts, tunnel=(), worker=SimpleNamespace(max=1)),
         checked=SimpleNamespace(authorities={}, kept=()),
     )
