@@ -197,7 +197,9 @@ def _kolmogorov_smirnov(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def in_this_process(key: rsa.RSAPrivateKey) -> Measure:
-    return lambda ciphertext: perform(Operation.DECRYPT, key, _VERSION, ciphertext, ALL_POWERS)
+    return lambda ciphertext: perform(
+        Operation.DECRYPT, key, _VERSION, ciphertext, ALL_POWERS, None
+    )
 
 
 def leaking(key: rsa.RSAPrivateKey) -> Measure:

@@ -1,40 +1,34 @@
-"""One connection's way to keyd: its terms, what was refused, and the answer to a request.
+"""One connection's way to keyd: its terms, as its parent has stated them, and what they allow.
 
 Run by keyd's threads, by one of them at a time for each channel. Who is at the other end is trusted
-with nothing.
+with nothing; neither is the client, whose ClientHello the parent has passed on as it was seen.
 """
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from keyd.protocol import Done, Grants, Open, Refusal, Reply, Status
+from cryptography.exceptions import InternalError
+
+from keyd import client_hello
+from keyd.client_hello import ClientHello, InvalidClientHello, TooManyExtensions
+from keyd.powers import Key, Later, NotGranted, NotTLS, may_ask, perform
+from keyd.protocol import (
+    Done,
+    Grants,
+    Malformed,
+    Open,
+    Operation,
+    Power,
+    Refusal,
+    Reply,
+    Request,
+    Status,
+)
+from keyd.sites import Sites
 
 __all__ = ["Channel", "Refused", "reply"]
-
-
-class Channel:
-    """One connection's way to keyd, and what is left of its terms."""
-
-    __slots__ = ("connection", "deadline", "grants", "once", "operations", "record", "socket")
-
-    def __init__(
-        self,
-        terms: Open,
-        grants: Grants,
-        endpoint: socket.socket,
-        record: Callable[[Refusal | Done], None],
-        once: bool,
-    ) -> None:
-        self.socket = endpoint
-        #: Whether it is closed once a request has been answered.
-        self.once = once
-        self.record = record
-        self.connection = terms.connection
-        self.deadline = time.monotonic() + terms.lifetime_ms / 1000
-        self.operations = terms.operations
-        self.grants = grants
 
 
 class Refused(Exception):
@@ -46,7 +40,104 @@ class Refused(Exception):
         self.detail = detail
 
 
+class Channel:
+    """A channel, and what is left of its terms.
+
+    ``grants`` that are Sites are for the virtual host that the client's name selects. Others are
+    for whatever the client has said: nobody has seen it.
+    """
+
+    __slots__ = (
+        "_client",
+        "_deadline",
+        "_grants",
+        "_operations",
+        "connection",
+        "once",
+        "record",
+        "socket",
+    )
+
+    def __init__(
+        self,
+        terms: Open,
+        grants: Sites | Grants,
+        endpoint: socket.socket,
+        record: Callable[[Refusal | Done], None],
+        once: bool,
+    ) -> None:
+        self.socket = endpoint
+        #: Whether it is closed once a request has been answered.
+        self.once = once
+        self.record = record
+        self.connection = terms.connection
+        self._deadline = time.monotonic() + terms.lifetime_ms / 1000
+        self._operations = terms.operations
+        self._grants = grants
+        #: What is known of the client, or why nothing is done for it.
+        self._client = _read(terms.client_hello) if isinstance(grants, Sites) else None
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
+        """Check a request against the terms, count it, and perform it. Raises Refused."""
+        try:
+            request = Request.decode(message)
+        except Malformed as error:
+            raise Refused(Status.MALFORMED, str(error)) from None
+        what = request.operation.name.lower()
+        if self.expired:
+            raise Refused(Status.EXPIRED, f"{what} after the channel's time")
+        if self._operations == 0:
+            raise Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
+        self._operations -= 1
+        granted = self._granted(request, what)
+        key = keys.get(request.key)
+        if key is None:
+            raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+        client = self._client if isinstance(self._client, ClientHello) else None
+        try:
+            result = perform(
+                request.operation, key, request.parameter, request.payload, granted, client
+            )
+        except NotGranted as error:
+            detail = f"{what} of {error} with key {request.key.hex()}"
+            raise Refused(Status.NOT_GRANTED, detail) from None
+        except NotTLS as error:
+            raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
+        except InternalError as error:
+            raise Refused(Status.FAILED, f"{what}: {error}") from None
+        return request.operation, result
+
+    def _granted(self, request: Request, what: str) -> frozenset[Power]:
+        """What may be done with the key for this client. Raises Refused for nothing."""
+        grants, whose = self._grants, ""
+        if isinstance(grants, Sites):
+            if not isinstance(self._client, ClientHello):
+                status, reason = self._client or (Status.UNWITNESSED, "nobody")
+                raise Refused(status, f"{what} for {reason}")
+            grants = grants.select(self._client.server_name)
+            whose = f" for a client that asks for {self._client.server_name or 'no name'}"
+        granted = grants.get(request.key, frozenset[Power]())
+        if not may_ask(request.operation, granted):
+            raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}{whose}")
+        return granted
+
+
 def reply(channel: Channel, answer: Reply) -> None:
     """Send a reply. It is lost if the worker does not read it, or is gone."""
     with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         channel.socket.send(answer.encode(), socket.MSG_DONTWAIT)
+
+
+def _read(message: bytes) -> ClientHello | tuple[Status, str]:
+    if not message:
+        return Status.UNWITNESSED, "a client whose ClientHello was not seen"
+    try:
+        return client_hello.read(message)
+    except TooManyExtensions as error:
+        return Status.UNWITNESSED, str(error)
+    except InvalidClientHello as error:
+        return Status.NOT_TLS, str(error)

@@ -22,14 +22,13 @@ from contextlib import suppress
 from functools import partial
 from types import TracebackType
 
-from cryptography.exceptions import InternalError
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_descriptors
-from keyd.powers import Key, Later, NotGranted, NotTLS, may_ask, perform
+from keyd.powers import Key
 from keyd.protocol import (
     KEY_ID_OCTETS,
     MAX_CONTROL_OCTETS,
@@ -40,13 +39,12 @@ from keyd.protocol import (
     Malformed,
     Open,
     Operation,
-    Power,
     Refusal,
     Reply,
-    Request,
     Status,
     decode_control,
 )
+from keyd.sites import Sites
 from keyd.succession import MAX_ORDER_OCTETS, hand_over
 from keyd.tally import Tally
 
@@ -283,11 +281,15 @@ class Keyd:
     def open(
         self,
         terms: Open,
-        grants: Grants,
+        grants: Sites | Grants,
         endpoint: socket.socket,
         record: Callable[[Refusal | Done], None],
     ) -> None:
-        """Serve this channel from now on; ``record`` is told of each answer, and must not block."""
+        """Serve this channel from now on; ``record`` is told of each answer, and must not block.
+
+        ``grants`` that are not of Sites are for whatever the client's first message was: nobody
+        has seen it.
+        """
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
         self._channels[descriptor] = Channel(terms, grants, endpoint, record, once=False)
@@ -368,7 +370,7 @@ class Keyd:
             return
         started = time.monotonic()
         try:
-            operation, result = self._grant(channel, message)
+            operation, result = channel.grant(self._keys, message)
         except Refused as refused:
             self._refuse(descriptor, channel, refused)
             return
@@ -408,35 +410,6 @@ class Keyd:
         else:
             self._epoll.modify(descriptor, _READABLE_ONCE)
 
-    def _grant(self, channel: Channel, message: bytes) -> tuple[Operation, bytes | Later]:
-        """Check a request against the channel's terms, count it, and perform it."""
-        try:
-            request = Request.decode(message)
-        except Malformed as error:
-            raise Refused(Status.MALFORMED, str(error)) from None
-        what = request.operation.name.lower()
-        if time.monotonic() > channel.deadline:
-            raise Refused(Status.EXPIRED, f"{what} after the channel's time")
-        if channel.operations == 0:
-            raise Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
-        channel.operations -= 1
-        granted = channel.grants.get(request.key, frozenset[Power]())
-        if not may_ask(request.operation, granted):
-            raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}")
-        key = self._keys.get(request.key)
-        if key is None:
-            raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
-        try:
-            result = perform(request.operation, key, request.parameter, request.payload, granted)
-        except NotGranted as error:
-            detail = f"{what} of {error} with key {request.key.hex()}"
-            raise Refused(Status.NOT_GRANTED, detail) from None
-        except NotTLS as error:
-            raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
-        except InternalError as error:
-            raise Refused(Status.FAILED, f"{what}: {error}") from None
-        return request.operation, result
-
     def _close(self, descriptor: int, channel: Channel) -> None:
         # Forget the channel before closing it: another one may get its number at once.
         del self._channels[descriptor]
@@ -457,7 +430,7 @@ class Keyd:
         if self._leaves_at is not None and now > self._leaves_at:
             self._left()
         for channel in list(self._channels.values()):
-            if channel.deadline < now:
+            if channel.expired:
                 with suppress(OSError):
                     channel.socket.shutdown(socket.SHUT_RDWR)
 

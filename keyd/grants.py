@@ -4,7 +4,8 @@ Run by keyd's threads, one parent's messages by one of them at a time. A parent 
 terms; a set that channels were opened with does not change any more.
 """
 
-from keyd.protocol import Grants, GrantSet, Malformed, Power
+from keyd.protocol import GrantSet, Malformed
+from keyd.sites import Sites
 
 __all__ = ["GrantSets"]
 
@@ -13,17 +14,18 @@ class GrantSets:
     """The sets of grants that one parent has announced, by number."""
 
     def __init__(self) -> None:
-        self._sets: dict[int, dict[bytes, frozenset[Power]]] = {}
+        self._sets: dict[int, Sites] = {}
         self._in_use: set[int] = set()
 
     def add(self, announced: GrantSet) -> None:
         """Raises Malformed for more in a set that channels have been opened with."""
-        known = self._sets.setdefault(announced.number, {})
-        if announced.number in self._in_use and not announced.grants.items() <= known.items():
+        known = self._sets.setdefault(announced.number, Sites())
+        if announced.number in self._in_use and not all(map(known.has, announced.grants)):
             raise Malformed(f"more grants for set {announced.number}, which is in use")
-        known.update(announced.grants)
+        for grant in announced.grants:
+            known.add(grant)
 
-    def use(self, number: int) -> Grants:
+    def use(self, number: int) -> Sites:
         """Raises Malformed for a set that was not announced."""
         if number not in self._sets:
             raise Malformed(f"an open with set {number}, which was not announced")

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from keyd.client_hello import ClientHello
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 
 __all__ = [
@@ -69,15 +70,21 @@ def may_ask(operation: Operation, granted: Set[Power]) -> bool:
 
 
 def perform(
-    operation: Operation, key: Key, parameter: int, payload: bytes, granted: Set[Power]
+    operation: Operation,
+    key: Key,
+    parameter: int,
+    payload: bytes,
+    granted: Set[Power],
+    hello: ClientHello | None,
 ) -> bytes | Later:
     """Perform the operation; raises NotTLS, or NotGranted for what only other powers allow.
 
-    With a key that is elsewhere, everything is checked, and the result is what asks for it.
-    This may take milliseconds: the caller is one of several threads.
+    ``hello`` is what the client said, and None if nobody has seen it. With a key that is
+    elsewhere, everything is checked, and the result is what asks for it. This may take
+    milliseconds: the caller is one of several threads.
     """
     if operation is Operation.SIGN:
-        return _sign(key, parameter, payload, granted)
+        return _sign(key, parameter, payload, granted, hello)
     if Power.DECRYPT not in granted:
         raise NotGranted("for TLS 1.2's RSA key exchange")
     return _decrypt(key, parameter, payload)
@@ -94,14 +101,14 @@ def rehearse(key: PrivateKey) -> None:
         if scheme.tls13 and isinstance(key, scheme.key_type):
             if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
                 continue
-            perform(Operation.SIGN, key, name, octets, ALL_POWERS)
+            perform(Operation.SIGN, key, name, octets, ALL_POWERS, None)
     for curve in _CURVES.values():
         one = ec.derive_private_key(1, curve).public_key()
         point = one.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
     if isinstance(key, rsa.RSAPrivateKey):
         ciphertext = b"\x01" * ((key.key_size + 7) // 8)
-        perform(Operation.DECRYPT, key, 0x0303, ciphertext, ALL_POWERS)
+        perform(Operation.DECRYPT, key, 0x0303, ciphertext, ALL_POWERS, None)
 
 
 ALL_POWERS = frozenset(Power)
@@ -120,7 +127,7 @@ _TLS13_SERVER = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00"
 _TRANSCRIPT_HASH_OCTETS = frozenset({32, 48})
 
 #: client_random and server_random, then ServerECDHParams (RFC 8422 §5.4).
-_RANDOMS_OCTETS = 64
+_CLIENT_RANDOM_OCTETS, _RANDOMS_OCTETS = 32, 64
 #: The end of the server_random of a server that speaks TLS 1.3 and negotiates TLS 1.2 (RFC 8446
 #: §4.1.3). A client that speaks TLS 1.3 aborts such a handshake.
 _DOWNGRADE = b"DOWNGRD\x01"
@@ -193,7 +200,13 @@ _SCHEMES = {
 }
 
 
-def _sign(key: Key, parameter: int, octets: bytes, granted: Set[Power]) -> bytes | Later:
+def _sign(
+    key: Key,
+    parameter: int,
+    octets: bytes,
+    granted: Set[Power],
+    hello: ClientHello | None,
+) -> bytes | Later:
     try:
         name = SignatureScheme(parameter)
     except ValueError:
@@ -214,8 +227,12 @@ def _sign(key: Key, parameter: int, octets: bytes, granted: Set[Power]) -> bytes
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {known.curve.name}")
         if Power.SIGN_TLS13 not in granted:
             raise NotGranted("a CertificateVerify of TLS 1.3")
+        if hello is not None and not hello.offers_tls13:
+            raise NotTLS("a CertificateVerify of TLS 1.3 for a client that does not offer it")
     else:
         _check_server_key_exchange(octets, granted)
+        if hello is not None:
+            _check_client_of_server_key_exchange(octets, granted, hello)
     if isinstance(key, KeyElsewhere):
         return partial(key.ask, name, octets)
     return scheme.sign(key, octets)
@@ -235,6 +252,16 @@ def _check_server_key_exchange(octets: bytes, granted: Set[Power]) -> None:
         raise NotGranted("a ServerKeyExchange of TLS 1.2 in X448")
     if Power.SIGN_TLS12 not in granted and octets[:_RANDOMS_OCTETS][-8:] != _DOWNGRADE:
         raise NotGranted("a ServerKeyExchange of TLS 1.2 without the mark of a downgrade")
+
+
+def _check_client_of_server_key_exchange(
+    octets: bytes, granted: Set[Power], hello: ClientHello
+) -> None:
+    """The parameters are for this client, and for a version that it gets."""
+    if octets[:_CLIENT_RANDOM_OCTETS] != hello.random:
+        raise NotTLS("a ServerKeyExchange with another random than the client's")
+    if hello.offers_tls13 and Power.SIGN_TLS13 in granted:
+        raise NotTLS("a ServerKeyExchange of TLS 1.2 for a client that offers TLS 1.3")
 
 
 def _group_of_server_key_exchange(octets: bytes) -> int:

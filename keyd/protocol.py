@@ -10,9 +10,10 @@ byte order:
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
 reply      version(1) status(1) payload(0..1024)
-grants     version(1) 'G'(1) set(4) n x (powers_mask(1) key(32)): adds to a set
-open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4), the
-           channel by SCM_RIGHTS
+grants     version(1) 'G'(1) set(4) n x (site(4) powers_mask(1) key(32) length(1)
+           name(0..255, ASCII)): adds to a set
+open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4)
+           client_hello(0..131400), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
 done       version(1) 'D'(1) connection(8) operation(1)
 keys       version(1) 'K'(1) n x the first 8 octets of a key: the first message to each
@@ -21,7 +22,9 @@ keys       version(1) 'K'(1) n x the first 8 octets of a key: the first message 
 
 ``key`` is the SHA-256 of the key's SubjectPublicKeyInfo (RFC 5280 §4.1). A parent
 announces a set of grants once, in as many messages as it takes, and then names it by
-number: a channel costs the same for one key and for thousands. The
+number: a channel costs the same for one key and for thousands. The set says which
+keys are for which server names. ``client_hello`` is what the parent has seen of the
+client itself, before any worker had the connection: its name selects the keys. The
 ``parameter`` is the SignatureScheme (RFC 8446 §4.2.3) of a *sign*, and the
 ClientHello's legacy_version of a *decrypt* (RFC 5246 §7.4.7.1).
 """
@@ -34,7 +37,9 @@ from functools import reduce
 from typing import NamedTuple
 
 __all__ = [
+    "ANY_NAME",
     "KEY_ID_OCTETS",
+    "MAX_CLIENT_HELLO_OCTETS",
     "MAX_CONTROL_OCTETS",
     "MAX_HANDED",
     "MAX_KEYS",
@@ -46,6 +51,7 @@ __all__ = [
     "PREMASTER_SECRET_OCTETS",
     "SHORT_ID_OCTETS",
     "Done",
+    "Grant",
     "GrantSet",
     "Grants",
     "Keys",
@@ -65,7 +71,7 @@ __all__ = [
 
 VERSION = 1
 #: Of the messages between keyd and its parents.
-CONTROL_VERSION = 4
+CONTROL_VERSION = 5
 KEY_ID_OCTETS = 32
 #: How much of a key's id is enough to tell it from others, where nothing depends on it.
 SHORT_ID_OCTETS = 8
@@ -79,7 +85,8 @@ _OPEN = struct.Struct("!BcQIHI")
 _GRANT_SET = struct.Struct("!BcI")
 _REFUSAL = struct.Struct("!BcQB")
 _DONE = struct.Struct("!BcQB")
-_GRANT = struct.Struct("!B32s")
+#: Of a grant, without the name.
+_GRANT = struct.Struct("!IB32sB")
 
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
 MAX_REPLY_OCTETS = _REPLY.size + MAX_PAYLOAD_OCTETS
@@ -91,13 +98,18 @@ MAX_KEYS_OCTETS = 2 + MAX_KEYS * SHORT_ID_OCTETS
 #: How many keys a keyd hands to its successor (``keyd.succession``): they fit into the buffer of a
 #: socket, whose reader may not have started yet.
 MAX_HANDED = 16
-#: How many grants one message has: several messages fit into a socket's buffer.
-_GRANTS_AT_ONCE = 900
+#: How many octets of grants one message has: several messages fit into a socket's buffer.
+_MOST_GRANTS_OCTETS = 30_000
+#: The longest ClientHello that there can be, with the header of the message: 2 octets of version,
+#: 32 of random, and four vectors at their longest. This is also OpenSSL's limit.
+MAX_CLIENT_HELLO_OCTETS = 4 + 2 + 32 + (1 + 32) + (2 + 65534) + (1 + 255) + (2 + 65535)
+#: In a grant: any name, and none.
+ANY_NAME = "*"
 #: A parent numbers its connections by the microseconds since boot. The supervisor takes no event
 #: of a parent that has a larger number in it.
 _MOST_CONNECTIONS = (1 << 63) - 1
 #: The longest message of a parent.
-MAX_CONTROL_OCTETS = _GRANT_SET.size + _GRANTS_AT_ONCE * _GRANT.size
+MAX_CONTROL_OCTETS = _OPEN.size + MAX_CLIENT_HELLO_OCTETS
 
 
 class Malformed(ValueError):
@@ -138,6 +150,7 @@ class Status(enum.IntEnum):
     EXHAUSTED = 5
     EXPIRED = 6
     FAILED = 7
+    UNWITNESSED = 8
 
 
 class SignatureScheme(enum.IntEnum):
@@ -211,6 +224,24 @@ class Reply(NamedTuple):
 Grants = Mapping[bytes, frozenset[Power]]
 
 
+class Grant(NamedTuple):
+    """What may be done with a key for clients that ask for a name.
+
+    ``site`` numbers the virtual host. Of those that a name fits, the one with the lowest number has
+    it. ``name`` is in lower case, with ``*.`` in front for exactly one label; it is empty for
+    clients that send none, or ``ANY_NAME``.
+    """
+
+    site: int
+    name: str
+    key: bytes
+    powers: frozenset[Power]
+
+    def encode(self) -> bytes:
+        name = self.name.encode("ascii")
+        return _GRANT.pack(self.site, _mask(self.powers), self.key, len(name)) + name
+
+
 class GrantSet(NamedTuple):
     """Grants that channels are opened with, and the number by which ``Open`` names them.
 
@@ -218,16 +249,17 @@ class GrantSet(NamedTuple):
     """
 
     number: int
-    grants: Grants
+    grants: tuple[Grant, ...]
 
     def encode(self) -> list[bytes]:
         head = _GRANT_SET.pack(CONTROL_VERSION, b"G", self.number)
-        packed = [_GRANT.pack(_mask(powers), key) for key, powers in self.grants.items()]
-        return [
-            head + b"".join(packed[start : start + _GRANTS_AT_ONCE])
-            # A set without any grants is announced, too.
-            for start in range(0, max(1, len(packed)), _GRANTS_AT_ONCE)
-        ]
+        # A set without any grants is announced, too.
+        messages = [bytearray(head)]
+        for grant in self.grants:
+            if len(messages[-1]) >= _MOST_GRANTS_OCTETS:
+                messages.append(bytearray(head))
+            messages[-1] += grant.encode()
+        return [bytes(message) for message in messages]
 
     @classmethod
     def decode(cls, message: bytes) -> "GrantSet":
@@ -236,10 +268,17 @@ class GrantSet(NamedTuple):
             raise Malformed(f"grants of {len(message)} octets")
         version, kind, number = _GRANT_SET.unpack_from(message)
         _expect(version, kind, b"G")
-        grants = message[_GRANT_SET.size :]
-        if len(grants) % _GRANT.size:
-            raise Malformed(f"grants of {len(message)} octets")
-        return cls(number, {key: _powers(mask) for mask, key in _GRANT.iter_unpack(grants)})
+        grants, at = [], _GRANT_SET.size
+        while at < len(message):
+            if len(message) - at < _GRANT.size:
+                raise Malformed(f"grants of {len(message)} octets")
+            site, mask, key, length = _GRANT.unpack_from(message, at)
+            at += _GRANT.size + length
+            name = message[at - length : at]
+            if len(name) != length or not name.isascii():
+                raise Malformed(f"a grant for the name {name!r}")
+            grants.append(Grant(site, name.decode(), key, _powers(mask)))
+        return cls(number, tuple(grants))
 
 
 class Open(NamedTuple):
@@ -248,24 +287,28 @@ class Open(NamedTuple):
     ``connection`` names the connection in keyd's records, ``lifetime_ms`` is how
     long from now the channel may be used, ``operations`` how often, and
     ``grants`` the number of the set that says what it may do with which key.
+    ``client_hello`` is the client's message with its header (RFC 8446 §4), as the parent
+    has seen it; empty if it has not seen one. Then nothing is done for this channel.
     """
 
     connection: int
     lifetime_ms: int
     operations: int
     grants: int
+    client_hello: bytes = b""
 
     def encode(self) -> bytes:
-        return _OPEN.pack(CONTROL_VERSION, b"O", *self)
+        *terms, client_hello = self
+        return _OPEN.pack(CONTROL_VERSION, b"O", *terms) + client_hello
 
     @classmethod
     def decode(cls, message: bytes) -> "Open":
         """Raise Malformed, saying what is wrong with the message."""
-        if len(message) != _OPEN.size:
+        if not _OPEN.size <= len(message) <= MAX_CONTROL_OCTETS:
             raise Malformed(f"an open of {len(message)} octets")
-        version, kind, *terms = _OPEN.unpack(message)
+        version, kind, connection, lifetime_ms, operations, grants = _OPEN.unpack_from(message)
         _expect(version, kind, b"O")
-        return cls(*terms)
+        return cls(connection, lifetime_ms, operations, grants, message[_OPEN.size :])
 
 
 def decode_control(message: bytes) -> GrantSet | Open:

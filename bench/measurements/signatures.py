@@ -23,7 +23,16 @@ from bench.processes import Failed, running
 from bench.stage import Stage
 from keyd.keys import load_private_key
 from keyd.powers import ALL_POWERS, perform
-from keyd.protocol import MAX_KEYS_OCTETS, GrantSet, Keys, Open, Operation, SignatureScheme
+from keyd.protocol import (
+    ANY_NAME,
+    MAX_KEYS_OCTETS,
+    Grant,
+    GrantSet,
+    Keys,
+    Open,
+    Operation,
+    SignatureScheme,
+)
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id, reference_pem
 
@@ -42,6 +51,8 @@ _SCHEMES = {
     "RSA-2048": SignatureScheme.rsa_pss_rsae_sha256,
     "P-256": SignatureScheme.ecdsa_secp256r1_sha256,
 }
+#: Of a client that offers TLS 1.3 and says nothing more.
+_CLIENT_HELLO = bytes.fromhex("010000320303" + "00" * 32 + "000002130101000007002b0003020304")
 _CONTENT = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + b"\x01" * 48
 
 
@@ -73,7 +84,7 @@ class _Ways:
             scheme = _SCHEMES[self._site.key_type]
             now = begun = time.perf_counter()
             while now < begun + self._seconds:
-                perform(Operation.SIGN, self._key, scheme, _CONTENT, ALL_POWERS)
+                perform(Operation.SIGN, self._key, scheme, _CONTENT, ALL_POWERS, None)
                 before, now = now, time.perf_counter()
                 times.append(1e6 * (now - before))
             return times
@@ -99,8 +110,8 @@ class _Ways:
         assert self._control is not None
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, keyds:
-            terms = Open(1, _LIFETIME_MS, _MOST, 0)
-            for grants in GrantSet(0, {self._id: ALL_POWERS}).encode():
+            terms = Open(1, _LIFETIME_MS, _MOST, 0, _CLIENT_HELLO)
+            for grants in GrantSet(0, (Grant(0, ANY_NAME, self._id, ALL_POWERS),)).encode():
                 self._control.send(grants)
             socket.send_fds(self._control, [terms.encode()], [keyds.fileno()])
             configuration = self._directory / f"openssl-{ours.fileno()}.cnf"

@@ -57,7 +57,7 @@ enum reason {
     REASON_NONSENSE,
     REASON_REFUSED, /* plus keyd's status, 1 to LAST_STATUS */
 };
-#define LAST_STATUS 7
+#define LAST_STATUS 8
 
 __attribute__((format(printf, 5, 6))) void raise_at(const struct provider *provider, int line,
                                                     const char *function, enum reason reason,

@@ -36,6 +36,7 @@ static const OSSL_ITEM reasons[] = {
     {REASON_REFUSED + 5, "refused: exhausted"},
     {REASON_REFUSED + 6, "refused: expired"},
     {REASON_REFUSED + 7, "refused: failed"},
+    {REASON_REFUSED + 8, "refused: unwitnessed"},
     {0, NULL},
 };
 

@@ -282,7 +282,7 @@ def test_a_worker_that_has_to_be_ended_after_its_time_is_worth_a_warning(
 ) -> None:
     earlier = len(impatient.events())
     with connect(impatient.port) as client:
-        client.sendall(b"\x16")
+        client.sendall(record(client_hello("localhost")))
         host, port = client.getsockname()
         begun = impatient.wait_for_event("connection_begun", since=earlier, client=f"{host}:{port}")
         impatient.worker_of(begun["uid"]).kill(signal.SIGSTOP)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -255,7 +256,7 @@ def test_the_slowest_handshake_is_ended_for_a_newcomer(serve: Serve, echoing: Li
     slow = []
     for _ in range(3):
         slow.append(connect_from("127.1.0.1", instance.port))
-        slow[-1].sendall(b"\x16")
+        slow[-1].sendall(first_half())
         instance.wait_for_events(len(slow), "connection_begun")
     try:
         assert serves(instance)
@@ -280,6 +281,15 @@ def instance_side(others: list[socket.socket], end: Event) -> tuple[str, str]:
     return host, port
 
 
+@cache
+def first_half() -> bytes:
+    """A ClientHello that is answered with a HelloRetryRequest: nothing is signed for it yet."""
+    unused, also_unused = socket.socketpair()
+    with unused, also_unused:
+        client = TlsClient(0, source=unused, groups=["X25519", "X25519MLKEM768"])
+        return client.first_flight()
+
+
 def come_half_open(source: str, port: int) -> socket.socket | None:
     """One that connects, says half of what it should, and then nothing more.
 
@@ -288,7 +298,7 @@ def come_half_open(source: str, port: int) -> socket.socket | None:
     with suppress(ConnectionResetError):
         one = connect_from(source, port)
         with suppress(ConnectionResetError, BrokenPipeError):
-            one.sendall(b"\x16\x03\x01\x02\x00\x01")
+            one.sendall(first_half())
         return one
     return None
 

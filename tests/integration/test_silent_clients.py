@@ -100,11 +100,13 @@ def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
     with TlsClient(instance.port) as client, connect(instance.port) as silent:
         time.sleep(1.5)
         assert set(instance.workers()) == before
-        # As long as anybody, from now on.
         hello = client.first_flight()
         client.socket.sendall(hello[:100])
-        time.sleep(1.0)
+        time.sleep(0.1)
+        assert set(instance.workers()) == before
         client.socket.sendall(hello[100:])
+        # As long as anybody, from now on.
+        time.sleep(1.0)
         assert talk(client.handshake())
         with pytest.raises(ConnectionResetError):
             silent.recv(1)

@@ -704,13 +704,21 @@ def _change_terms(**changes: Any) -> None:
 def _change_grants(change: Callable[[Any], Any]) -> None:
     """Likewise, other grants."""
     from keyd import daemon
+    from keyd.sites import Sites
     from titus_py.supervisor.announced_audits import FIRST_CONNECTION
+
+    class Changed(Sites):
+        def __init__(self, stated: Sites) -> None:
+            self._stated = stated
+
+        def select(self, server_name: str | None) -> Any:
+            return change(self._stated.select(server_name))
 
     real = daemon.Keyd.open
 
     def opened(self: Any, terms: Any, grants: Any, *others: Any) -> None:
         real(
-            self, terms, grants if terms.connection < FIRST_CONNECTION else change(grants), *others
+            self, terms, grants if terms.connection < FIRST_CONNECTION else Changed(grants), *others
         )
 
     daemon.Keyd.open = opened  # type: ignore[method-assign]
@@ -749,6 +757,26 @@ def keyd_grants_every_key(_: str) -> None:
             return super().get(key, frozenset({Power.SIGN_TLS13}))
 
     _change_grants(Every)
+
+
+@breaks("refuses_other_site", "keyd", within="keyd")
+def keyd_grants_every_sites_keys(_: str) -> None:
+    from keyd.sites import Sites
+
+    def every(self: Any, server_name: str | None) -> Any:
+        return {key: powers for _, some in self._sites.values() for key, powers in some.items()}
+
+    Sites.select = every  # type: ignore[method-assign]
+
+
+@breaks("refuses_unseen", "keyd", within="keyd")
+def keyd_signs_for_nobody(_: str) -> None:
+    from keyd import channel
+    from keyd.client_hello import ClientHello
+
+    real = channel._read
+    anybody = ClientHello(bytes(32), None, offers_tls13=True)
+    channel._read = lambda message: real(message) if message else anybody
 
 
 @breaks("refuses_malformed", "keyd", within="keyd")

@@ -4,14 +4,16 @@ import json
 import socket
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
 from integration import instance as instances
 from integration.certificates import Authority, Certificate
+from integration.hellos import client_hello, records
 from integration.instance import Event, Instance, eventually, free_port
 from integration.peers import TIMEOUT, TlsClient, Truncated, connect
 from OpenSSL import SSL
@@ -164,12 +166,20 @@ class Relay:
     """Through a taken-over worker, messages to keyd, and its answers."""
 
     def __init__(
-        self, instance: Instance, seconds: int = 0, source: socket.socket | None = None
+        self,
+        instance: Instance,
+        seconds: int | str = 0,
+        source: socket.socket | None = None,
+        hello: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """``hello`` is what ``client_hello`` is to make it of, besides the name."""
         self.socket = source or connect(instance.port)
         self.client = "{}:{}".format(*self.socket.getsockname())
-        hello = TlsClient(instance.port, f"h.relay.{seconds}.attack.test", source=self.socket)
-        self.socket.sendall(hello.first_flight())
+        #: What the parent sees of it.
+        self.hello = client_hello(
+            f"h.relay.{seconds}.attack.test", **{"random": bytes(32), **hello}
+        )
+        self.socket.sendall(records(self.hello))
         # Not before the ClientHello was read, and not together with it.
         assert self.socket.recv(2, socket.MSG_WAITALL) == bytes(2)
 

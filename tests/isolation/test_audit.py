@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from integration.instance import eventually
+from integration.peers import TlsClient
 
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit import throwaway
@@ -183,7 +184,7 @@ def test_it_rings_no_alarm(instance: TitusInstance) -> None:
     since = len(instance.events("audit_announced"))
     assert audit(find_target(instance.pid)).holds
     (announced,) = instance.events("audit_announced")[since:]
-    statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired"}
+    statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired", "unwitnessed"}
     deadline = time.monotonic() + 10
     refusals: list[dict[str, Any]] = []
     # keyd tells the parent, and that the supervisor.
@@ -225,8 +226,9 @@ def test_what_is_not_its_own_is_an_alarm_meanwhile(instance: TitusInstance) -> N
 
 
 def test_connections_of_others_are_audited_as_well(instance: TitusInstance) -> None:
-    with socket.create_connection(("127.0.0.1", instance.port)) as other:
-        other.sendall(b"\x16")  # who says nothing has no worker
+    with TlsClient(instance.port) as other:
+        # Before the whole of it is there, there is no worker.
+        other.socket.sendall(other.first_flight())
         made = audit(find_target(instance.pid))
     assert made.holds, broken(made)
     assert "in its handshake" in {one.subject.stage for one in made.findings}

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 from integration.certificates import Authority, Certificate
+from integration.hellos import TLS12 as VERSION_12
+from integration.hellos import TLS13 as VERSION_13
 from integration.instance import Instance, free_port
 from integration.peers import Listener, echo, served_by
 
@@ -335,12 +337,15 @@ def test_decryption_where_it_is_on(
     relay.close()
 
 
-def relay_at(instance: Instance, listener: int) -> Relay:
-    """Through a worker whose client came to another listener than the first one."""
+def relay_at(instance: Instance, listener: int, *versions: bytes) -> Relay:
+    """Through a worker whose client came to another listener than the first one.
+
+    It offers these versions, or both.
+    """
     addresses = [event["address"] for event in instance.events_named("listening")]
     port, instance.port = instance.port, int(addresses[listener].rpartition(":")[2])
     try:
-        return Relay(instance)
+        return Relay(instance, hello={"versions": versions or (VERSION_13, VERSION_12)})
     finally:
         instance.port = port
 
@@ -397,8 +402,8 @@ def test_the_versions_and_groups_that_a_virtual_host_has(
 ) -> None:
     """The control."""
     listener, signed = SIGNED_AT[name]
-    for octets in signed.values():
-        relay = relay_at(instance, listener)
+    for version, octets in signed.items():
+        relay = relay_at(instance, listener, VERSION_13 if version == "TLS 1.3" else VERSION_12)
         assert Reply.decode(relay.ask(request(certificates[name], octets))).status is Status.DONE
         relay.close()
 

@@ -165,7 +165,7 @@ def keyds_answer(sites: Iterable[Site]) -> Answer:
         try:
             key = keys[request.key]
             payload = perform(
-                request.operation, key, request.parameter, request.payload, ALL_POWERS
+                request.operation, key, request.parameter, request.payload, ALL_POWERS, None
             )
         except NotTLS:
             return Reply(Status.NOT_TLS).encode()

@@ -122,24 +122,21 @@ class Client:
         self._peer = peer
         self._from_peer, self._to_peer = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self._from_peer, self._to_peer, server_hostname=name)
-        self._flight = b""
         self._seconds = seconds
 
     def begin(self) -> dict[str, str]:
-        """Say one octet: who says nothing gets no worker. Returns what to answer."""
+        """Send the ClientHello: before it is there, no worker is. Returns what to answer."""
         with suppress(ssl.SSLWantReadError):
             self.tls.do_handshake()
-        self._flight = self._to_peer.read()
         self._peer.settimeout(self._seconds)
         try:
-            self._peer.sendall(self._flight[:1])
+            self._peer.sendall(self._to_peer.read())
         except OSError as error:
             return {"error": str(error)}
         return {}
 
     def shake_hands(self) -> None:
         """Raises OSError."""
-        self._peer.sendall(self._flight[1:])
         self._drive(self.tls.do_handshake, self._seconds)
 
     def say_goodbye(self) -> bool:

@@ -24,7 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509 import Certificate
 
 from keyd.protocol import (
+    ANY_NAME,
     MAX_REPLY_OCTETS,
+    Grant,
     Grants,
     GrantSet,
     Malformed,
@@ -48,6 +50,8 @@ _LIFETIME_MS = 10_000
 _TIMEOUT = 5.0
 _SIGN = frozenset({Power.SIGN_TLS12, Power.SIGN_TLS13})
 _SYS_PIDFD_GETFD = 438
+#: What the client asks for that the audit makes up.
+_NAME = "audit.invalid"
 
 _Key = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
@@ -59,14 +63,27 @@ class _Keyd:
         self._control = control
         self._connection = connection
 
-    def open(self, grants: Grants, lifetime_ms: int = _LIFETIME_MS) -> socket.socket:
+    def open(
+        self,
+        grants: Grants | tuple[Grant, ...],
+        lifetime_ms: int = _LIFETIME_MS,
+        client_hello: bytes | None = None,
+    ) -> socket.socket:
+        """Open a channel with these grants: for any name, if they are for none.
+
+        It is for a client that has sent this message, by default one that is made up.
+        """
+        if not isinstance(grants, tuple):
+            grants = tuple(Grant(0, ANY_NAME, key, powers) for key, powers in grants.items())
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_TIMEOUT)
         # The parent numbers its own sets from 0. Each audit uses the same number for the same set.
         (octets,) = GrantSet(0, grants).encode()
         number = int.from_bytes(hashlib.sha256(octets).digest()[:4]) | 1 << 31
         (octets,) = GrantSet(number, grants).encode()
-        terms = Open(self._connection, lifetime_ms, operations=1, grants=number)
+        if client_hello is None:
+            client_hello = _client_hello()
+        terms = Open(self._connection, lifetime_ms, 1, number, client_hello)
         with theirs:
             self._control.send(octets)
             socket.send_fds(self._control, [terms.encode()], [theirs.fileno()])
@@ -155,6 +172,17 @@ def _get_descriptor(pid: int, number: int) -> int | None:
 
 
 # --- what it must sign ----------------------------------------------------------
+
+
+def _client_hello() -> bytes:
+    """The message of a client of TLS 1.3 that asks for ``_NAME`` (RFC 8446 §4.1.2)."""
+    name = b"\x00" + len(_NAME).to_bytes(2, "big") + _NAME.encode()
+    server_name = len(name).to_bytes(2, "big") + name
+    extensions = b"\x00\x00" + len(server_name).to_bytes(2, "big") + server_name
+    extensions += b"\x00\x2b\x00\x03\x02\x03\x04"  # supported_versions
+    body = b"\x03\x03" + secrets.token_bytes(32) + b"\x00\x00\x02\x13\x01\x01\x00"
+    body += len(extensions).to_bytes(2, "big") + extensions
+    return b"\x01" + len(body).to_bytes(3, "big") + body
 
 
 def _certificate_verify() -> bytes:
@@ -283,6 +311,15 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
     with closing(way.open({secrets.token_bytes(32): _SIGN})) as channel:
         seen = _judge(_ask(channel, sign.encode()), Status.NOT_GRANTED)
     yield _finding("refuses_other_key", "does not sign with a key of another listener", keyd, seen)
+    others = Grant(0, _NAME, secrets.token_bytes(32), _SIGN), Grant(1, ANY_NAME, key_id(key), _SIGN)
+    with closing(way.open(others)) as channel:
+        seen = _judge(_ask(channel, sign.encode()), Status.NOT_GRANTED)
+    promised = "does not sign with the key of a virtual host that the client has not asked for"
+    yield _finding("refuses_other_site", promised, keyd, seen)
+    with closing(way.open(_sign_only(key), client_hello=b"")) as channel:
+        seen = _judge(_ask(channel, sign.encode()), Status.UNWITNESSED)
+    promised = "does not sign for a client whose ClientHello the parent has not seen"
+    yield _finding("refuses_unseen", promised, keyd, seen)
     with closing(way.open(_sign_only(key))) as channel:
         message = bytes([99]) + sign.encode()[1:]
         seen = _judge(_ask(channel, message), Status.MALFORMED)

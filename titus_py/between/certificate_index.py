@@ -1,9 +1,9 @@
 """The certificates of a directory in one sealed file, to be looked up by a server's name.
 
-The supervisor writes it. The parent reads the keys' ids, for keyd. The fork server maps it, and
-every worker inherits the mapping: of a file, so that a fork copies nothing of it, and of 10,000
-certificates a worker touches the pages of one. Only configurations with a ``certificate_dir``
-import this.
+The supervisor writes it. The parent reads the names and the keys' ids, for keyd. The fork server
+maps it, and every worker inherits the mapping: of a file, so that a fork copies nothing of it, and
+of 10,000 certificates a worker touches the pages of one. Only configurations with a
+``certificate_dir`` import this.
 
 The file, in the machine's byte order, offsets from its start::
 
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from keyd.linux.sealed import sealed_file
 from titus_py.between.plan import Certificate
 
-__all__ = ["CertificateIndex", "key_ids", "write"]
+__all__ = ["CertificateIndex", "names", "write"]
 
 _HEADER = struct.Struct("=II")
 _NUMBER = struct.Struct("=I")
@@ -68,12 +68,23 @@ def write(certificates: Sequence[Certificate], names: Mapping[str, int]) -> int:
     return sealed_file("certificates", b"".join([head, numbers, keys, *content]))
 
 
-def key_ids(descriptor: int) -> list[bytes]:
-    """The SHA-256 of each certificate's public key."""
+def names(descriptor: int) -> list[tuple[str, bytes]]:
+    """Every name, with the SHA-256 of its certificate's public key."""
     slots, count = _HEADER.unpack(os.pread(descriptor, _HEADER.size, 0))
-    start = _HEADER.size + _NUMBER.size * (slots + count)
-    keys = os.pread(descriptor, _KEY_OCTETS * count, start)
-    return [keys[at : at + _KEY_OCTETS] for at in range(0, len(keys), _KEY_OCTETS)]
+    places = os.pread(descriptor, _NUMBER.size * slots, _HEADER.size)
+    first = _HEADER.size + _NUMBER.size * (slots + count)
+    keys = os.pread(descriptor, _KEY_OCTETS * count, first)
+    found = []
+    for (place,) in sorted(_NUMBER.iter_unpack(places)):
+        if place:
+            length = os.pread(descriptor, 1, place)[0]
+            entry = os.pread(descriptor, length + _NUMBER.size, place + 1)
+            (number,) = _NUMBER.unpack_from(entry, length)
+            # A name that is not ASCII is nobody's.
+            if entry[:length].isascii():
+                key = keys[_KEY_OCTETS * number : _KEY_OCTETS * (number + 1)]
+                found.append((entry[:length].decode(), key))
+    return found
 
 
 class CertificateIndex:

@@ -111,8 +111,8 @@ class Worker(Uids):
 
     handshake_timeout: Duration = Field(
         default=10.0,
-        description="How long a client may take from its first octet to the handshake's end; and "
-        "how long for its first octet.",
+        description="How long a client may take until its first message is there; and "
+        "how long from then to the handshake's end.",
     )
     connect_timeout: Duration = Field(
         default=5.0,

@@ -17,11 +17,13 @@ class Arrival(NamedTuple):
     port: int
     local_address: str
     local_port: int
-    #: When it came, and once it has said something, when it began to wait for a worker
+    #: When it came, and once its ClientHello has come, when it began to wait for a worker
     #: (time.monotonic()).
     since: float
     #: How many ms the client's load balancer has for a header. 0: the address is the client's.
     proxy_timeout: int = 0
+    #: The message with its header, as it was seen in the socket; empty if it is none.
+    client_hello: bytes = b""
     #: Which tunnel it is for, and once that has been connected: its server's socket, and whose.
     tunnel: int | None = None
     server: socket.socket | None = None

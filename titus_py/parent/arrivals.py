@@ -1,6 +1,6 @@
 """Clients before they have a worker: accepting, waiting, turning away. Run by the parent.
 
-Nothing is read from a client here. Its address decides, and whether it has said anything.
+Nothing is read from a client here. Its address decides, and whether its ClientHello has come.
 """
 
 import socket
@@ -17,7 +17,7 @@ from titus_py.parent.arrival import Arrival
 from titus_py.parent.backends import Backends
 from titus_py.parent.connections import Connections
 from titus_py.parent.outbox import Tell
-from titus_py.parent.silent import Silent, has_spoken
+from titus_py.parent.silent import Silent
 from titus_py.parent.sock_diag import not_available
 from titus_py.parent.unserved import Unserved
 from titus_py.parent.worker import Worker
@@ -241,7 +241,7 @@ class Arrivals:
                         local[1],
                         time.monotonic(),
                         proxy_timeout,
-                        tunnel,
+                        tunnel=tunnel,
                     )
                 )
             else:
@@ -281,7 +281,7 @@ class Arrivals:
         self._pause = None
 
     def _welcome(self, arrival: Arrival) -> None:
-        """Queue a client for a worker once it has said something: a worker costs a process.
+        """Queue a client for a worker once its ClientHello is there: a worker costs a process.
 
         If there is no room, the client goes that has been silent for longest. A tunnel's client may
         leave the first word to its server.
@@ -292,8 +292,6 @@ class Arrivals:
             self._limits_hit.note("silent", oldest.address)
         if self.tunnels is not None and arrival.tunnel is not None:
             self.tunnels.dial(arrival, arrival.tunnel)
-        elif has_spoken(arrival):
-            self._wait(arrival)
         else:
             self.silent.add(arrival)
 
@@ -301,9 +299,8 @@ class Arrivals:
         """Whether somebody has been silent for too long. Who has spoken meanwhile is heard now."""
         too_long_ago = time.monotonic() - _SILENCE_SECONDS
         while (oldest := self.silent.oldest()) is not None and oldest.since <= too_long_ago:
-            if not has_spoken(oldest):
+            if self.silent.oldest_stays():
                 return True
-            self.silent.hear_oldest()
         return False
 
     def _over(self, arrival: Arrival, end: str) -> None:

@@ -72,10 +72,13 @@ class Channels:
         self._keyd = keyd
         self._loop.watch(keyd.fileno(), self._hear)
 
-    def open(self, connection: int, offer: Offer, lifetime: float) -> socket.socket | None:
+    def open(
+        self, connection: int, offer: Offer, lifetime: float, client_hello: bytes
+    ) -> socket.socket | None:
         """Open a worker's channel, for one operation within ``lifetime`` seconds.
 
-        Returns None if that is not possible now. The loop wakes up when it is time to try again.
+        It is for a client that has sent this message, and for none if that is empty. Returns None
+        if that is not possible now. The loop wakes up when it is time to try again.
         """
         if self._keyd is None:
             return None
@@ -83,7 +86,7 @@ class Channels:
         if number not in self._announced:
             self._announced.add(number)
             self._announcing.extend(offer.grants.encode())
-        terms = Open(connection, int(lifetime * 1000), operations=1, grants=number)
+        terms = Open(connection, int(lifetime * 1000), 1, number, client_hello)
         try:
             ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:

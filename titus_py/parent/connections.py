@@ -7,11 +7,11 @@ asks for certificates; anything else is an alarm.
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from keyd.protocol import Done, GrantSet, Power, Refusal, Status
+from keyd.protocol import ANY_NAME, Done, Grant, GrantSet, Power, Refusal, Status
 from titus_py.between import messages
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.hand_over import give
@@ -74,7 +74,7 @@ class Connections:
         self.offer = lru_cache(maxsize=1024)(self._offer)
         # A newcomer may stand still for as long, within its handshake.
         self._giving_way = GivingWay(self.busy, self.handshaking, plan.handshake_timeout)
-        #: The ids of each virtual host's keys.
+        #: The ids of each virtual host's keys, with the names that they are for.
         self._keys = [_keys(vhost) for vhost in plan.vhosts]
         #: What is offered at one local address or another, by the virtual hosts.
         self._offers: dict[tuple[int, ...], Offer] = {}
@@ -254,6 +254,9 @@ class Connections:
         """keyd refused what a worker asked, and says for which connection: report it."""
         worker = self._numbered.get(refusal.connection)
         level = "error" if refusal.status in _NOBODYS_FAULT else "alarm"
+        if refusal.status is Status.UNWITNESSED:
+            # A client can bring this about.
+            level = "warning"
         self._tell(
             "keyd_refused",
             level=level,
@@ -371,27 +374,22 @@ class Connections:
             if applies_to(vhost.local_address, vhost.local_port, address, port)
         )
         if vhosts not in self._offers:
-            grants = GrantSet(len(self._offers), self._grants(vhosts))
+            grants = GrantSet(len(self._offers), tuple(self._grants(vhosts)))
             self._offers[vhosts] = Offer(vhosts, grants)
         return self._offers[vhosts]
 
-    def _grants(self, vhosts: tuple[int, ...]) -> dict[bytes, frozenset[Power]]:
-        grants: dict[bytes, frozenset[Power]] = {}
+    def _grants(self, vhosts: tuple[int, ...]) -> Iterator[Grant]:
+        # A key that others sign with decrypts what their clients sent. The check refuses such a
+        # configuration; whatever it overlooks, keyd is to refuse.
+        users = Counter(key for keys in self._keys for key in {key for _, key in keys})
         for number in vhosts:
             powers = _powers(self._plan.vhosts[number].tls)
-            for key in self._keys[number]:
-                grants[key] = grants.get(key, frozenset()) | powers
-        if any(Power.DECRYPT in powers for powers in grants.values()):
-            # A key that others sign with decrypts what their clients sent. The check refuses such a
-            # configuration; whatever it overlooks, keyd is to refuse.
-            users = Counter(key for keys in self._keys for key in set(keys))
-            grants.update(
-                (key, powers - {Power.DECRYPT}) for key, powers in grants.items() if users[key] > 1
-            )
-        return grants
+            for name, key in self._keys[number]:
+                of_it = powers - {Power.DECRYPT} if users[key] > 1 else powers
+                yield Grant(number, name, key, of_it)
 
 
-def _powers(tls: TlsSettings) -> set[Power]:
+def _powers(tls: TlsSettings) -> frozenset[Power]:
     """What handshakes of these settings need."""
     powers = set()
     if tls.max_version == "TLSv1.3":
@@ -403,7 +401,7 @@ def _powers(tls: TlsSettings) -> set[Power]:
             powers.add(Power.SIGN_TLS12_X448)
     if tls.rsa_key_exchange:
         powers.add(Power.DECRYPT)
-    return powers
+    return frozenset(powers)
 
 
 def _negotiable(protocol: int | None, tls: TlsSettings) -> bool:
@@ -427,12 +425,15 @@ def _identities(plan: Plan) -> "Identities | None":
     return Identities(plan)
 
 
-def _keys(vhost: VirtualHost) -> list[bytes]:
-    if vhost.certificate_index is None:
-        return [bytes.fromhex(certificate.key) for certificate in vhost.certificates]
-    from titus_py.between.certificate_index import key_ids
+def _keys(vhost: VirtualHost) -> list[tuple[str, bytes]]:
+    """The names that it takes, each with the id of a key for it."""
+    if vhost.certificate_index is not None:
+        from titus_py.between.certificate_index import names
 
-    return key_ids(vhost.certificate_index)
+        return names(vhost.certificate_index)
+    keys = [bytes.fromhex(certificate.key) for certificate in vhost.certificates]
+    server_names = (ANY_NAME,) if vhost.server_names is None else vhost.server_names
+    return [(name.lower(), key) for name in server_names for key in keys]
 
 
 def _balancer(worker: Worker) -> dict[str, Any]:

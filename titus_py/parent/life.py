@@ -3,7 +3,8 @@
 Started anew by the supervisor for each generation of the configuration, as root. Once it has
 started its fork server, it has a uid of its own, next to no capability, and a filter. It accepts,
 connects to backends and notes how each worker ended. Its fork server makes the workers, which are
-the parent's children. It never reads a client's octet, holds no private key and resolves no name.
+the parent's children. It looks at a client's first octets for their lengths, and passes them on to
+keyd; it holds no private key and resolves no name.
 It trusts the supervisor, the fork server and keyd. It does not trust workers, and understands only
 the messages that ``messages`` decodes.
 """
@@ -165,7 +166,7 @@ class Parent:
             sockets = [arrival.client]
         if offer.grants.grants:
             number, lifetime = self._connections.next_number, self._plan.handshake_timeout
-            channel = self._channels.open(number, offer, lifetime)
+            channel = self._channels.open(number, offer, lifetime, arrival.client_hello)
             if channel is None:
                 # keyd is gone or busy, or no descriptor is left: this client waits.
                 return False

@@ -1,43 +1,54 @@
-"""Clients that have connected and said nothing yet: they have no worker. Run by the parent.
+"""Clients that have connected and not said enough yet: they have no worker. Run by the parent.
 
 Port scanners and health checks are among them, and whoever only wants connections to be used up.
-The kernel tells when octets have come, and whether the client has left; none is read here.
+What has come is looked at in the socket, for its lengths alone (``first_flight``), until there is a
+whole ClientHello, or octets that cannot become one. No worker has the connection by then: what is
+seen here, none can have changed.
 """
 
-import fcntl
 import select
-import struct
-import termios
+import socket
 import time
 from collections.abc import Callable
 
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.parent.arrival import Arrival
+from titus_py.parent.first_flight import look
 
-__all__ = ["Silent", "has_spoken"]
+__all__ = ["Silent"]
 
-_COUNT = struct.Struct("=i")
 #: How often to look at least, while there is anybody: one of them may have less time than others.
 _LOOK_SECONDS = 1.0
+#: As many octets as a ClientHello usually has, and some more.
+_USUAL_OCTETS = 4096
+#: More than a load balancer's header and a ClientHello can have, at their longest.
+_MOST_OCTETS = 256 * 1024
+#: How often to be woken for one client. Then it is looked at after a pause, each twice as long as
+#: the one before: a ClientHello may come in hundreds of records, one by one.
+_WOKEN_AT_MOST = 8
+_PAUSE_SECONDS = 0.1
 
 
-def has_spoken(arrival: Arrival) -> bool:
-    """Whether octets of this client wait to be read (tcp(7), SIOCINQ)."""
-    unread = fcntl.ioctl(arrival.client, termios.FIONREAD, bytes(_COUNT.size))
-    return bool(_COUNT.unpack(unread)[0])
+class _Silent:
+    """One of them, and what it takes to look at it again."""
 
+    __slots__ = ("after_header", "arrival", "needs", "pause", "timer", "woken")
 
-def _has_left(arrival: Arrival) -> bool:
-    """Whether this client has ended its stream, or the connection."""
-    poll = select.poll()
-    # POLLHUP and POLLERR are reported unasked.
-    poll.register(arrival.client, select.POLLRDHUP)
-    return bool(poll.poll(0))
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+        #: How many octets have to be there for the next look.
+        self.needs = 1
+        #: Whether a load balancer's header has come, or none is to come.
+        self.after_header = not arrival.proxy_timeout
+        self.woken = 0
+        self.pause = _PAUSE_SECONDS
+        #: Runs while there is a pause.
+        self.timer: Timer | None = None
 
 
 class Silent:
-    """``spoke`` is called with a client that has, and ``over`` with one that has left or that has
-    been silent for too long, and why. It is no longer here then.
+    """``spoke`` is called with a client that has said all that a worker waits for first, and
+    ``over`` with one that has left or has taken too long, and why. It is no longer here then.
     """
 
     def __init__(
@@ -52,65 +63,123 @@ class Silent:
         self._spoke = spoke
         self._over = over
         #: By descriptor. The client that came first is first.
-        self._arrivals: dict[int, Arrival] = {}
+        self._silent: dict[int, _Silent] = {}
         self._timer: Timer | None = None
 
     def __len__(self) -> int:
-        return len(self._arrivals)
+        return len(self._silent)
 
     def add(self, arrival: Arrival) -> None:
+        """Wait for this client, unless it has spoken already."""
         descriptor = arrival.client.fileno()
-        self._arrivals[descriptor] = arrival
-        self._loop.watch(descriptor, lambda: self._hear(descriptor))
-        if self._timer is None:
-            self._look_after(self._patience(arrival))
+        silent = self._silent[descriptor] = _Silent(arrival)
+        self._watch(descriptor)
+        if self._look(descriptor) and self._timer is None:
+            self._look_after(self._patience(silent))
 
     def oldest(self) -> Arrival | None:
         """Who came first, if anybody is here."""
-        return next(iter(self._arrivals.values()), None)
+        return next((one.arrival for one in self._silent.values()), None)
 
     def newest(self) -> Arrival | None:
         """Who came last, if anybody is here."""
-        return next(reversed(self._arrivals.values()), None)
+        return next((one.arrival for one in reversed(self._silent.values())), None)
 
     def pop_oldest(self) -> Arrival:
         """Who came first, and is not here any more."""
-        return self._take(next(iter(self._arrivals)))
+        return self._take(next(iter(self._silent)))
 
-    def hear_oldest(self) -> None:
-        """Call back now for who came first, who has spoken or left."""
-        self._hear(next(iter(self._arrivals)))
+    def oldest_stays(self) -> bool:
+        """Look now at who came first; returns whether it has still not said enough."""
+        return self._look(next(iter(self._silent)))
+
+    def _watch(self, descriptor: int) -> None:
+        self._loop.watch(descriptor, lambda: self._hear(descriptor))
 
     def _take(self, descriptor: int) -> Arrival:
-        self._loop.unwatch(descriptor)
-        return self._arrivals.pop(descriptor)
+        silent = self._silent.pop(descriptor)
+        if silent.timer is None:
+            self._loop.unwatch(descriptor)
+        else:
+            silent.timer.cancel()
+        if silent.needs > 1:
+            silent.arrival.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return silent.arrival
 
     def _hear(self, descriptor: int) -> None:
-        arrival = self._take(descriptor)
-        if has_spoken(arrival) or not _has_left(arrival):
-            # The kernel does not count urgent octets, nor what came within a SYN (RFC 7413) whose
-            # handshake is not done.
-            self._spoke(arrival._replace(since=time.monotonic()))
-        else:
-            self._over(arrival, "client_left")
+        silent = self._silent[descriptor]
+        silent.woken += 1
+        if self._look(descriptor) and silent.woken >= _WOKEN_AT_MOST:
+            self._loop.unwatch(descriptor)
+            silent.timer = self._loop.after(silent.pause, lambda: self._go_on(descriptor))
+            silent.pause *= 2
 
-    def _patience(self, arrival: Arrival) -> float:
-        """For how many seconds it may be silent: a load balancer has its own time for a header."""
-        return arrival.proxy_timeout / 1000 or self._seconds
+    def _go_on(self, descriptor: int) -> None:
+        self._silent[descriptor].timer = None
+        self._watch(descriptor)
+        self._look(descriptor)
+
+    def _look(self, descriptor: int) -> bool:
+        """Look at what has come; returns whether the client is still to be waited for."""
+        silent = self._silent[descriptor]
+        client = silent.arrival.client
+        try:
+            most = _USUAL_OCTETS if silent.needs <= _USUAL_OCTETS else _MOST_OCTETS
+            octets = client.recv(most, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            octets = b""
+        if not octets:
+            self._over(self._take(descriptor), "client_left")
+            return False
+        flight = look(octets, silent.arrival.proxy_timeout > 0)
+        # Who has left after a beginning is for a worker, which says so.
+        if flight.needs and not _has_left(client):
+            silent.after_header = flight.after_header or silent.after_header
+            if flight.needs != silent.needs:
+                silent.needs = flight.needs
+                _make_room(client, silent.needs)
+                # The loop is woken once they are there.
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, silent.needs)
+            return True
+        arrival = self._take(descriptor)
+        self._spoke(arrival._replace(since=time.monotonic(), client_hello=flight.client_hello))
+        return False
+
+    def _patience(self, silent: _Silent) -> float:
+        """For how many seconds it may take: a load balancer has its own time for a header."""
+        return self._seconds if silent.after_header else silent.arrival.proxy_timeout / 1000
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
         left: list[float] = []
-        for descriptor, arrival in list(self._arrivals.items()):
-            seconds = arrival.since + self._patience(arrival) - now
+        for descriptor, silent in list(self._silent.items()):
+            seconds = silent.arrival.since + self._patience(silent) - now
             if seconds > 0:
                 left.append(seconds)
                 continue
-            self._take(descriptor)
-            self._over(arrival, "proxy_timeout" if arrival.proxy_timeout else "handshake_timeout")
+            end = "handshake_timeout" if silent.after_header else "proxy_timeout"
+            self._over(self._take(descriptor), end)
         self._timer = None
         if left:
             self._look_after(min(left))
 
     def _look_after(self, seconds: float) -> None:
         self._timer = self._loop.after(min(seconds, _LOOK_SECONDS), self._end_overdue)
+
+
+def _make_room(client: socket.socket, octets: int) -> None:
+    """Have the kernel keep so many unread. About half of a receive buffer is for octets."""
+    for option in (socket.SO_RCVLOWAT, socket.SO_RCVBUF):
+        # The first suffices, but for a listening socket whose buffer has been set (systemd.socket).
+        if client.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * octets:
+            client.setsockopt(socket.SOL_SOCKET, option, _MOST_OCTETS)
+
+
+def _has_left(client: socket.socket) -> bool:
+    """Whether this client has ended its stream, or the connection."""
+    poll = select.poll()
+    # POLLHUP and POLLERR are reported unasked.
+    poll.register(client, select.POLLRDHUP)
+    return bool(poll.poll(0))

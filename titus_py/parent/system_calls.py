@@ -47,6 +47,9 @@ _SOCKETS = (
 _OPTIONS = (
     _option(socket.SOL_SOCKET, socket.SO_LINGER),
     _option(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    # How many of a client's first octets to be woken for, and room for them.
+    _option(socket.SOL_SOCKET, socket.SO_RCVLOWAT),
+    _option(socket.SOL_SOCKET, socket.SO_RCVBUF),
     _option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
     _option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
     _option(socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
@@ -72,6 +75,8 @@ _ALWAYS: Rules = {
         _option(socket.SOL_SOCKET, socket.SO_TYPE),
         _option(socket.SOL_SOCKET, socket.SO_PROTOCOL),
         _option(socket.SOL_SOCKET, socket.SO_DOMAIN),
+        # Whether there is room for a client's first octets.
+        _option(socket.SOL_SOCKET, socket.SO_RCVBUF),
         # The interface that a client's socket is bound to, by which sock_diag finds it.
         _option(socket.SOL_SOCKET, _SO_BINDTOIFINDEX),
     ),
@@ -81,8 +86,8 @@ _ALWAYS: Rules = {
     "sendmsg": _ANYHOW,
     "recvfrom": _ANYHOW,
     "recvmsg": _ANYHOW,
-    # Non-blocking; whether a client has said anything.
-    "ioctl": ((Only(1, _ALL, _FIONBIO),), (Only(1, _ALL, termios.FIONREAD),)),
+    # Non-blocking.
+    "ioctl": ((Only(1, _ALL, _FIONBIO),),),
     "close": _ANYHOW,
     # The loop.
     "epoll_ctl": _ANYHOW,

@@ -52,7 +52,7 @@ class Tunnels:
         self._connected = connected
         self._turn_away = turn_away
         self._offers = [
-            Offer((), GrantSet(_FIRST_SET + number, {})) for number in range(len(plan.tunnels))
+            Offer((), GrantSet(_FIRST_SET + number, ())) for number in range(len(plan.tunnels))
         ]
         #: Those whose server is being connected to, by their sockets. Who came first is first.
         self._dialing: dict[socket.socket, tuple[Arrival, Failover]] = {}

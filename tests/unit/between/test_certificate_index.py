@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.between.certificate_index import CertificateIndex, key_ids, write
+from titus_py.between.certificate_index import CertificateIndex, names, write
 from titus_py.between.plan import Certificate
 from titus_py.between.virtual_host import matches
 
@@ -65,9 +65,10 @@ def test_each_certificate_comes_back_whole(count: int) -> None:
     written = [
         certificate(number.to_bytes(4), b"issuer" * number, b"root") for number in range(count)
     ]
-    names = {f"host{number}.example": number for number in range(count)}
-    descriptor = write(written, names)
-    assert key_ids(descriptor) == [bytes.fromhex(one.key) for one in written]
+    numbers = {f"host{number}.example": number for number in range(count)}
+    descriptor = write(written, numbers)
+    keys = {name: bytes.fromhex(written[number].key) for name, number in numbers.items()}
+    assert sorted(names(descriptor)) == sorted(keys.items())
     made = CertificateIndex(descriptor)
     os.close(descriptor)
     for number, one in enumerate(written):

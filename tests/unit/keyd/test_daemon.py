@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
+from integration.hellos import client_hello
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
 from keyd.protocol import (
+    ANY_NAME,
     Done,
+    Grant,
     GrantSet,
     Open,
     Operation,
@@ -23,7 +26,10 @@ from keyd.protocol import (
     decode_report,
 )
 
-GRANTS = {bytes(32): frozenset({Power.SIGN_TLS13})}
+
+def grants(*keys: bytes, powers: frozenset[Power] = frozenset({Power.SIGN_TLS13})) -> GrantSet:
+    """Of set 0, for clients of any name."""
+    return GrantSet(0, tuple(Grant(0, ANY_NAME, key, powers) for key in keys))
 
 
 def connected(keyd: Keyd) -> tuple[socket.socket, Callable[[], None], list[None]]:
@@ -37,9 +43,9 @@ def connected(keyd: Keyd) -> tuple[socket.socket, Callable[[], None], list[None]
 def open_channel(parent: socket.socket) -> socket.socket:
     worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with keyds:
-        (grants,) = GrantSet(3, GRANTS).encode()
-        parent.send(grants)
-        terms = Open(connection=7, lifetime_ms=60_000, operations=1, grants=3)
+        (announcement,) = grants(bytes(32)).encode()
+        parent.send(announcement)
+        terms = Open(connection=7, lifetime_ms=60_000, operations=1, grants=0)
         send_descriptors(parent, terms.encode(), [keyds.fileno()])
     return worker
 
@@ -100,19 +106,25 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
 
 ONE, OTHER = bytes(32), bytes([1]) * 32
 SIGN, BOTH = frozenset({Power.SIGN_TLS13}), frozenset(Power)
+HELLO = client_hello()
 
 
-def opened_with(parent: socket.socket, number: int, hear: Callable[[], None]) -> socket.socket:
+def opened_with(
+    parent: socket.socket,
+    number: int,
+    hear: Callable[[], None],
+    hello: bytes = HELLO,
+) -> socket.socket:
     worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with keyds:
-        terms = Open(connection=7, lifetime_ms=60_000, operations=9, grants=number)
+        terms = Open(7, 60_000, operations=9, grants=number, client_hello=hello)
         send_descriptors(parent, terms.encode(), [keyds.fileno()])
     hear()
     return worker
 
 
-def announce(parent: socket.socket, hear: Callable[[], None], grants: GrantSet) -> None:
-    for message in grants.encode():
+def announce(parent: socket.socket, hear: Callable[[], None], said: GrantSet) -> None:
+    for message in said.encode():
         parent.send(message)
         hear()
 
@@ -140,8 +152,8 @@ def test_a_channel_may_do_what_its_set_says(
     keyd = Keyd({})
     parent, hear, _ = connected(keyd)
     with parent:
-        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
-        announce(parent, hear, GrantSet(7, {OTHER: BOTH}))
+        announce(parent, hear, grants(ONE))
+        announce(parent, hear, grants(OTHER, powers=BOTH)._replace(number=7))
         with opened_with(parent, number, hear) as worker:
             assert answered(keyd, worker, operation, key) is status
 
@@ -152,9 +164,9 @@ def test_a_descriptor_that_comes_with_grants_is_closed() -> None:
     parent, hear, _ = connected(keyd)
     ours, theirs = socket.socketpair()
     with parent, ours:
-        (grants,) = GrantSet(3, GRANTS).encode()
+        (announcement,) = grants(bytes(32)).encode()
         with theirs:
-            send_descriptors(parent, grants, [theirs.fileno()])
+            send_descriptors(parent, announcement, [theirs.fileno()])
         hear()
         ours.setblocking(False)
         assert ours.recv(1) == b""
@@ -165,7 +177,7 @@ def test_a_set_may_be_empty() -> None:
     keyd = Keyd({})
     parent, hear, gone = connected(keyd)
     with parent:
-        announce(parent, hear, GrantSet(0, {}))
+        announce(parent, hear, GrantSet(0, ()))
         with opened_with(parent, 0, hear) as worker:
             assert not gone
             assert answered(keyd, worker, Operation.SIGN, ONE) is Status.NOT_GRANTED
@@ -176,7 +188,7 @@ def test_a_set_of_thousands_comes_in_several_messages() -> None:
     parent, hear, _ = connected(keyd)
     keys = [number.to_bytes(32, "big") for number in range(5000)]
     with parent:
-        announce(parent, hear, GrantSet(0, dict.fromkeys(keys, SIGN)))
+        announce(parent, hear, grants(*keys))
         for key in (keys[0], keys[2500], keys[-1]):
             with opened_with(parent, 0, hear) as worker:
                 assert answered(keyd, worker, Operation.SIGN, key) is Status.UNKNOWN_KEY
@@ -190,7 +202,7 @@ def test_keyd_hangs_up_on_a_parent_that_names_no_set(capsys: pytest.CaptureFixtu
     other, hear_other, _ = connected(keyd)
     parent, hear, gone = connected(keyd)
     with other, parent:
-        announce(other, hear_other, GrantSet(0, {ONE: SIGN}))
+        announce(other, hear_other, grants(ONE))
         with opened_with(parent, 0, hear) as worker:
             assert gone
             assert worker.recv(100) == b""
@@ -201,14 +213,66 @@ def test_a_set_stays_as_it_is_once_it_is_in_use(capsys: pytest.CaptureFixture[st
     keyd = Keyd({})
     parent, hear, gone = connected(keyd)
     with parent:
-        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+        announce(parent, hear, grants(ONE))
         with opened_with(parent, 0, hear) as worker:
-            announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+            announce(parent, hear, grants(ONE))
             assert not gone
-            announce(parent, hear, GrantSet(0, {OTHER: SIGN}))
+            announce(parent, hear, grants(OTHER))
             assert gone
             assert answered(keyd, worker, Operation.SIGN, OTHER) is Status.NOT_GRANTED
     assert "more grants for set 0, which is in use" in capsys.readouterr().err
+
+
+# --- whose client it is ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server_name", "own"),
+    [("one.test", ONE), ("a.other.test", OTHER), (None, OTHER), ("other.test", None)],
+)
+def test_the_keys_are_those_that_the_clients_name_selects(
+    server_name: str | None, own: bytes | None
+) -> None:
+    keyd = Keyd({})
+    parent, hear, _ = connected(keyd)
+    sites = (
+        Grant(0, "one.test", ONE, SIGN),
+        Grant(1, "*.other.test", OTHER, SIGN),
+        Grant(1, "", OTHER, SIGN),
+    )
+    with parent:
+        announce(parent, hear, GrantSet(0, sites))
+        for key in (ONE, OTHER):
+            with opened_with(parent, 0, hear, client_hello(server_name)) as worker:
+                status = Status.UNKNOWN_KEY if key == own else Status.NOT_GRANTED
+                assert answered(keyd, worker, Operation.SIGN, key) is status
+
+
+@pytest.mark.parametrize(
+    ("hello", "status", "detail"),
+    [
+        (b"", Status.UNWITNESSED, "sign for a client whose ClientHello was not seen"),
+        (
+            client_hello(more=[(1000 + number, b"") for number in range(256)]),
+            Status.UNWITNESSED,
+            "sign for a ClientHello with more than 256 extensions",
+        ),
+        (HELLO[:-1], Status.NOT_TLS, "sign for a ClientHello of 75 octets, and of another length"),
+        (b"\2" + HELLO[1:], Status.NOT_TLS, "sign for no ClientHello"),
+    ],
+    ids=["none", "many extensions", "cut short", "another message"],
+)
+def test_without_a_clients_message_nothing_is_done(
+    hello: bytes, status: Status, detail: str
+) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    keyd = Keyd({ONE: key})
+    parent, hear, _ = connected(keyd)
+    with parent:
+        announce(parent, hear, grants(ONE))
+        with opened_with(parent, 0, hear, hello) as worker:
+            assert answered(keyd, worker, Operation.SIGN, ONE) is status
+        assert decode_report(parent.recv(1000)) == Refusal(7, status, detail)
 
 
 # --- what was done -------------------------------------------------------------------------
@@ -222,7 +286,7 @@ def test_a_parent_is_told_what_was_done_before_the_worker_is(keeps_up: bool) -> 
     parent, hear, _ = connected(keyd)
     verify = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
     with parent:
-        announce(parent, hear, GrantSet(0, {ONE: SIGN}))
+        announce(parent, hear, grants(ONE))
         with opened_with(parent, 0, hear) as worker:
             (control,) = keyd._parents
             control.setblocking(False)

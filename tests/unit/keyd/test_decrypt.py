@@ -24,7 +24,7 @@ def padded(content: bytes, start: bytes = b"\0\2") -> bytes:
 
 
 def decrypt(ciphertext: bytes, version: int = VERSION) -> bytes:
-    return perform(Operation.DECRYPT, _KEY, version, ciphertext, ALL_POWERS)
+    return perform(Operation.DECRYPT, _KEY, version, ciphertext, ALL_POWERS, None)
 
 
 @pytest.mark.parametrize("version", [0x0301, 0x0302, 0x0303])
@@ -87,4 +87,4 @@ def test_another_length_than_the_modulus_gives_random_octets(length: int) -> Non
 def test_a_key_of_another_kind_is_refused() -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(NotTLS, match="another kind"):
-        perform(Operation.DECRYPT, key, VERSION, bytes(256), ALL_POWERS)
+        perform(Operation.DECRYPT, key, VERSION, bytes(256), ALL_POWERS, None)

@@ -70,7 +70,7 @@ def key_exchange(group: int = 29, point: bytes | None = None) -> bytes:
 
 def sign(key: PrivateKey, scheme: str | int, octets: bytes) -> bytes:
     number = SignatureScheme[scheme] if isinstance(scheme, str) else scheme
-    return perform(Operation.SIGN, key, number, octets, ALL_POWERS)
+    return perform(Operation.SIGN, key, number, octets, ALL_POWERS, None)
 
 
 def assert_signed(key: PrivateKey, scheme: str, octets: bytes) -> None:
@@ -348,10 +348,10 @@ def test_each_shape_takes_its_powers(octets: bytes, enough: list[frozenset[Power
     sets = [frozenset(some) for n in range(len(Power) + 1) for some in combinations(Power, n)]
     for granted in sets:
         if any(needed <= granted for needed in enough):
-            perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
+            perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted, None)
         else:
             with pytest.raises(NotGranted):
-                perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted)
+                perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted, None)
 
 
 @pytest.mark.parametrize(
@@ -364,12 +364,12 @@ def test_the_mark_of_a_downgrade_is_at_the_end_of_the_servers_random(random: byt
     # The client's random is the client's: a mark there counts for nothing.
     unmarked = bytes(24) + MARK + random + octets[64:]
     with pytest.raises(NotGranted, match="without the mark of a downgrade"):
-        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, unmarked, TLS12_MARKED)
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, unmarked, TLS12_MARKED, None)
 
 
 def test_decryption_takes_a_power_of_its_own() -> None:
     with pytest.raises(NotGranted):
-        perform(Operation.DECRYPT, RSA, 0x0303, bytes(256), ALL_POWERS - {Power.DECRYPT})
+        perform(Operation.DECRYPT, RSA, 0x0303, bytes(256), ALL_POWERS - {Power.DECRYPT}, None)
 
 
 # --- decrypt ---------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def encrypted(secret: bytes, key: RSAPublicKey | None = None) -> bytes:
 
 
 def decrypt(ciphertext: bytes, version: int = 0x0303, key: PrivateKey = RSA) -> bytes:
-    return perform(Operation.DECRYPT, key, version, ciphertext, ALL_POWERS)
+    return perform(Operation.DECRYPT, key, version, ciphertext, ALL_POWERS, None)
 
 
 def test_a_premaster_secret_is_decrypted() -> None:

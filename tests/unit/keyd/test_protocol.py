@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from keyd.protocol import (
     CONTROL_VERSION,
     KEY_ID_OCTETS,
+    MAX_CLIENT_HELLO_OCTETS,
     MAX_CONTROL_OCTETS,
     MAX_KEYS,
     MAX_KEYS_OCTETS,
@@ -16,6 +17,7 @@ from keyd.protocol import (
     MAX_REQUEST_OCTETS,
     VERSION,
     Done,
+    Grant,
     GrantSet,
     Keys,
     Malformed,
@@ -47,11 +49,15 @@ opens = st.builds(
     st.integers(0, 2**32 - 1),
     st.integers(0, 65535),
     st.integers(0, 2**32 - 1),
+    st.binary(max_size=1000),
 )
+names = st.text(st.characters(max_codepoint=127), max_size=255)
 grant_sets = st.builds(
     GrantSet,
     st.integers(0, 2**32 - 1),
-    st.dictionaries(keys, powers, max_size=20),
+    st.lists(st.builds(Grant, st.integers(0, 2**32 - 1), names, keys, powers), max_size=20).map(
+        tuple
+    ),
 )
 refusals = st.builds(
     Refusal, st.integers(0, 2**63 - 1), st.sampled_from(Status), st.text(max_size=50)
@@ -110,10 +116,11 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
     assert Request(Operation.DECRYPT, 0x0303, KEY, b"x").encode() == b"\1\2\3\3" + KEY + b"x"
     assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
     assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
-    terms = Open(7, 10_000, 1, 9)
-    assert terms.encode() == (b"\4O" + bytes(7) + b"\7" + b"\0\0\x27\x10" + b"\0\1" + b"\0\0\0\x09")
-    grants = GrantSet(9, {KEY: frozenset({Power.SIGN_TLS13, Power.DECRYPT})})
-    assert grants.encode() == [b"\4G" + b"\0\0\0\x09" + b"\x18" + KEY]
+    terms = Open(7, 10_000, 1, 9, b"hello").encode()
+    assert terms == b"\5O" + bytes(7) + b"\7\0\0\x27\x10\0\1\0\0\0\x09hello"
+    granted = Grant(2, "*.test", KEY, frozenset({Power.SIGN_TLS13, Power.DECRYPT}))
+    (grants,) = GrantSet(9, (granted,)).encode()
+    assert grants == b"\5G\0\0\0\x09\0\0\0\2\x18" + KEY + b"\6*.test"
 
 
 # --- whatever else ---------------------------------------------------------------------
@@ -124,7 +131,7 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
 def test_any_octets_are_a_message_or_malformed(
     kind: type[Request | Reply | Open | GrantSet | Refusal | Done], octets: bytes
 ) -> None:
-    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\4G", b"\4R", b"\4D")
+    heads = (b"", bytes((VERSION,)), bytes((CONTROL_VERSION,)) + b"O", b"\5G", b"\5R", b"\5D")
     for message in (head + octets for head in heads):
         try:
             decoded = kind.decode(message)
@@ -169,7 +176,7 @@ def test_what_is_wrong_with_a_request_is_said(octets: bytes, reason: str) -> Non
 
 @pytest.mark.parametrize(
     "octets",
-    [b"", b"\1", b"\2\0", b"\1\x08", b"\1\xff", b"\1\0" + bytes(MAX_PAYLOAD_OCTETS + 1)],
+    [b"", b"\1", b"\2\0", b"\1\x09", b"\1\xff", b"\1\0" + bytes(MAX_PAYLOAD_OCTETS + 1)],
 )
 def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):
@@ -178,31 +185,37 @@ def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
 
 @pytest.mark.parametrize(
     "octets",
-    [b"", b"\3O" + bytes(17), b"\3O" + bytes(19), b"\1O" + bytes(18), b"\3R" + bytes(18)],
+    [
+        b"",
+        b"\5O" + bytes(17),
+        b"\5O" + bytes(18 + MAX_CLIENT_HELLO_OCTETS + 1),
+        b"\4O" + bytes(18),
+        b"\5R" + bytes(18),
+    ],
 )
 def test_an_open_that_is_none_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):
         Open.decode(octets)
 
 
-def grants(kind: bytes = b"\3G", grants: bytes = b"\2" + KEY) -> bytes:
-    return kind + bytes(4) + grants
+def grant(mask: int = 2, name: bytes = b"\4name") -> bytes:
+    return bytes(4) + bytes((mask,)) + KEY + name
 
 
 @pytest.mark.parametrize(
     "octets",
     [
         b"",
-        b"\3G",
-        grants(grants=b"\2" + KEY[:-1]),
-        grants(grants=b"\2" + KEY + b"\2"),
-        grants(grants=b"\0" + KEY),
-        grants(grants=b"\1" + KEY),
-        grants(grants=b"\x20" + KEY),
-        grants(grants=b"\xff" + KEY),
-        grants(kind=b"\1G"),
-        grants(kind=b"\3R"),
-        grants(grants=(b"\2" + KEY) * 901),
+        b"\5G",
+        b"\5G" + bytes(4) + grant()[:-1],
+        b"\5G" + bytes(4) + grant() + bytes(37),
+        b"\5G" + bytes(4) + grant(0),
+        b"\5G" + bytes(4) + grant(1),
+        b"\5G" + bytes(4) + grant(0xFF),
+        b"\5G" + bytes(4) + grant(name=b"\2\xc3\xa4"),
+        b"\4G" + bytes(4) + grant(),
+        b"\5R" + bytes(4) + grant(),
+        b"\5G" + bytes(4) + grant() * 4000,
     ],
 )
 def test_grants_that_are_none_are_malformed(octets: bytes) -> None:
@@ -210,15 +223,23 @@ def test_grants_that_are_none_are_malformed(octets: bytes) -> None:
         GrantSet.decode(octets)
 
 
+def test_the_longest_client_hello_fits_into_a_message() -> None:
+    terms = Open(1, 2, 3, 4, bytes(MAX_CLIENT_HELLO_OCTETS))
+    assert len(terms.encode()) == MAX_CONTROL_OCTETS
+    assert Open.decode(terms.encode()) == terms
+
+
 @pytest.mark.parametrize("count", [0, 1, 900, 901, 20_000])
 def test_a_set_of_any_size_comes_in_messages_that_fit(count: int) -> None:
     granted = frozenset({Power.SIGN_TLS13})
     keys = [number.to_bytes(KEY_ID_OCTETS, "big") for number in range(count)]
-    messages = GrantSet(5, dict.fromkeys(keys, granted)).encode()
-    assert max(map(len, messages)) <= MAX_CONTROL_OCTETS
+    grants = tuple(Grant(7, "n" * 255, key, granted) for key in keys)
+    messages = GrantSet(5, grants).encode()
+    # Several of them fit into a socket's buffer.
+    assert max(map(len, messages)) < 31_000
     decoded = [GrantSet.decode(message) for message in messages]
     assert {one.number for one in decoded} == {5}
-    assert [key for one in decoded for key in one.grants] == keys
+    assert tuple(grant for one in decoded for grant in one.grants) == grants
 
 
 def test_the_list_of_keys_has_room_for_all_of_them() -> None:

@@ -1,18 +1,24 @@
-"""Clients whose first octets the kernel does not count as such: they have not left."""
+"""When a client has said enough, however its octets come; and who has left."""
 
+import fcntl
 import socket
 import struct
 import subprocess
+import termios
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from integration.hellos import client_hello, records
 from integration.namespaces import ip, new_namespace, within
 
 from titus_py.between.event_loop import EventLoop
+from titus_py.parent import first_flight, silent
 from titus_py.parent.arrival import Arrival
-from titus_py.parent.silent import Silent, has_spoken
+from titus_py.parent.first_flight import FirstFlight
+from titus_py.parent.silent import Silent
 
 #: In TCP's header.
 SYN = 0x02
@@ -22,16 +28,28 @@ SYN_RECEIVED = 3
 class Heard:
     """What ``Silent`` finds out about one client."""
 
-    def __init__(self, accepted: socket.socket) -> None:
+    def __init__(self, accepted: socket.socket, proxy_timeout: int = 0) -> None:
         self.found: list[str] = []
+        self.client_hello = b""
         self._loop = EventLoop()
-        silent = Silent(
-            self._loop,
-            60,
-            lambda _: self.found.append("spoke"),
-            lambda _, end: self.found.append(end),
-        )
-        silent.add(Arrival(accepted, "192.0.2.9", 1, "192.0.2.1", 2, time.monotonic()))
+        self._silent = Silent(self._loop, 60, self._spoke, lambda _, end: self.found.append(end))
+        accepted.setblocking(False)
+        arrival = Arrival(accepted, "192.0.2.9", 1, "192.0.2.1", 2, time.monotonic(), proxy_timeout)
+        self._silent.add(arrival)
+
+    def _spoke(self, arrival: Arrival) -> None:
+        self.found.append("spoke")
+        self.client_hello = arrival.client_hello
+
+    @property
+    def waits(self) -> bool:
+        """Whether the client is still waited for, after a turn of the loop."""
+        self.turn(0.02)
+        return bool(len(self._silent))
+
+    def turn(self, seconds: float = 0.0) -> None:
+        self._loop.after(seconds, lambda: None)
+        self._loop.run_once()
 
     def wait(self, seconds: float = 10.0) -> list[str]:
         deadline = time.monotonic() + seconds
@@ -59,6 +77,73 @@ def test_urgent_octets_are_octets(urgent: bytes) -> None:
         client.send(urgent, socket.MSG_OOB)
         client.send(b"and more")
         assert heard.wait() == ["spoke"]
+
+
+HELLO = client_hello()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, len(HELLO) + 5])
+@pytest.mark.parametrize("size", [16384, 40])
+def test_a_whole_client_hello_is_waited_for(pieces: int, size: int) -> None:
+    octets = records(HELLO, size)
+    step = -(-len(octets) // pieces)
+    with connection() as (client, server):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        heard = Heard(server)
+        for at in range(0, len(octets), step):
+            assert heard.waits
+            client.sendall(octets[at : at + step])
+        assert heard.wait() == ["spoke"]
+        assert heard.client_hello == HELLO
+        # It is all still there, and whoever reads it is woken for each octet.
+        assert server.recv(1000) == octets
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+def test_one_that_is_larger_than_a_receive_buffer() -> None:
+    message = b"\1" + (131_396).to_bytes(3, "big") + bytes(131_396)
+    header = b"\r\n\r\n\0\r\nQUIT\n\x20\0" + (65_535).to_bytes(2, "big") + bytes(65_535)
+    with connection() as (client, server):
+        heard = Heard(server, proxy_timeout=60_000)
+        octets = header + records(message)
+        sender = threading.Thread(target=client.sendall, args=(octets,))
+        sender.start()
+        assert heard.wait(30) == ["spoke"]
+        sender.join()
+        assert heard.client_hello == message
+
+
+def test_who_leaves_within_it_is_for_a_worker_and_has_said_nothing() -> None:
+    with connection() as (client, server):
+        heard = Heard(server)
+        client.sendall(records(HELLO)[:-1])
+        assert heard.waits
+        client.shutdown(socket.SHUT_WR)
+        assert heard.wait() == ["spoke"]
+        assert not heard.client_hello
+
+
+def test_one_in_hundreds_of_records_wakes_nobody_hundreds_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is looked at from its beginning each time."""
+    looks: list[int] = []
+
+    def counted(octets: bytes, header: bool) -> FirstFlight:
+        looks.append(len(octets))
+        return first_flight.look(octets, header)
+
+    monkeypatch.setattr(silent, "look", counted)
+    message = client_hello(more=[(1000, bytes(400))])
+    with connection() as (client, server):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        heard = Heard(server)
+        for octet in message:
+            client.sendall(records(bytes((octet,))))
+            heard.turn()
+        assert heard.wait() == ["spoke"]
+        assert heard.client_hello == message
+    assert len(looks) < 30
 
 
 def test_who_has_really_left_has_left() -> None:
@@ -96,8 +181,8 @@ def test_octets_within_the_syn_are_octets() -> None:
             with accepted:
                 state = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
                 assert state[0] == SYN_RECEIVED
-                arrival = Arrival(accepted, "192.0.2.9", 1, "192.0.2.1", 2, 0.0)
-                assert not has_spoken(arrival), "the kernel does not count them yet"
+                unread = fcntl.ioctl(accepted, termios.FIONREAD, bytes(4))
+                assert not any(unread), "the kernel does not count them yet"
                 return Heard(accepted).wait()
 
     assert within(new_namespace(), there) == ["spoke"]
