@@ -63,13 +63,17 @@ def instance(serve: Serve, echoing: Listener, port: int) -> Instance:
 
 
 def test_without_an_address_there_is_none(serve: Serve, echoing: Listener) -> None:
-    assert serving(serve(echoing.address)) == []
+    instance = serve(echoing.address)
+    assert serving(instance) == []
+    assert status(instance)["processes"] == []
 
 
 def test_it_has_a_uid_of_its_own_and_is_replaced(instance: Instance, port: int) -> None:
     [first] = eventually(lambda: serving(instance), "a process for the metrics")
     assert "titus_build_info" in scrape(("127.0.0.1", port))
     [first] = serving(instance)
+    [told] = status(instance)["processes"]
+    assert (told["process"], told["state"], told["pid"]) == ("metrics", "ready", first.pid)
     assert first.uid in instance.uids
     assert [one.pid for one in instance.processes() if one.uid == first.uid] == [first.pid]
     instance.expected_alarms = {"metrics_died"}
@@ -78,6 +82,8 @@ def test_it_has_a_uid_of_its_own_and_is_replaced(instance: Instance, port: int) 
         subprocess.run(["kill", "-KILL", str(first.pid)], check=True)
         died = instance.wait_for_event("metrics_died", pid=first.pid)
         assert died["how"] == "killed by SIGKILL"
+        [told] = status(instance)["processes"]
+        assert told["pid"] != first.pid
         # A scraper that comes meanwhile waits for the next one.
         text = scrape(("127.0.0.1", port))
     assert 'titus_child_deaths_total{child="metrics"} 1' in text

@@ -109,6 +109,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
     return Group(
         _headline(answer),
         _generations(answer["generations"]),
+        *([_processes(processes)] if (processes := answer.get("processes")) else []),
         _certificates(
             answer["certificates"],
             answer.get("certificate_dirs", ()),
@@ -144,6 +145,20 @@ def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
             _or_dash(generation["parent"]),
             _or_dash(generation["keyd"]),
             str(generation["connections"]),
+        )
+    return table
+
+
+def _processes(processes: Iterable[Mapping[str, Any]]) -> Table:
+    """Those that no generation has of its own."""
+    table = _table("process", "state", "for", "pid")
+    for one in processes:
+        seconds, ready = one["seconds"], one["state"] == "ready"
+        table.add_row(
+            _text(one["process"]),
+            Text(printable(one["state"]), style="green" if ready else "yellow"),
+            "-" if seconds is None else _long(seconds),
+            _or_dash(one["pid"]),
         )
     return table
 

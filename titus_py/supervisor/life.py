@@ -164,13 +164,16 @@ class _Supervisor:
             uid = uids.single(name, generations)
             return {"uid": uid, "chroot": str(chroot), "filter": filters[name]}
 
+        resolver = UnprivilegedProcess(
+            loop, record, "resolver", partial(told, "resolver"), MAX_OCTETS
+        )
         self._backends = backends = Backends(
             loop,
             record,
             generations,
             children,
             lambda generation: takeover.ready(generation),
-            UnprivilegedProcess(loop, record, "resolver", partial(told, "resolver"), MAX_OCTETS),
+            resolver,
         )
         self._takeover = takeover = Takeover(
             loop, record, service, generations, children, listeners, uids, backends
@@ -230,12 +233,15 @@ class _Supervisor:
             self._reload.renew,
             Renewals(loop, record, self._reload.replace).worker_ended,
         )
-        self._status = Status(record, service, generations, listeners, backends, keyd_service)
         self._metrics = MetricsAddress(
             loop,
             record,
             partial(told, "metrics"),
             lambda: exposition(record.metrics, self._status.all()),
+        )
+        processes = [resolver, self._metrics.process]
+        self._status = Status(
+            record, service, generations, listeners, backends, keyd_service, processes
         )
         self._control: Control | None = None
 

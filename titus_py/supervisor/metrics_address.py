@@ -45,7 +45,7 @@ class MetricsAddress:
     ) -> None:
         self._loop = loop
         self._text = text
-        self._process = UnprivilegedProcess(
+        self.process = UnprivilegedProcess(
             loop, event, "metrics", settings, MAX_OCTETS, self._descriptors
         )
         self.address: IPAddress | UnixAddress | None = None
@@ -53,8 +53,8 @@ class MetricsAddress:
         self._made = 0.0
         #: A text is wanted, and about to be sent.
         self._due: Timer | None = None
-        self._process.heard = self._hear
-        self._process.changed = self._send_none
+        self.process.heard = self._hear
+        self.process.changed = self._send_none
 
     def change(self, address: IPAddress | UnixAddress | None) -> None:
         """Serve the metrics only at this address. Raises OSError; then nothing has changed."""
@@ -65,7 +65,7 @@ class MetricsAddress:
         except OSError as error:
             raise OSError(f"metrics.address: {address}: {error.strerror or error}") from None
         if self.listener is not None:
-            self._process.dismiss()
+            self.process.dismiss()
             self._send_none()
             # The process has the same socket, and may take a moment to end.
             with suppress(OSError):
@@ -83,11 +83,11 @@ class MetricsAddress:
     def serve(self) -> None:
         """Have a process serve them, if there is an address and none does yet."""
         if self.listener is not None:
-            self._process.start()
+            self.process.start()
 
     def stop(self) -> None:
         """Serve them no more, but keep the listening socket; the process has ended then."""
-        self._process.stop()
+        self.process.stop()
         self._send_none()
 
     def _descriptors(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ class MetricsAddress:
     def _hear(self, message: bytes) -> None:
         if message != WANTED or self._due is not None:
             raise Malformed(f"{len(message)} octets")
-        if self._process.owes:
+        if self.process.owes:
             # Texts that it never takes would fill the memory.
             raise Malformed("a text is wanted, and the last one was not taken")
         pause = max(0.0, self._made + _TEXT_SECONDS - time.monotonic())
@@ -107,7 +107,7 @@ class MetricsAddress:
         try:
             text = sealed_file("metrics", self._text())
             try:
-                self._process.send(TEXT, [text])
+                self.process.send(TEXT, [text])
             finally:
                 os.close(text)
         except OSError:

@@ -23,6 +23,7 @@ from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import Listeners
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
+from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 __all__ = ["Status"]
 
@@ -98,6 +99,7 @@ class Status:
         listeners: Listeners,
         backends: Backends,
         keyd_service: KeydService,
+        unprivileged: Iterable[UnprivilegedProcess],
     ) -> None:
         self._record = record
         self._service = service
@@ -105,6 +107,7 @@ class Status:
         self._listeners = listeners
         self._backends = backends
         self._keyd_service = keyd_service
+        self._unprivileged = unprivileged
         self.version = version("titus-py")
         self.started, self.begun = datetime.now(UTC), time.monotonic()
 
@@ -176,6 +179,7 @@ class Status:
                 }
                 for generation in self._generations
             ],
+            "processes": [one.status for one in self._unprivileged if one.status is not None],
             "vhosts": [
                 {
                     "names": vhost.sni,

@@ -95,6 +95,20 @@ class UnprivilegedProcess:
             send_descriptors(self._socket, message, descriptors)
 
     @property
+    def status(self) -> dict[str, object] | None:
+        """For ``titus-py status``; None: it is not needed."""
+        if not self._wanted:
+            return None
+        running = None if self._dismissed else self._process
+        waits = "waits to be started"
+        return {
+            "process": self._name,
+            "state": "ready" if self.ready else "starting" if running is not None else waits,
+            "seconds": running and round(time.monotonic() - self._started),
+            "pid": running and running.pid,
+        }
+
+    @property
     def owes(self) -> bool:
         """Whether it has not taken all that was sent to it. Raises OSError."""
         if self._socket is None:

@@ -63,6 +63,10 @@ def make_status() -> dict[str, Any]:
                 "connections": 1,
             },
         ],
+        "processes": [
+            {"process": "metrics", "state": "ready", "seconds": 60, "pid": 31},
+            {"process": "resolver", "state": "waits\x1b", "seconds": None, "pid": None},
+        ],
         "vhosts": [
             {
                 "names": ["www.example.org", ""],
@@ -205,6 +209,8 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "12.3 MB to clients",
         "1 keyd",
         "1 keyd died",
+        "metrics ",
+        r"waits\x1b",
         "workers share immortal objects",
     ):
         assert part in text, text

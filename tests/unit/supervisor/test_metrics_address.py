@@ -164,7 +164,7 @@ def test_the_next_one_comes_ever_later(
         return real(seconds, callback)
 
     monkeypatch.setattr(served.loop, "after", after)
-    served.address._process._pause = 0.011
+    served.address.process._pause = 0.011
     # Each has been of use before it died.
     control(monkeypatch, 'supervisor.send(b"W"); supervisor.recv(1); sys.exit(3)')
     served.listen()
