@@ -293,7 +293,10 @@ class Instance:
     def wait_for_event(
         self, name: str, seconds: float = 10.0, since: int = 0, **fields: object
     ) -> Event:
-        """The first event with this name and these fields, from the one numbered ``since``."""
+        """The first event with this name and these fields, from the one numbered ``since``.
+
+        Of a client's connections, the last one counts: its port may have been an earlier client's.
+        """
 
         def found() -> list[Event]:
             # Once it has ended, there is nothing to wait for.
@@ -303,7 +306,12 @@ class Instance:
             return events
 
         def fitting() -> list[Event]:
-            return [event for event in self.events()[since:] if _fits(event, name, fields)]
+            events = self.events()[since:]
+            if "client" in fields:
+                of_client = [event for event in events if event.get("client") == fields["client"]]
+                last = max((event.get("connection", 0) for event in of_client), default=0)
+                events = [event for event in of_client if event.get("connection", 0) in (0, last)]
+            return [event for event in events if _fits(event, name, fields)]
 
         try:
             events: list[Event] = eventually(found, f"event {name} {fields}", seconds)

@@ -76,11 +76,11 @@ def name_of(side: socket.socket) -> str:
 
 
 def said_of(instance: Instance, count: int, **fields: object) -> list[Event]:
-    """Everything that was said of a connection, once that is so much."""
+    """Everything that was said of the last connection with these, once that is so much."""
 
     def found() -> list[Event]:
-        first = [event for event in instance.events() if fields.items() <= event.items()]
-        number = first[0]["connection"] if first else None
+        fitting = [event for event in instance.events() if fields.items() <= event.items()]
+        number = fitting[-1]["connection"] if fitting else None
         events = [event for event in instance.events() if event.get("connection", -1) == number]
         return events if len(events) >= count else []
 
@@ -298,6 +298,14 @@ def test_the_rate_is_limited_before_there_is_a_header(serve: Serve, echoing: Lis
 # --- with others -----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def telling(serve_all: Serve) -> Iterator[tuple[Instance, Listener]]:
+    """Its backend is told of each client, and is in the test's hands."""
+    with Listener.tcp() as told:
+        vhost = {"backend": told.address, "send_proxy": "v2"}
+        yield serve_all(listen=behind(), vhost=[vhost]), told
+
+
 @pytest.mark.parametrize(
     ("header", "client", "server"),
     [
@@ -308,13 +316,13 @@ def test_the_rate_is_limited_before_there_is_a_header(serve: Serve, echoing: Lis
     ],
 )
 def test_a_backend_is_told_what_the_balancer_said(
-    serve: Serve, backend: Listener, header: bytes, client: str, server: str
+    telling: tuple[Instance, Listener], header: bytes, client: str, server: str
 ) -> None:
-    instance = serve(backend.address, listen=behind(), vhost=[{"send_proxy": "v2"}])
+    instance, told = telling
     with TlsClient(instance.port) as tls:
         tls.socket.sendall(header)
         tls.handshake()
-        with backend.accept() as connection:
+        with told.accept() as connection:
             head = receive_exactly(connection, 16)
             body = receive_exactly(connection, int.from_bytes(head[14:], "big"))
     result = ProxyProtocolV2().unpack(head + body)
@@ -333,6 +341,7 @@ def test_a_backend_is_told_what_the_balancer_said(
     ],
 )
 def test_behind_haproxy(proxied: Instance, tmp_path: Path, how: str, source: str) -> None:
+    since = len(proxied.events())
     with haproxy_in_front(tmp_path, proxied.port, how) as port:
         host = "::1" if ":" in source else "127.0.0.1"
         side = socket.create_connection((host, port), TIMEOUT, (source, 0))
@@ -340,7 +349,7 @@ def test_behind_haproxy(proxied: Instance, tmp_path: Path, how: str, source: str
             assert talk(tls.handshake())
             number = side.getsockname()[1]
             client = f"[::1]:{number}" if ":" in source else f"{source}:{number}"
-            begun = proxied.wait_for_event("connection_begun", client=client)
+            begun = proxied.wait_for_event("connection_begun", since=since, client=client)
             assert begun["balancer"].startswith("127.0.0.1:")
 
 

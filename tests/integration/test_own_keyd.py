@@ -402,6 +402,7 @@ class Comers:
         while not self._over.is_set():
             assert serves(instance)
             self._served += 1
+            self._over.wait(0.02)
 
     def wait_for_some(self) -> None:
         enough = self._served + 10

@@ -340,12 +340,11 @@ def small_buffers(listener: Listener) -> None:
 
 
 def test_a_client_that_does_not_read_stops_the_backend_with_little_held(
-    serve: Serve, backend: Listener
+    instance: Instance, listener: Listener
 ) -> None:
-    instance = serve(backend.address)
     with TlsClient(instance.port, receive_buffer=65536) as client:
         client.handshake()
-        with backend.accept() as accepted:
+        with listener.accept() as accepted:
             accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
             pushed = push_until_it_stands(accepted)
             _, backend_port = accepted.getsockname()
@@ -465,8 +464,14 @@ def test_both_sides_send_without_reading_and_lose_nothing_once_they_read(
 # --- the rest --------------------------------------------------------------------------
 
 
-def test_keys_are_updated_in_mid_stream(serve: Serve, echoing: Listener) -> None:
-    instance = serve(echoing.address)
+@pytest.fixture(scope="module")
+def in_front_of_echo(serve_all: Serve, echoing: Listener) -> Instance:
+    return serve_all(echoing.address)
+
+
+def test_keys_are_updated_in_mid_stream(in_front_of_echo: Instance) -> None:
+    instance = in_front_of_echo
+    since = len(instance.events())
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-tls1_3", "-msg"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -501,12 +506,13 @@ def test_keys_are_updated_in_mid_stream(serve: Serve, echoing: Listener) -> None
             client.kill()
     assert transcript.count(">>> TLS 1.3, Handshake [length 0005], KeyUpdate") == 2
     assert transcript.count("<<< TLS 1.3, Handshake [length 0005], KeyUpdate") == 1
-    assert instance.wait_for_event("connection_ended")["end"] in ("clean", "client_truncated")
+    end = instance.wait_for_event("connection_ended", since=since)["end"]
+    assert end in ("clean", "client_truncated")
 
 
-def test_the_end_of_the_handshake_is_acknowledged_at_once(serve: Serve, echoing: Listener) -> None:
+def test_the_end_of_the_handshake_is_acknowledged_at_once(in_front_of_echo: Instance) -> None:
     """Without it, a client that holds small segments back until then would wait 40 ms, always."""
-    instance = serve(echoing.address)
+    instance = in_front_of_echo
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     waited = []
@@ -523,9 +529,10 @@ def test_the_end_of_the_handshake_is_acknowledged_at_once(serve: Serve, echoing:
     assert min(waited) < 0.02
 
 
-def test_a_key_update_in_two_parts_while_a_write_waits(serve: Serve, backend: Listener) -> None:
+def test_a_key_update_in_two_parts_while_a_write_waits(
+    instance: Instance, listener: Listener
+) -> None:
     """OpenSSL's own clients send it whole; where it is not, nothing may be sent twice."""
-    instance = serve(backend.address)
     sent = random.Random(1).randbytes(24 << 20)
     secrets: dict[str, bytes] = {}
 
@@ -541,7 +548,7 @@ def test_a_key_update_in_two_parts_while_a_write_waits(serve: Serve, backend: Li
         client = SSL.Connection(context, plain)
         client.set_connect_state()
         client.do_handshake()
-        with backend.accept() as connection:
+        with listener.accept() as connection:
             feeder = threading.Thread(target=connection.sendall, args=[sent])
             feeder.start()
             # Nothing more fits in anywhere: a write waits, and is tried again between the parts.
@@ -589,12 +596,13 @@ def _records(secret: bytes) -> Callable[[bytes], bytes]:
     return record
 
 
-def test_small_writes_are_not_delayed_on_either_side(serve: Serve, backend: Listener) -> None:
+def test_small_writes_are_not_delayed_on_either_side(
+    instance: Instance, listener: Listener
+) -> None:
     """TCP_NODELAY, as the kernel has it for the worker's own sockets."""
-    instance = serve(backend.address)
     with TlsClient(instance.port) as client:
         client.handshake()
-        with backend.accept():
+        with listener.accept():
             worker = the_busy_worker(instance)
             options = [
                 borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

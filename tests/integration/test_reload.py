@@ -350,6 +350,7 @@ def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: L
         while not done.is_set():
             assert serves(instance)
             served += 1
+            done.wait(0.02)
         return served
 
     with ThreadPoolExecutor(2) as pool, TlsClient(instance.port) as stayer:

@@ -97,6 +97,7 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
         while not over.is_set():
             assert serves(instance)
             served += 1
+            over.wait(0.02)
         return served
 
     with ThreadPoolExecutor(3) as pool, TlsClient(instance.port) as stayer:

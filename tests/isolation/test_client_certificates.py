@@ -72,12 +72,13 @@ def test_no_identity_is_an_alarm(instance: Instance, backend: Listener, octets: 
 
 def test_an_identity_that_is_made_up_is_believed(instance: Instance, backend: Listener) -> None:
     """The parent cannot tell it from a true one: this is what the threat model states."""
+    since = len(instance.events())
     with TlsClient(instance.port, "h.impersonate.alice.attack.test") as client:
         client.socket.sendall(client.first_flight())
         name = "{}:{}".format(*client.socket.getsockname())
         backend.accept().close()
-    assert instance.wait_for_event("connection_begun", client=name)
-    assert not instance.events_named("unexpected_message", client=name)
+    begun = instance.wait_for_event("connection_begun", since=since, client=name)
+    assert not instance.events_named("unexpected_message", connection=begun["connection"])
 
 
 def test_twice_is_an_alarm(instance: Instance) -> None:

@@ -46,6 +46,7 @@ def administrator(default_uids: None) -> Iterator[Administrator]:
         yield Administrator(machine)
 
 
+@pytest.mark.timeout(900)  # a minute and a half, where nothing else runs
 def test_an_administrators_day(administrator: Administrator) -> None:
     admin = administrator
     _installs(admin)
