@@ -3,6 +3,7 @@
 The module is SoftHSM, or one that is SoftHSM until it is told to fail.
 """
 
+import json
 import os
 import select
 import subprocess
@@ -367,6 +368,15 @@ def test_a_token_that_fails_is_in_the_log_and_in_the_status(
     site.wait_for_event("token_ready", since=since, token="shaky", seconds=30)
     TlsClient(site.port, "shaky").handshake()
     assert {"token": "shaky", "state": "ready"} in status(site)["tokens"]
+
+
+def test_the_audit_knows_tokens_processes(site: Instance) -> None:
+    command = [TITUS_PY, "audit", f"--pid={site.pid}", "--json"]
+    audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (report,) = json.loads(audit.stdout)
+    of_tokens = [one for one in report["findings"] if one["process"]["role"] == "token's process"]
+    assert {one["check"] for one in of_tokens} >= {"capabilities", "no_new_privs", "hidden"}
+    assert not [one for one in report["findings"] if one["verdict"] == "broken"]
 
 
 def test_check_asks_the_tokens_and_names_every_mistake_at_once(

@@ -244,7 +244,7 @@ CHECKS = (
     Check("groups", _CONFINED, "no supplementary groups", f"{_STATUS}: Groups", _groups),
     Check(
         "capabilities",
-        _UNPRIVILEGED,
+        _UNPRIVILEGED | {Role.MODULE},
         "no capability, nor a way to one",
         f"{_STATUS}: {', '.join(_SETS)}",
         _no_capabilities,
@@ -272,14 +272,14 @@ CHECKS = (
     ),
     Check(
         "no_new_privs",
-        _CONFINED | _ROOT,
+        _CONFINED | _ROOT | {Role.MODULE},
         "no_new_privs: no program could give it more",
         f"{_STATUS}: NoNewPrivs",
         _no_new_privs,
     ),
     Check(
         "hidden",
-        _UIDS_OF_THEIR_OWN,
+        _UIDS_OF_THEIR_OWN | {Role.MODULE},
         "not dumpable: its memory is closed to its own uid",
         "owner of /proc/PID/environ",
         _hidden_by_owner,

@@ -53,6 +53,7 @@ _KEYD: _Allowed = {
     _TO_PARENT: None,
     "socket to the supervisor": 1,
     "socket to worker": None,
+    "socket to the token's process": None,
     _CLOSED: None,
     # For a service with a watchdog (sd_notify(3)).
     _TO_MANAGER: 1,
@@ -161,7 +162,8 @@ def _socket_name(scene: Scene, inode: int) -> str:
     }
     # A process that was just forked holds the descriptors of the process that forked it, until it
     # has closed them. That other process is earlier in this order.
-    for role in (Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.WORKER):
+    order = Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.MODULE, Role.WORKER
+    for role in order:
         if role in holders:
             return f"socket to {'' if role is Role.WORKER else 'the '}{role}".replace(
                 "the keyd", "keyd"

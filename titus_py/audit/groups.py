@@ -37,6 +37,7 @@ _IN_ORDER = (
     Role.PARENT,
     Role.FORK_SERVER,
     Role.KEYD,
+    Role.MODULE,
     Role.RESOLVER,
     Role.METRICS,
     Role.WORKER,

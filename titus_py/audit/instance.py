@@ -38,6 +38,7 @@ class Role(StrEnum):
     PARENT = "parent"
     FORK_SERVER = "fork server"
     KEYD = "keyd"
+    MODULE = "token's process"  #: keyd's, two for each token
     WORKER = "worker"
     RESOLVER = "resolver"  #: only where a backend has a name
     METRICS = "metrics"  #: only where metrics are served
@@ -145,12 +146,15 @@ def _process(pid: int) -> Process | None:
 def _role(above: Role, pid: int) -> Role:
     if above is Role.PARENT:
         return Role.WORKER
-    if above is not Role.SUPERVISOR:
+    if above not in (Role.SUPERVISOR, Role.KEYD, Role.MODULE):
         return Role.OTHER
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError):
         return Role.OTHER
+    if above is not Role.SUPERVISOR:
+        of_token = b"keyd: a token's process" in words or {b"keyd", b"token"} <= set(words)
+        return Role.MODULE if of_token else Role.OTHER
     if is_parent(words):
         return Role.PARENT
     for role, module in _UNPRIVILEGED.items():

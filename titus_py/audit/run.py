@@ -133,6 +133,7 @@ def _findings(target: Target) -> Iterator[Finding]:
 _IN_ORDER = (
     Role.SUPERVISOR,
     Role.KEYD,
+    Role.MODULE,
     Role.PARENT,
     Role.FORK_SERVER,
     Role.WORKER,
@@ -158,8 +159,8 @@ def _only_known(target: Target) -> Finding:
     return Finding(
         "processes",
         Subject.of(target.supervisor),
-        "no process below it but keyd, the parent, its fork server, its workers, the resolver and "
-        "what serves the metrics",
+        "no process below it but keyd, tokens' processes, the parent, its fork server, its "
+        "workers, the resolver and what serves the metrics",
         "/proc/PID/stat of all processes",
         seen.text,
         seen.verdict,
