@@ -86,9 +86,12 @@ def main() -> int:
     """``python -m titus_py.fork_server.handshake_check``."""
     answers = []
     questions = json.load(sys.stdin)
+    asked = [TlsSettings.decode(question["settings"]) for question in questions]
+    if any(settings.alpn is not None for settings in asked):
+        # Beforehand: ``make_context`` imports it, and no file can be opened then.
+        import titus_py.worker.alpn  # noqa: F401
     confine_parser(more=_FILES_OF_MEMORY)
-    for question in questions:
-        settings = TlsSettings.decode(question["settings"])
+    for question, settings in zip(questions, asked, strict=True):
         shown = [_Shown(**fields) for fields in question["certificates"]]
         keys = tuple(_kind(one.chain) for one in shown)
         mistakes = _cipher_mistakes(settings, keys) + _group_mistakes(settings)
