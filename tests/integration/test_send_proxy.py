@@ -14,7 +14,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
-from .instance import free_port
+from .instance import Instance, free_port
 from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset, was_reset
 from .proxy_peers import Server, haproxy_server, nginx_server
 from .service import FAILS
@@ -36,26 +36,48 @@ def ask(tls: TlsClient) -> str:
     return tls.receive_all().decode().rpartition("\r\n\r\n")[2]
 
 
-@pytest.mark.parametrize("how", ["v1", "v2", "v2-tls"])
-def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
-    serve: Serve, server: Server, how: str
-) -> None:
+WAYS = ["v1", "v2", "v2-tls"]
+
+
+@pytest.fixture(scope="module")
+def telling(serve_all: Serve, server: Server) -> tuple[Instance, int, int]:
+    """In each way, by the client's server name; a port for IPv4, and one for both families."""
     port, both = free_port(), free_port()
-    instance = serve(
+    backends = ((port, server.address), (both, server.unix))
+    instance = serve_all(
         listen=[{"address": f"127.0.0.1:{port}"}, {"address": f"[::]:{both}"}],
         vhost=[
-            {"backend": server.address, "send_proxy": how, "local_port": port},
-            {"backend": server.unix, "send_proxy": how, "local_port": both},
+            {"sni": [f"{how}.test"], "backend": backend, "send_proxy": how, "local_port": to}
+            for how in WAYS
+            for to, backend in backends
         ],
     )
+    return instance, port, both
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
+    telling: tuple[Instance, int, int], server: Server, how: str
+) -> None:
+    instance, port, both = telling
+    name = f"{how}.test"
     for to, source in ((port, "127.8.8.8"), (both, "127.8.8.9"), (both, "::1")):
         host = "::1" if ":" in source else "127.0.0.1"
         client = socket.create_connection((host, to), TIMEOUT, (source, 0))
-        with TlsClient(to, source=client) as tls:
+        with TlsClient(to, name, source=client) as tls:
             addresses, facts = server.told(ask(tls))
             assert addresses == [source, str(client.getsockname()[1]), host, str(to)]
-        assert facts.get("name", "") == ("localhost" if "name" in facts and how == "v2-tls" else "")
+        assert facts.get("name", "") == (name if "name" in facts and how == "v2-tls" else "")
     assert not instance.events_named("backend_unavailable")
+
+
+@pytest.fixture(scope="module")
+def own(serve_all: Serve) -> Iterator[tuple[Instance, Listener]]:
+    """It tells a backend in the test's hands what TLS says, but for one server name."""
+    with Listener.tcp() as listening:
+        protocols = {"backend": listening.address, "alpn": ["h2", "http/1.1"]}
+        hosts = [{"sni": ["v2.test"], "send_proxy": "v2"}, {"send_proxy": "v2-tls"}]
+        yield serve_all(vhost=[protocols | host for host in hosts]), listening
 
 
 @pytest.fixture
@@ -77,8 +99,8 @@ def first_words(backend: Listener, client: TlsClient) -> tuple[ProxyResult, byte
     ("version", "name"),
     [(SSL.TLS1_3_VERSION, "www.example.org"), (SSL.TLS1_2_VERSION, None)],
 )
-def test_tls_facts(serve: Serve, listener: Listener, version: int, name: str | None) -> None:
-    instance = serve(listener.address, vhost=[{"send_proxy": "v2-tls"}])
+def test_tls_facts(own: tuple[Instance, Listener], version: int, name: str | None) -> None:
+    instance, listener = own
     with TlsClient(instance.port, name, versions=(version, version)) as client:
         client.handshake()
         result, after = first_words(listener, client)
@@ -93,11 +115,10 @@ def test_tls_facts(serve: Serve, listener: Listener, version: int, name: str | N
 
 @pytest.mark.parametrize(("how", "told"), [("v2-tls", b"http/1.1"), ("v2", None)])
 def test_the_protocol_is_a_tls_fact(
-    serve: Serve, listener: Listener, how: str, told: bytes | None
+    own: tuple[Instance, Listener], how: str, told: bytes | None
 ) -> None:
-    vhost = {"send_proxy": how, "alpn": ["h2", "http/1.1"]}
-    instance = serve(listener.address, vhost=[vhost])
-    with TlsClient(instance.port, protocols=["http/1.1"]) as client:
+    instance, listener = own
+    with TlsClient(instance.port, f"{how}.test", protocols=["http/1.1"]) as client:
         client.handshake()
         result, _ = first_words(listener, client)
         assert result.tlv.alpn == told

@@ -244,17 +244,24 @@ def test_the_log_has_every_listening_address(serve: Serve, site: Site) -> None:
 # --- backends --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["IPv4", "IPv6", "name", "unix"])
-def test_a_backend_may_be_of_any_kind(serve: Serve, tmp_path: Path, kind: str) -> None:
-    if kind == "unix":
-        listener = Listener.unix(tmp_path / "app.sock")
-    else:
-        listener = Listener.tcp("::1" if kind == "IPv6" else "127.0.0.1")
-    with listener:
-        address = f"localhost:{listener.port}" if kind == "name" else listener.address
-        instance = serve(address)
-        for _ in range(3):
-            with TlsClient(instance.port) as client:
+def test_a_backend_may_be_of_any_kind(serve: Serve, tmp_path: Path) -> None:
+    with (
+        Listener.tcp() as four,
+        Listener.tcp("::1") as six,
+        Listener.tcp() as named,
+        Listener.unix(tmp_path / "app.sock") as unix,
+    ):
+        kinds = {
+            "four.example": (four, four.address),
+            "six.example": (six, six.address),
+            "named.example": (named, f"localhost:{named.port}"),
+            "unix.example": (unix, unix.address),
+        }
+        instance = serve(
+            vhost=[{"sni": [name], "backend": address} for name, (_, address) in kinds.items()]
+        )
+        for name, (listener, _) in [*kinds.items()] * 3:
+            with TlsClient(instance.port, name) as client:
                 client.handshake()
                 client.send(b"question")
                 with listener.accept() as backend:
@@ -263,7 +270,8 @@ def test_a_backend_may_be_of_any_kind(serve: Serve, tmp_path: Path, kind: str) -
                     backend.shutdown(socket.SHUT_WR)
                     assert client.receive_all() == b"answer"
                     client.close_notify()
-        instance.wait_for_event("connection_ended", end="clean")
+        for name in kinds:
+            instance.wait_for_event("connection_ended", server_name=name, end="clean")
 
 
 def test_a_unix_socket_is_found_relative_to_the_configuration(serve: Serve) -> None:
