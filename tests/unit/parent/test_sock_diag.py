@@ -1,13 +1,16 @@
 """What the kernel says of real connections."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from integration.namespaces import ip, new_namespace, within
 
 from titus_py.between.messages import Ends
+from titus_py.parent.backends import _ends
 from titus_py.parent.sock_diag import CLOSE_WAIT, SockDiag
 
 ESTABLISHED = 1
@@ -59,3 +62,31 @@ def test_a_reset_connection_is_over_although_its_socket_is_open() -> None:
             server.recv(1)
         assert kernel.look(ends) is None
         assert server.fileno() >= 0
+
+
+def test_a_backend_at_a_link_local_address_is_found_by_its_interface() -> None:
+    def look() -> tuple[int, bool, bool]:
+        ip("link", "add", "cable", "type", "veth", "peer", "name", "its-other-end")
+        ip("link", "set", "lo", "up")
+        ip("link", "set", "cable", "up")
+        ip("link", "set", "its-other-end", "up")
+        ip("address", "add", "fe80::7/64", "dev", "cable", "nodad")
+        scope = socket.if_nametoindex("cable")
+        with socket.create_server(("::", 0), family=socket.AF_INET6) as listener:
+            backend = ("fe80::7", listener.getsockname()[1], 0, scope)
+            with socket.socket(socket.AF_INET6) as connected:
+                connected.connect(backend)
+                ends = _ends(connected)
+                assert ends is not None
+                host = ends.client.partition("%")[0]
+                with SockDiag() as kernel:
+                    seen = kernel.look(ends)
+                    without = kernel.look(ends._replace(client=host))
+        assert seen is not None
+        return seen.state, host == "fe80::7", without is None
+
+    namespace = new_namespace()
+    try:
+        assert within(namespace, look) == (ESTABLISHED, True, True)
+    finally:
+        os.close(namespace)
