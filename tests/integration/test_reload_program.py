@@ -338,3 +338,39 @@ def test_the_service_manager_is_told_as_of_any_reload(
             assert reloads.result(PATIENCE)["reloaded"]
         hear("WATCHDOG=1")
         hear("STATUS=")
+
+
+_VERSION = """
+import importlib.metadata
+importlib.metadata.version = lambda _: open({!r}).read()
+"""
+
+
+def test_after_an_upgrade_any_reload_takes_the_new_program(
+    serve: Serve, patient: str, program: Program, tmp_path: Path
+) -> None:
+    """As if the package had been replaced, and nobody had said --program."""
+    installed = tmp_path / "version"
+    installed.write_text("1.0")
+    statements = _VERSION.format(str(installed))
+    program.install(statements)
+    instance = serve(patient, program=program.path)
+    marker = tmp_path / "new-one"
+    program.install(f"{statements}\nopen({str(marker)!r}, 'w').close()")
+    assert reload(instance) == {"reloaded": True, "generation": 2}
+    assert not marker.exists(), "a reload of the same version"
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        installed.write_text("2.0")
+        program.install(f"{statements}\nsys.exit('it is broken')")
+        failed = reload(instance)
+        assert failed == {"reloaded": False, "problems": ["the new program failed: it is broken"]}
+        assert status(instance)["generations"][-1]["number"] == 2
+        assert talk(client)
+        assert serves(instance)
+        program.install(f"{statements}\nopen({str(marker)!r}, 'w').close()")
+        assert reload(instance) == {"reloaded": True, "generation": 3}
+        assert marker.exists()
+        assert instance.wait_for_event("program_changed", PATIENCE)["version"] == "2.0"
+        assert talk(client)
+        assert serves(instance)

@@ -8,6 +8,7 @@ reload is done when that generation has taken over.
 import os
 import threading
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
 from titus_py.between.event_loop import EventLoop
@@ -76,6 +77,7 @@ class Reload:
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
+        self._version = _installed_version()
         #: This is a renewal and no reload: a generation is replaced by one with the same
         #: configuration.
         self._renewing = False
@@ -119,7 +121,8 @@ class Reload:
                 self._renewing = False
                 self._takeover.abandon_keyless(awaited.generation)
             return
-        program, self.program_asked = self.program_asked, False
+        # Otherwise children of the new program would speak to this one.
+        program, self.program_asked = self.program_asked or self._is_outdated(), False
         self._cuts, self._cut_asked = self._cut_asked, False
         self._event("reloading")
         self._service.begin_reload()
@@ -267,6 +270,9 @@ class Reload:
             over(False)
         elif urgently is not None and serving.number != urgently:
             return
+        elif self._is_outdated():
+            self.begin()
+            over(False)
         elif not self._room.is_there(serving):
             if urgently is not None:
                 self._room.make(serving)
@@ -285,12 +291,18 @@ class Reload:
         """
         if not generation.crippled or generation.retired or self._service.stops:
             return
+        if not self._service.reloading and self._is_outdated():
+            self.begin()
         if not self._service.reloading:
             self._service.reloading = self._renewing = True
             self._take(generation.checked)
         else:
             parent = generation.parent
             self._loop.after(START_SECONDS, lambda: self._end_crippled(generation, parent))
+
+    def _is_outdated(self) -> bool:
+        """Whether another version was installed since this program was started."""
+        return _installed_version() != self._version
 
     def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
         """If nothing has replaced the generation, kill its parent: a new start follows."""
@@ -299,3 +311,11 @@ class Reload:
             return
         if parent is not None and parent is generation.parent:
             parent.kill()
+
+
+def _installed_version() -> str:
+    """Of the files that a process would load now; empty while they are being replaced."""
+    try:
+        return version("titus-py")
+    except PackageNotFoundError:
+        return ""
