@@ -4,7 +4,7 @@ Run by keyd's threads, one parent's messages by one of them at a time. A parent 
 terms; a set that channels were opened with does not change any more.
 """
 
-from keyd.protocol import GrantSet, Malformed
+from keyd.protocol import Grants, GrantSet, Malformed
 from keyd.sites import Sites
 
 __all__ = ["GrantSets"]
@@ -25,9 +25,14 @@ class GrantSets:
         for grant in announced.grants:
             known.add(grant)
 
-    def use(self, number: int) -> Sites:
-        """Raises Malformed for a set that was not announced."""
+    def use(self, number: int) -> Sites | Grants:
+        """A set for a channel; raises Malformed for one that was not announced.
+
+        Keys to sign with as a client do not depend on a ClientHello that somebody has seen: the
+        worker itself sends it.
+        """
         if number not in self._sets:
             raise Malformed(f"an open with set {number}, which was not announced")
         self._in_use.add(number)
-        return self._sets[number]
+        sites = self._sets[number]
+        return sites.select(None) if sites.as_client else sites

@@ -2,7 +2,8 @@
 
 Runs in keyd, and trusts nobody. An attacker may control the worker that sends a
 request. So the octets to be signed are parsed here, and anything that a TLS server
-would not sign is refused. Padding is chosen here, never by the worker.
+would not sign is refused, or with a key that is granted as a client's, a TLS client.
+Padding is chosen here, never by the worker.
 """
 
 import hmac
@@ -57,11 +58,11 @@ Key = PrivateKey | KeyElsewhere
 
 
 class NotTLS(ValueError):
-    """Octets, or a scheme for them, that no TLS server would use this key for."""
+    """Octets, or a scheme for them, that no TLS server or client would use this key for."""
 
 
 class NotGranted(ValueError):
-    """Octets that some TLS server would use this key for, and this one does not."""
+    """Octets that some TLS server or client would use this key for, and this one does not."""
 
 
 def may_ask(operation: Operation, granted: Set[Power]) -> bool:
@@ -111,9 +112,10 @@ def rehearse(key: PrivateKey) -> None:
         perform(Operation.DECRYPT, key, 0x0303, ciphertext, ALL_POWERS, None)
 
 
-ALL_POWERS = frozenset(Power)
+#: All that a server's key may be granted.
+ALL_POWERS = frozenset(Power) - {Power.SIGN_TLS13_CLIENT}
 _POWERS_OF = {
-    Operation.SIGN: ALL_POWERS - {Power.DECRYPT},
+    Operation.SIGN: frozenset(Power) - {Power.DECRYPT},
     Operation.DECRYPT: {Power.DECRYPT},
 }
 
@@ -122,6 +124,9 @@ _POWERS_OF = {
 
 #: RFC 8446 §4.4.3.
 _TLS13_SERVER = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00"
+#: What a client signs in TLS 1.2 are all messages of the handshake, which have no form that tells
+#: them from anything else: only TLS 1.3.
+_TLS13_CLIENT = b"\x20" * 64 + b"TLS 1.3, client CertificateVerify\x00"
 #: The transcript hash is the cipher suite's, not the signature scheme's: SHA-256 or
 #: SHA-384 in every suite of RFC 8446 §B.4.
 _TRANSCRIPT_HASH_OCTETS = frozenset({32, 48})
@@ -215,7 +220,8 @@ def _sign(
     known = key.public_key() if isinstance(key, KeyElsewhere) else key
     if not isinstance(known, (scheme.key_type, _PUBLIC[scheme.key_type])):
         raise NotTLS(f"{name.name} with a key of another kind")
-    if octets.startswith(_TLS13_SERVER):
+    as_client = Power.SIGN_TLS13_CLIENT in granted and octets.startswith(_TLS13_CLIENT)
+    if as_client or octets.startswith(_TLS13_SERVER):
         _check_certificate_verify(octets)
         # TLS 1.3 ties the scheme to the curve, TLS 1.2 does not.
         if not scheme.tls13:
@@ -225,7 +231,7 @@ def _sign(
             and known.curve.name != scheme.curve
         ):
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {known.curve.name}")
-        if Power.SIGN_TLS13 not in granted:
+        if not as_client and Power.SIGN_TLS13 not in granted:
             raise NotGranted("a CertificateVerify of TLS 1.3")
         if hello is not None and not hello.offers_tls13:
             raise NotTLS("a CertificateVerify of TLS 1.3 for a client that does not offer it")

@@ -137,6 +137,8 @@ class Power(enum.IntEnum):
     SIGN_TLS13 = 3
     DECRYPT = 4
     SIGN_TLS12_MARKED = 5
+    #: As a client, and nothing else: a key is a server's or a client's.
+    SIGN_TLS13_CLIENT = 6
 
 
 class Status(enum.IntEnum):

@@ -1,5 +1,7 @@
 """Which keys are for a client: those of the virtual host that its server name selects.
 
+A set may also have keys to sign with as a client: those are for whatever its server is.
+
 Run by keyd, on what its parent has announced, and on a name that a client chose. The rule is the
 worker's (``titus_py.between.virtual_host``), and a test holds the two together. Here it is looked
 up, since a directory has thousands of names.
@@ -18,9 +20,18 @@ class Sites:
     def __init__(self) -> None:
         #: By name, as ``Grant`` has it: the virtual host that has it, and its grants.
         self._sites: dict[str, tuple[int, dict[bytes, frozenset[Power]]]] = {}
+        #: Whether its keys sign as a client; None: there are none yet.
+        self.as_client: bool | None = None
 
     def add(self, grant: Grant) -> None:
-        """Raises Malformed for a virtual host that comes after one with a higher number."""
+        """Raises Malformed for a virtual host that comes after one with a higher number.
+
+        And for keys of a server and of a client in one set.
+        """
+        as_client = Power.SIGN_TLS13_CLIENT in grant.powers
+        if self.as_client not in (None, as_client) or (as_client and len(grant.powers) > 1):
+            raise Malformed("a set of grants for a server and for a client")
+        self.as_client = as_client
         site, grants = self._sites.setdefault(grant.name, (grant.site, {}))
         if grant.site < site:
             raise Malformed(f"grants for virtual host {grant.site} after those for {site}")

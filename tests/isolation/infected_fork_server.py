@@ -5,7 +5,8 @@ before the others: JSON that names which parts of the confinement to leave out. 
 the worker over that it gets, with the server name that it asks for: ``STAGE.NUMBER.PARAMETER...``
 and ``.attack.test``, where NUMBER is an attempt's in ``attacks`` or a deed's name below, and
 STAGE is ``h`` (instead of the handshake: the answer goes out unencrypted) or ``e`` (instead of
-the pump). Everything else is the code that is served with.
+the pump). A tunnel's worker is taken over by what its client says first, and its server has the
+answer: ``t.NUMBER.PARAMETER...`` and the domain. Everything else is the code that is served with.
 """
 
 import ctypes
@@ -479,6 +480,41 @@ def _infect() -> None:
     worker.Pump.run = instead_of_pump  # type: ignore[attr-defined, method-assign]
 
 
+def _infect_tunnels() -> None:
+    """For the sake of the rehearsal, connections by unix sockets are left alone."""
+    make = fork_server._conduits
+
+    def conduits(plan: Any) -> Any:
+        made = make(plan)
+        for conduit in made:
+            serve = conduit.serve
+
+            def instead(
+                terms: Any,
+                parent: socket.socket,
+                keyed: bool,
+                client: socket.socket,
+                server: socket.socket,
+                serve: Callable[..., tuple[End, str]] = serve,
+            ) -> tuple[End, str]:
+                _wait(client.fileno(), select.POLLIN)
+                words = _ordered(client.recv(256, socket.MSG_PEEK).decode(errors="replace"), "t")
+                if words is None:
+                    return serve(terms, parent, keyed, client, server)
+                # Who takes it over is at the other end.
+                keyd = KEYD_FD if keyed else -1
+                place = Place(PARENT_FD, keyd, server.fileno(), client.fileno(), _report.address)
+                result = _obey(words, Taken(place, server.send, lambda: server.recv(65536)))  # type: ignore[arg-type]
+                _send(server, server.fileno(), result.encode())
+                stop_resetting(server)
+                return End.HANDSHAKE_FAILED, f"taken over: {result}"
+
+            conduit.serve = instead
+        return made
+
+    fork_server._conduits = conduits  # type: ignore[assignment]
+
+
 def _send(way: socket.socket | SSL.Connection, descriptor: int, octets: bytes) -> None:
     """All of it, on a socket that does not block."""
     view = memoryview(octets)
@@ -507,6 +543,7 @@ def main() -> NoReturn:
         if layer in LAYERS:
             LAYERS[layer]()
     _infect()
+    _infect_tunnels()
     sys.exit(fork_server.main())
 
 

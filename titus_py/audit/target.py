@@ -76,6 +76,12 @@ class Target(NamedTuple):
             for one in vhost.credentials.values()
             if one.key is not None
         }
+        found |= {
+            (one.key, one.passphrase_file)
+            for tunnel in self.configuration.tunnel
+            for one in (tunnel.credential,)
+            if one is not None and one.key is not None
+        }
         for directory in self._directories():
             keys = [(pair.key, None) for pair in pairs(directory)]
             found |= set(keys if at_most is None else random.sample(keys, min(len(keys), at_most)))
@@ -87,7 +93,7 @@ class Target(NamedTuple):
 
     @property
     def listening_ports(self) -> frozenset[int]:
-        return frozenset(listen.address.port for listen in self.configuration.listen)
+        return frozenset(address.port for address in self.configuration.listening)
 
     def _directories(self) -> list[Path]:
         """Those of certificates, if titus-py's keyd has their keys."""

@@ -6,6 +6,8 @@ Imported only where the configuration has a tunnel, and in the supervisor.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from titus_py.between.plan import Certificate
+
 __all__ = ["TunnelTerms"]
 
 
@@ -29,6 +31,8 @@ class TunnelTerms(NamedTuple):
     send_proxy: str | None
     #: How long connections may go on once nobody is accepted any more; None: until they end.
     drain: float | None
+    #: What a server is shown that asks for it; None: nothing.
+    certificate: Certificate | None = None
 
     def with_texts(self, change: Callable[[Any], Any]) -> "TunnelTerms":
         """The same with the text that may be long changed: to its number, and back."""
@@ -37,4 +41,6 @@ class TunnelTerms(NamedTuple):
     @classmethod
     def decode(cls, fields: list[Any]) -> "TunnelTerms":
         """From the list that JSON makes of it."""
-        return cls._make(tuple(one) if isinstance(one, list) else one for one in fields)
+        terms = cls._make(tuple(one) if isinstance(one, list) else one for one in fields)
+        certificate = terms.certificate
+        return terms._replace(certificate=certificate and Certificate(*certificate))

@@ -107,9 +107,15 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         for setting, backend in vhost.all_backends:
             if isinstance(backend, UnixAddress):
                 paths.append((f"vhost[{i}].{setting}", Path(backend.path)))
+    for i, tunnel in enumerate(configuration.tunnel):
+        for field in ("certificate", "key", "passphrase_file", "ca"):
+            paths.append((f"tunnel[{i}].{field}", getattr(tunnel, field)))
+        for server in tunnel.connect:
+            if isinstance(server, UnixAddress):
+                paths.append((f"tunnel[{i}].connect", Path(server.path)))
     for key, path in paths:
         for directory, setting in _HIDDEN.items():
-            if path is not None and path.resolve().is_relative_to(directory):
+            if isinstance(path, Path) and path.resolve().is_relative_to(directory):
                 reason = f"{path} is hidden from {unit} by {setting}: put it elsewhere"
                 yield source.mistake(key, f"{reason}, or change that with 'systemctl edit'")
 

@@ -237,6 +237,9 @@ def _with_certificate(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
             yield f"vhost[{i}]", vhost
         for j, table in _tables(vhost.get("certificates")):
             yield f"vhost[{i}].certificates[{j}]", table
+    for i, tunnel in _tables(tables.get("tunnel")):
+        if "certificate" in tunnel:
+            yield f"tunnel[{i}]", tunnel
 
 
 def _tables(value: object) -> Iterator[tuple[int, dict[str, Any]]]:

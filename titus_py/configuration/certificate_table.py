@@ -13,7 +13,7 @@ from keyd.token.uri import parse
 from titus_py.configuration.paths import Directory, File, KeyPlace, TokenUri
 from titus_py.configuration.table import Table
 
-__all__ = ["Certificate", "Credential", "Credentials", "load_seconds"]
+__all__ = ["Certificate", "Credential", "Credentials", "credential_of", "load_seconds"]
 
 #: Some hundred times as many on a machine that has nothing else to do.
 _OF_A_DIRECTORY_EACH_SECOND = 50
@@ -47,7 +47,7 @@ def load_seconds(credentials: Collection[Credential]) -> float:
     return named + (len(credentials) - named) / _OF_A_DIRECTORY_EACH_SECOND
 
 
-def _credential(
+def credential_of(
     certificate: Path, key: Path | TokenUri | None, passphrase_file: Path | None
 ) -> Credential:
     if isinstance(key, TokenUri):
@@ -115,7 +115,7 @@ class Credentials(Table):
         places: dict[str, Credentials | Certificate] = {"": self}
         places |= {f"certificates[{i}].": one for i, one in enumerate(self.certificates)}
         return {
-            place: _credential(one.certificate, one.key, one.passphrase_file)
+            place: credential_of(one.certificate, one.key, one.passphrase_file)
             for place, one in places.items()
             if one.certificate is not None
         }

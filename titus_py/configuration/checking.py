@@ -6,7 +6,6 @@ another, ``titus_py.fork_server.handshake_check``, tries what the workers will d
 answers are trusted like keyd's, once their form is checked.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple, Self
@@ -16,7 +15,6 @@ from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationErr
 from keyd.protocol import MAX_HANDED
 from titus_py.configuration import Configuration, Credential, Loaded, Mistake, VirtualHost
 from titus_py.configuration.across_tables import setting
-from titus_py.configuration.certificate_dir import chosen
 from titus_py.configuration.certificate_table import load_seconds
 from titus_py.configuration.client_certificates import (
     ClientAuthorities,
@@ -31,9 +29,10 @@ from titus_py.configuration.helper import (
     Helper,
     Unanswered,
 )
+from titus_py.configuration.misnamed import misnamed, misnamed_in_directories, names_shown, some
 from titus_py.configuration.mistake import Source
-from titus_py.configuration.names import uncovered
 from titus_py.configuration.tokens import settings
+from titus_py.configuration.tunnel_keys import keys_for_both
 from titus_py.configuration.uids_in_use import uids_in_use
 
 __all__ = [
@@ -47,8 +46,6 @@ __all__ = [
 ]
 
 _TIMEOUT_SECONDS = 30.0
-#: How many names, or virtual hosts, a message shows.
-_SHOWN = 5
 
 
 class CertificateFacts(NamedTuple):
@@ -189,11 +186,16 @@ def check(
     except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
-    warnings += _misnamed(loaded, certificates)
-    warnings += _misnamed_in_directories(loaded, certificates)
+    warnings += misnamed(loaded, certificates)
+    warnings += misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
     mistakes += _decrypted_for_others(loaded, certificates)
     mistakes += _decrypted_by_tokens(loaded, certificates)
+    mistakes += keys_for_both(
+        loaded,
+        {one: facts.key_id for one, facts in certificates.items()},
+        lambda vhost: _key_ids(vhost, certificates),
+    )
     warnings += _recorded(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(
         loaded.client_files, source, timeout, of_clients
@@ -259,75 +261,6 @@ def ask_keyd_check(
     return answers
 
 
-def _misnamed(
-    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
-) -> Iterator[Mistake]:
-    """Warnings of virtual hosts with a certificate for other names than they have, or others."""
-    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
-    for number, vhost in enumerate(vhosts):
-        shown = {
-            place: (credential.certificate, certificates[credential].names)
-            for place, credential in vhost.credentials.items()
-            if credential in certificates
-        }
-        for place, (file, names) in shown.items():
-            if not names:
-                yield loaded.source.mistake(
-                    f"vhost[{number}].{place}certificate",
-                    f"{file} has no name in it (subjectAltName): no client will accept it",
-                )
-            elif missing := uncovered(vhost.sni or (), names):
-                yield loaded.source.mistake(
-                    f"vhost[{number}].sni",
-                    f"{file} is not for {_some(missing)}, and clients will refuse it: "
-                    f"it is for {_some(names)}",
-                )
-        for (one, names), (other, others) in itertools.pairwise(shown.values()):
-            if set(names) != set(others):
-                yield loaded.source.mistake(
-                    f"vhost[{number}].certificates",
-                    f"{one} is for {_some(names)}, and {other} for {_some(others)}: which of them "
-                    "a client is shown depends on the kinds of keys that it knows",
-                )
-
-
-def _misnamed_in_directories(
-    loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
-) -> Iterator[Mistake]:
-    """Warnings of certificates in directories that are never shown, or not for all their names."""
-    vhosts = loaded.configuration.vhost if loaded.configuration is not None else ()
-    for number, vhost in enumerate(vhosts):
-        shown = names_shown(vhost, certificates)
-        for credential, facts in certificates.items():
-            if vhost.certificate_dir is None or credential.directory != vhost.certificate_dir:
-                continue
-            key = f"vhost[{number}].certificate_dir"
-            others = [shown[name.lower()] for name in facts.names]
-            if not facts.names:
-                reason = "has no name in it (subjectAltName): no client is shown it"
-                yield loaded.source.mistake(key, f"{credential.certificate} {reason}")
-            elif other := next((one for one in others if one != credential), None):
-                names = [
-                    name for name, one in zip(facts.names, others, strict=True) if one != credential
-                ]
-                yield loaded.source.mistake(
-                    key,
-                    f"{credential.certificate} is not shown for {_some(names)}: "
-                    f"{other.certificate} is for the same, and valid for longer, or as long",
-                )
-
-
-def names_shown(
-    vhost: VirtualHost, certificates: Mapping[Credential, CertificateFacts]
-) -> dict[str, Credential]:
-    """Which certificate of its directory a virtual host shows for which name."""
-    return chosen(
-        (credential, facts.names, facts.not_after)
-        for credential, facts in certificates.items()
-        if vhost.certificate_dir is not None and credential.directory == vhost.certificate_dir
-    )
-
-
 def _of_one_kind(
     loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
 ) -> Iterator[Mistake]:
@@ -366,7 +299,7 @@ def _decrypted_for_others(
             used = [loaded.source.reference(f"vhost[{other}]") for other in others]
             yield loaded.source.mistake(
                 f"vhost[{number}].rsa_key_exchange",
-                f"its key also signs for {_some(used)}, whose recorded sessions whoever takes a "
+                f"its key also signs for {some(used)}, whose recorded sessions whoever takes a "
                 "worker over could then decrypt, too: give this virtual host a key of its own",
             )
 
@@ -413,12 +346,6 @@ def _key_ids(
     return {facts.key_id for facts in own if kind in ("", facts.kind)}
 
 
-def _some(names: Sequence[str]) -> str:
-    """A few of many names, and how many more there are."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
 def _try_handshakes(
     helper: Helper,
     loaded: Loaded,
@@ -430,19 +357,27 @@ def _try_handshakes(
         helper.dismiss()
         return [], []
     vhosts = loaded.configuration.vhost
-    question = []
-    for vhost in vhosts:
-        question.append({"certificates": list(_shown(vhost, certificates)), "settings": vhost.tls})
-    octets = helper.ask(question, timeout + max(len(vhosts), load_seconds(certificates)) / 2)
+    places = [f"vhost[{number}]" for number in range(len(vhosts))]
+    question: list[dict[str, object]] = [
+        {"certificates": list(_shown(vhost, certificates)), "settings": vhost.tls}
+        for vhost in vhosts
+    ]
+    for number, tunnel in enumerate(loaded.configuration.tunnel):
+        facts = certificates.get(tunnel.credential) if tunnel.credential is not None else None
+        if facts is not None:
+            places.append(f"tunnel[{number}]")
+            question.append({"certificates": [_as_shown("", str(tunnel.certificate), facts)]})
+    octets = helper.ask(question, timeout + max(len(places), load_seconds(certificates)) / 2)
     try:
         answers = _HANDSHAKES.validate_json(octets)
     except ValidationError as error:
         raise Unanswered(f"not an answer: {_first_problem(error)}") from None
-    if len(answers) != len(vhosts):
-        raise Unanswered(f"{len(answers)} answers to {len(vhosts)} questions")
+    if len(answers) != len(places):
+        raise Unanswered(f"{len(answers)} answers to {len(places)} questions")
+    by_place = dict(zip(places, answers, strict=True))
     return (
-        _for_all_alike(loaded.source, [mistakes for mistakes, _ in answers]),
-        _for_all_alike(loaded.source, [warnings for _, warnings in answers]),
+        _for_all_alike(loaded.source, {place: wrong for place, (wrong, _) in by_place.items()}),
+        _for_all_alike(loaded.source, {place: doubt for place, (_, doubt) in by_place.items()}),
     )
 
 
@@ -452,12 +387,7 @@ def _shown(
     """The certificates of a virtual host that nothing is wrong with, for a handshake check."""
     for place, credential in vhost.credentials.items():
         if (facts := certificates.get(credential)) is not None:
-            yield {
-                "setting": f"{place}certificate",
-                "file": str(credential.certificate),
-                "chain": facts.chain,
-                "reference": facts.reference,
-            }
+            yield _as_shown(place, str(credential.certificate), facts)
     for credential, facts in certificates.items():
         if vhost.certificate_dir is not None and credential.directory == vhost.certificate_dir:
             yield {
@@ -468,12 +398,21 @@ def _shown(
             }
 
 
-def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -> list[Mistake]:
-    """One line for each problem, even if many virtual hosts have it."""
+def _as_shown(place: str, file: str, facts: CertificateFacts) -> dict[str, str]:
+    return {
+        "setting": f"{place}certificate",
+        "file": file,
+        "chain": facts.chain,
+        "reference": facts.reference,
+    }
+
+
+def _for_all_alike(source: Source, found: Mapping[str, Sequence[tuple[str, str]]]) -> list[Mistake]:
+    """One line for each problem, even if many virtual hosts have it. ``found`` is by place."""
     alike: dict[tuple[str, str], list[str]] = {}
-    for number, problems in enumerate(found):
+    for place, problems in found.items():
         for problem in problems:
-            alike.setdefault(problem, []).append(f"vhost[{number}]")
+            alike.setdefault(problem, []).append(place)
     return [
         source.mistake(f"{first}.{setting}", reason + _also(source, others))
         for (setting, reason), (first, *others) in alike.items()
@@ -482,7 +421,7 @@ def _for_all_alike(source: Source, found: Sequence[Sequence[tuple[str, str]]]) -
 
 def _also(source: Source, vhosts: Sequence[str]) -> str:
     """The other virtual hosts that a mistake concerns, as the end of its message."""
-    return f" (also {_some(list(map(source.reference, vhosts)))})" if vhosts else ""
+    return f" (also {some(list(map(source.reference, vhosts)))})" if vhosts else ""
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -31,7 +31,14 @@ from titus_py.configuration.exposure import exposed_files
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.ineffective import ineffective_settings
 from titus_py.configuration.mistake import Mistake, Source, os_reason
-from titus_py.configuration.tables import Configuration, Credential, Credentials, Listen, Match
+from titus_py.configuration.tables import (
+    Configuration,
+    Credential,
+    Credentials,
+    Listen,
+    Match,
+    Tunnel,
+)
 from titus_py.configuration.transparency import transparency_mistakes
 from titus_py.configuration.tunnels import missing_tables, tunnel_mistakes
 
@@ -173,6 +180,9 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         if table.certificate_dir is not None:
             for credential in listed(table.certificate_dir, with_keys=_starts_keyd(tables)):
                 credentials.setdefault(credential, []).append(f"vhost[{i}].certificate_dir")
+    for i, tunnel in each_valid(Tunnel, tables, "tunnel", source):
+        if tunnel.credential is not None:
+            credentials.setdefault(tunnel.credential, []).append(f"tunnel[{i}].")
     mistakes += too_many(tables, credentials, source)
     mistakes += empty_directories(tables, credentials, source)
     of_clients = client_files(tables, source)

@@ -18,10 +18,11 @@ from titus_py.configuration.address import (
     canonical_ip,
     host_name,
 )
+from titus_py.configuration.certificate_table import Credential, credential_of
 from titus_py.configuration.client_allow import public_key_pin
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.mistake import Valid, described, text_of
-from titus_py.configuration.paths import readable_file
+from titus_py.configuration.paths import File, KeyPlace, readable_file
 from titus_py.configuration.table import Table
 from titus_py.configuration.values import (
     BackendAddresses,
@@ -126,8 +127,24 @@ class Tunnel(Table):
         "has to have one. Without ca, whoever has the key is accepted, whatever else the "
         "certificate says: it may be self-signed. With ca, both have to hold.",
     )
-    min_version: Version = Field(
-        default="TLSv1.2", description="The lowest TLS version that is accepted."
+    certificate: File | None = Field(
+        default=None,
+        description="What is shown to a server that asks for a certificate: in PEM, followed by "
+        "the rest of its chain. It takes TLS 1.3. Absent: nothing is shown.",
+    )
+    key: KeyPlace | None = Field(
+        default=None,
+        description="The certificate's private key in PEM, which only keyd reads, or the URI of a "
+        "key in a token, as for [[vhost]]. keyd signs with it as a client alone: no [[vhost]] may "
+        "have the same key. Absent where keyd.socket names a keyd that has it already.",
+    )
+    passphrase_file: File | None = Field(
+        default=None, description="A file whose first line is the passphrase of an encrypted key."
+    )
+    min_version: Version | None = Field(
+        default=None,
+        description="The lowest TLS version that is accepted. Absent: TLSv1.2, and with a "
+        "certificate TLSv1.3.",
     )
     alpn: Protocols | None = Field(
         default=None,
@@ -153,6 +170,18 @@ class Tunnel(Table):
             return self.server_name
         hosts = {_host(address) for address in self.connect}
         return hosts.pop() if len(hosts) == 1 else None
+
+    @property
+    def lowest_version(self) -> str:
+        """What a client signs in TLS 1.2 has no form that keyd could check."""
+        return self.min_version or ("TLSv1.2" if self.certificate is None else "TLSv1.3")
+
+    @property
+    def credential(self) -> Credential | None:
+        """The files of its certificate, if it has one."""
+        if self.certificate is None:
+            return None
+        return credential_of(self.certificate, self.key, self.passphrase_file)
 
     @property
     def client_files(self) -> ClientFiles | None:
@@ -187,6 +216,16 @@ def misfits(tunnel: Tunnel) -> Iterator[tuple[str, str]]:
         several = len(tunnel.connect) > 1
         what = "connect has several hosts" if several else f"connect is {tunnel.connect[0]}"
         yield "server_name", f"is missing: {what}, and the certificate has to be for one name"
+    if tunnel.certificate is None:
+        for field in ("key", "passphrase_file"):
+            if getattr(tunnel, field) is not None:
+                yield field, "has no effect without certificate, which is shown to the server"
+    elif tunnel.lowest_version != "TLSv1.3":
+        yield (
+            "min_version",
+            "with a certificate, only TLSv1.3: what a client signs in TLS 1.2 has no form that "
+            "keyd could check",
+        )
 
 
 def _on_loopback(address: IPAddress) -> IPAddress:

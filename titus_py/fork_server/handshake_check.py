@@ -6,7 +6,8 @@ references that ``keyd check`` found. It then takes a handshake of each TLS vers
 where keyd would be asked. There is no keyd here, and no private key. It trusts the supervisor.
 
 Standard input is a JSON list of questions, one for each virtual host: its settings, and those of
-its certificates that nothing is wrong with (``_Shown``). Standard output is a JSON list of answers.
+its certificates that nothing is wrong with (``_Shown``). A question without settings is about a
+certificate that a tunnel shows to its server. Standard output is a JSON list of answers.
 Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
 """
 
@@ -35,6 +36,7 @@ from keyd.chain import name_of
 from keyd.linux.seccomp import Only, Rules
 from keyd.parsing import confine_parser
 from titus_py.between.virtual_host import TlsSettings
+from titus_py.worker.client_context import make_client_context
 from titus_py.worker.tls import (
     BUILT_IN_LEVEL,
     VERSIONS,
@@ -84,14 +86,20 @@ class _Shown(NamedTuple):
 
 def main() -> int:
     """``python -m titus_py.fork_server.handshake_check``."""
-    answers = []
+    answers: list[tuple[Problems, Problems]] = []
     questions = json.load(sys.stdin)
-    asked = [TlsSettings.decode(question["settings"]) for question in questions]
-    if any(settings.alpn is not None for settings in asked):
+    asked = [
+        TlsSettings.decode(question["settings"]) if "settings" in question else None
+        for question in questions
+    ]
+    if any(settings is not None and settings.alpn is not None for settings in asked):
         # Beforehand: ``make_context`` imports it, and no file can be opened then.
         import titus_py.worker.alpn  # noqa: F401
     confine_parser(more=_FILES_OF_MEMORY)
     for question, settings in zip(questions, asked, strict=True):
+        if settings is None:
+            answers.append((_client_mistakes(_Shown(**question["certificates"][0])), []))
+            continue
         shown = [_Shown(**fields) for fields in question["certificates"]]
         keys = tuple(_kind(one.chain) for one in shown)
         mistakes = _cipher_mistakes(settings, keys) + _group_mistakes(settings)
@@ -146,6 +154,17 @@ def _handshake_mistakes(shown: _Shown, key: str, settings: TlsSettings) -> Probl
             except _Failed as failed:
                 found.append(_blamed(shown, settings, version, str(failed)))
     return found
+
+
+def _client_mistakes(shown: _Shown) -> Problems:
+    """Mistakes that show when a tunnel's context is made with this certificate."""
+    try:
+        make_client_context("TLSv1.3", None, shown.credentials)
+    except SSL.Error as error:
+        reason = _reason(error)
+        words = f"{_TOO_WEAK.get(reason, reason)} (OpenSSL at security level {BUILT_IN_LEVEL}: "
+        return [(shown.setting, f"{shown.file}: cannot be shown to a server: {words}{reason})")]
+    return []
 
 
 def _kind(chain: str) -> str:

@@ -25,10 +25,11 @@ from titus_py.between.messages import Tunnel
 from titus_py.between.report import End, ReportWriter
 from titus_py.fork_server.rehearsal import CONNECTIONS, MESSAGE_OCTETS, PATIENCE_SECONDS
 from titus_py.worker.certificate_facts import public_key_id
+from titus_py.worker.client_context import make_client_context
 from titus_py.worker.life import Terms, serve_next
 from titus_py.worker.server_certificate import ServerVerifier
 from titus_py.worker.tls import note_close_notify, reseed
-from titus_py.worker.tunnel import Conduit, make_client_context
+from titus_py.worker.tunnel import Conduit
 
 __all__ = ["rehearse_tunnel"]
 

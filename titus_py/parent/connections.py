@@ -85,6 +85,10 @@ class Connections:
             self._message_octets = self._identities.MESSAGE_OCTETS
             self._decode = self._identities.decode
 
+    def have_key(self, key: bytes) -> bool:
+        """Whether a virtual host signs with the key of this id."""
+        return any(key == one for keys in self._keys for _, one in keys)
+
     def begin(
         self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[socket.socket]
     ) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from keyd.protocol import GrantSet
+from keyd.protocol import ANY_NAME, Grant, GrantSet, Power
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Plan
 from titus_py.between.tunnel_terms import TunnelTerms
@@ -52,7 +52,8 @@ class Tunnels:
         self._connected = connected
         self._turn_away = turn_away
         self._offers = [
-            Offer((), GrantSet(_FIRST_SET + number, ())) for number in range(len(plan.tunnels))
+            Offer((), GrantSet(_FIRST_SET + number, self._grants(one)))
+            for number, one in enumerate(plan.tunnels)
         ]
         #: Those whose server is being connected to, by their sockets. Who came first is first.
         self._dialing: dict[socket.socket, tuple[Arrival, Failover]] = {}
@@ -65,6 +66,17 @@ class Tunnels:
 
     def __len__(self) -> int:
         return len(self._dialing)
+
+    def _grants(self, tunnel: TunnelTerms) -> tuple[Grant, ...]:
+        """What keyd may do for a tunnel: sign as a client, with its own key, if it has one."""
+        if tunnel.certificate is None:
+            return ()
+        key = bytes.fromhex(tunnel.certificate.key)
+        # A key is a server's or a client's. The check refuses such a configuration; whatever it
+        # overlooks, keyd is to refuse.
+        if self._connections.have_key(key):
+            return ()
+        return (Grant(0, ANY_NAME, key, frozenset({Power.SIGN_TLS13_CLIENT})),)
 
     def offer(self, number: int) -> Offer:
         """What keyd may do for a tunnel's connection."""

@@ -386,7 +386,7 @@ class Generation:
         )
 
     def _tunnel(self, tunnel: configuration.Tunnel) -> TunnelTerms:
-        files = tunnel.client_files
+        files, own = tunnel.client_files, tunnel.credential
         authorities = "" if files is None else self.checked.authorities[files].authorities
         return TunnelTerms(
             connect=tuple(map(str, tunnel.connect)),
@@ -395,10 +395,11 @@ class Generation:
             server_name=tunnel.verified_name,
             authorities=authorities,
             pins=tunnel.pins or (),
-            min_version=tunnel.min_version,
+            min_version=tunnel.lowest_version,
             alpn=tunnel.alpn,
             send_proxy=tunnel.send_proxy,
             drain=tunnel.drain,
+            certificate=own and _certificate(self.certificates[own]),
         )
 
 

@@ -8,7 +8,6 @@ without TLS is the client. Loaded only where the configuration has a tunnel.
 
 import select
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from socket import SocketType
 
@@ -18,19 +17,14 @@ from keyd.linux.process import make
 from titus_py.between.messages import Established
 from titus_py.between.report import End, State
 from titus_py.between.tunnel_terms import TunnelTerms
+from titus_py.worker.client_context import make_client_context
 from titus_py.worker.farewell import part
 from titus_py.worker.life import Terms
 from titus_py.worker.pump import Pump, describe
 from titus_py.worker.server_certificate import ServerVerifier, packed_address
-from titus_py.worker.tls import (
-    BUILT_IN_LEVEL,
-    VERSIONS,
-    group_name,
-    note_close_notify,
-    offered_suites,
-)
+from titus_py.worker.tls import Credentials, group_name
 
-__all__ = ["Conduit", "conduit", "make_client_context"]
+__all__ = ["Conduit", "conduit"]
 
 #: What the pump calls an end, with its sides changed round.
 _CHANGED_ROUND = {
@@ -39,20 +33,6 @@ _CHANGED_ROUND = {
     End.CLIENT_PROTOCOL_ERROR: End.SERVER_PROTOCOL_ERROR,
     End.BACKEND_RESET: End.CLIENT_RESET,
 }
-
-
-def make_client_context(min_version: str, alpn: Sequence[str] | None) -> SSL.Context:
-    """A client's context, which verifies nobody yet."""
-    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    context.set_min_proto_version(VERSIONS[min_version])
-    suites = offered_suites(None, rsa_key_exchange=False)
-    context.set_cipher_list(":".join([*suites, f"@SECLEVEL={BUILT_IN_LEVEL}"]).encode())
-    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
-    note_close_notify(context)
-    if alpn is not None:
-        context.set_alpn_protos([name.encode() for name in alpn])
-    return context
 
 
 class Conduit:
@@ -149,6 +129,8 @@ class Conduit:
 
 def conduit(terms: TunnelTerms) -> Conduit:
     """What workers inherit of a tunnel. Raises SSL.Error."""
-    context = make_client_context(terms.min_version, terms.alpn)
+    own = terms.certificate
+    credentials = Credentials(own.chain, own.key_reference) if own is not None else None
+    context = make_client_context(terms.min_version, terms.alpn, credentials)
     verifier = ServerVerifier(terms.authorities, terms.pins, terms.server_name)
     return Conduit(context, terms.server_name, verifier)

@@ -354,6 +354,50 @@ def test_each_shape_takes_its_powers(octets: bytes, enough: list[frozenset[Power
                 perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, granted, None)
 
 
+# --- a client's key ------------------------------------------------------------------------
+
+
+AS_A_CLIENT = frozenset({Power.SIGN_TLS13_CLIENT})
+CLIENT_VERIFY = VERIFY.replace(b"server", b"client")
+
+
+@pytest.mark.parametrize("length", [32, 48])
+@pytest.mark.parametrize("scheme", ["rsa_pss_rsae_sha256", *ECDSA, "ed25519"])
+def test_a_clients_key_signs_a_clients_certificate_verify(scheme: str, length: int) -> None:
+    octets, key = CLIENT_VERIFY + os.urandom(length), key_for(scheme)
+    assert perform(Operation.SIGN, key, SignatureScheme[scheme], octets, AS_A_CLIENT, None)
+
+
+@pytest.mark.parametrize("octets", [TLS13, marked(key_exchange(29))], ids=["1.3", "1.2"])
+def test_a_clients_key_signs_nothing_of_a_servers(octets: bytes) -> None:
+    with pytest.raises(NotGranted):
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, AS_A_CLIENT, None)
+    with pytest.raises(NotGranted):
+        perform(Operation.DECRYPT, RSA, 0x0303, bytes(256), AS_A_CLIENT, None)
+
+
+@pytest.mark.parametrize("length", [0, 20, 31, 33, 47, 49, 64])
+def test_a_client_signs_no_other_length(length: int) -> None:
+    octets = CLIENT_VERIFY + bytes(length)
+    with pytest.raises(NotTLS, match="a transcript hash"):
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, AS_A_CLIENT, None)
+
+
+@given(st.binary(max_size=1024))
+def test_of_any_octets_a_clients_key_signs_none(octets: bytes) -> None:
+    with pytest.raises((NotTLS, NotGranted)):
+        perform(Operation.SIGN, ED25519, SignatureScheme.ed25519, octets, AS_A_CLIENT, None)
+
+
+@pytest.mark.parametrize("scheme", ["rsa_pkcs1_sha256", "ecdsa_secp384r1_sha384"])
+def test_a_client_keeps_to_the_schemes_of_tls_1_3(scheme: str) -> None:
+    """PKCS #1 is not among them, and each curve has its own."""
+    key = RSA if scheme.startswith("rsa") else key_for("ecdsa_secp256r1_sha256")
+    octets = CLIENT_VERIFY + bytes(32)
+    with pytest.raises(NotTLS, match=r"in TLS 1\.3"):
+        perform(Operation.SIGN, key, SignatureScheme[scheme], octets, AS_A_CLIENT, None)
+
+
 @pytest.mark.parametrize(
     "random",
     [bytes(24) + b"DOWNGRD\x00", bytes(23) + MARK + bytes(1), MARK + bytes(24), bytes(32)],

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keyd.protocol import ANY_NAME, Grant, Malformed, Power
+from keyd.grants import GrantSets
+from keyd.protocol import ANY_NAME, Grant, GrantSet, Malformed, Power
 from keyd.sites import Sites
 from titus_py.between.certificate_index import CertificateIndex, write
 from titus_py.between.plan import Certificate
@@ -88,3 +89,29 @@ def test_virtual_hosts_come_in_their_order() -> None:
     made = sites([(), ("a",)])
     with pytest.raises(Malformed, match="virtual host 0 after those for 1"):
         made.add(Grant(0, "a", key(0), POWERS))
+
+
+AS_A_CLIENT = frozenset({Power.SIGN_TLS13_CLIENT})
+
+
+def test_what_a_client_signs_is_for_whatever_its_server_is() -> None:
+    """Nobody has seen a ClientHello: the worker makes it. The channel takes no witness."""
+    sets = GrantSets()
+    sets.add(GrantSet(7, (Grant(0, ANY_NAME, key(1), AS_A_CLIENT),)))
+    sets.add(GrantSet(8, (Grant(0, ANY_NAME, key(2), POWERS),)))
+    assert sets.use(7) == {key(1): AS_A_CLIENT}
+    assert isinstance(sets.use(8), Sites)
+
+
+@pytest.mark.parametrize(
+    "grants",
+    [
+        [AS_A_CLIENT | POWERS],
+        [AS_A_CLIENT, POWERS],
+        [POWERS, AS_A_CLIENT],
+        [AS_A_CLIENT | {Power.DECRYPT}],
+    ],
+)
+def test_a_set_is_for_a_server_or_for_a_client(grants: list[frozenset[Power]]) -> None:
+    with pytest.raises(Malformed, match="for a server and for a client"):
+        GrantSets().add(GrantSet(0, tuple(Grant(0, ANY_NAME, key(1), powers) for powers in grants)))

@@ -1,0 +1,230 @@
+"""Tunnels that show a certificate: keyd signs for it, as a client."""
+
+import re
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .client_authority import ClientAuthority
+from .conftest import Certificates, Serve
+from .instance import TITUS_PY, Instance, eventually, free_port, toml
+from .peers import Listener, connect, receive_all, receive_exactly, was_reset
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> ClientAuthority:
+    return ClientAuthority(tmp_path_factory.mktemp("clients"))
+
+
+@pytest.fixture(scope="module")
+def kinds(certificates: Certificates) -> dict[str, Any]:
+    """A key of each kind that keyd has, each in a certificate of its own."""
+    return {kind: certificates(kind, f"{kind}.test") for kind in ("RSA-2048", "P-384", "Ed25519")}
+
+
+def port_of(table: dict[str, Any]) -> int:
+    return int(table["listen"].rpartition(":")[2])
+
+
+@pytest.fixture(scope="module")
+def at() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def tables(
+    authority: ClientAuthority, kinds: dict[str, Any], certificates: Certificates, at: str
+) -> dict[str, dict[str, Any]]:
+    """Tunnels to our own virtual host, by what they show to it."""
+    known, stranger = authority.issue(self_signed=True), authority.issue(self_signed=True)
+    shown: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "P-256": {"certificate": known.chain, "key": known.key},
+        "a stranger's": {"certificate": stranger.chain, "key": stranger.key},
+    }
+    for kind, files in kinds.items():
+        shown[kind] = {"certificate": files.certificate, "key": files.key}
+    site = certificates("P-256", "site.test")
+    common = {"connect": at, "ca": site.authority, "server_name": "site.test"}
+    return {
+        kind: {"listen": f"127.0.0.1:{free_port()}", **common, **files}
+        for kind, files in shown.items()
+    }
+
+
+def pin_of(certificate: Path) -> str:
+    command = [TITUS_PY, "keys", "pin", certificate]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def instance(
+    serve_all: Serve,
+    certificates: Certificates,
+    echoing: Listener,
+    at: str,
+    tables: dict[str, dict[str, Any]],
+) -> Instance:
+    """Both ends: a virtual host that knows some keys, and tunnels to it."""
+    site = certificates("P-256", "site.test")
+    allowed = [
+        pin_of(table["certificate"])
+        for kind, table in tables.items()
+        if kind not in ("nothing", "a stranger's")
+    ]
+    vhost = {
+        "backend": echoing.address,
+        "certificate": site.certificate,
+        "key": site.key,
+        "client_certificates": "required",
+        "client_allow": {"spki": allowed},
+    }
+    return serve_all(listen=[{"address": at}], vhost=[vhost], tunnel=list(tables.values()))
+
+
+@pytest.mark.parametrize("kind", ["P-256", "RSA-2048", "P-384", "Ed25519"])
+def test_a_known_key_is_let_in(
+    instance: Instance, tables: dict[str, dict[str, Any]], kind: str
+) -> None:
+    before = instance.events_named("keyd_refused")
+    with connect(port_of(tables[kind])) as client:
+        client.sendall(b"in and out")
+        assert receive_exactly(client, 10) == b"in and out"
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b""
+        name = "{}:{}".format(*client.getsockname())
+    event = instance.wait_for_event("connection_ended", client=name)
+    assert (event["end"], event["tls_version"]) == ("clean", "TLSv1.3")
+    pin = pin_of(tables[kind]["certificate"])
+    shown = instance.wait_for_event("connection_ended", certificate_spki=pin)
+    assert (shown["end"], shown.get("tunnel")) == ("clean", None)
+    assert instance.events_named("keyd_refused") == before
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a stranger's"])
+def test_others_are_turned_down_by_the_server(
+    instance: Instance, tables: dict[str, dict[str, Any]], kind: str
+) -> None:
+    """In TLS 1.3, when the tunnel's own handshake is done. The log is not filled by it either."""
+    table = tables[kind]
+    attempts = 5
+    for _ in range(attempts):
+        with connect(port_of(table)) as client:
+            assert was_reset(client)
+
+    def counted() -> int:
+        ends = instance.events_named("connection_ended", tunnel=table["listen"])
+        assert all(one["level"] == "error" for one in ends)
+        return sum(one.get("count", 1) for one in ends)
+
+    eventually(lambda: counted() == attempts, "every one of them is accounted for")
+    (first, *_) = instance.events_named("connection_ended", tunnel=table["listen"])
+    assert first["end"] == "server_protocol_error"
+    wanted = "certificate required" if kind == "nothing" else "bad certificate"
+    assert wanted in first["detail"]
+
+
+def test_a_server_of_tls_1_2_gets_no_signature(
+    serve: Serve, authority: ClientAuthority, tmp_path: Path
+) -> None:
+    """What a client signs there has no form that keyd could check."""
+    server, own = authority.issue(self_signed=True), authority.issue(self_signed=True)
+    port = free_port()
+    table = {
+        "listen": f"127.0.0.1:{free_port()}",
+        "connect": f"127.0.0.1:{port}",
+        "pins": [server.spki],
+        "certificate": own.chain,
+        "key": own.key,
+    }
+    instance = serve(listen=[], vhost=[], tunnel=[table])
+    command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2", "-Verify", "1"]
+    command += ["-cert", str(server.chain), "-key", str(server.key), "-quiet"]
+    log = tmp_path / "s_server"
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file) as process,
+    ):
+        eventually(lambda: _listens(port), "s_server listens")
+        with connect(port_of(table)) as client:
+            assert was_reset(client)
+        event = instance.wait_for_event("tunnel_failed", tunnel=table["listen"])
+        process.terminate()
+    assert "protocol version" in event["detail"]
+
+
+def _listens(port: int) -> bool:
+    return (
+        subprocess.run(["ss", "-Hltn", f"sport = :{port}"], check=True, capture_output=True).stdout
+        != b""
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [
+        ({"min_version": "TLSv1.2"}, "min_version", "with a certificate, only TLSv1.3"),
+        ({"key": None}, "key", "is missing"),
+        ({"certificate": None}, "key", "has no effect without certificate"),
+        ({"of": "site"}, "certificate", "is for a key that signs as a server, too, for vhost"),
+        ({"of": "a weak authority"}, "certificate", "its key is too short"),
+    ],
+)
+def test_mistakes(
+    authority: ClientAuthority,
+    certificates: Certificates,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    key: str,
+    reason: str,
+) -> None:
+    site, own = certificates("P-256", "site.test"), authority.issue(self_signed=True)
+    files = {"certificate": own.chain, "key": own.key}
+    if settings.get("of") == "site":
+        files = {"certificate": site.certificate, "key": site.key}
+    elif settings.get("of") == "a weak authority":
+        files = _of_a_weak_authority(tmp_path)
+    tunnel = {
+        "listen": "127.0.0.1:5432",
+        "connect": "db.test:5432",
+        "ca": site.authority,
+        **files,
+        **{name: value for name, value in settings.items() if name != "of"},
+    }
+    path = tmp_path / "titus.toml"
+    path.write_text(
+        toml(
+            {
+                "listen": [{"address": "127.0.0.1:8443"}],
+                "vhost": [
+                    {"backend": "127.0.0.1:80", "certificate": site.certificate, "key": site.key}
+                ],
+                "tunnel": [{name: value for name, value in tunnel.items() if value is not None}],
+            }
+        )
+    )
+    done = subprocess.run(
+        [TITUS_PY, "check", "--config", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    found = re.findall(r'tunnel "127\.0\.0\.1:5432": (\w+): (.*)', done.stdout + done.stderr)
+    assert any(field == key and reason in said for field, said in found), done.stdout + done.stderr
+
+
+def _of_a_weak_authority(directory: Path) -> dict[str, Path]:
+    """Our own key is good; the chain that goes with it is not for today's OpenSSL."""
+    files = {"certificate": directory / "own.crt", "key": directory / "own.key"}
+    ca, leaf = directory / "ca", directory / "leaf.crt"
+    for command in (
+        f"req -newkey rsa:1024 -nodes -x509 -days 90 -subj /CN=ca -keyout {ca}.key -out {ca}.crt",
+        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=own "
+        f"-keyout {files['key']} -out {directory}/csr",
+        f"x509 -req -days 90 -in {directory}/csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial "
+        f"-out {leaf}",
+    ):
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    files["certificate"].write_bytes(leaf.read_bytes() + Path(f"{ca}.crt").read_bytes())
+    return files

@@ -1,0 +1,33 @@
+"""That a key signs as a server or as a client, and not as both.
+
+Run by the supervisor (root) and by commands, when the certificates have been read.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from titus_py.configuration.loading import Loaded
+from titus_py.configuration.mistake import Mistake
+from titus_py.configuration.tables import Credential, VirtualHost
+
+__all__ = ["keys_for_both"]
+
+
+def keys_for_both(
+    loaded: Loaded,
+    keys: Mapping[Credential, bytes],
+    keys_of: Callable[[VirtualHost], set[bytes]],
+) -> Iterator[Mistake]:
+    """Mistakes of tunnels whose key is a virtual host's, too. ``keys`` are the keys' ids."""
+    configuration, source = loaded.configuration, loaded.source
+    tunnels = configuration.tunnel if configuration is not None else ()
+    for number, tunnel in enumerate(tunnels):
+        key = keys.get(tunnel.credential) if tunnel.credential is not None else None
+        for other, vhost in enumerate(configuration.vhost if configuration is not None else ()):
+            if key is not None and key in keys_of(vhost):
+                yield source.mistake(
+                    f"tunnel[{number}].certificate",
+                    f"{tunnel.certificate} is for a key that signs as a server, too, for "
+                    f"{source.reference(f'vhost[{other}]')}: whoever takes a worker of one over "
+                    "could pass for the other. Make a key for the tunnel alone",
+                )
+                break
