@@ -668,19 +668,19 @@ def _map(descriptor: int, length: int) -> int:
 
 @breaks("signs", "keyd", within="keyd")
 def keyd_fails_to_sign(_: str) -> None:
-    from keyd import daemon
+    from keyd import channel
     from keyd.protocol import Status
     from titus_py.supervisor.announced_audits import FIRST_CONNECTION
 
-    real = daemon.Keyd._grant
+    real = channel.Channel.grant
 
-    def grant(self: Any, channel: Any, message: bytes) -> bytes:
-        result: bytes = real(self, channel, message)
-        if channel.connection >= FIRST_CONNECTION:
-            raise daemon._Refused(Status.FAILED, "taken out")
+    def grant(self: Any, keys: Any, message: bytes) -> Any:
+        result = real(self, keys, message)
+        if result is not None and self.connection >= FIRST_CONNECTION:
+            raise channel.Refused(Status.FAILED, "taken out")
         return result
 
-    daemon.Keyd._grant = grant
+    channel.Channel.grant = grant  # type: ignore[method-assign]
 
 
 def _change_terms(**changes: Any) -> None:
@@ -701,7 +701,9 @@ def _change_terms(**changes: Any) -> None:
     Open.decode = classmethod(decode)  # type: ignore[assignment,method-assign]
 
 
-def _change_grants(change: Callable[[Any], Any]) -> None:
+def _change_grants(
+    change: Callable[[Any], Any], of: Callable[[Any], bool] = lambda stated: True
+) -> None:
     """Likewise, other grants."""
     from keyd import daemon
     from keyd.sites import Sites
@@ -718,7 +720,10 @@ def _change_grants(change: Callable[[Any], Any]) -> None:
 
     def opened(self: Any, terms: Any, grants: Any, *others: Any) -> None:
         real(
-            self, terms, grants if terms.connection < FIRST_CONNECTION else Changed(grants), *others
+            self,
+            terms,
+            Changed(grants) if terms.connection >= FIRST_CONNECTION and of(grants) else grants,
+            *others,
         )
 
     daemon.Keyd.open = opened  # type: ignore[method-assign]
@@ -756,7 +761,8 @@ def keyd_grants_every_key(_: str) -> None:
         def get(self, key: bytes, default: object = None) -> frozenset[Power]:  # type: ignore[override]
             return super().get(key, frozenset({Power.SIGN_TLS13}))
 
-    _change_grants(Every)
+    # With several virtual hosts, another check would notice.
+    _change_grants(Every, lambda stated: len(stated._sites) == 1)
 
 
 @breaks("refuses_other_site", "keyd", within="keyd")
@@ -794,6 +800,7 @@ def _sign_also(fits: Callable[[bytes], bool]) -> None:
 
     real = powers._group_of_server_key_exchange
     powers._group_of_server_key_exchange = lambda octets: 29 if fits(octets) else real(octets)
+    powers._check_client_of_server_key_exchange = lambda *_: None
 
 
 @breaks("refuses_certificate", "keyd", within="keyd")
