@@ -4,7 +4,7 @@ import signal
 import sys
 
 if sys.argv[1:2] in (["control"], ["listen"]):
-    # Before anything else: by default these signals end the process, and keyd has no use for them.
+    # Before anything else: by default these signals end the process. SIGHUP has a use later.
     for _of_no_meaning in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
 
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import prctl
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from keyd import key_reader
 from keyd.confinement import (
     CannotLock,
     Confinement,
@@ -30,7 +31,9 @@ from keyd.confinement import (
     lock_before_keys,
 )
 from keyd.daemon import Keyd
-from keyd.keys import UnusableKey, load_private_key, read
+from keyd.key_files import KeySources
+from keyd.key_renewal import Renewal
+from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
@@ -239,7 +242,7 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
 
     keyd = Keyd(keys, tick)
     for token in tokens:
-        keyd.hear_token(token.socket, token.hear)
+        keyd.hear_process(token.socket, token.hear)
     keyd.hear_parent(parent, gone=keyd.stop)
     keyd.hear_supervisor(supervisor)
 
@@ -283,11 +286,19 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     close_inherited()
     notify = Notifier()
     guards = _protect(arguments)
+    sources = _sources(arguments)
+    reader = key_reader.start(sources) if sources.any else None
     keys: dict[bytes, Key] = {}
-    tokens = token_options.start(
-        arguments, lambda key: keys.update({key_id(key.public_key()): key})
-    )
-    keys |= _load_some_encrypted(arguments)
+
+    def found(key: Key) -> None:
+        keys[key_id(key.public_key())] = key
+
+    def drop(identity: bytes) -> None:
+        del keys[identity]
+
+    tokens = token_options.start(arguments, found)
+    of_files = sources.load_all(needed=not tokens)
+    keys |= _load(of_files.values())
     hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
     with ExitStack() as stack:
@@ -296,7 +307,7 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
         states = States(tokens)
         keyd = Keyd(keys, tick=lambda: _tick(notify, states))
         for token in tokens:
-            keyd.hear_token(token.socket, token.hear)
+            keyd.hear_process(token.socket, token.hear)
 
         def accepted(parent: socket.socket) -> None:
             parent.setblocking(False)
@@ -304,6 +315,9 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
                 parent.send(Keys.of(keys).encode())
             keyd.hear_parent(parent, gone=lambda: None)
 
+        # Parents connect again, and are told which keys there are now.
+        if reader is not None:
+            Renewal(reader, of_files, found, drop, keyd.part).on_hangup(keyd)
         for listener in listeners:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
@@ -319,6 +333,8 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     guards = _protect(arguments)
     # Which versions and groups its clients speak, they do not say.
     granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
+    sources = _sources(arguments)
+    reader = key_reader.start(sources) if sources.any else None
     keys: dict[bytes, Key] = {}
     grants: dict[bytes, frozenset[Power]] = {}
 
@@ -326,8 +342,12 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         identity = key_id(key.public_key())
         keys[identity], grants[identity] = key, granted
 
+    def drop(identity: bytes) -> None:
+        del keys[identity], grants[identity]
+
     tokens = token_options.start(arguments, found)
-    for key in _load_some_encrypted(arguments).values():
+    of_files = sources.load_all(needed=not tokens)
+    for key in _load(of_files.values()).values():
         found(key)
     hear_first(tokens)
     with ExitStack() as stack:
@@ -337,7 +357,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         states = States(tokens)
         keyd = Keyd(keys, tick=lambda: _tick(notify, states))
         for token in tokens:
-            keyd.hear_token(token.socket, token.hear)
+            keyd.hear_process(token.socket, token.hear)
 
         def accepted(client: socket.socket) -> Callable[[], None] | None:
             def record(report: Refusal | Done) -> None:
@@ -351,6 +371,8 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
 
             return keyd.open_once(terms, grants, client, record)
 
+        if reader is not None:
+            Renewal(reader, of_files, found, drop, lambda: None).on_hangup(keyd)
         for listener in listeners:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
@@ -415,31 +437,9 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
     return program
 
 
-def _load_some_encrypted(arguments: argparse.Namespace) -> dict[bytes, PrivateKey]:
-    """Load the keys of the command line; only encrypted ones get the passphrase file.
-
-    In a directory, a file that holds no key is named, and left out: it does not take the others
-    out of service. Raises UnusableKey, and LookupError where there is no key at all.
-    """
-
-    def load(path: str) -> PrivateKey:
-        encrypted = b"ENCRYPTED" in read(path, "key")
-        return load_private_key(path, arguments.passphrase_file if encrypted else None)
-
-    in_tokens = [key for key in arguments.key if key.startswith(token_options.SCHEME)]
-    keys = [load(path) for path in arguments.key if path not in in_tokens]
-    if arguments.key_directory:
-        for file in sorted(map(str, Path(arguments.key_directory).iterdir())):
-            if file == arguments.passphrase_file:
-                continue
-            try:
-                keys.append(load(file))
-            except UnusableKey as error:
-                print(f"keyd: left out: {error}", file=sys.stderr)
-    if not keys and not in_tokens:
-        where = f" in {arguments.key_directory}" if arguments.key_directory else ": set --key"
-        raise LookupError(f"no private key{where}")
-    return _load(keys)
+def _sources(arguments: argparse.Namespace) -> KeySources:
+    files = (key for key in arguments.key if not key.startswith(token_options.SCHEME))
+    return KeySources(tuple(files), arguments.key_directory, arguments.passphrase_file)
 
 
 def _load(keys: Iterable[PrivateKey]) -> dict[bytes, PrivateKey]:

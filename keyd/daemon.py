@@ -235,7 +235,12 @@ class Keyd:
 
         self._arm_source(supervisor, hear)
 
-    def hear_token(self, process: socket.socket, hear: Callable[[], bool]) -> None:
+    def part(self) -> None:
+        """Have every parent connect anew. Until it closes its socket, it may open channels."""
+        for parent in list(self._parents):
+            _say_no_more(parent)
+
+    def hear_process(self, process: socket.socket, hear: Callable[[], bool]) -> None:
         """Call ``hear`` when this process says something, until it returns that it has ended."""
 
         def hear_once() -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-__all__ = ["TEXT_CHARACTERS", "Words", "leave_standard_error"]
+__all__ = ["TEXT_CHARACTERS", "Words", "leave_standard_error", "say"]
 
 #: The supervisor takes no longer text.
 TEXT_CHARACTERS = 1000
@@ -38,3 +38,8 @@ def leave_standard_error(tell: Callable[[str], None]) -> None:
     sys.stderr.flush()
     os.dup2(0, 2)
     sys.stderr = Words(tell)
+
+
+def say(line: str) -> None:
+    """To standard error, as keyd says everything."""
+    print(f"keyd: {line}", file=sys.stderr, flush=True)

@@ -16,9 +16,10 @@ from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
 from keyd.token.keys import Token, TokenKey, rehearse_verifying
-from keyd.token.starting import Settings, say, user_named
+from keyd.token.starting import Settings, user_named
 from keyd.token.starting import start as start_processes
 from keyd.token.uri import SCHEME, BadUri, parse
+from keyd.words import say
 
 __all__ = ["SCHEME", "add", "add_command", "start"]
 

@@ -19,7 +19,7 @@ from keyd.reference import public_key_of
 from keyd.token.keys import PublicKey, Token, TokenKey, rehearse_verifying
 from keyd.token.uri import KeyUri, check_module, parse
 
-__all__ = ["Settings", "User", "say", "start", "start_told", "user_named"]
+__all__ = ["Settings", "User", "start", "start_told", "user_named"]
 
 
 def _ignore(_: object) -> None:
@@ -60,11 +60,6 @@ def user_named(name: str) -> User:
     entry = pwd.getpwnam(name)
     groups = os.getgrouplist(name, entry.pw_gid)
     return User(entry.pw_uid, entry.pw_gid, tuple(groups))
-
-
-def say(line: str) -> None:
-    """To standard error, as keyd says everything."""
-    print(f"keyd: {line}", file=sys.stderr, flush=True)
 
 
 def start_told(told: dict[str, Any]) -> list[Token]:

@@ -692,3 +692,28 @@ def test_keyd_says_why_it_does_not_start(
     assert words in ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert sys.executable not in ended.stderr
+
+
+def test_a_keyd_that_reads_its_keys_again_makes_for_a_reload(
+    start_keyd: Start,
+    start_proxy: Callable[..., Instance],
+    certificates: Certificates,
+    echoing: Listener,
+    tmp_path: Path,
+) -> None:
+    """A renewal without a restart of either: keyd is told, and titus-py finds the new key."""
+    site = install(certificates("P-256", "before.test"), tmp_path)
+    keyd = start_keyd(site.key)
+    instance = start_proxy(echoing.address, site, keyd=keyd)
+    process = keyd.process
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        install(certificates("P-256", "after.test"), tmp_path)
+        since = len(instance.events())
+        process.kill(signal.SIGHUP)
+        instance.wait_for_event("keys_changed", PATIENCE, since=since)
+        eventually(
+            lambda: name_shown_to_a_new_client(instance) == "after.test", "the new key", PATIENCE
+        )
+        assert talk(established)
+    assert keyd.process == process

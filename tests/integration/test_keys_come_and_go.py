@@ -1,0 +1,142 @@
+"""A keyd of its own takes new keys and lets go of old ones, on SIGHUP, and loses no channel."""
+
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from keyd.powers import PrivateKey
+from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, SignatureScheme, Status
+from keyd.reference import key_id
+from titus_py.audit.key_search import needles, search
+
+from .instance import TITUS_PY, eventually
+
+_CERTIFICATE_VERIFY = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + bytes(32)
+
+
+class KeyFiles:
+    """A ``keyd listen`` with one key by its file and the others in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.named, self.others = directory / "named.key", directory / "keys"
+        self.others.mkdir()
+        self.socket, self._log = directory / "keyd.sock", directory / "log"
+        self.first = self.write(self.named)
+        self.second = self.write(self.others / "second.key", rsa.generate_private_key(65537, 2048))
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(TITUS_PY.with_name("keyd"), "listen", f"--socket={self.socket}"),
+                    *(f"--key={self.named}", f"--key-directory={self.others}"),
+                    *("--user=nobody", f"--chroot={directory / 'empty'}"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        eventually(lambda: "guards against" in self.log(), "keyd serves")
+        eventually(lambda: self.ask(self.first) is Status.DONE, "keyd serves")
+
+    @staticmethod
+    def write(path: Path, key: PrivateKey | None = None) -> PrivateKey:
+        """Put a key there as renewal tools do, and return it."""
+        key = key or ec.generate_private_key(ec.SECP256R1())
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        new = path.with_name(f".{path.name}.new")
+        new.touch(0o600)
+        new.write_bytes(pem)
+        new.rename(path)
+        return key
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def hang_up(self) -> None:
+        """SIGHUP, and wait until the files have been read."""
+        before = self.log().count("keys read again")
+        self.process.send_signal(signal.SIGHUP)
+        eventually(lambda: self.log().count("keys read again") > before, "keys are read again")
+
+    def connect(self) -> socket.socket:
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.settimeout(30)
+        channel.connect(str(self.socket))
+        return channel
+
+    def ask(self, key: PrivateKey, channel: socket.socket | None = None) -> Status:
+        scheme = SignatureScheme.ecdsa_secp256r1_sha256
+        if isinstance(key, rsa.RSAPrivateKey):
+            scheme = SignatureScheme.rsa_pss_rsae_sha256
+        identity = key_id(key.public_key())
+        with channel or self.connect() as asking:
+            asking.send(Request(Operation.SIGN, scheme, identity, _CERTIFICATE_VERIFY).encode())
+            return Reply.decode(asking.recv(MAX_REPLY_OCTETS)).status
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[KeyFiles]:
+    files = KeyFiles(tmp_path)
+    yield files
+    files.process.kill()
+    files.process.wait()
+
+
+def test_new_keys_come_old_ones_go_and_a_bad_file_keeps_its_key(files: KeyFiles) -> None:
+    channels = [files.connect() for _ in range(3)]
+    new = files.write(files.named)
+    third = files.write(files.others / "third.key", ec.generate_private_key(ec.SECP256R1()))
+    (files.others / "second.key").write_text("-----BEGIN PRIVATE KEY-----\nno\n")
+    # Not before the signal.
+    assert files.ask(new) is Status.NOT_GRANTED
+    files.hang_up()
+    assert files.ask(new) is Status.DONE
+    assert files.ask(third) is Status.DONE
+    assert files.ask(files.first) is Status.NOT_GRANTED
+    assert f"{files.named}: a new key" in files.log()
+    assert f"{files.named}: its former key is let go of" in files.log()
+    assert "second.key holds a PEM private key that is damaged: its former key stays" in files.log()
+    # Channels that were open go on, with the keys that there are now.
+    assert files.ask(new, channels[0]) is Status.DONE
+    assert files.ask(files.second, channels[1]) is Status.DONE
+    assert files.ask(files.first, channels[2]) is Status.NOT_GRANTED
+    (files.others / "second.key").unlink()
+    files.named.unlink()
+    files.hang_up()
+    assert files.ask(files.second) is Status.NOT_GRANTED
+    # Named on the command line: that may be a renewal half-way.
+    assert files.ask(new) is Status.DONE
+    assert files.ask(third) is Status.DONE
+
+
+def test_a_key_that_was_let_go_of_is_in_no_memory(files: KeyFiles) -> None:
+    middle = files.write(files.named)
+    files.hang_up()
+    assert files.ask(middle) is Status.DONE
+    pid = files.process.pid
+    # The control: it is there as long as it is served.
+    assert search(pid, needles(middle)).hits
+    files.write(files.named)
+    files.hang_up()
+    assert files.ask(middle) is Status.NOT_GRANTED
+    assert not search(pid, needles(middle)).hits
+    (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    current = load_pem_private_key(files.named.read_bytes(), None)
+    assert not search(int(reader), needles(current)).hits  # type: ignore[arg-type]
+
+
+def test_the_reader_ends_with_keyd(files: KeyFiles) -> None:
+    pid = files.process.pid
+    (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    files.process.kill()
+    files.process.wait()
+    eventually(lambda: not Path(f"/proc/{reader}").exists(), "the reader has ended")
