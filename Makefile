@@ -12,7 +12,8 @@ BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
 DEMO_PACKAGES := curl
 TEST_PACKAGES := $(DEMO_PACKAGES) clang haproxy iproute2 libseccomp2 nftables nghttp2-client nginx-light openssl procps prometheus softhsm2 man-db systemd-container \
-    python3-cryptography python3-openssl apache2-bin postgresql stunnel4
+    python3-cryptography python3-openssl apache2-bin postgresql stunnel4 \
+    erlang-base redis-server
 LINT_PACKAGES := shellcheck
 SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/lock packaging/units \
     $(addprefix packaging/debian/,postinst postrm prerm)
@@ -28,7 +29,7 @@ export SOURCE_DATE_EPOCH
 VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 REVISION ?= 1
 PACKAGED = LICENSE CHANGELOG.md $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
-    docs/*.md systemd/* systemd/prometheus/* packaging/locked/*) \
+    docs/*.md examples/* examples/*/* systemd/* systemd/prometheus/* packaging/locked/*) \
     packaging/titus.toml packaging/install packaging/units docs/reference.py
 DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
 

@@ -30,14 +30,20 @@ _READ_SECONDS = 30.0
 
 _ADVICE = """\
 made {key} and {certificate}
-This host's titus.toml names these two files, as certificate and key.
-The other host's titus.toml names the pin. Where it is the server, in its [[vhost]]:
+This host's titus.toml names these two files, as certificate and key: in a [[vhost]], or in a
+[[tunnel]], not in both. The other host's titus.toml names the pin. If this host is its client:
 
+    [[vhost]]
     client_certificates = "required"
 
     [[vhost.client]]
     name = "{name}"
     spki = ["{pin}"]
+
+If this host is its server:
+
+    [[tunnel]]
+    pins = ["{pin}"]
 """
 
 
