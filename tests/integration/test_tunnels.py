@@ -19,7 +19,7 @@ from titus_py.supervisor.control_client import ask
 
 from .client_authority import DAY, ClientAuthority, ClientCertificate
 from .conftest import Certificates, Serve
-from .instance import Event, Instance, eventually, free_port
+from .instance import TITUS_PY, Event, Instance, eventually, free_port
 from .peers import (
     TIMEOUT,
     Listener,
@@ -463,3 +463,54 @@ def test_status_and_metrics(serve: Serve, servers: Servers, tmp_path: Path) -> N
     text = subprocess.run(asked, check=True, capture_output=True, text=True).stdout
     assert f'titus_tunnel_connections_total{{tunnel="{good["listen"]}"}} 1' in text
     assert 'titus_tunnel_failures_total{reason="pin_mismatch"} 1' in text
+
+
+def test_a_revoked_pin_cuts_what_is_open(serve: Serve, servers: Servers) -> None:
+    good, expired = servers.shown["good"].spki, servers.shown["expired"].spki
+    revoked = tunnel(servers.addresses["good"], pins=[good, expired])
+    kept = tunnel(servers.addresses["expired"], pins=[expired])
+    instance = serve(listen=[], vhost=[], tunnel=[revoked, kept])
+    with connect(port_of(revoked)) as first, connect(port_of(kept)) as second:
+        for client in (first, second):
+            client.sendall(b"?")
+            assert receive_exactly(client, 1) == b"?"
+        path = instance.directory / "titus.toml"
+        path.write_text(path.read_text().replace(f'"{good}", ', ""))
+        command = [TITUS_PY, "reload", "--cut", "--pid", str(instance.pid)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert "1 connection ended" in said
+        assert was_reset(first)
+        assert end_of(instance, first)["end"] == "no_longer_allowed"
+        second.sendall(b"still there")
+        assert receive_exactly(second, 11) == b"still there"
+    with suppress(ConnectionResetError), connect(port_of(revoked)) as client:
+        assert was_reset(client)
+    event = instance.wait_for_event("tunnel_failed", tunnel=revoked["listen"])
+    assert event["detail"].startswith("pin_mismatch: ")
+
+
+def test_another_program_takes_the_connections_on(serve: Serve, servers: Servers) -> None:
+    table = tunnel(servers.addresses["good"], pins=[servers.shown["good"].spki])
+    instance = serve(listen=[], vhost=[], tunnel=[table])
+    with connect(port_of(table)) as client:
+        client.sendall(b"?")
+        assert receive_exactly(client, 1) == b"?"
+        command = [TITUS_PY, "reload", "--program", "--pid", str(instance.pid)]
+        subprocess.run(command, check=True, capture_output=True)
+        client.sendall(b"still there")
+        assert receive_exactly(client, 11) == b"still there"
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b""
+        assert end_of(instance, client)["tunnel"] == table["listen"]
+    with connect(port_of(table)) as client:
+        client.sendall(b"!")
+        assert receive_exactly(client, 1) == b"!"
+
+
+def test_an_audit_of_tunnels_alone(instance: Instance, tables: dict[str, dict[str, Any]]) -> None:
+    with connect(port_of(tables["by ca"])) as client:
+        client.sendall(b"?")
+        assert receive_exactly(client, 1) == b"?"
+        command = [TITUS_PY, "audit", "--quiet", "--pid", str(instance.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

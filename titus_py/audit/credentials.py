@@ -101,7 +101,9 @@ def _few_capabilities(seen: Observation, _: Scene) -> Seen:
 def _capabilities_to_end_workers(seen: Observation, scene: Scene) -> Seen:
     kept = set(PARENT_CAPABILITIES)
     vhosts = scene.target.configuration.vhost
-    if any(isinstance(one, UnixAddress) for vhost in vhosts for _, one in vhost.all_backends):
+    reached = {one for vhost in vhosts for _, one in vhost.all_backends}
+    reached.update(*(tunnel.connect for tunnel in scene.target.configuration.tunnel))
+    if any(isinstance(one, UnixAddress) for one in reached):
         kept.add(prctl.CAP_DAC_OVERRIDE)
     if any(vhost.source_address for vhost in vhosts):
         kept |= TRANSPARENT_CAPABILITIES.keys()

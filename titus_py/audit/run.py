@@ -9,7 +9,16 @@ from typing import NamedTuple
 
 from titus_py.audit import credentials, descriptors, hardening, limits, memory, surroundings
 from titus_py.audit.announcement import announce
-from titus_py.audit.finding import Check, Finding, Subject, Verdict, broken, holds, not_available
+from titus_py.audit.finding import (
+    Check,
+    Finding,
+    Seen,
+    Subject,
+    Verdict,
+    broken,
+    holds,
+    not_available,
+)
 from titus_py.audit.instance import Process, Role
 from titus_py.audit.observation import Scene, Stage, has_backend
 from titus_py.audit.probe import NO_CERTIFICATE, Probe, Unanswered
@@ -83,7 +92,7 @@ def audit(target: Target) -> Audit:
     return Audit(
         target.supervisor.pid,
         target.source,
-        tuple(str(listen.address) for listen in target.configuration.listen),
+        tuple(map(str, target.configuration.listening)),
         Host(
             uname.node,
             f"{uname.system} {uname.release} {uname.version}",
@@ -101,6 +110,9 @@ def _findings(target: Target) -> Iterator[Finding]:
     processes = target.processes()
     yield _only_known(target)
     yield from _examine(target, {process: "" for process in processes if process.role in _KNOWN})
+    if not target.configuration.vhost:
+        yield from _without_a_client(target)
+        return
     stages: dict[int, str] = {}
     try:
         with Probe(target) as probe:
@@ -119,15 +131,27 @@ def _findings(target: Target) -> Iterator[Finding]:
             yield from ask_keyd(scene, probe.certificate, announce(target.supervisor.pid))
             yield probe.end()
     except Unanswered as error:
-        seen = broken(str(error))
-        yield Finding(
-            "connection",
-            Subject(Role.WORKER, 0, 0),
-            "a client that comes is served",
-            "a connection like any client's",
-            seen.text,
-            seen.verdict,
-        )
+        yield _of_the_connection(broken(str(error)))
+
+
+def _without_a_client(target: Target) -> Iterator[Finding]:
+    """Tunnels alone serve programs of this machine's: whom they reach is not the audit's to ask."""
+    scene = Scene(target)
+    alive = [seen.process for seen in scene.observations]
+    stages = {observed.pid: observed.stage for observed in scene.observations}
+    yield from memory.look_for_keys(target, alive, stages)
+    yield _of_the_connection(not_available("there is no virtual host to connect to"))
+
+
+def _of_the_connection(seen: Seen) -> Finding:
+    return Finding(
+        "connection",
+        Subject(Role.WORKER, 0, 0),
+        "a client that comes is served",
+        "a connection like any client's",
+        seen.text,
+        seen.verdict,
+    )
 
 
 _IN_ORDER = (

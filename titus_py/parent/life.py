@@ -226,6 +226,10 @@ class Parent:
             case "claims":
                 self._arrivals.keep(0)
                 tell_claims(self._connections, order["vhosts"], self._tell)
+            case "cut tunnels":
+                self._arrivals.keep(0)
+                if self._arrivals.tunnels is not None:
+                    self._arrivals.tunnels.cut(order["tunnels"])
             case "cut":
                 cut(self._connections, order["connections"])
             case "retire":

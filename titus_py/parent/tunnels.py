@@ -7,7 +7,7 @@ worker gets the client's socket and the server's together, and connects to nothi
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from keyd.protocol import ANY_NAME, Grant, GrantSet, Power
@@ -106,10 +106,17 @@ class Tunnels:
             if tunnel.drain is not None:
                 self._loop.after(tunnel.drain, partial(self._end, number))
 
-    def _end(self, number: int) -> None:
+    def cut(self, numbers: Collection[int]) -> None:
+        """End the connections of these tunnels: the new configuration accepts less."""
+        self._kill(numbers, "no_longer_allowed")
+
+    def _kill(self, numbers: Collection[int], reason: str) -> None:
         for worker in list(self._connections.busy.values()):
-            if worker.tunnel == number:
-                worker.kill("drained")
+            if worker.tunnel in numbers:
+                worker.kill(reason)
+
+    def _end(self, number: int) -> None:
+        self._kill([number], "drained")
         self._loop.after(_AGAIN_SECONDS, partial(self._end, number))
 
     def _settled(

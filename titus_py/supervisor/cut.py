@@ -22,6 +22,7 @@ from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.record import Event
+from titus_py.supervisor.tunnel_cut import stricter_tunnels
 
 __all__ = ["CLAIMS", "Cut"]
 
@@ -89,6 +90,8 @@ class Cut:
         self._awaited: dict[int, Generation] = {}
         self._asked: dict[int, Generation] = {}
         self._claims: list[_Claim] = []
+        #: How many connections of tunnels are ended.
+        self._of_tunnels = 0
         self._patience: Timer | None = None
         self._aside: _Aside | None = None
         self._done: Callable[[dict[str, object]], None] | None = None
@@ -111,6 +114,7 @@ class Cut:
         self._asked = {
             one.number: one for one in earlier if one.parent is not None and self._rules[one.number]
         }
+        self._of_tunnels = sum(self._cut_tunnels(one, serving) for one in earlier)
         self._awaited = self._asked.copy()
         self._patience = self._loop.after(_CLAIMS_SECONDS, self._give_up)
         for one in self._asked.values():
@@ -118,6 +122,15 @@ class Cut:
                 vhosts = list(self._rules[one.number])
                 self._children.order(one.parent, {"do": "claims", "vhosts": vhosts})
         self._judge_if_all_is_told()
+
+    def _cut_tunnels(self, generation: Generation, serving: Generation) -> int:
+        """End the connections of tunnels that accept less now; returns how many there were."""
+        numbers = stricter_tunnels(generation, serving)
+        if not numbers or generation.parent is None:
+            return 0
+        self._children.order(generation.parent, {"do": "cut tunnels", "tunnels": numbers})
+        names = {str(generation.configuration.tunnel[number].listen) for number in numbers}
+        return sum(begun.get("tunnel") in names for begun in generation.connections.values())
 
     def heard(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
         """Take what a parent says of its clients; raises Unintelligible."""
@@ -169,7 +182,7 @@ class Cut:
             while numbers and generation.parent is not None:
                 some, numbers = numbers[:_ORDER_CONNECTIONS], numbers[_ORDER_CONNECTIONS:]
                 self._children.order(generation.parent, {"do": "cut", "connections": some})
-        self._finish(len(unwanted), problem)
+        self._finish(len(unwanted) + self._of_tunnels, problem)
 
     def _finish(self, count: int = 0, problem: str = "") -> None:
         if self._patience is not None:

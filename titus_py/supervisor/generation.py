@@ -296,7 +296,7 @@ class Generation:
         plan = Plan(
             listeners=tuple(map(self._listener, listeners, listeners.values())),
             vhosts=tuple(map(self._virtual_host, self.configuration.vhost)),
-            tunnels=tuple(map(self._tunnel, self.configuration.tunnel)),
+            tunnels=tuple(map(self.tunnel_terms, self.configuration.tunnel)),
             addresses={str(backend): addresses.get(backend, ()) for backend in self.backends},
             checks=self.checks,
             states=tuple(map(states.get, self.checks)),
@@ -385,7 +385,8 @@ class Generation:
             clients=client_terms(vhost, self.checked.authorities),
         )
 
-    def _tunnel(self, tunnel: configuration.Tunnel) -> TunnelTerms:
+    def tunnel_terms(self, tunnel: configuration.Tunnel) -> TunnelTerms:
+        """What a tunnel of its configuration is to do."""
         files, own = tunnel.client_files, tunnel.credential
         authorities = "" if files is None else self.checked.authorities[files].authorities
         return TunnelTerms(
