@@ -131,8 +131,8 @@ def become(uid: int, gid: int, groups: Sequence[int] = ()) -> None:
     prctl.set_no_new_privs(1)
 
 
-def become_with(uid: int, gid: int, kept: Iterable[int]) -> None:
-    """Become this user and this group alone, for good, and keep these capabilities (by number).
+def become_with(uid: int, gid: int, kept: Iterable[int], groups: Sequence[int] = ()) -> None:
+    """Become this user, and of these groups alone, for good; keep these capabilities (by number).
 
     There is no way to others: the bounding, inheritable and ambient sets are empty, uid 0 would
     give none. Sets no_new_privs as well. Needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP.
@@ -140,7 +140,7 @@ def become_with(uid: int, gid: int, kept: Iterable[int]) -> None:
     meanwhile = {*kept, prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
     keep_capabilities(meanwhile)
     forbid_regaining(meanwhile, keep_caps=True)
-    become(uid, gid)
+    become(uid, gid, groups)
     _set_capabilities(kept)
 
 

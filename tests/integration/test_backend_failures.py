@@ -2,13 +2,21 @@
 
 import itertools
 import os
+import re
+import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import prctl
 import pytest
+
+from titus_py.audit.finding import Verdict
+from titus_py.audit.run import audit
+from titus_py.audit.target import find_target
 
 from .conftest import Serve
 from .instance import Instance, free_port
@@ -85,6 +93,31 @@ def test_a_unix_socket_that_is_not_there_yet_is_tried_afresh(serve: Serve, tmp_p
         is_served(instance, listener)
     reason, _ = is_reset_with_event(instance, "backend_unavailable")
     assert reason == f"unix:{path}: Connection refused"
+
+
+def test_a_unix_socket_is_reached_by_its_group_without_a_capability(serve: Serve) -> None:
+    gid = 2_000_000_013
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        path = Path(directory, "app.sock")
+        with Listener.unix(path) as listener:
+            path.chmod(0o660)
+            os.chown(path, 0, gid)
+            instance = serve(listener.address, worker={"backend_groups": [str(gid)]})
+            is_served(instance, listener)
+            status = Path(f"/proc/{instance.parent().pid}/status").read_text()
+            (capabilities,) = re.findall(r"CapPrm:\t(.*)", status)
+            assert int(capabilities, 16) == 1 << prctl.CAP_KILL
+            assert re.findall(r"Groups:\t(.*)", status) == [f"{gid} "]
+            made = audit(find_target(instance.pid))
+            assert made.having(Verdict.BROKEN) == []
+            # The control: the socket of another group.
+            os.chown(path, 0, gid + 1)
+            reason, _ = is_reset_with_event(instance, "backend_unavailable")
+            assert reason == f"unix:{path}: Permission denied"
+            instance.signal(signal.SIGHUP)
+            warned = instance.wait_for_event("configuration", level="warning")
+            assert f"{path} keeps titus-py from this socket" in warned["problem"]
 
 
 @pytest.mark.parametrize("kind", ["TCP", "unix"])

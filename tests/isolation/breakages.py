@@ -13,7 +13,7 @@ import fcntl
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -425,8 +425,8 @@ def parent_capabilities(_: str) -> None:
 
     real = confinement.become_with
 
-    def become_with(uid: int, gid: int, kept: list[int]) -> None:
-        real(uid, gid, [*kept, prctl.CAP_SETUID])
+    def become_with(uid: int, gid: int, kept: list[int], groups: Sequence[int]) -> None:
+        real(uid, gid, [*kept, prctl.CAP_SETUID], groups)
 
     confinement.become_with = become_with
 
@@ -436,7 +436,7 @@ def parent_root(_: str) -> None:
     from titus_py.parent import confinement
 
     real = confinement.become_with
-    confinement.become_with = lambda uid, gid, kept: real(0, 0, kept)
+    confinement.become_with = lambda uid, gid, kept, groups: real(0, 0, kept, groups)
 
 
 @breaks("filter", "parent", within="parent")

@@ -18,6 +18,8 @@ from titus_py.parent.system_calls import FAILING, parent_calls
 from .harness import infected, make_certificate
 
 UID = 2_000_000_009
+#: Of the sockets of a backend.
+GID = 2_000_000_011
 USUAL = {"end a worker", "connect to a backend"}
 FILES = {
     "read what is root's",
@@ -68,6 +70,7 @@ ATTEMPTS = {
     "remove a file": lambda: os.unlink(settings["file"] + ".removed"),
     "list a directory": lambda: os.listdir("/etc"),
     "connect to everybody's socket": lambda: connect(settings["everybody"]),
+    "connect to a group's socket": lambda: connect(settings["group"]),
     "connect to root's socket": lambda: connect(settings["root"]),
     "become root": lambda: os.setresuid(0, 0, 0),
     "become a worker": lambda: os.setresuid(settings["uid"] - 1, 0, 0),
@@ -98,7 +101,7 @@ def tried(name, confined):
     if not pid:
         try:
             if confined:
-                confine(settings["uid"], settings["capabilities"], program)
+                confine(settings["uid"], settings["groups"], settings["capabilities"], program)
         except BaseException:
             os.abort()
         try:
@@ -125,7 +128,7 @@ def run(code: str, calls: seccomp.Rules, first: str = "") -> "subprocess.Complet
     confined = (
         "from keyd.linux import seccomp\n"
         "from titus_py.parent.confinement import confine\n"
-        f"confine({UID}, [], seccomp.Program(bytes.fromhex({program!r})))\n"
+        f"confine({UID}, [], [], seccomp.Program(bytes.fromhex({program!r})))\n"
     )
     return subprocess.run(
         [sys.executable, "-I", "-c", first + confined + code],
@@ -135,11 +138,14 @@ def run(code: str, calls: seccomp.Rules, first: str = "") -> "subprocess.Complet
     )
 
 
-def attempted(*capabilities: int, unix: bool = False, source: bool = False) -> list[dict[str, str]]:
+def attempted(
+    *capabilities: int, unix: bool = False, source: bool = False, groups: tuple[int, ...] = ()
+) -> list[dict[str, str]]:
     """How each attempt ended, as root and in a parent: an empty text is a success."""
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as directory,
         socket.socket(socket.AF_UNIX) as everybodys,
+        socket.socket(socket.AF_UNIX) as groups_own,
         socket.socket(socket.AF_UNIX) as roots,
         subprocess.Popen(["sleep", "60"], user=UID + 1) as victim,
     ):
@@ -147,18 +153,25 @@ def attempted(*capabilities: int, unix: bool = False, source: bool = False) -> l
         file = Path(directory, "file")
         file.write_text("x")
         file.chmod(0o666)
-        for name, listener, mode in (("everybody", everybodys, 0o666), ("root", roots, 0o600)):
+        for name, listener, mode in (
+            ("everybody", everybodys, 0o666),
+            ("group", groups_own, 0o660),
+            ("root", roots, 0o600),
+        ):
             listener.bind(f"{directory}/{name}")
             Path(directory, name).chmod(mode)
             listener.listen()
+        os.chown(f"{directory}/group", 0, GID)
         pidfd = os.pidfd_open(victim.pid)
         opened = os.open(file, os.O_RDONLY)
         settings = {
             "uid": UID,
+            "groups": groups,
             "capabilities": capabilities,
             "filter": seccomp.build(parent_calls(unix, source), failing=FAILING).hex(),
             "file": str(file),
             "everybody": f"{directory}/everybody",
+            "group": f"{directory}/group",
             "root": f"{directory}/root",
             "victim": pidfd,
             "open": opened,
@@ -211,19 +224,29 @@ def test_it_is_killed_for_each_attempt_but_for_looking_for_a_file(
     [
         # With the capability, it is for connect(2) alone: nothing else takes a file's name.
         (
-            ((prctl.CAP_DAC_OVERRIDE,), True, False),
-            {"connect to everybody's socket", "connect to root's socket"},
+            ((prctl.CAP_DAC_OVERRIDE,), True, False, ()),
+            {
+                "connect to everybody's socket",
+                "connect to a group's socket",
+                "connect to root's socket",
+            },
         ),
+        # In a group, without the capability: what is the group's.
+        (
+            ((), True, False, (GID,)),
+            {"connect to everybody's socket", "connect to a group's socket"},
+        ),
+        (((), True, False, ()), {"connect to everybody's socket"}),
         # With the capability, it is for addresses: not for packets.
-        (((prctl.CAP_NET_RAW,), False, True), {"bind", "take another's address"}),
+        (((prctl.CAP_NET_RAW,), False, True, ()), {"bind", "take another's address"}),
     ],
-    ids=["unix sockets", "clients' addresses"],
+    ids=["unix sockets", "a group's", "everybody's", "clients' addresses"],
 )
 def test_where_the_configuration_takes_it_the_parent_can_do_more(
-    settings: tuple[tuple[int, ...], bool, bool], more: set[str]
+    settings: tuple[tuple[int, ...], bool, bool, tuple[int, ...]], more: set[str]
 ) -> None:
-    capabilities, unix, source = settings
-    _, found = attempted(prctl.CAP_KILL, *capabilities, unix=unix, source=source)
+    capabilities, unix, source, groups = settings
+    _, found = attempted(prctl.CAP_KILL, *capabilities, unix=unix, source=source, groups=groups)
     assert succeeded(found) == USUAL | more
 
 

@@ -80,7 +80,13 @@ def _groups(seen: Observation, scene: Scene) -> Seen:
         own = seen.threads[0]["Gid"].split()[1]
         if groups == [own]:
             return holds(f"{own}, which is its gid as well")
-    return broken(f"groups {', '.join(groups)}") if groups else holds("none")
+    allowed: set[str] = set()
+    if seen.process.role is Role.PARENT:
+        of_backends = scene.target.configuration.worker.backend_groups or ()
+        allowed = {str(group.gid) for group in of_backends}
+    if beyond := sorted({*groups} - allowed):
+        return broken(f"groups {', '.join(beyond)}")
+    return holds(f"{', '.join(groups)}, for backends' sockets" if groups else "none")
 
 
 def _no_capabilities(seen: Observation, _: Scene) -> Seen:
@@ -103,7 +109,8 @@ def _capabilities_to_end_workers(seen: Observation, scene: Scene) -> Seen:
     vhosts = scene.target.configuration.vhost
     reached = {one for vhost in vhosts for _, one in vhost.all_backends}
     reached.update(*(tunnel.connect for tunnel in scene.target.configuration.tunnel))
-    if any(isinstance(one, UnixAddress) for one in reached):
+    by_groups = scene.target.configuration.worker.backend_groups is not None
+    if not by_groups and any(isinstance(one, UnixAddress) for one in reached):
         kept.add(prctl.CAP_DAC_OVERRIDE)
     if any(vhost.source_address for vhost in vhosts):
         kept |= TRANSPARENT_CAPABILITIES.keys()

@@ -178,6 +178,8 @@ class Plan(NamedTuple):
     #: What the parent becomes once it has started the fork server, and its own filter.
     parent_uid: int
     parent_filter: str
+    #: The groups by which it reaches backends' unix sockets; None: by a capability.
+    backend_groups: tuple[int, ...] | None = None
 
     @property
     def indexes(self) -> list[int]:
@@ -236,6 +238,8 @@ class Plan(NamedTuple):
         fields["addresses"] = {
             backend: resolved(addresses) for backend, addresses in fields["addresses"].items()
         }
+        groups = fields["backend_groups"]
+        fields["backend_groups"] = groups if groups is None else tuple(groups)
         return cls(**fields)
 
 

@@ -23,6 +23,7 @@ from titus_py.configuration.across_tables import (
 )
 from titus_py.configuration.address import IPAddress
 from titus_py.configuration.addresses_in_use import address_mistakes, metrics_warnings
+from titus_py.configuration.backend_groups import unreachable_sockets
 from titus_py.configuration.client_certificates import client_files, client_mistakes
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
@@ -195,5 +196,6 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     if configuration is not None:
         warnings += descriptor_warnings(configuration, source)
         warnings += ineffective_settings(configuration, source)
+        warnings += unreachable_sockets(configuration, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients)

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
 from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.backend_groups import BackendGroups
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
@@ -137,6 +138,18 @@ class Worker(Uids):
         description="The empty directory, root's own, that is all a worker sees of the file "
         "system. Made if it does not exist.",
     )
+    backend_groups: BackendGroups | None = Field(
+        default=None,
+        description="The groups, by name or number, by which unix sockets of backends are reached: "
+        "a socket that not everybody may connect to has to be one of theirs. The parent is then in "
+        "these groups, and has no capability for it. Absent: it reaches every unix socket of the "
+        "machine.",
+    )
+
+    @property
+    def backend_gids(self) -> tuple[int, ...] | None:
+        groups = self.backend_groups
+        return groups if groups is None else tuple(group.gid for group in groups)
 
 
 class KeydSocket(Table):

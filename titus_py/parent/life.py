@@ -109,13 +109,14 @@ class Parent:
         if lacking:
             sys.exit(f"titus-py: this kernel lacks {' and '.join(lacking)}: see worker.require")
         capabilities = list(PARENT_CAPABILITIES)
-        if self._plan.connects_to_unix_sockets:
+        if self._plan.connects_to_unix_sockets and self._plan.backend_groups is None:
             # For unix sockets whose owner and mode do not let root connect.
             capabilities.append(prctl.CAP_DAC_OVERRIDE)
         if self._plan.binds_clients_addresses:
             capabilities += TRANSPARENT_CAPABILITIES
         program = seccomp.Program(bytes.fromhex(self._plan.parent_filter))
-        confine(self._plan.parent_uid, capabilities, program)
+        groups = self._plan.backend_groups or ()
+        confine(self._plan.parent_uid, groups, capabilities, program)
 
     def serve(self) -> None:
         """Serve until told to stop and every connection has ended."""

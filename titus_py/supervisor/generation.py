@@ -323,6 +323,7 @@ class Generation:
             worker_filter=self._filters["worker"],
             parent_uid=uids[-1],
             parent_filter="",
+            backend_groups=worker.backend_gids,
         )
         calls = parent_calls(plan.connects_to_unix_sockets, plan.binds_clients_addresses)
         plan = plan._replace(parent_filter=seccomp.build(calls, failing=FAILING).hex())

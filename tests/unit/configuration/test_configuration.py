@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "drain": "30s",
             "require": [],
             "chroot": "/run/titus-py/empty",
+            "backend_groups": None,
         },
         "limits": {
             "connections_per_address": None,
@@ -568,6 +570,48 @@ def test_each_mistake_has_its_line_and_its_host(load_text: Load) -> None:
         "3: worker.uids: expected a range of uids such as",
         "6: worker.require[0]: expected",
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        ('["root"]', "root's group reaches what is root's: give the sockets another one"),
+        ("[0]", "root's group reaches what is root's: give the sockets another one"),
+        ('["no such group"]', 'no group is named "no such group"'),
+        ('"www-data"', "expected a list of groups, not"),
+        ("[4294967295]", "expected a gid from 1 to 4294967294"),
+        ("[true]", "expected a group's name or number, not true"),
+    ],
+)
+def test_groups_of_backends(load_text: Load, groups: str, reason: str) -> None:
+    (mistake,) = told(load_text(f"{LISTEN}{VHOST}[worker]\nbackend_groups = {groups}\n"))
+    assert mistake.partition(": ")[2].startswith(reason)
+
+
+def test_a_socket_that_no_group_reaches_is_warned_of(load_text: Load) -> None:
+    gid = 2_000_000_013
+    text = f"{LISTEN}{VHOST}[worker]\nbackend_groups = [{gid}]\n"
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        path = Path(directory, "app.sock")
+        text = text.replace("127.0.0.1:80", f"unix:{path}")
+
+        def barriers() -> list[str]:
+            return [warning.reason.partition(" keeps ")[0] for warning in load_text(text).warnings]
+
+        Path(directory).chmod(0o755)
+        assert barriers() == [], "it may come later"
+        path.touch()
+        path.chmod(0o660)
+        assert barriers() == [str(path)]
+        os.chown(path, -1, gid)
+        assert barriers() == []
+        path.chmod(0o606)
+        assert barriers() == [str(path)], "of the group, and so none of the others"
+        path.chmod(0o660)
+        Path(directory).chmod(0o750)
+        assert barriers() == [directory]
+        os.chown(directory, -1, gid)
+        assert barriers() == []
 
 
 _keys = st.text(alphabet="abc", min_size=1, max_size=3)
