@@ -61,20 +61,35 @@ class Process(NamedTuple):
         subprocess.run(command, check=True, **ids)  # type: ignore[call-overload]
 
 
+#: Among the flags in /proc/PID/stat: one of the kernel's own.
+_PF_KTHREAD = 0x0020_0000
+
+
 def all_processes() -> Iterator[Process]:
-    """Every process that is more than a zombie."""
+    """Every process that is more than a zombie, but for the kernel's own.
+
+    Tests look all the time, and the machine has many: so it is read as cheaply as it can be.
+    """
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                uid = os.stat(f"/proc/{entry}").st_uid
-                status = Path(f"/proc/{entry}/status").read_text()
+                fields = _short_file(f"/proc/{entry}/stat").rpartition(b")")[2].split()
+                if fields[0] == b"Z" or int(fields[6]) & _PF_KTHREAD:
+                    continue
+                # /proc/PID of a process that is not dumpable is root's: the status tells.
+                status = _short_file(f"/proc/{entry}/status")
             except OSError:
                 continue
-            if fields[0] != "Z":
-                # /proc/PID of a process that is not dumpable is root's: the status tells.
-                uid = int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
-                yield Process(int(entry), int(fields[1]), uid, int(fields[19]))
+            uid = int(status.partition(b"\nUid:")[2].split(maxsplit=1)[0])
+            yield Process(int(entry), int(fields[1]), uid, int(fields[19]))
+
+
+def _short_file(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 8192)
+    finally:
+        os.close(descriptor)
 
 
 def zombies(parent: int) -> list[int]:

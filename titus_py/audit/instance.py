@@ -140,7 +140,10 @@ def _process(pid: int) -> Process | None:
     state, ppid, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     if state in "ZX":
         return None
-    return Process(pid, int(ppid), int(status(pid)["Uid"].split()[1]), int(fields[17]))
+    # One line of its status: this is asked for every process of the machine, many times.
+    text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    uid = text.partition("\nUid:")[2].split(maxsplit=2)[1]
+    return Process(pid, int(ppid), int(uid), int(fields[17]))
 
 
 def _role(above: Role, pid: int) -> Role:
