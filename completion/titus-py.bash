@@ -43,9 +43,10 @@ _titus_py() {
             ;;
         reload) options='--pid --program --cut' ;;
         keys)
-            case ${COMP_WORDS[2]} in
-                new) options='--directory --type --force --config' ;;
-                pin)
+            case $COMP_CWORD:${COMP_WORDS[2]} in
+                2:*) options='new pin' ;;
+                *:new) options='--directory --type --force --config' ;;
+                *:pin)
                     options='--server-name --timeout'
                     if [[ $word != -* ]]; then
                         compopt -o filenames
@@ -54,7 +55,6 @@ _titus_py() {
                     fi
                     ;;
             esac
-            [ "$COMP_CWORD" -eq 2 ] && options='new pin'
             ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then

@@ -218,23 +218,24 @@ def test_a_reload_that_takes_something_away_cuts(
     slow = Client(instance, clients["slow"])
     file = instance.directory / "titus.toml"
 
-    def cut(change: dict[str, Any], of: int) -> str:
-        before = toml({"vhost.client": [known[of]]}).strip()
+    def change(of: int, **settings: Any) -> None:
         text = file.read_text()
+        before = toml({"vhost.client": [known[of]]}).strip()
         assert before in text
-        known[of] = known[of] | change
-        file.write_text(text.replace(before, toml({"vhost.client": [known[of]]}).strip()))
-        command = [TITUS_PY, "reload", f"--pid={instance.pid}", "--cut"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        after = toml({"vhost.client": [known[of] | settings]}).strip()
+        file.write_text(text.replace(before, after))
 
     try:
-        assert "1 connection ended" in cut({"spki": [clients["new"].spki]}, 0)
-        assert old.was_reset()
-        ended = instance.wait_for_event("connection_ended", client=old.name)
-        assert (ended["end"], ended["client_name"]) == ("no_longer_allowed", "rotating")
-        assert "1 connection ended" in cut({"backend": backends["own"].address}, 1)
-        assert few.was_reset()
-        assert "0 connections ended" in cut({"connections": 1}, 2)
+        change(0, spki=[clients["new"].spki])
+        change(1, backend=backends["own"].address)
+        change(2, connections=1)
+        command = [TITUS_PY, "reload", f"--pid={instance.pid}", "--cut"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "2 connections ended" in done.stdout
+        for client, name in ((old, "rotating"), (few, "few")):
+            assert client.was_reset()
+            ended = instance.wait_for_event("connection_ended", client=client.name)
+            assert (ended["end"], ended["client_name"]) == ("no_longer_allowed", name)
     finally:
         for client in (old, new, few, slow):
             client.close()

@@ -5,13 +5,16 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from keyd.making import generate, self_signed
 from titus_py.commands.keys_new import new
 from titus_py.commands.keys_pin import pin
 
@@ -91,22 +94,30 @@ def test_what_is_made(web: Path) -> None:
         openssl("verify", "-CAfile", web, "-purpose", purpose, web)
 
 
-def test_nothing_is_overwritten_unless_it_is_said(directory: Path, tmp_path: Path) -> None:
-    assert keys("new", "db-1", "--directory", tmp_path).code == 0
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    done = keys("new", "db-1", "--directory", tmp_path)
-    assert (done.code, done.said) == (2, "")
-    assert f"{tmp_path}/db-1.key is there already" in done.explained
-    assert "--force" in done.explained
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    done = keys("new", "db-1", "--directory", tmp_path, "--force", "--type", "rsa-2048")
-    assert done.code == 0, done.explained
-    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+def test_nothing_is_overwritten_unless_it_is_said(
+    web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in web.parent.iterdir()}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+
+    def there() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    assert new("web-1", tmp_path, "p-256", force=False, config=None) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{tmp_path}/web-1.key is there already" in printed.err
+    assert "--force" in printed.err
+    assert there() == before
+    assert new("web-1", tmp_path, "rsa-2048", force=True, config=None) == 0
+    after = there()
     assert after.keys() == before.keys()
-    assert all(after[path] != before[path] for path in before)
-    assert done.said.strip() == pin_by_openssl(tmp_path / "db-1.crt")
-    public = openssl("x509", "-in", tmp_path / "db-1.crt", "-noout", "-pubkey")
-    assert openssl("pkey", "-in", tmp_path / "db-1.key", "-pubout") == public
+    assert all(after[name] != before[name] for name in before)
+    assert (tmp_path / "web-1.key").stat().st_mode & 0o7777 == 0o600
+    assert capsys.readouterr().out.strip() == pin_by_openssl(tmp_path / "web-1.crt")
+    public = openssl("x509", "-in", tmp_path / "web-1.crt", "-noout", "-pubkey")
+    assert openssl("pkey", "-in", tmp_path / "web-1.key", "-pubout") == public
 
 
 @pytest.mark.parametrize(
@@ -144,18 +155,15 @@ def test_only_root_makes_keys(tmp_path: Path) -> None:
     assert "must be run as root" in done.explained
 
 
-def test_the_pin_of_a_chains_first_for_anybody(web: Path, tmp_path: Path) -> None:
+def test_the_pin_of_a_chains_first_for_anybody(web: Path) -> None:
     """Nobody needs to be root for that."""
-    done = keys("new", "db-1", "--directory", tmp_path, "--type", "ed25519")
-    assert done.code == 0, done.explained
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         chain = Path(directory) / "chain.pem"
-        chain.write_bytes((tmp_path / "db-1.crt").read_bytes() + web.read_bytes())
+        own = self_signed("db-1", generate("ed25519"), 0)
+        chain.write_bytes(own + web.read_bytes())
         shown = keys("pin", chain, user=12345)
-        as_root = keys("pin", chain)
-    assert shown == as_root
-    assert (shown.code, shown.said) == (0, done.said)
+        assert (shown.code, shown.said.strip()) == (0, pin_by_openssl(chain))
     assert f"not the one to pin: {pin_by_openssl(web)}" in shown.explained
 
 
@@ -206,8 +214,10 @@ def test_the_pin_of_a_server(web: Path, options: Sequence[str]) -> None:
 
 
 def test_the_name_that_a_server_is_asked_for(web: Path, tmp_path: Path) -> None:
-    assert keys("new", "other", "--directory", tmp_path).code == 0
-    other = tmp_path / "other.crt"
+    other, key = tmp_path / "other.crt", generate("p-256")
+    other.write_bytes(self_signed("other", key, int(time.time())))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    other.with_suffix(".key").write_bytes(private)
     options = ("-cert", web, "-key", web.with_suffix(".key"), "-servername", "other.test")
     second = ("-cert2", other, "-key2", other.with_suffix(".key"))
     with s_server(*options, *second) as port:
@@ -296,7 +306,7 @@ class Host:
 
 
 def test_two_hosts_and_new_keys(serve: Serve, echoing: Listener, tmp_path: Path) -> None:
-    """Each step as docs/known-keys.md has it."""
+    """Each step as docs/known-keys.md has it, with both keys replaced in the same reloads."""
     db, web = Host(tmp_path, "db-1"), Host(tmp_path, "web-1")
     known = {"client_certificates": "required", "client": [{"name": "web-1", "spki": [web.pin]}]}
     db.instance = serving = serve(echoing.address, vhost=[{**db.credential, **known}])
@@ -316,29 +326,24 @@ def test_two_hosts_and_new_keys(serve: Serve, echoing: Listener, tmp_path: Path)
         return serving.events_named("connection_ended", client_name="web-1", certificate_spki=pin)
 
     with connect() as with_old:
-        # The client's.
-        new = web.make_new()
-        db.change(f'"{web.pin}"', f'"{web.pin}", "{new}"')
-        db.reload()
-        connect().close()
-        web.put_new_in_place()
+        new_db, new_web = db.make_new(), web.make_new()
+        # Each learns the other's new key.
+        web.change(f'"{db.pin}"', f'"{db.pin}", "{new_db}"')
         web.reload()
         connect().close()
-        eventually(lambda: shown(new), "the new key is in use")
-        db.change(f'"{web.pin}", "{new}"', f'"{new}"')
+        db.change(f'"{web.pin}"', f'"{web.pin}", "{new_web}"')
+        # Each uses its own, and forgets the other's old one.
+        db.put_new_in_place()
+        db.reload()
+        assert keys("pin", tls).said.strip() == new_db
+        connect().close()
+        web.put_new_in_place()
+        web.change(f'"{db.pin}", "{new_db}"', f'"{new_db}"')
+        web.reload()
+        connect().close()
+        eventually(lambda: shown(new_web), "the new key is in use")
+        db.change(f'"{web.pin}", "{new_web}"', f'"{new_web}"')
         assert "1 connection ended" in db.reload("--cut")
         assert was_reset(with_old)
         connect().close()
-        assert [event["end"] for event in shown(web.pin)].count("no_longer_allowed") == 1
-        # The server's.
-        new = db.make_new()
-        web.change(f'"{db.pin}"', f'"{db.pin}", "{new}"')
-        web.reload()
-        connect().close()
-        db.put_new_in_place()
-        db.reload()
-        assert keys("pin", tls).said.strip() == new
-        connect().close()
-        web.change(f'"{db.pin}", "{new}"', f'"{new}"')
-        web.reload()
-        connect().close()
+    assert [event["end"] for event in shown(web.pin)].count("no_longer_allowed") == 1
