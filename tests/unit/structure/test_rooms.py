@@ -160,6 +160,6 @@ def test_no_file_and_no_class_has_grown_too_large_to_be_read() -> None:
 
 
 def test_no_two_files_of_unit_tests_have_one_name() -> None:
-    """They are in no packages: pytest could not tell one from the other, and runs nothing at all."""
+    """They are in no packages: pytest cannot tell one from the other, and runs nothing at all."""
     names = [path.name for path in (REPOSITORY / "tests" / "unit").rglob("test_*.py")]
     assert sorted(names) == sorted({*names})
