@@ -59,8 +59,7 @@ class Node:
             "unshare", "--mount", "sh", "-c", _WITH_HOSTS, str(names),
             "erl", "-noshell", "-sname", self.name, "-start_epmd", "false", *options,
             "-kernel", "net_ticktime", "8",
-            "inet_dist_use_interface", "{" + address.replace(".", ",") + "}",
-            "inet_dist_listen_min", "9100", "inet_dist_listen_max", "9100",
+            "-kernel", "inet_dist_use_interface", "{" + address.replace(".", ",") + "}",
             "-eval", " ".join(_DRIVER.split("\n")),
         ]  # fmt: skip
         environment = {"HOME": str(home), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}

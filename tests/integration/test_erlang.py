@@ -26,6 +26,7 @@ HOSTS = {"a": 1, "b": 2, "c": 3}
 COOKIES = {frozenset("ab"): "OfAAndB", frozenset("ac"): "OfAAndC", frozenset("bc"): "OfBAndC"}
 READABLE = "octets that nobody may read"
 WITHOUT_EPMD = ("-erl_epmd_port", "9100")
+WITH_EPMD = ("-kernel", "inet_dist_listen_min", "9100", "inet_dist_listen_max", "9100")
 
 
 def others(name: str) -> list[str]:
@@ -249,7 +250,7 @@ def test_with_epmd(serve: Serve, keys: Path, pins: dict[str, str], tmp_path: Pat
         names = EXAMPLES / "erlang-with-epmd/hosts"
         for name, number in HOSTS.items():
             where = {"ERL_EPMD_ADDRESS": f"127.0.1.{number}"}
-            node = Node(hosts, number, name, tmp_path, names, cookies_of(name), **where)
+            node = Node(hosts, number, name, tmp_path, names, cookies_of(name), *WITH_EPMD, **where)
             started.callback(node.stop)
             nodes[name] = node
         begin(nodes)

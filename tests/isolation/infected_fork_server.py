@@ -199,7 +199,18 @@ def impersonate(taken: Taken, *names: str) -> str:
         facts = Facts((f"{name}.example.org",), (), (name,), "00" * 32)
         identity = Identity(facts, (Link(bytes(32), 1, bytes(32)),), b"no certificate")
         os.write(taken.place.parent, identity.encode())
-    os.write(taken.place.parent, Dial(0, None).encode())
+    os.write(taken.place.parent, Dial(1, None).encode())
+    return stall(taken, "5")
+
+
+def claim(taken: Taken, vhost: str, known: str) -> str:
+    """Claim to be a known client of this virtual host, with no certificate at all; and dial."""
+    from titus_py.between.client_allow import Facts
+    from titus_py.between.client_identity import Identity
+
+    nobody = Facts((), (), (), "00" * 32)
+    os.write(taken.place.parent, Identity(nobody, (), b"", known=int(known)).encode())
+    os.write(taken.place.parent, Dial(int(vhost), None).encode())
     return stall(taken, "5")
 
 
@@ -222,6 +233,7 @@ def _wait(descriptor: int, events: int) -> None:
 
 
 DEEDS: dict[str, Callable[..., str]] = {
+    "claim": claim,
     "nothing": nothing,
     "relay": relay,
     "fuzz": fuzz,

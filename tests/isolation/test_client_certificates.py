@@ -40,7 +40,12 @@ def instance(
         "client_ca": authority.file,
         "client_allow": {"cn": ["alice"]},
     }
-    with infected(directory, certificate, backend.address, vhost=[vhost]) as instance:
+    known = {
+        "sni": ["known.test"],
+        "client_certificates": "required",
+        "client": [{"name": "web-1", "spki": [f"sha256:{'11' * 32}"], "connections": 1}],
+    }
+    with infected(directory, certificate, backend.address, vhost=[known, vhost]) as instance:
         yield instance
 
 
@@ -57,15 +62,15 @@ def nobody_came(backend: Listener) -> bool:
 
 def test_without_an_identity_it_reaches_nothing(instance: Instance, backend: Listener) -> None:
     """Our code always makes one out: who does not is not our code."""
-    result = take_over(instance, "h", "burst", "parent", "440000ff")
+    result = take_over(instance, "h", "burst", "parent", "440001ff")
     [alarm] = [event for event in result.alarms if event["event"] == "unexpected_message"]
-    assert alarm["attempted"] == "Dial(vhost=0, protocol=None, facts=None)"
+    assert alarm["attempted"] == "Dial(vhost=1, protocol=None, facts=None)"
     assert nobody_came(backend)
 
 
 @pytest.mark.parametrize("octets", ["49", "49" + "00" * 30, "49" + "ff" * 30])
 def test_no_identity_is_an_alarm(instance: Instance, backend: Listener, octets: str) -> None:
-    result = take_over(instance, "h", "burst", "parent", octets, "440000ff")
+    result = take_over(instance, "h", "burst", "parent", octets, "440001ff")
     assert [event["event"] for event in result.alarms] == ["malformed_message"]
     assert nobody_came(backend)
 
@@ -79,6 +84,28 @@ def test_an_identity_that_is_made_up_is_believed(instance: Instance, backend: Li
         backend.accept().close()
     begun = instance.wait_for_event("connection_begun", since=since, client=name)
     assert not instance.events_named("unexpected_message", connection=begun["connection"])
+
+
+def test_a_known_client_that_is_claimed_to_be_there_is_believed(
+    instance: Instance, backend: Listener
+) -> None:
+    """It has that client's backend, and uses up what that client may have."""
+    with TlsClient(instance.port, "h.claim.0.0.attack.test") as client:
+        client.socket.sendall(client.first_flight())
+        backend.accept().close()
+        with TlsClient(instance.port, "h.claim.0.0.attack.test") as second:
+            second.socket.sendall(second.first_flight())
+            ended = instance.wait_for_event("handshake_failed", client=second.name)
+        assert (ended["end"], ended["client_name"]) == ("client_connections", "web-1")
+    assert nobody_came(backend)
+
+
+def test_one_that_there_is_not_is_an_alarm(instance: Instance, backend: Listener) -> None:
+    """Nor is a known client one of a virtual host that knows none."""
+    for vhost, known in ((0, 1), (0, 4000), (1, 0)):
+        result = take_over(instance, "h", "claim", str(vhost), str(known))
+        assert [event["event"] for event in result.alarms] == ["unexpected_message"]
+    assert nobody_came(backend)
 
 
 def test_twice_is_an_alarm(instance: Instance) -> None:
