@@ -33,7 +33,7 @@ setup(
             "titus_py/fork_server/forking.c",
             "titus_py/fork_server/orders.c",
         ),
-        extension("titus_py.audit.occurrences", "titus_py/audit/occurrences.c"),
+        extension("keyd.inspection.occurrences", "keyd/inspection/occurrences.c"),
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),

@@ -9,7 +9,6 @@ if sys.argv[1:2] in (["control"], ["listen"]):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
 
 import argparse
-import grp
 import json
 import os
 import pwd
@@ -31,6 +30,8 @@ from keyd.confinement import (
     lock_before_keys,
 )
 from keyd.daemon import Keyd
+from keyd.inspection import audit as inspection_audit
+from keyd.inspection import status as inspection_status
 from keyd.key_files import KeySources
 from keyd.key_renewal import Renewal
 from keyd.keys import UnusableKey, load_private_key
@@ -39,13 +40,15 @@ from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_m
 from keyd.linux.process import open_standard_streams, run_for_reader
 from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
-from keyd.linux.systemd import Notifier, close_inherited, passed_sockets
+from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import bind, peer_process
+from keyd.linux.unix_socket import peer_process
+from keyd.listeners import listeners, owner_of, paths_of
 from keyd.powers import ALL_POWERS, Key, PrivateKey, rehearse
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
+from keyd.status_page import StatusPage
 from keyd.succession import inherited, receive
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
@@ -55,7 +58,6 @@ from keyd.words import leave_standard_error
 
 __all__ = ["main"]
 
-_BACKLOG = 128
 #: How long handshakes that have begun may still take when keyd is told to stop. New clients wait
 #: for the next keyd meanwhile.
 _LEAVE_SECONDS = 3.0
@@ -133,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     configuration.add_argument("--socket", required=True, metavar="PATH")
     configuration.set_defaults(run=_openssl_conf)
+
+    inspection_status.add_command(commands)
+    inspection_audit.add_command(commands)
 
     check = commands.add_parser("check")  # titus-py's: JSON in, JSON out
     check.set_defaults(run=_check)
@@ -289,12 +294,15 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     sources = _sources(arguments)
     reader = key_reader.start(sources) if sources.any else None
     keys: dict[bytes, Key] = {}
+    page = StatusPage("control")
 
     def found(key: Key) -> None:
         keys[key_id(key.public_key())] = key
+        page.keys_changed()
 
     def drop(identity: bytes) -> None:
         del keys[identity]
+        page.keys_changed()
 
     tokens = token_options.start(arguments, found)
     of_files = sources.load_all(needed=not tokens)
@@ -302,10 +310,12 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
     hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
     with ExitStack() as stack:
-        listeners = _listeners(arguments, stack, lambda: (0, 0), mode=0o600)
+        doors = listeners(arguments, stack, lambda: (0, 0), mode=0o600)
         program = _withdraw(arguments, guards)
         states = States(tokens)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, states))
+        keyd = Keyd(keys, tick=lambda: _tick(notify, states, page))
+        renewal = Renewal(reader, of_files, found, drop, keyd.part)
+        page.tell_of(keys, renewal.paths, paths_of(doors), keyd.tally)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
@@ -316,9 +326,8 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
             keyd.hear_parent(parent, gone=lambda: None)
 
         # Parents connect again, and are told which keys there are now.
-        if reader is not None:
-            Renewal(reader, of_files, found, drop, keyd.part).on_hangup(keyd)
-        for listener in listeners:
+        renewal.on_hangup(keyd)
+        for listener in doors:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
@@ -337,13 +346,16 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     reader = key_reader.start(sources) if sources.any else None
     keys: dict[bytes, Key] = {}
     grants: dict[bytes, frozenset[Power]] = {}
+    page = StatusPage("listen")
 
     def found(key: Key) -> None:
         identity = key_id(key.public_key())
         keys[identity], grants[identity] = key, granted
+        page.keys_changed()
 
     def drop(identity: bytes) -> None:
         del keys[identity], grants[identity]
+        page.keys_changed()
 
     tokens = token_options.start(arguments, found)
     of_files = sources.load_all(needed=not tokens)
@@ -351,65 +363,41 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         found(key)
     hear_first(tokens)
     with ExitStack() as stack:
-        listeners = _listeners(arguments, stack, lambda: _owner(arguments), mode=0o660)
+        doors = listeners(arguments, stack, lambda: owner_of(arguments), mode=0o660)
         program = _withdraw(arguments, guards)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         states = States(tokens)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, states))
+        keyd = Keyd(keys, tick=lambda: _tick(notify, states, page))
+        renewal = Renewal(reader, of_files, found, drop, lambda: None)
+        page.tell_of(keys, renewal.paths, paths_of(doors), keyd.tally)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
         def accepted(client: socket.socket) -> Callable[[], None] | None:
             def record(report: Refusal | Done) -> None:
                 if isinstance(report, Refusal):
+                    process = peer_process(client)
+                    page.refused(report, process)
                     print(
-                        f"keyd: refused, {report.status.name}: {report.detail} "
-                        f"(process {peer_process(client)})",
+                        f"keyd: refused, {report.status.name}: {report.detail} (process {process})",
                         file=sys.stderr,
                         flush=True,
                     )
 
             return keyd.open_once(terms, grants, client, record)
 
-        if reader is not None:
-            Renewal(reader, of_files, found, drop, lambda: None).on_hangup(keyd)
-        for listener in listeners:
+        renewal.on_hangup(keyd)
+        for listener in doors:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
     _leave()
 
 
-def _tick(notify: Notifier, tokens: States) -> None:
+def _tick(notify: Notifier, tokens: States, page: StatusPage) -> None:
     notify(watchdog=1)
     tokens.news()
-
-
-def _owner(arguments: argparse.Namespace) -> tuple[int, int]:
-    """The uid and the gid of the socket of ``keyd listen``. Raises LookupError."""
-    user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
-    return user.pw_uid, grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
-
-
-def _listeners(
-    arguments: argparse.Namespace,
-    stack: ExitStack,
-    owner: Callable[[], tuple[int, int]],
-    mode: int,
-) -> list[socket.socket]:
-    """The sockets that systemd passed, or else a new one at the path that was asked for."""
-    passed = [one for sockets in passed_sockets().values() for one in sockets]
-    if passed:
-        return [stack.enter_context(one) for one in passed]
-    if arguments.socket is None:
-        raise LookupError("no --socket, and none was passed by systemd")
-    path = Path(arguments.socket)
-    if path.is_socket():
-        path.unlink()
-    listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    bind(listener, str(path), mode, owner() if os.geteuid() == 0 else None)
-    listener.listen(_BACKLOG)
-    return [listener]
+    page.write()
 
 
 def _protect(arguments: argparse.Namespace) -> str:
@@ -438,8 +426,14 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
 
 
 def _sources(arguments: argparse.Namespace) -> KeySources:
-    files = (key for key in arguments.key if not key.startswith(token_options.SCHEME))
-    return KeySources(tuple(files), arguments.key_directory, arguments.passphrase_file)
+    """The files, by whole paths: once keyd is confined, it has another current directory."""
+    files = [key for key in arguments.key if not key.startswith(token_options.SCHEME)]
+    directory, passphrase_file = arguments.key_directory, arguments.passphrase_file
+    return KeySources(
+        tuple(map(os.path.abspath, files)),
+        directory and os.path.abspath(directory),
+        passphrase_file and os.path.abspath(passphrase_file),
+    )
 
 
 def _load(keys: Iterable[PrivateKey]) -> dict[bytes, PrivateKey]:

@@ -25,12 +25,13 @@ __all__ = ["Renewal"]
 class Renewal:
     """The keys of files, by their paths. ``take`` and ``drop`` are told of each that comes or goes.
 
-    ``renewed`` is called when some have. Only one thread at a time calls ``hear``.
+    ``renewed`` is called when some have. Only one thread at a time hears the reader. Without a
+    ``reader``, there are no files.
     """
 
     def __init__(
         self,
-        reader: socket.socket,
+        reader: socket.socket | None,
         keys: dict[str, PrivateKey],
         take: Callable[[PrivateKey], None],
         drop: Callable[[bytes], None],
@@ -43,20 +44,27 @@ class Renewal:
         #: What this reading has found so far: by path, the new key, its id, or None for a bad file.
         self._found: dict[str, tuple[PrivateKey, bytes] | None] = {}
 
+    def paths(self) -> dict[bytes, str]:
+        """The file of each key, by the key's id."""
+        return {identity: path for path, identity in self._ids.items()}
+
     def on_hangup(self, keyd: Keyd) -> None:
         """From now on, have the files read at each SIGHUP, and hear what is in them."""
+        reader = self._reader
+        if reader is None:
+            return
 
         def ask(_: int, __: object) -> None:
             with suppress(OSError):
-                self._reader.send(ORDER, socket.MSG_DONTWAIT)
+                reader.send(ORDER, socket.MSG_DONTWAIT)
 
-        keyd.hear_process(self._reader, self.hear)
+        keyd.hear_process(reader, lambda: self._hear(reader))
         signal.signal(signal.SIGHUP, ask)
 
-    def hear(self) -> bool:
+    def _hear(self, reader: socket.socket) -> bool:
         """Take one message of the reader, if there is one; returns whether it has ended."""
         try:
-            length = self._reader.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            length = reader.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:

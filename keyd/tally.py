@@ -6,6 +6,7 @@ Run by keyd's threads. Nothing here says what was signed, or for which client.
 import threading
 from bisect import bisect_left
 from collections import Counter
+from typing import Any
 
 from keyd.protocol import Operation, Status
 
@@ -38,24 +39,32 @@ class Tally:
             self._refused[status] += 1
             self._changed = True
 
-    def news(self) -> dict[str, object] | None:
-        """The totals, or None if they have not changed since the last call.
+    def news(self) -> dict[str, Any] | None:
+        """The totals, or None if they have not changed since the last call."""
+        with self._lock:
+            if not self._changed:
+                return None
+            self._changed = False
+            return self._totals()
+
+    def totals(self) -> dict[str, Any]:
+        """How much was done, and refused by reason.
 
         ``seconds`` has, for each bound, how many operations took at most so long; and, as its
         last entry, how many there were.
         """
         with self._lock:
-            if not self._changed:
-                return None
-            self._changed = False
-            cumulated, total = [], 0
-            for count in self._latencies:
-                total += count
-                cumulated.append(total)
-            return {
-                "signed": self._done[Operation.SIGN],
-                "decrypted": self._done[Operation.DECRYPT],
-                "refused": {status.name.lower(): count for status, count in self._refused.items()},
-                "seconds": cumulated,
-                "seconds_sum": self._seconds,
-            }
+            return self._totals()
+
+    def _totals(self) -> dict[str, Any]:
+        cumulated, total = [], 0
+        for count in self._latencies:
+            total += count
+            cumulated.append(total)
+        return {
+            "signed": self._done[Operation.SIGN],
+            "decrypted": self._done[Operation.DECRYPT],
+            "refused": {status.name.lower(): count for status, count in self._refused.items()},
+            "seconds": cumulated,
+            "seconds_sum": self._seconds,
+        }

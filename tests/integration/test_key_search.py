@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from keyd.inspection.key_search import Needle, Search, needles, search, search_all
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, connections_to, instance_processes
-from titus_py.audit.key_search import Needle, Search, needles, search, search_all
 from titus_py.audit.throwaway_authority import KEY_TYPES
 
 from .conftest import Certificates, Serve

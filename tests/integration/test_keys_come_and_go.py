@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from keyd.inspection.key_search import needles, search
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, SignatureScheme, Status
 from keyd.reference import key_id
-from titus_py.audit.key_search import needles, search
 
 from .instance import TITUS_PY, eventually
 

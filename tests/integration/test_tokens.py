@@ -22,11 +22,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from OpenSSL import SSL
 
+from keyd.inspection.key_search import needles, search_all
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Reply, SignatureScheme, Status
 from keyd.provider import openssl_configuration
 from keyd.reference import reference_pem
-from titus_py.audit.key_search import needles, search_all
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 from .conftest import Serve

@@ -15,8 +15,8 @@ from integration.certificates import Authority
 from integration.instance import Event, Instance, eventually
 from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
 
-from titus_py.audit.key_search import Needle, needles
-from titus_py.audit.occurrences import occurrences
+from keyd.inspection.key_search import Needle, needles
+from keyd.inspection.occurrences import occurrences
 from titus_py.between.messages import Fork
 
 from .harness import infected, over_tls

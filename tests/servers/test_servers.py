@@ -26,8 +26,8 @@ from integration.certificates import Authority, Certificate
 from integration.instance import descendants, eventually, free_port
 
 from keyd.certificates import load_chain, refer_to
+from keyd.inspection.key_search import Hit, needles, search_all
 from keyd.provider import openssl_configuration
-from titus_py.audit.key_search import Hit, needles, search_all
 
 from .keyd import PATIENCE, ListeningKeyd
 from .programs import PROGRAMS, Program, Site, root_of

@@ -70,7 +70,17 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
         admin.types(typed)
     admin.writes("/etc/nginx/sites-enabled/www", _nginxs_file())
     admin.types("systemctl restart nginx")
-    assert "It works." in admin.types(looks)
+    curl, status, audit = looks.splitlines()
+    assert "It works." in admin.types(curl)
+    # keyd writes its page once a second.
+    admin.types(f"until {status} | grep -E 'signed +[1-9]'; do sleep 0.2; done")
+    seen = admin.types(status)
+    for words in ("keyd@nginx.service: ", "key_www.key", "rw-rw----  root:www-data"):
+        assert words in seen
+    seen = admin.types(audit)
+    assert "broken" not in seen
+    for file in ("/etc/nginx/www.key", "/etc/titus-keyd/nginx/www.key"):
+        assert f"in {file} (rw-------, uid 0, gid 0)" in seen
     admin.types("rm /etc/nginx/www.key")
     _is_restarted(admin)
     _is_asked_by_others(admin)

@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable
 
+from keyd.status_page import NAME as STATUS_PAGE
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role, descriptors
 from titus_py.audit.observation import Observation, Scene, Stage
@@ -57,6 +58,8 @@ _KEYD: _Allowed = {
     _CLOSED: None,
     # For a service with a watchdog (sd_notify(3)).
     _TO_MANAGER: 1,
+    # Of a service: what `keyd status` reads.
+    f"/memfd:{STATUS_PAGE} (deleted)": 1,
 }
 _FORK_SERVER: _Allowed = {
     _NULL: 2,

@@ -12,6 +12,7 @@ from typing import Any
 
 import prctl
 
+from keyd.inspection.key_search import Needle, label, needles, search_all
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux.credentials import (
     forbid_core_dumps,
@@ -21,7 +22,6 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET
-from titus_py.audit.key_search import Needle, label, needles, search_all
 
 __all__ = ["main"]
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from keyd.inspection.key_search import Hit, Search, Skipped, label
 from titus_py.audit.finding import (
     Check,
     Finding,
@@ -21,7 +22,6 @@ from titus_py.audit.finding import (
     not_available,
 )
 from titus_py.audit.instance import Process, Role, title
-from titus_py.audit.key_search import Hit, Search, Skipped, label
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
 from titus_py.configuration.helper import Helper, Unanswered

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keyd.inspection.key_search import Search, needles, search_all
 from keyd.keys import load_private_key
 from titus_py.audit.instance import (
     Process,
@@ -36,7 +37,6 @@ from titus_py.audit.instance import (
     namespaces,
     status,
 )
-from titus_py.audit.key_search import Search, needles, search_all
 from titus_py.audit.throwaway import SPARE, Event, TitusInstance
 from titus_py.supervisor.log import as_text
 

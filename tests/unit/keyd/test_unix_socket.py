@@ -27,9 +27,9 @@ if who == "metrics":
     listen_at(UnixAddress(path))
 else:
     from contextlib import ExitStack
-    from keyd.__main__ import _listeners
+    from keyd.listeners import listeners
     owner, mode = ((0, 0), 0o600) if who == "control" else ((1, 2), 0o660)
-    _listeners(argparse.Namespace(socket=path), ExitStack(), lambda: owner, mode)
+    listeners(argparse.Namespace(socket=path), ExitStack(), lambda: owner, mode)
 """
 
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from keyd.inspection.occurrences import occurrences
 from keyd.powers import PrivateKey
-from titus_py.audit.occurrences import occurrences
 
 __all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "search_all"]
 

@@ -148,7 +148,7 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef definition = {
 	.m_base = PyModuleDef_HEAD_INIT,
-	.m_name = "titus_py.audit.occurrences",
+	.m_name = "keyd.inspection.occurrences",
 	.m_size = 0,
 	.m_methods = methods,
 };

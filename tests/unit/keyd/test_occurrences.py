@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.audit.occurrences import occurrences
+from keyd.inspection.occurrences import occurrences
 
 #: Few different octets, so that needles are found, lie in each other and overlap.
 FEW = st.lists(st.sampled_from([0, 1, 255]), max_size=60).map(bytes)

@@ -1,0 +1,260 @@
+"""``keyd audit``: where the keys of each keyd are, who may ask for signatures, what was refused.
+
+Run by root. This process reads the keys, to look for them: its memory is locked and cannot be
+dumped, as keyd's. It compares what it finds in processes and files with the keys, and parses none
+of it. Which files have the keys it believes of keyd. So a keyd that was taken over could have it
+read another file of keys, and say where that key is; to whoever reads the audit, and nobody else.
+"""
+
+import argparse
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keyd.inspection.key_search import Needle, Search, needles, search
+from keyd.inspection.occurrences import occurrences
+from keyd.inspection.reports import Running, printable, running
+from keyd.inspection.status import who_may_ask
+from keyd.keys import UnusableKey, load_private_key, read
+from keyd.linux.credentials import lock_memory_meanwhile
+from keyd.powers import PrivateKey
+from keyd.reference import key_id
+
+__all__ = ["add_command"]
+
+_HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
+#: Where files are looked at, unless told otherwise; and how large one is at most that holds a key.
+_DIRECTORIES = ("/etc", "/root", "/run", "/srv", "/usr/local/etc", "/var/backups")
+_LARGEST_FILE = 256 * 1024
+#: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
+_CREDENTIALS = "/run/credentials"
+#: In one file, so many places are enough to tell which keys it holds.
+_PLACES = 100
+
+
+class _Finding(NamedTuple):
+    check: str
+    subject: str
+    seen: str
+    verdict: str
+
+
+def add_command(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="where each key is: in which processes' memory, in which files; and who may ask",
+        description="Exit code 0: each key is in its keyd's memory and in no other, its files are "
+        "root's alone, and not everybody may ask. 1: it is not so. 2: there is nothing to look at.",
+    )
+    audit.add_argument("--json", action="store_true", help="as an array of findings")
+    audit.add_argument(
+        "--key",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a key to look for, besides those that keyds were started with",
+    )
+    audit.add_argument("--passphrase-file", metavar="FILE", help="of the keys that are encrypted")
+    audit.add_argument(
+        "--directory",
+        action="append",
+        metavar="DIRECTORY",
+        help=f"where to look for files with a key (default: {', '.join(_DIRECTORIES)})",
+    )
+    audit.set_defaults(run=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    keyds = running()
+    if not keyds and not arguments.key:
+        print("keyd: no keyd of its own runs, and there is no --key", file=sys.stderr)
+        return 2
+    findings = [*_askers(keyds), *_refusals(keyds)]
+    keys: dict[str, PrivateKey] = {}
+    findings += _load(keyds, arguments, keys)
+    sought = [
+        Needle(f"{path}: {needle.name}", needle.octets)
+        for path, key in keys.items()
+        for needle in needles(key)
+    ]
+    if sought:
+        findings += _memory(keyds, keys, sought)
+        findings += _files(sought, arguments.directory or _DIRECTORIES)
+    if arguments.json:
+        json.dump([finding._asdict() for finding in findings], sys.stdout, indent=2)
+        print()
+    else:
+        for check, subject, seen, verdict in findings:
+            print(printable(f"{verdict:13} {check:7} {subject}: {seen}"))
+    return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
+
+
+def _askers(keyds: Sequence[Running]) -> Iterator[_Finding]:
+    for keyd in keyds:
+        if keyd.report is None:
+            yield _Finding("asks", keyd.title, keyd.problem, _NOT_AVAILABLE)
+            continue
+        for path in keyd.report.sockets:
+            seen = who_may_ask(path)
+            if "problem" in seen:
+                yield _Finding("asks", keyd.title, f"{path}: {seen['problem']}", _NOT_AVAILABLE)
+                continue
+            # To connect takes the right to write (unix(7)).
+            everybody = seen["mode"][7] == "w"
+            who = "everybody" if everybody else f"{seen['user']}, and group {seen['group']}"
+            text = f"{who}, at {path} ({seen['mode']})"
+            yield _Finding("asks", keyd.title, text, _BROKEN if everybody else _HOLDS)
+
+
+def _refusals(keyds: Sequence[Running]) -> Iterator[_Finding]:
+    """They are shown, and not judged: what they mean is in the log of whoever asked."""
+    for keyd in keyds:
+        if keyd.report is not None:
+            refused = sorted(keyd.report.refused.items())
+            text = ", ".join(f"{status} {count}" for status, count in refused) or "nothing"
+            if keyd.report.last_refused:
+                last = keyd.report.last_refused[-1]
+                text += f"; the last one, {last.detail} (process {last.process})"
+            yield _Finding("refused", keyd.title, text, _HOLDS)
+
+
+# --- where the keys are -----------------------------------------------------------
+
+
+def _load(
+    keyds: Sequence[Running], arguments: argparse.Namespace, keys: dict[str, PrivateKey]
+) -> Iterator[_Finding]:
+    """Load each key once, by the path of its file; a finding for each that cannot be."""
+    wanted = dict.fromkeys(arguments.key, "")
+    for keyd in keyds:
+        for path, _, identity in keyd.report.keys if keyd.report is not None else ():
+            wanted[path] = identity
+    known: set[bytes] = set()
+    for path, identity in wanted.items():
+        if path.startswith("pkcs11:"):
+            yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
+            continue
+        try:
+            encrypted = b"ENCRYPTED" in read(path, "key")
+            key = load_private_key(path, arguments.passphrase_file if encrypted else None)
+        except UnusableKey as error:
+            yield _Finding("key", path, f"{error}: give it with --key", _NOT_AVAILABLE)
+            continue
+        found = key_id(key.public_key())
+        if identity and found.hex() != identity:
+            yield _Finding("key", path, "is not the key that keyd has any more", _NOT_AVAILABLE)
+        elif found not in known:
+            known.add(found)
+            keys[path] = key
+    with suppress(OSError):
+        lock_memory_meanwhile()
+
+
+def _memory(
+    keyds: Sequence[Running], keys: Mapping[str, PrivateKey], sought: Sequence[Needle]
+) -> Iterator[_Finding]:
+    """Look at the memory of every process, but for this one's."""
+    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+    holders: dict[str, set[int]] = {path: set() for path in keys}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        searches = dict(zip(pids, pool.map(lambda pid: _search(pid, sought), pids), strict=True))
+    for pid, found in searches.items():
+        if found is None:
+            text = "cannot be looked into: the kernel does not let this process"
+            yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
+            continue
+        for hit in found.hits:
+            holders[_key_of(hit.needle)].add(pid)
+    for path, key in keys.items():
+        identity = key_id(key.public_key()).hex()
+        own = {
+            keyd.pid
+            for keyd in keyds
+            if keyd.report is not None and any(one[2] == identity for one in keyd.report.keys)
+        }
+        # The control: not to find it elsewhere means nothing unless it is found in keyd.
+        for pid in sorted(own - holders[path]):
+            yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
+        for pid in sorted(own & holders[path]):
+            yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
+        others = sorted(holders[path] - own)
+        for pid in others:
+            yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
+        if not others:
+            yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
+
+
+def _search(pid: int, sought: Sequence[Needle]) -> Search | None:
+    try:
+        return search(pid, sought)
+    except PermissionError:
+        return None
+
+
+def _key_of(needle: str) -> str:
+    return needle.rpartition(": ")[0]
+
+
+def _process(pid: int) -> str:
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        name = "which has ended"
+    return f"process {pid} ({name})"
+
+
+def _files(sought: Sequence[Needle], directories: Iterable[str]) -> Iterator[_Finding]:
+    octets = tuple(needle.octets for needle in sought)
+    for file in _names(directories):
+        opened = _read(file)
+        if opened is None:
+            continue
+        seen, content = opened
+        places = occurrences(content, octets, _PLACES)
+        for path in sorted({_key_of(sought[which].name) for _, which in places}):
+            mode = stat.filemode(seen.st_mode)[1:]
+            alone = seen.st_uid == 0 and not seen.st_mode & 0o077
+            good = alone or file.startswith(f"{_CREDENTIALS}/")
+            text = f"in {file} ({mode}, uid {seen.st_uid}, gid {seen.st_gid})"
+            yield _Finding("file", path, text, _HOLDS if good else _BROKEN)
+
+
+def _read(file: str) -> tuple[os.stat_result, bytes] | None:
+    """A regular file that is small enough to be a key's.
+
+    Others may be able to write where it is: no link is followed, and nothing waited for.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    with suppress(OSError):
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            return None
+        descriptor = os.open(file, flags)
+        try:
+            seen = os.fstat(descriptor)
+            if stat.S_ISREG(seen.st_mode) and seen.st_size <= _LARGEST_FILE:
+                return seen, os.read(descriptor, _LARGEST_FILE)
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def _names(directories: Iterable[str]) -> Iterator[str]:
+    """The files on the file system of each directory, and systemd's credentials."""
+    for start in (*directories, *map(str, Path(_CREDENTIALS).glob("*"))):
+        device = _device(start)
+        for directory, below, names in os.walk(start):
+            below[:] = [name for name in below if _device(f"{directory}/{name}") == device]
+            yield from (f"{directory}/{name}" for name in names)
+
+
+def _device(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_dev
+    except OSError:
+        return None

@@ -1,0 +1,152 @@
+"""The keyds of their own that run on this machine, and what they say of themselves.
+
+Run by root, for ``keyd status`` and ``keyd audit``. A keyd is found by its memory file
+(``keyd.status_page``). Any user can make one that looks like it: so who the process runs as, and
+its unit, are the kernel's and are shown; and what it says is decoded strictly.
+"""
+
+import json
+import os
+import pwd
+import re
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from keyd.protocol import Status
+from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
+
+__all__ = ["Running", "Unreadable", "printable", "read", "running"]
+
+_ATTEMPTS, _PAUSE_SECONDS = 20, 0.01
+
+
+class Unreadable(ValueError):
+    """No page of this version, or not the form that it has to have."""
+
+
+class Running(NamedTuple):
+    """One keyd: by the kernel's account, and by its own. ``problem`` is why it has no report."""
+
+    pid: int
+    user: str
+    unit: str
+    report: Report | None
+    problem: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.unit or f"process {self.pid}"
+
+
+def running() -> list[Running]:
+    """By pid. Raises PermissionError where this process is not root."""
+    if os.geteuid() != 0:
+        raise PermissionError("only root can look into keyd")
+    found = []
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        # Processes end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "keyd":
+                page = _page_of(pid)
+                if page is not None:
+                    found.append(_running(pid, page))
+    return found
+
+
+def _page_of(pid: int) -> str | None:
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            if os.readlink(entry.path).startswith(f"/memfd:{NAME} "):
+                return entry.path
+    return None
+
+
+def _running(pid: int, page: str) -> Running:
+    uid = os.stat(f"/proc/{pid}").st_uid
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
+    unit = re.search(r"/([^/]+\.service)$", cgroup, re.MULTILINE)
+    known = pid, user, unit[1] if unit else ""
+    descriptor = os.open(page, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return Running(*known, read(descriptor))
+    except Unreadable as error:
+        return Running(*known, None, str(error))
+    finally:
+        os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """The text as one line that is safe for any terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def read(descriptor: int) -> Report:
+    """The report in a page; raises Unreadable."""
+    for _ in range(_ATTEMPTS):
+        page = os.pread(descriptor, OCTETS, 0)
+        if len(page) > HEAD.size:
+            checksum, length = HEAD.unpack_from(page)
+            text = page[HEAD.size : HEAD.size + length]
+            if text and zlib.crc32(text) == checksum:
+                return _report(text)
+        time.sleep(_PAUSE_SECONDS)
+    raise Unreadable("its page has no whole report")
+
+
+def _report(text: bytes) -> Report:
+    try:
+        fields = json.loads(text)
+        version = fields.pop("version")
+        if version != VERSION:
+            raise Unreadable(f"its page has version {version!r:.20}: restart it")
+        fields["last_refused"] = [Refused(*one) for one in fields["last_refused"]]
+        report = Report(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise error if isinstance(error, Unreadable) else Unreadable("no report") from None
+    if not _is_well_formed(report):
+        raise Unreadable("its report is not in order")
+    return report
+
+
+def _is_well_formed(report: Report) -> bool:
+    counts = [report.keys_in_all, report.signed, report.decrypted, *_list(report.seconds)]
+    refusals = report.refused if isinstance(report.refused, dict) else {"": None}
+    known = {status.name.lower() for status in Status}
+    return (
+        _is_text(report.command)
+        and _is_number(report.started)
+        and _is_number(report.seconds_sum)
+        and all(_is_text(one) for one in _list(report.sockets))
+        and all(
+            len(_list(key)) == 3 and all(_is_text(word) for word in key)
+            for key in _list(report.keys)
+        )
+        and all(type(count) is int and count >= 0 for count in (*counts, *refusals.values()))
+        and refusals.keys() <= known
+        and all(
+            _is_number(one.at)
+            and one.status in known
+            and _is_text(one.detail)
+            and type(one.process) is int
+            for one in report.last_refused
+        )
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 2 * TEXT_CHARACTERS
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e18  # type: ignore[operator]

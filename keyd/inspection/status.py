@@ -1,0 +1,171 @@
+"""``keyd status``: what keys a keyd has, who may ask it, what it did and refused.
+
+Run by root. It reads what each keyd says of itself (``reports``), and looks at the sockets' files.
+"""
+
+import argparse
+import grp
+import json
+import pwd
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from keyd.inspection.reports import Running, printable, running
+from keyd.status_page import Report
+from keyd.tally import LATENCY_BOUNDS
+
+__all__ = ["add_command", "who_may_ask"]
+
+
+def add_command(commands: Any) -> None:
+    status = commands.add_parser(
+        "status",
+        help="show each keyd of its own: keys, who may ask, what was done and refused",
+    )
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as an array with an object for each")
+    form.add_argument(
+        "--metrics",
+        action="store_true",
+        help="as text for Prometheus' textfile collector",
+    )
+    status.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    """Returns 0, 1 if a keyd has no report, 2 if there is none."""
+    found = running()
+    if arguments.metrics:
+        sys.stdout.writelines(f"{line}\n" for line in _metrics(found))
+    elif arguments.json:
+        json.dump([_as_object(one) for one in found], sys.stdout, indent=2)
+        print()
+    else:
+        sys.stdout.writelines(f"{printable(line)}\n" for one in found for line in _lines(one))
+    if not found:
+        print("keyd: no keyd of its own runs", file=sys.stderr)
+        return 2
+    return 1 if any(one.report is None for one in found) else 0
+
+
+def who_may_ask(path: str) -> dict[str, str]:
+    """Whom the socket's file lets connect, besides root."""
+    try:
+        seen = Path(path).lstat()
+    except OSError as error:
+        return {"path": path, "problem": error.strerror or "cannot be looked at"}
+    return {
+        "path": path,
+        "mode": stat.filemode(seen.st_mode)[1:],
+        "user": _name(pwd.getpwuid, seen.st_uid),
+        "group": _name(grp.getgrgid, seen.st_gid),
+    }
+
+
+def _name(look_up: Any, number: int) -> str:
+    try:
+        return str(look_up(number)[0])
+    except KeyError:
+        return str(number)
+
+
+def _as_object(one: Running) -> dict[str, Any]:
+    common = {"pid": one.pid, "user": one.user, "unit": one.unit}
+    if one.report is None:
+        return {**common, "problem": one.problem}
+    report = one.report
+    return {
+        **common,
+        "command": report.command,
+        "started": report.started,
+        "sockets": [who_may_ask(path) for path in report.sockets],
+        "keys": [
+            {"name": name, "kind": kind, "fingerprint": fingerprint}
+            for name, kind, fingerprint in report.keys
+        ],
+        "keys_in_all": report.keys_in_all,
+        "signed": report.signed,
+        "decrypted": report.decrypted,
+        "refused": report.refused,
+        "last_refused": [refused._asdict() for refused in report.last_refused],
+    }
+
+
+def _lines(one: Running) -> Iterator[str]:
+    if one.report is None:
+        yield f"{one.title}: process {one.pid} of {one.user}: {one.problem}"
+        return
+    report = one.report
+    yield f"{one.title}: process {one.pid} of {one.user}, since {_time(report.started)}"
+    for name, kind, fingerprint in report.keys:
+        yield f"  key      {name}  {kind}  {fingerprint}"
+    if report.keys_in_all > len(report.keys):
+        yield f"  keys     {report.keys_in_all} in all"
+    for path in report.sockets:
+        seen = who_may_ask(path)
+        if "problem" in seen:
+            yield f"  may ask  {path}: {seen['problem']}"
+        else:
+            yield f"  may ask  {path}  {seen['mode']}  {seen['user']}:{seen['group']}"
+    yield f"  signed   {report.signed}"
+    yield f"  decrypted {report.decrypted}"
+    yield f"  refused  {_refusals(report)}"
+    for at, status, detail, process in report.last_refused:
+        yield f"    {_time(at)}  {status}: {detail} (process {process})"
+
+
+def _refusals(report: Report) -> str:
+    total = sum(report.refused.values())
+    each = ", ".join(f"{status} {count}" for status, count in sorted(report.refused.items()))
+    return f"{total} ({each})" if total else "0"
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(min(seconds, 253_402_300_799)))
+
+
+# --- metrics --------------------------------------------------------------------
+
+
+def _metrics(found: Sequence[Running]) -> Iterator[str]:
+    """Prometheus' text format, of those that have a report; by the first socket of each."""
+    reports = [
+        (_label(report.sockets[0] if report.sockets else one.unit), report)
+        for one in found
+        if (report := one.report) is not None
+    ]
+    yield from _head("keyd_start_time_seconds", "gauge", "When keyd was started, since 1970.")
+    for keyd, report in reports:
+        yield f"keyd_start_time_seconds{{{keyd}}} {report.started}"
+    yield from _head("keyd_keys", "gauge", "Private keys that keyd has.")
+    for keyd, report in reports:
+        yield f"keyd_keys{{{keyd}}} {report.keys_in_all}"
+    yield from _head("keyd_operations_total", "counter", "What was done with keys.")
+    for keyd, report in reports:
+        for operation, count in (("sign", report.signed), ("decrypt", report.decrypted)):
+            yield f'keyd_operations_total{{{keyd},operation="{operation}"}} {count}'
+    yield from _head("keyd_refused_total", "counter", "Requests that were refused, by reason.")
+    for keyd, report in reports:
+        for status, count in sorted(report.refused.items()):
+            yield f'keyd_refused_total{{{keyd},status="{status}"}} {count}'
+    yield from _head("keyd_operation_seconds", "histogram", "How long operations took.")
+    for keyd, report in reports:
+        bounds = [*map(str, LATENCY_BOUNDS), "+Inf"]
+        for bound, count in zip(bounds, report.seconds, strict=False):
+            yield f'keyd_operation_seconds_bucket{{{keyd},le="{bound}"}} {count}'
+        yield f"keyd_operation_seconds_sum{{{keyd}}} {report.seconds_sum}"
+        yield f"keyd_operation_seconds_count{{{keyd}}} {report.signed + report.decrypted}"
+
+
+def _head(name: str, kind: str, text: str) -> Iterator[str]:
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind}"
+
+
+def _label(socket: str) -> str:
+    escaped = printable(socket).replace("\\", "\\\\").replace('"', '\\"')
+    return f'socket="{escaped}"'

@@ -1,0 +1,283 @@
+"""keyd status and keyd audit: what a keyd of its own says, and where its keys are."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
+
+from .instance import TITUS_PY, eventually
+from .service import PATIENCE
+
+KEYD = TITUS_PY.with_name("keyd")
+CONTENT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
+#: Names itself keyd, and has a page as keyd's, with what it is told; then stays.
+FORGER = """
+import os, struct, sys, zlib
+open("/proc/self/comm", "w").write("keyd")
+text = bytes.fromhex(sys.argv[1])
+page = os.memfd_create("keyd-status")
+os.write(page, struct.pack("!II", zlib.crc32(text), len(text)) + text)
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+def make_key(path: Path) -> None:
+    """Without this process having it: its memory is looked at, too."""
+    command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run([*command, "-out", path], check=True, umask=0o077)
+
+
+class Listening:
+    """``keyd listen`` with one key, for the group www-data."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "www.sock"
+        self.key = directory / "www.key"
+        make_key(self.key)
+        command = ["openssl", "pkey", "-in", self.key, "-pubout", "-outform", "DER"]
+        public = subprocess.run(command, check=True, capture_output=True).stdout
+        #: RFC 5280's SubjectPublicKeyInfo, hashed.
+        self.identity = hashlib.sha256(public).digest()
+        self._log = (directory / "log").open("wb")
+        self.process = subprocess.Popen(
+            [
+                *(KEYD, "listen", f"--socket={self.socket}", f"--key={self.key}"),
+                *("--user=daemon", "--group=www-data", f"--chroot={directory / 'root'}"),
+            ],
+            stderr=self._log,
+        )
+        eventually(self.socket.is_socket, "keyd listens", PATIENCE)
+
+    def ask(self, octets: bytes = CONTENT) -> Status:
+        request = Request(
+            Operation.SIGN, SignatureScheme.ecdsa_secp256r1_sha256, self.identity, octets
+        )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(self.socket))
+            client.send(request.encode())
+            return Reply.decode(client.recv(2000)).status
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
+    keyd = Listening(tmp_path_factory.mktemp("keyd"))
+    yield keyd
+    keyd.close()
+
+
+def keyd(*words: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(KEYD), *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+def of(pid: int) -> dict[str, Any]:
+    """What ``keyd status`` says of this one."""
+    found: list[dict[str, Any]] = json.loads(keyd("status", "--json").stdout)
+    (one,) = [each for each in found if each["pid"] == pid]
+    return one
+
+
+def told(listening: Listening, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Once it has said so: it writes its page about once a second."""
+    seen: list[dict[str, Any]] = []
+
+    def says() -> bool:
+        seen.append(of(listening.process.pid))
+        return is_so(seen[-1])
+
+    eventually(says, "it is told", PATIENCE)
+    return seen[-1]
+
+
+def test_a_keyd_says_what_it_has_did_and_refused(listening: Listening) -> None:
+    before = of(listening.process.pid)
+    assert listening.ask() is Status.DONE
+    assert listening.ask(CONTENT[:-1]) is Status.NOT_TLS
+    signed, refused = before["signed"] + 1, before["refused"].get("not_tls", 0) + 1
+    seen = told(listening, lambda one: one["refused"].get("not_tls") == refused)
+    assert seen["signed"] == signed
+    assert (seen["command"], seen["user"]) == ("listen", "daemon")
+    (key,) = seen["keys"]
+    assert key["name"] == str(listening.key)
+    assert key["kind"] == "secp256r1"
+    assert key["fingerprint"] == listening.identity.hex()
+    assert seen["sockets"] == [
+        {"path": str(listening.socket), "mode": "rw-rw----", "user": "daemon", "group": "www-data"}
+    ]
+    last = seen["last_refused"][-1]
+    assert (last["status"], last["process"]) == ("not_tls", os.getpid())
+    text = keyd("status").stdout
+    for words in (str(listening.key), "daemon:www-data", "a transcript hash of 31 octets"):
+        assert words in text
+
+
+def test_its_metrics_are_prometheus_own(listening: Listening) -> None:
+    assert listening.ask() is Status.DONE
+    told(listening, lambda one: one["signed"] > 0)
+    text = keyd("status", "--metrics").stdout
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr + text
+    label = f'socket="{listening.socket}"'
+    assert f"keyd_keys{{{label}}} 1\n" in text
+    assert f'keyd_operations_total{{{label},operation="sign"}} ' in text
+
+
+def test_only_root_can_look(listening: Listening) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "from keyd.inspection.reports import running; running()"],
+        user="nobody",
+        group="nogroup",
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 1
+    assert not said.stdout
+
+
+@contextmanager
+def forged(text: bytes) -> Iterator[int]:
+    """A process of nobody's that has this page; its pid."""
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", FORGER, text.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        user="nobody",
+        group="nogroup",
+        extra_groups=[],
+        cwd="/",
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline()
+        yield process.pid
+        process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\xff" * 100, b"[" * 60_000, b'{"version": 1}', b'{"version": 2}', b'{"version": [1]}'],
+    ids=["empty", "octets", "nested", "without fields", "later", "of another kind"],
+)
+def test_what_is_no_report_is_said_to_be_none(listening: Listening, text: bytes) -> None:
+    with forged(text) as pid:
+        seen = keyd("status", "--json")
+        assert seen.returncode == 1, "one of them has no report"
+        (one,) = [each for each in json.loads(seen.stdout) if each["pid"] == pid]
+    assert one["user"] == "nobody"
+    assert one["problem"]
+
+
+def test_a_report_cannot_steer_a_terminal(listening: Listening) -> None:
+    told(listening, lambda one: bool(one["keys"]))
+    report = {
+        "version": 1,
+        "command": "listen",
+        "started": 1.0,
+        "sockets": ["\x1b[2J"],
+        "keys": [["\x1b]0;title\x07", "\n", "\u202e"]],
+        "keys_in_all": 1,
+        "signed": 0,
+        "decrypted": 0,
+        "refused": {"not_tls": 1},
+        "last_refused": [[1.0, "not_tls", "\x1b[31m", 1]],
+        "seconds": [],
+        "seconds_sum": 0.0,
+    }
+    with forged(json.dumps(report).encode()) as pid:
+        seen = keyd("status").stdout
+        assert f"process {pid} of nobody" in seen
+        assert r"\x1b[31m" in seen
+        assert not {c for c in seen if not c.isprintable()} - {"\n"}
+        # And none of it is a line of its own.
+        metrics = keyd("status", "--metrics").stdout
+    assert "\x1b" not in metrics
+
+
+# --- audit -----------------------------------------------------------------------------
+
+
+def verdicts(listening: Listening, directory: Path) -> dict[str, list[tuple[str, str]]]:
+    """Of this keyd, by check: what was seen, and the verdict. Other tests' keyds run as well."""
+    seen = keyd("audit", "--json", f"--directory={directory}")
+    found: dict[str, list[tuple[str, str]]] = {}
+    for one in json.loads(seen.stdout):
+        if one["subject"] in (str(listening.key), f"process {listening.process.pid}"):
+            found.setdefault(one["check"], []).append((one["seen"], one["verdict"]))
+    return found
+
+
+def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
+    found = verdicts(listening, listening.key.parent)
+    pid = listening.process.pid
+    assert (f"in process {pid} (keyd), which is to have it", "holds") in found["memory"]
+    assert any("in none of" in seen and verdict == "holds" for seen, verdict in found["memory"])
+    assert any(
+        f"group www-data, at {listening.socket}" in seen and verdict == "holds"
+        for seen, verdict in found["asks"]
+    )
+    ((seen, verdict),) = found["file"]
+    assert str(listening.key) in seen
+    assert verdict == "holds"
+
+
+def test_where_a_key_is_not_to_be_is_named(listening: Listening, tmp_path: Path) -> None:
+    """A server whose administrator forgot to restart it; files; and a socket of everybody's."""
+    script = (
+        'umask 077; (echo certificate; cat "$0") > backup.pem; chmod 640 backup.pem;'
+        ' openssl pkey -in "$0" -outform DER -out site.der'
+    )
+    subprocess.run(["sh", "-c", script, listening.key], cwd=tmp_path, check=True)
+    (tmp_path / "link").symlink_to(listening.key)
+    os.mkfifo(tmp_path / "pipe")
+    listening.socket.chmod(0o666)
+    server = "import sys; key = open(sys.argv[1]).read(); print('read', flush=True); input()"
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-c", server, listening.key],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        found = verdicts(listening, tmp_path)
+        other.kill()
+    listening.socket.chmod(0o660)
+    assert (f"in process {other.pid} (python3)", "broken") in found["memory"]
+    assert (f"everybody, at {listening.socket} (rw-rw-rw-)", "broken") in found["asks"]
+    assert {seen.split()[1]: verdict for seen, verdict in found["file"]} == {
+        str(tmp_path / "backup.pem"): "broken",
+        str(tmp_path / "site.der"): "holds",
+    }
+
+
+def test_a_key_file_that_was_replaced_is_not_taken_for_keyds(listening: Listening) -> None:
+    own = listening.key.rename(listening.key.with_name("own"))
+    make_key(listening.key)
+    try:
+        found = verdicts(listening, listening.key.parent)
+    finally:
+        own.rename(listening.key)
+    assert ("is not the key that keyd has any more", "not available") in found["key"]
+    assert "memory" not in found
