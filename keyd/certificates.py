@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.chain import UNREADABLE, Located, doubts, name_of
 from keyd.keys import Read, UnusableKey, load_private_key, read
 from keyd.pem import Damaged, blocks
 from keyd.powers import PrivateKey
+from keyd.pss import PSSPublicKey, binding_of_tbs
 from keyd.reference import UnsupportedKey, key_id, reference_pem
 
 __all__ = ["Findings", "KeyFiles", "Problem", "examine", "load_chain", "refer_to"]
@@ -141,14 +143,7 @@ def load_chain(path: str, read: Read = read) -> list[Located]:
 def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
     """The id of the key that a certificate is for, and its reference; raises UnusableKey."""
     try:
-        # A key bound to PSS must make no other signature and must not decrypt (RFC 4055 §1.2). The
-        # library does not tell it from a plain RSA key, so keyd could not refuse that to a worker.
-        if leaf.public_key_algorithm_oid == x509.PublicKeyAlgorithmOID.RSASSA_PSS:
-            raise UnsupportedKey(
-                "an RSA key that is bound to PSS (id-RSASSA-PSS): get one for a plain RSA key, "
-                "which signs with PSS as well"
-            )
-        key = leaf.public_key()
+        key = _public_key(leaf)
         return key_id(key), reference_pem(key).decode()
     except UnsupportedKey as error:
         raise UnusableKey("certificate", f"{path} is for {error}") from None
@@ -156,18 +151,33 @@ def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
         raise UnusableKey("certificate", f"{path}: its key cannot be used: {error}") from None
 
 
+def _public_key(leaf: x509.Certificate) -> CertificatePublicKeyTypes | PSSPublicKey:
+    """The library takes a key that is bound to PSS for a plain RSA key. Raises ValueError."""
+    key = leaf.public_key()
+    if isinstance(key, rsa.RSAPublicKey):
+        try:
+            binding = binding_of_tbs(leaf.tbs_certificate_bytes)
+        except ValueError as error:
+            raise UnsupportedKey(f"an RSA key bound to PSS that TLS cannot use: {error}") from None
+        if binding is not None:
+            return PSSPublicKey(key, binding)
+    return key
+
+
 def _is_for(certificate: x509.Certificate, key: PrivateKey) -> bool:
     try:
-        return certificate.public_key() == key.public_key()
+        return _public_key(certificate) == key.public_key()
     except UNREADABLE:
         return False
 
 
 def _kind(leaf: x509.Certificate) -> str:
     try:
-        key = leaf.public_key()
+        key = _public_key(leaf)
     except UNREADABLE:
         return ""
+    if isinstance(key, PSSPublicKey):
+        return "RSA-PSS"
     if isinstance(key, rsa.RSAPublicKey):
         return "RSA"
     return "ECDSA" if isinstance(key, ec.EllipticCurvePublicKey) else "Ed25519"

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from keyd.daemon import Keyd
 from keyd.key_reader import MAX_MESSAGE_OCTETS, ORDER
+from keyd.keys import as_bound
 from keyd.powers import PrivateKey
 from keyd.reference import key_id
 from keyd.words import say
@@ -88,11 +89,13 @@ class Renewal:
 
     def _take_in(self, path: str, octets: memoryview) -> None:
         try:
-            key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+            loaded = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+            # What tells that it is bound comes first: no secret is copied.
+            key = as_bound(loaded, octets)  # type: ignore[arg-type]
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             self._keep(path, f"{path}: {error}")
             return
-        self._found[path] = key, key_id(key.public_key())  # type: ignore[assignment]
+        self._found[path] = key, key_id(key.public_key())
 
     def _keep(self, path: str, reason: str) -> None:
         kept = ": its former key stays" if path in self._ids else ""

@@ -19,9 +19,18 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from keyd.powers import PrivateKey
+from keyd.pss import PSSPrivateKey, binding_of_key
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
 
-__all__ = ["Read", "UnusableKey", "load_private_key", "passphrase_in", "read", "read_ahead"]
+__all__ = [
+    "Read",
+    "UnusableKey",
+    "as_bound",
+    "load_private_key",
+    "passphrase_in",
+    "read",
+    "read_ahead",
+]
 
 #: Reads the file that a setting names, as ``read`` does.
 Read = Callable[[str, str], bytes]
@@ -103,13 +112,28 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
         key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
     ):
         raise UnusableKey("key", f"{path} is {kind_of_key(key)}: {SERVED_KEYS} are served")
-    try:
-        reference_pem(key.public_key())
-    except UnsupportedKey as error:
-        raise UnusableKey("key", f"{path} is {error}") from None
     if isinstance(key, rsa.RSAPrivateKey) and not _is_sound(key):
         raise UnusableKey("key", f"{path} is damaged: its numbers are not those of an RSA key")
-    return key
+    try:
+        bound = as_bound(key, pem)
+        reference_pem(bound.public_key())
+    except UnsupportedKey as error:
+        raise UnusableKey("key", f"{path} is {error}") from None
+    return bound
+
+
+def as_bound(key: PrivateKey, written: bytes) -> PrivateKey:
+    """The key, bound to PSS if it was written so: the library takes it for a plain RSA key.
+
+    An encrypted one cannot be told. Raises UnsupportedKey for what no TLS server can use.
+    """
+    if not isinstance(key, rsa.RSAPrivateKey):
+        return key
+    try:
+        binding = binding_of_key(written)
+    except ValueError as error:
+        raise UnsupportedKey(f"an RSA key bound to PSS that TLS cannot use: {error}") from None
+    return key if binding is None else PSSPrivateKey(key, binding)
 
 
 def passphrase_in(text: bytes) -> bytes:

@@ -35,7 +35,7 @@ from keyd.keys import passphrase_in
 from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import limit
 from keyd.linux.descriptors import receive_descriptors
-from keyd.powers import PrivateKey
+from keyd.powers import LibraryKey
 from keyd.system_calls import MAKING
 
 __all__ = ["Order", "confine", "kind_of", "make", "make_known", "serve"]
@@ -188,7 +188,7 @@ def make_known(kind: str, name: str, now: int, key_file: int, certificate_file: 
     _write(certificate_file, certificate)
 
 
-def generate(kind: str) -> PrivateKey:
+def generate(kind: str) -> LibraryKey:
     """A new key of a kind such as ``rsa-2048``, ``p-256`` or ``ed25519``."""
     if kind in _CURVES:
         return ec.generate_private_key(_CURVES[kind])
@@ -209,7 +209,7 @@ def kind_of(key: PublicKeyTypes) -> str:
     return type(key).__name__.removesuffix("PublicKey").lower()
 
 
-def request_for(leaf: x509.Certificate | None, key: PrivateKey) -> bytes:
+def request_for(leaf: x509.Certificate | None, key: LibraryKey) -> bytes:
     """A certificate signing request (RFC 2986, PEM) for the certificate's names, and this key.
 
     The names are its subject and its subjectAltName. Must-staple (RFC 7633) is kept as well.
@@ -224,7 +224,7 @@ def request_for(leaf: x509.Certificate | None, key: PrivateKey) -> bytes:
     return builder.sign(key, digest).public_bytes(Encoding.PEM)
 
 
-def self_signed(name: str, key: PrivateKey, now: int) -> bytes:
+def self_signed(name: str, key: LibraryKey, now: int) -> bytes:
     """A certificate (PEM) for this host name, for a TLS server and for a TLS client.
 
     It can certify no other. Raises ValueError.
@@ -251,7 +251,7 @@ def self_signed(name: str, key: PrivateKey, now: int) -> bytes:
     return builder.sign(key, digest).public_bytes(Encoding.PEM)
 
 
-def _made_before(pem: bytes, passphrase: bytes | None, kind: str) -> PrivateKey:
+def _made_before(pem: bytes, passphrase: bytes | None, kind: str) -> LibraryKey:
     try:
         key = load_pem_private_key(pem, passphrase)
     except (TypeError, *UNREADABLE):
@@ -263,7 +263,7 @@ def _made_before(pem: bytes, passphrase: bytes | None, kind: str) -> PrivateKey:
     return key
 
 
-def _encoded(key: PrivateKey, passphrase: bytes | None) -> bytes:
+def _encoded(key: LibraryKey, passphrase: bytes | None) -> bytes:
     protection: KeySerializationEncryption = NoEncryption()
     if passphrase is not None:
         protection = BestAvailableEncryption(passphrase)

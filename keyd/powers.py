@@ -19,12 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd.client_hello import ClientHello
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
+from keyd.pss import PSSPrivateKey, PSSPublicKey
 
 __all__ = [
     "ALL_POWERS",
     "Key",
     "KeyElsewhere",
     "Later",
+    "LibraryKey",
     "NotGranted",
     "NotTLS",
     "PrivateKey",
@@ -34,7 +36,9 @@ __all__ = [
     "rehearse",
 ]
 
-PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+#: Keys as the library has them.
+LibraryKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+PrivateKey = LibraryKey | PSSPrivateKey
 
 #: Called once with a signature, or with why there is none.
 Told = Callable[[bytes | str], None]
@@ -102,6 +106,8 @@ def rehearse(key: PrivateKey) -> None:
         if scheme.tls13 and isinstance(key, scheme.key_type):
             if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name != scheme.curve:
                 continue
+            if isinstance(key, PSSPrivateKey) and key.binding.digest not in (None, scheme.digest):
+                continue
             perform(Operation.SIGN, key, name, octets, ALL_POWERS, None)
     for curve in _CURVES.values():
         one = ec.derive_private_key(1, curve).public_key()
@@ -151,6 +157,7 @@ _PUBLIC: dict[type, type] = {
     rsa.RSAPrivateKey: rsa.RSAPublicKey,
     ec.EllipticCurvePrivateKey: ec.EllipticCurvePublicKey,
     ed25519.Ed25519PrivateKey: ed25519.Ed25519PublicKey,
+    PSSPrivateKey: PSSPublicKey,
 }
 
 
@@ -159,6 +166,8 @@ class _Scheme(NamedTuple):
     sign: Callable[..., bytes]
     curve: str | None = None
     tls13: bool = True
+    #: Of a scheme for keys that may be bound to one.
+    digest: str | None = None
 
 
 def _pkcs1(algorithm: hashes.HashAlgorithm) -> _Scheme:
@@ -177,6 +186,15 @@ def _pss(algorithm: hashes.HashAlgorithm) -> _Scheme:
     return _Scheme(rsa.RSAPrivateKey, sign)
 
 
+def _bound_pss(algorithm: hashes.SHA256 | hashes.SHA384 | hashes.SHA512) -> _Scheme:
+    form = padding.PSS(padding.MGF1(algorithm), algorithm.digest_size)
+
+    def sign(key: PSSPrivateKey, octets: bytes) -> bytes:
+        return key.key.sign(octets, form, algorithm)
+
+    return _Scheme(PSSPrivateKey, sign, digest=algorithm.name)
+
+
 def _ecdsa(curve: str, algorithm: hashes.HashAlgorithm) -> _Scheme:
     form = ec.ECDSA(algorithm)
 
@@ -193,9 +211,9 @@ _SCHEMES = {
     SignatureScheme.rsa_pss_rsae_sha256: _pss(hashes.SHA256()),
     SignatureScheme.rsa_pss_rsae_sha384: _pss(hashes.SHA384()),
     SignatureScheme.rsa_pss_rsae_sha512: _pss(hashes.SHA512()),
-    SignatureScheme.rsa_pss_pss_sha256: _pss(hashes.SHA256()),
-    SignatureScheme.rsa_pss_pss_sha384: _pss(hashes.SHA384()),
-    SignatureScheme.rsa_pss_pss_sha512: _pss(hashes.SHA512()),
+    SignatureScheme.rsa_pss_pss_sha256: _bound_pss(hashes.SHA256()),
+    SignatureScheme.rsa_pss_pss_sha384: _bound_pss(hashes.SHA384()),
+    SignatureScheme.rsa_pss_pss_sha512: _bound_pss(hashes.SHA512()),
     SignatureScheme.ecdsa_secp256r1_sha256: _ecdsa("secp256r1", hashes.SHA256()),
     SignatureScheme.ecdsa_secp384r1_sha384: _ecdsa("secp384r1", hashes.SHA384()),
     SignatureScheme.ecdsa_secp521r1_sha512: _ecdsa("secp521r1", hashes.SHA512()),
@@ -220,6 +238,8 @@ def _sign(
     known = key.public_key() if isinstance(key, KeyElsewhere) else key
     if not isinstance(known, (scheme.key_type, _PUBLIC[scheme.key_type])):
         raise NotTLS(f"{name.name} with a key of another kind")
+    if isinstance(known, PSSPrivateKey) and known.binding.digest not in (None, scheme.digest):
+        raise NotTLS(f"{name.name} with a key that is bound to {known.binding.digest}")
     as_client = Power.SIGN_TLS13_CLIENT in granted and octets.startswith(_TLS13_CLIENT)
     if as_client or octets.startswith(_TLS13_SERVER):
         _check_certificate_verify(octets)

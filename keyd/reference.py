@@ -9,9 +9,8 @@ holds nothing secret: the public key and its SHA-256, PEM-like:
                EC:            curve     OpenSSL's name of the group
                               point     uncompressed (SEC 1 §2.3.3)
                Ed25519:       key       RFC 8032 §5.1.5
+               RSA-PSS:       n, e, and the digest that it is bound to, if it is: ``sha256``
     -----END KEYD KEY REFERENCE-----
-
-The provider also reads RSA-PSS (as RSA), which this module does not write: see ``certificates``.
 """
 
 import base64
@@ -23,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from keyd.pss import PSSPublicKey
+
 __all__ = [
     "SERVED_KEYS",
     "UnsupportedKey",
@@ -32,10 +33,12 @@ __all__ = [
     "reference_pem",
 ]
 
-SERVED_KEYS = "RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, and Ed25519"
+SERVED_KEYS = (
+    "RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, P-384 or P-521, and Ed25519"
+)
 
 _VERSION = 1
-_RSA, _EC, _ED25519 = 1, 2, 3
+_RSA, _EC, _ED25519, _RSA_PSS = 1, 2, 3, 4
 _GROUP_NAMES = {"secp256r1": "prime256v1", "secp384r1": "secp384r1", "secp521r1": "secp521r1"}
 
 _CURVES: dict[str, ec.EllipticCurve] = {
@@ -49,19 +52,19 @@ class UnsupportedKey(ValueError):
     """A key of a kind or size that keyd does not serve."""
 
 
-def kind_of_key(key: PublicKeyTypes | PrivateKeyTypes) -> str:
+def kind_of_key(key: PublicKeyTypes | PrivateKeyTypes | PSSPublicKey) -> str:
     """The kind of a key in words, as in ``an Ed448 key``."""
     kind = re.sub("(Public|Private)Key$", "", type(key).__name__)
     return f"{'an' if kind[0] in 'AEIOX' else 'a'} {kind} key"
 
 
-def key_id(key: PublicKeyTypes) -> bytes:
+def key_id(key: PublicKeyTypes | PSSPublicKey) -> bytes:
     """The SHA-256 of the SubjectPublicKeyInfo: 32 octets."""
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).digest()
 
 
-def reference_pem(key: PublicKeyTypes) -> bytes:
+def reference_pem(key: PublicKeyTypes | PSSPublicKey) -> bytes:
     """The reference file for the private key that belongs to this public one.
 
     Raises UnsupportedKey.
@@ -89,7 +92,12 @@ def public_key_of(reference: str) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKe
     return None
 
 
-def _fields(key: PublicKeyTypes) -> tuple[int, tuple[bytes, ...]]:
+def _fields(key: PublicKeyTypes | PSSPublicKey) -> tuple[int, tuple[bytes, ...]]:
+    if isinstance(key, PSSPublicKey):
+        _, modulus_and_exponent = _fields(key.key)
+        bound_to = key.binding.digest
+        digest = () if bound_to is None else (bound_to.encode(),)
+        return _RSA_PSS, (*modulus_and_exponent, *digest)
     if isinstance(key, rsa.RSAPublicKey):
         if not 2048 <= key.key_size <= 8192:
             raise UnsupportedKey(f"an RSA key of {key.key_size} bits (2048 to 8192 are served)")

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_private_key,
 )
 
+from keyd.keys import as_bound
 from keyd.powers import Key, KeyElsewhere, PrivateKey
 from keyd.protocol import MAX_HANDED
 from keyd.reference import key_id
@@ -70,6 +71,7 @@ def inherited(received: Iterable[bytes], wanted: Collection[str]) -> Iterator[Pr
     """
     for octets in received:
         with suppress(ValueError, TypeError, UnsupportedAlgorithm):
-            key = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+            loaded = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
+            key = as_bound(loaded, octets)  # type: ignore[arg-type]
             if key_id(key.public_key()).hex() in wanted:
-                yield key  # type: ignore[misc]
+                yield key

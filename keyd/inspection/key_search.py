@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from keyd.inspection.occurrences import occurrences
-from keyd.powers import PrivateKey
+from keyd.powers import LibraryKey, PrivateKey
+from keyd.pss import PSSPrivateKey
 
 __all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "search_all"]
 
@@ -108,6 +109,9 @@ def needles(key: PrivateKey) -> list[Needle]:
     have in a text. So a part of a PEM of any format is found, with line breaks and without.
     Third, the whole DER.
     """
+    if isinstance(key, PSSPrivateKey):
+        # Its numbers are a plain RSA key's.
+        key = key.key
     found = []
     for name, number in _secret_numbers(key).items():
         length = (number.bit_length() + 7) // 8
@@ -128,7 +132,7 @@ def label(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def _secret_numbers(key: PrivateKey) -> dict[str, int]:
+def _secret_numbers(key: LibraryKey) -> dict[str, int]:
     match key:
         case rsa.RSAPrivateKey():
             numbers = key.private_numbers()

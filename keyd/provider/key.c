@@ -118,7 +118,10 @@ static int get_params(void *data, OSSL_PARAM params[])
         unsigned int bits = modulus_bits(key);
 
         return get_sizes(key, params, bits, rsa_security_bits(bits))
-            && set_text(params, OSSL_PKEY_PARAM_DEFAULT_DIGEST, "SHA256")
+            /* As in OpenSSL: a bound key has a mandatory digest, and no default one. */
+            && (key->digest != NULL
+                    ? set_text(params, OSSL_PKEY_PARAM_MANDATORY_DIGEST, key->digest)
+                    : set_text(params, OSSL_PKEY_PARAM_DEFAULT_DIGEST, "SHA256"))
             && set_big(params, OSSL_PKEY_PARAM_RSA_N, public, length)
             && set_big(params, OSSL_PKEY_PARAM_RSA_E, key->exponent, key->exponent_length);
     }
@@ -154,6 +157,7 @@ static const OSSL_PARAM *gettable_rsa(void *provider)
     static const OSSL_PARAM gettable[] = {
         SIZES,
         TEXT(OSSL_PKEY_PARAM_DEFAULT_DIGEST),
+        TEXT(OSSL_PKEY_PARAM_MANDATORY_DIGEST),
         BIG(OSSL_PKEY_PARAM_RSA_N),
         BIG(OSSL_PKEY_PARAM_RSA_E),
         OSSL_PARAM_END,

@@ -98,6 +98,7 @@ struct key {
     uint8_t exponent[8];
     size_t exponent_length;
     const struct curve *curve;
+    const char *digest; /* that a key for PSS is bound to; NULL: any */
 };
 
 extern const OSSL_ALGORITHM decoders[];

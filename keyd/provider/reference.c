@@ -23,8 +23,10 @@
 #define END_REFERENCE "-----END KEYD KEY REFERENCE-----"
 
 #define REFERENCE_VERSION 1
+#define MAX_DIGEST_OCTETS 6   /* of its name */
 #define MAX_EXPONENT_OCTETS 8 /* as in OpenSSL, for moduli over 3072 bits */
-#define MAX_CONTENT_OCTETS (2 + KEY_ID_OCTETS + 2 + MAX_PAYLOAD_OCTETS + 2 + MAX_EXPONENT_OCTETS)
+#define MAX_CONTENT_OCTETS \
+    (2 + KEY_ID_OCTETS + 2 + MAX_PAYLOAD_OCTETS + 2 + MAX_EXPONENT_OCTETS + 2 + MAX_DIGEST_OCTETS)
 #define MAX_TEXT_OCTETS ((MAX_CONTENT_OCTETS + 2) / 3 * 4)
 #define MAX_LINE_OCTETS 256
 #define MAX_LINES_BEFORE 100000
@@ -55,11 +57,32 @@ static int take(struct octets *rest, struct octets *field)
     return 1;
 }
 
+/* The digest that a key for PSS is bound to: to a name of libcrypto's, or NULL. */
+static const char *digest_named(struct octets name)
+{
+    static const char *const digests[][2] = {
+        {"sha256", "SHA2-256"},
+        {"sha384", "SHA2-384"},
+        {"sha512", "SHA2-512"},
+    };
+
+    for (size_t i = 0; i < sizeof digests / sizeof *digests; i++)
+        if (name.length == strlen(digests[i][0])
+            && memcmp(name.start, digests[i][0], name.length) == 0)
+            return digests[i][1];
+    return NULL;
+}
+
 static const char *parse_rsa(struct octets rest, struct key *key)
 {
-    struct octets modulus, exponent;
+    struct octets modulus, exponent, digest;
 
-    if (!take(&rest, &modulus) || !take(&rest, &exponent) || rest.length != 0)
+    if (!take(&rest, &modulus) || !take(&rest, &exponent))
+        return "its fields are not those of an RSA key";
+    if (key->type == KEY_RSA_PSS && take(&rest, &digest)
+        && (key->digest = digest_named(digest)) == NULL)
+        return "an unknown digest";
+    if (rest.length != 0)
         return "its fields are not those of an RSA key";
     if (modulus.length < 256 || modulus.length > MAX_PAYLOAD_OCTETS || modulus.start[0] == 0
         || (modulus.length == 256 && modulus.start[0] < 0x80))

@@ -110,7 +110,12 @@ static void *duplicate(void *from)
 
 static int set_hash(const struct signature *signature, enum hash *hash, const char *name)
 {
+    const char *bound = signature->key.digest;
+
     *hash = hash_named(name);
+    /* libcrypto asks in this way which digests a key can be used with. */
+    if (*hash != HASH_NONE && bound != NULL && hash_named(bound) != *hash)
+        *hash = HASH_NONE;
     if (*hash == HASH_NONE)
         RAISE(signature->provider, REASON_UNSUPPORTED, "keyd: not for keyd: digest %s", name);
     return *hash != HASH_NONE;

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from keyd.powers import PrivateKey
+from keyd.certificates import load_chain, refer_to
+from keyd.powers import LibraryKey
 from keyd.reference import reference_pem
 
 from .support import (
@@ -31,7 +32,6 @@ from .support import (
     harness,
     keyds_answer,
     preload_sanitizer,
-    rsa_pss_reference,
     spki_hash,
 )
 
@@ -57,7 +57,7 @@ def harness_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def _self_signed(key: PrivateKey) -> bytes:
+def _self_signed(key: LibraryKey) -> bytes:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
@@ -80,12 +80,12 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
     directory = tmp_path_factory.mktemp("sites")
     made: dict[str, Site] = {}
 
-    def add(name: str, kind: str, signature_octets: int, reference: bytes | None = None) -> None:
+    def add(name: str, kind: str, signature_octets: int, reference: bytes) -> None:
         files = {end: directory / f"{name}.{end}" for end in ("crt", "key", "ref", "pub")}
         command = ["openssl", "x509", "-in", str(files["crt"]), "-pubkey", "-noout"]
         public = subprocess.run(command, check=True, capture_output=True).stdout
         files["pub"].write_bytes(public)
-        files["ref"].write_bytes(reference or rsa_pss_reference(public))
+        files["ref"].write_bytes(reference)
         made[name] = Site(
             name,
             files["crt"],
@@ -97,7 +97,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
             signature_octets,
         )
 
-    keys: dict[str, tuple[PrivateKey, str, int]] = {
+    keys: dict[str, tuple[LibraryKey, str, int]] = {
         "rsa": (rsa.generate_private_key(65537, 2048), "RSA", 256),
         "p256": (ec.generate_private_key(ec.SECP256R1()), "EC", 72),
         "p384": (ec.generate_private_key(ec.SECP384R1()), "EC", 104),
@@ -113,7 +113,9 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
     command = "openssl req -x509 -newkey rsa-pss -pkeyopt rsa_keygen_bits:3072 -nodes"
     options = ["-subj", "/CN=localhost", "-keyout", "rsa-pss.key", "-out", "rsa-pss.crt"]
     subprocess.run([*command.split(), *options], check=True, cwd=directory, capture_output=True)
-    add("rsa-pss", "RSA-PSS", 384)
+    path = str(directory / "rsa-pss.crt")
+    _, reference = refer_to(load_chain(path)[0].certificate, path)
+    add("rsa-pss", "RSA-PSS", 384, reference.encode())
     return made
 
 

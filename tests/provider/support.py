@@ -1,13 +1,11 @@
 """What the provider's tests run: compilers, a stand-in for keyd, harnesses, TLS peers."""
 
-import base64
 import hashlib
 import os
 import re
 import select
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -17,9 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-
+from keyd.keys import load_private_key
 from keyd.powers import ALL_POWERS, NotTLS, PrivateKey, perform
 from keyd.protocol import MAX_REQUEST_OCTETS, Reply, Request, Status
 
@@ -95,18 +91,6 @@ class Site(NamedTuple):
     signature_octets: int
 
 
-def rsa_pss_reference(spki_pem: bytes) -> bytes:
-    """The reference of an RSA-PSS key, which ``keyd.reference`` has no way to tell from RSA."""
-    key = load_pem_public_key(spki_pem)
-    assert isinstance(key, rsa.RSAPublicKey)
-    numbers = key.public_numbers()
-    content = bytes((1, 4)) + spki_hash(spki_pem)
-    for number in (numbers.n, numbers.e):
-        field = number.to_bytes((number.bit_length() + 7) // 8, "big")
-        content += struct.pack("!H", len(field)) + field
-    return reference_text(base64.encodebytes(content))
-
-
 def reference_text(base64_text: bytes) -> bytes:
     return (
         b"-----BEGIN KEYD KEY REFERENCE-----\n"
@@ -156,9 +140,7 @@ def keyds_answer(sites: Iterable[Site]) -> Answer:
     """keyd's own answers, from one that grants everything that it can do."""
     keys: dict[bytes, PrivateKey] = {}
     for site in sites:
-        key = load_pem_private_key(site.key.read_bytes(), None)
-        assert isinstance(key, PrivateKey)
-        keys[site.key_id] = key
+        keys[site.key_id] = load_private_key(str(site.key), None)
 
     def answer(message: bytes) -> bytes:
         request = Request.decode(message)

@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
-from cryptography.x509 import Certificate
+from cryptography.x509 import Certificate, PublicKeyAlgorithmOID
 
 from keyd.protocol import (
     ANY_NAME,
@@ -100,6 +100,9 @@ def ask_keyd(scene: Scene, certificate: Certificate | None, connection: int) -> 
         return
     if certificate is None:
         yield from _not_asked(keyd, "the certificate in the file is not the one that is served")
+        return
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        yield from _not_asked(keyd, "the certificate's key is bound to PSS, which is not asked for")
         return
     key = certificate.public_key()
     if not isinstance(key, _Key):

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from keyd.powers import PrivateKey
+from keyd.powers import LibraryKey
 
 __all__ = ["KEY_TYPES", "Issued", "ThrowawayAuthority"]
 
-KEY_TYPES: dict[str, Callable[[], PrivateKey]] = {
+KEY_TYPES: dict[str, Callable[[], LibraryKey]] = {
     "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
     "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
@@ -85,7 +85,7 @@ class ThrowawayAuthority:
             key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         )
 
-    def _builder(self, subject: x509.Name, key: PrivateKey) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: LibraryKey) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()

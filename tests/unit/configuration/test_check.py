@@ -184,11 +184,17 @@ def test_certificates_are_looked_at_whatever_else_is_wrong(
 
 #: Options of openssl-req(1), and what is said of a certificate for such a key.
 UNSERVED = {
-    "rsa-pss": (["rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"], "bound to PSS (id-RSASSA-PSS)"),
+    "rsa-pss": (
+        [
+            *("rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048", "-pkeyopt", "rsa_pss_keygen_md:sha1"),
+            *("-pkeyopt", "rsa_pss_keygen_mgf1_md:sha1", "-pkeyopt", "rsa_pss_keygen_saltlen:20"),
+        ],
+        "an RSA key bound to PSS that TLS cannot use: it is bound to a digest other than",
+    ),
     "brainpool": (["ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP256r1"], "EC key on brainpool"),
     "ed448": (
         ["ed448"],
-        "an Ed448 key (RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, ",
+        "an Ed448 key (RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, P-384 ",
     ),
     "small": (["rsa:1024"], "an RSA key of 1024 bits (2048 to 8192 are served)"),
 }

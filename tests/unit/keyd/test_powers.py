@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from keyd.powers import ALL_POWERS, NotGranted, NotTLS, PrivateKey, perform, rehearse
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
+from keyd.pss import Binding, PSSPrivateKey
 
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER_RSA = rsa.generate_private_key(65537, 2048)
@@ -32,6 +33,7 @@ HASHES: dict[str, hashes.HashAlgorithm] = {
     "sha512": hashes.SHA512(),
 }
 PKCS1 = [f"rsa_pkcs1_{name}" for name in HASHES]
+BOUND = PSSPrivateKey(RSA, Binding(bytes.fromhex("300b06092a864886f70d01010a"), None))
 PSS = [f"rsa_pss_{kind}_{name}" for kind in ("rsae", "pss") for name in HASHES]
 ECDSA = {
     "ecdsa_secp256r1_sha256": P256,
@@ -77,7 +79,7 @@ def assert_signed(key: PrivateKey, scheme: str, octets: bytes) -> None:
     """As every verifier will have it: raises InvalidSignature."""
     signature = sign(key, scheme, octets)
     algorithm = HASHES.get(scheme.rpartition("_")[2], hashes.SHA256())
-    public = key.public_key()
+    public = key.key.public_key() if isinstance(key, PSSPrivateKey) else key.public_key()
     if isinstance(public, ed25519.Ed25519PublicKey):
         public.verify(signature, octets)
     elif isinstance(public, ec.EllipticCurvePublicKey):
@@ -98,7 +100,7 @@ def refusal(key: PrivateKey, scheme: str | int, octets: bytes) -> str:
 def key_for(scheme: str) -> PrivateKey:
     if scheme == "ed25519":
         return ED25519
-    return ECDSA.get(scheme, RSA)
+    return BOUND if scheme.startswith("rsa_pss_pss") else ECDSA.get(scheme, RSA)
 
 
 # --- what a TLS server signs -----------------------------------------------------------
@@ -124,7 +126,7 @@ def test_in_tls_1_2_any_hash_goes_with_any_curve(
     assert_signed(key, scheme, key_exchange())
 
 
-@pytest.mark.parametrize("key", [RSA, P256, P384, P521, ED25519])
+@pytest.mark.parametrize("key", [RSA, BOUND, P256, P384, P521, ED25519])
 def test_every_key_can_be_rehearsed(key: PrivateKey) -> None:
     rehearse(key)
 
@@ -472,3 +474,23 @@ def test_the_version_is_the_clients_own() -> None:
 def test_only_rsa_keys_decrypt(key: PrivateKey) -> None:
     with pytest.raises(NotTLS, match="of another kind"):
         decrypt(bytes(256), key=key)
+
+
+# --- keys that are bound to PSS ----------------------------------------------------------
+
+
+def test_a_key_that_is_bound_to_pss_does_nothing_else() -> None:
+    for scheme in [*PKCS1, "rsa_pss_rsae_sha256", "ed25519"]:
+        assert "with a key of another kind" in refusal(BOUND, scheme, key_exchange())
+    # And what is for such keys alone, a plain one does not sign.
+    assert "with a key of another kind" in refusal(RSA, "rsa_pss_pss_sha256", TLS13)
+    with pytest.raises(NotTLS, match="RSA key exchange with a key of another kind"):
+        perform(Operation.DECRYPT, BOUND, 0x0303, bytes(256), ALL_POWERS, None)
+
+
+def test_a_key_that_is_bound_to_a_digest_signs_with_no_other() -> None:
+    key = PSSPrivateKey(RSA, BOUND.binding._replace(digest="sha384"))
+    assert_signed(key, "rsa_pss_pss_sha384", TLS13)
+    for scheme in ("rsa_pss_pss_sha256", "rsa_pss_pss_sha512"):
+        assert refusal(key, scheme, TLS13) == f"{scheme} with a key that is bound to sha384"
+    rehearse(key)
