@@ -97,6 +97,8 @@ class Listener(NamedTuple):
     proxy_timeout: float
     #: Which tunnel its clients are for; None: they speak TLS, and a virtual host is chosen.
     tunnel: int | None = None
+    #: Whether its clients first ask for TLS, as PostgreSQL's do.
+    starttls: bool = False
 
 
 class VirtualHost(NamedTuple):

@@ -95,6 +95,7 @@ class End(IntEnum):
     SERVER_RESET = 23
     SERVER_TRUNCATED = 24
     SERVER_PROTOCOL_ERROR = 25
+    STARTTLS_REFUSED = 26
 
 
 class Report(NamedTuple):

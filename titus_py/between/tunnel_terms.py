@@ -33,6 +33,8 @@ class TunnelTerms(NamedTuple):
     drain: float | None
     #: What a server is shown that asks for it; None: nothing.
     certificate: Certificate | None = None
+    #: Whether the server is first asked for TLS, as PostgreSQL's is.
+    starttls: bool = False
 
     def with_texts(self, change: Callable[[Any], Any]) -> "TunnelTerms":
         """The same with the text that may be long changed: to its number, and back."""

@@ -238,6 +238,20 @@ class Listen(Table):
         'worker.handshake_timeout, of which it is a part. Absent: "5s".',
     )
 
+    starttls: Literal["postgresql"] | None = Field(
+        default=None,
+        description="The protocol whose clients first ask for TLS, in the clear: with "
+        '"postgresql", the request of psql and of PostgreSQL\'s libraries is answered, and the '
+        "backend is a PostgreSQL without TLS. Absent: TLS begins at once.",
+    )
+
+    @field_validator("starttls")
+    @classmethod
+    def _not_for_load_balancers(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("accept_proxy_from"):
+            raise ValueError("does not go with accept_proxy_from: clients connect themselves")
+        return value
+
     @field_validator("proxy_timeout")
     @classmethod
     def _only_for_load_balancers(cls, value: float | None, info: ValidationInfo) -> float | None:

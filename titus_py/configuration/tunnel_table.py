@@ -151,6 +151,12 @@ class Tunnel(Table):
         description='The application protocols that are offered (ALPN), best first: ["h2"]. '
         "Absent: none.",
     )
+    starttls: Literal["postgresql"] | None = Field(
+        default=None,
+        description="The protocol by which the server is first asked for TLS, in the clear: "
+        '"postgresql". A client that asks the tunnel for TLS is told that there is none. '
+        "Absent: TLS begins at once.",
+    )
     send_proxy: Literal["v1", "v2"] | None = Field(
         default=None,
         description="The PROXY header that the server gets before TLS, and must expect: the "

@@ -28,6 +28,8 @@ class Arrival(NamedTuple):
     tunnel: int | None = None
     server: socket.socket | None = None
     backend: Backend | None = None
+    #: Whether it may first ask for TLS, as PostgreSQL's clients do.
+    starttls: bool = False
 
     @property
     def ends(self) -> Ends:

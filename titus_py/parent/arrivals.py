@@ -23,6 +23,7 @@ from titus_py.parent.unserved import Unserved
 from titus_py.parent.worker import Worker
 
 if TYPE_CHECKING:
+    from titus_py.parent.first_flight import FirstFlight
     from titus_py.parent.networks import Networks
     from titus_py.parent.tunnels import Tunnels
 
@@ -61,7 +62,8 @@ class Arrivals:
         #: The client that came last is last.
         self._waiting = waiting
         #: Those that are not waiting yet.
-        self.silent = Silent(loop, plan.handshake_timeout, self._wait, self._over)
+        before_tls = _before_tls(plan)
+        self.silent = Silent(loop, plan.handshake_timeout, self._wait, self._over, before_tls)
         self._connections = connections
         self._unserved = Unserved(loop, connections, tell)
         self._admission = admission
@@ -80,6 +82,8 @@ class Arrivals:
             self._balancers = balancers(plan.listeners)
         #: Clients whose tunnel's server is being connected to.
         self.tunnels = _tunnels(loop, plan, backends, connections, self._wait, self._turn_away)
+        #: Listeners whose clients first ask for TLS, by descriptor.
+        self._starttls = {one.descriptor for one in plan.listeners if one.starttls}
         self._tunnel_of = {
             listener.descriptor: listener.tunnel
             for listener in plan.listeners
@@ -242,6 +246,7 @@ class Arrivals:
                         time.monotonic(),
                         proxy_timeout,
                         tunnel=tunnel,
+                        starttls=listener.fileno() in self._starttls,
                     )
                 )
             else:
@@ -345,6 +350,17 @@ class Arrivals:
             self._waiting_timer = self._loop.after(
                 self._waiting[0].since - long_ago, self._end_long_waits
             )
+
+
+def _before_tls(
+    plan: Plan,
+) -> Callable[[socket.socket, bytes], tuple["FirstFlight", bool]] | None:
+    if not any(listener.starttls for listener in plan.listeners):
+        return None
+    # Others do not need it in their memory.
+    from titus_py.parent.starttls import look_before_tls
+
+    return look_before_tls
 
 
 def _tunnels(

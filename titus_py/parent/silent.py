@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.parent.arrival import Arrival
-from titus_py.parent.first_flight import look
+from titus_py.parent.first_flight import FirstFlight, look
 
 __all__ = ["Silent"]
 
@@ -49,6 +49,7 @@ class _Silent:
 class Silent:
     """``spoke`` is called with a client that has said all that a worker waits for first, and
     ``over`` with one that has left or has taken too long, and why. It is no longer here then.
+    ``before_tls`` is for clients that first ask for TLS (``starttls``).
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Silent:
         seconds: float,
         spoke: Callable[[Arrival], None],
         over: Callable[[Arrival, str], None],
+        before_tls: Callable[[socket.socket, bytes], tuple[FirstFlight, bool]] | None = None,
     ) -> None:
         self._loop = loop
+        self._before_tls = before_tls
         self._seconds = seconds
         self._spoke = spoke
         self._over = over
@@ -133,7 +136,12 @@ class Silent:
         if not octets:
             self._over(self._take(descriptor), "client_left")
             return False
-        flight = look(octets, silent.arrival.proxy_timeout > 0)
+        try:
+            flight = self._said(silent, octets)
+        except OSError:
+            # It asked for TLS, and has left.
+            self._over(self._take(descriptor), "client_left")
+            return False
         # Who has left after a beginning is for a worker, which says so.
         if flight.needs and not _has_left(client):
             silent.after_header = flight.after_header or silent.after_header
@@ -146,6 +154,15 @@ class Silent:
         arrival = self._take(descriptor)
         self._spoke(arrival._replace(since=time.monotonic(), client_hello=flight.client_hello))
         return False
+
+    def _said(self, silent: _Silent, octets: bytes) -> FirstFlight:
+        """What can be said of these octets; a client that asks for TLS is answered."""
+        arrival = silent.arrival
+        if self._before_tls is None or not arrival.starttls:
+            return look(octets, arrival.proxy_timeout > 0)
+        flight, may_ask = self._before_tls(arrival.client, octets)
+        silent.arrival = arrival._replace(starttls=may_ask)
+        return flight
 
     def _patience(self, silent: _Silent) -> float:
         """For how many seconds it may take: a load balancer has its own time for a header."""

@@ -363,7 +363,8 @@ class Generation:
         proxy_timeout = min(
             table.proxy_timeout or _PROXY_SECONDS, self.configuration.worker.handshake_timeout
         )
-        return Listener(listener.fileno(), table.accept_proxy_from or (), proxy_timeout)
+        balancers, starttls = table.accept_proxy_from or (), table.starttls is not None
+        return Listener(listener.fileno(), balancers, proxy_timeout, starttls=starttls)
 
     def _virtual_host(self, vhost: configuration.VirtualHost) -> VirtualHost:
         shown = [self.certificates[one] for one in vhost.credentials.values()]
@@ -401,6 +402,7 @@ class Generation:
             alpn=tunnel.alpn,
             send_proxy=tunnel.send_proxy,
             drain=tunnel.drain,
+            starttls=tunnel.starttls is not None,
             certificate=own and _certificate(self.certificates[own]),
         )
 

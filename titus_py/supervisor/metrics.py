@@ -140,6 +140,7 @@ _TUNNEL_FAILURES = (
     "handshake_failed",
     "handshake_timeout",
     "server_left",
+    "starttls_refused",
 )
 _REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
 _CHILDREN = ("keyd", "parent", "fork_server", "resolver", "metrics", "worker")

@@ -39,9 +39,19 @@ class Conduit:
     """One tunnel, as far as a worker knows it."""
 
     def __init__(
-        self, context: SSL.Context, server_name: str | None, verifier: ServerVerifier
+        self,
+        context: SSL.Context,
+        server_name: str | None,
+        verifier: ServerVerifier,
+        starttls: bool = False,
     ) -> None:
         self._context = context
+        if starttls:
+            # Others do not need it in their memory.
+            from titus_py.worker import starttls as before_tls
+
+            self._ask, self._decline = before_tls.ask, before_tls.decline
+        self._starttls = starttls
         self._server_name = server_name
         self._verifier = verifier
         verifier.demand(context)
@@ -63,7 +73,8 @@ class Conduit:
         report.set(state=State.HANDSHAKE, server_name=self._server_name or "")
         self._verifier.begin(report)
         connection = self._begin(server)
-        failure = self._shake_hands(connection, server, deadline)
+        failure = self._ask_for_tls(server, deadline) if self._starttls else None
+        failure = failure or self._shake_hands(connection, server, deadline)
         if failure is not None:
             # The client learns of it at once, by a reset; the server has an alert to read.
             client.close()
@@ -80,16 +91,25 @@ class Conduit:
         parent.send(Established().encode())
         if keyed:
             make(terms.parting)
+        early = self._decline(client, connection, deadline) if self._starttls else 0
         end, detail = Pump(
             connection,
             server,
             client,
-            lambda from_server, to_server: report.count(to_server, from_server),
+            lambda from_server, to_server: report.count(early + to_server, from_server),
             terms.idle_timeout,
             terms.half_closed_timeout,
             truncated_is_reset=True,
         ).run()
         return _CHANGED_ROUND.get(end, end), detail
+
+    def _ask_for_tls(self, server: SocketType, deadline: float) -> tuple[End, str] | None:
+        """Returns why there is none; None if TLS may begin."""
+        try:
+            reason = self._ask(server, deadline)
+        except OSError as error:
+            return End.SERVER_LEFT, f"asked for TLS: {error.strerror}"
+        return (End.STARTTLS_REFUSED, reason) if reason else None
 
     def _begin(self, server: SocketType | None) -> SSL.Connection:
         # pyOpenSSL asks the socket for its descriptor, and for nothing else.
@@ -133,4 +153,4 @@ def conduit(terms: TunnelTerms) -> Conduit:
     credentials = Credentials(own.chain, own.key_reference) if own is not None else None
     context = make_client_context(terms.min_version, terms.alpn, credentials)
     verifier = ServerVerifier(terms.authorities, terms.pins, terms.server_name)
-    return Conduit(context, terms.server_name, verifier)
+    return Conduit(context, terms.server_name, verifier, terms.starttls)

@@ -118,6 +118,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
                 "transparent": False,
                 "accept_proxy_from": None,
                 "proxy_timeout": None,
+                "starttls": None,
             }
         ],
         "vhost": [

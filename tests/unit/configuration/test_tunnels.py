@@ -123,3 +123,9 @@ def test_in_an_included_file(load_tunnels: Load, tmp_path: Path) -> None:
     assert {mistake.file for mistake in loaded.mistakes} == {str(tmp_path / "one.toml")}
     (tmp_path / "one.toml").write_text(f'[[tunnel]]\n{TUNNEL}\nca = "system"\n')
     assert told(load_tunnels(top='include = ["one.toml"]')) == []
+
+
+def test_load_balancers_do_not_ask_for_tls(load_tunnels: Load) -> None:
+    settings = '[[listen]]\naddress = "127.0.0.1:1"\naccept_proxy_from = ["10.0.0.1"]\n'
+    lines = told(load_tunnels(top=settings + 'starttls = "postgresql"'))
+    assert any(line.startswith("listen[0].starttls: does not go with") for line in lines)

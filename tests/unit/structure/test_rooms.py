@@ -70,6 +70,8 @@ ON_REQUEST = {
     "titus_py.parent.introduction",
     "titus_py.parent.networks",
     "titus_py.parent.proxy_header",
+    "titus_py.between.postgresql",
+    "titus_py.parent.starttls",
     "titus_py.parent.tunnels",
 }
 
