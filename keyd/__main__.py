@@ -110,8 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_service_options(listen)
     listen.add_argument("--group", help="who may connect (default: the group of the user)")
-    listen.add_argument(
+    purpose = listen.add_mutually_exclusive_group()
+    purpose.add_argument(
         "--rsa-key-exchange", action="store_true", help="also decrypt, for TLS 1.2 without ECDHE"
+    )
+    purpose.add_argument(
+        "--as-client", action="store_true", help="sign what a TLS 1.3 client signs, and no server"
     )
     listen.set_defaults(run=_listen)
 
@@ -342,6 +346,8 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
     guards = _protect(arguments)
     # Which versions and groups its clients speak, they do not say.
     granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
+    if arguments.as_client:
+        granted = frozenset({Power.SIGN_TLS13_CLIENT})
     sources = _sources(arguments)
     reader = key_reader.start(sources) if sources.any else None
     keys: dict[bytes, Key] = {}

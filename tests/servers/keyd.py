@@ -30,10 +30,13 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 class ListeningKeyd:
     """Its keys are the files in ``keys``. The group may ask, at each of ``paths``."""
 
-    def __init__(self, directory: Path, group: str, paths: Sequence[Path]) -> None:
+    def __init__(
+        self, directory: Path, group: str, paths: Sequence[Path], options: Sequence[str] = ()
+    ) -> None:
         self.keys = directory / "keys"
         self.keys.mkdir(mode=0o700)
         self.paths = paths
+        self._options = options
         self._root = directory / "keyds-root"
         self._log = directory / "keyd-log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,7 +60,7 @@ class ListeningKeyd:
                     *(sys.executable, "-I", "-S", "-c", _LAUNCH, str(len(descriptors))),
                     *map(str, descriptors),
                     *(str(KEYD), "listen", f"--key-directory={self.keys}", "--user=daemon"),
-                    f"--chroot={self._root}",
+                    *(f"--chroot={self._root}", *self._options),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
