@@ -158,8 +158,7 @@ def test_who_shakes_hands_connects_again(
 ) -> None:
     instance = serve(echoing.address, vhost=[settings(authority)])
     with TlsClient(instance.port) as client:
-        flight = client.first_flight()
-        client.socket.sendall(flight[:-1])
+        client.socket.sendall(client.first_flight())
         name = "{}:{}".format(*client.socket.getsockname())
         instance.wait_for_event("connection_begun", client=name)
         assert cut(instance) == 0
