@@ -37,6 +37,7 @@ setup(
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
+        extension("titus_py.worker.transcript", "titus_py/worker/transcript.c"),
         extension("titus_py.worker.verification", "titus_py/worker/verification.c"),
     ]
 )

@@ -11,11 +11,13 @@ from contextlib import suppress
 
 from cryptography.exceptions import InternalError
 
-from keyd import client_hello
-from keyd.client_hello import ClientHello, InvalidClientHello, TooManyExtensions
-from keyd.powers import Key, Later, NotGranted, NotTLS, may_ask, perform
+from keyd.client_hello import InvalidClientHello, TooManyExtensions
+from keyd.powers import Client, Key, Later, NotGranted, NotTLS, may_ask, perform
 from keyd.protocol import (
+    MAX_FLIGHT_OCTETS,
+    MAX_REQUEST_OCTETS,
     Done,
+    Flight,
     Grants,
     Malformed,
     Open,
@@ -25,8 +27,10 @@ from keyd.protocol import (
     Reply,
     Request,
     Status,
+    decode_asked,
 )
 from keyd.sites import Sites
+from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
 
 __all__ = ["Channel", "Refused", "reply"]
 
@@ -52,6 +56,7 @@ class Channel:
         "_deadline",
         "_grants",
         "_operations",
+        "_transcript_hash",
         "connection",
         "once",
         "record",
@@ -76,17 +81,31 @@ class Channel:
         self._grants = grants
         #: What is known of the client, or why nothing is done for it.
         self._client = _read(terms.client_hello) if isinstance(grants, Sites) else None
+        self._transcript_hash: bytes | None = None
 
     @property
     def expired(self) -> bool:
         return time.monotonic() > self._deadline
 
-    def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
-        """Check a request against the terms, count it, and perform it. Raises Refused."""
+    @property
+    def most_octets(self) -> int:
+        """Of the longest message that it may bring, and one more."""
+        return 1 + (MAX_REQUEST_OCTETS if self._client is None else MAX_FLIGHT_OCTETS)
+
+    def grant(
+        self, keys: Mapping[bytes, Key], message: bytes
+    ) -> tuple[Operation, bytes | Later] | None:
+        """Check a request against the terms, count it, and perform it. Raises Refused.
+
+        Returns None for the messages of a handshake: the request is still to come.
+        """
         try:
-            request = Request.decode(message)
+            request = decode_asked(message)
         except Malformed as error:
             raise Refused(Status.MALFORMED, str(error)) from None
+        if isinstance(request, Flight):
+            self._transcript_hash = self._hash_of(request.messages)
+            return None
         what = request.operation.name.lower()
         if self.expired:
             raise Refused(Status.EXPIRED, f"{what} after the channel's time")
@@ -97,7 +116,9 @@ class Channel:
         key = keys.get(request.key)
         if key is None:
             raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
-        client = self._client if isinstance(self._client, ClientHello) else None
+        client = None
+        if isinstance(self._client, Witnessed):
+            client = Client(self._client.hello, self._transcript_hash)
         try:
             result = perform(
                 request.operation, key, request.parameter, request.payload, granted, client
@@ -115,15 +136,34 @@ class Channel:
         """What may be done with the key for this client. Raises Refused for nothing."""
         grants, whose = self._grants, ""
         if isinstance(grants, Sites):
-            if not isinstance(self._client, ClientHello):
-                status, reason = self._client or (Status.UNWITNESSED, "nobody")
-                raise Refused(status, f"{what} for {reason}")
-            grants = grants.select(self._client.server_name)
-            whose = f" for a client that asks for {self._client.server_name or 'no name'}"
+            server_name = self._seen(what).hello.server_name
+            grants = grants.select(server_name)
+            whose = f" for a client that asks for {server_name or 'no name'}"
         granted = grants.get(request.key, frozenset[Power]())
         if not may_ask(request.operation, granted):
             raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}{whose}")
         return granted
+
+    def _seen(self, what: str) -> Witnessed:
+        """The client, as the parent has seen it. Raises Refused."""
+        if isinstance(self._client, Witnessed):
+            return self._client
+        status, reason = self._client or (Status.MALFORMED, "a client whom nobody has seen")
+        raise Refused(status, f"{what} for {reason}")
+
+    def _hash_of(self, flight: bytes) -> bytes:
+        """The transcript's hash. Raises Refused: nothing can be signed that follows."""
+        client = self._seen("a flight")
+        if self._transcript_hash is not None:
+            raise Refused(Status.MALFORMED, "a second flight")
+        if not flight:
+            raise Refused(Status.UNWITNESSED, "sign in a handshake whose messages are too long")
+        try:
+            return client.transcript_hash(flight)
+        except SecondHelloDiffers as error:
+            raise Refused(Status.UNWITNESSED, f"sign after {error}") from None
+        except InvalidFlight as error:
+            raise Refused(Status.NOT_TLS, f"sign after {error}") from None
 
 
 def reply(channel: Channel, answer: Reply) -> None:
@@ -132,11 +172,11 @@ def reply(channel: Channel, answer: Reply) -> None:
         channel.socket.send(answer.encode(), socket.MSG_DONTWAIT)
 
 
-def _read(message: bytes) -> ClientHello | tuple[Status, str]:
+def _read(message: bytes) -> Witnessed | tuple[Status, str]:
     if not message:
         return Status.UNWITNESSED, "a client whose ClientHello was not seen"
     try:
-        return client_hello.read(message)
+        return Witnessed(message)
     except TooManyExtensions as error:
         return Status.UNWITNESSED, str(error)
     except InvalidClientHello as error:

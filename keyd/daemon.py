@@ -361,7 +361,7 @@ class Keyd:
 
     def _answer(self, descriptor: int, channel: Channel) -> None:
         try:
-            message = channel.socket.recv(MAX_REQUEST_OCTETS + 1)
+            message = channel.socket.recv(channel.most_octets)
         except BlockingIOError:
             self._epoll.modify(descriptor, _READABLE_ONCE)
             return
@@ -375,10 +375,14 @@ class Keyd:
             return
         started = time.monotonic()
         try:
-            operation, result = channel.grant(self._keys, message)
+            granted = channel.grant(self._keys, message)
         except Refused as refused:
             self._refuse(descriptor, channel, refused)
             return
+        if granted is None:
+            self._answer(descriptor, channel)
+            return
+        operation, result = granted
         told = partial(self._told, descriptor, channel, operation, started)
         if isinstance(result, bytes):
             told(result)

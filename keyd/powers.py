@@ -23,6 +23,7 @@ from keyd.pss import PSSPrivateKey, PSSPublicKey
 
 __all__ = [
     "ALL_POWERS",
+    "Client",
     "Key",
     "KeyElsewhere",
     "Later",
@@ -61,6 +62,17 @@ class KeyElsewhere(ABC):
 Key = PrivateKey | KeyElsewhere
 
 
+class Client(NamedTuple):
+    """Whose handshake it is: what the parent has seen of it, and what came of that.
+
+    ``transcript_hash`` is that of TLS 1.3, computed by keyd from all messages up to the
+    Certificate; None if they have not come.
+    """
+
+    hello: ClientHello
+    transcript_hash: bytes | None
+
+
 class NotTLS(ValueError):
     """Octets, or a scheme for them, that no TLS server or client would use this key for."""
 
@@ -80,16 +92,16 @@ def perform(
     parameter: int,
     payload: bytes,
     granted: Set[Power],
-    hello: ClientHello | None,
+    client: Client | None,
 ) -> bytes | Later:
     """Perform the operation; raises NotTLS, or NotGranted for what only other powers allow.
 
-    ``hello`` is what the client said, and None if nobody has seen it. With a key that is
+    ``client`` is None if nobody has seen what it said. With a key that is
     elsewhere, everything is checked, and the result is what asks for it. This may take
     milliseconds: the caller is one of several threads.
     """
     if operation is Operation.SIGN:
-        return _sign(key, parameter, payload, granted, hello)
+        return _sign(key, parameter, payload, granted, client)
     if Power.DECRYPT not in granted:
         raise NotGranted("for TLS 1.2's RSA key exchange")
     return _decrypt(key, parameter, payload)
@@ -228,7 +240,7 @@ def _sign(
     parameter: int,
     octets: bytes,
     granted: Set[Power],
-    hello: ClientHello | None,
+    client: Client | None,
 ) -> bytes | Later:
     try:
         name = SignatureScheme(parameter)
@@ -253,12 +265,12 @@ def _sign(
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {known.curve.name}")
         if not as_client and Power.SIGN_TLS13 not in granted:
             raise NotGranted("a CertificateVerify of TLS 1.3")
-        if hello is not None and not hello.offers_tls13:
-            raise NotTLS("a CertificateVerify of TLS 1.3 for a client that does not offer it")
+        if client is not None:
+            _check_client_of_certificate_verify(octets, client)
     else:
         _check_server_key_exchange(octets, granted)
-        if hello is not None:
-            _check_client_of_server_key_exchange(octets, granted, hello)
+        if client is not None:
+            _check_client_of_server_key_exchange(octets, granted, client.hello)
     if isinstance(key, KeyElsewhere):
         return partial(key.ask, name, octets)
     return scheme.sign(key, octets)
@@ -268,6 +280,16 @@ def _check_certificate_verify(octets: bytes) -> None:
     length = len(octets) - len(_TLS13_SERVER)
     if length not in _TRANSCRIPT_HASH_OCTETS:
         raise NotTLS(f"a transcript hash of {length} octets")
+
+
+def _check_client_of_certificate_verify(octets: bytes, client: Client) -> None:
+    """It is for this client's handshake."""
+    if not client.hello.offers_tls13:
+        raise NotTLS("a CertificateVerify of TLS 1.3 for a client that does not offer it")
+    if client.transcript_hash is None:
+        raise NotTLS("a CertificateVerify of a handshake whose messages have not come")
+    if octets[len(_TLS13_SERVER) :] != client.transcript_hash:
+        raise NotTLS("a CertificateVerify of another handshake than the one whose messages came")
 
 
 def _check_server_key_exchange(octets: bytes, granted: Set[Power]) -> None:

@@ -9,6 +9,7 @@ byte order:
 
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
+flight     version(1) 3(1) messages(0..196608): before a request to sign in TLS 1.3
 reply      version(1) status(1) payload(0..1024)
 grants     version(1) 'G'(1) set(4) n x (site(4) powers_mask(1) key(32) length(1)
            name(0..255, ASCII)): adds to a set
@@ -25,6 +26,8 @@ announces a set of grants once, in as many messages as it takes, and then names 
 number: a channel costs the same for one key and for thousands. The set says which
 keys are for which server names. ``client_hello`` is what the parent has seen of the
 client itself, before any worker had the connection: its name selects the keys. The
+messages of a flight are those that follow it up to the server's Certificate, as they
+were sent; none, if they were too long. It has no reply. The
 ``parameter`` is the SignatureScheme (RFC 8446 §4.2.3) of a *sign*, and the
 ClientHello's legacy_version of a *decrypt* (RFC 5246 §7.4.7.1).
 """
@@ -41,6 +44,7 @@ __all__ = [
     "KEY_ID_OCTETS",
     "MAX_CLIENT_HELLO_OCTETS",
     "MAX_CONTROL_OCTETS",
+    "MAX_FLIGHT_OCTETS",
     "MAX_HANDED",
     "MAX_KEYS",
     "MAX_KEYS_OCTETS",
@@ -51,6 +55,7 @@ __all__ = [
     "PREMASTER_SECRET_OCTETS",
     "SHORT_ID_OCTETS",
     "Done",
+    "Flight",
     "Grant",
     "GrantSet",
     "Grants",
@@ -64,6 +69,7 @@ __all__ = [
     "Request",
     "SignatureScheme",
     "Status",
+    "decode_asked",
     "decode_control",
     "decode_report",
     "fingerprint",
@@ -89,6 +95,8 @@ _DONE = struct.Struct("!BcQB")
 _GRANT = struct.Struct("!IB32sB")
 
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
+_FLIGHT_HEAD = bytes((VERSION, 3))
+MAX_FLIGHT_OCTETS = len(_FLIGHT_HEAD) + 192 * 1024
 MAX_REPLY_OCTETS = _REPLY.size + MAX_PAYLOAD_OCTETS
 MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
 #: How many keys one keyd may have: their list fits into one message, whose room is by default 208
@@ -197,6 +205,31 @@ class Request(NamedTuple):
             return cls(Operation(operation), parameter, key, message[_REQUEST.size :])
         except ValueError:
             raise Malformed(f"a request for operation {operation}") from None
+
+
+class Flight(NamedTuple):
+    """From a worker, before its request: the handshake's messages after the ClientHello.
+
+    Each is with its header (RFC 8446 §4), up to the server's Certificate.
+    """
+
+    messages: bytes
+
+    def encode(self) -> bytes:
+        return _FLIGHT_HEAD + self.messages
+
+    @classmethod
+    def decode(cls, message: bytes) -> "Flight":
+        """Raise Malformed, saying what is wrong with the message."""
+        if not message.startswith(_FLIGHT_HEAD) or len(message) > MAX_FLIGHT_OCTETS:
+            raise Malformed(f"a flight of {len(message)} octets")
+        return cls(message[len(_FLIGHT_HEAD) :])
+
+
+def decode_asked(message: bytes) -> Flight | Request:
+    """A message of a worker's. Raise Malformed, saying what is wrong with it."""
+    flight = message.startswith(_FLIGHT_HEAD)
+    return Flight.decode(message) if flight else Request.decode(message)
 
 
 class Reply(NamedTuple):

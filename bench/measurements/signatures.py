@@ -51,9 +51,9 @@ _SCHEMES = {
     "RSA-2048": SignatureScheme.rsa_pss_rsae_sha256,
     "P-256": SignatureScheme.ecdsa_secp256r1_sha256,
 }
-#: Of a client that offers TLS 1.3 and says nothing more.
-_CLIENT_HELLO = bytes.fromhex("010000320303" + "00" * 32 + "000002130101000007002b0003020304")
-_CONTENT = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + b"\x01" * 48
+#: Of a client of TLS 1.2, and what is signed for it: the parameters of a ServerKeyExchange.
+_CLIENT_HELLO = bytes.fromhex("010000290303" + "00" * 32 + "000002c02b0100")
+_CONTENT = bytes(64) + b"\x03\x00\x1d\x20" + bytes(32)
 
 
 class _Ways:

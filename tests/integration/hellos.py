@@ -1,8 +1,20 @@
 """ClientHello messages, octet by octet (RFC 8446 §4.1.2)."""
 
+import hashlib
 from collections.abc import Iterable
 
-__all__ = ["TLS12", "TLS13", "client_hello", "records", "vector"]
+__all__ = [
+    "RETRY",
+    "TLS12",
+    "TLS13",
+    "certificate_verify",
+    "client_hello",
+    "flight",
+    "message",
+    "records",
+    "server_hello",
+    "vector",
+]
 
 TLS12, TLS13 = b"\3\3", b"\3\4"
 
@@ -36,3 +48,27 @@ def records(message: bytes, size: int = 16384) -> bytes:
     """The message in records of so many octets (§5.1)."""
     pieces = [message[at : at + size] for at in range(0, len(message), size)]
     return b"".join(b"\x16\3\1" + vector(2, piece) for piece in pieces)
+
+
+RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
+
+
+def message(kind: int, body: bytes) -> bytes:
+    """A handshake message (§4)."""
+    return bytes((kind,)) + vector(3, body)
+
+
+def server_hello(suite: int = 0x1301, random: bytes = bytes(32)) -> bytes:
+    return message(2, TLS12 + random + vector(1, bytes(32)) + suite.to_bytes(2, "big") + b"\0")
+
+
+def flight(suite: int = 0x1301, *more: bytes, certificate: bytes = b"whatever") -> bytes:
+    """A server's messages up to its Certificate, with ``more`` in front."""
+    rest = server_hello(suite), message(8, b"\0\0"), message(11, certificate)
+    return b"".join((*more, *rest))
+
+
+def certificate_verify(hello: bytes, messages: bytes, algorithm: str = "sha256") -> bytes:
+    """What is signed after these (§4.4.3); without a HelloRetryRequest among them."""
+    digest = hashlib.new(algorithm, hello + messages).digest()
+    return b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + digest

@@ -778,11 +778,18 @@ def keyd_grants_every_sites_keys(_: str) -> None:
 @breaks("refuses_unseen", "keyd", within="keyd")
 def keyd_signs_for_nobody(_: str) -> None:
     from keyd import channel
-    from keyd.client_hello import ClientHello
 
     real = channel._read
-    anybody = ClientHello(bytes(32), None, offers_tls13=True)
-    channel._read = lambda message: real(message) if message else anybody
+    anybody = bytes.fromhex("010000320303" + "00" * 32 + "000002130101000007")
+    anybody += bytes.fromhex("002b0003020304")
+    channel._read = lambda message: real(message or anybody)
+
+
+@breaks("refuses_other_handshake", "keyd", within="keyd")
+def keyd_signs_any_hash(_: str) -> None:
+    from keyd import powers
+
+    powers._check_client_of_certificate_verify = lambda octets, client: None
 
 
 @breaks("refuses_malformed", "keyd", within="keyd")

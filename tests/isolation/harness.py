@@ -13,10 +13,12 @@ from unittest import mock
 
 from integration import instance as instances
 from integration.certificates import Authority, Certificate
-from integration.hellos import client_hello, records
+from integration.hellos import certificate_verify, client_hello, flight, records
 from integration.instance import Event, Instance, eventually, free_port
 from integration.peers import TIMEOUT, TlsClient, Truncated, connect
 from OpenSSL import SSL
+
+from keyd.protocol import Flight
 
 __all__ = [
     "Relay",
@@ -188,6 +190,12 @@ class Relay:
         self.socket.sendall(message)
         head = self.socket.recv(2, socket.MSG_WAITALL)
         return self.socket.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+
+    def handshake(self, suite: int = 0x1301, algorithm: str = "sha256") -> bytes:
+        """Hand keyd the messages of a handshake with this client; returns what is to be signed."""
+        messages = flight(suite)
+        assert self.ask(Flight(messages).encode()) == b""
+        return certificate_verify(self.hello, messages, algorithm)
 
     def close(self) -> None:
         self.socket.close()

@@ -138,17 +138,18 @@ def test_what_a_handshake_needs_is_signed(
     instance: Instance, relay: Relay, certificates: dict[str, Certificate]
 ) -> None:
     """The control: the way to keyd works."""
-    reply = Reply.decode(relay.ask(request(certificates["own"], HANDSHAKE)))
+    octets = relay.handshake()
+    reply = Reply.decode(relay.ask(request(certificates["own"], octets)))
     assert reply.status is Status.DONE
     key = private_key(certificates["own"]).public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
-    key.verify(reply.payload, HANDSHAKE, ec.ECDSA(hashes.SHA256()))
+    key.verify(reply.payload, octets, ec.ECDSA(hashes.SHA256()))
 
 
 def test_a_second_signature(
     instance: Instance, relay: Relay, certificates: dict[str, Certificate]
 ) -> None:
-    message = request(certificates["own"], HANDSHAKE)
+    message = request(certificates["own"], relay.handshake())
     assert Reply.decode(relay.ask(message)).status is Status.DONE
     assert_refused(instance, relay, message, Status.EXHAUSTED, "sign beyond")
 
@@ -403,7 +404,9 @@ def test_the_versions_and_groups_that_a_virtual_host_has(
     """The control."""
     listener, signed = SIGNED_AT[name]
     for version, octets in signed.items():
-        relay = relay_at(instance, listener, VERSION_13 if version == "TLS 1.3" else VERSION_12)
+        tls13 = version == "TLS 1.3"
+        relay = relay_at(instance, listener, VERSION_13 if tls13 else VERSION_12)
+        octets = relay.handshake() if tls13 else octets
         assert Reply.decode(relay.ask(request(certificates[name], octets))).status is Status.DONE
         relay.close()
 
@@ -414,7 +417,7 @@ def test_the_versions_and_groups_that_a_virtual_host_has(
         b"x",
         bytes(2000),
         b"\2" + request.__name__.encode() * 10,
-        b"\1\3" + bytes(100),
+        b"\1\4" + bytes(100),
         b"\1O" + bytes(14) + b"\xff\xff" + b"\6" + bytes(32),  # what the parent says
         b"\1R" + bytes(20),  # what keyd says
     ],

@@ -30,13 +30,12 @@ from titus_py.supervisor.control_client import ask
 
 from .harness import Relay, infected, make_certificate
 
-HANDSHAKE = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
 PER_PREFIX = 4
 LIMITED = {"unfinished": {"per_prefix": PER_PREFIX, "every": "1h"}}
 #: Far more than any of this takes.
 AS_GOOD_AS_OFF = {"unfinished": {"per_prefix": 1000, "every": "1h"}}
 #: Networks of this machine's: whom the attacker connects from, and others.
-ATTACKERS, ANOTHERS, HONEST = "127.1.1.1", "127.1.2.2", "127.1.3.3"
+ATTACKERS, ANOTHERS, ALARMING, HONEST = "127.1.1.1", "127.1.2.2", "127.1.4.4", "127.1.3.3"
 
 
 @pytest.fixture
@@ -164,12 +163,13 @@ def test_a_server_that_has_every_signature_from_keyd(
 ) -> None:
     """It passes for the site while it may; the second instance, without the limit, is the control.
 
-    Victims come in both versions of TLS; each takes a signature.
+    Victims come with TLS 1.2; each takes a signature. One of TLS 1.3 is never deceived: keyd signs
+    for the ClientHello that its parent has seen, and the attacker's has to ask for its hole.
     """
-    metrics = free_port()
+    metrics, tls13 = free_port(), ssl.TLSVersion.TLSv1_3
     tables = {"limits": limits, "metrics": {"address": f"127.0.0.1:{metrics}"}}
     keyd, more = tmp_path / "keyd", 2
-    versions = [ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2] * (PER_PREFIX // 2)
+    versions = [ssl.TLSVersion.TLSv1_2] * PER_PREFIX
     with ExitStack() as stack:
         instance = stack.enter_context(infected(tmp_path, certificate, backend.address, **tables))
         oracle = Oracle(keyd, instance)
@@ -179,6 +179,15 @@ def test_a_server_that_has_every_signature_from_keyd(
         def victims(*versions: ssl.TLSVersion) -> list[bool]:
             return [is_deceived(port, certificate.authority, version) for version in versions]
 
+        oracle.address = ALARMING
+        assert victims(tls13, tls13) == [False, False]
+        assert len(oracle.clients) == 2
+        for client in oracle.clients:
+            refused = instance.wait_for_event("keyd_refused", client=client)
+            assert refused["level"] == "alarm"
+            assert "whose messages have not come" in refused["attempted"]
+        oracle.clients.clear()
+        oracle.address = ATTACKERS
         # As long as the hole is open, and the limit is not reached, it is the site.
         assert victims(*versions) == [True] * PER_PREFIX
         found = eventually(lambda: _if_as_many(unfinished_of(instance), PER_PREFIX), "their ends")
@@ -227,16 +236,18 @@ def test_workers_that_are_held_until_all_have_signed(
     at_once = PER_PREFIX + 2
     limits = {**LIMITED, "connections_per_prefix": at_once}
     key = serialization.load_pem_private_key(certificate.key.read_bytes(), None).public_key()
-    message = Request(
-        Operation.SIGN, SignatureScheme.ecdsa_secp256r1_sha256, key_id(key), HANDSHAKE
-    ).encode()
+
+    def message(relay: Relay) -> bytes:
+        scheme = SignatureScheme.ecdsa_secp256r1_sha256
+        return Request(Operation.SIGN, scheme, key_id(key), relay.handshake()).encode()
+
     with infected(tmp_path, certificate, backend.address, limits=limits) as instance:
         held = [Relay(instance) for _ in range(at_once)]
         # No more than these fit in.
         with suppress(ConnectionResetError), connect(instance.port) as one_more:
             assert was_reset(one_more)
         for relay in held:
-            assert Reply.decode(relay.ask(message)).status is Status.DONE
+            assert Reply.decode(relay.ask(message(relay))).status is Status.DONE
             relay.close()
         eventually(lambda: _if_as_many(unfinished_of(instance), at_once), "their ends")
         for _ in range(2):

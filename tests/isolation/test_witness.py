@@ -7,11 +7,19 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from integration.certificates import Authority, Certificate
-from integration.hellos import TLS12, TLS13
+from integration.hellos import (
+    RETRY,
+    TLS12,
+    TLS13,
+    certificate_verify,
+    client_hello,
+    flight,
+    server_hello,
+)
 from integration.instance import Instance
 from integration.peers import Listener, echo, served_by
 
-from keyd.protocol import Reply, Status
+from keyd.protocol import Flight, Reply, Status
 
 from .harness import Relay, infected, over_tls
 from .test_oracle import HANDSHAKE, assert_refused, key_exchange, private_key, request
@@ -57,12 +65,13 @@ def test_the_key_is_that_of_the_virtual_host_that_the_client_asks_for(
 ) -> None:
     """With the control: what is another's for one name is its own for the other."""
     relay = Relay(instance, asked)
-    message = request(certificates[key], HANDSHAKE)
+    octets = relay.handshake()
+    message = request(certificates[key], octets)
     if key == asked:
         reply = Reply.decode(relay.ask(message))
         public = private_key(certificates[key]).public_key()
         assert isinstance(public, ec.EllipticCurvePublicKey)
-        public.verify(reply.payload, HANDSHAKE, ec.ECDSA(hashes.SHA256()))
+        public.verify(reply.payload, octets, ec.ECDSA(hashes.SHA256()))
     else:
         attempted = f"for a client that asks for {ASKED[asked]}"
         assert_refused(instance, relay, message, Status.NOT_GRANTED, attempted)
@@ -118,4 +127,80 @@ def test_what_keyd_does_not_read_is_no_alarm(
     event = instance.wait_for_event("keyd_refused", client=relay.client)
     assert (event["level"], event["status"]) == ("warning", "unwitnessed")
     assert event["attempted"] == "sign for a ClientHello with more than 256 extensions"
+    relay.close()
+
+
+# --- the handshake that is signed --------------------------------------------------------------
+
+
+def test_a_hash_from_nowhere(instance: Instance, certificates: dict[str, Certificate]) -> None:
+    """Whatever it is of: keyd has heard of no handshake."""
+    relay = Relay(instance, OWN)
+    attempted = "a CertificateVerify of a handshake whose messages have not come"
+    message = request(certificates[OWN], HANDSHAKE)
+    assert_refused(instance, relay, message, Status.NOT_TLS, attempted)
+    relay.close()
+
+
+@pytest.mark.parametrize("what", ["another client", "another server", "any"])
+def test_the_hash_of_another_handshake(
+    instance: Instance, certificates: dict[str, Certificate], what: str
+) -> None:
+    """A victim's elsewhere, whose ClientHello came to another server: the attacker's."""
+    relay = Relay(instance, OWN)
+    relay.handshake()
+    victims = client_hello("localhost", random=b"victim's random, as it was sent ")
+    octets = {
+        "another client": certificate_verify(victims, flight()),
+        "another server": certificate_verify(relay.hello, flight(certificate=b"another")),
+        "any": HANDSHAKE,
+    }[what]
+    attempted = "a CertificateVerify of another handshake than the one whose messages came"
+    message = request(certificates[OWN], octets)
+    assert_refused(instance, relay, message, Status.NOT_TLS, attempted)
+    relay.close()
+
+
+def test_a_client_hello_that_the_worker_makes_up(
+    instance: Instance, certificates: dict[str, Certificate]
+) -> None:
+    """It has a place for one: after a HelloRetryRequest. But that has to be the same client's."""
+    victims = client_hello("localhost", random=b"victim's random, as it was sent ")
+    for messages, status, level, attempted in (
+        (victims + flight(), Status.NOT_TLS, "alarm", "handshake messages 1, 2, 8, 11"),
+        (
+            flight(0x1301, server_hello(random=RETRY), victims),
+            Status.UNWITNESSED,
+            "warning",
+            "a second ClientHello with another random, name or version",
+        ),
+        (b"", Status.UNWITNESSED, "warning", "a handshake whose messages are too long"),
+    ):
+        relay = Relay(instance, OWN)
+        relay.ask(Flight(messages).encode())
+        relay.ask(request(certificates[OWN], certificate_verify(victims, flight())))
+        event = instance.wait_for_event("keyd_refused", client=relay.client)
+        assert (event["status"], event["level"]) == (status.name.lower(), level)
+        assert attempted in event["attempted"]
+        relay.close()
+
+
+def test_the_messages_come_once(instance: Instance, certificates: dict[str, Certificate]) -> None:
+    relay = Relay(instance, OWN)
+    relay.handshake()
+    message = Flight(flight(certificate=b"another")).encode()
+    relay.ask(message)
+    event = instance.wait_for_event("keyd_refused", client=relay.client)
+    assert (event["status"], event["attempted"]) == ("malformed", "a second flight")
+    relay.close()
+
+
+@pytest.mark.parametrize(("suite", "algorithm"), [(0x1301, "sha256"), (0x1302, "sha384")])
+def test_a_client_hello_that_is_relayed_word_by_word(
+    instance: Instance, certificates: dict[str, Certificate], suite: int, algorithm: str
+) -> None:
+    """What is left to an attacker: the ClientHello is the victim's, and the hole comes after it."""
+    relay = Relay(instance, OWN)
+    octets = relay.handshake(suite, algorithm)
+    assert Reply.decode(relay.ask(request(certificates[OWN], octets))).status is Status.DONE
     relay.close()

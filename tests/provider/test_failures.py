@@ -210,7 +210,7 @@ def test_a_refusal_names_its_reason(
         (b"\x01", "a reply of 1 octets"),
         (b"\x00\x00" + bytes(256), "version 0, status 0"),
         (b"\x02\x00" + bytes(256), "version 2, status 0"),
-        (b"\x01\x08", "version 1, status 8"),
+        (b"\x01\x09", "version 1, status 9"),
         (b"\x01\xff" + bytes(256), "version 1, status 255"),
         (b"\x01\x00", "a signature of 0 octets"),
         (b"\x01\x00" + bytes(255), "a signature of 255 octets"),

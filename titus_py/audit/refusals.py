@@ -26,6 +26,7 @@ from cryptography.x509 import Certificate, PublicKeyAlgorithmOID
 from keyd.protocol import (
     ANY_NAME,
     MAX_REPLY_OCTETS,
+    Flight,
     Grant,
     Grants,
     GrantSet,
@@ -188,9 +189,17 @@ def _client_hello() -> bytes:
     return b"\x01" + len(body).to_bytes(3, "big") + body
 
 
-def _certificate_verify() -> bytes:
-    """What a TLS 1.3 server signs (RFC 8446 §4.4.3), for a handshake that never took place."""
-    return b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + secrets.token_bytes(32)
+def _flight() -> bytes:
+    """A server's messages up to its Certificate, which nobody looks into (RFC 8446 §4)."""
+    server_hello = b"\x03\x03" + secrets.token_bytes(32) + b"\x00\x13\x01\x00"
+    messages = (2, server_hello), (8, b"\x00\x00"), (11, secrets.token_bytes(4))
+    return b"".join(bytes((kind,)) + len(body).to_bytes(3, "big") + body for kind, body in messages)
+
+
+def _certificate_verify(transcript: bytes = b"") -> bytes:
+    """What a TLS 1.3 server signs (RFC 8446 §4.4.3) after these messages, or after any others."""
+    transcript_hash = hashlib.sha256(transcript).digest() if transcript else secrets.token_bytes(32)
+    return b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + transcript_hash
 
 
 def _server_key_exchange() -> bytes:
@@ -204,15 +213,17 @@ def _server_key_exchange() -> bytes:
 
 def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
     """The control: one signature; then a second request on the same channel."""
-    with closing(way.open(_sign_only(key))) as channel:
-        octets = _certificate_verify()
+    hello, flight = _client_hello(), _flight()
+    with closing(way.open(_sign_only(key), client_hello=hello)) as channel:
+        channel.send(Flight(flight).encode())
+        octets = _certificate_verify(hello + flight)
         request = Request(Operation.SIGN, _scheme(key), key_id(key), octets)
         reply = _ask(channel, request.encode())
         done = isinstance(reply, Reply) and reply.status is Status.DONE
         if isinstance(reply, Reply) and done and _verifies(key, reply.payload, octets):
             signed = holds(
-                f"signed ({_scheme(key).name}), and the certificate's key says so: a man in the "
-                "middle who takes workers over has as much, once a connection"
+                f"signed ({_scheme(key).name}), and the certificate's key says so: an attacker in "
+                "a worker has as much, once, for the ClientHello that its client has sent"
             )
         else:
             signed = broken(f"no signature that verifies: {_words(reply)}")
@@ -323,6 +334,11 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
         seen = _judge(_ask(channel, sign.encode()), Status.UNWITNESSED)
     promised = "does not sign for a client whose ClientHello the parent has not seen"
     yield _finding("refuses_unseen", promised, keyd, seen)
+    with closing(way.open(_sign_only(key))) as channel:
+        channel.send(Flight(_flight()).encode())
+        seen = _judge(_ask(channel, sign.encode()), Status.NOT_TLS)
+    promised = "does not sign for another handshake than the one whose messages it has had"
+    yield _finding("refuses_other_handshake", promised, keyd, seen)
     with closing(way.open(_sign_only(key))) as channel:
         message = bytes([99]) + sign.encode()[1:]
         seen = _judge(_ask(channel, message), Status.MALFORMED)

@@ -9,7 +9,7 @@ import select
 import time
 from collections.abc import Callable
 
-__all__ = ["EventLoop", "Timer"]
+__all__ = ["READABLE", "WRITABLE", "EventLoop", "Timer"]
 
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 
 from keyd.linux.descriptors import send_descriptors
 from keyd.protocol import MAX_REFUSAL_OCTETS, Done, Malformed, Open, Refusal, decode_report
-from titus_py.between.event_loop import EventLoop
+from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer
 
 __all__ = ["Channels"]
 
-#: How soon to try again when keyd could not take a message, or no descriptor was left.
+#: How soon to try again when keyd is gone, or no descriptor was left.
 _PAUSE_SECONDS = 0.05
 #: How soon to report keyd as lost, and so get another one, when there was no descriptor for it.
 _LOST_SECONDS = 1.0
@@ -99,12 +99,30 @@ class Channels:
                     self._keyd.send(self._announcing[0])
                     self._announcing.popleft()
                 send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
+            except BlockingIOError:
+                # Its queue is full: a ClientHello may be long. The loop wakes up when it is not.
+                ours.close()
+                self._await_room(self._keyd)
+                return None
             except OSError:
-                # keyd's queue is full, or keyd is gone. If it is alive, it soon catches up.
                 ours.close()
                 self._loop.after(_PAUSE_SECONDS, lambda: None)
                 return None
         return ours
+
+    def _await_room(self, keyd: socket.socket) -> None:
+        if self.leaves:
+            self._loop.after(_PAUSE_SECONDS, lambda: None)
+            return
+        self._loop.unwatch(keyd.fileno())
+        self._loop.watch(keyd.fileno(), self._hear_or_go_on, READABLE | WRITABLE)
+
+    def _hear_or_go_on(self) -> None:
+        """keyd has said something, or there is room again for whoever waits for a channel."""
+        if self._keyd is not None:
+            self._loop.unwatch(self._keyd.fileno())
+            self._loop.watch(self._keyd.fileno(), self._hear)
+            self._hear()
 
     def catch_up(self) -> None:
         """Hear now what keyd has said so far."""

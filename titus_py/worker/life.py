@@ -25,6 +25,7 @@ from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
 from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts, Tunnel
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
+from titus_py.worker import transcript
 from titus_py.worker.client_hello import (
     Alert,
     ClientHello,
@@ -195,8 +196,10 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[Sock
         return None
     count = _SOCKETS_OF_A_TUNNEL if message[:1] == messages.TUNNEL else 1
     # The provider looks for keyd at a fixed descriptor number.
-    if len(descriptors) > count and descriptors[0] != KEYD_FD:
-        raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
+    if len(descriptors) > count:
+        if descriptors[0] != KEYD_FD:
+            raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
+        transcript.tell(KEYD_FD)
     return message, [SocketType(fileno=one) for one in descriptors[-count:]]
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.bindings import _rust
 from OpenSSL import SSL
 from OpenSSL._util import ffi
 
-__all__ = ["group_name", "set_groups_list"]
+__all__ = ["group_name", "set_groups_list", "set_msg_callback"]
 
 #: <openssl/ssl.h>: SSL_CTX_set1_groups_list(3) is a macro with this command.
 _SET_GROUPS_LIST = 92
@@ -24,6 +24,11 @@ _control = _openssl.load_function(
     ffi.typeof("long (*)(SSL_CTX *, int, long, void *)"), "SSL_CTX_ctrl"
 )
 _group_name = _openssl.load_function(ffi.typeof("const char *(*)(SSL *)"), "SSL_get0_group_name")
+#: SSL_CTX_set_msg_callback(3)
+set_msg_callback = _openssl.load_function(
+    ffi.typeof("void (*)(SSL_CTX *, void (*)(int, int, int, const void *, size_t, SSL *, void *))"),
+    "SSL_CTX_set_msg_callback",
+)
 
 
 def set_groups_list(context: Any, names: bytes) -> int:

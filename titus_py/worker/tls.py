@@ -20,7 +20,7 @@ from OpenSSL._util import ffi, lib
 
 from keyd.linux.sealed import sealed_file
 from titus_py.between.virtual_host import TlsSettings
-from titus_py.worker import alerts
+from titus_py.worker import alerts, transcript
 
 with warnings.catch_warnings():
     # It is deprecated for making random numbers. Here it is only used for reseeding.
@@ -30,9 +30,10 @@ with warnings.catch_warnings():
 # pyOpenSSL has the first function, but no method for it. cryptography has its older name.
 if hasattr(lib, "SSL_CTX_set1_curves_list"):
     set_groups_list = lib.SSL_CTX_set1_curves_list
+    set_msg_callback = lib.SSL_CTX_set_msg_callback
     group_name: Callable[[SSL.Connection], str | None] = SSL.Connection.get_group_name
 else:
-    from titus_py.worker.older_bindings import group_name, set_groups_list
+    from titus_py.worker.older_bindings import group_name, set_groups_list, set_msg_callback
 
 __all__ = [
     "BUILT_IN_LEVEL",
@@ -82,6 +83,7 @@ _SIGNATURE_SCHEMES = (
 #: fields, SM2's, and X448, which keyd signs where a virtual host names it.
 _GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "P-384", "P-521")
 
+_HEARS_MESSAGE = "void (*)(int, int, int, const void *, size_t, SSL *, void *)"
 _CHOOSES_PROTOCOL = (
     "int (*)(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int,"
     " void *)"
@@ -122,6 +124,8 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     # has no AES in its hardware, and gets ChaCha20.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
+    if settings.max_version == "TLSv1.3":
+        set_msg_callback(context._context, ffi.cast(_HEARS_MESSAGE, transcript.CALLBACK))
     if settings.alpn is not None:
         negotiate_protocol(context, [name.encode() for name in settings.alpn])
     for one in credentials:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from integration.hellos import client_hello
+from integration.hellos import certificate_verify, client_hello, flight
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
+from keyd.powers import ALL_POWERS
 from keyd.protocol import (
     ANY_NAME,
     Done,
+    Flight,
     Grant,
     GrantSet,
     Open,
@@ -105,7 +107,7 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
 # --- what a parent grants ----------------------------------------------------------------
 
 ONE, OTHER = bytes(32), bytes([1]) * 32
-SIGN, BOTH = frozenset({Power.SIGN_TLS13}), frozenset(Power)
+SIGN, BOTH = frozenset({Power.SIGN_TLS13}), ALL_POWERS
 HELLO = client_hello()
 
 
@@ -284,7 +286,8 @@ def test_a_parent_is_told_what_was_done_before_the_worker_is(keeps_up: bool) -> 
     key = ed25519.Ed25519PrivateKey.generate()
     keyd = Keyd({ONE: key})
     parent, hear, _ = connected(keyd)
-    verify = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
+    messages = flight()
+    verify = certificate_verify(HELLO, messages)
     with parent:
         announce(parent, hear, grants(ONE))
         with opened_with(parent, 0, hear) as worker:
@@ -296,6 +299,7 @@ def test_a_parent_is_told_what_was_done_before_the_worker_is(keeps_up: bool) -> 
                 except BlockingIOError:
                     break
             request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, verify)
+            worker.send(Flight(messages).encode())
             worker.send(request.encode())
             refuse_all(keyd)
             assert Reply.decode(worker.recv(200)).status is Status.DONE

@@ -9,6 +9,7 @@ from keyd.protocol import (
     KEY_ID_OCTETS,
     MAX_CLIENT_HELLO_OCTETS,
     MAX_CONTROL_OCTETS,
+    MAX_FLIGHT_OCTETS,
     MAX_KEYS,
     MAX_KEYS_OCTETS,
     MAX_PAYLOAD_OCTETS,
@@ -17,6 +18,7 @@ from keyd.protocol import (
     MAX_REQUEST_OCTETS,
     VERSION,
     Done,
+    Flight,
     Grant,
     GrantSet,
     Keys,
@@ -28,6 +30,7 @@ from keyd.protocol import (
     Reply,
     Request,
     Status,
+    decode_asked,
 )
 
 KEY = bytes(range(KEY_ID_OCTETS))
@@ -94,6 +97,20 @@ def test_a_set_of_grants_comes_back(grants: GrantSet) -> None:
 @given(refusals)
 def test_a_refusal_comes_back(refusal: Refusal) -> None:
     assert Refusal.decode(refusal.encode()) == refusal
+
+
+@given(st.one_of(requests, st.builds(Flight, st.binary(max_size=300))))
+def test_what_a_worker_says_comes_back(said: Request | Flight) -> None:
+    assert decode_asked(said.encode()) == said
+
+
+def test_a_flight_may_be_so_long_and_no_longer() -> None:
+    longest = Flight(bytes(192 * 1024))
+    assert len(longest.encode()) == MAX_FLIGHT_OCTETS
+    assert decode_asked(longest.encode()) == longest
+    for octets in (longest.encode() + b"x", b"\2\3", b"\1\1"):
+        with pytest.raises(Malformed):
+            Flight.decode(octets)
 
 
 def test_a_connection_that_no_parent_has_is_malformed() -> None:

@@ -1,10 +1,21 @@
 """The parent's socket to keyd: what keyd said before it ended is heard."""
 
 import socket
+from contextlib import suppress
 
-from keyd.protocol import Done, Operation, Refusal, Status
+from keyd.protocol import (
+    MAX_CLIENT_HELLO_OCTETS,
+    MAX_CONTROL_OCTETS,
+    Done,
+    GrantSet,
+    Open,
+    Operation,
+    Refusal,
+    Status,
+)
 from titus_py.between.event_loop import EventLoop
 from titus_py.parent.channels import Channels
+from titus_py.parent.worker import Offer
 
 
 def test_refusals_are_heard_of_a_keyd_that_ended_with_orders_unread() -> None:
@@ -45,6 +56,41 @@ def test_what_keyd_has_said_so_far_is_heard_when_it_is_asked_for() -> None:
     keyds.close()
     channels.catch_up()
     assert heard == said
+
+
+def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> None:
+    """One of 131,400 octets nearly fills it: others' channels do not wait for a timer."""
+    loop = EventLoop()
+    channels = Channels(loop, lambda *_, **__: None, lambda _: None, lambda _: None)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channels.take([ours.detach()])
+    offer = Offer((0,), GrantSet(0, ()))
+
+    def open_one(hello: bytes) -> bool:
+        channel = channels.open(1, offer, 1.0, hello)
+        if channel is not None:
+            channel.close()
+        return channel is not None
+
+    with keyds:
+        while open_one(bytes(MAX_CLIENT_HELLO_OCTETS)):
+            pass
+        assert not open_one(b"short")
+        keyds.setblocking(False)
+        heard = 0
+        with suppress(BlockingIOError):
+            while keyds.recv(MAX_CONTROL_OCTETS):
+                heard += 1
+        assert heard > 1
+        # Nothing else could wake the loop: there is no timer.
+        loop.run_once()
+        assert open_one(b"short")
+        assert Open.decode(keyds.recv(MAX_CONTROL_OCTETS)).client_hello == b"short"
+        # It does not go on waking up.
+        waits = []
+        loop.after(0.05, lambda: waits.append(None))
+        loop.run_once()
+        assert waits
 
 
 def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:

@@ -61,6 +61,7 @@ FOR_WORKERS = {
     "titus_py.worker.life",
     "titus_py.worker.pump",
     "titus_py.worker.tls",
+    "titus_py.worker.transcript",
 }
 #: What a parent, or a worker, loads only where the configuration uses it.
 ON_REQUEST = {
