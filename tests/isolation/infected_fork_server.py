@@ -34,7 +34,7 @@ from isolation.attacks import ATTEMPTS, Place, call, outcome
 from isolation.memory import send_all_memory
 from keyd.linux.process import Call
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
-from titus_py.between.messages import Dial, Ends, Proxied, TlsFacts
+from titus_py.between.messages import Dial, Ends, Established, Proxied, TlsFacts
 from titus_py.between.report import End
 from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
@@ -293,6 +293,7 @@ _MESSAGES = [
     Dial(0, None, TlsFacts("TLSv1.3", "TLS_AES_256_GCM_SHA384", "localhost")),
     Proxied(Ends("192.0.2.1", 5, "2001:db8::1", 443)),
     Proxied(None),
+    Established(),
 ]
 #: With one link, no certificate, and one name (``between.client_identity``).
 IDENTITY = b"I" + bytes(32) + b"\1\1\0\0\0\x08\xff\xff" + bytes(84) + b"c\0\5alice"

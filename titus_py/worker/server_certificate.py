@@ -64,8 +64,9 @@ class ServerVerifier:
             set_it = lib.X509_VERIFY_PARAM_set1_ip(parameters, address, len(address))
         else:
             name = self._server_name.encode()
-            # A wildcard is a whole label (RFC 9525 §6.3).
+            # A wildcard is a whole label, and a common name is no name (RFC 9525 §6.3, §6.4.4).
             flags = lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
+            flags |= lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT
             lib.X509_VERIFY_PARAM_set_hostflags(parameters, flags)
             set_it = lib.X509_VERIFY_PARAM_set1_host(parameters, name, len(name))
         SSL._openssl_assert(set_it == 1)

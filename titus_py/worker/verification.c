@@ -1,12 +1,12 @@
 /*
- * Asks Python whether a client's certificate is good.
+ * Asks Python whether a peer's certificate is good: a client's, or that of a tunnel's server.
  *
  * Run by workers, called by OpenSSL once for each certificate of a chain and for each fault that
  * OpenSSL finds (SSL_CTX_set_verify(3)). Python decides two things during the handshake, so that
- * the client gets an alert: whether a name or a key is on the list, and that a key on the list
+ * the peer gets an alert: whether a name or a key is on the list, and that a key on the list
  * needs no authority. In C, because a callback in Python needs a page of memory that is writable
  * and executable. A worker has one connection: one function is enough. Loaded only where a virtual
- * host asks for client certificates.
+ * host asks for client certificates, or for a tunnel.
  */
 
 #include <Python.h>
