@@ -14,10 +14,16 @@ import sys
 # without OpenSSL.
 sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
+import warnings
+
+# This is a decorator of pyOpenSSL's, which loads inspect, ast and dis: a megabyte of each worker.
+# What it makes warns whoever calls it, and here no warning is heard (see below).
+if sys.version_info >= (3, 13):
+    warnings.deprecated = lambda *_, **__: lambda decorated: decorated
+
 import gc
 import signal
 import socket
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -43,7 +49,7 @@ from titus_py.fork_server.confinement import (
 )
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.immortality import make_all_immortal
-from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
+from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
 from titus_py.fork_server.rehearsal import rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
@@ -186,6 +192,7 @@ def _serve(
     # references to it, and its garbage collector does not touch it.
     make_all_immortal()
     gc.freeze()
+    give_heap_back()
     parent.send(Ready().encode())
     worker = fork_as_ordered(
         parent.fileno(),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from keyd.linux.process import Call, encode, make
 
-__all__ = ["FILE", "OutOfMemory", "give_code_back"]
+__all__ = ["FILE", "OutOfMemory", "give_code_back", "give_heap_back"]
 
 #: In thousandths of the machine's memory: as if the process had so much more. Less than what a
 #: program has that eats up the machine.
@@ -55,6 +55,15 @@ def give_code_back() -> None:
         if _libc.madvise(ctypes.c_void_p(start), length, _MADV_DONTNEED):
             error = ctypes.get_errno()
             raise OSError(error, f"madvise: {os.strerror(error)}")
+
+
+def give_heap_back() -> None:
+    """Unmap what is free of the C library's heap, where the library can do that (malloc_trim(3)).
+
+    Each fork copies the entries of what is mapped, and each worker's end clears them.
+    """
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def _code() -> Iterator[tuple[int, int]]:

@@ -137,6 +137,8 @@ def test_what_a_worker_holds() -> None:
     ).stdout.split()
     ours = {name for name in loaded if name.partition(".")[0] in ("titus_py", "keyd")}
     assert ours == FOR_WORKERS
+    # A megabyte, which pyOpenSSL loads with Python 3.11 (by way of typing_extensions).
+    assert ("inspect" in loaded) == (sys.version_info < (3, 13))
 
 
 def test_what_a_parent_does_not_hold_unasked() -> None:
