@@ -81,6 +81,12 @@ class Orders:
         self.given.append(order)
 
 
+def generation(number: int) -> Generation:
+    configuration = SimpleNamespace(tunnel=())
+    double = SimpleNamespace(number=number, parent=object(), configuration=configuration)
+    return cast(Generation, double)
+
+
 class Asked:
     """A cut of one earlier generation's connections, whose parent this test plays."""
 
@@ -91,13 +97,13 @@ class Asked:
         self.loop, self.orders = EventLoop(), Orders()
         self.events: list[tuple[str, object]] = []
         self.outcomes: list[dict[str, object]] = []
-        self.generation = cast(Generation, SimpleNamespace(number=1, parent=object()))
+        self.generation = generation(1)
         self.cut = Cut(
             self.loop,
             lambda name, of_generation=0, **fields: self.events.append((name, fields)),
             cast(Children, self.orders),
         )
-        serving = cast(Generation, SimpleNamespace(number=2, parent=object()))
+        serving = generation(2)
         self.cut.begin(
             [self.generation, serving],
             lambda work, take: take(work()),
