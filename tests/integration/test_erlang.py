@@ -129,7 +129,7 @@ def test_it_is_a_cluster_like_any_other(nodes: dict[str, Node]) -> None:
         a.ask(f"spawn('b@hostb', erlang, send, [self(), {{from, there}}]), {answered}") == "there"
     )
     heard = "receive {'DOWN', _, process, _, Why} -> Why after 20000 -> nothing end"
-    assert b.ask(f"monitor(process, spawn('c@hostc', timer, sleep, [10])), {heard}") == "normal"
+    assert b.ask(f"spawn_opt('c@hostc', timer, sleep, [10], [monitor]), {heard}") == "normal"
 
 
 def test_nothing_can_be_read_on_the_way_and_beside_it_all_can(

@@ -67,8 +67,10 @@ FOR_WORKERS = {
 ON_REQUEST = {
     "titus_py.between.certificate_index",
     "titus_py.between.tunnel_terms",
+    "titus_py.between.known_client",
     "titus_py.parent.health",
     "titus_py.parent.introduction",
+    "titus_py.parent.known_clients",
     "titus_py.parent.networks",
     "titus_py.parent.proxy_header",
     "titus_py.between.postgresql",
