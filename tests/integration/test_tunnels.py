@@ -520,3 +520,27 @@ def test_an_audit_of_tunnels_alone(instance: Instance, tables: dict[str, dict[st
         command = [TITUS_PY, "audit", "--quiet", "--pid", str(instance.pid)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_by_name_to_the_next_of_several_and_by_ipv6(serve: Serve, servers: Servers) -> None:
+    """As backends have it: a name that is looked up, and one that is not reached."""
+    shown = servers.authority.issue(dns=("localhost",), usage=ExtendedKeyUsageOID.SERVER_AUTH)
+    with tls_server(server_context(shown)) as address, Listener.tcp() as nobody:
+        nobody.socket.close()
+        named = f"localhost:{address.rpartition(':')[2]}"
+        by_name = tunnel(named, ca=servers.authority.file)
+        several = {
+            "listen": f"[::1]:{free_port()}",
+            "connect": [nobody.address, named],
+            "balance": "priority",
+            "pins": [shown.spki],
+        }
+        instance = serve(listen=[], vhost=[], tunnel=[by_name, several])
+        for table, host in ((by_name, "127.0.0.1"), (several, "::1")):
+            with connect(port_of(table), host) as client:
+                client.sendall(b"found")
+                assert receive_exactly(client, 5) == b"found"
+        event = instance.wait_for_event("connection_ended", tunnel=several["listen"])
+        assert event["backend"] == named
+        event = instance.wait_for_event("connection_ended", tunnel=by_name["listen"])
+        assert event["server_name"] == "localhost"
