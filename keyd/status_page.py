@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from keyd.powers import Key
 from keyd.protocol import Refusal
+from keyd.pss import PSSPublicKey
 from keyd.tally import Tally
 from keyd.token.keys import TokenKey
 
@@ -152,6 +153,8 @@ def _name(path: str, key: Key) -> str:
 
 def _kind(key: Key) -> str:
     public = key.public_key()
+    if isinstance(public, PSSPublicKey):
+        return f"RSA-{public.key.key_size}, bound to PSS"
     if isinstance(public, rsa.RSAPublicKey):
         return f"RSA-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):

@@ -49,8 +49,9 @@ _LIMITS = {
     resource.RLIMIT_FSIZE: 64 * 1024 * 1024,
 }
 #: In seconds: the first and the longest pause before another child (the next one is short again
-#: once a child has answered a client), and how often to look whether the module hangs.
-_PAUSES, _LOOK = (1.0, 60.0), 1.0
+#: once a child has answered a client), how often to look whether the module hangs, and how long it
+#: may take to log out once keyd has ended.
+_PAUSES, _LOOK, _FAREWELL = (1.0, 60.0), 1.0, 3.0
 _HUNG = -(1 << 16)
 
 
@@ -139,11 +140,14 @@ def _watch(child: int, keyd: socket.socket, progress: Progress) -> int:
             if ended in events:
                 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 return _HUNG if hung else code
-            if events or progress.hangs:
-                hung = not events
+            if events:  # keyd has ended, as the child sees, too
+                poll.unregister(keyd)
+                poll.poll(_FAREWELL * 1000)
                 os.kill(child, signal.SIGKILL)
-                if events:  # keyd has ended
-                    os._exit(0)
+                os._exit(0)
+            if progress.hangs:
+                hung = True
+                os.kill(child, signal.SIGKILL)
     finally:
         os.close(ended)
 

@@ -101,6 +101,8 @@ def serve(wanted: Wanted, pin: str | None, keyd: socket.socket, progress: Progre
         progress.idle()
         keyd.send(Ready(tuple(said for _, said in keys)).encode())
         _answer([key for key, _ in keys], token, keyd, progress)
+        # Some tokens have few sessions, and do not see that a process has ended.
+        pkcs11.lib(wanted.module).finalize()
     except _Unusable as error:
         keyd.send(Down(error.lasting, str(error)).encode())
         os._exit(0 if error.lasting else 1)

@@ -25,15 +25,23 @@ from OpenSSL import SSL
 from keyd.inspection.key_search import needles, search_all
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Reply, SignatureScheme, Status
-from keyd.provider import openssl_configuration
-from keyd.reference import reference_pem
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 from .conftest import Serve
 from .instance import TITUS_PY, UIDS, Instance, Table, descendants, eventually, free_port, toml
 from .peers import Listener, TlsClient
 from .service import status
-from .tokens import USER, Hsm, TokenKeyd, attempt_unconfined, build_shim, scratch
+from .tokens import (
+    USER,
+    Hsm,
+    Nginx,
+    TokenKeyd,
+    attempt_unconfined,
+    build_shim,
+    nginx_asking,
+    s_client,
+    scratch,
+)
 
 RSA, ECDSA = SignatureScheme.rsa_pss_rsae_sha256, SignatureScheme.ecdsa_secp256r1_sha256
 
@@ -41,11 +49,6 @@ RSA, ECDSA = SignatureScheme.rsa_pss_rsae_sha256, SignatureScheme.ecdsa_secp256r
 class Site(NamedTuple):
     certificate: bytes
     key: PrivateKey
-
-
-class Nginx(NamedTuple):
-    port: int
-    pid: int
 
 
 class Served(NamedTuple):
@@ -90,7 +93,7 @@ def served() -> Iterator[Served]:
         wrong.write_text("not the PIN\n")
         keyd = TokenKeyd(
             directory,
-            hsm,
+            home,
             [
                 hsm.uri("web", "rsa"),
                 hsm.uri("web", "ecdsa"),
@@ -99,6 +102,7 @@ def served() -> Iterator[Served]:
                 hsm.uri("web", "missing"),
                 hsm.uri("none", "key"),
             ],
+            f"SOFTHSM2_CONF={hsm.configuration}",
             *(f"SHIM_{name.upper()}={home / name}" for name in ("behaviour", "logins", "attempts")),
         )
         try:
@@ -132,41 +136,9 @@ def test_nginx_serves_with_keys_of_a_token(
 @pytest.fixture(scope="module")
 def nginx_with_keyd(served: Served) -> Iterator[Nginx]:
     """A stock nginx whose keys are in the token ``web``."""
-    directory, port = served.directory, free_port()
-    for name, site in (("rsa", served.rsa), ("ecdsa", served.ecdsa)):
-        (directory / f"{name}.ref").write_bytes(reference_pem(site.key.public_key()))
-    (directory / "openssl.cnf").write_text(openssl_configuration(f"socket = {served.keyd.socket}"))
-    (directory / "nginx.conf").write_text(
-        f"""
-        user nobody nogroup;
-        daemon off;
-        pid {directory}/nginx.pid;
-        events {{}}
-        http {{
-            access_log off;
-            server {{
-                listen {port} ssl;
-                ssl_protocols TLSv1.2 TLSv1.3;
-                ssl_certificate {directory}/rsa.crt;
-                ssl_certificate_key {directory}/rsa.ref;
-                ssl_certificate {directory}/ecdsa.crt;
-                ssl_certificate_key {directory}/ecdsa.ref;
-                return 204;
-            }}
-        }}
-        """
-    )
-    log = directory / "nginx.log"
-    nginx = subprocess.Popen(
-        ["nginx", "-c", directory / "nginx.conf", "-e", log],
-        env=os.environ | {"OPENSSL_CONF": str(directory / "openssl.cnf")},
-    )
-    try:
-        eventually((directory / "nginx.pid").exists, "nginx serves")
-        yield Nginx(port, nginx.pid)
-    finally:
-        nginx.terminate()
-        nginx.wait()
+    keys = {"rsa": served.rsa.key, "ecdsa": served.ecdsa.key}
+    with nginx_asking(served.keyd.socket, served.directory, keys) as nginx:
+        yield nginx
 
 
 @pytest.mark.parametrize(
@@ -307,23 +279,6 @@ def site(served: Served, serve_all: Serve, echoing: Listener) -> Instance:
             },
         ],
     )
-
-
-def s_client(port: int, authority: Path, kind: str, version: str) -> None:
-    """A handshake with the certificate of this kind, which has to be right."""
-    done = subprocess.run(
-        [
-            *("openssl", "s_client", "-connect", f"localhost:{port}", version),
-            *("-CAfile", authority, "-verify_return_error"),
-            *("-sigalgs", "RSA-PSS+SHA256" if kind == "rsa" else "ECDSA+SHA256"),
-        ],
-        input=b"",
-        capture_output=True,
-        timeout=30,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = b"RSA-PSS" if kind == "rsa" else b"ECDSA"
-    assert b"Peer signature type: " + expected in done.stdout
 
 
 @pytest.mark.parametrize("version", ["-tls1_3", "-tls1_2"])

@@ -9,17 +9,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, SignatureScheme
-from keyd.reference import key_id
+from keyd.provider import openssl_configuration
+from keyd.reference import key_id, reference_pem
 
-from .instance import TITUS_PY, eventually
+from .instance import TITUS_PY, eventually, free_port
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 #: Whom the tokens' processes run as: a user that needs no other right than to the tokens.
@@ -70,18 +72,19 @@ class Hsm:
 class TokenKeyd:
     """A ``keyd listen`` with keys in tokens."""
 
-    def __init__(self, directory: Path, hsm: Hsm, keys: Sequence[str], *variables: str) -> None:
+    def __init__(
+        self, directory: Path, token_path: Path, keys: Sequence[str], *variables: str
+    ) -> None:
         self.socket = directory / "keyd.sock"
         self._log = directory / "keyd.log"
-        environment = (f"SOFTHSM2_CONF={hsm.configuration}", *variables)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
                     *(TITUS_PY.with_name("keyd"), "listen", f"--socket={self.socket}"),
                     *("--user=nobody", f"--chroot={directory / 'empty'}", f"--token-user={USER}"),
                     *(f"--key={key}" for key in keys),
-                    *(f"--token-environment={variable}" for variable in environment),
-                    f"--token-path={hsm.directory}",
+                    *(f"--token-environment={variable}" for variable in variables),
+                    f"--token-path={token_path}",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -127,6 +130,66 @@ class TokenKeyd:
     def close(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+class Nginx(NamedTuple):
+    port: int
+    pid: int
+
+
+@contextmanager
+def nginx_asking(keyd: Path, directory: Path, keys: Mapping[str, PrivateKey]) -> Iterator[Nginx]:
+    """A stock nginx that asks this keyd; its certificates, NAME.crt, are in the directory."""
+    port, pairs = free_port(), ""
+    for name, key in keys.items():
+        (directory / f"{name}.ref").write_bytes(reference_pem(key.public_key()))
+        pairs += f"ssl_certificate {directory}/{name}.crt;"
+        pairs += f"ssl_certificate_key {directory}/{name}.ref;"
+    (directory / "openssl.cnf").write_text(openssl_configuration(f"socket = {keyd}"))
+    (directory / "nginx.conf").write_text(
+        f"""
+        user nobody nogroup;
+        daemon off;
+        pid {directory}/nginx.pid;
+        events {{}}
+        http {{
+            access_log off;
+            server {{
+                listen {port} ssl;
+                ssl_protocols TLSv1.2 TLSv1.3;
+                {pairs}
+                return 204;
+            }}
+        }}
+        """
+    )
+    nginx = subprocess.Popen(
+        ["nginx", "-c", directory / "nginx.conf", "-e", directory / "nginx.log"],
+        env=os.environ | {"OPENSSL_CONF": str(directory / "openssl.cnf")},
+    )
+    try:
+        eventually((directory / "nginx.pid").exists, "nginx serves")
+        yield Nginx(port, nginx.pid)
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def s_client(port: int, authority: Path, kind: str, version: str) -> None:
+    """A handshake with the certificate of this kind, which has to be right."""
+    done = subprocess.run(
+        [
+            *("openssl", "s_client", "-connect", f"localhost:{port}", version),
+            *("-CAfile", authority, "-verify_return_error"),
+            *("-sigalgs", "RSA-PSS+SHA256" if kind == "rsa" else "ECDSA+SHA256"),
+        ],
+        input=b"",
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = b"RSA-PSS" if kind == "rsa" else b"ECDSA"
+    assert b"Peer signature type: " + expected in done.stdout
 
 
 @contextmanager
