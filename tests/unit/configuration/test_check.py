@@ -311,8 +311,8 @@ UNREADABLE = {
     "certificate": "holds a CERTIFICATE, and no private key",
     "text": "holds no PEM private key",
     "damaged": "holds a PEM private key that is damaged",
-    "x25519": "is an X25519 key: RSA of 2048 to 8192 bits, ECDSA on P-256, P-384 or P-521, and "
-    "Ed25519 are served",
+    "x25519": "is an X25519 key: RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, "
+    "P-384 or P-521, and Ed25519 are served",
 }
 
 
