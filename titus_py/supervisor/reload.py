@@ -302,7 +302,11 @@ class Reload:
 
     def _is_outdated(self) -> bool:
         """Whether another version was installed since this program was started."""
-        return _installed_version() != self._version
+        try:
+            return _installed_version() != self._version
+        except OSError:
+            # No descriptor is left, perhaps: the reload itself says so.
+            return False
 
     def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
         """If nothing has replaced the generation, kill its parent: a new start follows."""
