@@ -41,6 +41,14 @@ class KeyFiles(NamedTuple):
     #: None where the key is in another keyd: then the certificate is not compared with it.
     key: str | None
     passphrase_file: str | None = None
+    #: Whether its peers know its key, and do not ask who has certified it.
+    known: bool = False
+
+    @property
+    def paths(self) -> list[str]:
+        """Those that there are."""
+        files = self.certificate, self.key, self.passphrase_file
+        return [path for path in files if path is not None]
 
 
 class Problem(NamedTuple):
@@ -101,7 +109,10 @@ def examine(files: KeyFiles, now: datetime.datetime, read: Read = read) -> Findi
                 )
                 break
         mistakes.append(Problem("key", reason))
-    warnings += [Problem("certificate", doubt) for doubt in doubts(files.certificate, chain, now)]
+    warnings += [
+        Problem("certificate", doubt)
+        for doubt in doubts(files.certificate, chain, now, files.known)
+    ]
     return Findings(
         mistakes,
         warnings,

@@ -34,16 +34,22 @@ class Located(NamedTuple):
     line: int
 
 
-def doubts(path: str, chain: Sequence[Located], now: datetime.datetime) -> Iterator[str]:
-    """What clients may refuse about a chain that begins with the server's own certificate."""
+def doubts(
+    path: str, chain: Sequence[Located], now: datetime.datetime, known: bool = False
+) -> Iterator[str]:
+    """What clients may refuse about a chain that begins with the server's own certificate.
+
+    ``known``: its peers know its key, and do not ask who has certified it.
+    """
     leaf, *others = chain
     yield from _out_of_date(path, leaf.certificate, now)
     for other in others:
         what = f"{path}:{other.line}: the issuer's certificate, {name_of(other.certificate)},"
         yield from _out_of_date(what, other.certificate, now)
-    yield from _unpopular_key(path, leaf.certificate)
     yield from _broken_order(path, chain)
-    yield from _dead_end(path, leaf.certificate, chain[-1].certificate)
+    if not known:
+        yield from _unpopular_key(path, leaf.certificate)
+        yield from _dead_end(path, leaf.certificate, chain[-1].certificate)
 
 
 def name_of(certificate: x509.Certificate) -> str:

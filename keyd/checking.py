@@ -25,7 +25,7 @@ def answer(question: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     now = datetime.datetime.now(datetime.UTC)
     in_tokens = [entry.pop("token", None) for entry in question]
     asked = [KeyFiles(**entry) for entry in question]
-    read = read_ahead(path for files in asked for path in files if path is not None)
+    read = read_ahead(path for files in asked for path in files.paths)
     proof = None
     if any(in_tokens):
         # Imported here: most configurations have no token.

@@ -116,7 +116,10 @@ def psql(hosts: Network, password: str, query: str) -> "subprocess.CompletedProc
 def test_postgresql(serve: Serve, hosts: Network, keys: Path, pins: dict[str, str]) -> None:
     with postgresql(hosts, 1):
         db = serve_example(serve, hosts, 1, "postgresql/db-1.toml", keys, pins)
-        serve_example(serve, hosts, 2, "postgresql/web-1.toml", keys, pins)
+        web = serve_example(serve, hosts, 2, "postgresql/web-1.toml", keys, pins)
+        # Self-signed, as it is meant to be.
+        warnings = [*db.events_named("configuration"), *web.events_named("configuration")]
+        assert not any("self-signed" in warning["problem"] for warning in warnings)
         eventually(lambda: psql(hosts, PASSWORD, "select 1").stdout == "1\n", "it answers", 30)
         query = "select 'in ' || 'the clear', inet_client_addr()"
         with hosts.captured() as packets:

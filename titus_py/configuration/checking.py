@@ -6,7 +6,7 @@ another, ``titus_py.fork_server.handshake_check``, tries what the workers will d
 answers are trusted like keyd's, once their form is checked.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -163,7 +163,9 @@ def check(
         # Each key is read and checked. Decrypting one may be made slow on purpose.
         whole = loaded.configuration
         of_tokens = settings(whole.keyd) if whole is not None else None
-        answers = ask_keyd_check(keyd_check, list(loaded.credentials), timeout, of_tokens)
+        answers = ask_keyd_check(
+            keyd_check, list(loaded.credentials), timeout, of_tokens, _known_by_key(whole)
+        )
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
             also = _also(source, [place.removesuffix(".") for place in others])
@@ -230,10 +232,12 @@ def ask_keyd_check(
     credentials: Sequence[Credential],
     timeout: float = _TIMEOUT_SECONDS,
     of_tokens: Mapping[str, object] | None = None,
+    known: Collection[Credential] = (),
 ) -> list[Answer]:
     """Have these files read and held against each other; an answer for each. Raises Unanswered.
 
-    Tokens are asked for their keys where there are settings for them.
+    Tokens are asked for their keys where there are settings for them. Of those that are ``known``,
+    peers know the key, and do not ask who has certified it.
 
     Waits for up to ``timeout`` seconds, and longer for many of them (``load_seconds``).
     """
@@ -248,6 +252,7 @@ def ask_keyd_check(
             "token": {"uri": credential.token, "settings": of_tokens}
             if credential.token and of_tokens
             else None,
+            "known": credential in known,
         }
         for credential in credentials
     ]
@@ -259,6 +264,21 @@ def ask_keyd_check(
     if len(answers) != len(credentials):
         raise Unanswered(f"{len(answers)} answers to {len(credentials)} questions")
     return answers
+
+
+def _known_by_key(configuration: Configuration | None) -> set[Credential]:
+    """The certificates of tunnels, and of virtual hosts that know each client by its key.
+
+    Where it is so at one end, it is so at the other.
+    """
+    if configuration is None:
+        return set()
+    known = {tunnel.credential for tunnel in configuration.tunnel if tunnel.credential is not None}
+    others: set[Credential] = set()
+    for vhost in configuration.vhost:
+        by_key = vhost.client_certificates == "required" and vhost.client_ca is None
+        (known if by_key else others).update(vhost.credentials.values())
+    return known - others
 
 
 def _of_one_kind(

@@ -169,6 +169,16 @@ def test_a_self_signed_certificate(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_key_that_its_peers_know_nobody_asks_who_certified_it(tmp_path: Path) -> None:
+    (tmp_path / "site.crt").write_bytes(pem(OTHER))
+    files = KeyFiles(str(tmp_path / "site.crt"), None)
+    assert [one.reason for one in examine(files, NOW).warnings] != []
+    assert examine(files._replace(known=True), NOW).warnings == []
+    # But its dates are looked at all the same.
+    late = examine(files._replace(known=True), NOW + datetime.timedelta(days=100_000)).warnings
+    assert "expired on" in late[0].reason
+
+
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
