@@ -27,7 +27,7 @@ from integration.instance import descendants, eventually, free_port
 
 from keyd.certificates import load_chain, refer_to
 from keyd.inspection.key_search import Hit, needles, search_all
-from keyd.provider import openssl_configuration
+from keyd.provider import openssl_configuration, provider_path
 
 from .keyd import PATIENCE, ListeningKeyd
 from .programs import PROGRAMS, Program, Site, root_of
@@ -186,7 +186,10 @@ def test_a_server_whose_key_is_in_keyd(
     if program.has_root_of_its_own:
         paths.append(root_of(directory) / path.relative_to("/"))
     configuration = directory / "openssl.cnf"
-    configuration.write_text(openssl_configuration(f"socket = {path}"))
+    # Where each server's user can read it, as where it is installed.
+    provider = shutil.copy(provider_path(), directory / "provider.so")
+    loading = openssl_configuration(f"socket = {path}")
+    configuration.write_text(loading.replace(str(provider_path()), str(provider)))
     # The control of the search: without keyd, the key is found.
     install(program, site, old.certificate, old.key.read_bytes())
     with running(program, site, old.authority) as server:
