@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 SET_MODE_FILTER = 1
+_SONAMES = {"c": "libc.so.6", "seccomp": "libseccomp.so.2"}
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
 
 
@@ -47,6 +48,23 @@ class Flag(IntFlag):
     ALL_THREADS = 1  # SECCOMP_FILTER_FLAG_TSYNC
 
 
+def _pyseccomp() -> Any:
+    """The module, imported only here: processes that are given a filter do without its library.
+
+    The dynamic linker finds the libraries by their names. Python's own way would start ldconfig,
+    and perhaps a compiler, as root, and finds nothing where /etc/ld.so.cache is missing.
+    """
+    import ctypes.util
+
+    find = ctypes.util.find_library
+    ctypes.util.find_library = lambda name: _SONAMES.get(name)
+    try:
+        import pyseccomp
+    finally:
+        ctypes.util.find_library = find
+    return pyseccomp
+
+
 def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
     """Build a filter, as BPF, that allows these calls and kills the process for any other.
 
@@ -54,10 +72,7 @@ def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
     EPERM. A call of another architecture (a 32-bit one) kills the process in any case. Raises
     OSError or RuntimeError where libseccomp is missing or does not know a call.
     """
-    # Imported only here: processes that are given a filter do without this module, and
-    # without the library that it loads.
-    import pyseccomp
-
+    pyseccomp = _pyseccomp()
     program = pyseccomp.SyscallFilter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     for action, calls in (
@@ -69,8 +84,7 @@ def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
 
 
 def _add(add_rule: Callable[..., None], action: object, calls: Rules) -> None:
-    import pyseccomp
-
+    pyseccomp = _pyseccomp()
     for name, alternatives in calls.items():
         for conditions in alternatives:
             arguments = [
@@ -93,8 +107,7 @@ def build_forbidding(rules: Rules, failing: Rules) -> bytes:
     Those of ``failing`` fail as if the kernel did not know them (ENOSYS). For code whose calls
     nobody knows. A call that this architecture does not have is left out. Raises as ``build``.
     """
-    import pyseccomp
-
+    pyseccomp = _pyseccomp()
     program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     for action, calls in (
