@@ -4,6 +4,7 @@ import fcntl
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -46,12 +47,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "system" not in item.path.parts)
 
 
+@contextmanager
+def alone_with(what: str) -> Iterator[None]:
+    """Meanwhile no other process that runs tests has this."""
+    with open(Path(tempfile.gettempdir()) / f"titus-py-tests.{what}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
 def default_uids() -> Iterator[None]:
     """For as long as the test has it, no other one starts an instance with the default uids.
 
     Processes in a container count: its kernel, and so its uids, are this machine's.
     """
-    with open(Path(tempfile.gettempdir()) / "titus-py-tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_with("uids"):
         yield

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import alone_with
+
 from .machine import Machine
 
 _REPOSITORY = Path(__file__).parents[2]
@@ -18,15 +20,16 @@ _URL = "https://www.example.org/"
 def package(revision: int) -> Path:
     """The Debian package; each revision has the same content."""
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
-    subprocess.run(
-        ["make", "--no-print-directory", "deb", f"REVISION={revision}"],
-        cwd=_REPOSITORY,
-        env=environment,
-        stdout=sys.stderr,
-        check=True,
-    )
+    with alone_with("build"):
+        subprocess.run(
+            ["make", "--no-print-directory", "deb", f"REVISION={revision}"],
+            cwd=_REPOSITORY,
+            env=environment,
+            stdout=sys.stderr,
+            check=True,
+        )
+        _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
     (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
-    _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
     return built
 
 

@@ -16,7 +16,7 @@ _URL = "https://www.example.org/"
 
 
 @pytest.fixture
-def administrator(default_uids: None) -> Iterator[Administrator]:
+def administrator() -> Iterator[Administrator]:
     with Machine() as machine:
         (machine.root / "root/titus-py.deb").write_bytes(package(1).read_bytes())
         yield Administrator(machine)

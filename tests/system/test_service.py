@@ -20,6 +20,7 @@ from .machine import Machine
 _REPOSITORY = Path(__file__).parents[2]
 _CROWD = Path(__file__).with_name("crowd.py")
 _URL = "https://www.example.org/"
+# Not the default uids: other tests' instances on this kernel may have those.
 _CONFIGURATION = """\
 [[listen]]
 address = "[::]:443"
@@ -38,7 +39,7 @@ uids = "2110000000-2110065535"
 
 
 @pytest.fixture
-def administrator(default_uids: None) -> Iterator[Administrator]:
+def administrator() -> Iterator[Administrator]:
     with Machine() as machine:
         for revision in (1, 2):
             built = package(revision)
