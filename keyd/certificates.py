@@ -8,10 +8,12 @@ import datetime
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from keyd import mldsa
 from keyd.chain import UNREADABLE, Located, doubts, name_of
 from keyd.keys import Read, UnusableKey, load_private_key, read
 from keyd.pem import Damaged, blocks
@@ -158,6 +160,11 @@ def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
         return key_id(key), reference_pem(key).decode()
     except UnsupportedKey as error:
         raise UnusableKey("certificate", f"{path} is for {error}") from None
+    except UnsupportedAlgorithm as error:
+        name = mldsa.name_of_identifier(leaf.tbs_certificate_bytes)
+        unknown = f"an {name} key, which this version of cryptography does not know"
+        reason = f"is for {unknown}" if name else f"is for a key that cannot be used: {error}"
+        raise UnusableKey("certificate", f"{path} {reason}") from None
     except UNREADABLE as error:
         raise UnusableKey("certificate", f"{path}: its key cannot be used: {error}") from None
 
@@ -189,6 +196,8 @@ def _kind(leaf: x509.Certificate) -> str:
         return ""
     if isinstance(key, PSSPublicKey):
         return "RSA-PSS"
+    if parameter_set := mldsa.parameter_set(key):
+        return parameter_set
     if isinstance(key, rsa.RSAPublicKey):
         return "RSA"
     return "ECDSA" if isinstance(key, ec.EllipticCurvePublicKey) else "Ed25519"

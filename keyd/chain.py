@@ -13,6 +13,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from keyd import mldsa
+
 __all__ = ["UNREADABLE", "Located", "doubts", "name_of"]
 
 #: What the library raises for a bad certificate: some of it only when a part of it is read.
@@ -80,6 +82,8 @@ def _unpopular_key(path: str, leaf: x509.Certificate) -> Iterator[str]:
         kind = "an Ed25519"
     elif isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp521r1":
         kind = "a P-521"
+    elif name := mldsa.parameter_set(key):
+        kind = f"an {name}"
     if kind:
         yield f"{path} is for {kind} key, which browsers refuse: get one for a P-256 key"
 

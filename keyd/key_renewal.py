@@ -91,7 +91,7 @@ class Renewal:
         try:
             loaded = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
             # What tells that it is bound comes first: no secret is copied.
-            key = as_bound(loaded, octets)  # type: ignore[arg-type]
+            key = as_bound(loaded, octets)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             self._keep(path, f"{path}: {error}")
             return

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 
 from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from keyd import mldsa
 from keyd.powers import PrivateKey
 from keyd.pss import PSSPrivateKey, binding_of_key
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
@@ -100,16 +102,20 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
             "passphrase_file", f"{path} is not encrypted: remove passphrase_file"
         ) from None
     except UnsupportedAlgorithm as error:
-        raise UnusableKey("key", f"{path} is of an unsupported kind: {error}") from None
+        unknown = _unknown_to_library(pem) or f"is of an unsupported kind: {error}"
+        raise UnusableKey("key", f"{path} {unknown}") from None
     except ValueError as error:
+        if not mldsa.KEY_TYPES and (unknown := _unknown_to_library(pem)):
+            raise UnusableKey("key", f"{path} {unknown}") from None
         if reason := _why_unreadable(pem, str(error)):
             raise UnusableKey("key", f"{path} {reason}") from None
         if passphrase is not None:
             reason = f"{passphrase_file} does not decrypt {path}, or {path} is damaged"
             raise UnusableKey("passphrase_file", reason) from None
         raise UnusableKey("key", f"{path} holds a PEM private key that is damaged") from None
-    if not isinstance(
-        key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+    if not (
+        isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
+        or mldsa.parameter_set(key)
     ):
         raise UnusableKey("key", f"{path} is {kind_of_key(key)}: {SERVED_KEYS} are served")
     if isinstance(key, rsa.RSAPrivateKey) and not _is_sound(key):
@@ -122,18 +128,28 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
     return bound
 
 
-def as_bound(key: PrivateKey, written: bytes) -> PrivateKey:
+def as_bound(key: PrivateKeyTypes, written: bytes | memoryview) -> PrivateKey:
     """The key, bound to PSS if it was written so: the library takes it for a plain RSA key.
 
     An encrypted one cannot be told. Raises UnsupportedKey for what no TLS server can use.
     """
     if not isinstance(key, rsa.RSAPrivateKey):
-        return key
+        return key  # type: ignore[return-value]
     try:
         binding = binding_of_key(written)
     except ValueError as error:
         raise UnsupportedKey(f"an RSA key bound to PSS that TLS cannot use: {error}") from None
     return key if binding is None else PSSPrivateKey(key, binding)
+
+
+def _unknown_to_library(pem: bytes) -> str:
+    """What to say of a key whose kind this library does not know; nothing for other kinds."""
+    base64_text = pem.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
+    try:
+        name = mldsa.name_of_identifier(base64.b64decode(base64_text)[:32])
+    except ValueError:
+        return ""
+    return f"is an {name} key, which this version of cryptography does not know" if name else ""
 
 
 def passphrase_in(text: bytes) -> bytes:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from keyd import mldsa
 from keyd.client_hello import ClientHello
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 from keyd.pss import PSSPrivateKey, PSSPublicKey
@@ -170,6 +171,7 @@ _PUBLIC: dict[type, type] = {
     ec.EllipticCurvePrivateKey: ec.EllipticCurvePublicKey,
     ed25519.Ed25519PrivateKey: ed25519.Ed25519PublicKey,
     PSSPrivateKey: PSSPublicKey,
+    **dict(mldsa.KEY_TYPES.values()),
 }
 
 
@@ -178,6 +180,7 @@ class _Scheme(NamedTuple):
     sign: Callable[..., bytes]
     curve: str | None = None
     tls13: bool = True
+    tls12: bool = True
     #: Of a scheme for keys that may be bound to one.
     digest: str | None = None
 
@@ -216,6 +219,12 @@ def _ecdsa(curve: str, algorithm: hashes.HashAlgorithm) -> _Scheme:
     return _Scheme(ec.EllipticCurvePrivateKey, sign, curve)
 
 
+def _mldsa(parameter_set: str) -> _Scheme:
+    # Where the library has no such keys, none is of this type.
+    key_type, _ = mldsa.KEY_TYPES.get(parameter_set, (type(None), None))
+    return _Scheme(key_type, lambda key, octets: key.sign(octets), tls12=False)
+
+
 _SCHEMES = {
     SignatureScheme.rsa_pkcs1_sha256: _pkcs1(hashes.SHA256()),
     SignatureScheme.rsa_pkcs1_sha384: _pkcs1(hashes.SHA384()),
@@ -229,6 +238,9 @@ _SCHEMES = {
     SignatureScheme.ecdsa_secp256r1_sha256: _ecdsa("secp256r1", hashes.SHA256()),
     SignatureScheme.ecdsa_secp384r1_sha384: _ecdsa("secp384r1", hashes.SHA384()),
     SignatureScheme.ecdsa_secp521r1_sha512: _ecdsa("secp521r1", hashes.SHA512()),
+    SignatureScheme.mldsa44: _mldsa("ML-DSA-44"),
+    SignatureScheme.mldsa65: _mldsa("ML-DSA-65"),
+    SignatureScheme.mldsa87: _mldsa("ML-DSA-87"),
     SignatureScheme.ed25519: _Scheme(
         ed25519.Ed25519PrivateKey, lambda key, octets: key.sign(octets)
     ),
@@ -248,7 +260,7 @@ def _sign(
         raise NotTLS(f"signature scheme 0x{parameter:04x}") from None
     scheme = _SCHEMES[name]
     known = key.public_key() if isinstance(key, KeyElsewhere) else key
-    if not isinstance(known, (scheme.key_type, _PUBLIC[scheme.key_type])):
+    if not isinstance(known, (scheme.key_type, _PUBLIC.get(scheme.key_type, scheme.key_type))):
         raise NotTLS(f"{name.name} with a key of another kind")
     if isinstance(known, PSSPrivateKey) and known.binding.digest not in (None, scheme.digest):
         raise NotTLS(f"{name.name} with a key that is bound to {known.binding.digest}")
@@ -269,6 +281,8 @@ def _sign(
             _check_client_of_certificate_verify(octets, client)
     else:
         _check_server_key_exchange(octets, granted)
+        if not scheme.tls12:
+            raise NotTLS(f"{name.name} in TLS 1.2")
         if client is not None:
             _check_client_of_server_key_exchange(octets, granted, client.hello)
     if isinstance(key, KeyElsewhere):

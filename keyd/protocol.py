@@ -10,7 +10,7 @@ byte order:
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
 flight     version(1) 3(1) messages(0..196608): before a request to sign in TLS 1.3
-reply      version(1) status(1) payload(0..1024)
+reply      version(1) status(1) payload(0..4627)
 grants     version(1) 'G'(1) set(4) n x (site(4) powers_mask(1) key(32) length(1)
            name(0..255, ASCII)): adds to a set
 open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4)
@@ -51,6 +51,7 @@ __all__ = [
     "MAX_PAYLOAD_OCTETS",
     "MAX_REFUSAL_OCTETS",
     "MAX_REPLY_OCTETS",
+    "MAX_REPLY_PAYLOAD_OCTETS",
     "MAX_REQUEST_OCTETS",
     "PREMASTER_SECRET_OCTETS",
     "SHORT_ID_OCTETS",
@@ -81,8 +82,9 @@ CONTROL_VERSION = 5
 KEY_ID_OCTETS = 32
 #: How much of a key's id is enough to tell it from others, where nothing depends on it.
 SHORT_ID_OCTETS = 8
-#: The longest payload is an RSA-8192 ciphertext or signature.
+#: The longest payload of a request is an RSA-8192 ciphertext, of a reply an ML-DSA-87 signature.
 MAX_PAYLOAD_OCTETS = 1024
+MAX_REPLY_PAYLOAD_OCTETS = 4627
 PREMASTER_SECRET_OCTETS = 48
 
 _REQUEST = struct.Struct("!BBH32s")
@@ -97,7 +99,7 @@ _GRANT = struct.Struct("!IB32sB")
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
 _FLIGHT_HEAD = bytes((VERSION, 3))
 MAX_FLIGHT_OCTETS = len(_FLIGHT_HEAD) + 192 * 1024
-MAX_REPLY_OCTETS = _REPLY.size + MAX_PAYLOAD_OCTETS
+MAX_REPLY_OCTETS = _REPLY.size + MAX_REPLY_PAYLOAD_OCTETS
 MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
 #: How many keys one keyd may have: their list fits into one message, whose room is by default 208
 #: KiB (net.core.wmem_default).
@@ -179,6 +181,10 @@ class SignatureScheme(enum.IntEnum):
     rsa_pss_pss_sha256 = 0x0809
     rsa_pss_pss_sha384 = 0x080A
     rsa_pss_pss_sha512 = 0x080B
+    # draft-ietf-tls-mldsa: in TLS 1.3 alone.
+    mldsa44 = 0x0904
+    mldsa65 = 0x0905
+    mldsa87 = 0x0906
 
 
 class Request(NamedTuple):

@@ -85,18 +85,20 @@ class PSSPrivateKey:
         return _tlv(_SEQUENCE, version + self.binding.algorithm + _tlv(_OCTET_STRING, numbers))
 
 
-def binding_of_key(pkcs8: bytes) -> Binding | None:
+def binding_of_key(pkcs8: bytes | memoryview) -> Binding | None:
     """What a private key (PKCS #8, DER or PEM, not encrypted) is bound to; None: it is not.
 
-    Raises ValueError for parameters with which no TLS server can use it.
+    Of a memoryview (DER), only what tells that is copied. Raises ValueError for parameters with
+    which no TLS server can use it.
     """
-    if b"-----BEGIN PRIVATE KEY-----" in pkcs8:
+    if isinstance(pkcs8, bytes) and b"-----BEGIN PRIVATE KEY-----" in pkcs8:
         text = pkcs8.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
         pkcs8 = base64.b64decode(text)
     elif pkcs8[:1] != bytes((_SEQUENCE,)):
         return None
     try:
-        _, algorithm, *_ = _members(pkcs8)
+        _, found, *_ = _members(pkcs8)
+        algorithm = bytes(found)
         bound = next(_members(algorithm), b"") == _PSS
     except ValueError:
         return None
@@ -108,7 +110,7 @@ def binding_of_tbs(tbs: bytes) -> Binding | None:
     members = list(_members(tbs))
     explicit_version = members[0][:1] == b"\xa0"
     algorithm, *_ = _members(members[6 if explicit_version else 5])
-    return _binding(algorithm)
+    return _binding(bytes(algorithm))
 
 
 def _binding(algorithm: bytes) -> Binding | None:
@@ -118,7 +120,7 @@ def _binding(algorithm: bytes) -> Binding | None:
     if not parameters:
         return Binding(algorithm, None)
     # RSASSA-PSS-params (RFC 4055 §3.1): [0] digest, [1] mask generation, [2] salt, [3] trailer.
-    fields = {field[0] & 0x1F: _content(field) for field in _members(parameters[0])}
+    fields = {field[0] & 0x1F: bytes(_content(field)) for field in _members(parameters[0])}
     digest = _digest(fields.get(0))
     mask, *of_mask = _members(fields[1]) if 1 in fields else (b"",)
     if mask != _MGF1 or not of_mask or _digest(of_mask[0]) != digest:
@@ -137,21 +139,21 @@ def _digest(algorithm: bytes | None) -> str:
     return _DIGESTS[kind]
 
 
-def _members(der: bytes) -> Iterator[bytes]:
+def _members(der: bytes | memoryview) -> Iterator[bytes]:
     """The values within a constructed one, whole. Raises ValueError."""
     content = _content(der)
     while content:
         length = _length(content)
-        yield content[:length]
+        yield content[:length]  # type: ignore[misc]
         content = content[length:]
 
 
-def _content(der: bytes) -> bytes:
+def _content(der: bytes | memoryview) -> bytes | memoryview:
     head = 2 if len(der) > 1 and der[1] < 0x80 else 2 + (der[1] & 0x7F if len(der) > 1 else 0)
     return der[head : _length(der)]
 
 
-def _length(der: bytes) -> int:
+def _length(der: bytes | memoryview) -> int:
     """Of the first value, its tag and length included. Raises ValueError."""
     if len(der) < 2:
         raise ValueError("not DER")

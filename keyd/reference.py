@@ -9,6 +9,7 @@ holds nothing secret: the public key and its SHA-256, PEM-like:
                EC:            curve     OpenSSL's name of the group
                               point     uncompressed (SEC 1 §2.3.3)
                Ed25519:       key       RFC 8032 §5.1.5
+               ML-DSA:        key       FIPS 204 §7.2
                RSA-PSS:       n, e, and the digest that it is bound to, if it is: ``sha256``
     -----END KEYD KEY REFERENCE-----
 """
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from keyd import mldsa
 from keyd.pss import PSSPublicKey
 
 __all__ = [
@@ -33,12 +35,13 @@ __all__ = [
     "reference_pem",
 ]
 
-SERVED_KEYS = (
-    "RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, P-384 or P-521, and Ed25519"
+SERVED_KEYS = "RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, P-384 or P-521, " + (
+    "Ed25519 and ML-DSA" if mldsa.KEY_TYPES else "and Ed25519"
 )
 
 _VERSION = 1
 _RSA, _EC, _ED25519, _RSA_PSS = 1, 2, 3, 4
+_ML_DSA = {"ML-DSA-44": 5, "ML-DSA-65": 6, "ML-DSA-87": 7}
 _GROUP_NAMES = {"secp256r1": "prime256v1", "secp384r1": "secp384r1", "secp521r1": "secp521r1"}
 
 _CURVES: dict[str, ec.EllipticCurve] = {
@@ -111,6 +114,9 @@ def _fields(key: PublicKeyTypes | PSSPublicKey) -> tuple[int, tuple[bytes, ...]]
         return _EC, (group.encode(), point)
     if isinstance(key, ed25519.Ed25519PublicKey):
         return _ED25519, (key.public_bytes_raw(),)
+    if (parameter_set := mldsa.parameter_set(key)) is not None:
+        octets: bytes = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
+        return _ML_DSA[parameter_set], (octets,)
     raise UnsupportedKey(f"{kind_of_key(key)} ({SERVED_KEYS} are served)")
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from keyd import mldsa
 from keyd.powers import Key
 from keyd.protocol import Refusal
 from keyd.pss import PSSPublicKey
@@ -155,6 +156,8 @@ def _kind(key: Key) -> str:
     public = key.public_key()
     if isinstance(public, PSSPublicKey):
         return f"RSA-{public.key.key_size}, bound to PSS"
+    if parameter_set := mldsa.parameter_set(public):
+        return parameter_set
     if isinstance(public, rsa.RSAPublicKey):
         return f"RSA-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):

@@ -72,6 +72,6 @@ def inherited(received: Iterable[bytes], wanted: Collection[str]) -> Iterator[Pr
     for octets in received:
         with suppress(ValueError, TypeError, UnsupportedAlgorithm):
             loaded = load_der_private_key(octets, None, unsafe_skip_rsa_key_validation=True)
-            key = as_bound(loaded, octets)  # type: ignore[arg-type]
+            key = as_bound(loaded, octets)
             if key_id(key.public_key()).hex() in wanted:
                 yield key

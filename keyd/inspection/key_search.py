@@ -20,6 +20,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from keyd import mldsa
 from keyd.inspection.occurrences import occurrences
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
@@ -112,6 +113,9 @@ def needles(key: PrivateKey) -> list[Needle]:
     if isinstance(key, PSSPrivateKey):
         # Its numbers are a plain RSA key's.
         key = key.key
+    if mldsa.parameter_set(key):
+        # The library keeps the seed, and what it makes of it.
+        return [Needle("seed", key.private_bytes_raw())]  # type: ignore[union-attr]
     found = []
     for name, number in _secret_numbers(key).items():
         length = (number.bit_length() + 7) // 8

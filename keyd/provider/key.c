@@ -67,6 +67,17 @@ static int match(const void *one, const void *other, int selection)
         && memcmp(a->exponent, b->exponent, a->exponent_length) == 0;
 }
 
+const struct parameter_set *parameter_set(enum key_type type)
+{
+    static const struct parameter_set sets[] = {
+        {"ML-DSA-44", 0x0904, 1312, 2420, 128},
+        {"ML-DSA-65", 0x0905, 1952, 3309, 192},
+        {"ML-DSA-87", 0x0906, 2592, 4627, 256},
+    };
+
+    return type >= KEY_MLDSA_44 && type <= KEY_MLDSA_87 ? &sets[type - KEY_MLDSA_44] : NULL;
+}
+
 size_t max_signature_length(const struct key *key)
 {
     switch (key->type) {
@@ -77,6 +88,10 @@ size_t max_signature_length(const struct key *key)
         return key->curve->max_signature;
     case KEY_ED25519:
         return 64;
+    case KEY_MLDSA_44:
+    case KEY_MLDSA_65:
+    case KEY_MLDSA_87:
+        return parameter_set(key->type)->signature_length;
     default:
         return 0;
     }
@@ -137,6 +152,13 @@ static int get_params(void *data, OSSL_PARAM params[])
     case KEY_ED25519:
         /* Empty: Ed25519 hashes the message itself, and takes no digest. */
         return get_sizes(key, params, 256, 128)
+            && set_text(params, OSSL_PKEY_PARAM_MANDATORY_DIGEST, "")
+            && set_octets(params, OSSL_PKEY_PARAM_PUB_KEY, public, length);
+    case KEY_MLDSA_44:
+    case KEY_MLDSA_65:
+    case KEY_MLDSA_87:
+        return get_sizes(key, params, (unsigned int)length * 8,
+                         parameter_set(key->type)->security_bits)
             && set_text(params, OSSL_PKEY_PARAM_MANDATORY_DIGEST, "")
             && set_octets(params, OSSL_PKEY_PARAM_PUB_KEY, public, length);
     default:
@@ -228,6 +250,9 @@ static int export_public(void *data, int selection, OSSL_CALLBACK *callback, voi
             OSSL_PKEY_PARAM_GROUP_NAME, (char *)key->curve->name, strlen(key->curve->name));
         /* fall through */
     case KEY_ED25519:
+    case KEY_MLDSA_44:
+    case KEY_MLDSA_65:
+    case KEY_MLDSA_87:
         if (public)
             *next++ = (OSSL_PARAM)OSSL_PARAM_octet_string(
                 OSSL_PKEY_PARAM_PUB_KEY, (uint8_t *)key->public_part, key->public_length);
@@ -268,6 +293,24 @@ static const char *ed25519_operation(int operation)
     return "ED25519";
 }
 
+static const char *mldsa_44_operation(int operation)
+{
+    (void)operation;
+    return "ML-DSA-44";
+}
+
+static const char *mldsa_65_operation(int operation)
+{
+    (void)operation;
+    return "ML-DSA-65";
+}
+
+static const char *mldsa_87_operation(int operation)
+{
+    (void)operation;
+    return "ML-DSA-87";
+}
+
 #define KEY_MANAGER(gettable, operation_name) \
     { \
         {OSSL_FUNC_KEYMGMT_NEW, (void (*)(void))new_key}, \
@@ -287,11 +330,17 @@ static const char *ed25519_operation(int operation)
 static const OSSL_DISPATCH rsa_functions[] = KEY_MANAGER(gettable_rsa, rsa_operation);
 static const OSSL_DISPATCH ec_functions[] = KEY_MANAGER(gettable_ec, ec_operation);
 static const OSSL_DISPATCH ed25519_functions[] = KEY_MANAGER(gettable_ed25519, ed25519_operation);
+static const OSSL_DISPATCH mldsa_44[] = KEY_MANAGER(gettable_ed25519, mldsa_44_operation);
+static const OSSL_DISPATCH mldsa_65[] = KEY_MANAGER(gettable_ed25519, mldsa_65_operation);
+static const OSSL_DISPATCH mldsa_87[] = KEY_MANAGER(gettable_ed25519, mldsa_87_operation);
 
 const OSSL_ALGORITHM key_managers[] = {
     {"RSA:rsaEncryption:1.2.840.113549.1.1.1", "provider=keyd", rsa_functions, "keyd RSA"},
     {"RSA-PSS:RSASSA-PSS:1.2.840.113549.1.1.10", "provider=keyd", rsa_functions, "keyd RSA-PSS"},
     {"EC:id-ecPublicKey:1.2.840.10045.2.1", "provider=keyd", ec_functions, "keyd EC"},
     {"ED25519:1.3.101.112", "provider=keyd", ed25519_functions, "keyd Ed25519"},
+    {MLDSA_44_NAMES, "provider=keyd", mldsa_44, "keyd ML-DSA-44"},
+    {MLDSA_65_NAMES, "provider=keyd", mldsa_65, "keyd ML-DSA-65"},
+    {MLDSA_87_NAMES, "provider=keyd", mldsa_87, "keyd ML-DSA-87"},
     {NULL, NULL, NULL, NULL},
 };

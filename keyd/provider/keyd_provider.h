@@ -27,7 +27,8 @@
 #include <openssl/params.h>
 
 #define KEY_ID_OCTETS 32
-#define MAX_PAYLOAD_OCTETS 1024 /* of a request and of a reply: as RSA-8192 takes */
+#define MAX_PAYLOAD_OCTETS 1024 /* of a request, and of RSA's numbers: as RSA-8192 takes */
+#define MAX_PUBLIC_OCTETS 2592  /* of a public key: ML-DSA-87's */
 #define PREMASTER_SECRET_OCTETS 48
 
 /* provider.c: the context, and errors */
@@ -80,7 +81,31 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
 
 /* reference.c: keys from reference files */
 
-enum key_type { KEY_NONE, KEY_RSA, KEY_EC, KEY_ED25519, KEY_RSA_PSS };
+enum key_type {
+    KEY_NONE,
+    KEY_RSA,
+    KEY_EC,
+    KEY_ED25519,
+    KEY_RSA_PSS,
+    KEY_MLDSA_44,
+    KEY_MLDSA_65,
+    KEY_MLDSA_87,
+};
+
+/* FIPS 204, tables 1 and 2; of an ML-DSA key's type. */
+struct parameter_set {
+    const char *name;
+    uint16_t scheme; /* draft-ietf-tls-mldsa */
+    size_t public_length, signature_length;
+    unsigned int security_bits;
+};
+
+#define MLDSA_44_NAMES "ML-DSA-44:MLDSA44:2.16.840.1.101.3.4.3.17:id-ml-dsa-44"
+#define MLDSA_65_NAMES "ML-DSA-65:MLDSA65:2.16.840.1.101.3.4.3.18:id-ml-dsa-65"
+#define MLDSA_87_NAMES "ML-DSA-87:MLDSA87:2.16.840.1.101.3.4.3.19:id-ml-dsa-87"
+
+/* NULL for a key of another type. */
+const struct parameter_set *parameter_set(enum key_type type);
 
 struct curve {
     const char *name;
@@ -93,7 +118,7 @@ struct curve {
 struct key {
     enum key_type type;
     uint8_t id[KEY_ID_OCTETS];
-    uint8_t public_part[MAX_PAYLOAD_OCTETS]; /* modulus, point or key; most significant first */
+    uint8_t public_part[MAX_PUBLIC_OCTETS]; /* modulus, point or key; most significant first */
     size_t public_length;
     uint8_t exponent[8];
     size_t exponent_length;

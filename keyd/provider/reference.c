@@ -23,10 +23,9 @@
 #define END_REFERENCE "-----END KEYD KEY REFERENCE-----"
 
 #define REFERENCE_VERSION 1
-#define MAX_DIGEST_OCTETS 6   /* of its name */
 #define MAX_EXPONENT_OCTETS 8 /* as in OpenSSL, for moduli over 3072 bits */
 #define MAX_CONTENT_OCTETS \
-    (2 + KEY_ID_OCTETS + 2 + MAX_PAYLOAD_OCTETS + 2 + MAX_EXPONENT_OCTETS + 2 + MAX_DIGEST_OCTETS)
+    (2 + KEY_ID_OCTETS + 2 + MAX_PUBLIC_OCTETS) /* ML-DSA-87's, more than any of RSA's */
 #define MAX_TEXT_OCTETS ((MAX_CONTENT_OCTETS + 2) / 3 * 4)
 #define MAX_LINE_OCTETS 256
 #define MAX_LINES_BEFORE 100000
@@ -131,6 +130,18 @@ static const char *parse_ed25519(struct octets rest, struct key *key)
     return NULL;
 }
 
+static const char *parse_mldsa(struct octets rest, struct key *key)
+{
+    struct octets public;
+
+    if (!take(&rest, &public) || public.length != parameter_set(key->type)->public_length
+        || rest.length != 0)
+        return "its fields are not those of an ML-DSA key";
+    memcpy(key->public_part, public.start, public.length);
+    key->public_length = public.length;
+    return NULL;
+}
+
 /* Returns NULL, or what is wrong. */
 static const char *parse(const uint8_t *content, size_t length, struct key *key)
 {
@@ -152,6 +163,10 @@ static const char *parse(const uint8_t *content, size_t length, struct key *key)
         return parse_ec(rest, key);
     case KEY_ED25519:
         return parse_ed25519(rest, key);
+    case KEY_MLDSA_44:
+    case KEY_MLDSA_65:
+    case KEY_MLDSA_87:
+        return parse_mldsa(rest, key);
     default:
         return "an unknown type of key";
     }
@@ -246,6 +261,10 @@ static const char *type_name(enum key_type type)
         return "RSA-PSS";
     case KEY_EC:
         return "EC";
+    case KEY_MLDSA_44:
+    case KEY_MLDSA_65:
+    case KEY_MLDSA_87:
+        return parameter_set(type)->name;
     default:
         return "ED25519";
     }
@@ -359,6 +378,9 @@ CONTENT_DECODER(rsa, KEY_RSA)
 CONTENT_DECODER(rsa_pss, KEY_RSA_PSS)
 CONTENT_DECODER(ec, KEY_EC)
 CONTENT_DECODER(ed25519, KEY_ED25519)
+CONTENT_DECODER(mldsa_44, KEY_MLDSA_44)
+CONTENT_DECODER(mldsa_65, KEY_MLDSA_65)
+CONTENT_DECODER(mldsa_87, KEY_MLDSA_87)
 
 #define CONTENT "provider=keyd,input=der,structure=" STRUCTURE
 
@@ -368,5 +390,8 @@ const OSSL_ALGORITHM decoders[] = {
     {"RSA-PSS:RSASSA-PSS:1.2.840.113549.1.1.10", CONTENT, rsa_pss_functions, "keyd RSA-PSS"},
     {"EC:id-ecPublicKey:1.2.840.10045.2.1", CONTENT, ec_functions, "keyd EC"},
     {"ED25519:1.3.101.112", CONTENT, ed25519_functions, "keyd Ed25519"},
+    {MLDSA_44_NAMES, CONTENT, mldsa_44_functions, "keyd ML-DSA-44"},
+    {MLDSA_65_NAMES, CONTENT, mldsa_65_functions, "keyd ML-DSA-65"},
+    {MLDSA_87_NAMES, CONTENT, mldsa_87_functions, "keyd ML-DSA-87"},
     {NULL, NULL, NULL, NULL},
 };

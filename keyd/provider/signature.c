@@ -58,6 +58,8 @@ static uint16_t scheme(const struct signature *signature)
 
     if (signature->key.type == KEY_ED25519)
         return SCHEME_ED25519;
+    if (parameter_set(signature->key.type) != NULL)
+        return parameter_set(signature->key.type)->scheme;
     if (hash == HASH_NONE) {
         RAISE(provider, REASON_UNSUPPORTED, "keyd: not for keyd: signing without a digest");
         return 0;
@@ -207,6 +209,12 @@ static const OSSL_PARAM *settable_params(void *signature, void *provider)
     return settable;
 }
 
+/* Ed25519 and ML-DSA take the message, and no digest of it. */
+static int hashes_itself(const struct key *key)
+{
+    return key->type == KEY_ED25519 || parameter_set(key->type) != NULL;
+}
+
 static int digest_sign_init(void *context, const char *digest, void *key,
                             const OSSL_PARAM params[])
 {
@@ -220,12 +228,12 @@ static int digest_sign_init(void *context, const char *digest, void *key,
     signature->padding =
         signature->key.type == KEY_RSA_PSS ? RSA_PKCS1_PSS_PADDING : RSA_PKCS1_PADDING;
     signature->salt_length = RSA_PSS_SALTLEN_DIGEST;
-    if (signature->key.type == KEY_ED25519 && digest != NULL && *digest != '\0') {
+    if (hashes_itself(&signature->key) && digest != NULL && *digest != '\0') {
         RAISE(signature->provider, REASON_UNSUPPORTED,
-              "keyd: not for keyd: Ed25519 with digest %s", digest);
+              "keyd: not for keyd: Ed25519 or ML-DSA with digest %s", digest);
         return 0;
     }
-    if (signature->key.type != KEY_ED25519 && digest != NULL
+    if (!hashes_itself(&signature->key) && digest != NULL
         && !set_hash(signature, &signature->hash, digest))
         return 0;
     return set_params(context, params);
@@ -278,5 +286,8 @@ const OSSL_ALGORITHM signatures[] = {
     {"RSA:rsaEncryption:1.2.840.113549.1.1.1", "provider=keyd", functions, "keyd RSA"},
     {"ECDSA", "provider=keyd", functions, "keyd ECDSA"},
     {"ED25519:1.3.101.112", "provider=keyd", functions, "keyd Ed25519"},
+    {MLDSA_44_NAMES, "provider=keyd", functions, "keyd ML-DSA-44"},
+    {MLDSA_65_NAMES, "provider=keyd", functions, "keyd ML-DSA-65"},
+    {MLDSA_87_NAMES, "provider=keyd", functions, "keyd ML-DSA-87"},
     {NULL, NULL, NULL, NULL},
 };

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keyd.inspection.key_search import needles, search
+from keyd.keys import load_private_key
+from keyd.mldsa import KEY_TYPES
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, SignatureScheme, Status
 from keyd.reference import key_id
@@ -73,10 +75,16 @@ class KeyFiles:
         channel.connect(str(self.socket))
         return channel
 
-    def ask(self, key: PrivateKey, channel: socket.socket | None = None) -> Status:
-        scheme = SignatureScheme.ecdsa_secp256r1_sha256
-        if isinstance(key, rsa.RSAPrivateKey):
-            scheme = SignatureScheme.rsa_pss_rsae_sha256
+    def ask(
+        self,
+        key: PrivateKey,
+        scheme: SignatureScheme | None = None,
+        channel: socket.socket | None = None,
+    ) -> Status:
+        is_rsa = isinstance(key, rsa.RSAPrivateKey)
+        scheme = (
+            scheme or SignatureScheme["rsa_pss_rsae_sha256" if is_rsa else "ecdsa_secp256r1_sha256"]
+        )
         identity = key_id(key.public_key())
         with channel or self.connect() as asking:
             asking.send(Request(Operation.SIGN, scheme, identity, _CERTIFICATE_VERIFY).encode())
@@ -106,9 +114,9 @@ def test_new_keys_come_old_ones_go_and_a_bad_file_keeps_its_key(files: KeyFiles)
     assert f"{files.named}: its former key is let go of" in files.log()
     assert "second.key holds a PEM private key that is damaged: its former key stays" in files.log()
     # Channels that were open go on, with the keys that there are now.
-    assert files.ask(new, channels[0]) is Status.DONE
-    assert files.ask(files.second, channels[1]) is Status.DONE
-    assert files.ask(files.first, channels[2]) is Status.NOT_GRANTED
+    assert files.ask(new, channel=channels[0]) is Status.DONE
+    assert files.ask(files.second, channel=channels[1]) is Status.DONE
+    assert files.ask(files.first, channel=channels[2]) is Status.NOT_GRANTED
     (files.others / "second.key").unlink()
     files.named.unlink()
     files.hang_up()
@@ -116,6 +124,28 @@ def test_new_keys_come_old_ones_go_and_a_bad_file_keeps_its_key(files: KeyFiles)
     # Named on the command line: that may be a renewal half-way.
     assert files.ask(new) is Status.DONE
     assert files.ask(third) is Status.DONE
+
+
+def test_keys_of_every_kind_come(files: KeyFiles) -> None:
+    """What the library loads late, it has loaded before keyd was confined."""
+    made = ["openssl", "genpkey", "-algorithm", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"]
+    bound = ["rsa_pss_keygen_md:sha384", "rsa_pss_keygen_mgf1_md:sha384"]
+    made += [word for one in (*bound, "rsa_pss_keygen_saltlen:48") for word in ("-pkeyopt", one)]
+    subprocess.run([*made, "-out", files.others / "pss.key"], check=True, capture_output=True)
+    pss = load_private_key(str(files.others / "pss.key"), None)
+    ed = files.write(files.others / "ed.key", ed25519.Ed25519PrivateKey.generate())
+    others = {ed: SignatureScheme.ed25519}
+    for name, scheme in (
+        ("ML-DSA-44", SignatureScheme.mldsa44),
+        ("ML-DSA-87", SignatureScheme.mldsa87),
+    ):
+        key = KEY_TYPES[name][0].generate()  # type: ignore[attr-defined]
+        others[files.write(files.others / f"{name}.key", key)] = scheme
+    files.hang_up()
+    assert files.ask(pss, SignatureScheme.rsa_pss_pss_sha384) is Status.DONE
+    assert files.ask(pss, SignatureScheme.rsa_pss_pss_sha256) is Status.NOT_TLS
+    for key, scheme in others.items():
+        assert files.ask(key, scheme) is Status.DONE
 
 
 def test_a_key_that_was_let_go_of_is_in_no_memory(files: KeyFiles) -> None:

@@ -92,9 +92,9 @@ class Credentials(Table):
     certificates: tuple[Certificate, ...] = Field(
         default=(),
         description="Several certificates for the same names, one for each kind of key (RSA, "
-        "ECDSA, Ed25519), instead of certificate and key: tables headed [[vhost.certificates]], "
-        "each with certificate, key and, if need be, passphrase_file. A client is shown the first "
-        "that it can verify: ECDSA, then Ed25519, then RSA.",
+        "ECDSA, Ed25519, ML-DSA), instead of certificate and key: tables headed "
+        "[[vhost.certificates]], each with certificate, key and, if need be, passphrase_file. A "
+        "client is shown the first that it can verify: ML-DSA, then ECDSA, then Ed25519, then RSA.",
     )
 
     certificate_dir: Directory | None = Field(

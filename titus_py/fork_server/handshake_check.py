@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 
+from keyd import mldsa
 from keyd.chain import name_of
 from keyd.linux.seccomp import Only, Rules
 from keyd.parsing import confine_parser
@@ -174,7 +175,7 @@ def _kind(chain: str) -> str:
         return "RSA"
     if isinstance(key, ec.EllipticCurvePublicKey):
         return f"ECDSA, {key.curve.name}"
-    return "Ed25519"
+    return mldsa.parameter_set(key) or "Ed25519"
 
 
 # --- what is asked for ---------------------------------------------------------------------
@@ -191,6 +192,10 @@ def _cipher_mistakes(settings: TlsSettings, keys: tuple[str, ...]) -> Problems:
             found.append(("ciphers", f"OpenSSL finds no cipher suite in {ciphers!r}"))
     if not found and settings.min_version == "TLSv1.2" and not _fit(settings, keys):
         reasons = [reason for setting, reason in _left_out(settings, keys) if setting == "ciphers"]
+        if keys and keys[0] in mldsa.PUBLIC_OCTETS:
+            kind = f"for a key of {keys[0]}, TLS 1.2 has none"
+            advice = "set min_version to TLSv1.3, or add a certificate of another kind"
+            return [*found, ("min_version", f"{kind}: {advice} ([[vhost.certificates]])")]
         for key in keys[:1]:
             # Ed25519 goes with the suites of ECDSA (RFC 8422 §5.10).
             kind = "RSA" if key == "RSA" else "ECDSA"
@@ -214,7 +219,10 @@ def _fit(settings: TlsSettings, keys: tuple[str, ...]) -> set[str]:
     if not keys:
         return offered
     ecdsa = set(selected_suites("aECDSA"))
-    return set[str]().union(*(offered - ecdsa if key == "RSA" else offered & ecdsa for key in keys))
+    of_tls12 = [key for key in keys if key not in mldsa.PUBLIC_OCTETS]
+    return set[str]().union(
+        *(offered - ecdsa if key == "RSA" else offered & ecdsa for key in of_tls12)
+    )
 
 
 def _offered(settings: TlsSettings) -> tuple[str, ...]:

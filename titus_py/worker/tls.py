@@ -72,6 +72,7 @@ BUILT_IN_LEVEL = 2
 
 #: The schemes that keyd signs with (``keyd.protocol``), in OpenSSL's order. OpenSSL's own list has
 #: others, which a client could ask for.
+_POST_QUANTUM_SCHEMES = "mldsa44:mldsa65:mldsa87:"
 _SIGNATURE_SCHEMES = (
     "ecdsa_secp256r1_sha256:ecdsa_secp384r1_sha384:ecdsa_secp521r1_sha512:ed25519:"
     "rsa_pss_rsae_sha256:rsa_pss_rsae_sha384:rsa_pss_rsae_sha512:"
@@ -224,8 +225,13 @@ def set_groups(context: SSL.Context, groups: Sequence[str] | None) -> None:
 
 def set_signature_schemes(context: SSL.Context) -> None:
     """Allow the schemes that keyd signs with, and no others (SSL_CTX_set1_sigalgs_list(3))."""
-    if lib.SSL_CTX_set1_sigalgs_list(context._context, _SIGNATURE_SCHEMES.encode()) != 1:
-        raise ValueError("OpenSSL does not know each scheme that keyd signs with")
+    # Post-quantum ones first: whoever has such a certificate wants it to be used. OpenSSL before
+    # 3.5 does not know them.
+    for schemes in (_POST_QUANTUM_SCHEMES + _SIGNATURE_SCHEMES, _SIGNATURE_SCHEMES):
+        if lib.SSL_CTX_set1_sigalgs_list(context._context, schemes.encode()) == 1:
+            return
+        lib.ERR_clear_error()
+    raise ValueError("OpenSSL does not know each scheme that keyd signs with")
 
 
 def client_hello() -> bytes:

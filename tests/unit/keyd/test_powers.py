@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 from itertools import combinations
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -16,6 +17,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keyd import mldsa
 from keyd.powers import ALL_POWERS, NotGranted, NotTLS, PrivateKey, perform, rehearse
 from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
 from keyd.pss import Binding, PSSPrivateKey
@@ -298,7 +300,7 @@ def test_a_key_signs_in_its_own_schemes_alone(key: PrivateKey, scheme: str) -> N
         assert refusal(key, scheme, octets) == f"{scheme} with a key of another kind"
 
 
-@pytest.mark.parametrize("scheme", [0, 0x0201, 0x0203, 0x0401 + 1, 0x0808, 0x0904, 0xFFFF])
+@pytest.mark.parametrize("scheme", [0, 0x0201, 0x0203, 0x0401 + 1, 0x0808, 0x0907, 0xFFFF])
 def test_schemes_beyond_the_list_are_refused(scheme: int) -> None:
     """SHA-1 (0x0201, 0x0203) among them."""
     for key in (RSA, P256, ED25519):
@@ -494,3 +496,16 @@ def test_a_key_that_is_bound_to_a_digest_signs_with_no_other() -> None:
     for scheme in ("rsa_pss_pss_sha256", "rsa_pss_pss_sha512"):
         assert refusal(key, scheme, TLS13) == f"{scheme} with a key that is bound to sha384"
     rehearse(key)
+
+
+# --- ML-DSA ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("parameter_set", "types"), mldsa.KEY_TYPES.items())
+def test_ml_dsa_signs_in_tls_1_3_alone(parameter_set: str, types: tuple[Any, Any]) -> None:
+    key, scheme = types[0].generate(), parameter_set.lower().replace("-", "")
+    key.public_key().verify(sign(key, scheme, TLS13), TLS13)
+    rehearse(key)
+    assert refusal(key, scheme, key_exchange()) == f"{scheme} in TLS 1.2"
+    other = "mldsa65" if scheme == "mldsa44" else "mldsa44"
+    assert refusal(key, other, TLS13) == f"{other} with a key of another kind"

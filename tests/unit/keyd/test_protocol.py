@@ -15,6 +15,7 @@ from keyd.protocol import (
     MAX_PAYLOAD_OCTETS,
     MAX_REFUSAL_OCTETS,
     MAX_REPLY_OCTETS,
+    MAX_REPLY_PAYLOAD_OCTETS,
     MAX_REQUEST_OCTETS,
     VERSION,
     Done,
@@ -193,7 +194,7 @@ def test_what_is_wrong_with_a_request_is_said(octets: bytes, reason: str) -> Non
 
 @pytest.mark.parametrize(
     "octets",
-    [b"", b"\1", b"\2\0", b"\1\x09", b"\1\xff", b"\1\0" + bytes(MAX_PAYLOAD_OCTETS + 1)],
+    [b"", b"\1", b"\2\0", b"\1\x09", b"\1\xff", b"\1\0" + bytes(MAX_REPLY_PAYLOAD_OCTETS + 1)],
 )
 def test_a_reply_that_is_none_is_malformed(octets: bytes) -> None:
     with pytest.raises(Malformed):
@@ -278,4 +279,4 @@ def test_a_list_of_keys_that_is_none_is_malformed(octets: bytes) -> None:
 def test_the_longest_messages_fit_where_they_are_read() -> None:
     longest = Request(Operation.SIGN, 0, KEY, bytes(MAX_PAYLOAD_OCTETS))
     assert len(longest.encode()) == MAX_REQUEST_OCTETS
-    assert len(Reply(Status.DONE, bytes(MAX_PAYLOAD_OCTETS)).encode()) == MAX_REPLY_OCTETS
+    assert len(Reply(Status.DONE, bytes(MAX_REPLY_PAYLOAD_OCTETS)).encode()) == MAX_REPLY_OCTETS
