@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.x509 import load_pem_x509_certificates
 
-from .client_authority import ClientAuthority
+from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Instance, eventually, free_port, toml
 from .peers import Listener, connect, receive_all, receive_exactly, was_reset
@@ -56,8 +57,7 @@ def tables(
 
 
 def pin_of(certificate: Path) -> str:
-    command = [TITUS_PY, "keys", "pin", certificate]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return spki_of(load_pem_x509_certificates(certificate.read_bytes())[0])
 
 
 @pytest.fixture(scope="module")
@@ -163,46 +163,30 @@ def _listens(port: int) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("settings", "key", "reason"),
-    [
-        ({"min_version": "TLSv1.2"}, "min_version", "with a certificate, only TLSv1.3"),
-        ({"key": None}, "key", "is missing"),
-        ({"certificate": None}, "key", "has no effect without certificate"),
-        ({"of": "site"}, "certificate", "is for a key that signs as a server, too, for vhost"),
-        ({"of": "a weak authority"}, "certificate", "its key is too short"),
-    ],
-)
-def test_mistakes(
-    authority: ClientAuthority,
-    certificates: Certificates,
-    tmp_path: Path,
-    settings: dict[str, Any],
-    key: str,
-    reason: str,
-) -> None:
-    site, own = certificates("P-256", "site.test"), authority.issue(self_signed=True)
-    files = {"certificate": own.chain, "key": own.key}
-    if settings.get("of") == "site":
-        files = {"certificate": site.certificate, "key": site.key}
-    elif settings.get("of") == "a weak authority":
-        files = _of_a_weak_authority(tmp_path)
-    tunnel = {
-        "listen": "127.0.0.1:5432",
-        "connect": "db.test:5432",
-        "ca": site.authority,
-        **files,
-        **{name: value for name, value in settings.items() if name != "of"},
-    }
+def test_mistakes_that_show_with_the_files(certificates: Certificates, tmp_path: Path) -> None:
+    site = certificates("P-256", "site.test")
+    common = {"connect": "127.0.0.1:5433", "ca": site.authority, "server_name": "site.test"}
+    files = [
+        {"certificate": site.certificate, "key": site.key},
+        _of_a_weak_authority(tmp_path),
+    ]
+    ports = 5432, 5434
     path = tmp_path / "titus.toml"
     path.write_text(
         toml(
             {
                 "listen": [{"address": "127.0.0.1:8443"}],
                 "vhost": [
-                    {"backend": "127.0.0.1:80", "certificate": site.certificate, "key": site.key}
+                    {
+                        "backend": "127.0.0.1:80",
+                        "certificate": site.certificate,
+                        "key": site.key,
+                    }
                 ],
-                "tunnel": [{name: value for name, value in tunnel.items() if value is not None}],
+                "tunnel": [
+                    {"listen": f"127.0.0.1:{port}", **common, **one}
+                    for port, one in zip(ports, files, strict=True)
+                ],
             }
         )
     )
@@ -210,8 +194,13 @@ def test_mistakes(
         [TITUS_PY, "check", "--config", path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    found = re.findall(r'tunnel "127\.0\.0\.1:5432": (\w+): (.*)', done.stdout + done.stderr)
-    assert any(field == key and reason in said for field, said in found), done.stdout + done.stderr
+    for port, reason in zip(
+        ports,
+        ("is for a key that signs as a server, too, for vhost", "its key is too short"),
+        strict=True,
+    ):
+        found = re.findall(rf'tunnel "127\.0\.0\.1:{port}": certificate: (.*)', done.stderr)
+        assert any(reason in said for said in found), done.stderr
 
 
 def _of_a_weak_authority(directory: Path) -> dict[str, Path]:

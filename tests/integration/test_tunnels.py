@@ -73,6 +73,10 @@ def tunnel(connect: str, **settings: Any) -> dict[str, Any]:
     return {"listen": f"127.0.0.1:{free_port()}", "connect": connect, **settings}
 
 
+def somewhere() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
 def port_of(table: Mapping[str, Any]) -> int:
     return int(table["listen"].rpartition(":")[2])
 
@@ -112,6 +116,13 @@ def tables(servers: Servers) -> dict[str, dict[str, Any]]:
         "pin_mismatch": tunnel(addresses["self-signed"], **pins["good"]),
         "pin_mismatch, by both": tunnel(addresses["good"], **by_ca, **pins["self-signed"]),
         "unreachable": tunnel(nobody.address, **by_ca),
+        # To servers that a test starts.
+        "openssl": tunnel(openssl := somewhere(), **by_ca),
+        "openssl, TLS 1.3": tunnel(openssl, **by_ca, min_version="TLSv1.3"),
+        "nginx": tunnel(somewhere(), **by_ca),
+        "cut off": tunnel(somewhere(), **by_ca),
+        "held": tunnel(somewhere(), **by_ca),
+        "told": tunnel(somewhere(), **by_ca, alpn=["imap", "x"], send_proxy="v1"),
     }
 
 
@@ -263,7 +274,9 @@ def test_whatever_the_length_it_comes_back_equal(
             sender.join()
 
 
-def test_an_unclean_end_is_passed_on(serve: Serve, servers: Servers) -> None:
+def test_an_unclean_end_is_passed_on(
+    instance: Instance, tables: dict[str, dict[str, Any]], servers: Servers
+) -> None:
     """A reset either way; and a stream that ends without a close_notify is one."""
 
     def truncate(connection: ssl.SSLSocket) -> None:
@@ -280,10 +293,11 @@ def test_an_unclean_end_is_passed_on(serve: Serve, servers: Servers) -> None:
             under_tls.settimeout(TIMEOUT)
             ends.put(was_reset(under_tls))
 
-    by_ca = {"ca": servers.authority.file, "server_name": NAME}
-    with tls_server(context, truncate) as truncating, tls_server(context, wait) as waiting:
-        cut, held = tunnel(truncating, **by_ca), tunnel(waiting, **by_ca)
-        instance = serve(listen=[], vhost=[], tunnel=[cut, held])
+    cut, held = tables["cut off"], tables["held"]
+    with (
+        tls_server(context, truncate, address=cut["connect"]),
+        tls_server(context, wait, address=held["connect"]),
+    ):
         with connect(port_of(cut)) as client:
             client.sendall(b"?")
             assert receive_exactly(client, 4) == b"half"
@@ -299,17 +313,11 @@ def test_an_unclean_end_is_passed_on(serve: Serve, servers: Servers) -> None:
 
 
 def test_to_openssl_which_is_too_old_for_one(
-    serve: Serve, servers: Servers, tmp_path: Path
+    instance: Instance, tables: dict[str, dict[str, Any]], servers: Servers, tmp_path: Path
 ) -> None:
-    shown, port = servers.shown["good"], free_port()
-    by_ca = {"ca": servers.authority.file, "server_name": NAME}
-    old, new = (
-        tunnel(f"127.0.0.1:{port}", min_version=version, **by_ca)
-        for version in ("TLSv1.2", "TLSv1.3")
-    )
-    instance = serve(listen=[], vhost=[], tunnel=[old, new])
+    shown, old, new = servers.shown["good"], tables["openssl"], tables["openssl, TLS 1.3"]
     command = [
-        *("openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2", "-rev"),
+        *("openssl", "s_server", "-accept", old["connect"], "-tls1_2", "-rev"),
         *("-cert", shown.chain, "-key", shown.key),
     ]
     log = tmp_path / "s_server"
@@ -332,7 +340,9 @@ def test_to_openssl_which_is_too_old_for_one(
     assert event["tls_version"] == "TLSv1.2"
 
 
-def test_what_a_server_is_told(serve: Serve, servers: Servers) -> None:
+def test_what_a_server_is_told(
+    instance: Instance, tables: dict[str, dict[str, Any]], servers: Servers
+) -> None:
     """The name and the protocols, and before TLS whose connection it is."""
     told: dict[str, str | None] = {}
     context = server_context(servers.shown["good"])
@@ -349,10 +359,8 @@ def test_what_a_server_is_told(serve: Serve, servers: Servers) -> None:
         connection.sendall(b"!")
         connection.unwrap()
 
-    with tls_server(context, answer, take_header) as address:
-        settings = {"alpn": ["imap", "x"], "send_proxy": "v1", "server_name": NAME}
-        table = tunnel(address, pins=[servers.shown["good"].spki], **settings)
-        serve(listen=[], vhost=[], tunnel=[table])
+    table = tables["told"]
+    with tls_server(context, answer, take_header, table["connect"]):
         with connect(port_of(table)) as client:
             # The server speaks first: the client need not.
             assert receive_all(client) == b"!"
@@ -390,8 +398,11 @@ def test_to_our_own_listener(
     assert {event["end"] for event in both()} == {"clean"}
 
 
-def test_to_nginx(serve: Serve, servers: Servers, tmp_path: Path) -> None:
-    shown, port = servers.shown["good"], free_port()
+def test_to_nginx(
+    instance: Instance, tables: dict[str, dict[str, Any]], servers: Servers, tmp_path: Path
+) -> None:
+    assert instance.runs()
+    shown, table = servers.shown["good"], tables["nginx"]
     (tmp_path / "file").write_bytes(octets := os.urandom(1 << 20))
     (tmp_path / "nginx.conf").write_text(
         f"""\
@@ -404,7 +415,7 @@ def test_to_nginx(serve: Serve, servers: Servers, tmp_path: Path) -> None:
         http {{
             access_log off;
             server {{
-                listen 127.0.0.1:{port} ssl;
+                listen {table["connect"]} ssl;
                 ssl_certificate {shown.chain};
                 ssl_certificate_key {shown.key};
                 root {tmp_path};
@@ -412,8 +423,6 @@ def test_to_nginx(serve: Serve, servers: Servers, tmp_path: Path) -> None:
         }}
         """
     )
-    table = tunnel(f"127.0.0.1:{port}", ca=servers.authority.file, server_name=NAME)
-    serve(listen=[], vhost=[], tunnel=[table])
     command = ["nginx", "-c", tmp_path / "nginx.conf", "-e", tmp_path / "error.log"]
     with subprocess.Popen(command, start_new_session=True) as nginx:
         url = f"http://{table['listen']}/file"

@@ -27,6 +27,7 @@ def tls_server(
     context: ssl.SSLContext,
     handle: Callable[[ssl.SSLSocket], None] = echo_to_the_end,
     before: Callable[[socket.socket], None] = lambda _: None,
+    address: str = "127.0.0.1:0",
 ) -> Iterator[str]:
     """A server whose connections this function has, in threads; yields its address.
 
@@ -38,5 +39,8 @@ def tls_server(
         with context.wrap_socket(connection, server_side=True) as wrapped:
             handle(wrapped)
 
-    with Listener.tcp() as listener, served_by(listener, serve):
-        yield listener.address
+    host, _, port = address.rpartition(":")
+    bound = socket.create_server((host, int(port)))
+    address = f"{host}:{bound.getsockname()[1]}"
+    with Listener(bound, address) as listener, served_by(listener, serve):
+        yield address

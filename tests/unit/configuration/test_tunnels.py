@@ -129,3 +129,22 @@ def test_load_balancers_do_not_ask_for_tls(load_tunnels: Load) -> None:
     settings = '[[listen]]\naddress = "127.0.0.1:1"\naccept_proxy_from = ["10.0.0.1"]\n'
     lines = told(load_tunnels(top=settings + 'starttls = "postgresql"'))
     assert any(line.startswith("listen[0].starttls: does not go with") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [
+        ('certificate = "ca.crt"', "key", "is missing"),
+        ('key = "ca.crt"', "key", "has no effect without certificate"),
+        (
+            'certificate = "ca.crt"\nkey = "ca.crt"\nmin_version = "TLSv1.2"',
+            "min_version",
+            "with a certificate, only TLSv1.3",
+        ),
+    ],
+)
+def test_a_certificate_has_a_key_and_takes_tls_1_3(
+    load_tunnels: Load, settings: str, key: str, reason: str
+) -> None:
+    (line,) = told(load_tunnels(TUNNEL + f'ca = "system"\n{settings}'))
+    assert line.startswith(f"tunnel[0].{key}: {reason}")
