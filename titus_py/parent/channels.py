@@ -3,6 +3,7 @@
 Run by the parent, which trusts keyd and never waits for it.
 """
 
+import errno
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ class Channels:
                 while self._announcing:
                     self._keyd.send(self._announcing[0])
                     self._announcing.popleft()
-                send_descriptors(self._keyd, terms.encode(), [keyds.fileno()])
+                _send(self._keyd, terms, keyds)
             except BlockingIOError:
                 # Its queue is full: a ClientHello may be long. The loop wakes up when it is not.
                 ours.close()
@@ -179,3 +180,15 @@ class Channels:
         else:
             self._refused(report)
         return True
+
+
+def _send(keyd: socket.socket, terms: Open, endpoint: socket.socket) -> None:
+    """Raises OSError."""
+    try:
+        send_descriptors(keyd, terms.encode(), [endpoint.fileno()])
+    except OSError as error:
+        if error.errno != errno.EMSGSIZE:
+            raise
+        # net.core.wmem_default is less than this ClientHello takes. To wait would be no use: keyd
+        # says that it has not seen it.
+        send_descriptors(keyd, terms._replace(client_hello=b"").encode(), [endpoint.fileno()])

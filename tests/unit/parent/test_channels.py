@@ -93,6 +93,22 @@ def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> No
         assert waits
 
 
+def test_a_hello_that_no_message_has_room_for_keeps_nobody_waiting() -> None:
+    """A queue can be smaller than the longest (net.core.wmem_default)."""
+    channels = Channels(EventLoop(), lambda *_, **__: None, lambda _: None, lambda _: None)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+    with keyds:
+        channels.take([ours.detach()])
+        offer = Offer((0,), GrantSet(0, ()))
+        channel = channels.open(1, offer, 1.0, bytes(MAX_CLIENT_HELLO_OCTETS))
+        assert channel is not None
+        channel.close()
+        keyds.recv(MAX_CONTROL_OCTETS)
+        # keyd says so when it is asked for anything.
+        assert Open.decode(keyds.recv(MAX_CONTROL_OCTETS)).client_hello == b""
+
+
 def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:
     """Each message that is heard is followed by another one."""
     said = Done(7, Operation.SIGN)
