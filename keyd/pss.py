@@ -17,7 +17,14 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-__all__ = ["Binding", "PSSPrivateKey", "PSSPublicKey", "binding_of_key", "binding_of_tbs"]
+__all__ = [
+    "Binding",
+    "PSSPrivateKey",
+    "PSSPublicKey",
+    "binding_of_key",
+    "binding_of_tbs",
+    "spki_of_tbs",
+]
 
 _SEQUENCE, _INTEGER, _BIT_STRING, _OCTET_STRING = 0x30, 0x02, 0x03, 0x04
 _PSS = bytes.fromhex("06092a864886f70d01010a")
@@ -107,10 +114,15 @@ def binding_of_key(pkcs8: bytes | memoryview) -> Binding | None:
 
 def binding_of_tbs(tbs: bytes) -> Binding | None:
     """The same for a certificate's key: ``tbs`` is its TBSCertificate (RFC 5280 §4.1)."""
+    algorithm, *_ = _members(spki_of_tbs(tbs))
+    return _binding(bytes(algorithm))
+
+
+def spki_of_tbs(tbs: bytes) -> bytes:
+    """The SubjectPublicKeyInfo of a certificate, as it was written: the library rewrites it."""
     members = list(_members(tbs))
     explicit_version = members[0][:1] == b"\xa0"
-    algorithm, *_ = _members(members[6 if explicit_version else 5])
-    return _binding(bytes(algorithm))
+    return bytes(members[6 if explicit_version else 5])
 
 
 def _binding(algorithm: bytes) -> Binding | None:

@@ -11,6 +11,7 @@ JSON, one packet: ``keys``, a list of [SHA-256 of the SubjectPublicKeyInfo, whos
 it is valid]; ``left_out``, how many there are beyond MOST_KEYS; ``problem``.
 """
 
+import base64
 import hashlib
 import json
 import mmap
@@ -25,12 +26,11 @@ from contextlib import suppress
 import prctl
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
     load_der_public_key,
-    load_pem_public_key,
 )
 from OpenSSL import SSL
 
@@ -158,7 +158,8 @@ def _of_pem(content: bytes) -> list[_Key]:
             if block.label in _CERTIFICATES:
                 keys.append(_certified(x509.load_pem_x509_certificate(_plain(block.text))))
             elif block.label in _PUBLIC_KEYS:
-                keys.append(_of_key(load_pem_public_key(block.text)))
+                body = b"".join(block.text.split(b"\n")[1:-2])
+                keys.append(_of_key(base64.b64decode(body)))
     except Damaged as error:
         raise CannotRead(f"is damaged in line {error.line}: {error.reason}") from None
     if not keys:
@@ -177,7 +178,7 @@ def _of_der(content: bytes) -> _Key:
     with suppress(*UNREADABLE):
         return _certified(x509.load_der_x509_certificate(content))
     with suppress(*UNREADABLE):
-        return _of_key(load_der_public_key(content))
+        return _of_key(content)
     if re.match(rb"\x30(?:[\0-\x7f]|\x81.|\x82..)\x02\x01", content, re.DOTALL):
         # Each form of a private key begins with the number of its version, of one octet.
         raise CannotRead(_PRIVATE)
@@ -215,10 +216,14 @@ def _certified(certificate: x509.Certificate) -> _Key:
     return public_key_id(certificate).hex(), certificate.subject.rfc4514_string(), until
 
 
-def _of_key(key: object) -> _Key:
-    encode = getattr(key, "public_bytes")  # noqa: B009 (each kind of public key has its own type)
-    encoded = encode(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(encoded).hexdigest(), "", ""
+def _of_key(der: bytes) -> _Key:
+    """A SubjectPublicKeyInfo, which is taken as it is; or an RSA key of PKCS #1 (RFC 8017)."""
+    key = load_der_public_key(der)
+    if isinstance(key, rsa.RSAPublicKey) and der == key.public_bytes(
+        Encoding.DER, PublicFormat.PKCS1
+    ):
+        der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest(), "", ""
 
 
 def _rehearse(context: SSL.Context) -> None:

@@ -8,7 +8,9 @@ import hashlib
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import PublicKeyAlgorithmOID
 
+from keyd.pss import spki_of_tbs
 from titus_py.between.client_allow import Facts
 
 __all__ = ["facts_of", "name_id", "public_key_id"]
@@ -32,6 +34,9 @@ def facts_of(certificate: x509.Certificate) -> Facts:
 def public_key_id(certificate: x509.Certificate) -> bytes:
     """SHA-256 of the SubjectPublicKeyInfo: 32 octets."""
     key = certificate.public_key()
+    if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
+        # The library takes it for a plain RSA key, which has another hash.
+        return hashlib.sha256(spki_of_tbs(certificate.tbs_certificate_bytes)).digest()
     encoded = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(encoded).digest()
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from keyd.linux.sealed import sealed_file
 from keyd.making import generate, self_signed
 from titus_py.commands.pin_reader import UNREADABLE, CannotRead, keys_of_file
+from titus_py.worker.certificate_facts import facts_of
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 CERTIFICATE = self_signed("web-1", KEY, 1_800_000_000)
@@ -55,6 +56,33 @@ def test_it_is_the_pin_that_openssl_finds(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, check=True)
     ((pin, _, _),) = read((tmp_path / "file").read_bytes())
     assert done.stdout.split()[0].decode() == pin
+
+
+def test_a_key_that_is_bound_to_pss_is_another_than_the_plain_one(tmp_path: Path) -> None:
+    """As a certificate, and as a public key, in each form; as a worker knows it as well."""
+    program = """
+        openssl req -x509 -newkey rsa-pss -nodes -subj /CN=x -keyout key -out crt 2>/dev/null
+        openssl x509 -in crt -noout -pubkey > pub.pem
+        openssl pkey -pubin -in pub.pem -outform DER > pub.der
+        openssl x509 -in crt -outform DER > crt.der
+        sha256sum pub.der
+    """
+    done = subprocess.run(program, shell=True, cwd=tmp_path, capture_output=True, check=True)
+    pin = done.stdout.split()[0].decode()
+    for name in ("crt", "crt.der", "pub.pem", "pub.der"):
+        ((found, _, _),) = read((tmp_path / name).read_bytes())
+        assert found == pin
+    certificate = x509.load_pem_x509_certificate((tmp_path / "crt").read_bytes())
+    assert facts_of(certificate).spki == pin
+
+
+def test_an_rsa_key_in_its_older_form() -> None:
+    key = rsa.generate_private_key(65537, 2048).public_key()
+    spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    for encoding in (Encoding.PEM, Encoding.DER):
+        assert read(key.public_bytes(encoding, PublicFormat.PKCS1)) == [
+            (hashlib.sha256(spki).hexdigest(), "", "")
+        ]
 
 
 def test_all_of_a_chain_in_its_order() -> None:
