@@ -39,6 +39,8 @@ __all__ = ["PublicKey", "States", "Token", "TokenKey", "hear_first", "rehearse_v
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 #: How long a question may wait for its answer. A client's handshake may take longer.
 _DEADLINE_SECONDS = 5.0
+#: How long a key's proof may take: all keys of a token are proved at once.
+_PROOF_SECONDS = 30.0
 #: How long a start waits for tokens. One that takes longer is used once it is there.
 _FIRST_SECONDS = 10.0
 #: How many questions may wait in one token: more would not be answered in time by a slow one.
@@ -81,13 +83,17 @@ class TokenKey(KeyElsewhere):
         if self.unusable:
             told(f"{self._token.name}: {self.name} {self.unusable}")
         else:
-            self.ask_anyhow(scheme, octets, told)
+            self._ask(scheme, octets, told, _DEADLINE_SECONDS)
 
-    def ask_anyhow(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
+    def prove(self, told: Told) -> None:
+        """Have a signature made that no client asked for."""
+        self._ask(_scheme_for(self.public_key()), _PROOF, told, _PROOF_SECONDS)
+
+    def _ask(self, scheme: SignatureScheme, octets: bytes, told: Told, seconds: float) -> None:
         digest = hashes.Hash(_digest(scheme))
         digest.update(octets)
         checked = partial(self._verify, scheme, octets, told)
-        self._token.ask(self._number, scheme, digest.finalize(), checked)
+        self._token.ask(self._number, scheme, digest.finalize(), checked, seconds)
 
     def _verify(
         self, scheme: SignatureScheme, octets: bytes, told: Told, said: bytes | str
@@ -132,9 +138,9 @@ class Token:
         self._waiting: dict[int, _Waiting] = {}
         self._proofs = 0
 
-    def ask(self, key: int, scheme: int, digest: bytes, told: Told) -> None:
+    def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> None:
         """Have a digest signed; ``told`` is called once, by this thread or by another."""
-        deadline = time.monotonic() + _DEADLINE_SECONDS
+        deadline = time.monotonic() + seconds
         with self._lock:
             why = self.down
             if not why and len(self._waiting) >= _MOST_WAITING:
@@ -181,7 +187,7 @@ class Token:
             late = [number for number, one in self._waiting.items() if one.deadline < now]
             waited = [self._waiting.pop(number) for number in late]
         for one in waited:
-            one.told(f"{self.name}: no answer in {_DEADLINE_SECONDS:g} s")
+            one.told(f"{self.name}: no answer in time")
 
     @property
     def state(self) -> str:
@@ -223,8 +229,7 @@ class Token:
             self._proofs = len(candidates)
         for key in candidates:
             key.unusable = "is not proved yet"
-            proof = _scheme_for(key.public_key())
-            key.ask_anyhow(proof, _PROOF, partial(self._prove, key))
+            key.prove(partial(self._prove, key))
         if not candidates:
             self._tell_ready()
 

@@ -27,6 +27,7 @@ from keyd.linux.credentials import (
     hide_memory,
     keep_capabilities,
     limit,
+    lock_memory,
 )
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended
@@ -114,6 +115,10 @@ def _confine(settings: dict[str, Any]) -> None:
         for path in settings["paths"]:
             landlock.allow_using(ruleset, path, writing=True)
     limit(_LIMITS)
+    # Against swapping the PIN out. A child has it as well, in memory that is not locked: modules
+    # may be large.
+    with suppress(OSError):
+        lock_memory()
     if os.geteuid() == 0:
         leave_namespaces(CLONE_NEWIPC | CLONE_NEWUTS | (0 if network else CLONE_NEWNET))
         kept = {prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}

@@ -89,7 +89,7 @@ def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> l
     environment = dict(variable.partition("=")[::2] for variable in arguments.token_environment)
     program = seccomp.build_forbidding(NOT_FOR_MODULES, UNKNOWN_TO_MODULES).hex()
     paths = tuple(arguments.token_path)
-    settings = Settings(user, paths, environment, arguments.token_network, program)
+    settings = Settings(user, paths, environment, arguments.token_network, program, True)
     rehearse_verifying()
     try:
         return start_processes(uris, settings, say, found)

@@ -45,6 +45,9 @@ class Settings(NamedTuple):
     network: bool = False
     #: The modules' system call filter, as BPF in hexadecimal.
     filter: str = ""
+    #: Whether a module's standard error is the caller's. Of an instance, that is the log, in which
+    #: a module that was taken over could write lines that pass for another process's.
+    may_speak: bool = False
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> "Settings":
@@ -120,6 +123,7 @@ def _start(uris: list[KeyUri], settings: Settings) -> socket.socket:
                 [sys.executable, "-I", "-m", "keyd", "token", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=None if settings.may_speak else subprocess.DEVNULL,
                 env=dict(settings.environment),
                 pass_fds=(descriptor, theirs.fileno()),
                 start_new_session=True,
