@@ -406,12 +406,18 @@ def fork_server_loads_the_key(file: str) -> None:
 
 @breaks("connection", "worker", within="parent")
 def parent_keeps_the_client(_: str) -> None:
+    """By a message to itself: its filter would end it for dup(2)."""
+    import socket
+
     from titus_py.parent.life import Parent
 
     real = Parent._hand_over
 
     def hand_over(self: Parent, arrival: Any) -> bool:
-        KEPT.append(arrival.client.dup())
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            socket.send_fds(ours, [b"."], [arrival.client.fileno()])
+            KEPT.append(socket.recv_fds(theirs, 1, 1)[1])
         return real(self, arrival)
 
     Parent._hand_over = hand_over
