@@ -7,8 +7,10 @@ import os
 import pwd
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,17 @@ from .certificates import Certificate
 from .client_authority import ClientAuthority
 from .conftest import Certificates, Serve
 from .instance import Instance, eventually, free_port
-from .peers import Listener, TlsClient, connect, receive_all, receive_exactly, served_by, was_reset
+from .peers import (
+    Listener,
+    TlsClient,
+    connect,
+    receive_all,
+    receive_exactly,
+    reset,
+    served_by,
+    was_reset,
+)
+from .tls_server import tls_server
 
 PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), Path("/nowhere"))
 SSL_REQUEST = bytes.fromhex("0000000804d2162f")
@@ -236,3 +248,32 @@ def test_a_server_without_tls_gets_nothing(
         eventually(lambda: len(asked) == 2, "the server has heard all")
     assert (event["end"], event["detail"]) == ("starttls_refused", reason)
     assert asked == [SSL_REQUEST, b""]
+
+
+def test_a_server_that_leaves_before_a_word_was_said(serve: Serve, site: Certificate) -> None:
+    """No alarm: the network does what it likes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(site.certificate, site.key)
+
+    def agree(connection: socket.socket) -> None:
+        connection.sendall(b"S" if connection.recv(8, socket.MSG_WAITALL) else b"")
+
+    def leave(connection: ssl.SSLSocket) -> None:
+        reset(socket.socket(fileno=connection.detach()))
+
+    listen = f"127.0.0.1:{free_port()}"
+    with tls_server(context, leave, agree) as address:
+        table = {"listen": listen, "connect": address, "ca": site.authority}
+        instance = serve(
+            listen=[],
+            vhost=[],
+            tunnel=[{**table, "server_name": "localhost", "starttls": "postgresql"}],
+        )
+        with connect(port_of(listen)) as client:
+            name = "{}:{}".format(*client.getsockname())
+            instance.wait_for_event("connection_begun", client=name)
+            time.sleep(0.1)  # for the reset to come first
+            client.sendall(b"a startup message")
+            assert was_reset(client)
+        event = instance.wait_for_event("connection_ended", client=name)
+    assert (event["end"], event["level"]) == ("server_reset", "error")

@@ -21,6 +21,8 @@ def ask(server: SocketType, deadline: float) -> str:
     """Ask a server for TLS; returns why there is none, or nothing. Raises OSError, TimeoutError."""
     server.send(SSL_REQUEST)
     octet = _receive(server, 1, deadline)
+    if not octet and time.monotonic() >= deadline:
+        raise TimeoutError
     if octet == YES:
         return ""
     if octet == NO:
@@ -37,11 +39,9 @@ def decline(client: SocketType, server: SSL.Connection, deadline: float) -> int:
     with suppress(OSError):
         while (octets := _receive(client, REQUEST_OCTETS, deadline)) in ASKING:
             client.send(NO)
-        while octets:
-            try:
-                return server.send(octets)
-            except SSL.WantWriteError:
-                continue
+        if octets:
+            # They are few, and the first: there is room for them.
+            return server.send(octets)
     return 0
 
 

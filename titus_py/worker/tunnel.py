@@ -91,7 +91,12 @@ class Conduit:
         parent.send(Established().encode())
         if keyed:
             make(terms.parting)
-        early = self._decline(client, connection, deadline) if self._starttls else 0
+        try:
+            early = self._decline(client, connection, deadline) if self._starttls else 0
+        except SSL.SysCallError:
+            return End.SERVER_RESET, ""
+        except SSL.Error as error:
+            return End.SERVER_PROTOCOL_ERROR, describe(error)
         end, detail = Pump(
             connection,
             server,
@@ -107,6 +112,8 @@ class Conduit:
         """Returns why there is none; None if TLS may begin."""
         try:
             reason = self._ask(server, deadline)
+        except TimeoutError:
+            return End.HANDSHAKE_TIMEOUT, "asked for TLS"
         except OSError as error:
             return End.SERVER_LEFT, f"asked for TLS: {error.strerror}"
         return (End.STARTTLS_REFUSED, reason) if reason else None
