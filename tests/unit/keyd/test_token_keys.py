@@ -1,0 +1,164 @@
+"""keyd's side of a token: what its process says is decoded, verified and held against deadlines.
+
+The test is the process.
+"""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from keyd.powers import ALL_POWERS, NotTLS, perform
+from keyd.protocol import Operation, SignatureScheme
+from keyd.token import keys
+from keyd.token.keys import States, Token, TokenKey
+from keyd.token.messages import Answer, Down, Failure, Question, Ready
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+SPKI = KEY.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+SCHEME = SignatureScheme.ecdsa_secp256r1_sha256
+OCTETS = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + bytes(32)
+
+
+class Process:
+    """A token with one key, and the other end of its socket."""
+
+    def __init__(self, public: ec.EllipticCurvePublicKey | None = None) -> None:
+        ours, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        self.said: list[str] = []
+        self.found: list[TokenKey] = []
+        publics = [public]
+        self.token = Token("web", ours, ["site"], publics, self.said.append, self.found.append)
+        (self.key,) = self.token.keys
+
+    def say(self, message: bytes) -> None:
+        self.socket.send(message)
+        assert not self.token.hear()
+
+    def question(self) -> Question:
+        return Question.decode(self.socket.recv(1000))
+
+    def sign(self) -> None:
+        """Answer the next question rightly."""
+        asked = self.question()
+        form = ec.ECDSA(Prehashed(hashes.SHA256()))
+        self.say(Answer(asked.number, KEY.sign(asked.digest, form)).encode())
+
+    def log_in(self) -> None:
+        self.say(Ready((SPKI,)).encode())
+        self.sign()
+
+    def ask(self) -> list[bytes | str]:
+        """Where the answer will be, once there is one."""
+        told: list[bytes | str] = []
+        later = perform(Operation.SIGN, self.key, SCHEME, OCTETS, ALL_POWERS, None)
+        assert not isinstance(later, bytes)
+        later(told.append)
+        return told
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    process = Process(KEY.public_key())
+    yield process
+    process.socket.close()
+    process.token.socket.close()
+
+
+def test_a_key_is_proved_before_it_is_used(process: Process) -> None:
+    assert process.ask() == ["token web is starting"]
+    process.say(Ready((SPKI,)).encode())
+    assert process.ask() == ["token web: site is not proved yet"]
+    process.sign()
+    assert process.found == [process.key]
+    assert process.said == ["token web: site is ready"]
+    told = process.ask()
+    process.sign()
+    (signature,) = told
+    assert isinstance(signature, bytes)
+    KEY.public_key().verify(signature, OCTETS, ec.ECDSA(hashes.SHA256()))
+
+
+def test_what_no_tls_server_signs_is_not_asked_for(process: Process) -> None:
+    process.log_in()
+    for scheme, octets in ((SCHEME, b"anything"), (SignatureScheme.rsa_pkcs1_sha256, OCTETS)):
+        with pytest.raises(NotTLS):
+            perform(Operation.SIGN, process.key, scheme, octets, ALL_POWERS, None)
+    with pytest.raises(NotTLS, match="a key of another kind"):
+        perform(Operation.DECRYPT, process.key, 0x0303, bytes(256), ALL_POWERS, None)
+    with pytest.raises(BlockingIOError):
+        process.question()
+
+
+def test_a_signature_that_does_not_verify_is_given_to_nobody(process: Process) -> None:
+    process.log_in()
+    told = process.ask()
+    other = ec.generate_private_key(ec.SECP256R1()).sign(OCTETS, ec.ECDSA(hashes.SHA256()))
+    process.say(Answer(process.question().number, other).encode())
+    assert told == ["token web: a signature that does not verify"]
+
+
+@pytest.mark.parametrize("of_certificate", [True, False])
+def test_another_key_than_the_certificates_is_not_used(of_certificate: bool) -> None:
+    """By what the token says that it is; or, where it says nothing, by its signature."""
+    process = Process(ec.generate_private_key(ec.SECP256R1()).public_key())
+    process.say(Ready((SPKI if of_certificate else b"",)).encode())
+    if not of_certificate:
+        process.sign()
+    (told,) = process.ask()
+    assert isinstance(told, str)
+    assert ("is not the key of its certificate" in told) == of_certificate
+    assert ("a signature that does not verify" in told) != of_certificate
+    assert process.found == []
+
+
+def test_a_question_has_a_deadline_and_a_late_answer_is_for_nobody(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process.log_in()
+    states = States([process.token])
+    assert states.news() == [("web", "ready")]
+    monkeypatch.setattr(keys, "_DEADLINE_SECONDS", -1.0)
+    told = process.ask()
+    assert states.news() is None
+    assert told == ["token web: no answer in time"]
+    process.sign()
+    assert len(told) == 1
+
+
+def test_so_many_questions_wait_and_no_more(process: Process) -> None:
+    process.log_in()
+    waiting = [process.ask() for _ in range(keys._MOST_WAITING)]
+    assert process.ask() == [f"token web has {keys._MOST_WAITING} questions to answer already"]
+    assert not any(waiting)
+    process.say(Failure(process.question().number, "MechanismInvalid").encode())
+    assert waiting[0] == ["token web: MechanismInvalid"]
+    assert process.ask() == []
+    # All that wait are answered when it goes down, and the next ones at once.
+    process.say(Down(False, "DeviceRemoved").encode())
+    assert waiting[1:] == [["token web: DeviceRemoved"]] * (len(waiting) - 1)
+    assert process.ask() == ["token web cannot be used: DeviceRemoved"]
+
+
+def test_nonsense_is_logged_and_changes_nothing(process: Process) -> None:
+    process.log_in()
+    told = process.ask()
+    for message in (b"X", b"A", Ready(()).encode(), Answer(1 << 40, b"nobody's").encode()):
+        process.say(message)
+    assert told == []
+    process.sign()
+    assert isinstance(told[0], bytes)
+
+
+def test_the_same_trouble_is_said_once(process: Process) -> None:
+    for _ in range(3):
+        process.say(Down(False, "there is no such token").encode())
+    assert process.said == ["token web cannot be used: there is no such token"]
+    process.socket.close()
+    assert process.token.hear()
+    assert "needs keyd to be started anew" in process.said[-1]
