@@ -103,7 +103,10 @@ class Scene:
                 # Sockets that keyd has opened in a network namespace that a service manager made.
                 self._unix |= unix_sockets_of(seen.pid)
         self._tcp = tcp_sockets()
-        self.everyone = all_processes()
+        keyds = {seen.pid for seen in self.of(Role.KEYD)}
+        # A keyd of its own has children that it made before it had a key, as the one that reads key
+        # files again: they share what it has. Since it serves, its filter makes no process.
+        self.everyone = [process for process in all_processes() if process.ppid not in keyds]
         self.observations = [
             seen._replace(stage=stage_of(seen, self)) if seen.process.role is Role.WORKER else seen
             for seen in self.observations
