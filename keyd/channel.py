@@ -14,10 +14,9 @@ from cryptography.exceptions import InternalError
 from keyd.client_hello import InvalidClientHello, TooManyExtensions
 from keyd.powers import Client, Key, Later, NotGranted, NotTLS, may_ask, perform
 from keyd.protocol import (
-    MAX_FLIGHT_OCTETS,
+    MAX_REQUEST_IN_HANDSHAKE_OCTETS,
     MAX_REQUEST_OCTETS,
     Done,
-    Flight,
     Grants,
     Malformed,
     Open,
@@ -27,7 +26,6 @@ from keyd.protocol import (
     Reply,
     Request,
     Status,
-    decode_asked,
 )
 from keyd.sites import Sites
 from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
@@ -56,7 +54,6 @@ class Channel:
         "_deadline",
         "_grants",
         "_operations",
-        "_transcript_hash",
         "connection",
         "once",
         "record",
@@ -81,7 +78,6 @@ class Channel:
         self._grants = grants
         #: What is known of the client, or why nothing is done for it.
         self._client = _read(terms.client_hello) if isinstance(grants, Sites) else None
-        self._transcript_hash: bytes | None = None
 
     @property
     def expired(self) -> bool:
@@ -89,23 +85,16 @@ class Channel:
 
     @property
     def most_octets(self) -> int:
-        """Of the longest message that it may bring, and one more."""
-        return 1 + (MAX_REQUEST_OCTETS if self._client is None else MAX_FLIGHT_OCTETS)
+        """Of the longest request that it may bring, and one more."""
+        seen = isinstance(self._client, Witnessed)
+        return 1 + (MAX_REQUEST_IN_HANDSHAKE_OCTETS if seen else MAX_REQUEST_OCTETS)
 
-    def grant(
-        self, keys: Mapping[bytes, Key], message: bytes
-    ) -> tuple[Operation, bytes | Later] | None:
-        """Check a request against the terms, count it, and perform it. Raises Refused.
-
-        Returns None for the messages of a handshake: the request is still to come.
-        """
+    def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
+        """Check a request against the terms, count it, and perform it. Raises Refused."""
         try:
-            request = decode_asked(message)
+            request = Request.decode(message)
         except Malformed as error:
             raise Refused(Status.MALFORMED, str(error)) from None
-        if isinstance(request, Flight):
-            self._transcript_hash = self._hash_of(request.messages)
-            return None
         what = request.operation.name.lower()
         if self.expired:
             raise Refused(Status.EXPIRED, f"{what} after the channel's time")
@@ -118,7 +107,8 @@ class Channel:
             raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
         client = None
         if isinstance(self._client, Witnessed):
-            client = Client(self._client.hello, self._transcript_hash)
+            transcript_hash = _transcript_hash(self._client, request.messages)
+            client = Client(self._client.hello, transcript_hash)
         try:
             result = perform(
                 request.operation, key, request.parameter, request.payload, granted, client
@@ -136,34 +126,16 @@ class Channel:
         """What may be done with the key for this client. Raises Refused for nothing."""
         grants, whose = self._grants, ""
         if isinstance(grants, Sites):
-            server_name = self._seen(what).hello.server_name
+            if not isinstance(self._client, Witnessed):
+                status, reason = self._client or (Status.UNWITNESSED, "nobody")
+                raise Refused(status, f"{what} for {reason}")
+            server_name = self._client.hello.server_name
             grants = grants.select(server_name)
             whose = f" for a client that asks for {server_name or 'no name'}"
         granted = grants.get(request.key, frozenset[Power]())
         if not may_ask(request.operation, granted):
             raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}{whose}")
         return granted
-
-    def _seen(self, what: str) -> Witnessed:
-        """The client, as the parent has seen it. Raises Refused."""
-        if isinstance(self._client, Witnessed):
-            return self._client
-        status, reason = self._client or (Status.MALFORMED, "a client whom nobody has seen")
-        raise Refused(status, f"{what} for {reason}")
-
-    def _hash_of(self, flight: bytes) -> bytes:
-        """The transcript's hash. Raises Refused: nothing can be signed that follows."""
-        client = self._seen("a flight")
-        if self._transcript_hash is not None:
-            raise Refused(Status.MALFORMED, "a second flight")
-        if not flight:
-            raise Refused(Status.UNWITNESSED, "sign in a handshake whose messages are too long")
-        try:
-            return client.transcript_hash(flight)
-        except SecondHelloDiffers as error:
-            raise Refused(Status.UNWITNESSED, f"sign after {error}") from None
-        except InvalidFlight as error:
-            raise Refused(Status.NOT_TLS, f"sign after {error}") from None
 
 
 def reply(channel: Channel, answer: Reply) -> None:
@@ -181,3 +153,17 @@ def _read(message: bytes) -> Witnessed | tuple[Status, str]:
         return Status.UNWITNESSED, str(error)
     except InvalidClientHello as error:
         return Status.NOT_TLS, str(error)
+
+
+def _transcript_hash(client: Witnessed, messages: bytes | None) -> bytes | None:
+    """The hash of the handshake with this client, if its messages have come. Raises Refused."""
+    if messages is None:
+        return None
+    if not messages:
+        raise Refused(Status.UNWITNESSED, "sign in a handshake whose messages are too long")
+    try:
+        return client.transcript_hash(messages)
+    except SecondHelloDiffers as error:
+        raise Refused(Status.UNWITNESSED, f"sign after {error}") from None
+    except InvalidFlight as error:
+        raise Refused(Status.NOT_TLS, f"sign after {error}") from None

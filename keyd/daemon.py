@@ -375,14 +375,10 @@ class Keyd:
             return
         started = time.monotonic()
         try:
-            granted = channel.grant(self._keys, message)
+            operation, result = channel.grant(self._keys, message)
         except Refused as refused:
             self._refuse(descriptor, channel, refused)
             return
-        if granted is None:
-            self._answer(descriptor, channel)
-            return
-        operation, result = granted
         told = partial(self._told, descriptor, channel, operation, started)
         if isinstance(result, bytes):
             told(result)

@@ -9,7 +9,8 @@ byte order:
 
 =========  =======================================================================
 request    version(1) operation(1) parameter(2) key(32) payload(1..1024)
-flight     version(1) 3(1) messages(0..196608): before a request to sign in TLS 1.3
+           version(1) 3(1) parameter(2) key(32) length(2) payload(1..1024)
+           messages(0..196608): to sign in TLS 1.3
 reply      version(1) status(1) payload(0..4627)
 grants     version(1) 'G'(1) set(4) n x (site(4) powers_mask(1) key(32) length(1)
            name(0..255, ASCII)): adds to a set
@@ -26,8 +27,8 @@ announces a set of grants once, in as many messages as it takes, and then names 
 number: a channel costs the same for one key and for thousands. The set says which
 keys are for which server names. ``client_hello`` is what the parent has seen of the
 client itself, before any worker had the connection: its name selects the keys. The
-messages of a flight are those that follow it up to the server's Certificate, as they
-were sent; none, if they were too long. It has no reply. The
+``messages`` are those that follow it up to the server's Certificate, as they were sent;
+none, if they were too long. The
 ``parameter`` is the SignatureScheme (RFC 8446 §4.2.3) of a *sign*, and the
 ClientHello's legacy_version of a *decrypt* (RFC 5246 §7.4.7.1).
 """
@@ -44,7 +45,6 @@ __all__ = [
     "KEY_ID_OCTETS",
     "MAX_CLIENT_HELLO_OCTETS",
     "MAX_CONTROL_OCTETS",
-    "MAX_FLIGHT_OCTETS",
     "MAX_HANDED",
     "MAX_KEYS",
     "MAX_KEYS_OCTETS",
@@ -52,11 +52,11 @@ __all__ = [
     "MAX_REFUSAL_OCTETS",
     "MAX_REPLY_OCTETS",
     "MAX_REPLY_PAYLOAD_OCTETS",
+    "MAX_REQUEST_IN_HANDSHAKE_OCTETS",
     "MAX_REQUEST_OCTETS",
     "PREMASTER_SECRET_OCTETS",
     "SHORT_ID_OCTETS",
     "Done",
-    "Flight",
     "Grant",
     "GrantSet",
     "Grants",
@@ -70,7 +70,6 @@ __all__ = [
     "Request",
     "SignatureScheme",
     "Status",
-    "decode_asked",
     "decode_control",
     "decode_report",
     "fingerprint",
@@ -97,8 +96,11 @@ _DONE = struct.Struct("!BcQB")
 _GRANT = struct.Struct("!IB32sB")
 
 MAX_REQUEST_OCTETS = _REQUEST.size + MAX_PAYLOAD_OCTETS
-_FLIGHT_HEAD = bytes((VERSION, 3))
-MAX_FLIGHT_OCTETS = len(_FLIGHT_HEAD) + 192 * 1024
+#: As an operation on the wire.
+_SIGN_IN_HANDSHAKE = 3
+_PAYLOAD_LENGTH = struct.Struct("!H")
+_MAX_MESSAGES_OCTETS = 192 * 1024
+MAX_REQUEST_IN_HANDSHAKE_OCTETS = MAX_REQUEST_OCTETS + _PAYLOAD_LENGTH.size + _MAX_MESSAGES_OCTETS
 MAX_REPLY_OCTETS = _REPLY.size + MAX_REPLY_PAYLOAD_OCTETS
 MAX_REFUSAL_OCTETS = _REFUSAL.size + 200
 #: How many keys one keyd may have: their list fits into one message, whose room is by default 208
@@ -188,54 +190,48 @@ class SignatureScheme(enum.IntEnum):
 
 
 class Request(NamedTuple):
-    """What a worker, through the provider, asks of keyd."""
+    """What a worker, through the provider, asks of keyd.
+
+    ``messages`` are those of the handshake that something is to be signed for, after the
+    ClientHello, each with its header (RFC 8446 §4); empty if they are too long, None where they are
+    not needed.
+    """
 
     operation: Operation
     parameter: int
     key: bytes
     payload: bytes
+    messages: bytes | None = None
 
     def encode(self) -> bytes:
-        head = _REQUEST.pack(VERSION, self.operation, self.parameter, self.key)
-        return head + self.payload
+        if self.messages is None:
+            head = _REQUEST.pack(VERSION, self.operation, self.parameter, self.key)
+            return head + self.payload
+        head = _REQUEST.pack(VERSION, _SIGN_IN_HANDSHAKE, self.parameter, self.key)
+        return head + _PAYLOAD_LENGTH.pack(len(self.payload)) + self.payload + self.messages
 
     @classmethod
     def decode(cls, message: bytes) -> "Request":
         """Raise Malformed, saying what is wrong with the message."""
-        if not _REQUEST.size < len(message) <= MAX_REQUEST_OCTETS:
+        if len(message) <= _REQUEST.size:
             raise Malformed(f"a request of {len(message)} octets")
         version, operation, parameter, key = _REQUEST.unpack_from(message)
         if version != VERSION:
             raise Malformed(f"a request of version {version}")
+        payload, messages = message[_REQUEST.size :], None
+        if operation == _SIGN_IN_HANDSHAKE:
+            operation = Operation.SIGN
+            (length,) = _PAYLOAD_LENGTH.unpack(payload[: _PAYLOAD_LENGTH.size].ljust(2, b"\0"))
+            end = _PAYLOAD_LENGTH.size + length
+            payload, messages = payload[_PAYLOAD_LENGTH.size : end], payload[end:]
+            if len(payload) != length or len(messages) > _MAX_MESSAGES_OCTETS:
+                raise Malformed(f"a request of {len(message)} octets")
+        if not 0 < len(payload) <= MAX_PAYLOAD_OCTETS:
+            raise Malformed(f"a request of {len(message)} octets")
         try:
-            return cls(Operation(operation), parameter, key, message[_REQUEST.size :])
+            return cls(Operation(operation), parameter, key, payload, messages)
         except ValueError:
             raise Malformed(f"a request for operation {operation}") from None
-
-
-class Flight(NamedTuple):
-    """From a worker, before its request: the handshake's messages after the ClientHello.
-
-    Each is with its header (RFC 8446 §4), up to the server's Certificate.
-    """
-
-    messages: bytes
-
-    def encode(self) -> bytes:
-        return _FLIGHT_HEAD + self.messages
-
-    @classmethod
-    def decode(cls, message: bytes) -> "Flight":
-        """Raise Malformed, saying what is wrong with the message."""
-        if not message.startswith(_FLIGHT_HEAD) or len(message) > MAX_FLIGHT_OCTETS:
-            raise Malformed(f"a flight of {len(message)} octets")
-        return cls(message[len(_FLIGHT_HEAD) :])
-
-
-def decode_asked(message: bytes) -> Flight | Request:
-    """A message of a worker's. Raise Malformed, saying what is wrong with it."""
-    flight = message.startswith(_FLIGHT_HEAD)
-    return Flight.decode(message) if flight else Request.decode(message)
 
 
 class Reply(NamedTuple):

@@ -16,6 +16,16 @@
 #define PROTOCOL_VERSION 1
 #define REQUEST_HEAD_OCTETS (4 + KEY_ID_OCTETS)
 #define REPLY_HEAD_OCTETS 2
+/* As an operation: to sign, with the messages of the handshake behind the payload. */
+#define SIGN_IN_HANDSHAKE 3
+#define LENGTH_OCTETS 2
+
+static take_messages *take;
+
+void keyd_take_messages_from(take_messages *from)
+{
+    take = from;
+}
 
 static int64_t now_ms(void)
 {
@@ -151,6 +161,26 @@ static ssize_t converse(const struct provider *provider, int fd, const uint8_t *
     return length - REPLY_HEAD_OCTETS;
 }
 
+/*
+ * The request, in front of the messages: one packet wakes keyd once. Returns where it begins, and
+ * its length.
+ */
+static uint8_t *put_together(const uint8_t *request, size_t length, uint8_t *messages,
+                             size_t octets, size_t *total)
+{
+    size_t payload_length = length - REQUEST_HEAD_OCTETS;
+    uint8_t *start = messages - length - LENGTH_OCTETS;
+    uint8_t *after_head = start + REQUEST_HEAD_OCTETS;
+
+    memcpy(start, request, REQUEST_HEAD_OCTETS);
+    start[1] = SIGN_IN_HANDSHAKE;
+    after_head[0] = (uint8_t)(payload_length >> 8);
+    after_head[1] = (uint8_t)payload_length;
+    memcpy(after_head + LENGTH_OCTETS, request + REQUEST_HEAD_OCTETS, payload_length);
+    *total = length + LENGTH_OCTETS + octets;
+    return start;
+}
+
 ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint16_t parameter,
                  const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
                  uint8_t *answer, size_t answer_size)
@@ -164,6 +194,8 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
         (uint8_t)(parameter >> 8),
         (uint8_t)parameter,
     };
+    size_t request_length = REQUEST_HEAD_OCTETS + payload_length, octets;
+    uint8_t *packet = request, *messages;
     ssize_t length;
 
     memcpy(request + 4, key_id, KEY_ID_OCTETS);
@@ -178,8 +210,10 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
     }
     if (fd < 0 && (fd = connect_to_keyd(provider, deadline)) < 0)
         return -1;
-    length = converse(provider, fd, request, REQUEST_HEAD_OCTETS + payload_length, answer,
-                      answer_size, deadline);
+    messages = operation == OPERATION_SIGN && take != NULL ? take(&octets) : NULL;
+    if (messages != NULL)
+        packet = put_together(request, request_length, messages, octets, &request_length);
+    length = converse(provider, fd, packet, request_length, answer, answer_size, deadline);
     if (fd != provider->channel_fd)
         close(fd);
     else if (length < 0)

@@ -74,6 +74,13 @@ const char *refusal(int status);
 
 enum operation { OPERATION_SIGN = 1, OPERATION_DECRYPT = 2 };
 
+/* Where the messages of a TLS 1.3 handshake come from that a signature is for, and how many octets
+ * they are: NULL where there are none. There is room for a request in front of them. */
+typedef uint8_t *take_messages(size_t *octets);
+
+/* For the process to say so; by default, nobody has any. */
+__attribute__((visibility("default"))) void keyd_take_messages_from(take_messages *take);
+
 /* Returns the answer's length in octets, or -1 with an error raised. */
 ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint16_t parameter,
                  const uint8_t *key_id, const uint8_t *payload, size_t payload_length,

@@ -87,11 +87,8 @@ def relay(taken: Taken, seconds: str) -> str:
             return "over"
         try:
             os.write(keyd, request)
-            # A flight is not answered.
-            answer = b""
-            if request[1:2] != b"\3":
-                _wait(keyd, select.POLLIN)
-                answer = os.read(keyd, 4096)
+            _wait(keyd, select.POLLIN)
+            answer = os.read(keyd, 4096)
         except OSError as error:
             answer = errno.errorcode[error.errno or 0].encode()
         os.write(client, len(answer).to_bytes(2, "big") + answer)

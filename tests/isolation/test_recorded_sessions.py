@@ -27,7 +27,6 @@ from keyd.reference import key_id
 from .harness import Relay, infected, make_certificate
 
 TLS12 = (SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION)
-SIGNED = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
 
 
 @pytest.fixture
@@ -121,14 +120,16 @@ def sites(**others: Any) -> dict[str, Any]:
 
 
 def asked(
-    instance: Instance, operation: Operation, certificate: Certificate, octets: bytes
+    instance: Instance, operation: Operation, certificate: Certificate, octets: bytes = b""
 ) -> Reply:
-    """keyd, through a worker that was taken over."""
+    """keyd, through a worker that was taken over; to sign, for that worker's own client."""
     key = load_pem_private_key(certificate.key.read_bytes(), None).public_key()
     assert isinstance(key, rsa.RSAPublicKey)
     signs = operation is Operation.SIGN
     parameter = SignatureScheme.rsa_pss_rsae_sha256 if signs else 0x0303
     relay = Relay(instance)
+    if signs:
+        octets = relay.handshake()
     try:
         return Reply.decode(relay.ask(Request(operation, parameter, key_id(key), octets).encode()))
     finally:
@@ -179,7 +180,7 @@ def test_keyd_refuses_to_decrypt_with_it_whatever_the_check_said(
         event = instance.wait_for_event("keyd_refused", status="not_granted")
         assert "decrypt with key" in event["attempted"]
         # The way to keyd and the key are as before.
-        assert asked(instance, Operation.SIGN, certificate, SIGNED).status is Status.DONE
+        assert asked(instance, Operation.SIGN, certificate).status is Status.DONE
 
 
 def _encrypted_for(certificate: Certificate) -> bytes:

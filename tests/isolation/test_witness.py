@@ -19,7 +19,7 @@ from integration.hellos import (
 from integration.instance import Instance
 from integration.peers import Listener, echo, served_by
 
-from keyd.protocol import Flight, Reply, Status
+from keyd.protocol import Reply, Status
 
 from .harness import Relay, infected, over_tls
 from .test_oracle import HANDSHAKE, assert_refused, key_exchange, private_key, request
@@ -177,22 +177,12 @@ def test_a_client_hello_that_the_worker_makes_up(
         (b"", Status.UNWITNESSED, "warning", "a handshake whose messages are too long"),
     ):
         relay = Relay(instance, OWN)
-        relay.ask(Flight(messages).encode())
+        relay.messages = messages
         relay.ask(request(certificates[OWN], certificate_verify(victims, flight())))
         event = instance.wait_for_event("keyd_refused", client=relay.client)
         assert (event["status"], event["level"]) == (status.name.lower(), level)
         assert attempted in event["attempted"]
         relay.close()
-
-
-def test_the_messages_come_once(instance: Instance, certificates: dict[str, Certificate]) -> None:
-    relay = Relay(instance, OWN)
-    relay.handshake()
-    message = Flight(flight(certificate=b"another")).encode()
-    relay.ask(message)
-    event = instance.wait_for_event("keyd_refused", client=relay.client)
-    assert (event["status"], event["attempted"]) == ("malformed", "a second flight")
-    relay.close()
 
 
 @pytest.mark.parametrize(("suite", "algorithm"), [(0x1301, "sha256"), (0x1302, "sha384")])

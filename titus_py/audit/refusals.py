@@ -26,7 +26,6 @@ from cryptography.x509 import Certificate, PublicKeyAlgorithmOID
 from keyd.protocol import (
     ANY_NAME,
     MAX_REPLY_OCTETS,
-    Flight,
     Grant,
     Grants,
     GrantSet,
@@ -215,9 +214,8 @@ def _sign_once(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
     """The control: one signature; then a second request on the same channel."""
     hello, flight = _client_hello(), _flight()
     with closing(way.open(_sign_only(key), client_hello=hello)) as channel:
-        channel.send(Flight(flight).encode())
         octets = _certificate_verify(hello + flight)
-        request = Request(Operation.SIGN, _scheme(key), key_id(key), octets)
+        request = Request(Operation.SIGN, _scheme(key), key_id(key), octets, flight)
         reply = _ask(channel, request.encode())
         done = isinstance(reply, Reply) and reply.status is Status.DONE
         if isinstance(reply, Reply) and done and _verifies(key, reply.payload, octets):
@@ -335,8 +333,8 @@ def _other_terms(way: _Keyd, keyd: Observation, key: _Key) -> Iterator[Finding]:
     promised = "does not sign for a client whose ClientHello the parent has not seen"
     yield _finding("refuses_unseen", promised, keyd, seen)
     with closing(way.open(_sign_only(key))) as channel:
-        channel.send(Flight(_flight()).encode())
-        seen = _judge(_ask(channel, sign.encode()), Status.NOT_TLS)
+        another = sign._replace(messages=_flight())
+        seen = _judge(_ask(channel, another.encode()), Status.NOT_TLS)
     promised = "does not sign for another handshake than the one whose messages it has had"
     yield _finding("refuses_other_handshake", promised, keyd, seen)
     with closing(way.open(_sign_only(key))) as channel:

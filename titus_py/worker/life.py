@@ -199,7 +199,7 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[Sock
     if len(descriptors) > count:
         if descriptors[0] != KEYD_FD:
             raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
-        transcript.tell(KEYD_FD)
+        transcript.begin()
     return message, [SocketType(fileno=one) for one in descriptors[-count:]]
 
 

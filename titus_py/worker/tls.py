@@ -15,10 +15,12 @@ from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from _cffi_backend import load_library
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
 from keyd.linux.sealed import sealed_file
+from keyd.provider import provider_path
 from titus_py.between.virtual_host import TlsSettings
 from titus_py.worker import alerts, transcript
 
@@ -84,6 +86,7 @@ _SIGNATURE_SCHEMES = (
 #: fields, SM2's, and X448, which keyd signs where a virtual host names it.
 _GROUPS = ("X25519MLKEM768", "SecP256r1MLKEM768", "X25519", "P-256", "P-384", "P-521")
 
+_TAKES_MESSAGES = "unsigned char *(*)(size_t *)"
 _HEARS_MESSAGE = "void (*)(int, int, int, const void *, size_t, SSL *, void *)"
 _CHOOSES_PROTOCOL = (
     "int (*)(SSL *, const unsigned char **, unsigned char *, const unsigned char *, unsigned int,"
@@ -126,7 +129,7 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
     note_close_notify(context)
     if settings.max_version == "TLSv1.3":
-        set_msg_callback(context._context, ffi.cast(_HEARS_MESSAGE, transcript.CALLBACK))
+        hand_over_messages(context)
     if settings.alpn is not None:
         negotiate_protocol(context, [name.encode() for name in settings.alpn])
     for one in credentials:
@@ -152,6 +155,20 @@ def note_close_notify(context: SSL.Context) -> None:
     context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
     callback = ffi.cast("void (*)(SSL *, int, int)", alerts.CALLBACK)
     lib.SSL_CTX_set_info_callback(context._context, callback)
+
+
+def hand_over_messages(context: SSL.Context) -> None:
+    """Have ``transcript`` keep the messages of a handshake, and the provider take them."""
+    set_msg_callback(context._context, ffi.cast(_HEARS_MESSAGE, transcript.CALLBACK))
+    told = ffi.typeof(f"void (*)({_TAKES_MESSAGES})")
+    take_from = _provider().load_function(told, "keyd_take_messages_from")
+    take_from(ffi.cast(_TAKES_MESSAGES, transcript.TAKE))
+
+
+@cache
+def _provider() -> Any:
+    """The library that OpenSSL has loaded as well."""
+    return load_library(str(provider_path()), os.RTLD_NOW)
 
 
 def negotiate_protocol(context: SSL.Context, protocols: Sequence[bytes]) -> None:

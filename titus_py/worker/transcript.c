@@ -1,41 +1,30 @@
 /*
- * Hands keyd the messages of a TLS 1.3 handshake, as they were sent: it signs their hash alone.
+ * Keeps the messages of a TLS 1.3 handshake, as they were sent, for keyd: it signs their hash alone.
  *
  * Run by workers, called by OpenSSL (SSL_CTX_set_msg_callback(3)) with each message. The client's
- * first one is left out: the parent has handed keyd that. When the server's Certificate has been
- * sent, all others go to keyd in one packet (keyd/protocol.py), before the request to sign. A
- * handshake of TLS 1.2 is not for this. A worker has one connection: one packet is enough. In C,
- * because a callback in Python needs a page of memory that is writable and executable.
+ * first one is left out: the parent has handed keyd that. Once the server's Certificate has been
+ * sent, the provider takes all others for its request (keyd/provider/channel.c). A handshake of
+ * TLS 1.2 is not for this. A worker has one connection: one buffer is enough. In C, because a
+ * callback in Python needs a page of memory that is writable and executable.
  */
 
 #include <Python.h>
 
 #include <stdbool.h>
 #include <string.h>
-#include <sys/socket.h>
 
 #define TLS13 0x0304
 /* RFC 8446 §5.1, §4. */
 #define HANDSHAKE 22
 #define CERTIFICATE 11
-/* keyd/protocol.py */
+/* keyd/protocol.py; the provider writes its request in front. */
 #define MAX_FLIGHT_OCTETS (192 * 1024)
-#define HEAD_OCTETS 2
-static const unsigned char head[HEAD_OCTETS] = {1, 3};
+#define ROOM_IN_FRONT 2048
 
-static unsigned char packet[HEAD_OCTETS + MAX_FLIGHT_OCTETS];
+static unsigned char buffer[ROOM_IN_FRONT + MAX_FLIGHT_OCTETS];
 static size_t length;
-/* keyd's, until the packet is sent; -1 if nobody is to be told. */
-static int channel = -1;
-static bool begun, too_long;
-
-static void send_packet(void)
-{
-	/* Nothing but the head, where it is not to be had: keyd then says why it does not sign. */
-	if (too_long || send(channel, packet, length, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
-		send(channel, head, sizeof head, MSG_DONTWAIT | MSG_NOSIGNAL);
-	channel = -1;
-}
+/* Whether messages are kept, the first one has come, there was no room for one, all have come. */
+static bool keeps, begun, too_long, whole;
 
 static void note(int sent, int version, int type, const void *octets, size_t count, const void *ssl,
 		 const void *argument)
@@ -44,41 +33,46 @@ static void note(int sent, int version, int type, const void *octets, size_t cou
 
 	(void)ssl;
 	(void)argument;
-	if (channel < 0 || type != HANDSHAKE || count == 0)
+	if (!keeps || type != HANDSHAKE || count == 0)
 		return;
 	if (!begun) {
 		begun = true;
 		return;
 	}
-	if (count > sizeof packet - length) {
+	if (count > MAX_FLIGHT_OCTETS - length) {
 		too_long = true;
 	} else {
-		memcpy(packet + length, message, count);
+		memcpy(buffer + ROOM_IN_FRONT + length, message, count);
 		length += count;
 	}
-	if (!sent || message[0] != CERTIFICATE)
-		return;
-	if (version == TLS13)
-		send_packet();
-	channel = -1;
+	if (sent && message[0] == CERTIFICATE) {
+		keeps = false;
+		whole = version == TLS13;
+	}
 }
 
-static PyObject *tell(PyObject *module, PyObject *descriptor)
+/* The messages, once, or NULL; of none that were too long, keyd says why it does not sign. */
+static unsigned char *take(size_t *count)
 {
-	long number = PyLong_AsLong(descriptor);
-
-	(void)module;
-	if (number == -1 && PyErr_Occurred())
+	if (!whole)
 		return NULL;
-	channel = (int)number;
-	memcpy(packet, head, sizeof head);
-	length = sizeof head;
-	begun = too_long = false;
+	whole = false;
+	*count = too_long ? 0 : length;
+	return buffer + ROOM_IN_FRONT;
+}
+
+static PyObject *begin(PyObject *module, PyObject *unused)
+{
+	(void)module;
+	(void)unused;
+	length = 0;
+	keeps = true;
+	begun = too_long = whole = false;
 	Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
-	{"tell", tell, METH_O, "tell(descriptor): whom to tell of the handshake that comes next."},
+	{"begin", begin, METH_NOARGS, "begin(): the handshake that comes next is for keyd to know."},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -93,10 +87,10 @@ PyMODINIT_FUNC PyInit_transcript(void);
 PyMODINIT_FUNC PyInit_transcript(void)
 {
 	PyObject *module = PyModule_Create(&definition);
-	PyObject *address = module != NULL ? PyLong_FromVoidPtr((void *)note) : NULL;
 
-	if (address == NULL || PyModule_AddObjectRef(module, "CALLBACK", address) < 0)
+	if (module != NULL
+	    && (PyModule_AddObject(module, "CALLBACK", PyLong_FromVoidPtr((void *)note)) < 0
+		|| PyModule_AddObject(module, "TAKE", PyLong_FromVoidPtr((void *)take)) < 0))
 		Py_CLEAR(module);
-	Py_XDECREF(address);
 	return module;
 }

@@ -1,5 +1,7 @@
 #: The address of the function to give to SSL_CTX_set_msg_callback(3).
 CALLBACK: int
+#: The address of the function that the provider takes the messages from.
+TAKE: int
 
-def tell(descriptor: int, /) -> None:
-    """The handshake that comes next is for keyd to hear of, at this descriptor; -1: for nobody."""
+def begin() -> None:
+    """The messages of the handshake that comes next are kept, for the provider."""

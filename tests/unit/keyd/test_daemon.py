@@ -14,7 +14,6 @@ from keyd.powers import ALL_POWERS
 from keyd.protocol import (
     ANY_NAME,
     Done,
-    Flight,
     Grant,
     GrantSet,
     Open,
@@ -298,8 +297,7 @@ def test_a_parent_is_told_what_was_done_before_the_worker_is(keeps_up: bool) -> 
                     control.send(bytes(100))
                 except BlockingIOError:
                     break
-            request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, verify)
-            worker.send(Flight(messages).encode())
+            request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, verify, messages)
             worker.send(request.encode())
             refuse_all(keyd)
             assert Reply.decode(worker.recv(200)).status is Status.DONE

@@ -9,17 +9,16 @@ from keyd.protocol import (
     KEY_ID_OCTETS,
     MAX_CLIENT_HELLO_OCTETS,
     MAX_CONTROL_OCTETS,
-    MAX_FLIGHT_OCTETS,
     MAX_KEYS,
     MAX_KEYS_OCTETS,
     MAX_PAYLOAD_OCTETS,
     MAX_REFUSAL_OCTETS,
     MAX_REPLY_OCTETS,
     MAX_REPLY_PAYLOAD_OCTETS,
+    MAX_REQUEST_IN_HANDSHAKE_OCTETS,
     MAX_REQUEST_OCTETS,
     VERSION,
     Done,
-    Flight,
     Grant,
     GrantSet,
     Keys,
@@ -31,7 +30,6 @@ from keyd.protocol import (
     Reply,
     Request,
     Status,
-    decode_asked,
 )
 
 KEY = bytes(range(KEY_ID_OCTETS))
@@ -45,6 +43,15 @@ requests = st.builds(
     st.integers(0, 65535),
     keys,
     st.binary(min_size=1, max_size=MAX_PAYLOAD_OCTETS),
+    st.none(),
+)
+requests_in_handshakes = st.builds(
+    Request,
+    st.just(Operation.SIGN),
+    st.integers(0, 65535),
+    keys,
+    st.binary(min_size=1, max_size=MAX_PAYLOAD_OCTETS),
+    st.binary(max_size=300),
 )
 replies = st.builds(Reply, st.sampled_from(Status), payloads)
 opens = st.builds(
@@ -74,7 +81,7 @@ dones = st.builds(Done, st.integers(0, 2**63 - 1), st.sampled_from(Operation))
 # --- out and back ----------------------------------------------------------------------
 
 
-@given(requests)
+@given(st.one_of(requests, requests_in_handshakes))
 def test_a_request_comes_back(request: Request) -> None:
     assert Request.decode(request.encode()) == request
 
@@ -100,18 +107,14 @@ def test_a_refusal_comes_back(refusal: Refusal) -> None:
     assert Refusal.decode(refusal.encode()) == refusal
 
 
-@given(st.one_of(requests, st.builds(Flight, st.binary(max_size=300))))
-def test_what_a_worker_says_comes_back(said: Request | Flight) -> None:
-    assert decode_asked(said.encode()) == said
-
-
-def test_a_flight_may_be_so_long_and_no_longer() -> None:
-    longest = Flight(bytes(192 * 1024))
-    assert len(longest.encode()) == MAX_FLIGHT_OCTETS
-    assert decode_asked(longest.encode()) == longest
-    for octets in (longest.encode() + b"x", b"\2\3", b"\1\1"):
+def test_the_messages_of_a_handshake_may_be_so_long_and_no_longer() -> None:
+    request = Request(Operation.SIGN, 0x0403, KEY, bytes(1024), bytes(192 * 1024))
+    message = request.encode()
+    assert len(message) == MAX_REQUEST_IN_HANDSHAKE_OCTETS
+    assert Request.decode(message) == request
+    for octets in (message + b"x", message[:1061], message[:37], message[:36]):
         with pytest.raises(Malformed):
-            Flight.decode(octets)
+            Request.decode(octets)
 
 
 def test_a_connection_that_no_parent_has_is_malformed() -> None:
@@ -132,6 +135,8 @@ def test_the_messages_have_the_form_that_the_provider_speaks() -> None:
     request = Request(Operation.SIGN, 0x0804, KEY, b"octets")
     assert request.encode() == b"\1\1\x08\x04" + KEY + b"octets"
     assert Request(Operation.DECRYPT, 0x0303, KEY, b"x").encode() == b"\1\2\3\3" + KEY + b"x"
+    in_handshake = request._replace(messages=b"messages").encode()
+    assert in_handshake == b"\1\3\x08\x04" + KEY + b"\0\6octetsmessages"
     assert Reply.decode(b"\1\0signature") == Reply(Status.DONE, b"signature")
     assert Reply.decode(b"\1\4") == Reply(Status.NOT_TLS)
     terms = Open(7, 10_000, 1, 9, b"hello").encode()
@@ -182,7 +187,10 @@ def request(head: bytes = b"\1\1\0\0", payload: bytes = b"x") -> bytes:
         (request(b"\0\1\0\0"), "a request of version 0"),
         (request(b"\2\1\0\0"), "a request of version 2"),
         (request(b"\1\0\0\0"), "a request for operation 0"),
-        (request(b"\1\3\0\0"), "a request for operation 3"),
+        (request(b"\1\4\0\0"), "a request for operation 4"),
+        (request(b"\1\3\0\0", b"\0"), "a request of 37 octets"),
+        (request(b"\1\3\0\0", b"\0\0x"), "a request of 39 octets"),
+        (request(b"\1\3\0\0", b"\0\2x"), "a request of 39 octets"),
         (request(b"\1\xff\0\0"), "a request for operation 255"),
     ],
 )

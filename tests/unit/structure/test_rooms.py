@@ -39,6 +39,7 @@ FOR_WORKERS = {
     "keyd.linux.sealed",
     "keyd.linux.seccomp",
     "keyd.linux.title",
+    "keyd.provider",
     "titus_py",
     "titus_py.between",
     "titus_py.between.hand_over",
