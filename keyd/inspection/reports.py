@@ -45,23 +45,36 @@ def running() -> list[Running]:
     """By pid. Raises PermissionError where this process is not root."""
     if os.geteuid() != 0:
         raise PermissionError("only root can look into keyd")
+    with open(os.memfd_create(NAME), "rb") as own:
+        mount = _mount_of("self", own.fileno())
     found = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         # Processes end meanwhile.
         with suppress(FileNotFoundError, ProcessLookupError):
             if Path(f"/proc/{pid}/comm").read_text().strip() == "keyd":
-                page = _page_of(pid)
+                page = _page_of(pid, mount)
                 if page is not None:
                     found.append(_running(pid, page))
     return found
 
 
-def _page_of(pid: int) -> str | None:
-    for entry in os.scandir(f"/proc/{pid}/fd"):
+def _page_of(pid: int, mount: str) -> str | None:
+    """Its memory file, which is on this mount: the kernel's own, where nobody can make others.
+
+    A file elsewhere can have the same name, and be one that keeps whoever opens it waiting.
+    """
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
         with suppress(FileNotFoundError):
-            if os.readlink(entry.path).startswith(f"/memfd:{NAME} "):
-                return entry.path
+            if os.readlink(path).startswith(f"/memfd:{NAME} ") and _mount_of(pid, name) == mount:
+                return path
     return None
+
+
+def _mount_of(pid: int | str, descriptor: int | str) -> str:
+    """The number of the mount that a descriptor's file is on (proc(5))."""
+    lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines()
+    return next(line for line in lines if line.startswith("mnt_id:"))
 
 
 def _running(pid: int, page: str) -> Running:

@@ -30,6 +30,22 @@ os.write(page, struct.pack("!II", zlib.crc32(text), len(text)) + text)
 print("there", flush=True)
 sys.stdin.read()
 """
+#: Names itself keyd, and has open a pipe that is called what keyd's page is, as the root of its
+#: mount has been taken away. Whoever opens it waits for a writer. A user namespace lets anybody.
+FORGER_OF_A_PIPE = """
+import ctypes, os, sys
+def check(result): assert result == 0, ctypes.get_errno()
+libc = ctypes.CDLL(None, use_errno=True)
+check(libc.unshare(0x20000))  # CLONE_NEWNS
+check(libc.mount(None, b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
+check(libc.mount(b"tmpfs", b"/mnt", b"tmpfs", 0, None))
+os.mkfifo("/mnt/memfd:keyd-status (deleted)")
+os.open("/mnt/memfd:keyd-status (deleted)", os.O_RDONLY | os.O_NONBLOCK)
+check(libc.umount2(b"/mnt", 2))  # MNT_DETACH
+open("/proc/self/comm", "w").write("keyd")
+print("there", flush=True)
+sys.stdin.read()
+"""
 
 
 def make_key(path: Path) -> None:
@@ -184,6 +200,26 @@ def test_what_is_no_report_is_said_to_be_none(listening: Listening, text: bytes)
         (one,) = [each for each in json.loads(seen.stdout) if each["pid"] == pid]
     assert one["user"] == "nobody"
     assert one["problem"]
+
+
+def test_what_only_has_the_name_of_a_page_is_not_opened(listening: Listening) -> None:
+    """That could take as long as another user likes."""
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", FORGER_OF_A_PIPE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd="/",
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline()
+            found = json.loads(keyd("status", "--json").stdout)
+        finally:
+            process.stdin.close()
+    pids = [one["pid"] for one in found]
+    assert listening.process.pid in pids
+    assert process.pid not in pids
 
 
 def test_a_report_cannot_steer_a_terminal(listening: Listening) -> None:
