@@ -138,7 +138,7 @@ class Connections:
             self._tell_begun(worker)
 
     def over(self, arrival: Arrival, end: str, level: str = "info", detail: str = "") -> None:
-        """Record a client that had no worker: it said nothing, or its tunnel has no server."""
+        """Record a client that had no worker: it ended too early, or its tunnel has no server."""
         connection = self.next_number
         self.next_number += 1
         self._tell(

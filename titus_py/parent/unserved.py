@@ -1,4 +1,4 @@
-"""Tells of clients that ended without a worker: they had said nothing. Run by the parent.
+"""Tells of clients that ended without a worker: before their ClientHello came. Run by the parent.
 
 Such a client costs its sender next to nothing. So only some of them in each second have an event
 of their own, one at their end; the others are counted. A flood of them takes no room from events
