@@ -154,8 +154,8 @@ class Load:
 def test_reloads_under_load_fail_nobody(
     serve: Serve, certificates: Certificates, tmp_path: Path, rounds: Rounds
 ) -> None:
-    """So many that every long transfer sees its end, and every uid is used again several times."""
-    reloads = rounds(enough=20, full=50)
+    """Twice as many as the longest transfer spans: each sees its end, and uids are used again."""
+    reloads = rounds(enough=16, full=50)
 
     def certificate_of(number: int) -> Certificate:
         return certificates("P-256", "localhost", f"reload-{number}.test")
