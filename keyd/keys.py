@@ -47,13 +47,13 @@ class UnusableKey(ValueError):
         self.reason = reason
 
 
-def read(path: str, field: str) -> bytes:
-    """Read the file that this setting names; raises UnusableKey."""
+def read(path: str, field: str, most: int = -1) -> bytes:
+    """Read the file that this setting names, ``most`` octets of it; raises UnusableKey."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnusableKey(field, f"{path}: is no regular file")
-            return file.read()
+            return file.read(most)
     except OSError as error:
         raise UnusableKey(field, f"{path}: {error.strerror}") from None
 

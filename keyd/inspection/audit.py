@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ _LARGEST_FILE = 256 * 1024
 _CREDENTIALS = "/run/credentials"
 #: In one file, so many places are enough to tell which keys it holds.
 _PLACES = 100
+#: A file that is said to be a key's may be larger than the memory.
+_read_key = partial(read, most=_LARGEST_FILE)
 
 
 class _Finding(NamedTuple):
@@ -141,8 +144,9 @@ def _load(
             yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
             continue
         try:
-            encrypted = b"ENCRYPTED" in read(path, "key")
-            key = load_private_key(path, arguments.passphrase_file if encrypted else None)
+            encrypted = b"ENCRYPTED" in _read_key(path, "key")
+            passphrase_file = arguments.passphrase_file if encrypted else None
+            key = load_private_key(path, passphrase_file, _read_key)
         except UnusableKey as error:
             yield _Finding("key", path, f"{error}: give it with --key", _NOT_AVAILABLE)
             continue

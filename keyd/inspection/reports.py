@@ -158,7 +158,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 2 * TEXT_CHARACTERS
+    """It may be a file's name: that has no null, and is octets or characters."""
+    if not isinstance(value, str) or len(value) > 2 * TEXT_CHARACTERS or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:

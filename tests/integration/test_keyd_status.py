@@ -48,6 +48,23 @@ sys.stdin.read()
 """
 
 
+#: As a keyd without a key has it.
+REPORT = {
+    "version": 1,
+    "command": "listen",
+    "started": 1.0,
+    "sockets": [],
+    "keys": [],
+    "keys_in_all": 1,
+    "signed": 0,
+    "decrypted": 0,
+    "refused": {},
+    "last_refused": [],
+    "seconds": [],
+    "seconds_sum": 0.0,
+}
+
+
 def make_key(path: Path) -> None:
     """Without this process having it: its memory is looked at, too."""
     command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]
@@ -190,8 +207,15 @@ def forged(text: bytes) -> Iterator[int]:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"\xff" * 100, b"[" * 60_000, b'{"version": 1}', b'{"version": 2}', b'{"version": [1]}'],
-    ids=["empty", "octets", "nested", "without fields", "later", "of another kind"],
+    [
+        *(b"", b"\xff" * 100, b"[" * 60_000),
+        *(b'{"version": 1}', b'{"version": 2}', b'{"version": [1]}'),
+        *(json.dumps(REPORT | {"sockets": [name]}).encode() for name in ("/\0", "/\ud800")),
+    ],
+    ids=[
+        *("empty", "octets", "nested", "without fields", "later", "of another kind"),
+        *("with a null", "with half a character"),
+    ],
 )
 def test_what_is_no_report_is_said_to_be_none(listening: Listening, text: bytes) -> None:
     with forged(text) as pid:
@@ -224,19 +248,11 @@ def test_what_only_has_the_name_of_a_page_is_not_opened(listening: Listening) ->
 
 def test_a_report_cannot_steer_a_terminal(listening: Listening) -> None:
     told(listening, lambda one: bool(one["keys"]))
-    report = {
-        "version": 1,
-        "command": "listen",
-        "started": 1.0,
+    report = REPORT | {
         "sockets": ["\x1b[2J"],
         "keys": [["\x1b]0;title\x07", "\n", "\u202e"]],
-        "keys_in_all": 1,
-        "signed": 0,
-        "decrypted": 0,
         "refused": {"not_tls": 1},
         "last_refused": [[1.0, "not_tls", "\x1b[31m", 1]],
-        "seconds": [],
-        "seconds_sum": 0.0,
     }
     with forged(json.dumps(report).encode()) as pid:
         seen = keyd("status").stdout
@@ -273,6 +289,19 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     ((seen, verdict),) = found["file"]
     assert str(listening.key) in seen
     assert verdict == "holds"
+
+
+def test_a_file_larger_than_any_key_is_not_read(tmp_path: Path) -> None:
+    """Whoever says that it is one need not be keyd: it may be larger than the memory."""
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 42)
+    report = REPORT | {"keys": [[str(large), "RSA-2048", "00"]]}
+    with forged(json.dumps(report).encode()):
+        seen = keyd("audit", "--json", f"--directory={tmp_path}")
+    assert not seen.stderr
+    findings = [one for one in json.loads(seen.stdout) if one["subject"] == str(large)]
+    assert [one["verdict"] for one in findings] == ["not available"]
 
 
 def test_where_a_key_is_not_to_be_is_named(listening: Listening, tmp_path: Path) -> None:
