@@ -44,6 +44,7 @@ from keyd.protocol import (
     Status,
     decode_control,
 )
+from keyd.pss import PSSPrivateKey
 from keyd.sites import Sites
 from keyd.succession import MAX_ORDER_OCTETS, hand_over
 from keyd.tally import Tally
@@ -59,6 +60,8 @@ _ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
 _ACCEPTED_AT_ONCE = 16
 #: Where a request has the key's id (``protocol``).
 _KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
+#: Kinds of keys that take milliseconds, without Python's lock.
+_SLOW = (rsa.RSAPrivateKey, PSSPrivateKey)
 #: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -91,7 +94,6 @@ class Keyd:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = keys
-        self._slow = {name for name, key in keys.items() if isinstance(key, rsa.RSAPrivateKey)}
         self._tick = tick
         self.tally = Tally()
         self._epoll = select.epoll()
@@ -323,7 +325,7 @@ class Keyd:
         except ConnectionResetError:
             self._close(descriptor, channel)
         else:
-            if message[_KEY_IN_REQUEST] in self._slow:
+            if isinstance(self._keys.get(message[_KEY_IN_REQUEST]), _SLOW):
                 return lambda: self._answer_to(message, descriptor, channel)
             self._answer_to(message, descriptor, channel)
         return None

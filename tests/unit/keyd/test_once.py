@@ -8,19 +8,23 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from keyd.daemon import Keyd
-from keyd.powers import ALL_POWERS
+from keyd.powers import ALL_POWERS, Key
 from keyd.protocol import Done, Open, Operation, Refusal, Reply, Request, SignatureScheme, Status
+from keyd.pss import Binding, PSSPrivateKey
 from keyd.reference import key_id
 
 CONTENT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
 RSA, EC = rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256R1())
+#: id-RSASSA-PSS without parameters (RFC 4055 §3.1).
+PSS = PSSPrivateKey(RSA, Binding(bytes.fromhex("300b06092a864886f70d01010a"), None))
 SCHEMES = {
+    PSS: SignatureScheme.rsa_pss_pss_sha256,
     RSA: SignatureScheme.rsa_pss_rsae_sha256,
     EC: SignatureScheme.ecdsa_secp256r1_sha256,
 }
 
 
-def request(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def request(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | PSSPrivateKey) -> bytes:
     return Request(Operation.SIGN, SCHEMES[key], key_id(key.public_key()), CONTENT).encode()
 
 
@@ -28,15 +32,17 @@ class Listening:
     """A keyd that hears a listener only when it is told to."""
 
     def __init__(self, stack: ExitStack) -> None:
-        keys = {key_id(key.public_key()): key for key in (RSA, EC)}
-        self.keyd = Keyd(keys)
+        self.keys: dict[bytes, Key] = {key_id(EC.public_key()): EC}
+        self.keyd = Keyd(self.keys)
+        # As on SIGHUP.
+        self.keys |= {key_id(key.public_key()): key for key in (RSA, PSS)}
         self.reports: list[Refusal | Done] = []
         self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         self._stack = stack
         self._listener.bind("")
         self._listener.listen()
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
-        grants = dict.fromkeys(keys, ALL_POWERS)
+        grants = dict.fromkeys(self.keys, ALL_POWERS)
         self.keyd.hear_listener(
             self._listener,
             lambda client: self.keyd.open_once(terms, grants, client, self.reports.append),
@@ -88,9 +94,13 @@ def test_who_asks_later_is_answered_then(listening: Listening) -> None:
     assert is_answered(late)
 
 
-def test_others_are_heard_before_a_slow_key_signs(listening: Listening) -> None:
+@pytest.mark.parametrize("key", [RSA, PSS], ids=["RSA", "bound to PSS"])
+def test_others_are_heard_before_a_slow_key_signs(
+    listening: Listening, key: rsa.RSAPrivateKey | PSSPrivateKey
+) -> None:
+    """Also one that has come since keyd was started."""
     slow, quick = listening.client(), listening.client()
-    slow.send(request(RSA))
+    slow.send(request(key))
     quick.send(request(EC))
     sign = listening.hear()
     assert sign is not None
