@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 # What the package's build needs (python-prctl: libcap's headers; the provider: OpenSSL's)
 # and what the demo and the tests drive, or have installed.
 BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
-PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl
+PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl erlang-base erlang-ssl
 DEMO_PACKAGES := curl
 TEST_PACKAGES := $(DEMO_PACKAGES) clang haproxy iproute2 libseccomp2 nftables nghttp2-client nginx-light openssl procps prometheus softhsm2 man-db systemd-container \
     python3-cryptography python3-openssl libtpm2-pkcs11-1 libtpm2-pkcs11-tools libtss2-dev swtpm tpm2-tools apache2-bin postgresql stunnel4 \
-    erlang-base redis-server
+    erlang-base erlang-ssl redis-server
 LINT_PACKAGES := shellcheck
 SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/lock packaging/units \
     $(addprefix packaging/debian/,postinst postrm prerm)
@@ -53,10 +53,10 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/built $(VENV)/test-packages
 	$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGUMENTS)
 
-bench: peers $(VENV)/pictures build/load build/floor build/sign
+bench: peers $(VENV)/pictures build/load build/floor build/sign build/echo
 	$(BIN)/python -m bench $(BENCH_ARGUMENTS)
 
-bench-quick: peers $(VENV)/pictures build/load build/floor build/sign
+bench-quick: peers $(VENV)/pictures build/load build/floor build/sign build/echo
 	$(BIN)/python -m bench --quick $(BENCH_ARGUMENTS)
 
 lint: $(VENV)/built $(VENV)/lint-packages

@@ -46,6 +46,8 @@ def describe_versions(peers: Sequence[Peer]) -> dict[str, str]:
     # Debian 13 has renamed it.
     debians = version_of_package("libssl3t64") or version_of_package("libssl3")
     versions["libssl3 (the others, and the load)"] = debians
+    if erlang := version_of_package("erlang-base"):
+        versions["Erlang"] = erlang
     versions["backend"] = f"nginx {version_of_package('nginx-light')}"
     return versions
 

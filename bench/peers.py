@@ -27,6 +27,7 @@ __all__ = [
     "FLOOR",
     "NGINX",
     "NGINX_WITH_KEYD",
+    "NO_TICKETS",
     "PEERS",
     "TITUS_PY",
     "WITH_KEYD",
@@ -61,7 +62,7 @@ _KEYS = {
 
 
 #: For every context: what "tickets off" leaves in TLS 1.3 are tickets that name a session.
-_NO_TICKETS = """\
+NO_TICKETS = """\
 openssl_conf = init
 [init]
 ssl_conf = tls
@@ -106,7 +107,7 @@ class Peer(NamedTuple):
         if self.name == NGINX_WITH_KEYD:
             path.write_text(openssl_configuration(f"socket = {_socket(setting)}", "NumTickets = 0"))
         else:
-            path.write_text(_NO_TICKETS)
+            path.write_text(NO_TICKETS)
         return os.environ | {"OPENSSL_CONF": str(path)}
 
     @property

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.exchanges import LONG_OCTETS, SIZES
 from bench.load import quantile
 from bench.measurements.latency import LIGHT_RATE
 from bench.measurements.signatures import IN_KEYD, IN_PROCESS, THROUGH_KEYD
+from bench.measurements.tunnels import INET_TLS, PLAIN
 from bench.peers import FLOOR, NGINX, NGINX_WITH_KEYD, TITUS_PY
 from bench.samples import Results
 
@@ -219,6 +221,22 @@ def _certificate_rows(results: Results) -> Iterable[_Row]:
         yield _Row("the slowest handshake meanwhile, ms", "slowest_ms", setting)
 
 
+def _tunnel_rows(results: Results) -> Iterable[_Row]:
+    for setting in results.settings("tunnels", "program"):
+        yield _Row(setting["program"], "rate", setting)
+
+
+def _tunnel_time_rows(results: Results) -> Iterable[_Row]:
+    for setting in results.settings("tunnels", "program"):
+        program = setting["program"]
+        yield _Row(f"{program}, a new connection for each", "connection_ms", setting, digits=2)
+        for octets in SIZES:
+            label = f"{program}, {octets:,} octets"
+            yield _Row(label, f"echo_{octets}_ms", setting, digits=3)
+        label = f"{program}, {LONG_OCTETS // _MIB} MiB, once"
+        yield _Row(label, "long_s", setting, 1000)
+
+
 _TABLES = (
     _Table(
         "Handshakes a second",
@@ -290,6 +308,23 @@ _TABLES = (
         "",
         NGINX_WITH_KEYD,
         (NGINX,),
+    ),
+    _Table(
+        "Exchanges a second through a tunnel",
+        "One after the other, over one connection: Erlang's rpc:call, or 8 octets that a plain "
+        "program sends back; more is better. Both ends are on this machine. Plain: no tunnel.",
+        "tunnels",
+        _tunnel_rows,
+        "",
+        against=(PLAIN, "stunnel", INET_TLS),
+    ),
+    _Table(
+        "Time of one exchange through a tunnel, ms",
+        "There and back, the medians; less is better.",
+        "tunnels",
+        _tunnel_time_rows,
+        "",
+        against=(PLAIN, "stunnel", INET_TLS),
     ),
 )
 

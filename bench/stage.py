@@ -35,6 +35,7 @@ class Scope:
     idle_counts: tuple[int, ...]
     idle_cpu: float
     signatures: float
+    tunnels: float
     bursts: int
     large_bursts: int
     latency_keys: tuple[str, ...]
@@ -51,6 +52,7 @@ FULL = Scope(
     idle_counts=(100, 1000),
     idle_cpu=5.0,
     signatures=1.0,
+    tunnels=0.8,
     bursts=5,
     large_bursts=3,
     latency_keys=("RSA-2048", "P-256"),
@@ -66,6 +68,7 @@ QUICK = Scope(
     idle_counts=(100, 1000),
     idle_cpu=0.5,
     signatures=0.3,
+    tunnels=0.3,
     bursts=1,
     large_bursts=1,
     latency_keys=("P-256",),

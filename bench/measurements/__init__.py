@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
-from bench.measurements import burst, certificates, handshakes, idle, latency, signatures, transfers
+from bench.measurements import (
+    burst,
+    certificates,
+    handshakes,
+    idle,
+    latency,
+    signatures,
+    transfers,
+    tunnels,
+)
 from bench.stage import Stage
 
 __all__ = ["MEASUREMENTS"]
@@ -18,4 +27,5 @@ MEASUREMENTS: dict[str, Callable[[Stage], None]] = {
     "certificates": certificates.measure,
     "signatures": signatures.measure,
     "keyd": handshakes.measure_with_keyd,
+    "tunnels": tunnels.measure,
 }

@@ -6,22 +6,30 @@ from pathlib import Path
 
 import pytest
 
+from bench import exchanges
 from bench.directories import SERVERS
 from bench.load import Load
-from bench.measurements import certificates
+from bench.measurements import certificates, tunnels
 from bench.peers import FLOOR, PEERS, TITUS_PY
+from bench.processes import Failed, free_port
 from bench.report import write_report
 from bench.samples import Results, Sample
 from bench.stage import QUICK, Stage
 
-SOURCE = Path(__file__).parents[2] / "bench" / "load.c"
+SOURCES = Path(__file__).parents[2] / "bench"
+MACHINE = ("date", "processor", "processors", "memory", "kernel", "system", "others")
+
+
+def build(directory: Path, name: str) -> Path:
+    program, source = directory / name, SOURCES / f"{name}.c"
+    command = ["gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, source]
+    subprocess.run([*command, "-lssl", "-lcrypto"], check=True)
+    return program
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Stage:
-    program = tmp_path / "load"
-    command = ["gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, SOURCE]
-    subprocess.run([*command, "-lssl", "-lcrypto"], check=True)
+    program = build(tmp_path, "load")
     directory = tmp_path / "stage"
     directory.mkdir()
     return Stage(directory, Load(program), PEERS[:1], QUICK, Results())
@@ -60,9 +68,7 @@ def test_the_report_says_what_was_found_what_failed_and_who_was_missing(tmp_path
         values = {} if failed else {"rate": rate, "failed": 0}
         return Sample("handshakes", peer, {"key": "P-256", "clients": 4}, values, failed=failed)
 
-    machine = dict.fromkeys(
-        ("date", "processor", "processors", "memory", "kernel", "system", "others"), "a machine"
-    )
+    machine = dict.fromkeys(MACHINE, "a machine")
     results = Results(machine, {"nginx": "1.2.3"}, {"hitch": "hitch is not installed"})
     for rate in (100.0, 150.0, 120.0):
         results.samples += [sample(TITUS_PY, rate), sample(FLOOR, 1.6 * rate)]
@@ -89,3 +95,32 @@ def test_a_directory_of_certificates_is_served_by_each_that_is_compared(
     for sample in found.values():
         assert not sample.failed
         assert all(value > 0 for value in sample.values.values())
+
+
+def test_programs_talk_through_each_tunnel_that_is_compared(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Octets come back equal, or the sample fails: those of sizes about TLS's records, too."""
+    build(tmp_path, "echo")
+    sizes = (16_383, 16_384, 16_385, 65_535, 65_536, 65_537)
+    monkeypatch.setattr(exchanges, "SIZES", sizes)
+    monkeypatch.setattr(tunnels, "SIZES", sizes)
+    monkeypatch.setattr(exchanges, "LONG_OCTETS", 1 << 20)
+    tunnels.measure(dataclasses.replace(stage, scope=dataclasses.replace(QUICK, tunnels=0.05)))
+    assert not stage.results.missing
+    assert not list(stage.results.failures())
+    through = {(one.setting["program"], one.peer) for one in stage.results.samples}
+    both = {(name, peer) for name in ("Erlang", "echo") for peer in ("plain", TITUS_PY, "stunnel")}
+    assert through == both | {("Erlang", "inet_tls")}
+    for sample in stage.results.samples:
+        assert len(sample.values) == 3 + len(sizes)
+        assert all(value > 0 for value in sample.values.values())
+    stage.results.machine = dict.fromkeys(MACHINE, "a machine")
+    report = write_report(stage.results, tmp_path).read_text()
+    assert "| titus-py / plain | titus-py / stunnel | titus-py / inet_tls |" in report
+
+
+def test_a_program_whose_server_is_not_there_has_failed(tmp_path: Path) -> None:
+    echo = exchanges.Echo(build(tmp_path, "echo"))
+    with pytest.raises(Failed, match=r"echo ended with 2: .*Connection refused"):
+        echo.run(free_port(), 0.05)
