@@ -1,5 +1,6 @@
 """The shared object itself: what it exports, what it links to, what it keeps."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,15 @@ def test_it_compiles_without_a_warning(tmp_path: Path, compiler: str) -> None:
     build(tmp_path / "keyd.so", "-O2", "-D_FORTIFY_SOURCE=2", compiler=compiler)
 
 
-def test_one_function_is_exported(provider_path: Path) -> None:
+def test_what_is_exported(provider_path: Path) -> None:
+    """For OpenSSL, and for a worker, which says where the handshake's messages are."""
     command = ["nm", "-D", "--defined-only", "--format=posix", str(provider_path)]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    assert [line.split()[0] for line in symbols.splitlines()] == ["OSSL_provider_init"]
+    assert [line.split()[0] for line in symbols.splitlines()] == [
+        "OSSL_provider_init",
+        "keyd_take_messages_from",
+    ]
 
 
 def test_no_libcrypto_is_linked(provider_path: Path) -> None:
@@ -42,6 +47,7 @@ def test_no_libcrypto_is_linked(provider_path: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_nothing_mutable_is_kept(tmp_path: Path, source: Path) -> None:
+    """But for one pointer: where a worker has the handshake's messages."""
     output = tmp_path / "part.o"
     subprocess.run(["gcc", *CFLAGS, "-O2", "-c", "-o", str(output), str(source)], check=True)
     command = ["size", "-A", str(output)]
@@ -53,8 +59,10 @@ def test_nothing_mutable_is_kept(tmp_path: Path, source: Path) -> None:
         for name, size in sizes.items()
         if name.startswith((".data", ".bss", ".tdata", ".tbss"))
         and not name.startswith(".data.rel.ro")
+        and size
     }
-    assert not any(mutable.values()), mutable
+    pointer = struct.calcsize("P")
+    assert mutable == ({".bss": pointer} if source.name == "channel.c" else {})
 
 
 TWO_LIBRARIES = """

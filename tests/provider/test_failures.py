@@ -153,7 +153,7 @@ def test_a_ciphertext_that_no_request_can_hold_is_one_of_another_length(
         ("rsa-pss", "sign SHA256 1 - - 00", "PKCS#1 v1.5"),
         ("p256", "sign SHA1 - - - 00", "digest SHA1"),
         ("p256", "sign SHA3-256 - - - 00", "digest SHA3-256"),
-        ("ed25519", "sign SHA512 - - - 00", "Ed25519 with digest"),
+        ("ed25519", "sign SHA512 - - - 00", "Ed25519 or ML-DSA with digest"),
         ("rsa", "sign SHA256 - - - -", "0 octets"),
         ("rsa", "sign SHA256 - - - " + "00" * 1025, "1025 octets"),
         ("rsa", "decrypt 1 0x303 00", "outside the TLS RSA key exchange"),

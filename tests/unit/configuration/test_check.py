@@ -312,7 +312,7 @@ UNREADABLE = {
     "text": "holds no PEM private key",
     "damaged": "holds a PEM private key that is damaged",
     "x25519": "is an X25519 key: RSA of 2048 to 8192 bits (also bound to PSS), ECDSA on P-256, "
-    "P-384 or P-521, and Ed25519 are served",
+    "P-384 or P-521, ",
 }
 
 
