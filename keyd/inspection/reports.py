@@ -141,7 +141,9 @@ def _is_well_formed(report: Report) -> bool:
             len(_list(key)) == 3 and all(_is_text(word) for word in key)
             for key in _list(report.keys)
         )
-        and all(type(count) is int and count >= 0 for count in (*counts, *refusals.values()))
+        and all(
+            type(count) is int and 0 <= count < 1 << 63 for count in (*counts, *refusals.values())
+        )
         and refusals.keys() <= known
         and all(
             _is_number(one.at)

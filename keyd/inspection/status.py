@@ -37,11 +37,13 @@ def add_command(commands: Any) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    """Returns 0, 1 if a keyd has no report, 2 if there is none."""
+    """Returns 0, 1 if a keyd has no report, 2 if there is none; with metrics, always 0."""
     found = running()
     if arguments.metrics:
+        # They say it themselves. What is written before another command is to be valid.
         sys.stdout.writelines(f"{line}\n" for line in _metrics(found))
-    elif arguments.json:
+        return 0
+    if arguments.json:
         json.dump([_as_object(one) for one in found], sys.stdout, indent=2)
         print()
     else:
@@ -132,12 +134,19 @@ def _time(seconds: float) -> str:
 
 
 def _metrics(found: Sequence[Running]) -> Iterator[str]:
-    """Prometheus' text format, of those that have a report; by the first socket of each."""
-    reports = [
-        (_label(report.sockets[0] if report.sockets else one.unit), report)
-        for one in found
-        if (report := one.report) is not None
-    ]
+    """Prometheus' text format, of those that have a report; by user and first socket.
+
+    A user can have pages that say the same: the one that was started last counts.
+    """
+    of_each: dict[str, Report] = {}
+    for one in found:
+        if (report := one.report) is not None:
+            label = _label(report.sockets[0] if report.sockets else one.unit, one.user)
+            if label not in of_each or of_each[label].started < report.started:
+                of_each[label] = report
+    reports = of_each.items()
+    yield from _head("keyd_without_report", "gauge", "Processes like keyd that say nothing.")
+    yield f"keyd_without_report {sum(one.report is None for one in found)}"
     yield from _head("keyd_start_time_seconds", "gauge", "When keyd was started, since 1970.")
     for keyd, report in reports:
         yield f"keyd_start_time_seconds{{{keyd}}} {report.started}"
@@ -166,6 +175,9 @@ def _head(name: str, kind: str, text: str) -> Iterator[str]:
     yield f"# TYPE {name} {kind}"
 
 
-def _label(socket: str) -> str:
-    escaped = printable(socket).replace("\\", "\\\\").replace('"', '\\"')
-    return f'socket="{escaped}"'
+def _label(socket: str, user: str) -> str:
+    return f'socket="{_escaped(socket)}",user="{_escaped(user)}"'
+
+
+def _escaped(text: str) -> str:
+    return printable(text).replace("\\", "\\\\").replace('"', '\\"')

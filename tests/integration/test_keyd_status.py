@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -170,9 +171,41 @@ def test_its_metrics_are_prometheus_own(listening: Listening) -> None:
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stderr + text
-    label = f'socket="{listening.socket}"'
+    label = f'socket="{listening.socket}",user="daemon"'
     assert f"keyd_keys{{{label}}} 1\n" in text
     assert f'keyd_operations_total{{{label},operation="sign"}} ' in text
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        b"",
+        json.dumps(REPORT | {"sockets": ["/run/one"], "signed": 10**400}).encode(),
+    ],
+    ids=["without a report", "with a number that is none of Prometheus'"],
+)
+def test_no_user_can_keep_metrics_from_being_written(listening: Listening, page: bytes) -> None:
+    """A cron job moves them into place if keyd exits with 0."""
+    told(listening, lambda one: bool(one["keys"]))
+    with forged(page):
+        seen = keyd("status", "--metrics")
+    assert seen.returncode == 0
+    assert f'keyd_keys{{socket="{listening.socket}",user="daemon"}} 1\n' in seen.stdout
+    # Other tests have such pages as well.
+    assert re.search("^keyd_without_report [1-9]", seen.stdout, re.MULTILINE)
+    assert "/run/one" not in seen.stdout
+
+
+def test_no_two_samples_are_of_one_series(listening: Listening) -> None:
+    """The node exporter would refuse them."""
+    page = json.dumps(REPORT | {"sockets": [str(listening.socket)]}).encode()
+    told(listening, lambda one: bool(one["keys"]))
+    with forged(page), forged(page):
+        lines = keyd("status", "--metrics").stdout.splitlines()
+    series = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    for user in ("daemon", "nobody"):
+        assert f'keyd_keys{{socket="{listening.socket}",user="{user}"}}' in series
 
 
 def test_only_root_can_look(listening: Listening) -> None:
