@@ -51,7 +51,7 @@ def running() -> list[Running]:
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         # Processes end meanwhile.
         with suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "keyd":
+            if Path(f"/proc/{pid}/comm").read_bytes().strip() == b"keyd":
                 page = _page_of(pid, mount)
                 if page is not None:
                     found.append(_running(pid, page))

@@ -279,6 +279,23 @@ def test_what_only_has_the_name_of_a_page_is_not_opened(listening: Listening) ->
     assert process.pid not in pids
 
 
+def test_processes_may_have_any_name(listening: Listening) -> None:
+    """It is octets, and need not be characters."""
+    program = r"open('/proc/self/comm', 'wb').write(b'\xff'); print(flush=True); input()"
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline()
+            assert Path(f"/proc/{process.pid}/comm").read_bytes() == b"\xff\n"
+            found = running()
+        finally:
+            process.communicate(b"\n")
+    assert listening.process.pid in [one.pid for one in found]
+
+
 def test_a_report_cannot_steer_a_terminal(listening: Listening) -> None:
     told(listening, lambda one: bool(one["keys"]))
     report = REPORT | {
