@@ -255,8 +255,9 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
 def _mappings(pid: int) -> list[tuple[_Span, bool]]:
     """/proc/PID/maps, in ascending order: each mapping, and whether it is shared."""
     found = []
-    text = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines():
+    # A file's name may have what str.splitlines takes for the end of a line.
+    text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
+    for line in text.split("\n")[:-1]:
         addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         span = _Span(start, end, name[0].rstrip() if name else "[anonymous]")

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from keyd.inspection.key_search import Needle, Search, needles, search, search_all
 from keyd.powers import PrivateKey
-from titus_py.audit.instance import Role, connections_to, instance_processes
+from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
 from titus_py.audit.throwaway_authority import KEY_TYPES
 
 from .conftest import Certificates, Serve
@@ -439,6 +439,52 @@ def test_reads_no_page_that_the_process_has_not_touched(rsa_key: rsa.RSAPrivateK
 
 def _resident_kib(rollup: str) -> int:
     return int(rollup.split("Rss:", 1)[1].split()[0])
+
+
+def test_a_file_that_is_mapped_may_have_any_name(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    """What str.splitlines takes for the end of a line is a part of the name."""
+    name = "a\f\x1c\N{LINE SEPARATOR}\rb"
+    program = (
+        "import mmap, sys; file = open(sys.argv[1], 'r+b'); file.truncate(4096);"
+        "there = mmap.mmap(file.fileno(), 4096); there[:] = sys.stdin.buffer.read(4096);"
+        "print(flush=True); input()"
+    )
+    (tmp_path / name).touch()
+    sought = needles(rsa_key)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", program, tmp_path / name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(sought[0].octets.ljust(4096, b"\0"))
+        process.stdin.flush()
+        process.stdout.readline()
+        found = search(process.pid, sought[:1])
+        process.communicate(b"\n")
+    assert any(str(tmp_path) in hit.mapping for hit in found.hits)
+
+
+@pytest.mark.parametrize("name", [b"\rUid:\t7\t7\t7", b"\rUid: a b", b"\xff"], ids=ascii)
+def test_a_process_may_have_any_name(name: bytes) -> None:
+    """It is within what the kernel says of the process, and changes nothing else of that."""
+    program = (
+        "import os, sys; open('/proc/self/comm', 'wb').write(os.fsencode(sys.argv[1]));"
+        "print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", program, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            (seen,) = [one for one in all_processes() if one.pid == process.pid]
+        finally:
+            process.communicate(b"\n")
+    assert seen.uid == os.geteuid()
 
 
 def test_copes_with_a_process_that_is_gone(rsa_key: rsa.RSAPrivateKey) -> None:

@@ -137,12 +137,13 @@ def _depth(pid: int) -> int:
 
 
 def _process(pid: int) -> Process | None:
-    state, ppid, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    if state in "ZX":
+    # A process's name is in both files, and is any octets but for a line feed.
+    state, ppid, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    if state in b"ZX":
         return None
     # One line of its status: this is asked for every process of the machine, many times.
-    text = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    uid = text.partition("\nUid:")[2].split(maxsplit=2)[1]
+    octets = Path(f"/proc/{pid}/status").read_bytes()
+    uid = octets.partition(b"\nUid:")[2].split(maxsplit=2)[1]
     return Process(pid, int(ppid), int(uid), int(fields[17]))
 
 
@@ -180,7 +181,8 @@ def title(role: Role) -> bytes:
 
 def status(pid: int) -> dict[str, str]:
     """/proc/PID/status, by field. Raises OSError if the process is gone."""
-    lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    # The name may have what str.splitlines takes for the end of a line.
+    lines = Path(f"/proc/{pid}/status").read_bytes().decode(errors="replace").split("\n")[:-1]
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
