@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from keyd.inspection.key_search import Needle, Search, needles, search
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.reports import Running, printable, running
+from keyd.inspection.reports import NONE_RUNS, Running, printable, running
 from keyd.inspection.status import who_may_ask
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux.credentials import lock_memory_meanwhile
@@ -76,7 +76,7 @@ def add_command(commands: Any) -> None:
 def _audit(arguments: argparse.Namespace) -> int:
     keyds = running()
     if not keyds and not arguments.key:
-        print("keyd: no keyd of its own runs, and there is no --key", file=sys.stderr)
+        print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
         return 2
     findings = [*_askers(keyds), *_refusals(keyds)]
     keys: dict[str, PrivateKey] = {}

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
-__all__ = ["Running", "Unreadable", "printable", "read", "running"]
+__all__ = ["NONE_RUNS", "Running", "Unreadable", "printable", "read", "running"]
+
+#: What is said where an administrator looks for one, and how to learn why there is none.
+NONE_RUNS = (
+    "no keyd of its own runs: one begins when it is first asked, or with "
+    "'systemctl start keyd@NAME', which says whether it can"
+)
 
 _ATTEMPTS, _PAUSE_SECONDS = 20, 0.01
 

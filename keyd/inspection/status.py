@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from keyd.inspection.reports import Running, printable, running
+from keyd.inspection.reports import NONE_RUNS, Running, printable, running
 from keyd.status_page import Report
 from keyd.tally import LATENCY_BOUNDS
 
@@ -49,7 +49,7 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.writelines(f"{printable(line)}\n" for one in found for line in _lines(one))
     if not found:
-        print("keyd: no keyd of its own runs", file=sys.stderr)
+        print(f"keyd: {NONE_RUNS}", file=sys.stderr)
         return 2
     return 1 if any(one.report is None for one in found) else 0
 

@@ -208,6 +208,22 @@ def test_no_two_samples_are_of_one_series(listening: Listening) -> None:
         assert f'keyd_keys{{socket="{listening.socket}",user="{user}"}}' in series
 
 
+@pytest.mark.parametrize("command", ["status", "audit"])
+def test_where_none_runs_the_next_step_is_said(command: str) -> None:
+    """In a process namespace of its own there is none. It may be that its unit cannot start."""
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", KEYD, command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("keyd: no keyd of its own runs: ")
+    assert "'systemctl start keyd@NAME'" in done.stderr
+    assert ("--key" in done.stderr) == (command == "audit")
+
+
 def test_only_root_can_look(listening: Listening) -> None:
     os.seteuid(65534)
     try:
