@@ -164,7 +164,7 @@ def check(
         whole = loaded.configuration
         of_tokens = settings(whole.keyd) if whole is not None else None
         answers = ask_keyd_check(
-            keyd_check, list(loaded.credentials), timeout, of_tokens, _known_by_key(whole)
+            keyd_check, list(loaded.credentials), timeout, of_tokens, _known_by_key(loaded)
         )
         for (credential, places), answer in zip(loaded.credentials.items(), answers, strict=True):
             first, *others = places
@@ -266,13 +266,14 @@ def ask_keyd_check(
     return answers
 
 
-def _known_by_key(configuration: Configuration | None) -> set[Credential]:
+def _known_by_key(loaded: Loaded) -> set[Credential]:
     """The certificates of tunnels, and of virtual hosts that know each client by its key.
 
-    Where it is so at one end, it is so at the other.
+    Where it is so at one end, it is so at the other. Before mistakes are mended, each may be one.
     """
+    configuration = loaded.configuration
     if configuration is None:
-        return set()
+        return set(loaded.credentials)
     known = {tunnel.credential for tunnel in configuration.tunnel if tunnel.credential is not None}
     others: set[Credential] = set()
     for vhost in configuration.vhost:

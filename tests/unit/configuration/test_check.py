@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from keyd.making import self_signed
 from keyd.reference import key_id, reference_pem
 from titus_py.commands.check import check_main
 from titus_py.configuration import from_options, load
@@ -470,6 +472,24 @@ def test_the_command(
         "service, listen, vhost, tunnel",
         '7: vhost "a.example": key',
     ]
+
+
+def test_a_mistake_elsewhere_casts_no_doubt_on_a_known_key(
+    tmp_path: Path, keys: dict[str, Key]
+) -> None:
+    """Whether a certificate is that of a tunnel shows in a whole configuration alone."""
+    key = keys["ec"]
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    (tmp_path / "own.crt").write_bytes(self_signed("web-1", key, int(time.time())))
+    write_key(tmp_path / "own.key", key)
+    tunnel = (
+        '[[tunnel]]\nlisten = "127.0.0.1:8080"\nconnect = "192.0.2.7:8443"\n'
+        f'pins = ["sha256:{"0" * 64}"]\n'
+        f'certificate = "{tmp_path}/own.crt"\nkey = "{tmp_path}/own.key"\n'
+    )
+    result = checked(tmp_path, f'{tunnel}[[vhost]]\nbackend = "127.0.0.1:80"\n')
+    assert {mistake.key.partition(".")[0] for mistake in result.mistakes} == {"vhost[0]"}
+    assert [warning.reason for warning in result.warnings] == []
 
 
 def test_a_name_that_the_certificate_is_not_for_is_warned_of(
