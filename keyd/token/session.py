@@ -21,7 +21,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 from cryptography.x509 import load_der_x509_certificate
-from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
+from pkcs11 import (
+    Attribute,
+    KeyType,
+    Mechanism,
+    ObjectClass,
+    TokenFlag,
+    _pkcs11,  # noqa: F401 - pkcs11.lib would load it later, when this process can read no file of ours
+)
 
 from keyd.protocol import SignatureScheme
 from keyd.token.messages import Answer, Down, Failure, Nonsense, Question, Ready

@@ -25,7 +25,7 @@ from .instance import TITUS_PY, eventually, free_port
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 #: Whom the tokens' processes run as: a user that needs no other right than to the tokens.
-USER = "games"
+USER = "news"
 PIN = "123456"
 _CERTIFICATE_VERIFY = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00" + bytes(32)
 

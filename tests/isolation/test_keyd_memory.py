@@ -51,7 +51,7 @@ def as_the_supervisor_starts_it(keyd: Keyd, key: Path) -> "subprocess.Popen[byte
 
 
 def as_a_service(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
-    command = [*keyd, "control", f"--socket={key.parent}/socket", "--user=games"]
+    command = [*keyd, "control", f"--socket={key.parent}/socket", "--user=uucp"]
     return subprocess.Popen(
         [*command, f"--chroot={key.parent}/root", f"--key={key}"], stderr=subprocess.DEVNULL
     )
