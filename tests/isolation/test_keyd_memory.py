@@ -34,7 +34,7 @@ UNPROTECTED: Keyd = [
 
 
 def as_the_supervisor_starts_it(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
-    terms = {"uid": 1, "gid": 1, "chroot": "/", "must_lock": True, "filter": ""}
+    terms = {"uid": 1, "gid": 1, "chroot": "/", "must_lock": True, "filter": "", "tokens": []}
     keys = [{"key": str(key), "passphrase_file": None}]
     settings = sealed_file("settings", json.dumps({**terms, "keys": keys}).encode())
     other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0]
