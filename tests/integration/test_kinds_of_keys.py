@@ -52,8 +52,8 @@ def test_a_key_that_is_bound_to_pss(
     )
     assert done.returncode == 0, done.stderr
     assert f"Peer signing digest: {digest}".encode() in done.stdout
-    # The latter since OpenSSL 3.5.
-    assert re.search(rb"Peer signature type: (RSA-PSS|rsa_pss_pss_)", done.stdout)
+    # OpenSSL has other words for it since 3.5.
+    assert re.search(rb"(?i)peer signature type: rsa.pss", done.stdout)
 
 
 def make_mldsa(directory: Path, parameter_set: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -188,8 +189,9 @@ def s_client(port: int, authority: Path, kind: str, version: str) -> None:
         timeout=30,
     )
     assert done.returncode == 0, done.stderr
-    expected = b"RSA-PSS" if kind == "rsa" else b"ECDSA"
-    assert b"Peer signature type: " + expected in done.stdout
+    expected = rb"rsa.pss" if kind == "rsa" else rb"ecdsa"
+    # OpenSSL has other words for it since 3.5.
+    assert re.search(rb"(?i)peer signature type: " + expected, done.stdout)
 
 
 @contextmanager
@@ -215,8 +217,9 @@ def build_shim(directory: Path) -> Path:
 def attempt_unconfined(shim: Path, attempts: Path) -> None:
     """The control: the same attempts by the same user, in a process that is not confined."""
     code = f"import ctypes; ctypes.CDLL({json.dumps(str(shim))}).attempt_all()"
+    # The system's Python: a virtual environment may be where only root may read.
     subprocess.run(
-        [sys.executable, "-I", "-c", code],
+        ["/usr/bin/python3", "-I", "-c", code],
         check=True,
         user=USER,
         env={"SHIM_ATTEMPTS": str(attempts)},
