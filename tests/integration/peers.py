@@ -212,6 +212,19 @@ def was_reset(side: socket.socket) -> bool:
     return False
 
 
+def resets(port: int, octets: bytes = b"") -> bool:
+    """Whether a connection to this port ends with an RST, though nobody reads what it says.
+
+    The RST may come before connect(2) has returned.
+    """
+    try:
+        with connect(port) as client:
+            client.sendall(octets)
+            return was_reset(client)
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+
+
 def alert_in(octets: bytes) -> int | None:
     """The description in the fatal alert (RFC 8446 §6) that these plain records hold."""
     while len(octets) >= 5:

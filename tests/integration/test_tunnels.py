@@ -27,6 +27,7 @@ from .peers import (
     receive_all,
     receive_exactly,
     reset,
+    resets,
     served_by,
     was_reset,
 )
@@ -198,9 +199,7 @@ FAILING = (
 def test_a_server_that_is_not_the_one_gets_nothing(
     instance: Instance, tables: dict[str, dict[str, Any]], kind: str
 ) -> None:
-    with connect(port_of(tables[kind])) as client:
-        client.sendall(b"for nobody else")
-        assert was_reset(client)
+    assert resets(port_of(tables[kind]), b"for nobody else")
     event = instance.wait_for_event("tunnel_failed", tunnel=tables[kind]["listen"])
     assert (event["level"], event["end"]) == ("error", "server_certificate")
     assert event["detail"].startswith(f"{kind.partition(',')[0]}: ")
@@ -214,9 +213,7 @@ def test_a_server_that_cannot_be_reached(
     """And the log is not filled by a program that tries again and again."""
     table, attempts = tables["unreachable"], 100
     for _ in range(attempts):
-        # It may come before connect(2) has returned.
-        with suppress(ConnectionResetError), connect(port_of(table)) as client:
-            assert was_reset(client)
+        assert resets(port_of(table))
 
     def told() -> list[Event] | None:
         events = instance.events_named("tunnel_failed", tunnel=table["listen"])
@@ -257,8 +254,7 @@ def test_a_server_that_speaks_no_tls(serve: Serve, servers: Servers) -> None:
             listen=[], vhost=[], tunnel=list(ends.values()), worker={"handshake_timeout": "1s"}
         )
         for end, table in ends.items():
-            with connect(port_of(table)) as client:
-                assert was_reset(client)
+            assert resets(port_of(table))
             event = instance.wait_for_event("tunnel_failed", tunnel=table["listen"])
             assert event["end"] == end.partition(",")[0]
 
@@ -327,8 +323,7 @@ def test_to_openssl_which_is_too_old_for_one(
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file) as server,
     ):
         eventually(lambda: b"ACCEPT" in log.read_bytes(), "s_server listens")
-        with connect(port_of(new)) as client:
-            assert was_reset(client)
+        assert resets(port_of(new))
         failed = instance.wait_for_event("tunnel_failed", tunnel=new["listen"])
         assert failed["end"] == "handshake_failed"
         assert failed["detail"] == "tlsv1 alert protocol version"
