@@ -126,10 +126,19 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -
     return result
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port on which nothing listens, outside what the kernel gives to clients."""
+    """A port on which nothing listens, outside what the kernel gives to clients.
+
+    Given once: whoever asked for the last one may not listen there yet.
+    """
     while True:
         port = random.randrange(10_000, 32_000)
+        if port in _given:
+            continue
+        _given.add(port)
         try:
             with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True):
                 return port

@@ -54,9 +54,10 @@ def instance(
         yield instance, needles(key)  # type: ignore[arg-type]
 
 
-def memory_of_a_worker(instance: Instance, stage: str, own: str) -> bytes:
-    """All of it; ``own`` is sent to the worker first, as a request or in the ClientHello."""
+def memory_of_a_worker(instance: Instance, stage: str, own: str) -> tuple[bytes, str]:
+    """All of it, and its client; ``own`` is sent to the worker first, in a request or a hello."""
     with TlsClient(instance.port, f"{stage}.memory.{own}.attack.test") as client:
+        name = "{}:{}".format(*client.socket.getsockname())
         client.socket.settimeout(60)
         if stage == "h":
             client.socket.sendall(client.first_flight())
@@ -69,7 +70,7 @@ def memory_of_a_worker(instance: Instance, stage: str, own: str) -> bytes:
                 octets += piece
         except ConnectionResetError:
             pass
-    return bytes(octets)
+    return bytes(octets), name
 
 
 class Other(NamedTuple):
@@ -186,7 +187,7 @@ def test_memory_holds_only_what_is_its_clients(
 ) -> None:
     serving, secret = instance
     others, own = [], canary()
-    memory = memory_of_a_worker(serving, stage, canary())
+    memory, _ = memory_of_a_worker(serving, stage, canary())
     addresses = addresses_unlike(memory)
     uids_before = uids_in(memory, serving.uids[:WORKERS])
     with ExitStack() as stack:
@@ -206,7 +207,10 @@ def test_memory_holds_only_what_is_its_clients(
         serving.wait_for_events(PAST, "connection_ended")
         for _ in range(8):
             over_tls(serving, "localhost", b"one worker later")
-        memory = memory_of_a_worker(serving, stage, own)
+        since = len(serving.events())
+        memory, client_name = memory_of_a_worker(serving, stage, own)
+        # It is told a little later than its worker had the client.
+        mine = serving.wait_for_event("connection_begun", since=since, client=client_name)
         parents = b"".join(memory_from_outside(serving.parent().pid))
         begun = serving.events_named("connection_begun")
         # Of connections that are over, of those that there are, of spares.
@@ -219,7 +223,6 @@ def test_memory_holds_only_what_is_its_clients(
     # What all workers have, to show that the search finds what there is.
     assert b"server CertificateVerify" in memory
     # Not even its own: it would tell how many connections there have been.
-    mine = max(begun, key=lambda event: event["connection"])
     assert not numbers_in(memory, [mine["connection"]])
     # At most its own uid, and no other: not of those, either, that were forked just before it.
     assert uids_in(memory, {*uids, mine["uid"]}) <= {mine["uid"]}
