@@ -9,10 +9,28 @@ import mmap
 
 from keyd.linux.seccomp import Only, Rules
 
-__all__ = ["ASKING_TOKENS", "MAKING", "NOT_FOR_MODULES", "PARSING", "SERVING", "UNKNOWN_TO_MODULES"]
+__all__ = [
+    "ASKING_TOKENS",
+    "MAKING",
+    "MEMORY",
+    "NOT_FOR_MODULES",
+    "PARSING",
+    "SERVING",
+    "UNKNOWN_TO_MODULES",
+]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _NOT_EXECUTABLE = ((Only(2, mmap.PROT_EXEC, 0),),)
+
+#: Memory, none of it executable: a part of other rules.
+MEMORY: Rules = {
+    "brk": _ANYHOW,
+    "mmap": _NOT_EXECUTABLE,
+    "mprotect": _NOT_EXECUTABLE,
+    "mremap": _ANYHOW,
+    "munmap": _ANYHOW,
+    "madvise": _ANYHOW,
+}
 
 SERVING: Rules = {
     # Channels: opened by the parent (recvmsg), or by a client that may connect (accept4).
@@ -31,13 +49,7 @@ SERVING: Rules = {
     "ioctl": ((Only(1, 0xFFFF_FFFF, 0x5421),),),
     # Standard error.
     "write": _ANYHOW,
-    # Memory, none of it executable.
-    "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
-    "mremap": _ANYHOW,
-    "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    **MEMORY,
     # OpenSSL: to see whether it was forked, and for fresh entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,
@@ -61,13 +73,7 @@ MAKING: Rules = {
     "read": _ANYHOW,
     "write": _ANYHOW,
     "close": _ANYHOW,
-    # Memory, none of it executable.
-    "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
-    "mremap": _ANYHOW,
-    "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    **MEMORY,
     # OpenSSL: to see whether it was forked, and for fresh entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,
@@ -114,13 +120,7 @@ PARSING: Rules = {
     "read": _ANYHOW,
     "write": _ANYHOW,
     "close": _ANYHOW,
-    # Memory, none of it executable.
-    "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
-    "mremap": _ANYHOW,
-    "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    **MEMORY,
     # OpenSSL: to see whether it was forked, and for fresh entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,

@@ -266,7 +266,7 @@ PRACTICE = {
     "leaves": ("def connect(*_): pass", "a connection for practice ended with None"),
     "fails": ("def connect(*_): raise OSError('no luck')", "OSError: no luck"),
     "hangs": (
-        "rehearsal.PATIENCE_SECONDS = 1\ndef connect(*_): import signal; signal.pause()",
+        "rehearsal._PATIENCE_SECONDS = 1\ndef connect(*_): import signal; signal.pause()",
         "practice, which takes milliseconds, stood still for 1 s",
     ),
 }

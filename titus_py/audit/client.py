@@ -6,7 +6,6 @@ it either, and decodes its answers strictly (``probe``).
 """
 
 import json
-import mmap
 import os
 import resource
 import signal
@@ -32,6 +31,7 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
+from keyd.system_calls import MEMORY
 
 __all__ = ["MAX_ANSWER_OCTETS", "main"]
 
@@ -47,7 +47,6 @@ _DESCRIPTORS = 8
 _MAX_RECEIVED = 65536
 
 _ANYHOW: tuple[tuple[seccomp.Only, ...], ...] = ((),)
-_NOT_EXECUTABLE = ((seccomp.Only(2, mmap.PROT_EXEC, 0),),)
 _ALLOWED: seccomp.Rules = {
     # For the peer and the audit; and for a last word on standard error.
     "write": _ANYHOW,
@@ -58,13 +57,7 @@ _ALLOWED: seccomp.Rules = {
     "close": _ANYHOW,
     # FIONBIO, for a timeout.
     "ioctl": ((seccomp.Only(1, 0xFFFF_FFFF, 0x5421),),),
-    # Memory, none of it executable.
-    "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
-    "mremap": _ANYHOW,
-    "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    **MEMORY,
     # OpenSSL: to see whether it was forked, and for entropy.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,

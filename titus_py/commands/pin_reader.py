@@ -14,7 +14,6 @@ it is valid]; ``left_out``, how many there are beyond MOST_KEYS; ``problem``.
 import base64
 import hashlib
 import json
-import mmap
 import os
 import re
 import resource
@@ -48,6 +47,7 @@ from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.making import self_signed
 from keyd.pem import Damaged, blocks
+from keyd.system_calls import MEMORY
 from titus_py.commands.pins import MOST_KEYS
 from titus_py.worker.certificate_facts import public_key_id
 
@@ -79,20 +79,13 @@ _PRIVATE = (
     "out of it (openssl x509 -in FILE -out CERTIFICATE)"
 )
 _ANYHOW: tuple[tuple[seccomp.Only, ...], ...] = ((),)
-_NOT_EXECUTABLE = ((seccomp.Only(2, mmap.PROT_EXEC, 0),),)
 _ALLOWED: seccomp.Rules = {
     # The file or the server; the answer; a last word on standard error.
     "read": _ANYHOW,
     "write": _ANYHOW,
     "sendto": _ANYHOW,
     "close": _ANYHOW,
-    # Memory, none of it executable.
-    "brk": _ANYHOW,
-    "mmap": _NOT_EXECUTABLE,
-    "mprotect": _NOT_EXECUTABLE,
-    "mremap": _ANYHOW,
-    "munmap": _ANYHOW,
-    "madvise": _ANYHOW,
+    **MEMORY,
     # OpenSSL: to see whether it was forked, for entropy, and for a client's random.
     "getpid": _ANYHOW,
     "getrandom": _ANYHOW,

@@ -12,7 +12,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -26,52 +26,68 @@ from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next
 from titus_py.worker.tls import negotiate_protocol, note_close_notify, reseed
 
-__all__ = ["CONNECTIONS", "MESSAGE_OCTETS", "PATIENCE_SECONDS", "rehearse"]
+__all__ = ["MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
 
 #: Python begins to adapt a function after eight runs.
-CONNECTIONS = 12
+_CONNECTIONS = 12
 _SERVER_NAME = "localhost"
 MESSAGE_OCTETS = 1024
 #: How long a step may take. All of practice takes milliseconds.
-PATIENCE_SECONDS = 10
+_PATIENCE_SECONDS = 10
 
 
 def rehearse(terms: Terms) -> None:
-    """Serve the connections. Raises RuntimeError if one does not end cleanly, and OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE_SECONDS, 0))
+    """Serve clients of a virtual host. Raises as ``practise`` does."""
     # As every host that has protocols: others have nothing to practise.
     protocols = next((site.alpn for site in terms.sites if site.alpn), ())
-    child = os.fork()
-    if not child:
-        # Close our end, so that the child sees end-of-file when this process dies.
-        ours.close()
-        _play_everybody_else(theirs, protocols)
-    theirs.close()
     context = _anonymous_context(SSL.TLS_SERVER_METHOD)
+    to_it = _anonymous_context(SSL.TLS_CLIENT_METHOD)
     if protocols:
         negotiate_protocol(context, protocols)
-    for_practice = terms._replace(
-        handshake_timeout=PATIENCE_SECONDS,
-        idle_timeout=PATIENCE_SECONDS,
-        half_closed_timeout=PATIENCE_SECONDS,
-        sites=[Site((_SERVER_NAME,), context, True, alpn=protocols)],
+        to_it.set_alpn_protos(list(protocols))
+    site = Site((_SERVER_NAME,), context, True, alpn=protocols)
+    served = for_practice(terms)._replace(sites=[site])
+    practise(lambda: served, lambda worker: _connect_once(worker, to_it))
+
+
+def for_practice(terms: Terms) -> Terms:
+    """The same without what is not there in practice: a report that is read, and keyd."""
+    return terms._replace(
+        handshake_timeout=_PATIENCE_SECONDS,
+        idle_timeout=_PATIENCE_SECONDS,
+        half_closed_timeout=_PATIENCE_SECONDS,
         parting=b"",
         report=ReportWriter(),
         # A virtual host's own would ask keyd, on a descriptor that is something else here.
         practice=None,
     )
+
+
+def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket], None]) -> None:
+    """Serve connections, on the ``terms`` of each, to which a child plays everybody else.
+
+    ``connect_once`` is called with what the parent has of a worker, for each connection. Raises
+    RuntimeError if one does not end cleanly, and OSError.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _PATIENCE_SECONDS, 0))
+    child = os.fork()
+    if not child:
+        # Close our end, so that the child sees end-of-file when this process dies.
+        ours.close()
+        _play_everybody_else(theirs, connect_once)
+    theirs.close()
     # Of the same type as a worker's.
     parent = socket.SocketType(fileno=ours.detach())
     try:
-        for _ in range(CONNECTIONS):
+        for _ in range(_CONNECTIONS):
             reseed()
-            end = serve_next(for_practice, parent)
+            end = serve_next(terms(), parent)
             if end != (End.CLEAN, ""):
                 raise RuntimeError(f"a connection for practice ended with {end}")
     except BlockingIOError:
         raise RuntimeError(
-            f"practice, which takes milliseconds, stood still for {PATIENCE_SECONDS} s:"
+            f"practice, which takes milliseconds, stood still for {_PATIENCE_SECONDS} s:"
             " unless this machine was overloaded, please report it"
         ) from None
     finally:
@@ -89,15 +105,14 @@ def _anonymous_context(method: int) -> SSL.Context:
     return context
 
 
-def _play_everybody_else(worker: socket.socket, protocols: Sequence[bytes]) -> NoReturn:
-    """Play the parent, the clients and the backends; ends the process."""
+def _play_everybody_else(
+    worker: socket.socket, connect_once: Callable[[socket.socket], None]
+) -> NoReturn:
+    """Play the parent, the clients and the servers; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        context = _anonymous_context(SSL.TLS_CLIENT_METHOD)
-        if protocols:
-            context.set_alpn_protos(list(protocols))
-        for _ in range(CONNECTIONS):
-            _connect_once(worker, context)
+        for _ in range(_CONNECTIONS):
+            connect_once(worker)
     finally:
         error = sys.exception()
         if error is not None:
