@@ -11,6 +11,7 @@ Each message to keyd is one packet of a SOCK_SEQPACKET pair, a path being preced
 key     'K' path, and the key in PKCS #8
 bad     'B' path, and why it is no key
 end     'E': that was all
+failed  'F' why: the reading has ended before that
 ======  ===============================
 """
 
@@ -32,9 +33,8 @@ from keyd.keys import UnusableKey
 from keyd.linux import landlock
 from keyd.linux.credentials import hide_memory, keep_capabilities, lock_memory_meanwhile
 from keyd.linux.namespaces import leave_namespaces
-from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended
 from keyd.linux.title import set_title
-from keyd.words import say
 
 __all__ = ["MAX_MESSAGE_OCTETS", "ORDER", "start"]
 
@@ -78,7 +78,9 @@ def _serve(sources: KeySources, keyd: socket.socket) -> NoReturn:
                 lock_memory_meanwhile()
             _read(sources, keyd)
             os._exit(0)
-        os.waitpid(child, 0)
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            with suppress(OSError):
+                keyd.send(b"F" + f"the process for that {how_ended(code)}".encode())
     os._exit(0)
 
 
@@ -95,8 +97,9 @@ def _read(sources: KeySources, keyd: socket.socket) -> None:
                 keyd.send(b"K" + head + octets)
         keyd.send(b"E")
     except OSError as error:
-        # The directory is gone: keyd keeps what it has.
-        say(f"keys cannot be read again: {error}")
+        # The directory is gone. Or keyd is, and hears nothing.
+        with suppress(OSError):
+            keyd.send(b"F" + str(error).encode())
 
 
 def _confine(sources: KeySources) -> None:

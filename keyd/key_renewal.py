@@ -77,6 +77,12 @@ class Renewal:
         if message[0] == ord("E"):
             self._exchange()
             return False
+        if message[0] == ord("F"):
+            # What a part of a reading has found, the next one is to find again.
+            self._found = {}
+            why = bytes(message[1:]).decode(errors="replace")
+            say(f"keys cannot be read again: {why}: the former ones stay")
+            return False
         start = 3 + int.from_bytes(message[1:3], "big")
         path, content = os.fsdecode(bytes(message[3:start])), message[start:]
         if message[0] == ord("K"):
@@ -115,9 +121,11 @@ class Renewal:
             if new is not None and new[1] not in had:
                 self._take(new[0])
                 say(f"{path}: a new key")
+        # Several files may have had the same key.
+        for identity in had - there:
+            self._drop(identity)
         for path, identity in before.items():
             if identity not in there:
-                self._drop(identity)
                 say(f"{path}: its former key is let go of")
         say(f"keys read again: {len(there)}")
         if there != had:

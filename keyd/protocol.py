@@ -420,8 +420,8 @@ class Keys(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[bytes]) -> "Keys":
-        """From whole ids."""
-        return cls(tuple(key[:SHORT_ID_OCTETS] for key in keys))
+        """From whole ids. Another thread may take a key in, or let go of one, meanwhile."""
+        return cls(tuple(key[:SHORT_ID_OCTETS] for key in tuple(keys)))
 
     def encode(self) -> bytes:
         """Raise Malformed where the keys do not fit into one message."""

@@ -62,7 +62,7 @@ def mind(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
         pin_file = settings["pin_file"]
         pin = None if pin_file is None else passphrase_in(read(pin_file, "pin-source")).decode()
         # The library, and not yet the module: of that, only a child's memory has anything.
-        from keyd.token.session import Wanted, serve
+        from keyd.token.session import SAID, SAID_FOR_GOOD, Wanted, serve
     except ImportError as error:
         why = f"python-pkcs11 is missing (pip install 'titus-py[pkcs11]'): {error}"
         _give_up(keyd, why)
@@ -88,11 +88,11 @@ def mind(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
             seccomp.install(program)
             serve(wanted, pin, keyd, progress)
         code = _watch(child, keyd, progress)
-        if code == 0:
-            _wait_for_end(keyd, None)
+        # If keyd has ended, it is seen here.
+        _wait_for_end(keyd, None if code == SAID_FOR_GOOD else 0)
         if code == _HUNG:
             _tell(keyd, Down(False, "its module hung, and was killed"))
-        elif code != 1:
+        elif code != SAID:
             _tell(keyd, Down(False, f"its module ended its process: {how_ended(code)}"))
         # Each key has been used once by keyd itself.
         if progress.answered > len(wanted.keys):

@@ -34,7 +34,11 @@ from keyd.protocol import SignatureScheme
 from keyd.token.messages import Answer, Down, Failure, Nonsense, Question, Ready
 from keyd.token.progress import Progress
 
-__all__ = ["Wanted", "serve"]
+__all__ = ["SAID", "SAID_FOR_GOOD", "Wanted", "serve"]
+
+#: Exit codes: keyd has been told why; and trying again might lock the token. A module that ends its
+#: process has codes of its own, and has told nobody.
+SAID, SAID_FOR_GOOD = 101, 102
 
 #: How long the module may take for one operation, and to log in: a small one has to load its keys.
 OPERATION_SECONDS, LOGIN_SECONDS = 5.0, 30.0
@@ -99,8 +103,8 @@ class _Unusable(Exception):
 def serve(wanted: Wanted, pin: str | None, keyd: socket.socket, progress: Progress) -> NoReturn:
     """Log in, and answer keyd's questions until it ends or the session is lost; then exit.
 
-    The exit code is 0 where there is nothing more to do: keyd has ended, or trying again might
-    lock the token. ``progress`` is told what the module does.
+    The exit code is SAID, SAID_FOR_GOOD, or 0 where keyd has ended. ``progress`` is told what the
+    module does.
     """
     try:
         progress.busy(LOGIN_SECONDS)
@@ -112,10 +116,10 @@ def serve(wanted: Wanted, pin: str | None, keyd: socket.socket, progress: Progre
         pkcs11.lib(wanted.module).finalize()
     except _Unusable as error:
         keyd.send(Down(error.lasting, str(error)).encode())
-        os._exit(0 if error.lasting else 1)
+        os._exit(SAID_FOR_GOOD if error.lasting else SAID)
     except pkcs11.exceptions.PKCS11Error as error:
         keyd.send(Down(False, _named(error)).encode())
-        os._exit(1)
+        os._exit(SAID)
     except OSError:
         # keyd has ended.
         os._exit(0)

@@ -126,6 +126,17 @@ def test_new_keys_come_old_ones_go_and_a_bad_file_keeps_its_key(files: KeyFiles)
     assert files.ask(third) is Status.DONE
 
 
+def test_two_files_with_one_key_let_go_of_it_together(files: KeyFiles) -> None:
+    other = files.others / "copy.key"
+    files.write(other, files.first)
+    files.hang_up()
+    new = files.write(files.named)
+    files.write(other, new)
+    files.hang_up()
+    assert files.ask(new) is Status.DONE
+    assert files.ask(files.first) is Status.NOT_GRANTED
+
+
 def test_keys_of_every_kind_come(files: KeyFiles) -> None:
     """What the library loads late, it has loaded before keyd was confined."""
     made = ["openssl", "genpkey", "-algorithm", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"]

@@ -146,6 +146,7 @@ def nginx_with_keyd(served: Served) -> Iterator[Nginx]:
     [
         ("crash", "its module ended its process: killed by SIGSEGV"),
         ("exec", "its module ended its process: killed by SIGSYS"),
+        ("exit", "its module ended its process: exited with 0"),
         ("pulled", "DeviceRemoved"),
         ("session lost", "SessionHandleInvalid"),
     ],

@@ -1,5 +1,7 @@
 """keyd's messages: out and back, and whatever else may come."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -288,3 +290,15 @@ def test_the_longest_messages_fit_where_they_are_read() -> None:
     longest = Request(Operation.SIGN, 0, KEY, bytes(MAX_PAYLOAD_OCTETS))
     assert len(longest.encode()) == MAX_REQUEST_OCTETS
     assert len(Reply(Status.DONE, bytes(MAX_REPLY_PAYLOAD_OCTETS)).encode()) == MAX_REPLY_OCTETS
+
+
+def test_keys_are_listed_while_others_come() -> None:
+    class Slow(bytes):
+        """While it is listed, another thread takes a key in."""
+
+        def __getitem__(self, part: Any) -> Any:
+            keys[bytes([len(keys)]) * 32] = None
+            return bytes(self)[part]
+
+    keys: dict[bytes, None] = {Slow(b"a" * 32): None, Slow(b"b" * 32): None}
+    assert Keys.of(keys).keys == (b"a" * 8, b"b" * 8)

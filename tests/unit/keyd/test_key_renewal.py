@@ -1,0 +1,61 @@
+"""A reading of the key files that ends half-way: what it has found is not taken for the whole."""
+
+import mmap
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from keyd import key_reader
+from keyd.key_files import KeySources
+from keyd.key_reader import ORDER
+from keyd.key_renewal import Renewal
+from keyd.keys import UnusableKey
+from keyd.powers import PrivateKey
+
+#: Shared with the process that reads.
+BEGUN = mmap.mmap(-1, 1)
+STAYS, GOES = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+
+
+class Interrupted(KeySources):
+    """Its process is killed after the first key of the first reading; then that file is gone."""
+
+    def load(self) -> Iterator[tuple[str, PrivateKey | UnusableKey]]:
+        if not BEGUN[0]:
+            BEGUN[0] = 1
+            yield "goes", GOES
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield "stays", STAYS
+
+
+@pytest.fixture
+def reader() -> Iterator[socket.socket]:
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = set(children.read_text().split())
+    with key_reader.start(Interrupted((), None, None)) as ours:
+        ours.settimeout(30)
+        (child,) = set(children.read_text().split()) - before
+        yield ours
+    os.waitpid(int(child), 0)
+
+
+def test_a_reading_that_was_killed_is_named_and_forgotten(
+    reader: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[PrivateKey] = []
+    renewal = Renewal(reader, {}, taken.append, lambda _: None, lambda: None)
+    for messages in (2, 2):
+        reader.send(ORDER)
+        for _ in range(messages):
+            # A message that is awaited.
+            reader.recv(1, socket.MSG_PEEK)
+            assert not renewal._hear(reader)
+    assert [key.public_key() for key in taken] == [STAYS.public_key()]
+    said = "keys cannot be read again: the process for that killed by SIGKILL"
+    assert said in capsys.readouterr().err
