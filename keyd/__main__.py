@@ -54,7 +54,7 @@ from keyd.system_calls import SERVING
 from keyd.token import options as token_options
 from keyd.token.keys import States, hear_first
 from keyd.token.starting import start_told
-from keyd.words import leave_standard_error
+from keyd.words import leave_standard_error, say
 
 __all__ = ["main"]
 
@@ -384,11 +384,7 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
                 if isinstance(report, Refusal):
                     process = peer_process(client)
                     page.refused(report, process)
-                    print(
-                        f"keyd: refused, {report.status.name}: {report.detail} (process {process})",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    say(f"refused, {report.status.name}: {report.detail} (process {process})")
 
             return keyd.open_once(terms, grants, client, record)
 

@@ -48,6 +48,7 @@ from keyd.pss import PSSPrivateKey
 from keyd.sites import Sites
 from keyd.succession import MAX_ORDER_OCTETS, hand_over
 from keyd.tally import Tally
+from keyd.words import say
 
 __all__ = ["Keyd"]
 
@@ -78,7 +79,7 @@ def _die(
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
-    print(f"keyd: {kind.__name__}: {error} at {where}", file=sys.stderr, flush=True)
+    say(f"{kind.__name__}: {error} at {where}")
     os._exit(1)
 
 
@@ -187,7 +188,7 @@ class Keyd:
                     grants = sets.use(order.grants)
             except Malformed as error:
                 # Perhaps it has another version than ours. keyd goes on, for other parents.
-                print(f"keyd: closing the connection to a parent: {error}", file=sys.stderr)
+                say(f"closing the connection to a parent: {error}")
                 order = None
             if order is None:
                 for descriptor in descriptors:
@@ -335,11 +336,7 @@ class Keyd:
         now = time.monotonic()
         if now - self._shortage_told >= _SHORTAGE_INTERVAL:
             self._shortage_told = now
-            print(
-                f"keyd: no room for another connection: {reason}: raise LimitNOFILE=",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"no room for another connection: {reason}: raise LimitNOFILE=")
 
     def _arm_source(
         self, source: socket.socket, hear: Callable[[], Callable[[], None] | None]
@@ -443,11 +440,7 @@ class Keyd:
 
 
 def _print_refusal(refusal: Refusal) -> None:
-    print(
-        f"keyd: refused, connection {refusal.connection}, {refusal.status.name}: {refusal.detail}",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"refused, connection {refusal.connection}, {refusal.status.name}: {refusal.detail}")
 
 
 def _say_no_more(parent: socket.socket) -> None:

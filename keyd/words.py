@@ -41,5 +41,9 @@ def leave_standard_error(tell: Callable[[str], None]) -> None:
 
 
 def say(line: str) -> None:
-    """To standard error, as keyd says everything."""
-    print(f"keyd: {line}", file=sys.stderr, flush=True)
+    """To standard error, as keyd says everything.
+
+    In one piece, newline and all: another thread may say something at the same time.
+    """
+    sys.stderr.write(f"keyd: {line}\n")
+    sys.stderr.flush()
