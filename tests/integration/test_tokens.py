@@ -106,6 +106,9 @@ def served() -> Iterator[Served]:
             *(f"SHIM_{name.upper()}={home / name}" for name in ("behaviour", "logins", "attempts")),
         )
         try:
+            # A token that fails while others begin is tried again a second later.
+            for ready in ("web: rsa", "web: ecdsa", "shaky: key"):
+                keyd.wait_for(f"token {ready} is ready")
             yield Served(directory, hsm, rsa, ecdsa, shaky.key, keyd)
         finally:
             keyd.close()
