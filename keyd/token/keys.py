@@ -45,6 +45,9 @@ _PROOF_SECONDS = 30.0
 _FIRST_SECONDS = 10.0
 #: How many questions may wait in one token: more would not be answered in time by a slow one.
 _MOST_WAITING = 64
+#: How many messages a process may be ahead of one a second with what it was not asked: what it says
+#: when it begins and when it fails, late answers, nonsense.
+_MOST_UNASKED = 64
 #: How much of a state is told to the supervisor: all tokens' go into one message.
 _TOLD_CHARACTERS = 300
 _PROOF = b"keyd asks whether this key is the one of its certificate"
@@ -137,6 +140,8 @@ class Token:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._proofs = 0
+        #: Messages that it was not asked for, less one for each second; and when that was counted.
+        self._unasked, self._counted = 0.0, time.monotonic()
 
     def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> None:
         """Have a digest signed; ``told`` is called once, by this thread or by another."""
@@ -157,7 +162,12 @@ class Token:
             told(f"{self.name} {why}")
 
     def hear(self) -> bool:
-        """Take one message of the process, if there is one; returns whether it has ended."""
+        """Take one message of the process, if there is one.
+
+        Returns whether that was the last: it has ended, or is heard no more.
+        """
+        if self._unasked > _MOST_UNASKED:
+            return True
         try:
             message = self.socket.recv(MAX_MESSAGE_OCTETS + 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -171,14 +181,25 @@ class Token:
             said = decode(message)
         except Nonsense as error:
             self._say(f"{self.name}: {error}")
-            return False
+            return self._says_too_much()
         if isinstance(said, Down):
             self._take_down(said)
         elif isinstance(said, Ready):
             self._take_up(said)
         elif told := self._taken(said.number):
             told(said.signature if isinstance(said, Answer) else f"{self.name}: {said.why}")
-        return False
+            return False
+        return self._says_too_much()
+
+    def _says_too_much(self) -> bool:
+        """Count a message that was not asked for; one that floods keyd takes time from all keys."""
+        now = time.monotonic()
+        self._unasked = max(0.0, self._unasked - (now - self._counted)) + 1
+        self._counted = now
+        if self._unasked <= _MOST_UNASKED:
+            return False
+        self._take_down(Down(True, "its process says too much unasked, and is heard no more"))
+        return True
 
     def expire(self) -> None:
         """Answer questions that have waited for too long."""

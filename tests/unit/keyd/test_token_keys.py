@@ -5,6 +5,7 @@ The test is the process.
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -162,3 +163,44 @@ def test_the_same_trouble_is_said_once(process: Process) -> None:
     process.socket.close()
     assert process.token.hear()
     assert "needs keyd to be started anew" in process.said[-1]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Ready((SPKI,)), Down(False, "pulled"), Failure(9, "of no question"), Answer(9, b"late")],
+)
+def test_a_process_that_floods_keyd_is_heard_no_more(
+    process: Process, message: Ready | Down | Failure | Answer
+) -> None:
+    process.log_in()
+    told = process.ask()
+
+    def is_last() -> bool:
+        # What it is asked, to begin with.
+        with suppress(BlockingIOError):
+            while process.socket.recv(1000):
+                pass
+        process.socket.send(message.encode())
+        return process.token.hear()
+
+    heard = 0
+    while heard < 1000 and not is_last():
+        heard += 1
+    assert 50 < heard < 100
+    why = "its process says too much unasked, and is heard no more"
+    assert process.token.lasting
+    assert process.token.state == f"cannot be used: {why}"
+    assert len(told) == 1
+    assert why in str(process.ask())
+    # Nor by whoever did not know.
+    process.socket.send(Ready((SPKI,)).encode())
+    assert process.token.hear()
+    assert process.token.down
+
+
+def test_answers_to_questions_are_no_flood(process: Process) -> None:
+    process.log_in()
+    for _ in range(200):
+        told = process.ask()
+        process.sign()
+        assert isinstance(told[0], bytes)
