@@ -45,9 +45,10 @@ _PROOF_SECONDS = 30.0
 _FIRST_SECONDS = 10.0
 #: How many questions may wait in one token: more would not be answered in time by a slow one.
 _MOST_WAITING = 64
-#: How many messages a process may be ahead of one a second with what it was not asked: what it says
-#: when it begins and when it fails, late answers, nonsense.
-_MOST_UNASKED = 64
+#: How many messages a process may send unasked, a second and in a row: what it says when it begins
+#: and when it fails, late answers, nonsense. One that takes the place of another, a second later,
+#: finds the questions that the other one has left, and whose answers are for nobody now.
+_UNASKED_PER_SECOND, _MOST_UNASKED = _MOST_WAITING, 4 * _MOST_WAITING
 #: How much of a state is told to the supervisor: all tokens' go into one message.
 _TOLD_CHARACTERS = 300
 _PROOF = b"keyd asks whether this key is the one of its certificate"
@@ -140,7 +141,7 @@ class Token:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
         self._proofs = 0
-        #: Messages that it was not asked for, less one for each second; and when that was counted.
+        #: Messages that came unasked, less those that each second has; and when that was counted.
         self._unasked, self._counted = 0.0, time.monotonic()
 
     def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> None:
@@ -194,7 +195,7 @@ class Token:
     def _says_too_much(self) -> bool:
         """Count a message that was not asked for; one that floods keyd takes time from all keys."""
         now = time.monotonic()
-        self._unasked = max(0.0, self._unasked - (now - self._counted)) + 1
+        self._unasked = max(0.0, self._unasked - _UNASKED_PER_SECOND * (now - self._counted)) + 1
         self._counted = now
         if self._unasked <= _MOST_UNASKED:
             return False

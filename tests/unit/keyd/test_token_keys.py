@@ -170,8 +170,11 @@ def test_the_same_trouble_is_said_once(process: Process) -> None:
     [Ready((SPKI,)), Down(False, "pulled"), Failure(9, "of no question"), Answer(9, b"late")],
 )
 def test_a_process_that_floods_keyd_is_heard_no_more(
-    process: Process, message: Ready | Down | Failure | Answer
+    process: Process,
+    message: Ready | Down | Failure | Answer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(keys, "_UNASKED_PER_SECOND", 0)
     process.log_in()
     told = process.ask()
 
@@ -186,7 +189,7 @@ def test_a_process_that_floods_keyd_is_heard_no_more(
     heard = 0
     while heard < 1000 and not is_last():
         heard += 1
-    assert 50 < heard < 100
+    assert heard == keys._MOST_UNASKED - 1
     why = "its process says too much unasked, and is heard no more"
     assert process.token.lasting
     assert process.token.state == f"cannot be used: {why}"
@@ -198,9 +201,27 @@ def test_a_process_that_floods_keyd_is_heard_no_more(
     assert process.token.down
 
 
-def test_answers_to_questions_are_no_flood(process: Process) -> None:
+def test_answers_to_what_another_process_was_asked_are_no_flood(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_UNASKED_PER_SECOND", 0)
     process.log_in()
-    for _ in range(200):
+    for _ in range(keys._MOST_WAITING):
+        process.ask()
+    process.say(Down(False, "crashed").encode())
+    process.say(Ready((SPKI,)).encode())
+    for _ in range(keys._MOST_WAITING):
+        process.sign()
+    process.sign()
+    assert process.token.state == "ready"
+
+
+def test_answers_to_questions_are_no_flood(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "_UNASKED_PER_SECOND", 0)
+    process.log_in()
+    for _ in range(2 * keys._MOST_UNASKED):
         told = process.ask()
         process.sign()
         assert isinstance(told[0], bytes)
