@@ -37,7 +37,7 @@ import enum
 import operator
 import struct
 from collections.abc import Iterable, Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple
 
 __all__ = [
@@ -73,6 +73,8 @@ __all__ = [
     "decode_control",
     "decode_report",
     "fingerprint",
+    "mask_of",
+    "powers_of",
 ]
 
 VERSION = 1
@@ -276,7 +278,7 @@ class Grant(NamedTuple):
 
     def encode(self) -> bytes:
         name = self.name.encode("ascii")
-        return _GRANT.pack(self.site, _mask(self.powers), self.key, len(name)) + name
+        return _GRANT.pack(self.site, mask_of(self.powers), self.key, len(name)) + name
 
 
 class GrantSet(NamedTuple):
@@ -314,7 +316,7 @@ class GrantSet(NamedTuple):
             name = message[at - length : at]
             if len(name) != length or not name.isascii():
                 raise Malformed(f"a grant for the name {name!r}")
-            grants.append(Grant(site, name.decode(), key, _powers(mask)))
+            grants.append(Grant(site, name.decode(), key, powers_of(mask)))
         return cls(number, tuple(grants))
 
 
@@ -454,12 +456,15 @@ def _expect(version: int, kind: bytes, expected: bytes) -> None:
         raise Malformed(f"a control message of version {version}, kind {kind!r}")
 
 
-def _mask(powers: frozenset[Power]) -> int:
+def mask_of(powers: frozenset[Power]) -> int:
+    """As one octet: a bit for each."""
     return sum(1 << power for power in powers)
 
 
-def _powers(mask: int) -> frozenset[Power]:
+@cache
+def powers_of(mask: int) -> frozenset[Power]:
+    """Raises Malformed for a power that there is not, and for none."""
     powers = frozenset(power for power in Power if mask >> power & 1)
-    if not powers or _mask(powers) != mask:
+    if not powers or mask_of(powers) != mask:
         raise Malformed(f"a grant of powers 0x{mask:02x}")
     return powers
