@@ -425,6 +425,30 @@ def test_a_worker_that_is_killed_as_a_spare_is_replaced(serve: Serve, echoing: L
     assert serves(instance)
 
 
+def test_many_spares_killed_at_once_cost_nobody_a_connection(
+    serve: Serve, echoing: Listener
+) -> None:
+    """As the kernel does where memory runs out. They had confined themselves."""
+    instance = serve(echoing.address, worker={"spare": 16})
+    instance.expected_alarms.add("worker_failed")
+    before = instance.settled_counts(spare=16)
+    with TlsClient(instance.port) as established:
+        assert talk(established.handshake())
+        parent = instance.parent()
+        busy = instance.wait_for_event("connection_begun")["uid"]
+        spares = [worker for worker in instance.workers() if worker.uid != busy]
+        # The parent finds all of them dead in one round.
+        parent.kill(signal.SIGSTOP)
+        for spare in spares:
+            spare.kill()
+        parent.kill(signal.SIGCONT)
+        instance.wait_for_events(len(spares), "worker_failed")
+        assert serves(instance)
+        assert talk(established)
+        assert instance.parent() == parent
+    assert instance.settled_counts(spare=16) == before
+
+
 def test_every_connection_has_a_uid_of_its_own(serve: Serve, backend: Listener) -> None:
     instance = serve(backend.address)
     clients: list[TlsClient] = []

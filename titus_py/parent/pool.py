@@ -7,6 +7,7 @@ only the kernel.
 
 import errno
 import os
+import signal
 import socket
 import sys
 from collections import deque
@@ -31,6 +32,8 @@ _REAP_SECONDS = 0.1
 _SPARES_SECONDS = 0.02
 #: How many workers in a row may fail to confine themselves: then the parent gives up.
 _MAX_FAILED_WORKERS = 5
+#: How a worker ends that somebody else ended: the kernel, for one, where memory runs out.
+_KILLED = how_ended(-signal.SIGKILL)
 
 
 class Pool:
@@ -226,7 +229,8 @@ class Pool:
 
     def _worker_failed(self, worker: Worker, how: str, why: str) -> None:
         self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=why)
-        self._failed_workers += 1
+        if how != _KILLED:
+            self._failed_workers += 1
         if self._failed_workers >= _MAX_FAILED_WORKERS:
             sys.exit("titus-py: workers cannot confine themselves: " + why)
         self._fork_timer = self._fork_timer or self._loop.after(0.1, self._fork_again)
