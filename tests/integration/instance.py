@@ -393,10 +393,21 @@ class Instance:
         )
 
     def workers(self) -> list[Process]:
-        """All of them, the spare ones too."""
+        """All of them, the spare ones too, and those that are not confined yet."""
         forked = self._forked()
         oldest = min(forked, key=lambda one: (one.started, one.pid), default=None)
         return [one for one in forked if one != oldest or one.uid]
+
+    def confined_workers(self, at_least: int = 1) -> list[Process]:
+        """The same, once there are so many, and each is confined."""
+
+        def confined() -> list[Process]:
+            workers = self.workers()
+            done = len(workers) >= at_least and all(map(_is_confined, workers))
+            return workers if done else []
+
+        found: list[Process] = eventually(confined, f"{at_least} confined workers")
+        return found
 
     def _forked(self) -> list[Process]:
         parent = self.parent().pid
@@ -505,6 +516,14 @@ class Instance:
         if event["event"] == "?" and "?" not in self.expected_alarms:
             return not re.match(r"[0-9T:.-]+Z (info|warning) ", event["line"])
         return event.get("level") == "alarm" and event["event"] not in self.expected_alarms
+
+
+def _is_confined(worker: Process) -> bool:
+    """Its title is the last that it sets: until then it has the fork server's."""
+    try:
+        return _short_file(f"/proc/{worker.pid}/cmdline").rstrip(b"\0") == b"titus-py: worker"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _fits(event: Event, name: str, fields: Mapping[str, object]) -> bool:

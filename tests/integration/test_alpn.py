@@ -24,7 +24,7 @@ from titus_py.worker.client_hello import (
 
 from .certificates import Certificate
 from .conftest import Certificates, Nginx, Serve
-from .instance import TITUS_PY, Event, Instance, Table, eventually
+from .instance import TITUS_PY, Event, Instance, Table
 from .peers import Listener, TlsClient, Truncated, alert_in, served_by
 
 DECODE_ERROR, NO_APPLICATION_PROTOCOL = 50, 120
@@ -405,8 +405,7 @@ def test_no_memory_of_a_worker_is_both_writable_and_executable(
     with TlsClient(instance.port, protocols=["h2"]) as client:
         assert client.handshake().receive_all() == b"of all others"
         # The client has yet to end its stream: this worker is there, and so are spares.
-        workers = eventually(lambda: len(found := instance.workers()) > 2 and found, "spares")
-        for process in (instance.fork_server(), *workers):
+        for process in (instance.fork_server(), *instance.confined_workers(4)):
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             assert "alpn." in maps
             assert writable_and_executable(maps) == []

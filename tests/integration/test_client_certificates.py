@@ -361,7 +361,7 @@ def test_curl(
 def test_only_who_asks_pays(instance: Instance, serve: Serve, greeting: Listener) -> None:
     """The code is in the workers of who asks, none of it writable; and in nobody else's."""
     for one, asks in ((instance, True), (serve(greeting.address), False)):
-        for worker in one.workers():
+        for worker in one.confined_workers(2):
             maps = Path(f"/proc/{worker.pid}/maps").read_text()
             assert ("verification." in maps) is asks
             assert not re.search(r"^\S+ \S?wx", maps, re.MULTILINE)

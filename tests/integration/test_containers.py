@@ -179,7 +179,8 @@ def test_with_these_settings_a_user_namespace_is_enough(
     instance.expected_alarms.add("?")  # keyd says what it lacks.
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
-        assert {worker.uid for worker in instance.workers()} <= set(range(20_000, 40_000))
+        workers = instance.confined_workers(4)
+        assert {worker.uid for worker in workers} <= set(range(20_000, 40_000))
         assert instance.keyd().uid == 19_999
         assert reload(instance)["reloaded"], problems(instance)
         assert talk(client)

@@ -212,12 +212,14 @@ def test_a_fork_server_ends_rather_than_forks_what_is_not_for_it(
     instance.expected_alarms.add("fork_server_died")
     with TlsClient(instance.port) as established:
         assert talk(established.handshake())
-        fork_server = instance.fork_server()
-        with mouth(instance.parent(), fork_server) as ours, open(os.devnull) as nothing:
+        parent, fork_server = instance.parent(), instance.fork_server()
+        instance.confined_workers(4)
+        with mouth(parent, fork_server) as ours, open(os.devnull) as nothing:
             send_descriptors(ours, FORGED[forged], [nothing.fileno()] * 2)
         # It says why, which a log that is a file does not hear: it may not write to files.
         assert instance.wait_for_event("fork_server_died")["how"].startswith("exited with")
-        assert not any(worker.uid == 0 for worker in instance.workers())
+        of_it = [one for one in instance.processes() if one.parent == parent.pid]
+        assert all(one.uid for one in of_it)
         eventually(lambda: serves(instance), "served by another generation")
         assert talk(established)
 
@@ -372,6 +374,6 @@ def test_when_memory_runs_out_workers_are_ended_before_those_that_others_need(
 
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
-        workers = [*instance.workers(), instance.fork_server()]
+        workers = [*instance.confined_workers(4), instance.fork_server()]
         others = [instance.supervisor(), instance.parent(), instance.keyd()]
         assert min(map(score, workers)) > max(map(score, others))

@@ -172,8 +172,7 @@ def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:
     with TlsClient(instance.port).handshake() as client:
         client.send(b"x")
         assert client.receive_exactly(1) == b"x"
-        eventually(lambda: len(instance.workers()) >= 3, "a worker, and spares")
-        eventually(lambda: all(found.uid for found in instance.workers()), "all confined")
+        spawned = instance.confined_workers(4)
         processes = instance_processes(instance.pid)
         assert {found.pid: (found.ppid, found.uid, found.started) for found in processes} == {
             found.pid: (found.parent, found.uid, found.started) for found in instance.processes()
@@ -186,7 +185,7 @@ def test_roles_and_whose_connection(serve: Serve, echoing: Listener) -> None:
         assert by_role.pop(Role.FORK_SERVER) == [instance.fork_server().pid]
         assert by_role.pop(Role.KEYD) == [instance.keyd().pid]
         workers = by_role.pop(Role.WORKER)
-        assert sorted(workers) == sorted(found.pid for found in instance.workers())
+        assert sorted(workers) == sorted(found.pid for found in spawned)
         assert not by_role
 
         [(worker, connection)] = connections_to(instance.port, processes).items()

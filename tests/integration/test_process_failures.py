@@ -189,7 +189,7 @@ def test_a_killed_parent_is_replaced_and_takes_its_workers_along(
     before = instance.settled_counts()
     with TlsClient(instance.port) as client:
         client.handshake()
-        workers = instance.workers()
+        workers = instance.confined_workers(4)
         assert kill_and_await(instance, instance.parent(), "parent") < 3
         with pytest.raises(ConnectionResetError):
             client.receive()
@@ -418,7 +418,7 @@ def test_a_worker_that_is_killed_as_a_spare_is_replaced(serve: Serve, echoing: L
     instance = serve(echoing.address)
     instance.expected_alarms.add("worker_failed")
     before = instance.settled_counts()
-    victim = instance.workers()[0]
+    victim = instance.confined_workers(4)[0]
     victim.kill()
     instance.wait_for_event("worker_failed", uid=victim.uid)
     assert instance.settled_counts() == before
@@ -456,8 +456,7 @@ def test_every_connection_has_a_uid_of_its_own(serve: Serve, backend: Listener) 
     for _ in range(10):
         clients.append(TlsClient(instance.port).handshake())
         backends.append(backend.accept())
-    workers = instance.workers()
-    assert len(workers) > 10
+    workers = instance.confined_workers(11)
     uids = {worker.uid for worker in workers}
     assert len(uids) == len(workers)
     assert uids <= set(instance.uids[:-1])

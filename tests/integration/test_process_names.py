@@ -38,13 +38,13 @@ def test_each_process_says_what_it_is(serve: Serve, echoing: Listener) -> None:
             lambda: names(instance.fork_server()) == ("titus-forks", "titus-py: fork server"),
             "the fork server's name",
         )
-        workers = {names(worker) for worker in instance.workers()}
+        workers = {names(worker) for worker in instance.confined_workers(4)}
     assert workers == {("titus-worker", "titus-py: worker")}
 
 
 def test_nothing_of_the_command_line_is_left_in_a_worker(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
-    for worker in instance.workers():
+    for worker in instance.confined_workers(4):
         shown = Path(f"/proc/{worker.pid}/cmdline").read_bytes()
         assert shown.rstrip(b"\0") == b"titus-py: worker"
 

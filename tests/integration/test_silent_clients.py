@@ -19,7 +19,7 @@ FLOOD = 500
 def spares(instance: Instance) -> set[Process]:
     """Once nobody is served, and as many are there as there may be."""
     instance.settled_counts()
-    return set(instance.workers())
+    return set(instance.confined_workers(4))
 
 
 def told_of(instance: Instance) -> int:
@@ -176,8 +176,7 @@ def test_a_load_balancer_has_its_own_time(serve: Serve, echoing: Listener) -> No
         ],
         worker={"handshake_timeout": "60s"},
     )
-    eventually(lambda: len(instance.workers()) == 4, "all spares")
-    before = set(instance.workers())
+    before = set(instance.confined_workers(4))
     with connect(instance.port) as balancer:
         with pytest.raises(ConnectionResetError):
             balancer.recv(1)

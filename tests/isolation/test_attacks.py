@@ -107,7 +107,7 @@ def _bystander(instance: Instance) -> Iterator[int]:
         client.send(b"harmed?")
         assert client.receive_exactly(7) == b"harmed?"
         # The only one that holds a backend.
-        worker = max(instance.workers(), key=lambda worker: worker.descriptors)
+        worker = max(instance.confined_workers(2), key=lambda worker: worker.descriptors)
         victims = {worker, instance.keyd(), instance.parent(), instance.fork_server()}
         yield worker.pid
         client.send(b"unharmed")
@@ -241,7 +241,7 @@ def test_a_worker_shares_nothing_with_the_fork_server(instance_without: Instance
     server = _descriptors(victims.pids["fork server"])
     assert {0: "/dev/null", 1: "/dev/null"}.items() <= server.items()
     assert not _written_together(victims.pids["fork server"])
-    for worker in victims.instance.workers():
+    for worker in victims.instance.confined_workers(2):
         held = _descriptors(worker.pid)
         assert {number: held.pop(number) for number in range(3)} == dict.fromkeys(
             range(3), "/dev/null"

@@ -74,7 +74,7 @@ def test_fuzzing(own: Instance, to: str, some: int) -> None:
     survivor = TlsClient(own.port, "localhost").handshake()
     survivor.send(b"x")
     assert survivor.receive_exactly(1) == b"x"
-    eventually(lambda: len(own.workers()) >= 4, "spare workers")
+    own.confined_workers(4)
     before, parent, keyd = own.counts(), own.parent(), own.keyd()
 
     sent = 0

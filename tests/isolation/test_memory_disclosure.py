@@ -211,10 +211,11 @@ def test_memory_holds_only_what_is_its_clients(
         memory, client_name = memory_of_a_worker(serving, stage, own)
         # It is told a little later than its worker had the client.
         mine = serving.wait_for_event("connection_begun", since=since, client=client_name)
-        parents = b"".join(memory_from_outside(serving.parent().pid))
         begun = serving.events_named("connection_begun")
         # Of connections that are over, of those that there are, of spares.
-        uids = {event["uid"] for event in begun} | {worker.uid for worker in serving.workers()}
+        workers = serving.confined_workers()
+        uids = {event["uid"] for event in begun} | {worker.uid for worker in workers}
+        parents = b"".join(memory_from_outside(serving.parent().pid))
         # But for what was there before, and the configuration's first and last one: the fork
         # server's loop holds orders against these two, and its stack is copied.
         uids -= {*uids_before, serving.uids[0], serving.uids[WORKERS - 1]}
