@@ -240,6 +240,29 @@ def test_memory_holds_only_what_is_its_clients(
     assert uids_in(parents, uids) == uids
 
 
+def test_no_page_is_shared_and_writable_but_each_workers_report(
+    instance: tuple[Instance, list[Needle]],
+) -> None:
+    """Of workers with a client and without one; and of the fork server, which they come from."""
+    serving, _ = instance
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(TlsClient(serving.port, "localhost")).handshake()
+        shared = {worker.pid: shared_writable(worker.pid) for worker in serving.confined_workers(3)}
+    assert shared_writable(serving.fork_server().pid) == []
+    assert len(shared) > 2
+    assert {len(found) for found in shared.values()} == {1}
+    names, inodes = zip(*(found[0] for found in shared.values()), strict=True)
+    assert {*names} == {"/memfd:report"}
+    assert len({*inodes}) == len(shared)
+
+
+def shared_writable(pid: int) -> list[tuple[str, int]]:
+    """What is mapped so that a write reaches another process: the names and inodes."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return [(line[5], int(line[4])) for line in lines if line[1][1] == "w" and line[1][3] == "s"]
+
+
 def test_the_search_finds_a_key_that_is_there(
     instance: tuple[Instance, list[Needle]],
 ) -> None:
