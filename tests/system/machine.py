@@ -30,6 +30,10 @@ class Machine:
         upper, work = self._directory / "upper", self._directory / "work"
         for path in (self.root, upper, work):
             path.mkdir()
+        # What people keep there is theirs, and may take minutes to look through.
+        for name in ("root", "srv"):
+            upper.joinpath(name).mkdir(mode=0o700)
+            os.setxattr(upper / name, "trusted.overlay.opaque", b"y")
         self._cgroups = _own_cgroups(self._name)
         self._nspawn: subprocess.Popen[bytes] | None = None
         try:
@@ -66,7 +70,8 @@ class Machine:
             *("--console=pipe", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
             # What a machine has, and nspawn would keep from it.
             "--capability=CAP_IPC_LOCK",
-            "--system-call-filter=landlock_create_ruleset landlock_restrict_self seccomp",
+            "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+            " seccomp",
             f"--directory={self.root}",
             f"--machine={self._name}",
             "systemd.unit=multi-user.target",

@@ -129,6 +129,7 @@ def _reloads(admin: Administrator) -> None:
     admin.gets_a_certificate("the second one")
     admin.types("systemctl reload titus-py")
     admin.requests()
+    _has_a_backend_with_a_name(admin)
 
     admin.types("sed -i 's/^backend/backed/' /etc/titus-py/titus.toml")
     admin.types("systemctl reload titus-py", fails=True)
@@ -138,6 +139,15 @@ def _reloads(admin: Administrator) -> None:
     admin.types("sed -i 's/^backed/backend/' /etc/titus-py/titus.toml")
     admin.types("systemctl reload titus-py")
     assert admin.property("titus-py", "MainPID") == before
+
+
+def _has_a_backend_with_a_name(admin: Administrator) -> None:
+    """It is looked up by a process that Landlock confines, as the unit has to allow."""
+    for before, after in (("127.0.0.1", "localhost"), ("localhost", "127.0.0.1")):
+        admin.types(f"sed -i 's/{before}:8080/{after}:8080/' /etc/titus-py/titus.toml")
+        admin.types("systemctl reload titus-py")
+        admin.requests()
+        assert ("titus-py: resolver" in admin.processes()) == (after == "localhost")
 
 
 def _finds_its_address_in_use(admin: Administrator) -> None:
