@@ -34,6 +34,7 @@ from keyd.inspection import audit as inspection_audit
 from keyd.inspection import status as inspection_status
 from keyd.key_files import KeySources
 from keyd.key_renewal import Renewal
+from keyd.key_ring import KeyRing
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
@@ -63,6 +64,7 @@ __all__ = ["main"]
 _LEAVE_SECONDS = 3.0
 #: One more than there are cores, so that a slow key does not hold up the quick ones.
 _THREADS = (os.cpu_count() or 1) + 1
+_CANNOT_SERVE = (CannotLock, UnusableKey, Malformed, OSError, LookupError)
 
 
 def main() -> int:
@@ -87,7 +89,7 @@ def _run() -> int:
         return 2
     except BrokenPipeError:
         raise
-    except (UnusableKey, Malformed, OSError, LookupError) as error:
+    except _CANNOT_SERVE as error:
         print(f"keyd: {error}", file=sys.stderr)
         return 1
     return code
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     purpose.add_argument(
         "--as-client", action="store_true", help="sign what a TLS 1.3 client signs, and no server"
     )
-    listen.set_defaults(run=_listen)
+    listen.set_defaults(run=_of_its_own, serve=_listen)
 
     control = commands.add_parser(
         "control",
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "to the keys at all.",
     )
     _add_service_options(control)
-    control.set_defaults(run=_control)
+    control.set_defaults(run=_of_its_own, serve=_control)
 
     reference = commands.add_parser(
         "reference", help="write the reference file that stands for a certificate's key"
@@ -289,44 +291,47 @@ def _leave_when_told(keyd: Keyd) -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def _control(arguments: argparse.Namespace) -> NoReturn:
-    """Serve parents that connect, on the terms that each states."""
+def _of_its_own(arguments: argparse.Namespace) -> NoReturn:
+    """Serve, and tell the service manager why not if keyd cannot."""
     set_title("keyd", "keyd", *sys.argv[1:])
     close_inherited()
     notify = Notifier()
+    try:
+        arguments.serve(arguments, notify)
+    except _CANNOT_SERVE as error:
+        notify(status=f"not started: {error}")
+        raise
+    _leave()
+
+
+def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
+    """Serve parents that connect, on the terms that each states."""
     guards = _protect(arguments)
     sources = _sources(arguments)
     reader = key_reader.start(sources) if sources.any else None
-    keys: dict[bytes, Key] = {}
     page = StatusPage("control")
-
-    def found(key: Key) -> None:
-        keys[key_id(key.public_key())] = key
-        page.keys_changed()
-
-    def drop(identity: bytes) -> None:
-        del keys[identity]
-        page.keys_changed()
-
-    tokens = token_options.start(arguments, found)
+    # What parents grant, they say themselves.
+    ring = KeyRing(frozenset(), page.keys_changed)
+    tokens = token_options.start(arguments, ring.take)
     of_files = sources.load_all(needed=not tokens)
-    keys |= _load(of_files.values())
+    for key in _load(of_files.values()).values():
+        ring.take(key)
     hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
     with ExitStack() as stack:
         doors = listeners(arguments, stack, lambda: (0, 0), mode=0o600)
         program = _withdraw(arguments, guards)
         states = States(tokens)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, states, page))
-        renewal = Renewal(reader, of_files, found, drop, keyd.part)
-        page.tell_of(keys, renewal.paths, paths_of(doors), keyd.tally)
+        keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
+        renewal = Renewal(reader, of_files, ring.take, ring.drop, keyd.part)
+        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
         def accepted(parent: socket.socket) -> None:
             parent.setblocking(False)
             with suppress(OSError):
-                parent.send(Keys.of(keys).encode())
+                parent.send(Keys.of(ring.keys).encode())
             keyd.hear_parent(parent, gone=lambda: None)
 
         # Parents connect again, and are told which keys there are now.
@@ -335,14 +340,10 @@ def _control(arguments: argparse.Namespace) -> NoReturn:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
-    _leave()
 
 
-def _listen(arguments: argparse.Namespace) -> NoReturn:
+def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
     """Serve the clients of a socket of our own, one operation for each connection."""
-    set_title("keyd", "keyd", *sys.argv[1:])
-    close_inherited()
-    notify = Notifier()
     guards = _protect(arguments)
     # Which versions and groups its clients speak, they do not say.
     granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
@@ -350,32 +351,21 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
         granted = frozenset({Power.SIGN_TLS13_CLIENT})
     sources = _sources(arguments)
     reader = key_reader.start(sources) if sources.any else None
-    keys: dict[bytes, Key] = {}
-    grants: dict[bytes, frozenset[Power]] = {}
     page = StatusPage("listen")
-
-    def found(key: Key) -> None:
-        identity = key_id(key.public_key())
-        keys[identity], grants[identity] = key, granted
-        page.keys_changed()
-
-    def drop(identity: bytes) -> None:
-        del keys[identity], grants[identity]
-        page.keys_changed()
-
-    tokens = token_options.start(arguments, found)
+    ring = KeyRing(granted, page.keys_changed)
+    tokens = token_options.start(arguments, ring.take)
     of_files = sources.load_all(needed=not tokens)
     for key in _load(of_files.values()).values():
-        found(key)
+        ring.take(key)
     hear_first(tokens)
     with ExitStack() as stack:
         doors = listeners(arguments, stack, lambda: owner_of(arguments), mode=0o660)
         program = _withdraw(arguments, guards)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         states = States(tokens)
-        keyd = Keyd(keys, tick=lambda: _tick(notify, states, page))
-        renewal = Renewal(reader, of_files, found, drop, lambda: None)
-        page.tell_of(keys, renewal.paths, paths_of(doors), keyd.tally)
+        keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
+        renewal = Renewal(reader, of_files, ring.take, ring.drop, lambda: None)
+        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
@@ -386,14 +376,13 @@ def _listen(arguments: argparse.Namespace) -> NoReturn:
                     page.refused(report, process)
                     say(f"refused, {report.status.name}: {report.detail} (process {process})")
 
-            return keyd.open_once(terms, grants, client, record)
+            return keyd.open_once(terms, ring.grants, client, record)
 
         renewal.on_hangup(keyd)
         for listener in doors:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
         keyd.serve(_THREADS, program, notify.ready)
-    _leave()
 
 
 def _tick(notify: Notifier, tokens: States, page: StatusPage) -> None:

@@ -13,6 +13,7 @@ from .machine import Machine
 _GUIDE = (Path(__file__).parents[2] / "docs/keyd.md").read_text()
 _UNIT = "keyd@nginx"
 _URL = "https://www.example.org/"
+_LOCAL_URL = "https://127.0.0.1/"
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
         assert f"in {file} (rw-------, uid 0, gid 0)" in seen
     admin.types("rm /etc/nginx/www.key")
     _is_restarted(admin)
+    _cannot_start(admin)
     _is_asked_by_others(admin)
     _is_renewed(admin)
     _is_exposed_as_documented(admin)
@@ -98,6 +100,36 @@ def _is_restarted(admin: Administrator) -> None:
     admin.types(f"systemctl kill --signal=KILL {_UNIT}")
     _requests(admin)
     assert admin.property(_UNIT, "ActiveState") == "active"
+
+
+def _cannot_start(admin: Administrator) -> None:
+    """It is tried a few times for a client that waits, and then at times: clients fail at once."""
+    keys = "/etc/titus-keyd/nginx"
+    drop_in = f"/etc/systemd/system/{_UNIT}.service.d/mistaken.conf"
+    admin.writes(drop_in, "[Service]\nRestartSec=5s\n")
+    admin.types(f"mv {keys} away && mkdir {keys} && touch {keys}/none")
+    admin.types(f"systemctl daemon-reload; systemctl stop {_UNIT}.service 2>&1")
+    admin.types("journalctl --rotate --vacuum-time=1s")
+    _fails_visibly(admin, "not started: no private key in /run/credentials/keyd@nginx.service")
+    starts = admin.types(f"journalctl --quiet --unit {_UNIT} --grep '^Starting '").strip()
+    assert len(starts.splitlines()) in (5, 6)
+    # It comes back by itself once there is a key.
+    admin.types(f"rm -r {keys} && mv away {keys}")
+    _requests(admin)
+
+    # It is not started again by itself where its options are mistaken, but by one command.
+    admin.writes(drop_in, "[Service]\nEnvironment=OPTIONS=--mistaken\n")
+    admin.types(f"systemctl daemon-reload && systemctl restart {_UNIT}", fails=True)
+    _fails_visibly(admin, "status=2/INVALIDARGUMENT")
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart {_UNIT}")
+    _requests(admin)
+
+
+def _fails_visibly(admin: Administrator, reason: str) -> None:
+    admin.types(f"curl --silent --insecure --max-time 60 {_LOCAL_URL}", fails=True)
+    admin.types(f"until systemctl is-failed {_UNIT}.socket; do sleep 0.2; done")
+    assert admin.property(f"{_UNIT}.socket", "Result") == "trigger-limit-hit"
+    assert reason in admin.types(f"systemctl status {_UNIT}", fails=True)
 
 
 def _is_asked_by_others(admin: Administrator) -> None:
