@@ -28,6 +28,7 @@ from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.unix_socket import has_ended
 from keyd.powers import Key
 from keyd.protocol import (
     KEY_ID_OCTETS,
@@ -103,6 +104,8 @@ class Keyd:
         #: can hear the same source again, or None.
         self._sources: dict[int, Callable[[], Callable[[], None] | None]] = {}
         self._parents: set[socket.socket] = set()
+        #: Listeners of which a connection may have been accepted that is no channel or parent yet.
+        self._accepting: set[int] = set()
         #: Once keyd has been told to leave: the latest time for it, and what to call then.
         self._leaves_at: float | None = None
         self._left: Callable[[], object] = self.stop
@@ -154,7 +157,7 @@ class Keyd:
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
-        if self._leaves_at is not None and not self._parents and not self._channels:
+        if self._leaves_at is not None and not (self._parents or self._channels or self._accepting):
             self._left()
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
@@ -181,7 +184,8 @@ class Keyd:
                 # The parent ended with refusals unread. What it had sent is still there.
                 return
             try:
-                order = decode_control(message) if message else None
+                ended = not message and has_ended(control)
+                order = None if ended else decode_control(message)
                 if isinstance(order, GrantSet):
                     sets.add(order)
                 elif order is not None:
@@ -263,12 +267,22 @@ class Keyd:
         """
         listener.setblocking(False)
 
+        descriptor = listener.fileno()
+
         def hear() -> Callable[[], None] | None:
+            # A signal may tell keyd to leave at any time from here on.
+            self._accepting.add(descriptor)
+            slow = accept()
+            self._accepting.discard(descriptor)
+            self._leave_if_done()
+            return slow
+
+        def accept() -> Callable[[], None] | None:
             # Several, while nothing takes long: threads that take turns cost more than they gain.
             for _ in range(_ACCEPTED_AT_ONCE):
                 if self._leaves_at is not None:
                     # Not armed again: new connections are for the next keyd.
-                    del self._sources[listener.fileno()]
+                    del self._sources[descriptor]
                     return None
                 try:
                     client = listener.accept()[0]
@@ -369,7 +383,7 @@ class Keyd:
         self._answer_to(message, descriptor, channel)
 
     def _answer_to(self, message: bytes, descriptor: int, channel: Channel) -> None:
-        if not message:
+        if not message and has_ended(channel.socket):
             self._close(descriptor, channel)
             return
         started = time.monotonic()

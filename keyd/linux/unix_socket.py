@@ -1,4 +1,4 @@
-"""Unix sockets (unix(7)): a file with its owner and mode from the start; who connected.
+"""Unix sockets (unix(7)): a file with its owner and mode from the start; who connected, who left.
 
 Run by the supervisor and by keyd, as root. The directory may be one that others can write to. So
 nothing is done by the path once the file is there: a link could be in its place.
@@ -9,7 +9,7 @@ import socket
 import stat
 import struct
 
-__all__ = ["bind", "peer_process"]
+__all__ = ["bind", "has_ended", "peer_process"]
 
 #: struct ucred (unix(7)): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
@@ -43,3 +43,16 @@ def peer_process(connection: socket.socket) -> int:
     octets = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid: int = _CREDENTIALS.unpack(octets)[0]
     return pid
+
+
+def has_ended(packets: socket.socket) -> bool:
+    """Whether no octets from a SOCK_SEQPACKET socket are the end of file, and not an empty packet.
+
+    An empty packet that is followed by another, or by the end of file, passes for the end.
+    """
+    try:
+        return not packets.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True

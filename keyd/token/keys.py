@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from keyd.linux.unix_socket import has_ended
 from keyd.powers import KeyElsewhere, Told
 from keyd.protocol import SignatureScheme
 from keyd.reference import UnsupportedKey, key_id, kind_of_key, reference_pem
@@ -175,7 +176,7 @@ class Token:
             return False
         except OSError:
             message = b""
-        if not message:
+        if not message and has_ended(self.socket):
             self._take_down(Down(True, "its process has ended, and needs keyd to be started anew"))
             return True
         try:

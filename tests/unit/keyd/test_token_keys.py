@@ -156,6 +156,15 @@ def test_nonsense_is_logged_and_changes_nothing(process: Process) -> None:
     assert isinstance(told[0], bytes)
 
 
+def test_an_empty_packet_is_nonsense_and_not_the_end(process: Process) -> None:
+    process.log_in()
+    process.say(b"")
+    assert not process.token.down
+    process.socket.close()
+    assert process.token.hear()
+    assert "its process has ended" in process.token.down
+
+
 def test_the_same_trouble_is_said_once(process: Process) -> None:
     for _ in range(3):
         process.say(Down(False, "there is no such token").encode())
