@@ -13,13 +13,12 @@ import json
 import os
 import pwd
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import prctl
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from keyd import key_reader
 from keyd.confinement import (
@@ -35,7 +34,7 @@ from keyd.inspection import status as inspection_status
 from keyd.key_files import KeySources
 from keyd.key_renewal import Renewal
 from keyd.key_ring import KeyRing
-from keyd.keys import UnusableKey, load_private_key
+from keyd.keys import UnusableKey
 from keyd.linux import seccomp
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
 from keyd.linux.process import open_standard_streams, run_for_reader
@@ -45,7 +44,8 @@ from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import peer_process
 from keyd.listeners import listeners, owner_of, paths_of
-from keyd.powers import ALL_POWERS, Key, PrivateKey, rehearse
+from keyd.loading import load, readable
+from keyd.powers import ALL_POWERS, Key
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
@@ -55,6 +55,7 @@ from keyd.system_calls import SERVING
 from keyd.token import options as token_options
 from keyd.token.keys import States, hear_first
 from keyd.token.starting import start_told
+from keyd.upstream import command as upstream_command
 from keyd.words import leave_standard_error, say
 
 __all__ = ["main"]
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_make)
 
     token_options.add_command(commands)
+    upstream_command.add(commands)
 
     serve = commands.add_parser("serve")  # titus-py's: on inherited descriptors
     serve.add_argument("--settings-fd", type=int, required=True)
@@ -213,14 +215,20 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
     lock_before_keys(settings["must_lock"])
     guards = guard()
     tokens = start_told(settings["tokens"]) if settings["tokens"] else []
-    keys: dict[bytes, Key] = {}
-    keys |= _load(_readable(settings["keys"]))
+    broker = None
+    if settings["upstreams"]:
+        # Imported here: most have no key that is another host's.
+        from keyd.upstream.starting import start_told as start_upstreams
+
+        broker = start_upstreams(settings["upstreams"])
+    keys: dict[bytes, Key] = {} if broker is None else dict(broker.keys)
+    keys |= load(readable(settings["keys"]))
     handed = [] if arguments.predecessor_fd is None else receive(arguments.predecessor_fd)
     keys |= {key_id(key.public_key()): key for token in tokens for key in token.keys}
     program = bytes.fromhex(settings["filter"])
     to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
     locked = confine(to)
-    keys |= _load(inherited(handed, settings["inherited"]))
+    keys |= load(inherited(handed, settings["inherited"]))
 
     # After confine(): a change of uid clears the parent-death signal.
     prctl.set_pdeathsig(signal.SIGKILL)
@@ -239,6 +247,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
         tell("alive")
         if (news := states.news()) is not None:
             tell("tokens", tokens=news)
+        if broker is not None and (upstreams := broker.news()) is not None:
+            tell("upstreams", upstreams=upstreams)
         if (operations := keyd.tally.news()) is not None:
             tell("operations", **operations)
 
@@ -251,28 +261,16 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
             guards=", ".join(guards) or "none",
         )
 
-    keyd = Keyd(keys, tick)
+    keyd = Keyd(keys, tick, judged_again=() if broker is None else broker.keys)
     for token in tokens:
         keyd.hear_process(token.socket, token.hear)
+    if broker is not None:
+        broker.serve(keyd)
     keyd.hear_parent(parent, gone=keyd.stop)
     keyd.hear_supervisor(supervisor)
 
     keyd.serve(_THREADS, program, ready)
     _leave()
-
-
-def _readable(entries: list[dict[str, Any]]) -> Iterator[PrivateKey]:
-    """The keys of these files. Raises UnusableKey, but not for one of a directory of thousands.
-
-    That one was good when it was checked. The supervisor sees that it is missing.
-    """
-    for entry in entries:
-        try:
-            yield load_private_key(entry["key"], entry["passphrase_file"])
-        except UnusableKey as error:
-            if not entry["may_be_missing"]:
-                raise
-            print(f"keyd: {error}", file=sys.stderr)
 
 
 def _leave() -> NoReturn:
@@ -314,7 +312,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
     ring = KeyRing(frozenset(), page.keys_changed)
     tokens = token_options.start(arguments, ring.take)
     of_files = sources.load_all(needed=not tokens)
-    for key in _load(of_files.values()).values():
+    for key in load(of_files.values()).values():
         ring.take(key)
     hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
@@ -355,7 +353,7 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
     ring = KeyRing(granted, page.keys_changed)
     tokens = token_options.start(arguments, ring.take)
     of_files = sources.load_all(needed=not tokens)
-    for key in _load(of_files.values()).values():
+    for key in load(of_files.values()).values():
         ring.take(key)
     hear_first(tokens)
     with ExitStack() as stack:
@@ -425,18 +423,6 @@ def _sources(arguments: argparse.Namespace) -> KeySources:
         directory and os.path.abspath(directory),
         passphrase_file and os.path.abspath(passphrase_file),
     )
-
-
-def _load(keys: Iterable[PrivateKey]) -> dict[bytes, PrivateKey]:
-    loaded = list(keys)
-    # One key of each kind: what the library loads late is the same for the others.
-    for key in {_kind(key): key for key in loaded}.values():
-        rehearse(key)
-    return {key_id(key.public_key()): key for key in loaded}
-
-
-def _kind(key: PrivateKey) -> str:
-    return key.curve.name if isinstance(key, ec.EllipticCurvePrivateKey) else type(key).__name__
 
 
 def _reference(arguments: argparse.Namespace) -> int:

@@ -6,13 +6,23 @@ with nothing; neither is the client, whose ClientHello the parent has passed on 
 
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from cryptography.exceptions import InternalError
 
 from keyd.client_hello import InvalidClientHello, TooManyExtensions
-from keyd.powers import Client, Key, Later, NotGranted, NotTLS, may_ask, perform
+from keyd.powers import (
+    Client,
+    Key,
+    KeyElsewhere,
+    Later,
+    NotGranted,
+    NotTLS,
+    Whole,
+    may_ask,
+    perform,
+)
 from keyd.protocol import (
     MAX_REQUEST_IN_HANDSHAKE_OCTETS,
     MAX_REQUEST_OCTETS,
@@ -46,11 +56,13 @@ class Channel:
     """A channel, and what is left of its terms.
 
     ``grants`` that are Sites are for the virtual host that the client's name selects. Others are
-    for whatever the client has said: nobody has seen it.
+    for whatever the client has said: nobody has seen it. ``judged_again`` are the keys whose
+    requests somebody else judges, too: who gets the client's first message, which is kept for that.
     """
 
     __slots__ = (
         "_client",
+        "_client_hello",
         "_deadline",
         "_grants",
         "_operations",
@@ -67,6 +79,7 @@ class Channel:
         endpoint: socket.socket,
         record: Callable[[Refusal | Done], None],
         once: bool,
+        judged_again: Collection[bytes] = (),
     ) -> None:
         self.socket = endpoint
         #: Whether it is closed once a request has been answered.
@@ -78,6 +91,11 @@ class Channel:
         self._grants = grants
         #: What is known of the client, or why nothing is done for it.
         self._client = _read(terms.client_hello) if isinstance(grants, Sites) else None
+        self._client_hello = b""
+        if judged_again and isinstance(grants, Sites) and isinstance(self._client, Witnessed):
+            granted = grants.select(self._client.hello.server_name)
+            if any(key in judged_again for key in granted):
+                self._client_hello = terms.client_hello
 
     @property
     def expired(self) -> bool:
@@ -105,6 +123,8 @@ class Channel:
         key = keys.get(request.key)
         if key is None:
             raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+        if isinstance(key, KeyElsewhere):
+            key = key.within(Whole(request, granted, self._client_hello, self._deadline))
         client = None
         if isinstance(self._client, Witnessed):
             transcript_hash = _transcript_hash(self._client, request.messages)

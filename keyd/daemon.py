@@ -17,10 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -84,25 +85,33 @@ def _die(
     os._exit(1)
 
 
+class _Source(NamedTuple):
+    """What to do at these events. It returns what is to be done once others can hear it again."""
+
+    hear: Callable[[], Callable[[], None] | None]
+    events: int
+
+
 class Keyd:
     """The keys, the channels to them, and the threads that serve them.
 
-    ``tick`` is called about once a second; it must not block.
+    ``tick`` is called about once a second; it must not block. ``judged_again`` are the keys that
+    other hosts have, which get a client's first message as well.
     """
 
     def __init__(
         self,
         keys: Mapping[bytes, Key],
         tick: Callable[[], None] = lambda: None,
+        judged_again: Collection[bytes] = (),
     ) -> None:
         self._keys = keys
+        self._judged_again = judged_again
         self._tick = tick
         self.tally = Tally()
         self._epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
-        #: What to do when there is something to hear. It returns what is to be done once others
-        #: can hear the same source again, or None.
-        self._sources: dict[int, Callable[[], Callable[[], None] | None]] = {}
+        self._sources: dict[int, _Source] = {}
         self._parents: set[socket.socket] = set()
         #: Listeners of which a connection may have been accepted that is no channel or parent yet.
         self._accepting: set[int] = set()
@@ -248,13 +257,25 @@ class Keyd:
             _say_no_more(parent)
 
     def hear_process(self, process: socket.socket, hear: Callable[[], bool]) -> None:
-        """Call ``hear`` when this process says something, until it returns that it has ended."""
+        """Call ``hear`` when this process says something, until it returns that it has ended.
+
+        Then the socket is closed.
+        """
 
         def hear_once() -> None:
             if hear():
                 del self._sources[process.fileno()]
+                process.close()
 
         self._arm_source(process, hear_once)
+
+    def await_room(self, connection: socket.socket, go_on: Callable[[], None]) -> None:
+        """Call ``go_on`` whenever more can be sent, until it calls ``need_no_room``."""
+        self._arm_source(connection, go_on, select.EPOLLOUT)
+
+    def need_no_room(self, connection: socket.socket) -> None:
+        del self._sources[connection.fileno()]
+        self._epoll.unregister(connection)
 
     def hear_listener(
         self,
@@ -314,7 +335,9 @@ class Keyd:
         """
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = Channel(terms, grants, endpoint, record, once=False)
+        self._channels[descriptor] = Channel(
+            terms, grants, endpoint, record, once=False, judged_again=self._judged_again
+        )
         self._epoll.register(descriptor, _READABLE_ONCE)
 
     def open_once(
@@ -353,24 +376,31 @@ class Keyd:
             say(f"no room for another connection: {reason}: raise LimitNOFILE=")
 
     def _arm_source(
-        self, source: socket.socket, hear: Callable[[], Callable[[], None] | None]
+        self,
+        source: socket.socket,
+        hear: Callable[[], Callable[[], None] | None],
+        events: int = select.EPOLLIN,
     ) -> None:
-        self._sources[source.fileno()] = hear
-        self._epoll.register(source, select.EPOLLIN | select.EPOLLONESHOT)
+        self._sources[source.fileno()] = _Source(hear, events | select.EPOLLONESHOT)
+        self._epoll.register(source, events | select.EPOLLONESHOT)
 
     def _work(self) -> None:
         while not self._stopped.is_set():
-            for descriptor, _ in self._epoll.poll(_SWEEP_INTERVAL, 1):
-                source = self._sources.get(descriptor)
-                if source is not None:
-                    then = source()
-                    if self._sources.get(descriptor) is source:
-                        self._epoll.modify(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
-                    if then is not None:
-                        then()
-                else:
-                    self._answer(descriptor, self._channels[descriptor])
+            self._take_turn(_SWEEP_INTERVAL)
             self._sweep()
+
+    def _take_turn(self, seconds: float) -> None:
+        """Handle one event to the end, if there is one within this time."""
+        for descriptor, _ in self._epoll.poll(seconds, 1):
+            source = self._sources.get(descriptor)
+            if source is not None:
+                then = source.hear()
+                if self._sources.get(descriptor) is source:
+                    self._epoll.modify(descriptor, source.events)
+                if then is not None:
+                    then()
+            else:
+                self._answer(descriptor, self._channels[descriptor])
 
     def _answer(self, descriptor: int, channel: Channel) -> None:
         try:

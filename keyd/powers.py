@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd import mldsa
 from keyd.client_hello import ClientHello
-from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, SignatureScheme
+from keyd.protocol import PREMASTER_SECRET_OCTETS, Operation, Power, Request, SignatureScheme
 from keyd.pss import PSSPrivateKey, PSSPublicKey
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "NotTLS",
     "PrivateKey",
     "Told",
+    "Whole",
     "may_ask",
     "perform",
     "rehearse",
@@ -48,16 +50,32 @@ Told = Callable[[bytes | str], None]
 Later = Callable[[Told], None]
 
 
+class Whole(NamedTuple):
+    """A request with all that it was judged by."""
+
+    request: Request
+    granted: frozenset[Power]
+    #: The message that the parent has seen; empty where nobody has, or where no key needs it.
+    client_hello: bytes
+    #: Until when an answer is of use, as time.monotonic() has it.
+    deadline: float
+
+
 class KeyElsewhere(ABC):
     """A key that another process has, which signs with it for keyd. It never decrypts."""
 
     @abstractmethod
-    def public_key(self) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
+    def public_key(self) -> PublicKeyTypes | PSSPublicKey:
         """The public part; raises LookupError while it is not known."""
 
     @abstractmethod
     def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
         """Have octets signed that have been checked. Never blocks."""
+
+    def within(self, whole: Whole) -> "KeyElsewhere":
+        """The key for this request alone, where whoever has it judges the request again."""
+        del whole
+        return self
 
 
 Key = PrivateKey | KeyElsewhere
@@ -262,7 +280,10 @@ def _sign(
     known = key.public_key() if isinstance(key, KeyElsewhere) else key
     if not isinstance(known, (scheme.key_type, _PUBLIC.get(scheme.key_type, scheme.key_type))):
         raise NotTLS(f"{name.name} with a key of another kind")
-    if isinstance(known, PSSPrivateKey) and known.binding.digest not in (None, scheme.digest):
+    if isinstance(known, PSSPrivateKey | PSSPublicKey) and known.binding.digest not in (
+        None,
+        scheme.digest,
+    ):
         raise NotTLS(f"{name.name} with a key that is bound to {known.binding.digest}")
     as_client = Power.SIGN_TLS13_CLIENT in granted and octets.startswith(_TLS13_CLIENT)
     if as_client or octets.startswith(_TLS13_SERVER):

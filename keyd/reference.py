@@ -24,11 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, Pub
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd import mldsa
-from keyd.pss import PSSPublicKey
+from keyd.pss import Binding, PSSPublicKey
 
 __all__ = [
     "SERVED_KEYS",
     "UnsupportedKey",
+    "id_and_key_of",
     "key_id",
     "kind_of_key",
     "public_key_of",
@@ -80,19 +81,36 @@ def reference_pem(key: PublicKeyTypes | PSSPublicKey) -> bytes:
 
 
 def public_key_of(reference: str) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey | None:
-    """The public key in a reference that this module wrote; None for kinds without such fields."""
+    """The public key in a reference that this module wrote; None for one of another kind."""
+    _, key = id_and_key_of(reference)
+    return key if isinstance(key, rsa.RSAPublicKey | ec.EllipticCurvePublicKey) else None
+
+
+def id_and_key_of(reference: str) -> tuple[bytes, PublicKeyTypes | PSSPublicKey]:
+    """The id and the public key in a reference that this module wrote.
+
+    Of a key that is bound to PSS, the digest is told, and not what else it is bound to.
+    """
     content = base64.b64decode("".join(reference.splitlines()[1:-1]))
-    first, second = None, None
-    kind, rest = content[1], content[2 + hashlib.sha256().digest_size :]
+    kind, end = content[1], 2 + hashlib.sha256().digest_size
+    identity, rest, fields = content[2:end], content[end:], []
     while rest:
         length = int.from_bytes(rest[:2], "big")
-        first, second, rest = second, rest[2 : 2 + length], rest[2 + length :]
-    if kind == _RSA and first and second:
-        n, e = int.from_bytes(first, "big"), int.from_bytes(second, "big")
-        return rsa.RSAPublicNumbers(e, n).public_key()
-    if kind == _EC and first and second:
-        return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[first.decode()], second)
-    return None
+        fields.append(rest[2 : 2 + length])
+        rest = rest[2 + length :]
+    if kind in (_RSA, _RSA_PSS):
+        n, e = (int.from_bytes(field, "big") for field in fields[:2])
+        key = rsa.RSAPublicNumbers(e, n).public_key()
+        if kind == _RSA:
+            return identity, key
+        return identity, PSSPublicKey(key, Binding(b"", fields[2].decode() if fields[2:] else None))
+    if kind == _EC:
+        curve, point = _CURVES[fields[0].decode()], fields[1]
+        return identity, ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
+    if kind == _ED25519:
+        return identity, ed25519.Ed25519PublicKey.from_public_bytes(fields[0])
+    name = next(name for name, number in _ML_DSA.items() if number == kind)
+    return identity, mldsa.KEY_TYPES[name][1].from_public_bytes(fields[0])  # type: ignore[attr-defined]
 
 
 def _fields(key: PublicKeyTypes | PSSPublicKey) -> tuple[int, tuple[bytes, ...]]:

@@ -6,11 +6,13 @@ knows. Its filter names what no module needs.
 """
 
 import mmap
+import socket
 
 from keyd.linux.seccomp import Only, Rules
 
 __all__ = [
     "ASKING_TOKENS",
+    "CONNECTING",
     "MAKING",
     "MEMORY",
     "NOT_FOR_MODULES",
@@ -86,6 +88,25 @@ MAKING: Rules = {
 
 #: What ``keyd check`` may do besides, where it has tokens prove their keys.
 ASKING_TOKENS: Rules = {"poll": _ANYHOW, "recvfrom": _ANYHOW, "sendto": _ANYHOW}
+
+#: The process that connects to upstreams: to unix sockets, and to nothing else.
+CONNECTING: Rules = {
+    "socket": ((Only(0, 0xFFFF_FFFF, socket.AF_UNIX),),),
+    "connect": _ANYHOW,
+    # keyd: connections, and what became of them.
+    "sendmsg": _ANYHOW,
+    "sendto": _ANYHOW,
+    "recvfrom": _ANYHOW,
+    "poll": _ANYHOW,
+    "close": _ANYHOW,
+    **MEMORY,
+    # Locks, time, and the end.
+    "futex": _ANYHOW,
+    "clock_gettime": _ANYHOW,
+    "restart_syscall": _ANYHOW,
+    "rt_sigreturn": _ANYHOW,
+    "exit_group": _ANYHOW,
+}
 
 _CLONE_THREAD = 0x0001_0000
 

@@ -11,6 +11,7 @@ from titus_py.commands import outside
 from titus_py.commands.routing import commands
 from titus_py.configuration import Loaded, load, printable
 from titus_py.configuration.checking import Checked, check
+from titus_py.configuration.upstreams import unproved_keys
 from titus_py.supervisor.privileges import lacking
 
 __all__ = ["check_main", "lacks", "report"]
@@ -48,6 +49,6 @@ def check_main(path: str | Path, credentials: Path | None = None) -> int:
     if checked.configuration is None:
         return 2
     print(f"{printable(str(path))}: configuration is fine")
-    for line in commands(checked.configuration):
+    for line in (*unproved_keys(checked.configuration), *commands(checked.configuration)):
         print(line)
     return 0

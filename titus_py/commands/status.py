@@ -118,6 +118,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         *([_virtual_hosts(answer["vhosts"], answer["counts"])] if answer["vhosts"] else []),
         *([_tunnels(tunnels)] if (tunnels := answer.get("tunnels")) else []),
         *_tokens(answer.get("tokens", ())),
+        *_upstreams(answer.get("upstreams", ())),
         _counts(answer["counts"], answer["generations"]),
         _forking(answer),
         Text(),
@@ -256,6 +257,19 @@ def _tokens(tokens: Sequence[Mapping[str, Any]]) -> list[Table]:
         state = _text(one["state"])
         state.stylize("green" if one["state"] == "ready" else "bold red")
         table.add_row(_text(one["token"]), state)
+    return [table]
+
+
+def _upstreams(upstreams: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Where keys are other hosts'."""
+    if not upstreams:
+        return []
+    table = _table("upstream", "state", "asked now", "signed", "failed")
+    for one in upstreams:
+        state = _text(one["state"])
+        state.stylize("green" if one["state"] == "ready" else "bold red")
+        counts = (str(one[count]) for count in ("in_flight", "done", "failed"))
+        table.add_row(_text(one["upstream"]), state, *counts)
     return [table]
 
 

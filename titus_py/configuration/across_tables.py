@@ -32,6 +32,7 @@ from titus_py.configuration.uids import (
     unmapped,
     users_and_groups,
 )
+from titus_py.configuration.upstreams import upstream_mistakes
 
 __all__ = [
     "certificate_mistakes",
@@ -167,9 +168,16 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
     if keyd is None:
         return
     whole = valid_part(Keyd, tables["keyd"], source)
+    if whole is not None and whole.socket is not None and whole.upstream is not None:
+        yield source.mistake(
+            "keyd.upstream",
+            f"does not go with keyd.socket: the keyd at {whole.socket} has its own keys, and only "
+            "a keyd that titus-py starts asks other hosts",
+        )
     for place, table in _with_certificate(tables):
         if keyd.socket is None:
             yield from token_mistakes(place, table, whole, source)
+            yield from upstream_mistakes(place, table, whole, source)
         if keyd.socket is None and "key" not in table:
             yield source.mistake(f"{place}.key", "is missing")
         elif keyd.socket is not None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from keyd.token.uri import parse
-from titus_py.configuration.paths import Directory, File, KeyPlace, TokenUri
+from titus_py.configuration.paths import Directory, File, KeyPlace, TokenUri, Upstream
 from titus_py.configuration.table import Table
 
 __all__ = ["Certificate", "Credential", "Credentials", "credential_of", "load_seconds"]
@@ -23,13 +23,16 @@ class Credential(NamedTuple):
     """The files of one certificate and its key: absolute paths."""
 
     certificate: Path
-    #: None if the key is in no file: a token has it, or a keyd that titus-py does not start.
+    #: None if the key is in no file: a token has it, or other hosts, or a keyd that titus-py does
+    #: not start.
     key: Path | None
     passphrase_file: Path | None
     #: The ``certificate_dir`` in which they were found; None if the configuration names them.
     directory: Path | None = None
     #: The URI of the key, if it is in a token.
     token: str | None = None
+    #: Whether other hosts have the key ([keyd] upstream).
+    upstream: bool = False
 
     @property
     def secrets(self) -> list[Path]:
@@ -48,8 +51,10 @@ def load_seconds(credentials: Collection[Credential]) -> float:
 
 
 def credential_of(
-    certificate: Path, key: Path | TokenUri | None, passphrase_file: Path | None
+    certificate: Path, key: Path | TokenUri | Upstream | None, passphrase_file: Path | None
 ) -> Credential:
+    if isinstance(key, Upstream):
+        return Credential(certificate, None, passphrase_file, upstream=True)
     if isinstance(key, TokenUri):
         return Credential(certificate, None, passphrase_file, token=str(key))
     return Credential(certificate, key, passphrase_file)
@@ -69,8 +74,9 @@ class Certificate(Table):
     key: KeyPlace | None = Field(
         default=None,
         description="The certificate's private key in PEM, which only keyd reads; or the URI of a "
-        'key in a token, "pkcs11:token=…;object=…?module-path=…&pin-source=file:…". Absent where '
-        "keyd.socket names a keyd that has it already.",
+        'key in a token, "pkcs11:token=…;object=…?module-path=…&pin-source=file:…"; or "upstream", '
+        "for a key that other hosts have (keyd.upstream): which one, the certificate says. Absent "
+        "where keyd.socket names a keyd that has it already.",
     )
     passphrase_file: File | None = Field(
         default=None, description="A file whose first line is the passphrase of an encrypted key."

@@ -192,7 +192,7 @@ def check(
     warnings += misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
     mistakes += _decrypted_for_others(loaded, certificates)
-    mistakes += _decrypted_by_tokens(loaded, certificates)
+    mistakes += _decrypted_elsewhere(loaded, certificates)
     mistakes += keys_for_both(
         loaded,
         {one: facts.key_id for one, facts in certificates.items()},
@@ -325,16 +325,17 @@ def _decrypted_for_others(
             )
 
 
-def _decrypted_by_tokens(
+def _decrypted_elsewhere(
     loaded: Loaded, certificates: Mapping[Credential, CertificateFacts]
 ) -> Iterator[Mistake]:
-    """Mistakes of virtual hosts whose RSA key is in a token, and is to decrypt."""
+    """Mistakes of virtual hosts whose RSA key is not keyd's own, and is to decrypt."""
     for number, vhost in enumerate(loaded.configuration.vhost if loaded.configuration else ()):
         for one in vhost.credentials.values() if vhost.rsa_key_exchange else ():
-            if one.token and one in certificates and certificates[one].kind == "RSA":
+            elsewhere = "in a token" if one.token else one.upstream and "another host's"
+            if elsewhere and one in certificates and certificates[one].kind == "RSA":
                 yield loaded.source.mistake(
                     f"vhost[{number}].rsa_key_exchange",
-                    "its key is in a token, which keyd has sign and never decrypt: leave it out",
+                    f"its key is {elsewhere}, which keyd has sign and never decrypt: leave it out",
                 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from titus_py.configuration.limits_table import default_per_prefix
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Configuration, VirtualHost
+from titus_py.configuration.upstreams import unasked_upstreams
 
 __all__ = ["ineffective_settings"]
 
@@ -19,6 +20,7 @@ def ineffective_settings(configuration: Configuration, source: Source) -> Iterat
             yield source.mistake(f"vhost[{i}].{setting}", f"has no effect: {reason}")
     yield from _never_reached(configuration, source)
     yield from _of_another_keyd(configuration, source)
+    yield from unasked_upstreams(configuration, source)
 
 
 def _of_other_versions(vhost: VirtualHost) -> Iterator[tuple[str, str]]:

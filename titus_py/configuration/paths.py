@@ -1,6 +1,6 @@
 """Types for ``tables``: files and directories, as they may be written, and what there must be.
 
-A key may also be in a token, by its URI.
+A key may also be in a token, by its URI, or on another host.
 """
 
 import os
@@ -15,19 +15,31 @@ from keyd.token.uri import SCHEME, BadUri, check_module, parse
 from titus_py.configuration.mistake import Source, Valid, described, os_reason, text_of
 
 __all__ = [
+    "UPSTREAM",
     "Directory",
     "EmptyDirectory",
     "File",
     "FilePath",
     "KeyPlace",
     "TokenUri",
+    "Upstream",
     "directory_of",
     "readable_file",
 ]
 
 
+#: What ``key`` says of a key that other hosts have. A file of this name is ``./upstream``.
+UPSTREAM = "upstream"
+
+
 class TokenUri(str):
     """The URI of a key in a token."""
+
+    __slots__ = ()
+
+
+class Upstream(str):
+    """Stands for the place of a key that other hosts have."""
 
     __slots__ = ()
 
@@ -85,8 +97,10 @@ def readable_file(value: object, info: ValidationInfo) -> Path:
     return _readable_file(_path(value, info), info)
 
 
-def _key(value: object, info: ValidationInfo) -> Path | TokenUri:
+def _key(value: object, info: ValidationInfo) -> Path | TokenUri | Upstream:
     text = text_of(value)
+    if text == UPSTREAM:
+        return Upstream(text)
     if not text.startswith(SCHEME):
         return _readable_file(_path(value, info), info)
     try:
@@ -133,6 +147,6 @@ def _empty_directory(value: object, info: ValidationInfo) -> Path:
 
 FilePath = Annotated[Path, PlainValidator(_path)]
 File = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_file)]
-KeyPlace = Annotated[Path | TokenUri, PlainValidator(_key), PlainSerializer(str)]
+KeyPlace = Annotated[Path | TokenUri | Upstream, PlainValidator(_key), PlainSerializer(str)]
 Directory = Annotated[Path, PlainValidator(_path), AfterValidator(_readable_directory)]
 EmptyDirectory = Annotated[Path, PlainValidator(_empty_directory)]

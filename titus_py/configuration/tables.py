@@ -30,6 +30,7 @@ from titus_py.configuration.token_table import Tokens
 from titus_py.configuration.toml import key_text
 from titus_py.configuration.tunnel_table import Tunnel
 from titus_py.configuration.uids import DEFAULT_UIDS
+from titus_py.configuration.upstream_table import Upstreams
 from titus_py.configuration.values import (
     BackendAddresses,
     BackendsByProtocol,
@@ -163,7 +164,7 @@ class KeydSocket(Table):
     )
 
 
-class Keyd(KeydSocket, Tokens):
+class Keyd(KeydSocket, Upstreams, Tokens):
     """[keyd]: the process that holds the private keys."""
 
     user: KeydUser = Field(

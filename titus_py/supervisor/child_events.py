@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from keyd.tally import LATENCY_BOUNDS
+from keyd.upstream.state import UpstreamState
+from titus_py.configuration.upstream_table import MOST_UPSTREAMS
 from titus_py.parent.outbox import MAX_EVENTS, TEXT_CHARACTERS
 from titus_py.supervisor.events import LEVELS
 
@@ -117,6 +119,17 @@ def _is_tokens(value: object) -> bool:
     )
 
 
+def _is_upstreams(value: object) -> bool:
+    """Each an ``UpstreamState``."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_UPSTREAMS
+        and all(isinstance(one, list) and len(one) == len(UpstreamState._fields) for one in value)
+        and all(_is_text(text) for one in value for text in one[:2])
+        and all(_is_count(count) for one in value for count in one[2:])
+    )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
 
@@ -163,6 +176,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "alive": {},
         "keyd_said": {"text": _TEXT},
         "tokens": {"tokens": _Field(_is_tokens)},
+        "upstreams": {"upstreams": _Field(_is_upstreams)},
         "operations": {
             "signed": _COUNT,
             "decrypted": _COUNT,

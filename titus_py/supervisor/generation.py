@@ -23,6 +23,7 @@ from keyd.linux.descriptors import send_descriptors
 from keyd.linux.process import how_ended, signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
+from keyd.upstream.state import UpstreamState
 from titus_py import configuration
 from titus_py.between import certificate_index
 from titus_py.between.event_loop import Timer
@@ -38,6 +39,7 @@ from titus_py.between.plan import (
     VirtualHost,
 )
 from titus_py.between.tunnel_terms import TunnelTerms
+from titus_py.configuration import upstreams
 from titus_py.configuration.address import Address, IPAddress, NameAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
@@ -171,6 +173,8 @@ class Generation:
         self.unresolved: set[NameAddress] = set()
         #: How keyd's tokens are, each with its name.
         self.tokens: list[tuple[str, str]] = []
+        #: How its upstreams are.
+        self.upstreams: list[UpstreamState] = []
         #: The keys that keyd had when it was last connected.
         self.keyds_keys: set[str] | None = None
         #: Replaced by a later generation: it keeps its connections and takes no new ones.
@@ -263,6 +267,10 @@ class Generation:
                 "must_lock": self.configuration.keyd.lock_memory == "required",
                 "filter": self._filters["keyd"],
                 "tokens": self._tokens(),
+                "upstreams": upstreams.told(
+                    self.configuration.keyd,
+                    [facts.reference for one, facts in self.certificates.items() if one.upstream],
+                ),
                 "keys": [
                     {"key": key, "passphrase_file": phrase, "may_be_missing": in_directory}
                     for key, phrase, in_directory in files

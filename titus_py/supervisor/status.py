@@ -231,6 +231,7 @@ class Status:
             ],
             "client_authorities": _client_files(serving.checked.authorities, now),
             "tokens": [{"token": token, "state": state} for token, state in serving.tokens],
+            "upstreams": [one._asdict() for one in serving.upstreams],
             "certificate_dirs": _directories(serving.certificates, now),
             "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,

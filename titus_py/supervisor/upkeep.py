@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keyd.protocol import fingerprint
+from keyd.upstream.state import CONNECTING, READY, UpstreamState
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
@@ -110,6 +111,9 @@ class Upkeep:
         elif name == "tokens":
             self._tell_tokens(generation, event["tokens"])
             return
+        elif name == "upstreams":
+            self._tell_upstreams(generation, event["upstreams"])
+            return
         elif name in _STATES:
             if event["check"] >= len(generation.checks):
                 raise Unintelligible(f"{name} of an unknown check")
@@ -137,6 +141,24 @@ class Upkeep:
             else:
                 self._event(
                     "token_unusable", generation.number, level="error", token=token, reason=state
+                )
+
+    def _tell_upstreams(self, generation: Generation, said: list[list[Any]]) -> None:
+        """The same of upstreams, but for one that has only just been lost."""
+        before = {one.upstream: one.state for one in generation.upstreams}
+        generation.upstreams = [UpstreamState(*one) for one in said]
+        for upstream, state, *_ in generation.upstreams:
+            if state == before.get(upstream) or not self._may_say_more():
+                continue
+            if state == READY:
+                self._event("upstream_ready", generation.number, upstream=upstream)
+            elif state != CONNECTING:
+                self._event(
+                    "upstream_unusable",
+                    generation.number,
+                    level="error",
+                    upstream=upstream,
+                    reason=state,
                 )
 
     def _may_say_more(self) -> bool:

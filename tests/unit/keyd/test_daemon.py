@@ -40,7 +40,12 @@ def connected(keyd: Keyd) -> tuple[socket.socket, Callable[[], None], list[None]
     parent, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     gone: list[None] = []
     keyd.hear_parent(ours, lambda: gone.append(None))
-    return parent, keyd._sources[ours.fileno()], gone
+    source = keyd._sources[ours.fileno()]
+
+    def hear() -> None:
+        source.hear()
+
+    return parent, hear, gone
 
 
 def open_channel(parent: socket.socket) -> socket.socket:
@@ -162,7 +167,7 @@ class OfItsOwn:
         self._listener.listen()
         self._accepting = accepting
         self.keyd.hear_listener(self._listener, self._accepted)
-        self.hear = self.keyd._sources[self._listener.fileno()]
+        self.hear = self.keyd._sources[self._listener.fileno()].hear
 
     def _accepted(self, client: socket.socket) -> Callable[[], None] | None:
         self._accepting()

@@ -86,7 +86,7 @@ def test_only_the_supervisor_is_obeyed(of: str, capsys: pytest.CaptureFixture[st
         keyd.hear_supervisor(ours)
     else:
         keyd.hear_parent(ours, gone=lambda: None)
-    hear = keyd._sources[ours.fileno()]
+    hear = keyd._sources[ours.fileno()].hear
     successor, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, successor:
         with end:

@@ -49,7 +49,7 @@ class Listening:
         )
         self.hear: Callable[[], Callable[[], None] | None] = self.keyd._sources[
             self._listener.fileno()
-        ]
+        ].hear
 
     def client(self) -> socket.socket:
         made = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))

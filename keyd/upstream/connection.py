@@ -1,0 +1,148 @@
+"""A connection to one upstream: asks go out, answers come in, neither is waited for.
+
+Run by keyd's threads: it is heard by one of them at a time, and asked by any, with the broker's
+lock held. At the other end, beyond what leads there, is a lender on another host. It is trusted
+with the keys that it has, and with nothing here: what it says is decoded strictly and bounded.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from keyd.protocol import Malformed
+from keyd.upstream.messages import (
+    MAX_FROM_LENDER_OCTETS,
+    QUIET_SECONDS,
+    Answer,
+    Assembler,
+    Greeting,
+    decode_from_lender,
+)
+
+__all__ = ["Connection", "Loop"]
+
+#: How much is heard at once; and how much may wait to be sent: several of the longest asks.
+_PIECE_OCTETS, _MOST_UNSENT_OCTETS = 65536, 2 * 1024 * 1024
+#: In seconds: how long a lender may take to say who it is, and how long it may then say nothing.
+_GREETING_SECONDS, _SILENCE_SECONDS = 10.0, 3 * QUIET_SECONDS
+#: How many greetings may come between two looks at the clock, about a second.
+_MOST_GREETINGS = 16
+
+
+class Loop(Protocol):
+    """Who watches descriptors: keyd."""
+
+    def hear_process(self, process: socket.socket, hear: Callable[[], bool]) -> None: ...
+
+    def await_room(self, connection: socket.socket, go_on: Callable[[], None]) -> None: ...
+
+    def need_no_room(self, connection: socket.socket) -> None: ...
+
+
+class Connection:
+    """``reader`` and ``writer`` are the same socket by two descriptors: each is watched alone.
+
+    ``lock`` is the broker's.
+    """
+
+    def __init__(
+        self, reader: socket.socket, writer: socket.socket, loop: Loop, lock: threading.Lock
+    ) -> None:
+        self.reader, self._writer = reader, writer
+        self._loop, self._lock = loop, lock
+        #: Why it ends, once it does.
+        self.ended_for = ""
+        self._unsent = bytearray()
+        self._closed = False
+        self._assembler = Assembler(MAX_FROM_LENDER_OCTETS)
+        self._heard = time.monotonic()
+        self._greeted = False
+        self._greetings = 0
+
+    def hear(self) -> list[Greeting | Answer] | None:
+        """What has come; None once nothing more will be heard: ``ended_for`` says why."""
+        try:
+            piece = self.reader.recv(_PIECE_OCTETS, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError:
+            piece = b""
+        if not piece or self.ended_for:
+            self.ended_for = self.ended_for or "the connection was closed at its other end"
+            return None
+        self._heard = time.monotonic()
+        self._assembler.add(piece)
+        try:
+            said = [decode_from_lender(message) for message in self._assembler.messages()]
+        except Malformed as error:
+            self.ended_for = f"it sent {error}"
+            return None
+        for one in said:
+            if isinstance(one, Greeting):
+                self._greeted = True
+                self._greetings += 1
+        if self._greetings > _MOST_GREETINGS:
+            self.ended_for = "it says too much unasked"
+            return None
+        return said
+
+    def send(self, octets: bytes) -> bool:
+        """Send this now or later; returns whether there is room for it. Under the lock."""
+        if self.ended_for or len(self._unsent) + len(octets) > _MOST_UNSENT_OCTETS:
+            return False
+        if not self._unsent:
+            octets = octets[self._send(octets) :]
+            if octets:
+                self._loop.await_room(self._writer, self._go_on)
+        self._unsent += octets
+        return True
+
+    def look_at_clock(self) -> None:
+        """About once a second: end a connection at whose other end nobody seems to be."""
+        self._greetings = 0
+        silent = time.monotonic() - self._heard
+        if not self._greeted and silent > _GREETING_SECONDS:
+            self.end(f"it has not said within {_GREETING_SECONDS:g} s which keys it has")
+        elif silent > _SILENCE_SECONDS:
+            self.end(f"it has said nothing for {_SILENCE_SECONDS:g} s")
+
+    def end(self, why: str) -> None:
+        """Have the thread that hears it see its end. Under the lock."""
+        if not self.ended_for:
+            self.ended_for = why
+            self._shut_down()
+
+    def close(self) -> None:
+        """Once it is heard no more. Under the lock. The reader is closed by whoever heard it."""
+        self._closed = True
+        if self._unsent:
+            # This wakes the thread that waits for room, which then closes the writer.
+            self._shut_down()
+        else:
+            self._writer.close()
+
+    def _send(self, octets: bytes | bytearray) -> int:
+        """How many octets were taken. An end is seen by the thread that hears."""
+        try:
+            return self._writer.send(octets, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(octets)
+
+    def _go_on(self) -> None:
+        with self._lock:
+            if not self._closed:
+                del self._unsent[: self._send(self._unsent)]
+                if self._unsent:
+                    return
+            self._loop.need_no_room(self._writer)
+            if self._closed:
+                self._writer.close()
+
+    def _shut_down(self) -> None:
+        with suppress(OSError):
+            self._writer.shutdown(socket.SHUT_RDWR)

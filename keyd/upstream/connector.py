@@ -1,0 +1,119 @@
+"""The process that connects to upstreams for keyd, which opens no socket itself.
+
+keyd starts it before it reads a key. It has keyd's user and groups, and nothing of keyd's memory
+(execve(2)). It trusts keyd, and hears nobody else: each connection goes to keyd unread, and a
+connection that is lost is made again, with a pause that grows.
+
+On a SOCK_SEQPACKET pair, the first octet of a message says what it is, the second which upstream:
+
+=========  ======================================================================
+connected  'C' upstream(1), and the connection twice, by SCM_RIGHTS
+failed     'F' upstream(1) why(0..200, UTF-8)
+lost       'L' upstream(1) served(1): from keyd, that a connection has ended, and
+           whether it was of any use
+=========  ======================================================================
+"""
+
+import os
+import resource
+import select
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import prctl
+
+from keyd.linux import landlock, seccomp
+from keyd.linux.credentials import (
+    become,
+    forbid_regaining,
+    hide_memory,
+    keep_capabilities,
+    limit,
+)
+from keyd.linux.descriptors import send_descriptors
+from keyd.linux.namespaces import leave_namespaces
+from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
+
+__all__ = ["CONNECTED", "FAILED", "LOST", "MAX_MESSAGE_OCTETS", "connect"]
+
+CONNECTED, FAILED, LOST = b"C", b"F", b"L"
+_WHY_OCTETS = 200
+MAX_MESSAGE_OCTETS = 2 + _WHY_OCTETS
+_LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_FSIZE: 0}
+#: In seconds: the first and the longest pause before another attempt.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+
+
+class _Upstream:
+    """When to connect to it next; None while there is a connection."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.pause = _FIRST_PAUSE
+        self.due: float | None = 0.0
+
+    def put_off(self) -> None:
+        self.due = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+
+
+def connect(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
+    """Connect to each of these upstreams, and again, until keyd ends. Raises OSError."""
+    program = seccomp.Program(bytes.fromhex(settings["filter"]))
+    _confine(settings["user"])
+    seccomp.install(program)
+    upstreams = [_Upstream(path) for path in settings["paths"]]
+    poll = select.poll()
+    poll.register(keyd, select.POLLIN)
+    while True:
+        now = time.monotonic()
+        for number, upstream in enumerate(upstreams):
+            if upstream.due is not None and upstream.due <= now:
+                _try(number, upstream, keyd)
+        due = [upstream.due for upstream in upstreams if upstream.due is not None]
+        wait = max(0.0, min(due) - time.monotonic()) if due else None
+        if poll.poll(None if wait is None else wait * 1000 + 1):
+            message = keyd.recv(MAX_MESSAGE_OCTETS)
+            if not message:
+                os._exit(0)
+            _, number, served = message
+            if served:
+                upstreams[number].pause = _FIRST_PAUSE
+            upstreams[number].put_off()
+
+
+def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+        try:
+            connection.connect(upstream.path)
+            twice = [connection.fileno()] * 2
+            send_descriptors(keyd, CONNECTED + bytes((number,)), twice, socket.MSG_DONTWAIT)
+            upstream.due = None
+        except OSError as error:
+            # Also where its listen queue is full (EAGAIN).
+            upstream.put_off()
+            why = os.strerror(error.errno or 0).encode()[:_WHY_OCTETS]
+            with suppress(OSError):
+                keyd.send(FAILED + bytes((number,)) + why, socket.MSG_DONTWAIT)
+
+
+def _confine(user: Sequence[Any]) -> None:
+    """Give up all but connecting to unix sockets; raises OSError."""
+    uid, gid, groups = user
+    limit(_LIMITS)
+    if os.geteuid() == 0:
+        leave_namespaces(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET)
+        kept = {prctl.CAP_SETUID, prctl.CAP_SETGID, prctl.CAP_SETPCAP}
+        keep_capabilities(kept)
+        forbid_regaining(kept)
+        become(uid, gid, groups)
+    prctl.set_no_new_privs(1)
+    hide_memory()
+    if landlock.version():
+        # A path can be connected to without any of these rights.
+        ruleset = landlock.make_ruleset()
+        landlock.restrict_self(ruleset)
+        os.close(ruleset)

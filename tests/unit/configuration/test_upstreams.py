@@ -1,0 +1,143 @@
+"""Keys that other hosts have: what a configuration may say of them, and what it may not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from titus_py.audit.throwaway_authority import ThrowawayAuthority
+from titus_py.configuration import Loaded, Valid, load
+from titus_py.configuration.checking import check
+from titus_py.configuration.upstreams import told, unproved_keys
+
+KEYD = 'upstream = ["unix:/run/titus-py/keys.sock"]'
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture
+def load_with(tmp_path: Path) -> Load:
+    """Load a virtual host with these settings, and this [keyd], after what is at the top."""
+    issued = ThrowawayAuthority().issue("P-256", ["www.example.org"])
+    (tmp_path / "site.crt").write_bytes(issued.certificate)
+    (tmp_path / "site.key").write_bytes(issued.key)
+    (tmp_path / "site.key").chmod(0o600)
+
+    def load_with(vhost: str = 'key = "upstream"', keyd: str = KEYD, top: str = "") -> Loaded:
+        path = tmp_path / "titus.toml"
+        path.write_text(
+            f'{top}\n[keyd]\n{keyd}\n[[listen]]\naddress = "127.0.0.1:443"\n'
+            f'[[vhost]]\ncertificate = "site.crt"\nbackend = "127.0.0.1:80"\n{vhost}\n'
+        )
+        return load(path)
+
+    return load_with
+
+
+def mistakes(loaded: Loaded) -> list[str]:
+    return [f"{mistake.key}: {mistake.reason}" for mistake in loaded.mistakes]
+
+
+def test_the_certificate_alone_is_read(load_with: Load) -> None:
+    checked = check(load_with())
+    assert [str(one) for one in checked.mistakes] == []
+    assert not any("upstream" in str(warning) for warning in checked.warnings)
+    assert checked.configuration is not None
+    ((credential, facts),) = checked.certificates.items()
+    assert credential.upstream
+    assert credential.key is None
+    assert not credential.secrets
+    keyd = told(checked.configuration.keyd, [facts.reference, facts.reference])
+    assert keyd is not None
+    assert keyd["references"] == [facts.reference]
+    assert keyd["paths"] == ["/run/titus-py/keys.sock"]
+    (line,) = unproved_keys(checked.configuration)
+    assert line.startswith("# Not checked: whether another host has the key of one certificate")
+
+
+def test_as_a_successor_reads_it(load_with: Load) -> None:
+    configuration = load_with(keyd='upstream = ["unix:/a", "unix:/b"]').configuration
+    assert configuration is not None
+    assert configuration.keyd.upstream is not None
+    assert list(map(str, configuration.keyd.upstream)) == ["unix:/a", "unix:/b"]
+    dumped = configuration.model_dump(mode="json", exclude_defaults=True)
+    assert type(configuration).model_validate(dumped, context=Valid()) == configuration
+
+
+def test_a_file_of_that_name_is_a_file(load_with: Load) -> None:
+    (one,) = mistakes(load_with('key = "./upstream"', ""))
+    assert one.startswith("vhost[0].key: ")
+    assert one.endswith("no such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("keyd", "reason"),
+    [
+        ('upstream = "unix:/a"', 'expected a list of unix sockets, such as ["unix:'),
+        ("upstream = []", "expected 1 to 8 unix sockets, not 0"),
+        ("upstream = [1]", "expected a string, not 1"),
+        ('upstream = ["10.0.0.1:443"]', "is no unix socket, and keyd uses no network"),
+        ('upstream = ["unix:run/a"]', "expected an absolute path"),
+        ('upstream = ["unix:"]', "expected a path after unix:"),
+        ('upstream = ["unix:/a", "unix:/a"]', "is there twice"),
+        (f"upstream = {[f'unix:/{number}' for number in range(9)]}", "not 9"),
+    ],
+)
+def test_what_is_no_upstream(load_with: Load, keyd: str, reason: str) -> None:
+    (one,) = mistakes(load_with(keyd=keyd))
+    assert one.startswith("keyd.upstream")
+    assert reason in one
+
+
+@pytest.mark.parametrize(
+    ("vhost", "keyd", "key", "reason"),
+    [
+        ('key = "upstream"', "", "keyd.upstream", "is missing: vhost"),
+        (
+            'key = "upstream"\npassphrase_file = "site.crt"',
+            KEYD,
+            "vhost[0].passphrase_file",
+            "does not go with a key that other hosts have",
+        ),
+        (
+            'key = "site.key"\n[[tunnel]]\nlisten = "127.0.0.1:1"\nconnect = "x:1"\nca = "site.crt"'
+            '\ncertificate = "site.crt"\nkey = "upstream"',
+            KEYD,
+            "tunnel[0].key",
+            "a tunnel's key is in a file",
+        ),
+        (
+            "",
+            f'{KEYD}\nsocket = "/run/titus-py/keyd.sock"',
+            "keyd.upstream",
+            "does not go with keyd.socket: the keyd at /run/titus-py/keyd.sock has its own keys",
+        ),
+    ],
+)
+def test_what_does_not_go_together(
+    load_with: Load, vhost: str, keyd: str, key: str, reason: str
+) -> None:
+    (one,) = mistakes(load_with(vhost, keyd))
+    assert one.startswith(f"{key}: ")
+    assert reason in one
+
+
+def test_each_mistake_is_said(load_with: Load) -> None:
+    vhost = '[[vhost]]\nbackend = "127.0.0.1:80"\ncertificate = "site.crt"\nkey = "upstream"'
+    several = load_with(f'sni = ["a.example.org"]\nkey = "upstream"\n{vhost}', "")
+    assert len(mistakes(several)) == 2
+
+
+def test_no_rsa_key_exchange(load_with: Load, tmp_path: Path) -> None:
+    issued = ThrowawayAuthority().issue("RSA-2048", ["www.example.org"])
+    loaded = load_with('key = "upstream"\nrsa_key_exchange = true')
+    (tmp_path / "site.crt").write_bytes(issued.certificate)
+    (one,) = check(loaded).mistakes
+    assert one.key == "vhost[0].rsa_key_exchange"
+    assert one.reason.startswith("its key is another host's, which keyd has sign")
+
+
+def test_upstreams_that_nobody_needs(load_with: Load) -> None:
+    loaded = load_with('key = "site.key"')
+    assert not loaded.mistakes
+    (warning,) = (one for one in loaded.warnings if one.key == "keyd.upstream")
+    assert warning.reason == 'has no effect: no [[vhost]] has key = "upstream"'

@@ -1,0 +1,481 @@
+"""A key of another host's: who is asked, and what comes of it when that one misbehaves.
+
+The test is the other host, and the process that connects to it. keyd's own loop is run by hand.
+"""
+
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+from integration.hellos import certificate_verify, client_hello, flight
+
+from keyd.daemon import Keyd
+from keyd.linux.descriptors import send_descriptors
+from keyd.protocol import (
+    ANY_NAME,
+    MAX_REPLY_OCTETS,
+    Done,
+    Grant,
+    Open,
+    Operation,
+    Power,
+    Refusal,
+    Reply,
+    Request,
+    SignatureScheme,
+    Status,
+)
+from keyd.reference import key_id, reference_pem
+from keyd.sites import Sites
+from keyd.upstream import broker as broker_module
+from keyd.upstream import connection as connection_module
+from keyd.upstream.broker import Broker
+from keyd.upstream.connector import CONNECTED, FAILED, LOST
+from keyd.upstream.messages import MAX_FROM_BORROWER_OCTETS, Answer, Ask, Assembler, Greeting
+from keyd.upstream.state import READY
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+ID = key_id(KEY.public_key())
+HELLO, FLIGHT = client_hello(), flight()
+OCTETS = certificate_verify(HELLO, FLIGHT)
+SIGN = Request(Operation.SIGN, SignatureScheme.ecdsa_secp256r1_sha256, ID, OCTETS, messages=FLIGHT)
+POWERS = frozenset({Power.SIGN_TLS13})
+
+
+class Lender:
+    """Another host: an upstream's other end."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self._assembler = Assembler(MAX_FROM_BORROWER_OCTETS)
+
+    def say(self, octets: bytes) -> None:
+        self.end.sendall(octets)
+
+    def lend(self, *keys: bytes) -> None:
+        self.say(Greeting(frozenset(keys or (ID,))).encode())
+
+    def asked(self) -> list[Ask]:
+        """What it has been asked by now."""
+        with suppress(BlockingIOError):
+            while True:
+                self._assembler.add(self.end.recv(1_000_000, socket.MSG_DONTWAIT))
+        return [Ask.decode(message) for message in self._assembler.messages()]
+
+    def sign(self, ask: Ask) -> None:
+        signature = KEY.sign(ask.request.payload, ec.ECDSA(hashes.SHA256()))
+        self.say(Answer(ask.id, Reply(Status.DONE, signature)).encode())
+
+    def refuse(self, ask: Ask, status: Status) -> None:
+        self.say(Answer(ask.id, Reply(status)).encode())
+
+
+class Host:
+    """A keyd that has no key of its own, and two upstreams."""
+
+    def __init__(self) -> None:
+        ours, self.connector = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.broker = Broker(ours, ["/a", "/b"], [reference_pem(KEY.public_key()).decode()])
+        self.keyd = Keyd(dict(self.broker.keys), judged_again=self.broker.keys)
+        self.broker.serve(self.keyd)
+        self.sites = Sites()
+        self.sites.add(Grant(0, ANY_NAME, ID, POWERS))
+        self.reports: list[Refusal | Done] = []
+        self.connector.setblocking(False)
+        self.opened: list[socket.socket] = [self.connector]
+
+    def connect(self, number: int) -> Lender:
+        """As the process does that connects to upstreams."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            message = CONNECTED + bytes((number,))
+            send_descriptors(self.connector, message, [ours.fileno()] * 2)
+        self.opened.append(theirs)
+        self.turn()
+        return Lender(theirs)
+
+    def turn(self) -> None:
+        """Handle what there is to be handled."""
+        for _ in range(20):
+            self.keyd._take_turn(0)
+
+    def request(self, octets: bytes = SIGN.encode(), lifetime_ms: int = 60_000) -> socket.socket:
+        worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        worker.setblocking(False)
+        self.opened.append(worker)
+        terms = Open(7, lifetime_ms, operations=1, grants=0, client_hello=HELLO)
+        self.keyd.open(terms, self.sites, keyds, self.reports.append)
+        worker.send(octets)
+        self.turn()
+        return worker
+
+    def answer(self, worker: socket.socket) -> Reply:
+        self.turn()
+        return Reply.decode(worker.recv(MAX_REPLY_OCTETS))
+
+    def signed(self, worker: socket.socket) -> None:
+        reply = self.answer(worker)
+        assert reply.status is Status.DONE
+        KEY.public_key().verify(reply.payload, OCTETS, ec.ECDSA(hashes.SHA256()))
+
+    def refused(self, worker: socket.socket) -> str:
+        assert self.answer(worker).status is Status.FAILED
+        report = self.reports[-1]
+        assert isinstance(report, Refusal)
+        return report.detail
+
+    def look_at_clock(self) -> list[str]:
+        """The upstreams' states."""
+        self.broker.news()
+        self.turn()
+        now = time.monotonic()
+        return [one.state([ID], now).state for one in self.broker._upstreams]
+
+    def lost(self) -> bytes:
+        return self.connector.recv(100)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    for one in host.opened:
+        one.close()
+    host.turn()
+
+
+@pytest.fixture
+def hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is hoped for that is not there."""
+    monkeypatch.setattr(broker_module, "_HOPE_SECONDS", 0.0)
+
+
+def test_what_is_asked_has_all_that_it_was_judged_by(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    worker = host.request()
+    (ask,) = lender.asked()
+    assert (ask.powers, ask.client_hello, ask.request) == (POWERS, HELLO, SIGN)
+    assert 0 < ask.deadline_ms <= 6000
+    lender.sign(ask)
+    host.signed(worker)
+    assert host.reports == [Done(7, Operation.SIGN)]
+    assert host.look_at_clock() == [READY, "connecting"]
+
+
+def test_many_are_in_flight_and_answered_in_any_order(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    workers = [host.request() for _ in range(300)]
+    asks: list[Ask] = []
+    for _ in range(10):
+        asks += lender.asked()
+        host.turn()
+    assert len(asks) == 256
+    for ask in reversed(asks):
+        lender.sign(ask)
+        host.turn()
+    for ask in lender.asked():
+        lender.sign(ask)
+    for worker in workers:
+        host.signed(worker)
+
+
+def test_what_is_no_tls_is_never_asked_for(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    worker = host.request(SIGN._replace(payload=b"a certificate").encode())
+    assert host.answer(worker).status is Status.NOT_TLS
+    assert not lender.asked()
+
+
+@pytest.mark.usefixtures("hopeless")
+def test_with_no_upstream_the_refusal_says_why() -> None:
+    host = Host()
+    host.connector.send(FAILED + b"\0No such file or directory")
+    host.turn()
+    detail = host.refused(host.request())
+    assert detail == (
+        "sign: unix:/a: cannot be connected to: No such file or directory; "
+        "unix:/b: not connected yet"
+    )
+
+
+def test_an_ask_waits_for_an_upstream_that_may_soon_be_there(host: Host) -> None:
+    worker = host.request()
+    lender = host.connect(1)
+    lender.lend()
+    host.turn()
+    lender.sign(*lender.asked())
+    host.signed(worker)
+
+
+def test_but_not_for_long(host: Host) -> None:
+    worker = host.request()
+    for upstream in host.broker._upstreams:
+        upstream.hoped_for_until = 0.0
+    host.look_at_clock()
+    assert "unix:/a: not connected yet" in host.refused(worker)
+
+
+def test_the_second_is_asked_for_a_key_that_the_first_has_not(host: Host) -> None:
+    first, second = host.connect(0), host.connect(1)
+    first.lend(bytes(32))
+    second.lend()
+    host.turn()
+    worker = host.request()
+    assert not first.asked()
+    second.sign(*second.asked())
+    host.signed(worker)
+    assert host.look_at_clock() == [f"does not lend key {ID.hex()}", READY]
+
+
+@pytest.mark.parametrize("status", [Status.FAILED, Status.EXHAUSTED, Status.NOT_GRANTED])
+def test_the_second_is_asked_where_the_first_refuses(
+    host: Host, status: Status, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    worker, other = host.request(), host.request()
+    for ask in first.asked():
+        first.refuse(ask, status)
+    host.turn()
+    for ask in second.asked():
+        second.sign(ask)
+    host.signed(worker)
+    host.signed(other)
+    # Once, and not for each.
+    assert capsys.readouterr().err == f"keyd: unix:/a refused: {status.name} (its log says what)\n"
+
+
+def test_where_both_refuse_both_are_named(host: Host) -> None:
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    worker = host.request()
+    first.refuse(*first.asked(), Status.NOT_GRANTED)
+    host.turn()
+    second.refuse(*second.asked(), Status.EXHAUSTED)
+    assert host.refused(worker) == "sign: unix:/a: NOT_GRANTED; unix:/b: EXHAUSTED"
+
+
+def test_the_second_is_asked_where_the_first_closes(host: Host) -> None:
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    worker = host.request()
+    assert first.asked()
+    first.end.close()
+    host.turn()
+    second.sign(*second.asked())
+    host.signed(worker)
+    # It had served, so that it is connected to again at once.
+    assert host.lost() == LOST + b"\0\1"
+
+
+def test_one_that_closes_in_the_middle_of_an_answer_has_not_answered(host: Host) -> None:
+    first = host.connect(0)
+    first.lend()
+    host.turn()
+    worker = host.request()
+    (ask,) = first.asked()
+    first.say(Answer(ask.id, Reply(Status.DONE, b"half")).encode()[:-2])
+    first.end.close()
+    host.turn()
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    assert not again.asked(), "it is asked once for each ask"
+    other = host.connect(1)
+    other.lend()
+    host.turn()
+    other.sign(*other.asked())
+    host.signed(worker)
+
+
+def test_a_slow_first_loses_to_the_second(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    worker = host.request()
+    (late,) = first.asked()
+    monkeypatch.setattr(broker_module, "_SLOW_SECONDS", 0.0)
+    host.look_at_clock()
+    second.sign(*second.asked())
+    host.signed(worker)
+    # The next one asks the quick one first, until the slow one has answered.
+    host.request()
+    assert not first.asked()
+    assert second.asked()
+    first.sign(late)
+    host.turn()
+    host.request()
+    assert first.asked()
+
+
+def test_an_answer_that_comes_too_late_is_for_nobody(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    monkeypatch.setattr(broker_module, "_MOST_SECONDS", 0.0)
+    worker = host.request()
+    (ask,) = lender.asked()
+    host.look_at_clock()
+    assert host.refused(worker) == "sign: unix:/a: no answer in time"
+    lender.sign(ask)
+    assert host.look_at_clock()[0] == READY
+    monkeypatch.setattr(broker_module, "_OVERDUE_SECONDS", 0.0)
+    host.request()
+    host.look_at_clock()
+    host.look_at_clock()
+    assert host.lost() == LOST + b"\0\1", "one that never answers is connected to anew"
+
+
+MALFORMED = {
+    "a message of endless length": struct.pack("!I", 0xFFFF_FFFF) + b"R",
+    "a message of no length": struct.pack("!I", 0),
+    "a message of no kind": struct.pack("!I", 3) + b"xyz",
+    "an answer to nothing": Answer(99, Reply(Status.DONE, b"x")).encode(),
+    "a greeting of another version": struct.pack("!I", 2) + b"G\x63",
+    "a flood of greetings": Greeting(frozenset({ID})).encode() * 40,
+}
+
+
+@pytest.mark.usefixtures("hopeless")
+@pytest.mark.parametrize("octets", MALFORMED.values(), ids=MALFORMED.keys())
+def test_nonsense_ends_that_connection_alone(octets: bytes) -> None:
+    host = Host()
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    worker = host.request()
+    first.say(octets)
+    host.turn()
+    assert first.end.recv(10_000), "what it was asked"
+    assert host.lost()[:2] == LOST + b"\0"
+    second.sign(*second.asked())
+    host.signed(worker)
+    first_state, second_state = host.look_at_clock()
+    assert first_state.startswith("it ")
+    assert second_state == READY
+
+
+def test_an_answer_twice_is_one_to_nothing(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    (ask,) = lender.asked()
+    lender.sign(ask)
+    lender.sign(ask)
+    host.signed(worker)
+    assert host.lost() == LOST + b"\0\1"
+
+
+def test_one_that_reads_nothing_is_bounded_and_the_other_is_asked(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "_MOST_UNSENT_OCTETS", 200_000)
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+    large = SIGN._replace(messages=flight(certificate=bytes(150_000)))
+    large = large._replace(payload=certificate_verify(HELLO, large.messages or b""))
+    workers = [host.request(large.encode()) for _ in range(4)]
+    assert second.asked()
+    # What was begun to be sent goes on as it is read.
+    asks: list[Ask] = []
+    for _ in range(100):
+        asks += first.asked()
+        host.turn()
+    assert asks
+    assert all(ask.request == large for ask in asks)
+    assert len(asks) < len(workers)
+    first.sign(asks[0])
+    KEY.public_key().verify(
+        host.answer(workers[0]).payload, large.payload, ec.ECDSA(hashes.SHA256())
+    )
+
+
+def test_one_that_ends_while_it_is_written_to(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    large = SIGN._replace(messages=flight(certificate=bytes(190_000)))
+    large = large._replace(payload=certificate_verify(HELLO, large.messages or b""))
+    for _ in range(4):
+        host.request(large.encode())
+    writers = [source for source in host.keyd._sources.values() if source.events & 4]
+    assert writers, "something waits to be sent"
+    lender.end.close()
+    host.turn()
+    assert host.lost() == LOST + b"\0\1"
+    assert not [source for source in host.keyd._sources.values() if source.events & 4]
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    worker = host.request()
+    again.sign(*again.asked())
+    host.signed(worker)
+
+
+def test_one_that_says_nothing_is_given_up(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.connect(0)
+    monkeypatch.setattr(connection_module, "_GREETING_SECONDS", 0.0)
+    host.look_at_clock()
+    assert host.lost() == LOST + b"\0\0", "it was of no use"
+
+
+def test_the_end_of_what_connects_is_said(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    host.connector.close()
+    host.turn()
+    assert "the process for that has ended" in capsys.readouterr().err
+    # What is connected stays so.
+    worker = host.request()
+    lender.sign(*lender.asked())
+    host.signed(worker)
+    lender.end.close()
+    host.turn()
+    assert "run titus-py reload" in host.broker._upstreams[0].why
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=8))
+def test_whatever_an_upstream_says_keyd_goes_on(pieces: list[bytes]) -> None:
+    host = Host()
+    lender = host.connect(0)
+    for piece in pieces:
+        try:
+            lender.say(piece)
+        except OSError:
+            break
+        host.turn()
+    lender.end.close()
+    host.turn()
+    again = host.connect(1)
+    again.lend()
+    host.turn()
+    worker = host.request()
+    again.sign(*again.asked())
+    host.signed(worker)
+    for one in host.opened:
+        one.close()
+    host.turn()

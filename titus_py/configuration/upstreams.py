@@ -1,0 +1,82 @@
+"""Keys that other hosts have: what goes with them in a configuration, and what keyd is told.
+
+Run by the supervisor and by the commands. None of them asks another host: only keyd does, once it
+serves.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from keyd.linux import seccomp
+from keyd.system_calls import CONNECTING
+from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.paths import UPSTREAM
+from titus_py.configuration.tables import Configuration, Keyd
+
+__all__ = ["told", "unasked_upstreams", "unproved_keys", "upstream_mistakes"]
+
+
+def upstream_mistakes(
+    place: str, table: dict[str, Any], keyd: Keyd | None, source: Source
+) -> Iterator[Mistake]:
+    """Of a table that names a certificate and its key."""
+    if table.get("key") != UPSTREAM:
+        return
+    if place.startswith("tunnel"):
+        yield source.mistake(
+            f"{place}.key",
+            "other hosts sign as servers alone: a tunnel's key is in a file, or in a token",
+        )
+        return
+    if table.get("passphrase_file") is not None:
+        yield source.mistake(
+            f"{place}.passphrase_file", "does not go with a key that other hosts have"
+        )
+    if keyd is not None and keyd.upstream is None:
+        yield source.mistake(
+            "keyd.upstream",
+            f"is missing: {source.reference(f'{place}.key')} is another host's, and this says how "
+            "that host is asked",
+        )
+
+
+def unasked_upstreams(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """A warning of upstreams that no virtual host has a use for."""
+    keyd = configuration.keyd
+    if keyd.upstream is not None and not _with_upstream(configuration):
+        yield source.mistake("keyd.upstream", f'has no effect: no [[vhost]] has key = "{UPSTREAM}"')
+
+
+def unproved_keys(configuration: Configuration) -> Iterator[str]:
+    """What ``titus-py check`` cannot know: it asks no other host."""
+    if number := _with_upstream(configuration):
+        what = "one certificate" if number == 1 else f"{number} certificates"
+        yield (
+            f"# Not checked: whether another host has the key of {what} "
+            f'(key = "{UPSTREAM}"). titus-py status shows it.'
+        )
+
+
+def told(keyd: Keyd, references: Iterable[str]) -> dict[str, Any] | None:
+    """What keyd is told, for ``keyd.upstream.starting``; None where no key is another host's."""
+    keys = list(dict.fromkeys(references))
+    if not keys or keyd.upstream is None:
+        return None
+    user = keyd.user
+    return {
+        "references": keys,
+        "paths": [one.path for one in keyd.upstream],
+        "user": (user.uid, user.gid, os.getgrouplist(user.name, user.gid)),
+        "filter": _filter(),
+    }
+
+
+@cache
+def _filter() -> str:
+    return seccomp.build(CONNECTING).hex()
+
+
+def _with_upstream(configuration: Configuration) -> int:
+    return sum(one.upstream for vhost in configuration.vhost for one in vhost.credentials.values())
