@@ -52,6 +52,7 @@ def test_each_virtual_host_finds_its_certificate_without_a_search() -> None:
     serving = SimpleNamespace(
         certificates=certificates,
         tokens=[],
+        upstreams=[],
         configuration=SimpleNamespace(vhost=vhosts, tunnel=(), worker=SimpleNamespace(max=1)),
         checked=SimpleNamespace(authorities={}, kept=()),
     )
