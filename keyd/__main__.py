@@ -42,7 +42,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import peer_process
+from keyd.linux.unix_socket import peer_of
 from keyd.listeners import listeners, owner_of, paths_of
 from keyd.loading import load, readable
 from keyd.powers import ALL_POWERS, Key
@@ -370,7 +370,7 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         def accepted(client: socket.socket) -> Callable[[], None] | None:
             def record(report: Refusal | Done) -> None:
                 if isinstance(report, Refusal):
-                    process = peer_process(client)
+                    process = peer_of(client).pid
                     page.refused(report, process)
                     say(f"refused, {report.status.name}: {report.detail} (process {process})")
 

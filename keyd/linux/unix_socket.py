@@ -4,12 +4,15 @@ Run by the supervisor and by keyd, as root. The directory may be one that others
 nothing is done by the path once the file is there: a link could be in its place.
 """
 
+import errno
 import os
 import socket
 import stat
 import struct
+from contextlib import suppress
+from typing import NamedTuple
 
-__all__ = ["bind", "has_ended", "peer_process"]
+__all__ = ["Peer", "bind", "has_ended", "peer_of", "set_access"]
 
 #: struct ucred (unix(7)): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
@@ -28,21 +31,50 @@ def bind(
     finally:
         os.umask(mask)
     if owner is not None:
-        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        set_access(path, mode, owner)
+
+
+def set_access(path: str, mode: int, owner: tuple[int, int]) -> os.stat_result:
+    """Give a socket's file this mode, and this uid and gid; returns its status before that.
+
+    Raises OSError. To give it to another user takes CAP_CHOWN, and to a group CAP_SETGID alone.
+    """
+    file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        seen = os.fstat(file)
+        if not stat.S_ISSOCK(seen.st_mode):
+            raise FileExistsError(errno.EEXIST, "another file has taken its place", path)
+        # By its descriptor, whatever the path leads to by now.
+        by_descriptor = f"/proc/self/fd/{file}"
+        if stat.S_IMODE(seen.st_mode) != mode:
+            # Only its owner may change that.
+            os.chown(by_descriptor, os.geteuid(), -1)
+            os.chmod(by_descriptor, mode)
+        groups = os.getgroups()
+        with suppress(PermissionError):
+            # Its owner may give it to a group that they are in.
+            os.setgroups([*groups, owner[1]])
         try:
-            if not stat.S_ISSOCK(os.fstat(file).st_mode):
-                raise FileExistsError(f"{path}: another file has taken its place")
-            # By its descriptor, whatever the path leads to by now.
-            os.chown(f"/proc/self/fd/{file}", *owner)
+            os.chown(by_descriptor, *owner)
         finally:
-            os.close(file)
+            with suppress(PermissionError):
+                os.setgroups(groups)
+        return seen
+    finally:
+        os.close(file)
 
 
-def peer_process(connection: socket.socket) -> int:
-    """The pid of the process that connected; 0 if it is in a namespace that we do not see."""
+class Peer(NamedTuple):
+    """Who connected, as of then; ``pid`` is 0 for a process in a namespace that we do not see."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
     octets = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid: int = _CREDENTIALS.unpack(octets)[0]
-    return pid
+    return Peer(*_CREDENTIALS.unpack(octets))
 
 
 def has_ended(packets: socket.socket) -> bool:

@@ -284,7 +284,7 @@ class Instance:
         first = (
             tables["listen"][0]["address"] if tables["listen"] else tables["tunnel"][0]["listen"]
         )
-        port = int(first.rpartition(":")[2])
+        port = 0 if first.startswith("unix:") else int(first.rpartition(":")[2])
         return cls(["--config", str(configuration)], directory / "log", uids, port, program)
 
     # --- what it says -------------------------------------------------------------

@@ -151,12 +151,14 @@ def _socket_name(scene: Scene, inode: int) -> str:
     if tcp is not None:
         if tcp.listening:
             return _LISTENER
-        return _CLIENT if tcp.local in scene.listening_ports else _BACKEND
+        return _CLIENT if tcp.local in scene.listening else _BACKEND
     unix = scene.unix(inode)
     if unix is None:
         return ""
     if unix.kind == socket.SOCK_STREAM:
-        return _BACKEND
+        if unix.listening:
+            return _LISTENER
+        return _CLIENT if unix.local in scene.listening else _BACKEND
     if not unix.peer:
         return _CLOSED
     holders = {
@@ -241,8 +243,9 @@ def _supervisor(seen: Observation, scene: Scene) -> Seen:
             continue
         if path := scene.secret_files.get((stat.st_dev, stat.st_ino)):
             wrong.append(f"{number}: {path}")
-        tcp = scene.tcp(seen.sockets.get(number, 0))
-        if tcp is not None and tcp.local in scene.listening_ports and not tcp.listening:
+        inode = seen.sockets.get(number, 0)
+        found = scene.tcp(inode) or scene.unix(inode)
+        if found is not None and found.local in scene.listening and not found.listening:
             wrong.append(f"{number}: a client, {what}")
     if wrong:
         return broken(", ".join(wrong))

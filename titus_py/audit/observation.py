@@ -7,6 +7,7 @@ again (``run``).
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Container, Iterable
 from enum import StrEnum
@@ -162,8 +163,8 @@ class Scene:
         return found
 
     @property
-    def listening_ports(self) -> frozenset[int]:
-        return self.target.listening_ports
+    def listening(self) -> frozenset[int | str]:
+        return self.target.listening
 
     @cached_property
     def secret_files(self) -> dict[tuple[int, int], Path]:
@@ -178,7 +179,7 @@ class Scene:
 
 def stage_of(worker: Observation, scene: Scene) -> Stage:
     """A worker's stage, by its sockets."""
-    client, backend = _ends(worker.sockets.values(), scene.tcp, scene.unix, scene.listening_ports)
+    client, backend = _ends(worker.sockets.values(), scene.tcp, scene.unix, scene.listening)
     if backend:
         return Stage.ESTABLISHED
     return Stage.HANDSHAKE if client else Stage.SPARE
@@ -191,29 +192,26 @@ def has_backend(worker: Process, target: Target) -> bool:
     """
     inodes = _sockets(descriptors(worker.pid)).values()
     unix = unix_sockets() or {}
-    return _ends(inodes, tcp_sockets().get, unix.get, target.listening_ports)[1]
+    return _ends(inodes, tcp_sockets().get, unix.get, target.listening)[1]
 
 
 def _ends(
     inodes: Iterable[int],
     tcp: Callable[[int], Tcp | None],
     unix: Callable[[int], Unix | None],
-    listening_ports: Container[int],
+    listening: Container[int | str],
 ) -> tuple[bool, bool]:
     """Whether one of a worker's sockets is a client's, and whether one is a backend's."""
     client = backend = False
     for inode in inodes:
-        if (found := tcp(inode)) is not None:
-            if found.local in listening_ports:
-                client = True
-            else:
-                backend = True
-        elif (stream := unix(inode)) is not None and stream.kind == _STREAM:
+        found = tcp(inode) or unix(inode)
+        if found is None or (isinstance(found, Unix) and found.kind != socket.SOCK_STREAM):
+            continue
+        if found.local in listening:
+            client = True
+        else:
             backend = True
     return client, backend
-
-
-_STREAM = 1
 
 
 def _sockets(descriptors: dict[int, str]) -> dict[int, int]:

@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,8 +23,10 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST_DUMP = 0x1 | 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_UDIAG_SHOW_PEER = 0x4
-_UNIX_DIAG_PEER = 2
+_UDIAG_SHOW_NAME, _UDIAG_SHOW_PEER = 0x1, 0x4
+_UNIX_DIAG_NAME, _UNIX_DIAG_PEER = 0, 2
+#: <net/tcp_states.h>, which unix sockets have as well.
+_LISTENING = 10
 _ALL = 0xFFFF_FFFF
 
 _HEADER = struct.Struct("=IHHII")
@@ -37,10 +40,15 @@ _LISTEN = "0A"
 
 
 class Unix(NamedTuple):
-    """A unix socket; ``peer`` is the other end's inode, 0 if there is none (any more)."""
+    """A unix socket; ``peer`` is the other end's inode, 0 if there is none (any more).
+
+    ``local`` is the path that it has, or that its listening socket has; "" if there is none.
+    """
 
     kind: int
     peer: int
+    local: str
+    listening: bool
 
 
 class Tcp(NamedTuple):
@@ -55,7 +63,8 @@ def unix_sockets() -> dict[int, Unix] | None:
     """This network namespace's unix sockets by inode; None if the kernel lacks unix_diag."""
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-            request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ALL, 0, _UDIAG_SHOW_PEER, _ALL, _ALL)
+            show = _UDIAG_SHOW_NAME | _UDIAG_SHOW_PEER
+            request = _REQUEST.pack(socket.AF_UNIX, 0, 0, _ALL, 0, show, _ALL, _ALL)
             length = _HEADER.size + len(request)
             netlink.send(
                 _HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0) + request
@@ -98,19 +107,19 @@ def _answers(netlink: socket.socket) -> Iterator[tuple[int, Unix]]:
             if kind == _NLMSG_ERROR:
                 number = -struct.unpack_from("=i", content)[0]
                 raise OSError(number, os.strerror(number))
-            _, socket_kind, _, _, inode, _, _ = _MESSAGE.unpack_from(content)
-            yield inode, Unix(socket_kind, _peer(content[_MESSAGE.size :]))
+            _, socket_kind, state, _, inode, _, _ = _MESSAGE.unpack_from(content)
+            found = dict(_attributes(content[_MESSAGE.size :]))
+            peer = int.from_bytes(found.get(_UNIX_DIAG_PEER, b"")[:4], sys.byteorder)
+            name = os.fsdecode(found.get(_UNIX_DIAG_NAME, b"").rstrip(b"\0"))
+            yield inode, Unix(socket_kind, peer, name, state == _LISTENING)
             octets = octets[length + 3 & ~3 :]
 
 
-def _peer(attributes: bytes) -> int:
-    while len(attributes) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(attributes)
-        if kind == _UNIX_DIAG_PEER:
-            peer: int = struct.unpack_from("=I", attributes, _ATTRIBUTE.size)[0]
-            return peer
-        attributes = attributes[max(length, _ATTRIBUTE.size) + 3 & ~3 :]
-    return 0
+def _attributes(octets: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(octets) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(octets)
+        yield kind, octets[_ATTRIBUTE.size : length]
+        octets = octets[max(length, _ATTRIBUTE.size) + 3 & ~3 :]
 
 
 def tcp_sockets() -> dict[int, Tcp]:

@@ -24,6 +24,7 @@ from titus_py.audit.instance import (
 )
 from titus_py.audit.sockets import unix_sockets
 from titus_py.configuration import Configuration, Loaded, from_options, load
+from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.certificate_dir import pairs
 
 __all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_target"]
@@ -92,8 +93,12 @@ class Target(NamedTuple):
         return sorted(found, key=str)
 
     @property
-    def listening_ports(self) -> frozenset[int]:
-        return frozenset(address.port for address in self.configuration.listening)
+    def listening(self) -> frozenset[int | str]:
+        """Where its clients connect: ports, and paths of unix sockets."""
+        return frozenset(
+            address.path if isinstance(address, UnixAddress) else address.port
+            for address in self.configuration.listening
+        )
 
     def _directories(self) -> list[Path]:
         """Those of certificates, if titus-py's keyd has their keys."""

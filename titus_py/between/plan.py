@@ -99,6 +99,8 @@ class Listener(NamedTuple):
     tunnel: int | None = None
     #: Whether its clients first ask for TLS, as PostgreSQL's do.
     starttls: bool = False
+    #: Whether it is a unix socket, whose clients have no address.
+    unix: bool = False
 
 
 class VirtualHost(NamedTuple):
@@ -193,6 +195,10 @@ class Plan(NamedTuple):
     @property
     def connects_to_unix_sockets(self) -> bool:
         return any(backend.startswith("unix:") for backend in self.addresses)
+
+    @property
+    def has_unix_clients(self) -> bool:
+        return any(listener.unix for listener in self.listeners)
 
     @property
     def binds_clients_addresses(self) -> bool:

@@ -113,6 +113,8 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         for server in tunnel.connect:
             if isinstance(server, UnixAddress):
                 paths.append((f"tunnel[{i}].connect", Path(server.path)))
+        if isinstance(tunnel.listen, UnixAddress):
+            paths.append((f"tunnel[{i}].listen", Path(tunnel.listen.path)))
     for key, path in paths:
         for directory, setting in _HIDDEN.items():
             if isinstance(path, Path) and path.resolve().is_relative_to(directory):

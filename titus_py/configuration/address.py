@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 __all__ = [
     "Address",
+    "Bindable",
     "IPAddress",
     "NameAddress",
     "UnixAddress",
@@ -18,10 +19,12 @@ __all__ = [
     "host_name",
     "parse_backend",
     "parse_listen",
+    "parse_tunnel_listen",
     "unix_address",
 ]
 
 _LISTEN_FORMS = "127.0.0.1:8443, [::1]:8443 or :8443 (every address)"
+_UNIX_LISTEN_FORMS = f"{_LISTEN_FORMS}, or unix:/run/app.sock"
 _BACKEND_FORMS = "127.0.0.1:8080, [::1]:8080, name:8080 or unix:/run/app.sock"
 #: Linux's sun_path holds 108 octets, the last of them NUL.
 _UNIX_PATH_OCTETS = 107
@@ -58,9 +61,9 @@ class IPAddress(NamedTuple):
     def is_loopback(self) -> bool:
         return self.host == "::1" or self.host.startswith("127.")
 
-    def covers(self, other: "IPAddress") -> bool:
+    def covers(self, other: "Bindable") -> bool:
         """Whether a socket bound here receives everything that ``other`` would."""
-        if self.port != other.port:
+        if isinstance(other, UnixAddress) or self.port != other.port:
             return False
         if self.host == "0.0.0.0":
             return other.family == socket.AF_INET
@@ -95,24 +98,37 @@ class UnixAddress(NamedTuple):
 
     path: str
 
+    def covers(self, other: "Bindable") -> bool:
+        """Whether it is the same: a unix socket has one path."""
+        return self == other
+
     def __str__(self) -> str:
         return f"unix:{self.path}"
 
 
 Address = IPAddress | NameAddress | UnixAddress
+#: What bind(2) takes.
+Bindable = IPAddress | UnixAddress
 
 
-def parse_listen(text: str) -> IPAddress:
+def parse_listen(text: str, forms: str = _LISTEN_FORMS) -> IPAddress:
     """An address to listen on. Raises ValueError, saying what was expected."""
-    match _parse(text, _LISTEN_FORMS):
+    match _parse(text, forms):
         case IPAddress() as address:
             return address
         case UnixAddress():
-            reason = f"{text!r} is a unix socket, which only a backend can be"
+            reason = f"{text!r} is a unix socket, which only a backend or a tunnel can be"
         case NameAddress(name):
             # A name can have several addresses, and they can change while we run.
             reason = f"{name!r} is a name, and a listening address is numeric"
-    raise ValueError(f"{reason}: expected {_LISTEN_FORMS}")
+    raise ValueError(f"{reason}: expected {forms}")
+
+
+def parse_tunnel_listen(text: str) -> Bindable:
+    """An address for a tunnel to listen on. Raises ValueError, saying what was expected."""
+    if text.startswith("unix:"):
+        return unix_address(text.removeprefix("unix:"))
+    return parse_listen(text, _UNIX_LISTEN_FORMS)
 
 
 def parse_backend(text: str) -> Address:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from titus_py.configuration.across_tables import each_valid, valid_part
-from titus_py.configuration.address import Address, IPAddress, UnixAddress
+from titus_py.configuration.address import Address, Bindable, IPAddress, UnixAddress
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics, Tunnel
 
@@ -20,7 +20,9 @@ def address_mistakes(
     tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
 ) -> Iterator[Mistake]:
     tunnels = dict(each_valid(Tunnel, tables, "tunnel", source))
-    bound = {f"listen[{i}].address": address for i, address in listeners.items()}
+    bound: dict[str, Bindable] = {
+        f"listen[{i}].address": address for i, address in listeners.items()
+    }
     bound |= {f"tunnel[{i}].listen": tunnel.listen for i, tunnel in tunnels.items()}
     yield from _overlaps(bound, source)
     yield from _balancers_of_another_family(tables, source)
@@ -43,7 +45,8 @@ def address_mistakes(
     keyd = valid_part(KeydSocket, tables["keyd"], source)
     if keyd is not None and keyd.socket is not None:
         socket = UnixAddress(str(keyd.socket))
-        for key, other in (("metrics.address", address), *backends, *servers):
+        heard = [(f"tunnel[{i}].listen", tunnel.listen) for i, tunnel in tunnels.items()]
+        for key, other in (("metrics.address", address), *heard, *backends, *servers):
             if other == socket:
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
 
@@ -61,9 +64,9 @@ def metrics_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake
         )
 
 
-def _overlaps(bound: Mapping[str, IPAddress], source: Source) -> Iterator[Mistake]:
+def _overlaps(bound: Mapping[str, Bindable], source: Source) -> Iterator[Mistake]:
     """``bound`` is by the keys of the settings."""
-    before: dict[str, IPAddress] = {}
+    before: dict[str, Bindable] = {}
     for key, address in bound.items():
         for other, earlier in before.items():
             if earlier.covers(address) or address.covers(earlier):
@@ -74,17 +77,16 @@ def _overlaps(bound: Mapping[str, IPAddress], source: Source) -> Iterator[Mistak
 
 
 def _shared_metrics(
-    metrics: Address,
-    bound: Mapping[str, IPAddress],
+    metrics: Bindable,
+    bound: Mapping[str, Bindable],
     backends: list[tuple[str, Address]],
     source: Source,
 ) -> Iterator[Mistake]:
-    if isinstance(metrics, IPAddress):
-        for key, listener in bound.items():
-            if listener.covers(metrics) or metrics.covers(listener):
-                where = source.reference(key)
-                reason = f"{metrics} overlaps {where}, {listener}: only one can be bound"
-                yield source.mistake("metrics.address", reason)
+    for key, listener in bound.items():
+        if listener.covers(metrics) or metrics.covers(listener):
+            where = source.reference(key)
+            reason = f"{metrics} overlaps {where}, {listener}: only one can be bound"
+            yield source.mistake("metrics.address", reason)
     for key, backend in backends:
         if backend == metrics:
             yield source.mistake("metrics.address", f"{metrics} is {source.reference(key)}, too")
@@ -128,11 +130,11 @@ def _receives(listener: Address, backend: Address) -> bool:
 
     Which addresses the machine has is not known: a wildcard is one of them where it is loopback.
     """
+    if listener == backend:
+        return True
     if not (isinstance(listener, IPAddress) and isinstance(backend, IPAddress)):
         return False
-    return listener == backend or (
-        listener.is_wildcard and backend.is_loopback and listener.covers(backend)
-    )
+    return listener.is_wildcard and backend.is_loopback and listener.covers(backend)
 
 
 def _balancers_of_another_family(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:

@@ -11,11 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from titus_py.configuration.across_tables import setting
+from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Credential
 
-__all__ = ["exposed_files", "open_directories"]
+__all__ = ["exposed_files", "exposed_sockets", "open_directories"]
 
 _GROUP_OR_OTHERS_WRITE = 0o022
 _GROUP_OR_OTHERS_READ_OR_WRITE = 0o066
@@ -68,6 +69,14 @@ def _exposed(
     elif _is_strangers(found.st_uid):
         yield f"{path}: uid {found.st_uid} owns it, and can {verb}: chown root"
     yield from open_directories(path, warned)
+
+
+def exposed_sockets(sockets: Mapping[str, UnixAddress], source: Source) -> Iterator[Mistake]:
+    """Warnings for unix sockets in whose place somebody could listen; by the settings' keys."""
+    warned: set[Path] = set()
+    for key, address in sockets.items():
+        for reason in open_directories(Path(address.path), warned):
+            yield source.mistake(key, reason)
 
 
 def open_directories(path: Path, passed: set[Path]) -> Iterator[str]:

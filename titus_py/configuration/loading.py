@@ -21,14 +21,14 @@ from titus_py.configuration.across_tables import (
     uid_mistakes,
     uid_warnings,
 )
-from titus_py.configuration.address import IPAddress
+from titus_py.configuration.address import IPAddress, UnixAddress
 from titus_py.configuration.addresses_in_use import address_mistakes, metrics_warnings
 from titus_py.configuration.backend_groups import unreachable_sockets
 from titus_py.configuration.client_certificates import client_files, client_mistakes
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.descriptors import descriptor_warnings
 from titus_py.configuration.explained import explained
-from titus_py.configuration.exposure import exposed_files
+from titus_py.configuration.exposure import exposed_files, exposed_sockets
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.ineffective import ineffective_settings
 from titus_py.configuration.mistake import Mistake, Source, os_reason
@@ -181,15 +181,19 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         if table.certificate_dir is not None:
             for credential in listed(table.certificate_dir, with_keys=_starts_keyd(tables)):
                 credentials.setdefault(credential, []).append(f"vhost[{i}].certificate_dir")
+    sockets: dict[str, UnixAddress] = {}
     for i, tunnel in each_valid(Tunnel, tables, "tunnel", source):
         if tunnel.credential is not None:
             credentials.setdefault(tunnel.credential, []).append(f"tunnel[{i}].")
+        if isinstance(tunnel.listen, UnixAddress):
+            sockets[f"tunnel[{i}].listen"] = tunnel.listen
     mistakes += too_many(tables, credentials, source)
     mistakes += empty_directories(tables, credentials, source)
     of_clients = client_files(tables, source)
     warnings = [
         *uid_warnings(tables, source),
         *exposed_files(credentials, of_clients, included, source),
+        *exposed_sockets(sockets, source),
         *shared_backends(tables, source),
         *metrics_warnings(tables, source),
     ]

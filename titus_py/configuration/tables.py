@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
-from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.address import Address, Bindable, IPAddress
 from titus_py.configuration.backend_groups import BackendGroups
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
@@ -457,9 +457,9 @@ class Configuration(Table):
     )
 
     @property
-    def listening(self) -> list[IPAddress]:
+    def listening(self) -> list[Bindable]:
         """The addresses that clients connect to."""
-        return [table.address for table in self.listen] + [table.listen for table in self.tunnel]
+        return [*(table.address for table in self.listen), *(one.listen for one in self.tunnel)]
 
     @property
     def has_transparent_sockets(self) -> bool:

@@ -11,12 +11,14 @@ from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Val
 from titus_py.between.messages import MAX_PROTOCOLS
 from titus_py.configuration.address import (
     Address,
+    Bindable,
     IPAddress,
     UnixAddress,
     canonical_ip,
     host_name,
     parse_backend,
     parse_listen,
+    parse_tunnel_listen,
     unix_address,
 )
 from titus_py.configuration.mistake import described, nearest, text_of
@@ -43,6 +45,7 @@ __all__ = [
     "Protocols",
     "ServerNames",
     "TokenUser",
+    "TunnelListenAddress",
     "UidRange",
     "User",
     "Version",
@@ -194,6 +197,13 @@ def default_keyd_user() -> User:
 
 def _listen_address(value: object) -> IPAddress:
     return parse_listen(text_of(value))
+
+
+def _tunnel_listen_address(value: object, info: ValidationInfo) -> Bindable:
+    address = parse_tunnel_listen(text_of(value))
+    if isinstance(address, UnixAddress):
+        return unix_address(str(directory_of(info) / address.path))
+    return address
 
 
 def _metrics_address(value: object, info: ValidationInfo) -> IPAddress | UnixAddress:
@@ -399,6 +409,9 @@ UidRange = Annotated[
 KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
 TokenUser = Annotated[User, PlainValidator(_token_user), PlainSerializer(lambda user: user.name)]
 ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
+TunnelListenAddress = Annotated[
+    Bindable, PlainValidator(_tunnel_listen_address), PlainSerializer(str)
+]
 MetricsAddress = Annotated[
     IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
 ]

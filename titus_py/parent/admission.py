@@ -153,9 +153,14 @@ def _reached(count: int, limit: int | None) -> bool:
 
 
 def prefix(address: str) -> str:
-    """The /64 of an IPv6 address, or the /24 of an IPv4 one, as a key to count by."""
+    """The /64 of an IPv6 address, or the /24 of an IPv4 one, as a key to count by.
+
+    A user of a unix socket is a network of its own.
+    """
     if ":" not in address:
         return ".".join(address.split(".")[:_IPV4_PREFIX_OCTETS])
+    if address.startswith("unix:"):
+        return address
     head, _, tail = address.partition("%")[0].partition("::")
     groups = head.split(":") if head else []
     if len(groups) < _IPV6_PREFIX_GROUPS:

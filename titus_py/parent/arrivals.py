@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.messages import Ends
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
 from titus_py.parent.arrival import Arrival
@@ -89,6 +90,13 @@ class Arrivals:
             for listener in plan.listeners
             if listener.tunnel is not None
         }
+        #: Listeners whose clients have no address, by descriptor.
+        self._unix = {one.descriptor for one in plan.listeners if one.unix}
+        if self._unix:
+            # Others do not need it in their memory.
+            from titus_py.parent.unix_clients import unix_ends
+
+            self._unix_ends = unix_ends
         for listener in self._listeners.values():
             listener.setblocking(False)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
@@ -211,6 +219,7 @@ class Arrivals:
         If there are ``balancers``, nobody else may connect. Their clients' addresses come later:
         here only the rate is limited.
         """
+        unix = listener.fileno() in self._unix
         for _ in range(_ACCEPT_AT_ONCE):
             if not self._has_room() and not self._has_silent_one():
                 return
@@ -218,7 +227,7 @@ class Arrivals:
                 client, address = listener.accept()
                 # For the worker, which gets it like this and cannot change it.
                 client.setblocking(False)
-                local = client.getsockname()
+                ends = self._unix_ends(client) if unix else _ends(client, address)
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
@@ -228,7 +237,7 @@ class Arrivals:
                 # wake this loop without end.
                 self._rest(error)
                 return
-            host, port = _plain(address[0]), address[1]
+            host = ends.client
             if balancers is None:
                 limit = self._admission.refuse(host)
             elif host in balancers:
@@ -239,10 +248,7 @@ class Arrivals:
                 self._welcome(
                     Arrival(
                         client,
-                        host,
-                        port,
-                        _plain(local[0]),
-                        local[1],
+                        *ends,
                         time.monotonic(),
                         proxy_timeout,
                         tunnel=tunnel,
@@ -377,6 +383,11 @@ def _tunnels(
     from titus_py.parent.tunnels import Tunnels
 
     return Tunnels(loop, plan, backends, connections, connected, turn_away)
+
+
+def _ends(client: socket.socket, address: tuple[str, int]) -> Ends:
+    local = client.getsockname()
+    return Ends(_plain(address[0]), address[1], _plain(local[0]), local[1])
 
 
 def _plain(address: str) -> str:

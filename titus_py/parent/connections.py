@@ -104,7 +104,8 @@ class Connections:
         worker.address = arrival.address
         worker.awaits_header = arrival.proxy_timeout > 0
         worker.counted = not worker.awaits_header
-        worker.ends = worker.endpoints = ends = arrival.ends
+        worker.ends = ends = arrival.ends
+        worker.endpoints = None if ends.client.startswith("unix:") else ends
         # The service manager may have bound the listening socket. If not, the kernel binds what it
         # accepts through a VRF (net.ipv4.tcp_l3mdev_accept).
         interface = arrival.client.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
@@ -451,4 +452,6 @@ def _tunnel(number: int | None) -> dict[str, int]:
 
 
 def _text(host: str, port: int) -> str:
+    if host.startswith("unix:"):
+        return f"{host},pid={port}" if port else host
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

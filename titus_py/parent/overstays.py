@@ -86,6 +86,8 @@ class Overstays:
         if self._connections.busy.get(worker.uid) is not worker:
             return
         number = worker.connection
+        if worker.endpoints is None:
+            return
         current = self._current[worker.endpoints] == number
         seen = kernel.look(worker.endpoints) if current else None
         if current and not self._has_left(seen):

@@ -44,6 +44,16 @@ _SOCKETS = (
     # The kernel's knowledge of connections (sock_diag(7)).
     (Only(0, _ALL, socket.AF_NETLINK), Only(2, _ALL, _NETLINK_SOCK_DIAG)),
 )
+_QUESTIONS = (
+    # Python asks a socket to the next keyd, which it is given, what it is.
+    _option(socket.SOL_SOCKET, socket.SO_TYPE),
+    _option(socket.SOL_SOCKET, socket.SO_PROTOCOL),
+    _option(socket.SOL_SOCKET, socket.SO_DOMAIN),
+    # Whether there is room for a client's first octets.
+    _option(socket.SOL_SOCKET, socket.SO_RCVBUF),
+    # The interface that a client's socket is bound to, by which sock_diag finds it.
+    _option(socket.SOL_SOCKET, _SO_BINDTOIFINDEX),
+)
 _OPTIONS = (
     _option(socket.SOL_SOCKET, socket.SO_LINGER),
     _option(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -70,16 +80,7 @@ _ALWAYS: Rules = {
     "getsockname": _ANYHOW,
     # As Python writes a socket as text, which it does whenever it finds one that was not closed.
     "getpeername": _ANYHOW,
-    # Python asks a socket to the next keyd, which it is given, what it is.
-    "getsockopt": (
-        _option(socket.SOL_SOCKET, socket.SO_TYPE),
-        _option(socket.SOL_SOCKET, socket.SO_PROTOCOL),
-        _option(socket.SOL_SOCKET, socket.SO_DOMAIN),
-        # Whether there is room for a client's first octets.
-        _option(socket.SOL_SOCKET, socket.SO_RCVBUF),
-        # The interface that a client's socket is bound to, by which sock_diag finds it.
-        _option(socket.SOL_SOCKET, _SO_BINDTOIFINDEX),
-    ),
+    "getsockopt": _QUESTIONS,
     "setsockopt": _OPTIONS,
     "shutdown": _ANYHOW,
     "sendto": _ANYHOW,
@@ -136,11 +137,16 @@ FAILING: Rules = {
 }
 
 
-def parent_calls(to_unix_sockets: bool, from_clients_addresses: bool) -> Rules:
+def parent_calls(
+    to_unix_sockets: bool, from_clients_addresses: bool, from_unix_clients: bool
+) -> Rules:
     """What a parent may call, which only connects to unix sockets, or binds, where it has to."""
     calls = dict(_ALWAYS)
     if to_unix_sockets:
         calls["socket"] = (*_SOCKETS, _stream(socket.AF_UNIX))
+    if from_unix_clients:
+        # Which user has connected.
+        calls["getsockopt"] = (*_QUESTIONS, _option(socket.SOL_SOCKET, socket.SO_PEERCRED))
     if from_clients_addresses:
         calls["bind"] = _ANYHOW
         calls["setsockopt"] = (*_OPTIONS, *_TRANSPARENT_OPTIONS)

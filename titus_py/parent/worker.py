@@ -77,7 +77,9 @@ class Worker:
         self.awaits_header = False
         self.balancer = ""
         #: Whose connection it is: a load balancer's header may name other ends than its own.
-        self.ends = self.endpoints = Ends("", 0, "", 0)
+        self.ends = Ends("", 0, "", 0)
+        #: Its own, for the kernel to find it by; None of a unix socket.
+        self.endpoints: Ends | None = self.ends
         self.local = ""
         self.forked = time.monotonic()
         self.started = 0.0

@@ -40,12 +40,13 @@ from titus_py.between.plan import (
 )
 from titus_py.between.tunnel_terms import TunnelTerms
 from titus_py.configuration import upstreams
-from titus_py.configuration.address import Address, IPAddress, NameAddress
+from titus_py.configuration.address import Address, Bindable, NameAddress, UnixAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
 from titus_py.configuration.limits_table import default_handshakes, default_per_prefix
 from titus_py.configuration.tokens import settings
 from titus_py.parent.system_calls import FAILING, parent_calls
+from titus_py.supervisor.listeners import Wishes
 
 __all__ = ["ALIVE_SECONDS", "Child", "Generation"]
 
@@ -194,7 +195,7 @@ class Generation:
         #: The latest connections that have ended: a refusal of keyd's may be heard after the end.
         self.ended: deque[dict[str, Any]] = deque(maxlen=1000)
         #: The listeners that were opened for it.
-        self.added: dict[IPAddress, socket.socket] = {}
+        self.added: dict[Bindable, socket.socket] = {}
         self.spares = 0
         self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
@@ -208,14 +209,14 @@ class Generation:
         return "serving" if self.ready and self.announced else "starting"
 
     @property
-    def listening(self) -> list[IPAddress]:
+    def listening(self) -> list[Bindable]:
         """The addresses that its clients connect to."""
         return self.configuration.listening
 
     @property
-    def transparent(self) -> list[IPAddress]:
-        """Those of them to which connections come that were made to other machines' addresses."""
-        return [table.address for table in self.configuration.listen if table.transparent]
+    def wishes(self) -> Wishes:
+        """How it wants its listening sockets."""
+        return Wishes.of(self.configuration)
 
     @property
     def ready(self) -> bool:
@@ -294,7 +295,7 @@ class Generation:
         self,
         control: socket.socket | None,
         uids: range,
-        listeners: Mapping[IPAddress, socket.socket],
+        listeners: Mapping[Bindable, socket.socket],
         addresses: Mapping[Address, tuple[ResolvedAddress, ...]],
         states: Mapping[Check, State],
     ) -> None:
@@ -333,7 +334,9 @@ class Generation:
             parent_filter="",
             backend_groups=worker.backend_gids,
         )
-        calls = parent_calls(plan.connects_to_unix_sockets, plan.binds_clients_addresses)
+        calls = parent_calls(
+            plan.connects_to_unix_sockets, plan.binds_clients_addresses, plan.has_unix_clients
+        )
         plan = plan._replace(parent_filter=seccomp.build(calls, failing=FAILING).hex())
         self.parent = _start_parent(plan, control)
         self.starting.add(self.parent)
@@ -361,11 +364,12 @@ class Generation:
         if starting:
             self.starting.add(child)
 
-    def _listener(self, address: IPAddress, listener: socket.socket) -> Listener:
+    def _listener(self, address: Bindable, listener: socket.socket) -> Listener:
         """A socket on this address, which may be a part of the address that is configured."""
         for number, tunnel in enumerate(self.configuration.tunnel):
             if tunnel.listen.covers(address):
-                return Listener(listener.fileno(), (), 0.0, number)
+                unix = isinstance(address, UnixAddress)
+                return Listener(listener.fileno(), (), 0.0, number, unix=unix)
         table = next(table for table in self.configuration.listen if table.address.covers(address))
         # The header's time is a part of the handshake's.
         proxy_timeout = min(

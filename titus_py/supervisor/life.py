@@ -43,7 +43,7 @@ from titus_py.supervisor.filters import build_filters
 from titus_py.supervisor.generation import ALIVE_SECONDS, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
-from titus_py.supervisor.listeners import CannotListen, Listeners, listen, passed_listeners
+from titus_py.supervisor.listeners import CannotListen, Listeners, Wishes, listen, passed_listeners
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics_address import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
@@ -83,9 +83,7 @@ def serve(checked: Checked, read_again: ReadAgain) -> int:
     passed = passed_listeners(passed_sockets())
     try:
         configuration = checked.configuration
-        transparent = [table.address for table in configuration.listen if table.transparent]
-        keepalive = configuration.limits.keepalive
-        listeners = listen(configuration.listening, keepalive, passed, transparent)
+        listeners = listen(configuration.listening, Wishes.of(configuration), passed)
     except CannotListen as error:
         print(f"titus-py: {error}", file=sys.stderr)
         notify(status=f"not started: {error}")
@@ -93,7 +91,7 @@ def serve(checked: Checked, read_again: ReadAgain) -> int:
     _withdraw(TRANSPARENT_CAPABILITIES if configuration.has_transparent_sockets else ())
     settings = checked.configuration.log
     log = Log(settings.format, least=settings.level)
-    return _Supervisor(read_again, filters, Listeners(passed, listeners), log, notify).run(checked)
+    return _Supervisor(read_again, filters, Listeners(passed, *listeners), log, notify).run(checked)
 
 
 def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
@@ -102,20 +100,12 @@ def take_over(legacy: Legacy, read_again: ReadAgain) -> int:
     ``read_again`` reads the configuration, which takes over as in a reload. Until it serves, and
     if it cannot, the previous configuration is served.
     """
-    passed, listeners = {}, {}
-    for left in legacy.listeners:
-        listener = socket.socket(fileno=left.descriptor)
-        if left.passed:
-            passed[left.address] = listener
-        if left.listening:
-            listeners[left.address] = listener
+    listeners = succession.inherit_listeners(legacy)
     filters = build_filters()
     # What the previous program had kept: whether it needed it.
     _withdraw(permitted_capabilities() & TRANSPARENT_CAPABILITIES.keys())
     log = Log(legacy.log_format, least=legacy.log_level, lost=legacy.log_lines_lost)
-    return _Supervisor(read_again, filters, Listeners(passed, listeners), log, Notifier()).run(
-        legacy
-    )
+    return _Supervisor(read_again, filters, listeners, log, Notifier()).run(legacy)
 
 
 def _withdraw(kept: Iterable[int]) -> None:
@@ -266,6 +256,7 @@ class _Supervisor:
             self._look_at_files()
         while self._service.exit_code is None:
             self._loop.run_once()
+        self._listeners.close_all()
         self._takeover.end_all()
         self._backends.stop()
         self._metrics.stop()
@@ -378,19 +369,10 @@ class _Supervisor:
 
     def _legacy(self) -> Legacy:
         """All that the next program needs to go on from here."""
-        passed, wanted = self._listeners.passed, self._listeners.open
         log, metrics = self._record.log, self._metrics.listener
         return Legacy(
             generations=[succession.leave(generation) for generation in self._generations],
-            listeners=[
-                succession.Listener(
-                    address=address,
-                    descriptor=listener.fileno(),
-                    passed=address in passed,
-                    listening=address in wanted,
-                )
-                for address, listener in (passed | wanted).items()
-            ],
+            listeners=succession.leave_listeners(self._listeners),
             held_uids=self._uids.held.descriptor,
             used_uids=[(uids.start, uids.stop) for uids in self._uids.used],
             addresses=[

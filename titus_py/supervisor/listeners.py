@@ -7,12 +7,18 @@ import errno
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
-from titus_py.configuration.address import IPAddress, canonical_ip
+from titus_py.configuration import Configuration
+from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
+from titus_py.configuration.socket_access import SocketAccess
+from titus_py.configuration.tunnel_table import access_to
 from titus_py.parent.dialer import reset_at_close
 from titus_py.parent.keepalive import keep_alive
+from titus_py.supervisor import socket_files
+from titus_py.supervisor.socket_files import File
 
-__all__ = ["CannotListen", "Listeners", "listen", "passed_listeners", "set_transparent"]
+__all__ = ["CannotListen", "Listeners", "Wishes", "listen", "passed_listeners"]
 
 _BACKLOG = 4096
 #: ip(7), ipv6(7). Python does not know the second one.
@@ -23,33 +29,70 @@ class CannotListen(Exception):
     """An address that cannot be listened on: which, and why."""
 
 
+class Wishes(NamedTuple):
+    """How a configuration wants its sockets.
+
+    ``keepalive``: after so many seconds of silence, the peer of an accepted connection is asked
+    whether it is still there; 0: never. ``transparent`` are the addresses to which connections
+    come that were made to other machines' addresses. ``access``: who may connect to unix sockets.
+    """
+
+    keepalive: float = 0.0
+    transparent: Collection[IPAddress] = ()
+    access: Mapping[Bindable, SocketAccess] = {}
+
+    @classmethod
+    def of(cls, configuration: Configuration) -> "Wishes":
+        transparent = [table.address for table in configuration.listen if table.transparent]
+        return cls(configuration.limits.keepalive, transparent, access_to(configuration.tunnel))
+
+
 class Listeners:
     """The listening sockets, by address.
 
     ``passed`` are those from the service manager. They are closed only to stop, so that a later
-    configuration can use them again. ``open`` are those that a configuration wants.
+    configuration can use them again. ``open`` are those that a configuration wants. ``files`` are
+    those of unix sockets that were made here.
     """
 
     def __init__(
-        self, passed: dict[IPAddress, socket.socket], wanted: dict[IPAddress, socket.socket]
+        self,
+        passed: dict[Bindable, socket.socket],
+        wanted: dict[Bindable, socket.socket],
+        files: dict[Bindable, File],
     ) -> None:
         self.passed = passed
         self.open = wanted
+        self.files = files
 
-    def add(
-        self,
-        addresses: Iterable[IPAddress],
-        keepalive: float,
-        transparent: Collection[IPAddress] = (),
-    ) -> dict[IPAddress, socket.socket]:
+    def add(self, addresses: Iterable[Bindable], wishes: Wishes) -> dict[Bindable, socket.socket]:
         """Listen on the new addresses (``listen``); returns their sockets, not yet in ``open``.
 
         Raises CannotListen; then none of them is kept.
         """
-        new = (address for address in addresses if address not in self.open)
-        return listen(new, keepalive, self.passed, transparent, self.open)
+        new = [address for address in addresses if address not in self.open]
+        sockets, files = listen(new, wishes, self.passed, self.open)
+        self.files |= files
+        return sockets
 
-    def wanted(self, addresses: Sequence[IPAddress]) -> dict[IPAddress, socket.socket]:
+    def settle(self, addresses: Sequence[Bindable], wishes: Wishes) -> Iterator[str]:
+        """Have the open sockets as the configuration that serves wants them.
+
+        Yields what is wrong with the file of one of them.
+        """
+        for address, listener in self.wanted(addresses).items():
+            if isinstance(address, IPAddress):
+                keep_alive(listener, wishes.keepalive)
+                _set_transparent(listener, address, wishes.transparent)
+            elif address in self.files:
+                try:
+                    if not socket_files.is_there(address, self.files[address]):
+                        raise FileNotFoundError(errno.ENOENT, "its file is gone: restart titus-py")
+                    socket_files.update(address, wishes.access[address])
+                except OSError as error:
+                    yield f"{address}: {error.strerror}"
+
+    def wanted(self, addresses: Sequence[Bindable]) -> dict[Bindable, socket.socket]:
         """The open sockets on these addresses.
 
         A socket on a part of a wider address is included: to close it would reset the clients in
@@ -61,59 +104,75 @@ class Listeners:
             if any(wanted.covers(address) for wanted in addresses)
         }
 
-    def unheard(self, addresses: Sequence[IPAddress]) -> list[IPAddress]:
+    def unheard(self, addresses: Sequence[Bindable]) -> list[Bindable]:
         """The passed sockets' addresses that nobody accepts from: clients would wait for ever."""
         return [address for address in self.passed if address not in addresses]
 
-    def keep(self, addresses: Sequence[IPAddress]) -> None:
+    def keep(self, addresses: Sequence[Bindable]) -> None:
         """Close the sockets that are on none of these addresses."""
         wanted = self.wanted(addresses)
         self.close({key: value for key, value in self.open.items() if key not in wanted})
 
-    def close(self, listeners: Mapping[IPAddress, socket.socket]) -> None:
+    def close(self, listeners: Mapping[Bindable, socket.socket]) -> None:
         for address, listener in listeners.items():
             if address not in self.passed:
                 listener.close()
+            self._remove_file(address)
             self.open.pop(address, None)
 
     def close_all(self) -> None:
         """Close all open sockets, to stop: those from the service manager too."""
-        for listener in self.open.values():
+        for address, listener in self.open.items():
             listener.close()
+            self._remove_file(address)
         self.open.clear()
+
+    def _remove_file(self, address: Bindable) -> None:
+        file = self.files.pop(address, None)
+        if file is not None and isinstance(address, UnixAddress):
+            socket_files.remove(address, file)
 
 
 def listen(
-    addresses: Iterable[IPAddress],
-    keepalive: float,
-    passed: Mapping[IPAddress, socket.socket],
-    transparent: Collection[IPAddress] = (),
-    own: Mapping[IPAddress, socket.socket] | None = None,
-) -> dict[IPAddress, socket.socket]:
+    addresses: Iterable[Bindable],
+    wishes: Wishes,
+    passed: Mapping[Bindable, socket.socket],
+    own: Mapping[Bindable, socket.socket] | None = None,
+) -> tuple[dict[Bindable, socket.socket], dict[Bindable, File]]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
-    ``keepalive``: after so many seconds of silence, the peer of an accepted connection is asked
-    whether it is still there; 0: never. ``transparent`` are the addresses to which connections
-    come that were made to other machines' addresses. ``own`` are the sockets that listen already,
-    perhaps on wider or narrower addresses.
+    ``own`` are the sockets that listen already, perhaps on wider or narrower addresses. Returns the
+    files that were made for unix sockets, too.
     Raises CannotListen; then none of the new sockets is kept.
     """
-    listeners: dict[IPAddress, socket.socket] = {}
+    for address, access in wishes.access.items():
+        if address in passed and access.is_set:
+            raise CannotListen(
+                f"cannot listen on {address}: systemd's titus-py.socket has made it: set "
+                "SocketMode=, SocketUser= and SocketGroup= there, and leave socket_mode, "
+                "socket_user and socket_group out here"
+            )
+    found = Listeners(dict(passed), {}, {})
     for address in addresses:
         try:
-            listeners[address] = passed.get(address) or _bind(address, transparent, own or {})
-            set_transparent(listeners[address], address, transparent)
-            _prepare(listeners[address], keepalive)
+            if isinstance(address, IPAddress):
+                found.open[address] = passed.get(address) or _bind(address, wishes, own or {})
+                _set_transparent(found.open[address], address, wishes.transparent)
+                _prepare(found.open[address], wishes.keepalive)
+            elif address in passed:
+                found.open[address] = passed[address]
+            else:
+                access = wishes.access[address]
+                made = socket_files.listen_at(address, access, _BACKLOG)
+                found.open[address], found.files[address] = made
         except OSError as error:
-            for bound, listener in listeners.items():
-                if bound not in passed:
-                    listener.close()
+            found.close(dict(found.open))
             reason = f"{error.strerror}" + _why(error, address, passed)
             raise CannotListen(f"cannot listen on {address}: {reason}") from None
-    return listeners
+    return found.open, found.files
 
 
-def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str:
+def _why(error: OSError, address: Bindable, passed: Iterable[Bindable]) -> str:
     """The cause of the error, as the end of its message; "" if it is not known."""
     if error.errno == errno.EADDRINUSE:
         for other in passed:
@@ -122,6 +181,8 @@ def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str
                     f" by systemd's titus-py.socket, which listens on {other}: write the "
                     "same address in that unit (ListenStream=) and in [[listen]]"
                 )
+    if isinstance(address, UnixAddress):
+        return _why_not_at(error)
     if error.errno == errno.EPERM:
         return ": [[listen]] transparent takes CAP_NET_RAW"
     if error.errno == errno.EACCES:
@@ -129,16 +190,30 @@ def _why(error: OSError, address: IPAddress, passed: Iterable[IPAddress]) -> str
     return ""
 
 
+def _why_not_at(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return (
+            ": its directory has to be there: make it, or name it in the unit (RuntimeDirectory=)"
+        )
+    if error.errno == errno.EROFS:
+        return ": name its directory in the unit (ReadWritePaths=), or set a path in /run/titus-py"
+    if error.errno == errno.EPERM:
+        return ": socket_user takes CAP_CHOWN"
+    return ""
+
+
 def passed_listeners(
     passed: Mapping[str, Iterable[socket.socket]],
-) -> dict[IPAddress, socket.socket]:
-    """The TCP sockets among those that the service manager passed, by their addresses."""
-    found = {}
-    for sockets in passed.values():
-        for one in sockets:
-            if one.family in (socket.AF_INET, socket.AF_INET6):
-                host, port = one.getsockname()[:2]
-                found[IPAddress(canonical_ip(host), port)] = one
+) -> dict[Bindable, socket.socket]:
+    """The TCP and unix stream sockets that the service manager passed, by their addresses."""
+    found: dict[Bindable, socket.socket] = {}
+    for one in (one for sockets in passed.values() for one in sockets):
+        name = one.getsockname()
+        if one.family in (socket.AF_INET, socket.AF_INET6):
+            found[IPAddress(canonical_ip(name[0]), name[1])] = one
+        elif one.family == socket.AF_UNIX and one.type == socket.SOCK_STREAM:
+            # Python has an abstract name, which is no path, as bytes.
+            found |= {UnixAddress(name): one} if isinstance(name, str) and name else {}
     return found
 
 
@@ -157,7 +232,7 @@ def _sharing(listeners: list[socket.socket]) -> Iterator[None]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
-def set_transparent(
+def _set_transparent(
     listener: socket.socket, address: IPAddress, transparent: Iterable[IPAddress]
 ) -> None:
     """Let it accept connections that were made to other machines' addresses (TPROXY), or not.
@@ -174,8 +249,8 @@ def set_transparent(
 
 def _bind(
     address: IPAddress,
-    transparent: Collection[IPAddress],
-    own: Mapping[IPAddress, socket.socket],
+    wishes: Wishes,
+    own: Mapping[Bindable, socket.socket],
 ) -> socket.socket:
     try:
         listener = socket.socket(address.family, socket.SOCK_STREAM)
@@ -183,7 +258,7 @@ def _bind(
         if error.errno != errno.EAFNOSUPPORT or address.host != "::":
             raise
         # On a kernel without IPv6, "every address" is every IPv4 address.
-        return _bind(IPAddress("0.0.0.0", address.port), transparent, own)
+        return _bind(IPAddress("0.0.0.0", address.port), wishes, own)
     overlapping = [
         listening
         for other, listening in own.items()
@@ -195,7 +270,7 @@ def _bind(
             # "::" is every address of both families. Any other address is only itself.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host != "::")
         # Before it is bound: the address may be another machine's.
-        set_transparent(listener, address, transparent)
+        _set_transparent(listener, address, wishes.transparent)
         with _sharing([listener, *overlapping] if overlapping else []):
             listener.bind(address.sockaddr())
             listener.listen(_BACKLOG)

@@ -18,6 +18,7 @@ from keyd.linux.credentials import lock_memory, permitted_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS
 from titus_py.configuration import Configuration
+from titus_py.configuration.tunnel_table import access_to
 from titus_py.fork_server.confinement import (
     CONFINING_CAPABILITIES,
     FORK_SERVER_CAPABILITIES,
@@ -34,6 +35,7 @@ REQUIRED_CAPABILITIES = {
     **CONFINING_CAPABILITIES,
 }
 
+_GIVING_AWAY = {prctl.CAP_CHOWN: "unix sockets of other users to listen on (socket_user)"}
 #: What the supervisor keeps, for itself or for its children, each with its reason.
 SUPERVISOR_CAPABILITIES = {
     **REQUIRED_CAPABILITIES,
@@ -41,6 +43,7 @@ SUPERVISOR_CAPABILITIES = {
     prctl.CAP_IPC_LOCK: "keyd locks its memory",
     prctl.CAP_SYS_RESOURCE: "keyd may lock as much of it as it takes",
     prctl.CAP_NET_BIND_SERVICE: "listening addresses that a reload adds",
+    **_GIVING_AWAY,
 }
 
 _NAMES = {
@@ -59,6 +62,10 @@ def lacking(configuration: Configuration | None) -> list[str]:
     required = REQUIRED_CAPABILITIES
     if configuration is not None and configuration.has_transparent_sockets:
         required = required | TRANSPARENT_CAPABILITIES
+    if configuration is not None and any(
+        access.set_uid for access in access_to(configuration.tunnel).values()
+    ):
+        required = required | _GIVING_AWAY
     found = [
         f"{_NAMES[capability]} is missing, which is for: {what}"
         for capability, what in required.items()

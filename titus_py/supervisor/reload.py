@@ -194,8 +194,7 @@ class Reload:
         try:
             generation = self._starting.prepare(checked)
             self._uids.demand(generation, self._generations)
-            keepalive = generation.configuration.limits.keepalive
-            added = self._listeners.add(generation.listening, keepalive, generation.transparent)
+            added = self._listeners.add(generation.listening, generation.wishes)
         except (CannotListen, OSError, Held, NoUids) as error:
             self.failed([str(error)])
             return

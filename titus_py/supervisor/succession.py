@@ -10,6 +10,7 @@ configuration and the state that it would get. It is executed only if it has und
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,21 +23,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from keyd.linux.sealed import read_all, sealed_file
 from titus_py.between.plan import Check, State
 from titus_py.configuration import Configuration, Credential, Valid
-from titus_py.configuration.address import IPAddress, UnixAddress
+from titus_py.configuration.address import Bindable
 from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.client_certificates import ClientAuthorities
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.socket_files import File
 
 __all__ = [
     "CannotTakeOver",
     "Legacy",
-    "Listener",
     "execute",
     "inherit",
+    "inherit_listeners",
     "inherited",
     "leave",
+    "leave_listeners",
     "rehearse",
     "try_out",
 ]
@@ -92,10 +96,12 @@ class LeftGeneration(_Left):
 class Listener(_Left):
     """A listening socket; ``passed`` by the service manager, or bound by us."""
 
-    address: IPAddress
+    address: Bindable
     descriptor: int
     passed: bool
     listening: bool
+    #: Of a unix socket that was made here.
+    file: File | None = None
 
 
 class Legacy(_Left):
@@ -121,7 +127,7 @@ class Legacy(_Left):
     asked_again: bool
     program_asked: bool
     metrics: int | None
-    metrics_address: IPAddress | UnixAddress | None
+    metrics_address: Bindable | None
     counts: dict[str, Any]
     log_format: str
     log_level: str
@@ -182,6 +188,20 @@ def leave(generation: Generation) -> LeftGeneration:
         begun=generation.begun,
         uids=(generation.uids.start, generation.uids.stop),
     )
+
+
+def leave_listeners(listeners: Listeners) -> list[Listener]:
+    """What the next supervisor has to know of the listening sockets."""
+    return [
+        Listener(
+            address=address,
+            descriptor=listener.fileno(),
+            passed=address in listeners.passed,
+            listening=address in listeners.open,
+            file=listeners.files.get(address),
+        )
+        for address, listener in (listeners.passed | listeners.open).items()
+    ]
 
 
 def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> list[str]:
@@ -279,6 +299,20 @@ def _legacy(variable: str) -> Legacy | None:
         return Legacy.model_validate_json(read_all(int(descriptor)))
     except ValidationError as error:
         raise CannotTakeOver(_first(error)) from None
+
+
+def inherit_listeners(legacy: Legacy) -> Listeners:
+    """The listening sockets as they were."""
+    passed, wanted, files = {}, {}, {}
+    for left in legacy.listeners:
+        listener = socket.socket(fileno=left.descriptor)
+        if left.passed:
+            passed[left.address] = listener
+        if left.listening:
+            wanted[left.address] = listener
+        if left.file is not None:
+            files[left.address] = left.file
+    return Listeners(passed, wanted, files)
 
 
 def inherit(

@@ -8,14 +8,13 @@ import socket
 from collections.abc import Callable
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.configuration.address import IPAddress
+from titus_py.configuration.address import Bindable
 from titus_py.configuration.certificate_table import load_seconds
-from titus_py.parent.keepalive import keep_alive
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
-from titus_py.supervisor.listeners import Listeners, set_transparent
+from titus_py.supervisor.listeners import Listeners
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.uid_blocks import UidBlocks
@@ -66,7 +65,7 @@ class Takeover:
         self._backends = backends
         self.awaited: Awaited | None = None
 
-    def expect(self, awaited: Awaited, added: dict[IPAddress, socket.socket]) -> None:
+    def expect(self, awaited: Awaited, added: dict[Bindable, socket.socket]) -> None:
         """A generation is about to be started. ``added`` are the listeners opened for it."""
         self.awaited = awaited
         generation = awaited.generation
@@ -90,9 +89,8 @@ class Takeover:
         if generation.parent is not None and not generation.retired:
             # Not earlier: if a generation is abandoned, its clients are lost with it.
             # Keepalive not earlier either: another generation accepted on these sockets until now.
-            for address, listener in self._listeners.wanted(generation.listening).items():
-                keep_alive(listener, generation.configuration.limits.keepalive)
-                set_transparent(listener, address, generation.transparent)
+            for reason in self._listeners.settle(generation.listening, generation.wishes):
+                self._event("socket_file", level="error", reason=reason)
             self._children.order(generation.parent, {"do": "accept"})
         if generation is not self._generations.serving or self._service.stops:
             return

@@ -98,7 +98,7 @@ def test_neither_to_listen_nor_to_connect(text: str, reason: str) -> None:
     ("text", "reason"),
     [
         ("localhost:443", "'localhost' is a name, and a listening address is numeric"),
-        ("unix:/run/app.sock", "only a backend can be"),
+        ("unix:/run/app.sock", "only a backend or a tunnel can be"),
     ],
 )
 def test_only_a_backend(text: str, reason: str) -> None:

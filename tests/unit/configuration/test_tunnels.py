@@ -1,5 +1,6 @@
 """[[tunnel]]: what it may say, and what it may not."""
 
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,95 @@ def test_as_a_successor_reads_it(load_tunnels: Load) -> None:
     assert loaded.configuration is not None
     dumped = loaded.configuration.model_dump(mode="json")
     assert type(loaded.configuration).model_validate(dumped) == loaded.configuration
+
+
+ON_UNIX = 'listen = "unix:x.sock"\nconnect = "db.example.org:5432"\nca = "system"\n'
+
+
+def test_one_on_a_unix_socket(load_tunnels: Load, tmp_path: Path) -> None:
+    """Relative to the file's directory; whose it is, by name or number."""
+    access = 'socket_mode = "0620"\nsocket_user = "nobody"\nsocket_group = 7\n'
+    loaded = load_tunnels(ON_UNIX + access)
+    assert told(loaded) == []
+    assert loaded.configuration is not None
+    (tunnel,) = loaded.configuration.tunnel
+    assert list(map(str, loaded.configuration.listening)) == [f"unix:{tmp_path}/x.sock"]
+    nobody = pwd.getpwnam("nobody").pw_uid
+    assert (tunnel.socket_access.mode, tunnel.socket_access.owner) == (0o620, (nobody, 7))
+    dumped = loaded.configuration.model_dump(mode="json", exclude_defaults=True)
+    assert dumped["tunnel"][0]["socket_mode"] == "0620"
+    assert type(loaded.configuration).model_validate(dumped) == loaded.configuration
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "reason"),
+    [
+        ("socket_mode = 660", "socket_mode", 'expected a mode such as "0660", in quotes, not 660'),
+        ('socket_mode = "0868"', "socket_mode", "expected a mode"),
+        ('socket_mode = "4660"', "socket_mode", "expected a mode"),
+        ('socket_mode = "0444"', "socket_mode", '"0444" lets only root connect'),
+        ('socket_user = "no such"', "socket_user", 'no user is named "no such"'),
+        ("socket_user = -1", "socket_user", "expected a number from 0 to 4294967294, not -1"),
+        ("socket_user = 1.5", "socket_user", "expected a user's name or number, not 1.5"),
+        ('socket_group = "no such"', "socket_group", 'no group is named "no such"'),
+        ("allow_remote = true", "allow_remote", "only this machine can connect"),
+        ('send_proxy = "v1"', "send_proxy", "has no address that it could send"),
+    ],
+)
+def test_mistakes_of_a_unix_socket(
+    load_tunnels: Load, settings: str, key: str, reason: str
+) -> None:
+    (line,) = told(load_tunnels(ON_UNIX + settings))
+    assert line.startswith(f"tunnel[0].{key}: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("listen", "reason"),
+    [
+        ("unix:", "expected a path after unix:"),
+        ("unix:@x", "abstract unix sockets are not supported"),
+        (f"unix:/{'x' * 107}", "at most 107 are possible"),
+        ("db.test:5432", "or unix:/run/app.sock"),
+    ],
+)
+def test_where_none_can_listen(load_tunnels: Load, listen: str, reason: str) -> None:
+    (line,) = told(load_tunnels(f'listen = "{listen}"\nconnect = "a.test:1"\nca = "system"'))
+    assert line.startswith("tunnel[0].listen: ")
+    assert reason in line
+
+
+def test_a_unix_socket_is_one_thing(load_tunnels: Load, tmp_path: Path) -> None:
+    """Of two tunnels, of the metrics and of keyd: each says so."""
+    where = f"unix:{tmp_path}/x.sock"
+    (line,) = told(load_tunnels(ON_UNIX, ON_UNIX))
+    assert line.startswith(f"tunnel[1].listen: {where} overlaps ")
+    assert line.endswith(f"{where}: only one can be bound")
+    (line,) = told(load_tunnels(ON_UNIX, top='[metrics]\naddress = "unix:x.sock"'))
+    assert line.startswith(f"metrics.address: {where} overlaps ")
+    (line,) = told(load_tunnels(ON_UNIX, top='[keyd]\nsocket = "x.sock"'))
+    assert line == f"tunnel[0].listen: {where} is keyd.socket, where keyd listens"
+    to_itself = ON_UNIX.replace("db.example.org:5432", "unix:x.sock") + 'server_name = "a.test"'
+    (line,) = told(load_tunnels(to_itself))
+    assert line.startswith("tunnel[0].connect: ")
+    assert line.endswith("which speaks no TLS")
+
+
+def test_a_unix_socket_where_others_could_put_theirs(load_tunnels: Load, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    warned = load_tunnels(ON_UNIX).warnings
+    assert [one.key for one in warned if "put another file in its place" in one.reason][-1:] == [
+        "tunnel[0].listen"
+    ]
+
+
+def test_modes_and_owners_are_for_unix_sockets(load_tunnels: Load) -> None:
+    access = 'socket_mode = "0620"\nsocket_user = "nobody"\nsocket_group = 7\n'
+    lines = told(load_tunnels(TUNNEL + 'ca = "system"\n' + access))
+    assert [line.partition(":")[0] for line in lines] == [
+        f"tunnel[0].socket_{field}" for field in ("mode", "user", "group")
+    ]
+    assert all("127.0.0.1:5432, which is no unix socket" in line for line in lines)
 
 
 @pytest.mark.parametrize(

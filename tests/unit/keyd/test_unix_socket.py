@@ -25,6 +25,15 @@ if who == "metrics":
     from titus_py.configuration.address import UnixAddress
     from titus_py.supervisor.metrics_address import listen_at
     listen_at(UnixAddress(path))
+elif who == "tunnel":
+    from titus_py.configuration.address import UnixAddress
+    from titus_py.configuration.socket_access import SocketAccess
+    from titus_py.supervisor.socket_files import is_there, listen_at, remove
+    listener, file = listen_at(UnixAddress(path), SocketAccess(0o620, 3, 4), 1)
+    if hostile == "hostile":
+        assert not is_there(UnixAddress(path), file)
+        remove(UnixAddress(path), file)
+        assert os.path.islink(path)
 else:
     from contextlib import ExitStack
     from keyd.listeners import listeners
@@ -48,7 +57,12 @@ def owner_and_mode(path: Path) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(
     ("who", "expected"),
-    [("metrics", (0, 0, 0o660)), ("control", (0, 0, 0o600)), ("listen", (1, 2, 0o660))],
+    [
+        ("metrics", (0, 0, 0o660)),
+        ("control", (0, 0, 0o600)),
+        ("listen", (1, 2, 0o660)),
+        ("tunnel", (3, 4, 0o620)),
+    ],
 )
 def test_a_socket_has_its_owner_and_mode_and_no_other_file_gets_them(
     tmp_path: Path, who: str, expected: tuple[int, int, int]
