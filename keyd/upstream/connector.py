@@ -1,6 +1,6 @@
 """The process that connects to upstreams for keyd, which opens no socket itself.
 
-keyd starts it before it reads a key. It has keyd's user and groups, and nothing of keyd's memory
+keyd starts it before it reads a key. It has a user of its own, and nothing of keyd's memory
 (execve(2)). It trusts keyd, and hears nobody else: each connection goes to keyd unread, and a
 connection that is lost is made again, with a pause that grows.
 

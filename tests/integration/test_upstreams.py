@@ -1,5 +1,7 @@
 """Virtual hosts whose keys other hosts have: served, and what is said when those are away."""
 
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from keyd.powers import PrivateKey
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 from .conftest import Serve
-from .instance import UIDS, Instance, Table, eventually
+from .instance import TITUS_PY, UIDS, Instance, Table, eventually
 from .lender import Lender, lending
 from .peers import Listener, TlsClient
 from .service import reload, status
@@ -69,10 +71,11 @@ def served(serve_all: Serve, echoing: Listener) -> Iterator[Served]:
                 key = str(path)
             vhosts.append({"sni": [name], "certificate": certificate, "key": key})
         (directory / "authority.pem").write_bytes(authority.certificate)
-        uids = UIDS.take(1)
+        uids = UIDS.take(2)
         keyd = {
             "user": str(uids[0]),
             "upstream": [f"unix:{directory / one}" for one in ("a.sock", "b.sock")],
+            "upstream_user": str(uids[1]),
         }
         instance = serve_all(echoing.address, vhost=vhosts, keyd=keyd)
         yield Served(instance, directory, directory / "authority.pem", keys)
@@ -149,3 +152,12 @@ def test_the_first_is_asked_when_it_is_there_and_the_second_when_it_is_not(
     one = status(served.instance)["upstreams"][1]
     assert one["done"] >= 1
     assert one["in_flight"] == one["failed"] == 0
+
+
+def test_the_audit_knows_what_connects(served: Served, lent: Lender) -> None:
+    command = [TITUS_PY, "audit", f"--pid={served.instance.pid}", "--json"]
+    audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (report,) = json.loads(audit.stdout)
+    found = [one for one in report["findings"] if one["process"]["role"] == "upstreams' process"]
+    assert {one["check"] for one in found} >= {"capabilities", "no_new_privs", "hidden"}
+    assert not [one for one in report["findings"] if one["verdict"] == "broken"]

@@ -226,6 +226,7 @@ _UIDS_OF_THEIR_OWN = _UNPRIVILEGED | {Role.PARENT}
 _ROOT = frozenset({Role.SUPERVISOR, Role.FORK_SERVER})
 #: Workers inherit this from the fork server, which confined itself.
 _CONFINED = _UIDS_OF_THEIR_OWN | {Role.FORK_SERVER}
+_OF_KEYD = frozenset({Role.MODULE, Role.CONNECTOR})
 _STATUS = "/proc/PID/task/*/status"
 
 CHECKS = (
@@ -253,7 +254,7 @@ CHECKS = (
     Check("groups", _CONFINED, "no supplementary groups", f"{_STATUS}: Groups", _groups),
     Check(
         "capabilities",
-        _UNPRIVILEGED | {Role.MODULE},
+        _UNPRIVILEGED | _OF_KEYD,
         "no capability, nor a way to one",
         f"{_STATUS}: {', '.join(_SETS)}",
         _no_capabilities,
@@ -281,14 +282,14 @@ CHECKS = (
     ),
     Check(
         "no_new_privs",
-        _CONFINED | _ROOT | {Role.MODULE},
+        _CONFINED | _ROOT | _OF_KEYD,
         "no_new_privs: no program could give it more",
         f"{_STATUS}: NoNewPrivs",
         _no_new_privs,
     ),
     Check(
         "hidden",
-        _UIDS_OF_THEIR_OWN | {Role.MODULE},
+        _UIDS_OF_THEIR_OWN | _OF_KEYD,
         "not dumpable: its memory is closed to its own uid",
         "owner of /proc/PID/environ",
         _hidden_by_owner,

@@ -15,6 +15,7 @@ from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role, descriptors
 from titus_py.audit.observation import Observation, Scene, Stage
 from titus_py.between.hand_over import PARENT_FD
+from titus_py.configuration.upstream_table import MOST_UPSTREAMS
 from titus_py.resolver.confinement import READABLE
 
 __all__ = ["CHECKS", "names"]
@@ -25,6 +26,7 @@ _CLOSED = "socket with no other end"
 _ERRORS = "standard error, the supervisor's"
 _OWN_ERRORS = "standard error"
 _TO_PARENT = "socket to the parent"
+_UPSTREAM = "connection to an upstream"
 _TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
 _NAME_SERVER, _SETTINGS = "socket to a name server", "file that it reads settings from"
@@ -55,6 +57,9 @@ _KEYD: _Allowed = {
     "socket to the supervisor": 1,
     "socket to worker": None,
     "socket to the token's process": None,
+    "socket to the upstreams' process": 1,
+    # Each connection by two descriptors.
+    _UPSTREAM: 2 * MOST_UPSTREAMS,
     _CLOSED: None,
     # For a service with a watchdog (sd_notify(3)).
     _TO_MANAGER: 1,
@@ -137,6 +142,8 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
     name = _socket_name(scene, inode) or what
     if resolves and name in (what, _BACKEND):
         return _NAME_SERVER
+    if seen.process.role is Role.KEYD and name == _BACKEND:
+        return _UPSTREAM
     if seen.process.role is Role.METRICS and name in (_BACKEND, _CLIENT):
         # The listening socket is the supervisor's as well, no reader's is.
         holders = {other.process.role for other in scene.holders.get(inode, ())}
@@ -167,8 +174,8 @@ def _socket_name(scene: Scene, inode: int) -> str:
     }
     # A process that was just forked holds the descriptors of the process that forked it, until it
     # has closed them. That other process is earlier in this order.
-    order = Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, Role.KEYD, Role.MODULE, Role.WORKER
-    for role in order:
+    of_keyd = Role.KEYD, Role.MODULE, Role.CONNECTOR
+    for role in (Role.SUPERVISOR, Role.PARENT, Role.FORK_SERVER, *of_keyd, Role.WORKER):
         if role in holders:
             return f"socket to {'' if role is Role.WORKER else 'the '}{role}".replace(
                 "the keyd", "keyd"

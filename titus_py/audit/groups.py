@@ -38,6 +38,7 @@ _IN_ORDER = (
     Role.FORK_SERVER,
     Role.KEYD,
     Role.MODULE,
+    Role.CONNECTOR,
     Role.RESOLVER,
     Role.METRICS,
     Role.WORKER,

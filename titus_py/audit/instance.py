@@ -39,6 +39,7 @@ class Role(StrEnum):
     FORK_SERVER = "fork server"
     KEYD = "keyd"
     MODULE = "token's process"  #: keyd's, two for each token
+    CONNECTOR = "upstreams' process"  #: keyd's, only where keys are other hosts'
     WORKER = "worker"
     RESOLVER = "resolver"  #: only where a backend has a name
     METRICS = "metrics"  #: only where metrics are served
@@ -51,6 +52,11 @@ _UNPRIVILEGED = {
     Role.RESOLVER: b"titus_py.resolver.life",
     Role.METRICS: b"titus_py.metrics.life",
 }
+#: Processes of keyd by the command that they are before they have renamed themselves, and after.
+_OF_KEYD = (
+    (Role.MODULE, b"token", b"keyd: a token's process"),
+    (Role.CONNECTOR, b"connect", b"keyd: connecting to upstreams"),
+)
 
 
 class Process(NamedTuple):
@@ -157,8 +163,10 @@ def _role(above: Role, pid: int) -> Role:
     except (FileNotFoundError, ProcessLookupError):
         return Role.OTHER
     if above is not Role.SUPERVISOR:
-        of_token = b"keyd: a token's process" in words or {b"keyd", b"token"} <= set(words)
-        return Role.MODULE if of_token else Role.OTHER
+        for role, command, title_of_it in _OF_KEYD:
+            if title_of_it in words or {b"keyd", command} <= set(words):
+                return role
+        return Role.OTHER
     if is_parent(words):
         return Role.PARENT
     for role, module in _UNPRIVILEGED.items():

@@ -100,8 +100,9 @@ class Scene:
         # After the descriptors: a socket that is missing here was closed since.
         self._unix = unix_sockets()
         for seen in self.observations:
-            if self._unix is not None and seen.process.role is Role.KEYD:
-                # Sockets that keyd has opened in a network namespace that a service manager made.
+            if self._unix is not None and seen.process.role in (Role.KEYD, Role.CONNECTOR):
+                # Sockets that keyd has opened in a network namespace that a service manager made,
+                # and connections that it was given out of another one.
                 self._unix |= unix_sockets_of(seen.pid)
         self._tcp = tcp_sockets()
         keyds = {seen.pid for seen in self.of(Role.KEYD)}

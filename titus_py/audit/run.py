@@ -158,6 +158,7 @@ _IN_ORDER = (
     Role.SUPERVISOR,
     Role.KEYD,
     Role.MODULE,
+    Role.CONNECTOR,
     Role.PARENT,
     Role.FORK_SERVER,
     Role.WORKER,
@@ -183,8 +184,8 @@ def _only_known(target: Target) -> Finding:
     return Finding(
         "processes",
         Subject.of(target.supervisor),
-        "no process below it but keyd, tokens' processes, the parent, its fork server, its "
-        "workers, the resolver and what serves the metrics",
+        "no process below it but keyd, its tokens' and upstreams' processes, the parent, its fork "
+        "server, its workers, the resolver and what serves the metrics",
         "/proc/PID/stat of all processes",
         seen.text,
         seen.verdict,

@@ -91,6 +91,12 @@ def uid_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
             yield source.mistake("keyd.token_user", "is keyd.user: a module must not run as keyd")
         if worker and user.uid in worker.uids:
             yield source.mistake("keyd.token_user", "is among worker.uids: set another one")
+    if keyd and (user := keyd.upstream_user):
+        of_keyd = {keyd.user.uid: "user", keyd.token_user and keyd.token_user.uid: "token_user"}
+        if other := of_keyd.get(user.uid):
+            yield source.mistake("keyd.upstream_user", f"is keyd.{other}: set one of its own")
+        if worker and user.uid in worker.uids:
+            yield source.mistake("keyd.upstream_user", "is among worker.uids: set another one")
 
 
 def _worker_uid_mistakes(worker: Uids, others: Sequence[str], source: Source) -> Iterator[Mistake]:

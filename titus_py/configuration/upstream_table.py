@@ -10,6 +10,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from titus_py.configuration.address import UnixAddress, unix_address
 from titus_py.configuration.mistake import described, text_of
 from titus_py.configuration.table import Table
+from titus_py.configuration.values import UpstreamUser
 
 __all__ = ["MOST_UPSTREAMS", "Upstreams"]
 
@@ -57,4 +58,10 @@ class Upstreams(Table):
         f'virtual hosts with key = "upstream": ["{_FORM}"], as a rule where a [[tunnel]] listens. '
         "The first is asked first; the next one where it is gone, slow, or does not have the key. "
         "Absent: none.",
+    )
+    upstream_user: UpstreamUser | None = Field(
+        default=None,
+        description="The user that connects to them, in a process of its own: it and its groups "
+        "are who the sockets have to let in (tunnel.socket_user). Not keyd's, not the tokens', and "
+        "none of the workers' uids.",
     )

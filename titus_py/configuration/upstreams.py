@@ -40,6 +40,12 @@ def upstream_mistakes(
             f"is missing: {source.reference(f'{place}.key')} is another host's, and this says how "
             "that host is asked",
         )
+    if keyd is not None and keyd.upstream_user is None:
+        yield source.mistake(
+            "keyd.upstream_user",
+            f"is missing: {source.reference(f'{place}.key')} is another host's, and the way there "
+            "is connected to by a process with a user of its own",
+        )
 
 
 def unasked_upstreams(configuration: Configuration, source: Source) -> Iterator[Mistake]:
@@ -62,9 +68,9 @@ def unproved_keys(configuration: Configuration) -> Iterator[str]:
 def told(keyd: Keyd, references: Iterable[str]) -> dict[str, Any] | None:
     """What keyd is told, for ``keyd.upstream.starting``; None where no key is another host's."""
     keys = list(dict.fromkeys(references))
-    if not keys or keyd.upstream is None:
+    user = keyd.upstream_user
+    if not keys or keyd.upstream is None or user is None:
         return None
-    user = keyd.user
     return {
         "references": keys,
         "paths": [one.path for one in keyd.upstream],

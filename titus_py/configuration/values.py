@@ -47,6 +47,7 @@ __all__ = [
     "TokenUser",
     "TunnelListenAddress",
     "UidRange",
+    "UpstreamUser",
     "User",
     "Version",
     "default_keyd_user",
@@ -165,6 +166,12 @@ def _user(value: object) -> User:
 def _token_user(value: object) -> User:
     if value in (0, "0", "root"):
         raise ValueError("a token's module cannot be root: give it a user of its own")
+    return _user(value)
+
+
+def _upstream_user(value: object) -> User:
+    if value in (0, "0", "root"):
+        raise ValueError("what connects to upstreams cannot be root: give it a user of its own")
     return _user(value)
 
 
@@ -408,6 +415,9 @@ UidRange = Annotated[
 ]
 KeydUser = Annotated[User, PlainValidator(_user), PlainSerializer(lambda user: user.name)]
 TokenUser = Annotated[User, PlainValidator(_token_user), PlainSerializer(lambda user: user.name)]
+UpstreamUser = Annotated[
+    User, PlainValidator(_upstream_user), PlainSerializer(lambda user: user.name)
+]
 ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
 TunnelListenAddress = Annotated[
     Bindable, PlainValidator(_tunnel_listen_address), PlainSerializer(str)

@@ -104,6 +104,7 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "user": "2099999999",
             "lock_memory": "required",
             "upstream": None,
+            "upstream_user": None,
             "token_user": None,
             "token_paths": [],
             "token_environment": [],

@@ -10,7 +10,9 @@ from titus_py.configuration import Loaded, Valid, load
 from titus_py.configuration.checking import check
 from titus_py.configuration.upstreams import told, unproved_keys
 
-KEYD = 'upstream = ["unix:/run/titus-py/keys.sock"]'
+UPSTREAM = 'upstream = ["unix:/run/titus-py/keys.sock"]'
+USER = 'upstream_user = "2099999998"\n'
+KEYD = USER + UPSTREAM
 Load = Callable[..., Loaded]
 
 
@@ -55,7 +57,7 @@ def test_the_certificate_alone_is_read(load_with: Load) -> None:
 
 
 def test_as_a_successor_reads_it(load_with: Load) -> None:
-    configuration = load_with(keyd='upstream = ["unix:/a", "unix:/b"]').configuration
+    configuration = load_with(keyd=USER + 'upstream = ["unix:/a", "unix:/b"]').configuration
     assert configuration is not None
     assert configuration.keyd.upstream is not None
     assert list(map(str, configuration.keyd.upstream)) == ["unix:/a", "unix:/b"]
@@ -83,7 +85,7 @@ def test_a_file_of_that_name_is_a_file(load_with: Load) -> None:
     ],
 )
 def test_what_is_no_upstream(load_with: Load, keyd: str, reason: str) -> None:
-    (one,) = mistakes(load_with(keyd=keyd))
+    (one,) = mistakes(load_with(keyd=USER + keyd))
     assert one.startswith("keyd.upstream")
     assert reason in one
 
@@ -91,7 +93,26 @@ def test_what_is_no_upstream(load_with: Load, keyd: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("vhost", "keyd", "key", "reason"),
     [
-        ('key = "upstream"', "", "keyd.upstream", "is missing: vhost"),
+        ('key = "upstream"', USER, "keyd.upstream", "is missing: vhost"),
+        ('key = "upstream"', UPSTREAM, "keyd.upstream_user", "is missing: vhost"),
+        (
+            'key = "upstream"',
+            f'{UPSTREAM}\nupstream_user = "root"',
+            "keyd.upstream_user",
+            "cannot be root",
+        ),
+        (
+            'key = "upstream"',
+            f'{UPSTREAM}\nupstream_user = "2099999999"',
+            "keyd.upstream_user",
+            "is keyd.user",
+        ),
+        (
+            'key = "upstream"',
+            f'{UPSTREAM}\nupstream_user = "2100000001"',
+            "keyd.upstream_user",
+            "is among worker.uids",
+        ),
         (
             'key = "upstream"\npassphrase_file = "site.crt"',
             KEYD,
@@ -124,7 +145,7 @@ def test_what_does_not_go_together(
 def test_each_mistake_is_said(load_with: Load) -> None:
     vhost = '[[vhost]]\nbackend = "127.0.0.1:80"\ncertificate = "site.crt"\nkey = "upstream"'
     several = load_with(f'sni = ["a.example.org"]\nkey = "upstream"\n{vhost}', "")
-    assert len(mistakes(several)) == 2
+    assert len(mistakes(several)) == 4
 
 
 def test_no_rsa_key_exchange(load_with: Load, tmp_path: Path) -> None:
