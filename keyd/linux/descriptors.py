@@ -1,16 +1,33 @@
 """Sending and receiving file descriptors with a message (unix(7), SCM_RIGHTS).
 
 Python's own socket.send_fds and socket.recv_fds take flags, and do not pass them on to the
-kernel: with them, a process that must not block would block.
+kernel: with them, a process that must not block would block. And its socketpair makes each of the
+two sockets twice.
 """
 
 import struct
+from _socket import socketpair
 from collections.abc import Sequence
-from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET, SocketType
+from socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    SCM_RIGHTS,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    SocketType,
+)
 
-__all__ = ["receive_descriptors", "send_descriptors"]
+__all__ = ["packet_pair", "receive_descriptors", "send_descriptors"]
 
 _INT = struct.Struct("=i")
+#: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
+_CLOSE_ON_EXEC = int(MSG_CMSG_CLOEXEC)
+
+
+def packet_pair() -> tuple[SocketType, SocketType]:
+    """Two packet sockets that are connected to each other, close-on-exec. Raises OSError."""
+    return socketpair(AF_UNIX, SOCK_SEQPACKET)
 
 
 def send_descriptors(
@@ -29,6 +46,6 @@ def receive_descriptors(
     An empty message is end of file. Raises OSError; BlockingIOError if it would block.
     """
     message, ancillary, _, _ = giver.recvmsg(
-        octets, CMSG_SPACE(count * _INT.size), flags | MSG_CMSG_CLOEXEC
+        octets, CMSG_SPACE(count * _INT.size), flags | _CLOSE_ON_EXEC
     )
     return message, [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]

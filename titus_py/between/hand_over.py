@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 from socket import SocketType
 
-from keyd.linux.descriptors import receive_descriptors, send_descriptors
+from keyd.linux.descriptors import packet_pair, receive_descriptors, send_descriptors
 
 __all__ = ["KEYD_FD", "PARENT_FD", "give", "take"]
 
@@ -23,17 +23,18 @@ PARENT_FD = 3
 KEYD_FD = 5
 
 
-def give(to: socket.socket, message: bytes, sockets: Sequence[socket.socket]) -> None:
+def give(to: SocketType, message: bytes, sockets: Sequence[SocketType]) -> None:
     """Send a message and these sockets, which are closed in any case. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    ours, theirs = packet_pair()
+    try:
         try:
-            with ours:
-                send_descriptors(ours, b"\0", [one.fileno() for one in sockets])
+            send_descriptors(ours, b"\0", [one.fileno() for one in sockets])
         finally:
-            for one in sockets:
+            for one in (ours, *sockets):
                 one.close()
         send_descriptors(to, message, [theirs.fileno()])
+    finally:
+        theirs.close()
 
 
 def take(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]]:

@@ -161,13 +161,13 @@ class Backends:
 
 def _ends(connected: socket.socket) -> Ends | None:
     """For the kernel to find this connection by, once the worker alone has it."""
-    if connected.family == socket.AF_UNIX:
-        return None
     try:
         backend, here = connected.getpeername(), connected.getsockname()
     except OSError:
         # The backend has reset it already.
         return None
+    if not isinstance(backend, tuple):
+        return None
     # The kernel knows a link-local address with its interface only (ipv6(7), sin6_scope_id).
-    interface = f"%{backend[3]}" if connected.family == socket.AF_INET6 and backend[3] else ""
+    interface = f"%{backend[3]}" if len(backend) > 2 and backend[3] else ""
     return Ends(backend[0] + interface, backend[1], *here[:2])

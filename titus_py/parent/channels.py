@@ -7,8 +7,9 @@ import errno
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from socket import SocketType
 
-from keyd.linux.descriptors import send_descriptors
+from keyd.linux.descriptors import packet_pair, send_descriptors
 from keyd.protocol import MAX_REFUSAL_OCTETS, Done, Malformed, Open, Refusal, decode_report
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.parent.outbox import Tell
@@ -75,7 +76,7 @@ class Channels:
 
     def open(
         self, connection: int, offer: Offer, lifetime: float, client_hello: bytes
-    ) -> socket.socket | None:
+    ) -> SocketType | None:
         """Open a worker's channel, for one operation within ``lifetime`` seconds.
 
         It is for a client that has sent this message, and for none if that is empty. Returns None
@@ -89,26 +90,27 @@ class Channels:
             self._announcing.extend(offer.grants.encode())
         terms = Open(connection, int(lifetime * 1000), 1, number, client_hello)
         try:
-            ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, keyds = packet_pair()
         except OSError:
             # No descriptor is left for it.
             self._loop.after(_PAUSE_SECONDS, lambda: None)
             return None
-        with keyds:
-            try:
-                while self._announcing:
-                    self._keyd.send(self._announcing[0])
-                    self._announcing.popleft()
-                _send(self._keyd, terms, keyds)
-            except BlockingIOError:
-                # Its queue is full: a ClientHello may be long. The loop wakes up when it is not.
-                ours.close()
-                self._await_room(self._keyd)
-                return None
-            except OSError:
-                ours.close()
-                self._loop.after(_PAUSE_SECONDS, lambda: None)
-                return None
+        try:
+            while self._announcing:
+                self._keyd.send(self._announcing[0])
+                self._announcing.popleft()
+            _send(self._keyd, terms, keyds)
+        except BlockingIOError:
+            # Its queue is full: a ClientHello may be long. The loop wakes up when it is not.
+            ours.close()
+            self._await_room(self._keyd)
+            return None
+        except OSError:
+            ours.close()
+            self._loop.after(_PAUSE_SECONDS, lambda: None)
+            return None
+        finally:
+            keyds.close()
         return ours
 
     def _await_room(self, keyd: socket.socket) -> None:
@@ -182,7 +184,7 @@ class Channels:
         return True
 
 
-def _send(keyd: socket.socket, terms: Open, endpoint: socket.socket) -> None:
+def _send(keyd: socket.socket, terms: Open, endpoint: SocketType) -> None:
     """Raises OSError."""
     try:
         send_descriptors(keyd, terms.encode(), [endpoint.fileno()])

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from socket import SocketType
 from typing import TYPE_CHECKING, Any
 
 from keyd.protocol import ANY_NAME, Done, Grant, GrantSet, Power, Refusal, Status
@@ -90,7 +91,7 @@ class Connections:
         return any(key == one for keys in self._keys for _, one in keys)
 
     def begin(
-        self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[socket.socket]
+        self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[SocketType]
     ) -> None:
         """Give a client to a spare worker.
 

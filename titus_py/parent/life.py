@@ -161,7 +161,7 @@ class Parent:
         tunnels = self._arrivals.tunnels
         if tunnels is not None and arrival.tunnel is not None and arrival.server is not None:
             offer = tunnels.offer(arrival.tunnel)
-            sockets = [arrival.client, arrival.server]
+            sockets: list[socket.SocketType] = [arrival.client, arrival.server]
         else:
             offer = self._connections.offer(arrival.local_address, arrival.local_port)
             sockets = [arrival.client]

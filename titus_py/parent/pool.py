@@ -8,12 +8,12 @@ only the kernel.
 import errno
 import os
 import signal
-import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sized
 from contextlib import suppress
 
+from keyd.linux.descriptors import packet_pair
 from keyd.linux.process import how_ended
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.messages import Forked
@@ -161,8 +161,8 @@ class Pool:
 
     def _fork(self) -> None:
         """Order a worker; ``forked`` is called with the result. Raises OSError."""
-        ours, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with workers:
+        ours, workers = packet_pair()
+        try:
             report = make_report()
             uid = self._uids.popleft()
             try:
@@ -172,6 +172,8 @@ class Pool:
                 ours.close()
                 os.close(report)
                 raise
+        finally:
+            workers.close()
         ours.setblocking(False)
         worker = Worker(uid, report, ours)
         self._workers[uid] = worker

@@ -32,7 +32,7 @@ _PAUSE_SECONDS = 0.1
 class _Silent:
     """One of them, and what it takes to look at it again."""
 
-    __slots__ = ("after_header", "arrival", "needs", "pause", "timer", "woken")
+    __slots__ = ("after_header", "arrival", "needs", "pause", "timer", "watched", "woken")
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
@@ -40,6 +40,8 @@ class _Silent:
         self.needs = 1
         #: Whether a load balancer's header has come, or none is to come.
         self.after_header = not arrival.proxy_timeout
+        #: Whether the loop calls when there is something to look at.
+        self.watched = False
         self.woken = 0
         self.pause = _PAUSE_SECONDS
         #: Runs while there is a pause.
@@ -76,8 +78,11 @@ class Silent:
         """Wait for this client, unless it has spoken already."""
         descriptor = arrival.client.fileno()
         silent = self._silent[descriptor] = _Silent(arrival)
-        self._watch(descriptor)
-        if self._look(descriptor) and self._timer is None:
+        # Most have spoken by now: to watch those would be two system calls for nothing.
+        if not self._look(descriptor):
+            return
+        self._watch(descriptor, silent)
+        if self._timer is None:
             self._look_after(self._patience(silent))
 
     def oldest(self) -> Arrival | None:
@@ -96,14 +101,19 @@ class Silent:
         """Look now at who came first; returns whether it has still not said enough."""
         return self._look(next(iter(self._silent)))
 
-    def _watch(self, descriptor: int) -> None:
+    def _watch(self, descriptor: int, silent: _Silent) -> None:
         self._loop.watch(descriptor, lambda: self._hear(descriptor))
+        silent.watched = True
+
+    def _unwatch(self, descriptor: int, silent: _Silent) -> None:
+        if silent.watched:
+            self._loop.unwatch(descriptor)
+            silent.watched = False
 
     def _take(self, descriptor: int) -> Arrival:
         silent = self._silent.pop(descriptor)
-        if silent.timer is None:
-            self._loop.unwatch(descriptor)
-        else:
+        self._unwatch(descriptor, silent)
+        if silent.timer is not None:
             silent.timer.cancel()
         if silent.needs > 1:
             silent.arrival.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
@@ -113,14 +123,15 @@ class Silent:
         silent = self._silent[descriptor]
         silent.woken += 1
         if self._look(descriptor) and silent.woken >= _WOKEN_AT_MOST:
-            self._loop.unwatch(descriptor)
+            self._unwatch(descriptor, silent)
             silent.timer = self._loop.after(silent.pause, lambda: self._go_on(descriptor))
             silent.pause *= 2
 
     def _go_on(self, descriptor: int) -> None:
-        self._silent[descriptor].timer = None
-        self._watch(descriptor)
-        self._look(descriptor)
+        silent = self._silent[descriptor]
+        silent.timer = None
+        if self._look(descriptor):
+            self._watch(descriptor, silent)
 
     def _look(self, descriptor: int) -> bool:
         """Look at what has come; returns whether the client is still to be waited for."""

@@ -1,9 +1,9 @@
 """The parent's end of one worker: what it was given, and how to end it. Run by the parent."""
 
 import signal
-import socket
 import time
 from contextlib import suppress
+from socket import SHUT_RDWR, SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.protocol import GrantSet
@@ -59,7 +59,7 @@ class Worker:
         "vhost",
     )
 
-    def __init__(self, uid: int, report: int, end: socket.socket) -> None:
+    def __init__(self, uid: int, report: int, end: SocketType) -> None:
         self.uid = uid
         #: -1 until it has been forked.
         self.pidfd = -1
@@ -118,4 +118,4 @@ class Worker:
         """Let the worker see end-of-file: a spare then leaves by itself."""
         # A worker that has just ended has hung up already.
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(SHUT_RDWR)

@@ -38,9 +38,9 @@ _CLIENT_HELLO = 1
 _RECORD_HEADER_OCTETS = 5
 _MAX_RECORD_OCTETS = 16 * 1024
 _MESSAGE_HEADER_OCTETS = 4
-_SERVER_NAME = 0
-_HOST_NAME = 0
-_APPLICATION_LAYER_PROTOCOL_NEGOTIATION = 16
+#: Types of extensions, as they are sent.
+_SERVER_NAME, _APPLICATION_LAYER_PROTOCOL_NEGOTIATION = b"\0\0", b"\0\x10"
+_HOST_NAME = b"\0"
 #: No name in the DNS is longer (RFC 1035 §2.3.4).
 _MAX_NAME_OCTETS = 255
 
@@ -172,33 +172,6 @@ class ClientHelloReader:
         self._end = _MESSAGE_HEADER_OCTETS + length
 
 
-class _Fields:
-    """Takes fields off the front; raises InvalidClientHello if one is cut short."""
-
-    __slots__ = ("_octets", "_position")
-
-    def __init__(self, octets: bytes) -> None:
-        self._octets = octets
-        self._position = 0
-
-    def take(self, length: int) -> bytes:
-        end = self._position + length
-        if end > len(self._octets):
-            raise InvalidClientHello("a field runs past its end")
-        field = self._octets[self._position : end]
-        self._position = end
-        return field
-
-    def number(self, octets: int) -> int:
-        return int.from_bytes(self.take(octets), "big")
-
-    def vector(self, length_octets: int) -> bytes:
-        return self.take(self.number(length_octets))
-
-    def more(self) -> bool:
-        return self._position < len(self._octets)
-
-
 def offered_protocols(hello: ClientHello) -> tuple[bytes, ...] | None:
     """The names of the protocols that the client offers, or None if it does not negotiate one.
 
@@ -207,11 +180,13 @@ def offered_protocols(hello: ClientHello) -> tuple[bytes, ...] | None:
     data = _extension(hello.octets, _APPLICATION_LAYER_PROTOCOL_NEGOTIATION)
     if data is None:
         return None
-    names = _Fields(data.vector(2))
+    names, end = _vector(data, 0, 2)
+    at = 0
     protocols = []
-    while names.more():
-        protocols.append(names.vector(1))
-    if data.more() or not all(protocols) or not protocols:
+    while at < len(names):
+        name, at = _vector(names, at, 1)
+        protocols.append(name)
+    if end < len(data) or not all(protocols) or not protocols:
         raise InvalidClientHello("a malformed list of protocols")
     return tuple(protocols)
 
@@ -221,27 +196,41 @@ def _read_message(octets: bytes) -> ClientHello:
     return ClientHello(None if data is None else _host_name(data), octets)
 
 
-def _extension(octets: bytes, wanted: int) -> _Fields | None:
-    hello = _Fields(octets)
-    hello.take(2 + 32)  # legacy_version, random
-    hello.vector(1)  # legacy_session_id
-    hello.vector(2)  # cipher_suites
-    hello.vector(1)  # legacy_compression_methods
-    if hello.more():
-        extensions = _Fields(hello.vector(2))
-        while extensions.more():
-            kind = extensions.number(2)
-            data = extensions.vector(2)
+def _extension(octets: bytes, wanted: bytes) -> bytes | None:
+    """What is in the first extension of this type; None: there is none."""
+    at = 2 + 32  # legacy_version, random
+    for length_octets in (1, 2, 1):  # legacy_session_id, cipher_suites, compression methods
+        _, at = _vector(octets, at, length_octets)
+    if at < len(octets):
+        extensions, _ = _vector(octets, at, 2)
+        at = 0
+        while at < len(extensions):
+            kind = extensions[at : at + 2]
+            data, at = _vector(extensions, at + 2, 2)
             if kind == wanted:
-                return _Fields(data)
+                return data
     return None
 
 
-def _host_name(data: _Fields) -> str:
-    names = _Fields(data.vector(2))
-    if names.number(1) != _HOST_NAME:
+def _vector(octets: bytes, at: int, length_octets: int) -> tuple[bytes, int]:
+    """A field with its length in front, and where the next one begins. Raises InvalidClientHello.
+
+    One call for each field: a client may send a dozen extensions, and waits meanwhile.
+    """
+    start = at + length_octets
+    end = start + int.from_bytes(octets[at:start], "big")
+    if start > len(octets) or end > len(octets):
+        raise InvalidClientHello("a field runs past its end")
+    return octets[start:end], end
+
+
+def _host_name(data: bytes) -> str:
+    names, _ = _vector(data, 0, 2)
+    if not names:
+        raise InvalidClientHello("a field runs past its end")
+    if not names.startswith(_HOST_NAME):
         raise InvalidClientHello("a server_name that is not a host name")
-    name = names.vector(2)
+    name, _ = _vector(names, len(_HOST_NAME), 2)
     if not name:
         raise InvalidClientHello("a server_name of 0 octets")
     # From here on: a field that can be decoded, but cannot be a name (RFC 8446 §6.2).
