@@ -249,6 +249,8 @@ def _serve(arguments: argparse.Namespace) -> NoReturn:
             tell("tokens", tokens=news)
         if broker is not None and (upstreams := broker.news()) is not None:
             tell("upstreams", upstreams=upstreams)
+        if (counts := states.counted()) is not None:
+            tell("token_operations", tokens=counts)
         if (operations := keyd.tally.news()) is not None:
             tell("operations", **operations)
 
@@ -322,7 +324,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
         states = States(tokens)
         keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
         renewal = Renewal(reader, of_files, ring.take, ring.drop, keyd.part)
-        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally)
+        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally, states)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
@@ -363,7 +365,7 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         states = States(tokens)
         keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
         renewal = Renewal(reader, of_files, ring.take, ring.drop, lambda: None)
-        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally)
+        page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally, states)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 

@@ -27,7 +27,7 @@ from keyd.powers import Key
 from keyd.protocol import Refusal
 from keyd.pss import PSSPublicKey
 from keyd.tally import Tally
-from keyd.token.keys import TokenKey
+from keyd.token.keys import States, TokenKey
 
 __all__ = [
     "HEAD",
@@ -42,11 +42,11 @@ __all__ = [
 
 #: The memory file's, as in /proc/PID/fd.
 NAME = "keyd-status"
-VERSION = 1
+VERSION = 2
 OCTETS = 256 * 1024
 HEAD = struct.Struct("!II")
 #: How many have a line of their own: so many fit into the page, whatever is in them.
-_KEYS, _REFUSALS, _SOCKETS = 128, 16, 32
+_KEYS, _REFUSALS, _SOCKETS, _TOKENS = 128, 16, 32, 32
 TEXT_CHARACTERS = 200
 
 
@@ -75,6 +75,8 @@ class Report(NamedTuple):
     #: As in the tally's totals.
     seconds: list[int]
     seconds_sum: float
+    #: The tokens: name, state, and what ``States.counts`` has of it.
+    tokens: list[tuple[str, str, list[int]]]
 
 
 class StatusPage:
@@ -88,6 +90,8 @@ class StatusPage:
         self._keys: Mapping[bytes, Key] = {}
         self._paths: Callable[[], Mapping[bytes, str]] = dict
         self._tally = Tally()
+        self._states = States(())
+        self._tokens: list[tuple[str, str, list[int]]] = []
         self._lines: list[list[str]] = []
         self._keys_changed = True
         self._lock = threading.Lock()
@@ -112,17 +116,23 @@ class StatusPage:
         paths: Callable[[], Mapping[bytes, str]],
         sockets: Sequence[str],
         tally: Tally,
+        states: States,
     ) -> None:
         """Tell of these from now on. ``paths`` are the keys' files, by the keys' ids."""
-        self._keys, self._paths, self._tally = keys, paths, tally
+        self._keys, self._paths, self._tally, self._states = keys, paths, tally, states
         self._sockets = sockets[:_SOCKETS]
         self.write()
 
     def write(self) -> None:
         """Tell what there is to be told, if it has changed."""
         with self._lock:
-            news = self._tally.news()
-            if news is None and not self._keys_changed:
+            news, before = self._tally.news(), self._tokens
+            counts = self._states.counts()
+            self._tokens = [
+                (name[:TEXT_CHARACTERS], state[:TEXT_CHARACTERS], counts[name])
+                for name, state in self._states.all()[:_TOKENS]
+            ]
+            if news is None and not self._keys_changed and self._tokens == before:
                 return
             # A copy: another thread may take a key in, or let go of one.
             keys = dict(self._keys)
@@ -140,6 +150,7 @@ class StatusPage:
                 self._lines,
                 len(keys),
                 last_refused=list(self._refused),
+                tokens=self._tokens,
                 **(news or self._tally.totals()),
             )
             text = json.dumps({"version": VERSION, **report._asdict()}).encode()

@@ -151,6 +151,7 @@ def _is_well_formed(report: Report) -> bool:
             type(count) is int and 0 <= count < 1 << 63 for count in (*counts, *refusals.values())
         )
         and refusals.keys() <= known
+        and all(map(_is_token, _list(report.tokens)))
         and all(
             _is_number(one.at)
             and one.status in known
@@ -159,6 +160,18 @@ def _is_well_formed(report: Report) -> bool:
             for one in report.last_refused
         )
     )
+
+
+def _is_token(value: Any) -> bool:
+    match value:
+        case [name, state, [*counts]]:
+            return (
+                _is_text(name)
+                and _is_text(state)
+                and len(counts) == 3
+                and all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+            )
+    return False
 
 
 def _list(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import pwd
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,10 @@ def _as_object(one: Running) -> dict[str, Any]:
             for name, kind, fingerprint in report.keys
         ],
         "keys_in_all": report.keys_in_all,
+        "tokens": [
+            {"token": token, "state": state, "signed": signed, "failed": failed, "logins": logins}
+            for token, state, (signed, failed, logins) in report.tokens
+        ],
         "signed": report.signed,
         "decrypted": report.decrypted,
         "refused": report.refused,
@@ -107,6 +111,8 @@ def _lines(one: Running) -> Iterator[str]:
         yield f"  key      {name}  {kind}  {fingerprint}"
     if report.keys_in_all > len(report.keys):
         yield f"  keys     {report.keys_in_all} in all"
+    for token, state, (signed, failed, logins) in report.tokens:
+        yield f"  token    {token}  {state}  (signed {signed}, failed {failed}, logins {logins})"
     for path in report.sockets:
         seen = who_may_ask(path)
         if "problem" in seen:
@@ -153,6 +159,7 @@ def _metrics(found: Sequence[Running]) -> Iterator[str]:
     yield from _head("keyd_keys", "gauge", "Private keys that keyd has.")
     for keyd, report in reports:
         yield f"keyd_keys{{{keyd}}} {report.keys_in_all}"
+    yield from _of_tokens(of_each)
     yield from _head("keyd_operations_total", "counter", "What was done with keys.")
     for keyd, report in reports:
         for operation, count in (("sign", report.signed), ("decrypt", report.decrypted)):
@@ -168,6 +175,27 @@ def _metrics(found: Sequence[Running]) -> Iterator[str]:
             yield f'keyd_operation_seconds_bucket{{{keyd},le="{bound}"}} {count}'
         yield f"keyd_operation_seconds_sum{{{keyd}}} {report.seconds_sum}"
         yield f"keyd_operation_seconds_count{{{keyd}}} {report.signed + report.decrypted}"
+
+
+def _of_tokens(of_each: Mapping[str, Report]) -> Iterator[str]:
+    """Two tokens may have the same name: then both are counted together, and have to be ready."""
+    ready: dict[str, bool] = {}
+    counts: dict[str, list[int]] = {}
+    for keyd, report in of_each.items():
+        for token, state, counted in report.tokens:
+            labels = f'{keyd},token="{_escaped(token)}"'
+            ready[labels] = ready.get(labels, True) and state == "ready"
+            counts[labels] = counted
+    yield from _head("keyd_token_ready", "gauge", "Whether all keys in a token can be used.")
+    for labels, is_ready in ready.items():
+        yield f"keyd_token_ready{{{labels}}} {int(is_ready)}"
+    yield from _head("keyd_token_operations_total", "counter", "What a token was asked to sign.")
+    for labels, (signed, failed, _) in counts.items():
+        yield f'keyd_token_operations_total{{{labels},result="done"}} {signed}'
+        yield f'keyd_token_operations_total{{{labels},result="failed"}} {failed}'
+    yield from _head("keyd_token_logins_total", "counter", "Logins, one after each failure.")
+    for labels, (_, _, logins) in counts.items():
+        yield f"keyd_token_logins_total{{{labels}}} {logins}"
 
 
 def _head(name: str, kind: str, text: str) -> Iterator[str]:

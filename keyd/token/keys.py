@@ -85,6 +85,7 @@ class TokenKey(KeyElsewhere):
         return self.public
 
     def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
+        told = self._token.counting(told)
         if self.unusable:
             told(f"{self._token.name}: {self.name} {self.unusable}")
         else:
@@ -136,6 +137,8 @@ class Token:
         #: Whether it will not be tried again.
         self.lasting = False
         self.starting = True
+        #: How many signatures clients got and did not get; and how often it was logged in to.
+        self.signed = self.failed = self.logins = 0
         self._say = say
         self._found = found
         self._lock = threading.Lock()
@@ -144,6 +147,19 @@ class Token:
         self._proofs = 0
         #: Messages that came unasked, less those that each second has; and when that was counted.
         self._unasked, self._counted = 0.0, time.monotonic()
+
+    def counting(self, told: Told) -> Told:
+        """``told``, and the answer is counted."""
+
+        def count(said: bytes | str) -> None:
+            with self._lock:
+                if isinstance(said, bytes):
+                    self.signed += 1
+                else:
+                    self.failed += 1
+            told(said)
+
+        return count
 
     def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> None:
         """Have a digest signed; ``told`` is called once, by this thread or by another."""
@@ -249,6 +265,7 @@ class Token:
         candidates = [key for key in self.keys if not key.unusable]
         with self._lock:
             self.down = ""
+            self.logins += 1
             self._proofs = len(candidates)
         for key in candidates:
             key.unusable = "is not proved yet"
@@ -278,6 +295,7 @@ class States:
     def __init__(self, tokens: Sequence[Token]) -> None:
         self._tokens = tokens
         self._told: list[tuple[str, str]] = []
+        self._counted: dict[str, list[int]] = {}
 
     def news(self) -> list[tuple[str, str]] | None:
         """Each token's name and its state, if anything has changed since the last call.
@@ -286,14 +304,36 @@ class States:
         """
         for token in self._tokens:
             token.expire()
-        now = [
-            (token.name.removeprefix("token ")[:_TOLD_CHARACTERS], token.state[:_TOLD_CHARACTERS])
-            for token in self._tokens
-        ]
+        now = self.all()
         if now == self._told:
             return None
         self._told = now
         return now
+
+    def all(self) -> list[tuple[str, str]]:
+        """Each token's name and its state."""
+        return [(_told_name(token), token.state[:_TOLD_CHARACTERS]) for token in self._tokens]
+
+    def counts(self) -> dict[str, list[int]]:
+        """By token's name: signatures, failures and logins since keyd's start."""
+        found: dict[str, list[int]] = {}
+        for token in self._tokens:
+            before = found.get(_told_name(token), (0, 0, 0))
+            counts = token.signed, token.failed, token.logins
+            found[_told_name(token)] = list(map(sum, zip(before, counts, strict=True)))
+        return found
+
+    def counted(self) -> dict[str, list[int]] | None:
+        """The same, if anything has changed since the last call."""
+        now = self.counts()
+        if now == self._counted:
+            return None
+        self._counted = now
+        return now
+
+
+def _told_name(token: Token) -> str:
+    return token.name.removeprefix("token ")[:_TOLD_CHARACTERS]
 
 
 def hear_first(tokens: Iterable[Token]) -> None:

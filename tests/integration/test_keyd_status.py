@@ -15,6 +15,7 @@ import pytest
 
 from keyd.inspection.reports import running
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
+from keyd.status_page import VERSION
 
 from .instance import TITUS_PY, eventually
 from .service import PATIENCE
@@ -51,7 +52,7 @@ sys.stdin.read()
 
 #: As a keyd without a key has it.
 REPORT = {
-    "version": 1,
+    "version": VERSION,
     "command": "listen",
     "started": 1.0,
     "sockets": [],
@@ -63,6 +64,7 @@ REPORT = {
     "last_refused": [],
     "seconds": [],
     "seconds_sum": 0.0,
+    "tokens": [],
 }
 
 

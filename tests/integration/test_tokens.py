@@ -5,10 +5,11 @@ The module is SoftHSM, or one that is SoftHSM until it is told to fail.
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,8 @@ from titus_py.audit.throwaway_authority import ThrowawayAuthority
 from .conftest import Serve
 from .instance import TITUS_PY, UIDS, Instance, Table, descendants, eventually, free_port, toml
 from .peers import Listener, TlsClient
-from .service import status
+from .service import PATIENCE, status
+from .test_metrics_process import scrape
 from .tokens import (
     USER,
     Hsm,
@@ -252,11 +254,17 @@ def holder(key: PrivateKey) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def site(served: Served, serve_all: Serve, echoing: Listener) -> Instance:
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def site(served: Served, serve_all: Serve, echoing: Listener, metrics_port: int) -> Instance:
     """One virtual host with two keys in the token ``web``, and one whose token is ``shaky``."""
     hsm = served.hsm
     return serve_all(
         echoing.address,
+        metrics={"address": f"127.0.0.1:{metrics_port}"},
         keyd={
             "user": str(UIDS.take(2)[0]),
             "token_user": USER,
@@ -327,6 +335,41 @@ def test_a_token_that_fails_is_in_the_log_and_in_the_status(
     site.wait_for_event("token_ready", since=since, token="shaky", seconds=30)
     TlsClient(site.port, "shaky").handshake()
     assert {"token": "shaky", "state": "ready"} in status(site)["tokens"]
+
+
+def test_the_metrics_have_what_each_token_did(
+    served: Served, site: Instance, metrics_port: int
+) -> None:
+    def counts(text: str, labels: str = "") -> Mapping[str, int]:
+        pattern = rf'token_(\w+)\{{{labels}token="shaky"(?:,result="(\w+)")?\}} (\d+)'
+        found = re.findall(pattern, text)
+        return {f"{name} {result}".strip(): int(count) for name, result, count in found}
+
+    def of_keyd() -> Mapping[str, int]:
+        command = [TITUS_PY.with_name("keyd"), "status", "--metrics"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return counts(text, f'socket="{served.keyd.socket}",user="[^"]*",')
+
+    def of_titus() -> Mapping[str, int]:
+        return counts(scrape(("127.0.0.1", metrics_port)))
+
+    before, at_titus = of_keyd(), of_titus()
+    assert before["ready"] == at_titus["ready"] == 1
+    assert served.keyd.ask(served.shaky, ECDSA).status is Status.DONE
+    TlsClient(site.port, "shaky").handshake()
+    served.behave("pulled")
+    assert served.keyd.ask(served.shaky, ECDSA).status is Status.FAILED
+    with pytest.raises(SSL.Error):
+        TlsClient(site.port, "shaky").handshake()
+    # What each says is up to a second old.
+    for now in (of_titus, of_keyd):
+        eventually(lambda now=now: now()["ready"] == 0, "it is down", PATIENCE)  # type: ignore[misc]
+    served.behave("")
+    for now, then in ((of_titus, at_titus), (of_keyd, before)):
+        eventually(lambda now=now: now()["ready"] == 1, "a new login", PATIENCE)  # type: ignore[misc]
+        seen = now()
+        for name in ("operations_total done", "operations_total failed", "logins_total"):
+            assert seen[name] > then.get(name, 0)
 
 
 def test_the_audit_knows_tokens_processes(site: Instance) -> None:

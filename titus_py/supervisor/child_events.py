@@ -130,6 +130,19 @@ def _is_upstreams(value: object) -> bool:
     )
 
 
+def _is_token_operations(value: object) -> bool:
+    """By a token's name: signatures, failures and logins."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MOST_TOKENS
+        and all(map(_is_text, value))
+        and all(
+            isinstance(counts, list) and len(counts) == 3 and all(map(_is_count, counts))
+            for counts in value.values()
+        )
+    )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
 
@@ -177,6 +190,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "keyd_said": {"text": _TEXT},
         "tokens": {"tokens": _Field(_is_tokens)},
         "upstreams": {"upstreams": _Field(_is_upstreams)},
+        "token_operations": {"tokens": _Field(_is_token_operations)},
         "operations": {
             "signed": _COUNT,
             "decrypted": _COUNT,

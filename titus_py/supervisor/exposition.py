@@ -19,6 +19,7 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
         *_of_connections(metrics, status),
         *_of_tunnels(metrics),
         *_of_keyd(metrics),
+        *_of_tokens(metrics, status),
         *_of_the_service(metrics, status),
     ]
     return "".join(family.text() for family in families).encode("utf-8", "backslashreplace")
@@ -94,6 +95,25 @@ def _of_keyd(metrics: Metrics) -> Iterator["_Family"]:
         "From a request's arrival at keyd to its answer.",
         metrics.keyd_latency,
     )
+
+
+def _of_tokens(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
+    ready = _gauge("token_ready", "Whether all keys in a token can be used (1) or not (0).")
+    states: dict[str, bool] = {}
+    for one in status.get("tokens", ()):
+        # Two may have the same name.
+        states[one["token"]] = states.get(one["token"], True) and one["state"] == "ready"
+    for token, is_ready in states.items():
+        ready.add(int(is_ready), token=token)
+    yield ready
+    operations = _counter("token_operations", "Signatures that a token was asked for, by result.")
+    for result, tally in (("done", metrics.tokens.signed), ("failed", metrics.tokens.failed)):
+        for token, count in tally.counts.items():
+            operations.add(count, token=token, result=result)
+    yield operations
+    yield _counter(
+        "token_logins", "Logins to a token: the first one, and one after each failure."
+    ).by("token", metrics.tokens.logins)
 
 
 def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:

@@ -16,6 +16,7 @@ from keyd.tally import LATENCY_BOUNDS
 from titus_py.between.report import End
 from titus_py.supervisor.counting import OTHER, Histogram, Tally
 from titus_py.supervisor.events import ALARMS
+from titus_py.supervisor.token_counts import TokenCounts
 
 __all__ = ["Metrics"]
 
@@ -154,15 +155,8 @@ _MOST_CLIENTS = 4096
 
 #: The counters that are plain numbers, by the names of their attributes.
 _NUMBERS = (
-    "started",
-    "accepted",
-    "from_clients",
-    "to_clients",
-    "signed",
-    "decrypted",
-    "events_lost",
-    "reloading",
-    "last_reload_failed",
+    *("started", "accepted", "from_clients", "to_clients", "signed", "decrypted"),
+    *("events_lost", "reloading", "last_reload_failed"),
 )
 
 _NOT_A_WORD = re.compile("[^a-z0-9]+")
@@ -206,6 +200,7 @@ class Metrics:
         self.keyd_latency = Histogram(LATENCY_BOUNDS)
         #: What each generation's keyd last reported.
         self._operations: dict[int, _Operations] = {}
+        self.tokens = TokenCounts()
         self.alarms = Tally([*sorted(ALARMS), OTHER], room=0)
         self.deaths = Tally(_CHILDREN)
         self.fork_servers_replaced = Tally(("daily", "crashes"))
@@ -226,6 +221,7 @@ class Metrics:
             "tunnel_failed": self._tunnel_failed,
             "silent_clients": self._silent,
             "operations": self._keyd_operated,
+            "token_operations": self.tokens.told,
             "keyd_started": self._keyd_started,
             "keyd_died": lambda *_: self.deaths.add("keyd"),
             "parent_died": lambda *_: self.deaths.add("parent"),
@@ -256,6 +252,7 @@ class Metrics:
     def forget(self, generation: int) -> None:
         """Forget the reports of the keyd of a generation that has gone."""
         self._operations.pop(generation, None)
+        self.tokens.forget(generation)
 
     @property
     def _tallies(self) -> dict[str, Tally]:
@@ -268,6 +265,7 @@ class Metrics:
             "tunnels": self.tunnels,
             "tunnel_failures": self.tunnel_failures,
             "refused": self.refused,
+            **self.tokens.tallies,
             "alarms": self.alarms,
             "deaths": self.deaths,
             "fork_servers_replaced": self.fork_servers_replaced,
@@ -296,6 +294,7 @@ class Metrics:
             },
             "handshakes": [[*key, count] for key, count in self.handshakes.items()],
             "operations": {number: list(done) for number, done in self._operations.items()},
+            "tokens": self.tokens.leave(),
             "reloads": self.reloads,
         }
 
@@ -315,6 +314,7 @@ class Metrics:
         self._operations = {
             int(number): _Operations(*done) for number, done in left["operations"].items()
         }
+        self.tokens.inherit(left.get("tokens", {}))
         self.reloads |= left["reloads"]
 
     def counts(self) -> dict[str, Any]:
@@ -416,7 +416,7 @@ class Metrics:
 
     def _keyd_started(self, fields: Mapping[str, object], generation: int) -> None:
         """A new keyd counts from zero."""
-        self._operations.pop(_count(fields.get("generation")) or generation, None)
+        self.forget(_count(fields.get("generation")) or generation)
 
     def _keyd_operated(self, fields: Mapping[str, object], generation: int) -> None:
         refused, buckets = fields.get("refused"), fields.get("seconds")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from keyd.inspection.reports import Unreadable, read
 from keyd.protocol import Operation, Refusal, Status
 from keyd.reference import key_id
-from keyd.status_page import NAME, OCTETS, Report, StatusPage
+from keyd.status_page import NAME, OCTETS, VERSION, Report, StatusPage
 from keyd.tally import Tally
+from keyd.token.keys import States, Token
+from keyd.token.messages import Down, Ready
 
 
 def own_page() -> int:
@@ -35,7 +38,9 @@ def test_what_is_written_is_read() -> None:
     keys = {key_id(one.public_key()): one for one in (ec.generate_private_key(ec.SECP256R1()),)}
     tally = Tally()
     page = StatusPage("listen")
-    page.tell_of(keys, lambda: dict.fromkeys(keys, "/etc/www.key"), ["/run/www.sock"], tally)
+    page.tell_of(
+        keys, lambda: dict.fromkeys(keys, "/etc/www.key"), ["/run/www.sock"], tally, States(())
+    )
     assert read(own_page()).signed == 0
     tally.done(Operation.SIGN, 0.001)
     tally.refused(Status.NOT_TLS)
@@ -55,17 +60,49 @@ def test_any_number_of_keys_and_refusals_fits() -> None:
     page = StatusPage("control")
     for _ in range(100):
         page.refused(Refusal(0, Status.NOT_GRANTED, "\u202e" * 1000), 1)
-    page.tell_of(keys, lambda: dict.fromkeys(keys, "\u202e" * 1000), ["\u202e" * 108] * 50, Tally())
+    page.tell_of(
+        keys,
+        lambda: dict.fromkeys(keys, "\u202e" * 1000),
+        ["\u202e" * 108] * 50,
+        Tally(),
+        tokens("\u202e" * 300, 64),
+    )
     report = read(own_page())
     assert report.keys_in_all == 20_000
     assert report.keys
+    assert report.tokens
+
+
+def tokens(name: str, count: int) -> States:
+    """Tokens that have ended: what one of them says is an attacker's."""
+    made = []
+    for _ in range(count):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        made.append(Token(name, ours, [], [], lambda _: None, lambda _: None))
+        with ours, theirs:
+            theirs.send(Down(True, name[:60]).encode())
+            assert not made[-1].hear()
+    return States(made)
+
+
+def test_a_token_is_told_of_when_it_has_changed() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    token = Token("web", ours, [], [], lambda _: None, lambda _: None)
+    page = StatusPage("listen")
+    page.tell_of({}, dict, [], Tally(), States([token]))
+    assert read(own_page()).tokens == [["web", "is starting", [0, 0, 0]]]
+    with ours, theirs:
+        theirs.send(Ready(()).encode())
+        token.hear()
+    page.write()
+    assert read(own_page()).tokens == [["web", "ready", [0, 0, 1]]]
 
 
 def test_keys_come_and_go() -> None:
     one, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     keys = {key_id(one.public_key()): one}
     page = StatusPage("listen")
-    page.tell_of(keys, dict, [], Tally())
+    page.tell_of(keys, dict, [], Tally(), States(()))
     del keys[key_id(one.public_key())]
     keys[key_id(other.public_key())] = other
     page.keys_changed()
@@ -106,9 +143,10 @@ _VALUES = st.recursive(
 @given(st.sampled_from(Report._fields), _VALUES)
 def test_a_report_is_in_order_or_none(field: str, value: object) -> None:
     fields = {
-        "version": 1, "command": "listen", "started": 1.0, "sockets": ["/s"],
+        "version": VERSION, "command": "listen", "started": 1.0, "sockets": ["/s"],
         "keys": [["n", "k", "00"]], "keys_in_all": 1, "signed": 1, "decrypted": 0,
-        "refused": {}, "last_refused": [], "seconds": [1], "seconds_sum": 0.1, field: value,
+        "refused": {}, "last_refused": [], "seconds": [1], "seconds_sum": 0.1,
+        "tokens": [["t", "ready", [1, 0, 1]]], field: value,
     }  # fmt: skip
     with holding(framed(json.dumps(fields).encode())) as descriptor:
         try:

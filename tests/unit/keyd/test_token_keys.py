@@ -156,6 +156,19 @@ def test_nonsense_is_logged_and_changes_nothing(process: Process) -> None:
     assert isinstance(told[0], bytes)
 
 
+def test_what_clients_got_is_counted_and_logins(process: Process) -> None:
+    states = States([process.token])
+    assert states.counted() == {"web": [0, 0, 0]}
+    process.ask()
+    process.log_in()
+    process.ask()
+    process.sign()
+    # The proof of a login is no client's.
+    process.log_in()
+    assert states.counted() == {"web": [1, 1, 2]}
+    assert states.counted() is None
+
+
 def test_an_empty_packet_is_nonsense_and_not_the_end(process: Process) -> None:
     process.log_in()
     process.say(b"")

@@ -53,6 +53,7 @@ SAID = {
         {"event": "alive"},
         {"event": "ready", "keys": "0f" * 32, "all_memory_locked": True, "guards": "none"},
         {"event": "keyd_said", "text": "why it ends"},
+        {"event": "token_operations", "tokens": {"web": [2, 1, 1]}},
         OPERATIONS,
     ],
     "parent": [

@@ -31,6 +31,11 @@ STATUS: dict[str, Any] = {
         {"number": 3, "state": "serving", "connections": 37, "spares": 8},
     ],
     "max_connections": 1000,
+    "tokens": [
+        {"token": "web", "state": "ready"},
+        {"token": "hsm", "state": "ready"},
+        {"token": "hsm", "state": "cannot be used: there is no such token"},
+    ],
     "log_lines_lost": 4,
     "certificates": [
         {
@@ -408,6 +413,33 @@ def test_the_supervisor_does_not_load_openssl_for_it() -> None:
 # --- Prometheus's own opinion -------------------------------------------------------
 
 
+def of_tokens(metrics: Metrics) -> list[float]:
+    """Of the token ``web``: signatures, failures, logins."""
+    counts = metrics.tokens
+    return [tally.counts.get("web", 0) for tally in (counts.signed, counts.failed, counts.logins)]
+
+
+def test_what_tokens_did_is_counted_over_all_that_keyds_tell() -> None:
+    """Each keyd tells its totals: those of two generations, and of one keyd after another."""
+    metrics = Metrics()
+    for generation, counts in ((1, [5, 1, 1]), (2, [2, 0, 1]), (1, [7, 1, 2])):
+        metrics.record("token_operations", {"tokens": {"web": counts}}, generation)
+    assert of_tokens(metrics) == [9, 1, 3]
+    metrics.record("keyd_started", {"generation": 1})
+    metrics.record("token_operations", {"tokens": {"web": [8, 0, 1]}}, 1)
+    assert of_tokens(metrics) == [17, 1, 4]
+    # Another program takes its place, while the same keyds go on.
+    successor = Metrics()
+    successor.inherit(json.loads(json.dumps(metrics.leave())))
+    successor.record("token_operations", {"tokens": {"web": [9, 0, 1]}}, 1)
+    assert of_tokens(successor) == [18, 1, 4]
+
+
+def test_a_token_is_ready_if_all_of_its_name_are() -> None:
+    found = {name: value for name, value in read(Metrics()).items() if "token_ready" in name}
+    assert found == {'titus_token_ready{token="hsm"}': 0, 'titus_token_ready{token="web"}': 1}
+
+
 @needs_promtool
 def test_promtool_is_happy_with_the_metrics() -> None:
     metrics = Metrics()
@@ -420,6 +452,7 @@ def _lived(metrics: Metrics) -> Metrics:
     metrics.record("connection_ended", ENDED)
     metrics.record("handshake_failed", FAILED | {"level": "alarm"})
     metrics.record("operations", operations(signed=1, seconds=[1] * 11, seconds_sum=0.1), 1)
+    metrics.record("token_operations", {"tokens": {"web": [3, 2, 1]}}, 1)
     return metrics
 
 
