@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from keyd.upstream.state import READY
 from titus_py.supervisor.counting import Histogram, Tally
 from titus_py.supervisor.metrics import Metrics
 
@@ -20,6 +21,7 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
         *_of_tunnels(metrics),
         *_of_keyd(metrics),
         *_of_tokens(metrics, status),
+        *_of_upstreams(status),
         *_of_the_service(metrics, status),
     ]
     return "".join(family.text() for family in families).encode("utf-8", "backslashreplace")
@@ -114,6 +116,23 @@ def _of_tokens(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family
     yield _counter(
         "token_logins", "Logins to a token: the first one, and one after each failure."
     ).by("token", metrics.tokens.logins)
+
+
+def _of_upstreams(status: Mapping[str, Any]) -> Iterator["_Family"]:
+    """As the serving generation's keyd has them: a reload begins anew."""
+    up = _gauge(
+        "keyd_upstream_up",
+        "Whether a host that has keys (keyd.upstream) can be asked for all that are needed.",
+    )
+    waiting = _gauge("keyd_upstream_in_flight", "What it was asked and has not answered.")
+    asked = _counter("keyd_upstream_answers", "What came of what it was asked, by outcome.")
+    for one in status.get("upstreams", ()):
+        name = one["upstream"]
+        up.add(int(one["state"] == READY), upstream=name)
+        waiting.add(one["in_flight"], upstream=name)
+        asked.add(one["done"], upstream=name, result="signed")
+        asked.add(one["failed"], upstream=name, result="failed")
+    yield from (up, waiting, asked)
 
 
 def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:

@@ -311,6 +311,21 @@ def test_counters_survive_keyd() -> None:
     assert metrics.counts()["refused"] == {"not_tls": 4}
 
 
+def test_upstreams() -> None:
+    counted = {"in_flight": 2, "done": 7, "failed": 1}
+    upstreams = [
+        {"upstream": "unix:/a", "state": "ready", **counted},
+        {"upstream": "unix:/b", "state": "connecting", **counted},
+    ]
+    found = read(Metrics(), {"upstreams": upstreams})
+    assert found['titus_keyd_upstream_up{upstream="unix:/a"}'] == 1
+    assert found['titus_keyd_upstream_up{upstream="unix:/b"}'] == 0
+    assert found['titus_keyd_upstream_in_flight{upstream="unix:/a"}'] == 2
+    name = "titus_keyd_upstream_answers_total"
+    assert found[f'{name}{{upstream="unix:/a",result="signed"}}'] == 7
+    assert found[f'{name}{{upstream="unix:/a",result="failed"}}'] == 1
+
+
 # --- the service --------------------------------------------------------------------
 
 
