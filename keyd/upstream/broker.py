@@ -38,6 +38,8 @@ __all__ = ["Broker", "UpstreamKey"]
 _MOST_SECONDS, _SLOW_SECONDS, _OVERDUE_SECONDS = 6.0, 1.0, 5.0
 #: How long an upstream that has just been lost, or has never been there, may soon be there.
 _HOPE_SECONDS = 3.0
+#: How many lost connections make an ask stay away from the upstreams that it was with.
+_MOST_LOST = 2
 #: How many asks may be kept for that, or for one that has enough to answer.
 _MOST_KEPT = 1024
 #: How often a refusal of an upstream's is logged at most, in seconds.
@@ -58,6 +60,8 @@ class _Asked:
         self.waits_for = 0
         self.tried: list[_Upstream] = []
         self.why: list[str] = []
+        #: How many connections have ended that it was asked on.
+        self.lost = 0
 
     def answer(self, said: bytes | str) -> Callable[[], None] | None:
         """What is to be called once the lock is released."""
@@ -328,8 +332,12 @@ class Broker:
         self._tell_lost(upstream, served)
         for asked in asks.values():
             asked.waits_for -= 1
+            asked.lost += 1
             upstream.failed += not asked.over
             asked.why.append(f"{upstream.name}: {upstream.why}")
+            # It may be there again in a moment: a reload of its own ends connections.
+            if asked.lost <= _MOST_LOST:
+                asked.tried.remove(upstream)
         return [self._ask_next(asked) for asked in asks.values()]
 
     def _tell_lost(self, upstream: _Upstream, served: bool) -> None:

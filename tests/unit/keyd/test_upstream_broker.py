@@ -296,12 +296,27 @@ def test_one_that_closes_in_the_middle_of_an_answer_has_not_answered(host: Host)
     again = host.connect(0)
     again.lend()
     host.turn()
-    assert not again.asked(), "it is asked once for each ask"
-    other = host.connect(1)
-    other.lend()
-    host.turn()
-    other.sign(*other.asked())
+    again.sign(*again.asked())
     host.signed(worker)
+
+
+def test_an_ask_that_ends_connections_is_given_up(host: Host) -> None:
+    worker = host.request()
+    for _ in range(3):
+        lender = host.connect(0)
+        lender.lend()
+        host.turn()
+        assert lender.asked()
+        lender.end.close()
+        host.turn()
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    assert not lender.asked()
+    host.broker._upstreams[1].hoped_for_until = 0.0
+    host.look_at_clock()
+    closed = "unix:/a: the connection was closed at its other end"
+    assert host.refused(worker).startswith(f"sign: {closed}; {closed}; ")
 
 
 def test_a_slow_first_loses_to_the_second(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,11 +442,17 @@ def test_one_that_ends_while_it_is_written_to(host: Host) -> None:
     host.turn()
     assert host.lost() == LOST + b"\0\1"
     assert not [source for source in host.keyd._sources.values() if source.events & 4]
+    # They are asked again, and what comes then is asked after them.
     again = host.connect(0)
     again.lend()
     host.turn()
     worker = host.request()
-    again.sign(*again.asked())
+    asks: list[Ask] = []
+    for _ in range(100):
+        asks += again.asked()
+        host.turn()
+    assert [ask.request == SIGN for ask in asks] == [False] * 4 + [True]
+    again.sign(asks[-1])
     host.signed(worker)
 
 
