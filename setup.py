@@ -37,6 +37,9 @@ setup(
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
+        extension(
+            "titus_py.worker.flow", "titus_py/worker/flow.c", "titus_py/worker/flow_module.c"
+        ),
         extension("titus_py.worker.transcript", "titus_py/worker/transcript.c"),
         extension("titus_py.worker.verification", "titus_py/worker/verification.c"),
     ]

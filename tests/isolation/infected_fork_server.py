@@ -40,7 +40,8 @@ from titus_py.fork_server import confinement
 from titus_py.fork_server import life as fork_server
 from titus_py.worker import life as worker
 from titus_py.worker.client_hello import ClientHelloReader
-from titus_py.worker.pump import describe, stop_resetting
+from titus_py.worker.ends import describe
+from titus_py.worker.farewell import stop_resetting
 from titus_py.worker.tls import client_hello
 
 __all__ = ["DEEDS", "LAYERS"]
@@ -104,7 +105,7 @@ def fuzz(taken: Taken, to: str, seed: str, count: str) -> str:
             os.write(descriptor, message)
         except OSError:
             break
-        _report.count(sent + 1, 0)
+        _report.from_client[0] = sent + 1
     return "fuzzed"
 
 

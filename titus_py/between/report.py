@@ -47,8 +47,8 @@ _PLACES = {
     "certificate_spki": slice(1224, 1296),
 }
 _CERTIFICATE = tuple(place for place in _PLACES if place.startswith("certificate_"))
-_COUNTS = struct.Struct("=QQ")
-_COUNTS_OFFSET = 8
+#: Where the numbers of octets are.
+_COUNTS = slice(8, 24)
 
 
 class NoReport(ValueError):
@@ -125,9 +125,12 @@ class ReportWriter:
         self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         #: Where that page is.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        counts = memoryview(self._page)[_COUNTS].cast("Q")
+        #: How many octets have passed so far, from the client and to it: a number each.
+        self.from_client, self.to_client = counts[:1], counts[1:]
 
     def set(self, **fields: int | str) -> None:
-        """Store these fields of Report, except for the octets, which ``count`` stores."""
+        """Store these fields of Report, except for the octets."""
         for name, value in fields.items():
             place = _PLACES[name]
             if isinstance(value, str):
@@ -135,10 +138,6 @@ class ReportWriter:
                 self._page[place] = value.encode("utf-8", "replace")[:length].ljust(length, b"\0")
             else:
                 self._page[place.start] = value
-
-    def count(self, from_client: int, to_client: int) -> None:
-        """Store how many octets have passed, both ways, so far."""
-        _COUNTS.pack_into(self._page, _COUNTS_OFFSET, from_client, to_client)
 
 
 def make_report() -> int:

@@ -34,8 +34,9 @@ from titus_py.worker.client_hello import (
     fatal_alert,
     offered_protocols,
 )
+from titus_py.worker.ends import describe
 from titus_py.worker.farewell import part
-from titus_py.worker.pump import Pump, describe
+from titus_py.worker.pump import Pump
 from titus_py.worker.tls import group_name, reseed
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _serve(
         connection,
         peer,
         backend,
-        report.count,
+        (report.from_client, report.to_client),
         terms.idle_timeout,
         terms.half_closed_timeout,
         site.truncated_is_reset,

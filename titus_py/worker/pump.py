@@ -20,19 +20,21 @@ had been read by then.
 
 import errno
 import mmap
-import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from socket import SocketType
+from typing import NoReturn
 
+from cryptography.hazmat.bindings import _rust
 from OpenSSL import SSL
+from OpenSSL._util import ffi
 
 from titus_py.between.report import End
-from titus_py.worker import alerts
+from titus_py.worker import alerts, flow
+from titus_py.worker.ends import Ended, backend_failure, client_failure, reason
 from titus_py.worker.farewell import part, stop_resetting, unacknowledged, unread
 
 __all__ = ["Pump"]
@@ -50,23 +52,19 @@ _PAUSES = 0.001, 0.1
 #: last octets. An honest one that is slow needs several; one that takes an octet at a time would
 #: hold its place for days.
 _MOST_WAITS = 16
-#: Errors that say nothing beyond the name of the end.
-_RESETS = errno.ECONNRESET, errno.EPIPE
 
-
-class _Ended(Exception):
-    """The connection is over, and its end was not clean."""
-
-    def __init__(self, end: End, detail: str = "") -> None:
-        super().__init__(end, detail)
-        self.end = end
-        self.detail = detail
+flow.use(
+    *(
+        int(ffi.cast("uintptr_t", ffi.addressof(_rust._openssl.lib, name)))
+        for name in ("SSL_read", "SSL_write", "SSL_get_error", "SSL_pending")
+    )
+)
 
 
 class Pump:
     """One connection. Both sockets are non-blocking.
 
-    ``count`` is called with the octets from and to the client so far. A connection that stands
+    ``counts``: where the octets from and to the client are counted. A connection that stands
     still for ``idle_timeout`` seconds is ended. Once a direction has ended,
     ``half_closed_timeout`` holds instead, if it is shorter. A TLS stream that ends without
     close_notify is passed on to the backend as a reset if ``truncated_is_reset``, otherwise as
@@ -78,20 +76,21 @@ class Pump:
         client: SSL.Connection,
         client_socket: SocketType,
         backend: SocketType,
-        count: Callable[[int, int], None],
+        counts: tuple[memoryview, memoryview],
         idle_timeout: float | None,
         half_closed_timeout: float,
         truncated_is_reset: bool,
     ) -> None:
         alerts.forget()
         self._client = client
+        self._ssl = int(ffi.cast("uintptr_t", client._ssl))
         self._client_socket = client_socket
         self._backend = backend
-        self._count = count
+        self._octets_from_client, self._octets_to_client = counts
         self._truncated_is_reset = truncated_is_reset
         self._half_closed_timeout = half_closed_timeout
-        #: How long the connection may stand still, and the end that is recorded after that.
-        self._patience_ms = None if idle_timeout is None else idle_timeout * 1000
+        #: How long it may stand still (-1: without end), and the end that is recorded after that.
+        self._patience_ms = -1 if idle_timeout is None else round(idle_timeout * 1000)
         self._stood_still = End.IDLE
         # Mapped, and not a bytearray: what is never written to takes no memory.
         self._from_client, self._from_backend = (
@@ -101,11 +100,10 @@ class Pump:
         #: The part of each buffer that is still to be passed on.
         self._to_backend = self._from_client[:0]
         self._to_client = self._from_backend[:0]
-        self._octets_from_client = 0
-        self._octets_to_client = 0
         #: Whether this side has ended its stream, and whether that end was passed on.
         self._client_ended = self._client_end_passed = False
         self._backend_ended = self._backend_end_passed = False
+        self._client_hung_up = False
         #: A failed write has used up the error that would tell an RST from an end of file.
         self._backend_error_lost = False
         #: The detail of a clean end.
@@ -119,7 +117,7 @@ class Pump:
         """Pump until the end; returns how it ended and, where there is one, a detail."""
         try:
             self._pump()
-        except _Ended as ended:
+        except Ended as ended:
             undelivered = self._deliver(ended.end)
             # The backend's is closed first: ``part`` may have to wait for the client.
             self._backend.close()
@@ -127,64 +125,101 @@ class Pump:
                 part(self._client_socket)
             self._client_socket.close()
             return ended.end, "; ".join(filter(None, (ended.detail, undelivered)))
-        finally:
-            self._count(self._octets_from_client, self._octets_to_client)
         for side in (self._client_socket, self._backend):
             stop_resetting(side)
             side.close()
         return End.CLEAN, self._remark
 
     def _pump(self) -> None:
-        """Until both directions have ended cleanly; raises _Ended."""
-        poll = select.poll()
-        client_fd, backend_fd = self._client_socket.fileno(), self._backend.fileno()
-        client_events = backend_events = 0
-        client_hung_up = False
+        """Until both directions have ended cleanly; raises Ended."""
         waits, in_flight = 0, sys.maxsize
-        poll.register(client_fd, client_events)
         while not (self._client_end_passed and self._backend_end_passed):
-            # The client is watched until it hangs up, if only for a reset: poll(2) reports that
-            # unasked.
-            if client_events != (wanted := self._client_events()):
-                if wanted or not client_hung_up:
-                    poll.register(client_fd, wanted)
-                else:
-                    poll.unregister(client_fd)
-                client_events = wanted
-            # The backend is not watched while nothing is wanted of it: what it sent before a
-            # reset must still reach the client.
-            if backend_events != (wanted := self._backend_events()):
-                if wanted:
-                    poll.register(backend_fd, wanted)
-                else:
-                    poll.unregister(backend_fd)
-                backend_events = wanted
-            ready = poll.poll(self._patience_ms)
-            if not ready:
+            woken, stands_still = self._pass_on()
+            if woken:
+                waits, in_flight = 0, sys.maxsize
+            if stands_still:
                 # Nothing can be passed on, but a slow peer may still take what our kernel has.
                 sides = (self._client_socket, self._backend)
                 waits, before = waits + 1, in_flight
                 in_flight = sum(map(unacknowledged, sides))
                 if waits >= _MOST_WAITS or not 0 < in_flight < before:
-                    raise _Ended(self._stood_still)
-                continue
-            waits, in_flight = 0, sys.maxsize
-            for descriptor, events in ready:
-                if descriptor == backend_fd:
-                    self._backend_ready()
-                elif events & select.POLLERR:
-                    # Raise before anything is written to the client: what it sent must still
-                    # reach the backend.
-                    number = self._client_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    raise _Ended(End.CLIENT_RESET, _reason(number))
-                elif client_events:
-                    self._client_ready()
+                    raise Ended(self._stood_still)
+
+    def _pass_on(self) -> tuple[bool, bool]:
+        """Pass octets on until something else happens, and act on that.
+
+        Returns whether a side was ready, and whether then neither was for as long as is waited.
+        """
+        woken = False
+        # What is half done, with an end or within OpenSSL, is not for C.
+        if not (
+            self._read_wants_write
+            or self._write_wants_read
+            or self._client_ended != self._client_end_passed
+            or self._backend_ended != self._backend_end_passed
+        ):
+            up, down = self._octets_from_client, self._octets_to_client
+            happened, woken, result, number, self._to_backend, self._to_client = flow.run(
+                self._ssl,
+                self._client_socket.fileno(),
+                self._backend.fileno(),
+                self._patience_ms,
+                (self._from_client, self._to_backend, up, not self._client_ended),
+                (self._from_backend, self._to_client, down, not self._backend_ended),
+            )
+            if happened == flow.STOOD_STILL:
+                return woken, True
+            if happened != flow.UNUSUAL:
+                self._act_on(happened, result, number)
+                return True, False
+        ready = self._step()
+        return woken or ready, not ready
+
+    def _act_on(self, happened: int, result: int, number: int) -> None:
+        """A call of ``flow`` has failed."""
+        if happened == flow.NOT_SENT:
+            self._not_sent(OSError(number, ""))
+        elif happened == flow.NOT_RECEIVED:
+            self._not_received(OSError(number, ""))
+        else:
+            # As if pyOpenSSL had made the call.
+            ffi.errno = number
+            try:
+                self._client._raise_ssl_error(self._client._ssl, result)
+            except SSL.Error as error:
+                if happened == flow.NOT_READ:
+                    self._not_read(error)
                 else:
-                    # POLLHUP: both of the client's directions have ended, and the backend has yet
-                    # to take what the client sent. poll(2) would report that again and again.
-                    poll.unregister(client_fd)
-                    client_hung_up = True
-            self._count(self._octets_from_client, self._octets_to_client)
+                    self._not_written(error)
+
+    def _step(self) -> bool:
+        """Wait for one of the sides, and do what it is ready for; returns False if none was."""
+        client_events, backend_events = self._client_events(), self._backend_events()
+        poll = select.poll()
+        # The client is watched until it hangs up, if only for a reset: poll(2) reports that
+        # unasked.
+        if client_events or not self._client_hung_up:
+            poll.register(self._client_socket, client_events)
+        # The backend is not watched while nothing is wanted of it: what it sent before a
+        # reset must still reach the client.
+        if backend_events:
+            poll.register(self._backend, backend_events)
+        ready = poll.poll(self._patience_ms)
+        for descriptor, events in ready:
+            if descriptor == self._backend.fileno():
+                self._backend_ready()
+            elif events & select.POLLERR:
+                # Raise before anything is written to the client: what it sent must still
+                # reach the backend.
+                number = self._client_socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                raise Ended(End.CLIENT_RESET, reason(number))
+            elif client_events:
+                self._client_ready()
+            else:
+                # POLLHUP: both of the client's directions have ended, and the backend has yet
+                # to take what the client sent. poll(2) would report that again and again.
+                self._client_hung_up = True
+        return bool(ready)
 
     def _client_events(self) -> int:
         events = 0
@@ -220,41 +255,46 @@ class Pump:
         """Take what the client sent, as far as there is room, and pass it on."""
         self._read_wants_write = False
         received = 0
-        ended: _Ended | None = None
+        failure: SSL.Error | None = None
         while received <= _BUFFER_OCTETS - _RECORD_OCTETS:
             try:
                 octets = self._client.recv_into(self._from_client[received:], _RECORD_OCTETS)
-            except SSL.WantReadError:
-                break
-            except SSL.WantWriteError:
-                self._read_wants_write = True
-                break
-            except SSL.ZeroReturnError:
-                ended = self._client_has_ended()
-                break
             except SSL.Error as error:
-                ended = _client_failure(error)
+                failure = error
                 break
             received += octets
-            # A short record is most often the last for now. Trying to read on would cost an
-            # exception.
+            # A short record is most often the last for now.
             if octets < _RECORD_OCTETS and not self._client.pending():
                 break
         self._to_backend = self._from_client[:received]
-        self._octets_from_client += received
+        self._octets_from_client[0] += received
+        if failure is not None:
+            self._not_read(failure)
+        else:
+            self._write_backend()
+
+    def _not_read(self, failure: SSL.Error) -> None:
+        """OpenSSL has no more octets from the client: pass on what came before that."""
+        ended: Ended | None = None
+        if isinstance(failure, SSL.WantWriteError):
+            self._read_wants_write = True
+        elif isinstance(failure, SSL.ZeroReturnError):
+            ended = self._client_has_ended()
+        elif not isinstance(failure, SSL.WantReadError):
+            ended = client_failure(failure)
         if ended is not None:
             self._client_ended = self._client_end_passed = True
             raise ended
         self._write_backend()
 
-    def _client_has_ended(self) -> _Ended | None:
+    def _client_has_ended(self) -> Ended | None:
         """The client ended its stream, with a close_notify or with a FIN alone.
 
         OpenSSL makes no difference between the two (``tls.note_close_notify``).
         """
         if not alerts.close_notify_received():
             if self._truncated_is_reset:
-                return _Ended(End.CLIENT_TRUNCATED)
+                return Ended(End.CLIENT_TRUNCATED)
             self._remark = "the client sent no close_notify"
         self._client_ended = True
         self._half_closed()
@@ -262,8 +302,8 @@ class Pump:
 
     def _half_closed(self) -> None:
         """One direction has ended: from now on, wait less long for the other one."""
-        patience_ms = self._half_closed_timeout * 1000
-        if self._patience_ms is None or patience_ms < self._patience_ms:
+        patience_ms = round(self._half_closed_timeout * 1000)
+        if not 0 <= self._patience_ms <= patience_ms:
             self._patience_ms = patience_ms
             self._stood_still = End.HALF_CLOSED
 
@@ -274,16 +314,19 @@ class Pump:
             except BlockingIOError:
                 return
             except OSError as error:
-                # EPIPE: the backend's FIN came before its RST. That FIN stays a clean end.
-                self._backend_error_lost = error.errno != errno.EPIPE
-                raise _backend_failure(error) from None
+                self._not_sent(error)
             self._to_backend = self._to_backend[sent:]
         if self._client_ended and not self._to_backend and not self._client_end_passed:
             self._client_end_passed = True
             try:
                 self._backend.shutdown(socket.SHUT_WR)
             except OSError as error:
-                raise _backend_failure(error) from None
+                raise backend_failure(error) from None
+
+    def _not_sent(self, error: OSError) -> NoReturn:
+        # EPIPE: the backend's FIN came before its RST. That FIN stays a clean end.
+        self._backend_error_lost = error.errno != errno.EPIPE
+        raise backend_failure(error) from None
 
     def _read_backend(self) -> int:
         """Returns how many octets came."""
@@ -292,8 +335,7 @@ class Pump:
         except BlockingIOError:
             return 0
         except OSError as error:
-            self._backend_ended = self._backend_end_passed = True
-            raise _backend_failure(error) from None
+            self._not_received(error)
         if received:
             self._to_client = self._from_backend[:received]
         elif self._backend_error_lost:
@@ -303,6 +345,10 @@ class Pump:
             self._half_closed()
         self._write_client()
         return received
+
+    def _not_received(self, error: OSError) -> NoReturn:
+        self._backend_ended = self._backend_end_passed = True
+        raise backend_failure(error) from None
 
     def _write_client(self) -> None:
         """Pass on what the backend sent, a TLS record at a time.
@@ -315,31 +361,35 @@ class Pump:
             while self._to_client:
                 sent = self._client.send(self._to_client[:_RECORD_OCTETS])
                 self._to_client = self._to_client[sent:]
-                self._octets_to_client += sent
+                self._octets_to_client[0] += sent
             if self._backend_ended and not self._backend_end_passed:
                 self._client.shutdown()
                 self._backend_end_passed = True
                 # Nothing may follow a close_notify (RFC 8446 §6.1).
                 with suppress(OSError):
                     self._client_socket.shutdown(socket.SHUT_WR)
-        except SSL.WantWriteError:
-            pass
-        except SSL.WantReadError:
-            self._write_wants_read = True
         except SSL.Error as error:
-            failure = _client_failure(error)
-            if (
-                failure.end is End.CLIENT_RESET
-                and self._backend_ended
-                and not self._to_client
-                and self._client_ended
-            ):
-                # The client is gone, and cannot receive the close_notify. Nothing is lost by that.
-                self._backend_end_passed = True
-                return
-            if not self._client_ended:
-                self._client_ended = self._client_end_passed = True
-            raise failure from None
+            self._not_written(error)
+
+    def _not_written(self, error: SSL.Error) -> None:
+        if isinstance(error, SSL.WantWriteError):
+            return
+        if isinstance(error, SSL.WantReadError):
+            self._write_wants_read = True
+            return
+        failure = client_failure(error)
+        if (
+            failure.end is End.CLIENT_RESET
+            and self._backend_ended
+            and not self._to_client
+            and self._client_ended
+        ):
+            # The client is gone, and cannot receive the close_notify. Nothing is lost by that.
+            self._backend_end_passed = True
+            return
+        if not self._client_ended:
+            self._client_ended = self._client_end_passed = True
+        raise failure from None
 
     # --- the last octets ----------------------------------------------------------
 
@@ -375,7 +425,7 @@ class Pump:
             if not (in_flight or self._client_events() or self._backend_events()):
                 return ""
             now = time.monotonic()
-            counts = self._octets_from_client, self._octets_to_client, len(self._to_backend)
+            counts = self._octets_from_client[0], self._octets_to_client[0], len(self._to_backend)
             if moved != (moved := counts):
                 since, before = now, sys.maxsize
             if in_flight < before:
@@ -395,7 +445,7 @@ class Pump:
                         self._from_backend = self._from_backend[:allowance]
                     came = self._backend_ready()
                     allowance = None if allowance is None else allowance - came
-            except _Ended as further:
+            except Ended as further:
                 self._stop_sending(further.end, receivers)
             self._throw_away(ready & thrown_away, thrown_away, receivers)
 
@@ -443,24 +493,3 @@ class Pump:
             except OSError:
                 thrown_away.discard(side)
                 receivers.discard(side)
-
-
-def _client_failure(error: SSL.Error) -> _Ended:
-    if isinstance(error, SSL.SysCallError):
-        return _Ended(End.CLIENT_RESET, _reason(error.args[0]))
-    return _Ended(End.CLIENT_PROTOCOL_ERROR, describe(error))
-
-
-def _backend_failure(error: OSError) -> _Ended:
-    return _Ended(End.BACKEND_RESET, _reason(error.errno or 0))
-
-
-def _reason(number: int) -> str:
-    """The error in words (that a peer does not answer, perhaps); empty if it is a mere reset."""
-    return "" if number <= 0 or number in _RESETS else os.strerror(number)
-
-
-def describe(error: SSL.Error) -> str:
-    """OpenSSL's reasons, in its own words."""
-    reasons = [reason for _, _, reason in error.args[0]] if error.args else []
-    return "; ".join(dict.fromkeys(reasons)) or "unknown TLS error"

@@ -18,9 +18,10 @@ from titus_py.between.messages import Established
 from titus_py.between.report import End, State
 from titus_py.between.tunnel_terms import TunnelTerms
 from titus_py.worker.client_context import make_client_context
+from titus_py.worker.ends import describe
 from titus_py.worker.farewell import part
 from titus_py.worker.life import Terms
-from titus_py.worker.pump import Pump, describe
+from titus_py.worker.pump import Pump
 from titus_py.worker.server_certificate import ServerVerifier, packed_address
 from titus_py.worker.tls import Credentials, group_name
 
@@ -97,11 +98,12 @@ class Conduit:
             return End.SERVER_RESET, ""
         except SSL.Error as error:
             return End.SERVER_PROTOCOL_ERROR, describe(error)
+        report.from_client[0] = early
         end, detail = Pump(
             connection,
             server,
             client,
-            lambda from_server, to_server: report.count(early + to_server, from_server),
+            (report.to_client, report.from_client),
             terms.idle_timeout,
             terms.half_closed_timeout,
             truncated_is_reset=True,

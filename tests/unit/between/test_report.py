@@ -63,7 +63,7 @@ def test_what_is_written_is_read(page: int) -> None:
         cipher_suite="TLS_AES_256_GCM_SHA384",
         group="X25519MLKEM768",
     )
-    writer.count(2**63, 17)
+    writer.from_client[0], writer.to_client[0] = 2**63, 17
     writer.set(state=State.ENDED, end=End.CLIENT_RESET, detail="why not")
     assert read_report(page) == Report(
         State.ENDED,
@@ -81,8 +81,8 @@ def test_what_is_written_is_read(page: int) -> None:
 def test_counting_touches_nothing_else(page: int) -> None:
     writer = writer_on(page)
     writer.set(state=State.ESTABLISHED, detail="x" * 256)
-    writer.count(1, 2)
-    writer.count(3, 4)
+    writer.from_client[0], writer.to_client[0] = 1, 2
+    writer.from_client[0], writer.to_client[0] = 3, 4
     assert read_report(page) == NOTHING._replace(
         state=State.ESTABLISHED, detail="x" * 256, octets_from_client=3, octets_to_client=4
     )

@@ -1,0 +1,287 @@
+"""What ``test_flow`` looks at, as a program: one thread, and no test runner beside it.
+
+Its arguments: a build of titus_py/worker/flow.c, or nothing for the one that is installed; then
+the names of what to do. It prints what came of each, as JSON. A child process plays both peers, and
+says in the end what they heard.
+"""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+if sys.argv[1]:
+    loader = importlib.machinery.ExtensionFileLoader("titus_py.worker.flow", sys.argv[1])
+    spec = importlib.util.spec_from_loader("titus_py.worker.flow", loader)
+    assert spec is not None
+    sys.modules["titus_py.worker.flow"] = importlib.util.module_from_spec(spec)
+    loader.exec_module(sys.modules["titus_py.worker.flow"])
+
+from cryptography.hazmat.bindings import _rust
+from OpenSSL import SSL
+from OpenSSL._util import ffi
+
+from titus_py.worker import flow
+
+MUCH = random.Random(1).randbytes(3 << 20)
+_NAMES = {
+    getattr(flow, name): name
+    for name in ("STOOD_STILL", "UNUSUAL", "NOT_READ", "NOT_WRITTEN", "NOT_SENT", "NOT_RECEIVED")
+}
+flow.use(
+    *(
+        int(ffi.cast("uintptr_t", ffi.addressof(_rust._openssl.lib, name)))
+        for name in ("SSL_read", "SSL_write", "SSL_get_error", "SSL_pending")
+    )
+)
+
+
+def context(method: int) -> SSL.Context:
+    made = SSL.Context(method)
+    made.set_max_proto_version(SSL.TLS1_2_VERSION)
+    made.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
+    return made
+
+
+def number() -> memoryview:
+    return memoryview(bytearray(8)).cast("Q")
+
+
+class Between:
+    """A TLS client and a backend in a child, and what passes on between them here."""
+
+    def __init__(self, play: Callable[[SSL.Connection, socket.socket], object]) -> None:
+        client, theirs_client = _tcp_pair()
+        self.backend, theirs_backend = _tcp_pair()
+        self._said, saying = os.pipe()
+        waiting, self._over = os.pipe()
+        self._child = os.fork()
+        if not self._child:
+            try:
+                for one in (client, self.backend):
+                    one.close()
+                os.close(self._over)
+                peer = SSL.Connection(context(SSL.TLS_CLIENT_METHOD), theirs_client)
+                peer.set_connect_state()
+                peer.do_handshake()
+                os.write(saying, json.dumps(play(peer, theirs_backend)).encode())
+                # Nothing ends before it has been looked at.
+                os.read(waiting, 1)
+            finally:
+                os._exit(0)
+        for one in (theirs_client, theirs_backend):
+            one.close()
+        os.close(saying)
+        self.client = client
+        self._tls = SSL.Connection(context(SSL.TLS_SERVER_METHOD), client)
+        self._tls.set_accept_state()
+        self._tls.do_handshake()
+        for side in (client, self.backend):
+            side.setblocking(False)
+        self.buffers = memoryview(bytearray(1 << 18)), memoryview(bytearray(1 << 18))
+        self.counts = number(), number()
+        self.rests = self.buffers[0][:0], self.buffers[1][:0]
+        self.open = [True, True]
+
+    def run(self, patience: int = 10_000) -> list[object]:
+        """What happened, whether a side was ready, and how much is still to be passed on."""
+        up, down = zip(self.buffers, self.rests, self.counts, self.open, strict=True)
+        happened, woken, self.result, self.number, *rests = flow.run(
+            int(ffi.cast("uintptr_t", self._tls._ssl)),
+            self.client.fileno(),
+            self.backend.fileno(),
+            patience,
+            up,
+            down,
+        )
+        self.rests = rests[0], rests[1]
+        return [_NAMES[happened], woken, *map(len, rests)]
+
+    def why(self) -> str:
+        """The exception that pyOpenSSL makes of the call that failed."""
+        ffi.errno = self.number
+        try:
+            self._tls._raise_ssl_error(self._tls._ssl, self.result)
+        except SSL.Error as error:
+            return type(error).__name__
+        return "none"
+
+    def heard(self) -> object:
+        said = json.loads(os.read(self._said, 65536))
+        os.close(self._over)
+        os.waitpid(self._child, 0)
+        return said
+
+    def counted(self) -> list[int]:
+        return [count[0] for count in self.counts]
+
+
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """With buffers that hold little."""
+    ours = socket.socket()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for one in (ours, server):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        ours.connect(server.getsockname())
+        return ours, server.accept()[0]
+
+
+def _receive(side: socket.socket | SSL.Connection, count: int) -> bytes:
+    received = b""
+    while len(received) < count and (piece := side.recv(1 << 16)):
+        received += piece
+    return received
+
+
+def small_exchanges() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> int:
+        answered = 0
+        for at in range(50):
+            client.send(b"request %d" % at)
+            backend.sendall(b"answer to " + backend.recv(100))
+            answered += client.recv(100) == b"answer to request %d" % at
+        client.shutdown()
+        return answered
+
+    between = Between(play)
+    return [between.run(), between.why(), between.heard(), between.counted()]
+
+
+def much_both_ways() -> list[object]:
+    """More than sockets and buffers take: each side is waited for."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> list[bool]:
+        answering = threading.Thread(target=backend.sendall, args=[MUCH])
+        answering.start()
+        # A record at a time, in both directions: OpenSSL's object is for one thread.
+        sent, back = 0, b""
+        forward = b""
+        while len(back) < len(MUCH) or len(forward) < len(MUCH):
+            if sent < len(MUCH):
+                sent += client.send(MUCH[sent : sent + (1 << 14)])
+                forward += _receive(backend, min(1 << 14, len(MUCH) - len(forward)))
+            if len(back) < len(MUCH):
+                back += client.recv(1 << 14)
+        answering.join()
+        client.shutdown()
+        return [back == MUCH, forward == MUCH]
+
+    between = Between(play)
+    return [between.run(), between.why(), between.heard(), between.counted()]
+
+
+def a_backend_that_takes_nothing() -> list[object]:
+    """What could not be sent is there, and goes on later."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> bool:
+        client.sendall(MUCH)
+        return _receive(backend, len(MUCH)) == MUCH
+
+    # The client's sendall does not end before all is passed on, and only then is any taken.
+    between = Between(play)
+    while not between.rests[0]:
+        first = between.run(100)
+    still = [between.rests[0].tobytes() in MUCH, len(between.rests[0]) > 0]
+    return [first[:2], still, between.run(1)[:2]]
+
+
+def a_clients_end_of_file() -> list[object]:
+    between = Between(lambda client, backend: client.sock_shutdown(socket.SHUT_WR))
+    return [between.run(), between.why()]
+
+
+def a_damaged_record() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> None:
+        client.send(b"whole")
+        os.write(client.fileno(), b"\x17\x03\x03\x00\x20" + bytes(32))
+        backend.recv(100)
+
+    between = Between(play)
+    return [between.run(), between.why(), between.heard(), between.counted()]
+
+
+def a_backends_end_of_file() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> str:
+        backend.sendall(b"the last")
+        backend.close()
+        return client.recv(100).decode()
+
+    between = Between(play)
+    return [between.run(), between.heard(), between.counted(), len(between.backend.recv(100))]
+
+
+def a_backends_reset() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> str:
+        backend.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        backend.close()
+        with suppress(SSL.Error):
+            client.recv(100)
+        return "no octet"
+
+    between = Between(play)
+    found = between.run()
+    # Nothing has taken the error away.
+    error = between.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    between.client.close()
+    return [found, error]
+
+
+def nobody_says_anything() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> None:
+        client.send(b"once")
+        backend.recv(100)
+        with suppress(SSL.Error):
+            client.recv(100)
+
+    between = Between(play)
+    while between.counted() != [4, 0]:
+        first = between.run(100)
+    found: list[object] = [first, between.run(1)]
+    between.client.close()
+    return found
+
+
+def a_direction_that_has_ended() -> list[object]:
+    """It is not read any more; the other one goes on."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> str:
+        client.send(b"not to be read")
+        backend.sendall(b"answer")
+        return client.recv(100).decode()
+
+    between = Between(play)
+    between.open[0] = False
+    while between.counted() != [0, 6]:
+        found = between.run(100)
+    return [found[0], between.heard(), between.counted()]
+
+
+def what_is_no_buffer() -> list[object]:
+    between = Between(lambda client, backend: None)
+    good = between.buffers, between.rests, between.counts
+    found: list[object] = []
+    small, elsewhere = memoryview(bytearray(16_383)), memoryview(bytearray(1 << 18))
+    for buffers, rests, counts in (
+        ((small, good[0][1]), (small[:0], good[1][1]), good[2]),
+        (good[0], (elsewhere[:1], good[1][1]), good[2]),
+        (good[0], good[1], (memoryview(bytearray(4)), good[2][1])),
+    ):
+        between.buffers, between.rests, between.counts = buffers, rests, counts
+        try:
+            between.run(1)
+        except ValueError as error:
+            found.append(str(error))
+    between.buffers, between.rests, between.counts = good
+    between.heard()
+    return [found, between.run()[0] in ("NOT_READ", "UNUSUAL")]
+
+
+print(json.dumps({thing: globals()[thing]() for thing in sys.argv[2:]}))

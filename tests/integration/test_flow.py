@@ -1,0 +1,70 @@
+"""Octets passed on in C, between OpenSSL and a socket: as installed, and under sanitizers."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
+
+_PROGRAM = Path(__file__).with_name("passing_octets_on.py")
+_REPOSITORY = Path(__file__).parents[2]
+_SOURCES = ["titus_py/worker/flow.c", "titus_py/worker/flow_module.c"]
+_MUCH = 3 << 20
+_NO_BUFFER = "not a buffer, a part of it, and a count"
+EXPECTED: dict[str, list[object]] = {
+    "small_exchanges": [["NOT_READ", True, 0, 0], "ZeroReturnError", 50, [490, 990]],
+    "much_both_ways": [["NOT_READ", True, 0, 0], "ZeroReturnError", [True, True], [_MUCH, _MUCH]],
+    "a_backend_that_takes_nothing": [["STOOD_STILL", True], [True, True], ["STOOD_STILL", False]],
+    "a_clients_end_of_file": [["NOT_READ", True, 0, 0], "SysCallError"],
+    # What came before it is there.
+    "a_damaged_record": [["NOT_READ", True, 0, 0], "Error", None, [5, 0]],
+    "a_backends_end_of_file": [["UNUSUAL", True, 0, 0], "the last", [0, 8], 0],
+    "a_backends_reset": [["UNUSUAL", False, 0, 0], 104],
+    "nobody_says_anything": [["STOOD_STILL", True, 0, 0], ["STOOD_STILL", False, 0, 0]],
+    "a_direction_that_has_ended": ["STOOD_STILL", "answer", [0, 6]],
+    "what_is_no_buffer": [[_NO_BUFFER] * 3, True],
+}
+
+
+@pytest.fixture(scope="session", params=["as installed", "sanitized"])
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The one to look at; None: the installed one."""
+    if request.param == "as installed":
+        return None
+    output = tmp_path_factory.mktemp("sanitized") / "flow.so"
+    include = sysconfig.get_path("include")
+    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", *SANITIZE, f"-I{include}"]
+    subprocess.run([*command, "-shared", "-o", output, *_SOURCES], check=True, cwd=_REPOSITORY)
+    return output
+
+
+@pytest.fixture(scope="session")
+def found(build: Path | None) -> dict[str, object]:
+    """What the program says. All is done by one process: most of its time is its start."""
+    done = subprocess.run(
+        [sys.executable, _PROGRAM, build or "", *EXPECTED],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=_REPOSITORY,
+        env={**os.environ, "PYTHONPATH": ".", **(preload_sanitizer() if build else {})},
+        timeout=60,
+    )
+    check_sanitizer(done.stderr)
+    assert done.returncode == 0, done.stderr
+    what: dict[str, object] = json.loads(done.stdout)
+    return what
+
+
+@pytest.mark.parametrize("thing", EXPECTED)
+def test_flow(found: dict[str, object], thing: str) -> None:
+    assert found[thing] == EXPECTED[thing]
+
+
+def test_the_sanitizer_is_there(build: Path | None) -> None:
+    """The control."""
+    assert build is None or b"__asan_report" in build.read_bytes()
