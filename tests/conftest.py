@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on what else runs on the machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # A shell that is not interactive has its background jobs ignore these two (POSIX, "Shell Command
 # Language", 2.11), and so would all that the tests start.
