@@ -107,6 +107,8 @@ class Ways(NamedTuple):
     tunnel: int
     listener: int
     both: int
+    #: Of the tunnel on a unix socket.
+    directory: Path
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def ways(
 ) -> Ways:
     own = authority.issue("app")
     tunnel, listener, both = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    directory = postgresql.path.parent
     common = {"ca": site.authority, "server_name": "localhost", "starttls": "postgresql"}
     instance = serve_all(
         listen=[{"address": listener, "starttls": "postgresql"}],
@@ -134,9 +137,10 @@ def ways(
                 **common,
             },
             {"listen": both, "connect": listener, **common},
+            {"listen": f"unix:{directory}/.s.PGSQL.5432", "connect": listener, **common},
         ],
     )
-    return Ways(instance, *map(port_of, (tunnel, listener, both)))
+    return Ways(instance, *map(port_of, (tunnel, listener, both)), directory)
 
 
 def psql(port: int, query: str, **settings: object) -> "subprocess.CompletedProcess[str]":
@@ -183,6 +187,17 @@ def test_through_a_listener_to_one_that_has_none(ways: Ways, site: Certificate) 
 
 def test_through_both(ways: Ways) -> None:
     assert psql(ways.both, BY_TLS).stdout == "f\n"
+
+
+def test_by_a_unix_socket(ways: Ways) -> None:
+    """Where libpq looks for one, in a directory."""
+    query = "select generate_series(1, 50000)"
+    command = ["psql", "-Atc", query, f"host={ways.directory} user=app dbname=postgres"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "".join(f"{number}\n" for number in range(1, 50_001)), done.stderr
+    tunnel = f"unix:{ways.directory}/.s.PGSQL.5432"
+    ended = ways.instance.wait_for_event("connection_ended", tunnel=tunnel)
+    assert ended["client"].startswith(f"unix:uid={os.getuid()},pid=")
 
 
 def test_tls_may_begin_at_once(ways: Ways) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from integration.certificates import Certificate
-from integration.instance import Event, Instance, eventually
-from integration.peers import Listener, TlsClient, served_by
+from integration.instance import Event, Instance, eventually, free_port
+from integration.peers import Listener, TlsClient, receive_all, served_by
 
 from .harness import infected, make_certificate, one_more_connection
 
@@ -49,9 +49,23 @@ def instance_of(
     with (
         Listener.tcp() as listener,
         served_by(listener, answer_for_long),
-        infected(directory, certificate, listener.address, limits=limits) as instance,
+        Listener.tcp() as attacker,
     ):
-        yield instance
+        site = f"127.0.0.1:{free_port()}"
+        by_ca = {"ca": certificate.authority, "server_name": "localhost"}
+        tunnels = [
+            {"listen": f"unix:{directory}/taken", "connect": attacker.address, **by_ca},
+            {"listen": f"unix:{directory}/honest", "connect": site, **by_ca},
+        ]
+        with infected(
+            directory,
+            certificate,
+            listener.address,
+            limits=limits,
+            listen=[{"address": site}],
+            tunnel=tunnels,
+        ) as instance:
+            yield instance
 
 
 def leave_a_worker_behind(instance: Instance, by_reset: bool) -> Event:
@@ -65,6 +79,21 @@ def leave_a_worker_behind(instance: Instance, by_reset: bool) -> Event:
     return instance.wait_for_event("connection_begun", client=name)
 
 
+def connect_by(path: Path) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(2 * ANSWER_SECONDS)
+    client.connect(str(path))
+    return client
+
+
+def leave_a_tunnels_worker_behind(instance: Instance) -> str:
+    """Have its server take it over, and leave; returns the tunnel's name."""
+    path = instance.directory / "taken"
+    with connect_by(path) as client:
+        client.sendall(b"t.stall.600.attack.test")
+    return f"unix:{path}"
+
+
 def ends_of(instance: Instance, begun: Event) -> list[Event]:
     return instance.events_named("connection_ended", client=begun["client"])
 
@@ -76,7 +105,11 @@ def test_it_is_ended_and_an_honest_half_closed_connection_is_kept(
         instance_of(tmp_path / "1", certificate, {"half_closed_timeout": "1s"}) as instance,
         instance_of(tmp_path / "2", certificate, {}) as control,
         TlsClient(instance.port, "localhost") as honest,
+        connect_by(instance.directory / "honest") as local,
     ):
+        taken, stays_taken = map(leave_a_tunnels_worker_behind, (instance, control))
+        local.sendall(b"for long")
+        local.shutdown(socket.SHUT_WR)
         left = [leave_a_worker_behind(instance, by_reset) for by_reset in (False, True)]
         stays = leave_a_worker_behind(control, by_reset=False)
         honest.handshake()
@@ -85,6 +118,9 @@ def test_it_is_ended_and_an_honest_half_closed_connection_is_kept(
         honest.socket.shutdown(socket.SHUT_WR)
         answer = honest.receive_all()
         assert answer.endswith(b"!")
+        assert receive_all(local).endswith(b"!")
+        assert instance.wait_for_event("tunnel_failed", tunnel=taken)["end"] == "client_gone"
+        assert not control.events_named("tunnel_failed", tunnel=stays_taken, end="client_gone")
         for begun in left:
             [end] = eventually(lambda begun=begun: ends_of(instance, begun), "its end")
             assert (end["end"], end["level"]) == ("client_gone", "warning")

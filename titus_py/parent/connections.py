@@ -4,6 +4,7 @@ A worker may send only the messages of ``between.messages``, and an identity whe
 asks for certificates; anything else is an alarm.
 """
 
+import os
 import socket
 import time
 from collections import Counter
@@ -106,7 +107,10 @@ class Connections:
         worker.awaits_header = arrival.proxy_timeout > 0
         worker.counted = not worker.awaits_header
         worker.ends = ends = arrival.ends
-        worker.endpoints = None if ends.client.startswith("unix:") else ends
+        worker.endpoints = ends
+        if ends.client.startswith("unix:"):
+            worker.endpoints = None
+            worker.inode = os.fstat(arrival.client.fileno()).st_ino
         # The service manager may have bound the listening socket. If not, the kernel binds what it
         # accepts through a VRF (net.ipv4.tcp_l3mdev_accept).
         interface = arrival.client.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)

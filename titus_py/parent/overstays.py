@@ -5,7 +5,9 @@ ever. The kernel says whether a client has left, and whether the backend still t
 worker.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.messages import Ends
@@ -14,6 +16,9 @@ from titus_py.parent.connections import CLIENT_GONE, Connections
 from titus_py.parent.outbox import Tell
 from titus_py.parent.sock_diag import CLOSE_WAIT, Seen, SockDiag, not_available
 from titus_py.parent.worker import Worker
+
+if TYPE_CHECKING:
+    from titus_py.parent.unix_diag import UnixDiag
 
 __all__ = ["Overstays"]
 
@@ -43,6 +48,7 @@ class Overstays:
         self._gone: dict[int, _Standstill] = {}
         self._left: list[Worker] = []
         self._told = False
+        self._unix_diag = _unix_diag(plan)
         #: By a connection's ends, of a client or a backend, the last connection that had them.
         self._current: dict[Ends, int] = {}
         self._loop.after(self._every, self._begin)
@@ -68,9 +74,9 @@ class Overstays:
         some, self._left = self._left[:_AT_ONCE], self._left[_AT_ONCE:]
         if some:
             try:
-                with SockDiag() as kernel:
+                with SockDiag() as kernel, self._unix_diag() as unix:
                     for worker in some:
-                        self._look(kernel, worker)
+                        self._look(kernel, unix, worker)
             except OSError as error:
                 # Without the kernel's word, nobody is ended.
                 self._left.clear()
@@ -82,14 +88,15 @@ class Overstays:
         else:
             self._loop.after(self._every, self._begin)
 
-    def _look(self, kernel: SockDiag, worker: Worker) -> None:
+    def _look(self, kernel: SockDiag, unix: "UnixDiag | None", worker: Worker) -> None:
         if self._connections.busy.get(worker.uid) is not worker:
             return
         number = worker.connection
-        if worker.endpoints is None:
-            return
-        current = self._current[worker.endpoints] == number
-        seen = kernel.look(worker.endpoints) if current else None
+        if worker.endpoints is not None:
+            current = self._current[worker.endpoints] == number
+            seen = kernel.look(worker.endpoints) if current else None
+        else:
+            current, seen = True, unix.look_at(worker.inode) if unix is not None else None
         if current and not self._has_left(seen):
             self._gone.pop(number, None)
             return
@@ -114,10 +121,19 @@ class Overstays:
         return seen.state == CLOSE_WAIT and seen.silent_out > self._every
 
 
+def _unix_diag(plan: Plan) -> Callable[[], AbstractContextManager["UnixDiag | None"]]:
+    if not plan.has_unix_clients:
+        return nullcontext
+    # Others do not need it in their memory.
+    from titus_py.parent.unix_diag import UnixDiag
+
+    return UnixDiag
+
+
 def _moved(client: Seen | None, behind: Seen | None) -> tuple[int, ...]:
     """How far a connection has come whose client has left: what changes while octets move.
 
-    A slow backend may take long for what the client has sent. A unix socket is not asked: with one,
+    A slow backend may take long for what the client has sent. One on a unix socket is not asked:
     our code reads on from the client within a few times ``half_closed_timeout``, or ends.
     """
     return (

@@ -8,11 +8,12 @@ import errno
 import os
 import socket
 import struct
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 from titus_py.between.messages import Ends
 
-__all__ = ["CLOSE_WAIT", "Seen", "SockDiag", "not_available"]
+__all__ = ["CLOSE_WAIT", "ESTABLISHED", "Seen", "SockDiag", "attributes", "not_available"]
 
 #: <linux/netlink.h>, <linux/sock_diag.h>, <linux/inet_diag.h>.
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
@@ -33,7 +34,7 @@ _ANSWER_OCTETS = 4096
 #: Of struct inet_diag_msg: its length, and where the state is, and how many octets wait to be read.
 _SOCKET_OCTETS, _STATE_PLACE, _UNREAD_PLACE, _UNREAD = 72, 1, 56, struct.Struct("=I")
 #: <net/tcp_states.h>
-_TIME_WAIT, _CLOSE, CLOSE_WAIT, _LISTEN = 6, 7, 8, 10
+ESTABLISHED, _TIME_WAIT, _CLOSE, CLOSE_WAIT, _LISTEN = 1, 6, 7, 8, 10
 #: What is there in place of a connection that is over.
 _GONE = frozenset({_TIME_WAIT, _CLOSE, _LISTEN})
 _NOBODY = Ends("0.0.0.0", 0, "0.0.0.0", 0)
@@ -56,15 +57,19 @@ class SockDiag:
     """A socket to the kernel, open within ``with``: it is needed rarely.
 
     Raises OSError where the kernel does not answer, or a system call filter forbids to ask.
+    ``nobody`` is a question about no socket, of the kind that will be asked.
     """
 
-    def __enter__(self) -> "SockDiag":
+    def __init__(self, nobody: bytes | None = None) -> None:
+        self._nobody = nobody or _question(_NOBODY, _NO_STATE)
+
+    def __enter__(self) -> Self:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG)
         try:
             # A kernel without the module tcp_diag says ENOENT, as for a connection that is over.
             # It says so even when asked for all sockets of no state.
-            _error(self._ask(_question(_NOBODY, _NO_STATE), _NLM_F_DUMP))
+            _error(self._ask(self._nobody, _NLM_F_DUMP))
         except OSError:
             self._socket.close()
             raise
@@ -75,12 +80,17 @@ class SockDiag:
 
     def look(self, ends: Ends) -> Seen | None:
         """The connection between a peer ("client") and a local address; None if it is over."""
-        answer = self._ask(_question(ends, _ANY_STATE))
+        answer = self.answer(_question(ends, _ANY_STATE))
+        return None if answer is None else _seen(answer)
+
+    def answer(self, question: bytes) -> bytes | None:
+        """About one socket; None if there is none."""
+        answer = self._ask(question)
         try:
             _error(answer)
         except FileNotFoundError:
             return None
-        return _seen(answer)
+        return answer
 
     def _ask(self, question: bytes, flags: int = 0) -> bytes:
         header = _HEADER.pack(
@@ -128,19 +138,24 @@ def _error(message: bytes) -> None:
         raise OSError(-error, os.strerror(-error))
 
 
+def attributes(message: bytes, after: int) -> Iterator[tuple[int, bytes]]:
+    """What an answer says beyond its ``after`` octets about the socket, by its number."""
+    place = _HEADER.size + after
+    while place + _ATTRIBUTE.size <= len(message):
+        length, name = _ATTRIBUTE.unpack_from(message, place)
+        yield name, message[place + _ATTRIBUTE.size : place + length]
+        place += (max(length, _ATTRIBUTE.size) + 3) & ~3
+
+
 def _seen(message: bytes) -> Seen | None:
     state = message[_HEADER.size + _STATE_PLACE]
     if state in _GONE:
         return None
-    place = _HEADER.size + _SOCKET_OCTETS
-    while place + _ATTRIBUTE.size <= len(message):
-        length, name = _ATTRIBUTE.unpack_from(message, place)
+    for name, info in attributes(message, _SOCKET_OCTETS):
         if name == _INET_DIAG_INFO:
-            info = place + _ATTRIBUTE.size
-            (sent,) = _MILLISECONDS.unpack_from(message, info + _LAST_SENT)
-            (received,) = _MILLISECONDS.unpack_from(message, info + _LAST_RECEIVED)
-            (acknowledged,) = _OCTETS.unpack_from(message, info + _ACKNOWLEDGED)
+            (sent,) = _MILLISECONDS.unpack_from(info, _LAST_SENT)
+            (received,) = _MILLISECONDS.unpack_from(info, _LAST_RECEIVED)
+            (acknowledged,) = _OCTETS.unpack_from(info, _ACKNOWLEDGED)
             (unread,) = _UNREAD.unpack_from(message, _HEADER.size + _UNREAD_PLACE)
             return Seen(state, sent / 1000, received / 1000, acknowledged, unread)
-        place += (max(length, _ATTRIBUTE.size) + 3) & ~3
     raise OSError(errno.ENODATA, "no tcp_info")

@@ -43,6 +43,7 @@ class Worker:
         "ends",
         "forked",
         "identity",
+        "inode",
         "killed_for",
         "local",
         "offer",
@@ -78,8 +79,9 @@ class Worker:
         self.balancer = ""
         #: Whose connection it is: a load balancer's header may name other ends than its own.
         self.ends = Ends("", 0, "", 0)
-        #: Its own, for the kernel to find it by; None of a unix socket.
+        #: Its own, for the kernel to find it by; None of a unix socket, which has an inode.
         self.endpoints: Ends | None = self.ends
+        self.inode = 0
         self.local = ""
         self.forked = time.monotonic()
         self.started = 0.0

@@ -49,7 +49,9 @@ def test_nobody_is_ended_without_the_kernels_word_and_it_is_said_once() -> None:
             loop.after(0.05, lambda: None)
             loop.run_once()
 
-    plan = SimpleNamespace(limits=SimpleNamespace(half_closed_timeout=0.001))
+    plan = SimpleNamespace(
+        limits=SimpleNamespace(half_closed_timeout=0.001), has_unix_clients=False
+    )
     Overstays(loop, cast(Any, plan), cast(Any, SimpleNamespace(busy={7: worker})), cast(Any, tell))
     with no_descriptor_left():
         run(time.monotonic() + 1.2)
