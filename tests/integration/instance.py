@@ -19,6 +19,8 @@ from titus_py.configuration.toml import key_text
 TITUS_PY = Path(sys.executable).parent / "titus-py"
 Event = dict[str, Any]
 Table = dict[str, Any]
+#: For what comes soon, on a machine that is busy.
+PATIENCE = 60.0
 
 
 class Process(NamedTuple):
@@ -117,7 +119,7 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Wait until this is true, and return what it is."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -315,7 +317,7 @@ class Instance:
         return [event for event in self.events() if _fits(event, name, fields)]
 
     def wait_for_event(
-        self, name: str, seconds: float = 10.0, since: int = 0, **fields: object
+        self, name: str, seconds: float = PATIENCE, since: int = 0, **fields: object
     ) -> Event:
         """The first event with this name and these fields, from the one numbered ``since``.
 
@@ -344,7 +346,7 @@ class Instance:
             raise AssertionError(f"no event {name} {fields}: {error}\n{tail}") from None
         return events[0]
 
-    def wait_for_events(self, count: int, name: str, seconds: float = 10.0) -> list[Event]:
+    def wait_for_events(self, count: int, name: str, seconds: float = PATIENCE) -> list[Event]:
         """All with this name, once there are so many."""
         return list(
             eventually(
@@ -361,7 +363,7 @@ class Instance:
             assert self._process.poll() is None, f"it ended:\n{self.log()}"
             return " listening " in self.log() or bool(self.events_named("listening"))
 
-        eventually(listening, "listening", 30)
+        eventually(listening, "listening")
         return self
 
     # --- what it consists of ------------------------------------------------------
@@ -446,7 +448,7 @@ class Instance:
                 client.sendall(b"\x16")  # who says nothing gets none
 
         try:
-            eventually(settled, f"{spare} spare workers, no others", 20)
+            eventually(settled, f"{spare} spare workers, no others")
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.workers()}\n{self.log()[-4000:]}") from None
         # The last spare may still be on its way to say that it is ready.
@@ -462,7 +464,7 @@ class Instance:
     def runs(self) -> bool:
         return self._process.poll() is None
 
-    def wait(self, seconds: float = 15.0) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit code, once it has ended."""
         return self._process.wait(seconds)
 
@@ -479,7 +481,7 @@ class Instance:
             if process in self._seen or process.uid in self.uids
         ]
 
-    def assert_nothing_is_left(self, seconds: float = 5.0) -> None:
+    def assert_nothing_is_left(self, seconds: float = 30.0) -> None:
         eventually(
             lambda: not self.left_behind(), f"no process left of {self.left_behind()}", seconds
         )
@@ -493,7 +495,7 @@ class Instance:
             self._process.send_signal(signal.SIGTERM)
             self._process.send_signal(signal.SIGINT)
             try:
-                self._process.wait(15)
+                self._process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 problems.append("it did not end when told to")
         try:

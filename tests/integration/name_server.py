@@ -159,11 +159,11 @@ def start() -> dict[str, list[str]]:
             instances[name] = Instance.from_tables(own, tables)
         try:
             first, _ = instances.values()
-            first.wait_for_event("listening", 30)
+            first.wait_for_event("listening")
             with TlsClient(first.port) as client:
                 assert talk(client.handshake())
             for instance in instances.values():
-                instance.wait_for_event("listening", 30)
+                instance.wait_for_event("listening")
             return {
                 name: [
                     event["event"]

@@ -15,7 +15,7 @@ from OpenSSL import SSL
 
 from titus_py.worker.tls import set_groups
 
-TIMEOUT = 10.0
+TIMEOUT = 60.0
 RESET = struct.pack("ii", 1, 0)
 
 

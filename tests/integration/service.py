@@ -12,13 +12,11 @@ from OpenSSL import SSL
 from titus_py.supervisor.control_client import ask
 
 from .certificates import Certificate
-from .instance import TITUS_PY, Instance, Table, toml
+from .instance import PATIENCE, TITUS_PY, Instance, Table, toml
 from .peers import TlsClient, Truncated
 
 #: How a client learns that it is not served.
 FAILS = (SSL.Error, Truncated, ConnectionResetError, BrokenPipeError)
-#: For whatever has to wait for new processes, on a machine that is busy.
-PATIENCE = 60.0
 
 
 def edit(instance: Instance, change: Callable[[dict[str, Any]], object]) -> None:

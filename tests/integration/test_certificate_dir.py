@@ -204,7 +204,7 @@ def test_a_key_that_no_process_has_any_more_is_missed_once(
     assert reload(instance)["reloaded"]
     instance.expected_alarms |= {"keyd_died"}
     instance.keyd().kill()
-    instance.wait_for_event("reload_failed", 20)
+    instance.wait_for_event("reload_failed")
     assert serial(instance, "two.example") == before
     with TlsClient(instance.port, "one.example") as client, pytest.raises(SSL.Error):
         client.handshake()
@@ -232,8 +232,8 @@ def test_a_change_is_noticed(serve: Serve, echoing: Listener, live: Live) -> Non
         service={"reload_on_change": True},
     )
     live.issue("three.example")
-    instance.wait_for_event("files_changed", 20, action="reloading")
-    instance.wait_for_event("reloaded", 20)
+    instance.wait_for_event("files_changed", action="reloading")
+    instance.wait_for_event("reloaded")
     assert names(shown(instance, "three.example")) == ["three.example"]
 
 

@@ -325,6 +325,6 @@ def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(
     assert serves(instance)
     since = len(instance.events())
     instance.signal(signal.SIGHUP)
-    instance.wait_for_event("reloaded", 60, since)
+    instance.wait_for_event("reloaded", since=since)
     time.sleep(0.1)
     assert serves(instance)

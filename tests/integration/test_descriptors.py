@@ -18,7 +18,7 @@ from titus_py.parent.descriptors import descriptors_needed
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Process, eventually
 from .peers import Listener, TlsClient, connect
-from .service import PATIENCE, serves, talk
+from .service import serves, talk
 
 KEYD = TITUS_PY.with_name("keyd")
 #: How long it is watched.
@@ -75,7 +75,7 @@ def test_a_parent_that_cannot_take_keyds_socket_is_given_another(
         with allowed(parent, 3):
             instance.keyd().kill()
             # One that was hung up on has been replaced.
-            instance.wait_for_events(3, "keyd_started", PATIENCE)
+            instance.wait_for_events(3, "keyd_started")
             assert talk(established)
         assert serves(instance)
         assert talk(established)
@@ -153,7 +153,7 @@ def test_a_keyd_on_its_own_goes_on(certificates: Certificates, tmp_path: Path) -
         ) as keyd,
     ):
         try:
-            eventually(lambda: answers(path), "keyd listens", PATIENCE)
+            eventually(lambda: answers(path), "keyd listens")
             begun = time.monotonic()
             with ExitStack() as clients:
                 for _ in range(100):
@@ -161,11 +161,11 @@ def test_a_keyd_on_its_own_goes_on(certificates: Certificates, tmp_path: Path) -
                         socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                     )
                     client.connect(str(path))
-                eventually(lambda: "no room" in log.read_text(), "it says so", PATIENCE)
+                eventually(lambda: "no room" in log.read_text(), "it says so")
                 time.sleep(SECONDS)
                 lines = log.read_text().count("no room for another connection")
                 assert 2 <= lines <= time.monotonic() - begun + 2
-            eventually(lambda: answers(path), "keyd answers again", PATIENCE)
+            eventually(lambda: answers(path), "keyd answers again")
         finally:
             keyd.terminate()
     assert keyd.returncode == 0

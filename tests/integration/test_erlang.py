@@ -106,7 +106,7 @@ def begin(nodes: Mapping[str, Node]) -> None:
     assert nodes["c"].ask("net_adm:ping('a@hosta')") == "pong"
     for name, node in nodes.items():
         expected = [f"{other}@host{other}" for other in others(name)]
-        eventually(lambda node=node, expected=expected: mesh_of(node) == expected, "a mesh", 30)
+        eventually(lambda node=node, expected=expected: mesh_of(node) == expected, "a mesh")
 
 
 def mesh_of(node: Node) -> list[str]:

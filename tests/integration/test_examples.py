@@ -120,7 +120,7 @@ def test_postgresql(serve: Serve, hosts: Network, keys: Path, pins: dict[str, st
         # Self-signed, as it is meant to be.
         warnings = [*db.events_named("configuration"), *web.events_named("configuration")]
         assert not any("self-signed" in warning["problem"] for warning in warnings)
-        eventually(lambda: psql(hosts, PASSWORD, "select 1").stdout == "1\n", "it answers", 30)
+        eventually(lambda: psql(hosts, PASSWORD, "select 1").stdout == "1\n", "it answers")
         query = "select 'in ' || 'the clear', inet_client_addr()"
         with hosts.captured() as packets:
             assert psql(hosts, PASSWORD, query).stdout == "in the clear|127.0.0.1\n"
@@ -161,7 +161,7 @@ def test_redis(serve: Serve, hosts: Network, keys: Path, pins: dict[str, str]) -
             )
             return done.stdout
 
-        eventually(lambda: redis("ping") == "PONG\n", "it answers", 30)
+        eventually(lambda: redis("ping") == "PONG\n", "it answers")
         value = "octets that nobody may read" * 1000
         with hosts.captured() as packets:
             assert redis("set", "key", value) == "OK\n"

@@ -18,7 +18,7 @@ from titus_py.between.messages import Fork
 from .conftest import Serve
 from .instance import Instance, Process, eventually, zombies
 from .peers import Listener, TlsClient
-from .service import PATIENCE, reload, serves, talk
+from .service import reload, serves, talk
 from .test_forged_events import mouth
 from .test_supervision import CLIENTS, Load
 
@@ -72,7 +72,7 @@ def test_a_killed_fork_server_is_replaced_by_a_new_generation(
     before = instance.settled_counts()
     with Load(instance.port) as load, TlsClient(instance.port) as established:
         assert talk(established.handshake())
-        eventually(lambda: load.served > CLIENTS, "load", PATIENCE)
+        eventually(lambda: load.served > CLIENTS, "load")
         parents = [instance.parent()]
         for generation in (2, 3):
             since = len(instance.events())
@@ -84,11 +84,11 @@ def test_a_killed_fork_server_is_replaced_by_a_new_generation(
             instance.wait_for_event("parent_started", since=since, generation=generation)
             assert serves(instance)
             print(f"back after {time.monotonic() - killed:.2f} s")
-            assert time.monotonic() - killed < 5
+            assert time.monotonic() - killed < 30
             parents.append(instance.parent())
             assert talk(established)
             served = load.served
-            eventually(lambda served=served: load.served > served + CLIENTS, "load", PATIENCE)
+            eventually(lambda served=served: load.served > served + CLIENTS, "load")
         assert talk(established)
         # Its parent stays for it, and for nothing else.
         assert parents[0] in instance.processes()

@@ -131,7 +131,7 @@ def test_key_is_in_keyd_and_nowhere_else(
             searched = assert_only_keyd_holds(sought, instance)
             return searched if count() > before else None
 
-        busy = eventually(meanwhile, "a handshake during the search", 30)
+        busy = eventually(meanwhile, "a handshake during the search")
         # The three, at least: others come and go.
         assert busy[Role.WORKER] >= 3
         assert one_of_each(busy)

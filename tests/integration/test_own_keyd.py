@@ -18,11 +18,19 @@ import pytest
 
 from .certificates import Certificate
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance, Process, descendants, eventually, free_port, toml
+from .instance import (
+    PATIENCE,
+    TITUS_PY,
+    Instance,
+    Process,
+    descendants,
+    eventually,
+    free_port,
+    toml,
+)
 from .peers import Listener, TlsClient
 from .service import (
     FAILS,
-    PATIENCE,
     install,
     name_shown_to_a_new_client,
     problems,
@@ -56,7 +64,7 @@ class OwnKeyd:
                 preexec_fn=prepare,
                 start_new_session=True,
             )
-        eventually(self.listens, f"keyd listens: {self.log()}", PATIENCE)
+        eventually(self.listens, f"keyd listens: {self.log()}")
 
     def listens(self) -> bool:
         """It has keys to tell of: only then is it in its filter."""
@@ -363,7 +371,7 @@ def test_a_killed_parent_finds_keyd_again(
     instance.expected_alarms.add("parent_died")
     since = len(instance.events())
     instance.parent().kill()
-    instance.wait_for_event("keyd_connected", PATIENCE, since)
+    instance.wait_for_event("keyd_connected", since=since)
     assert serves(instance)
 
 
@@ -406,7 +414,7 @@ class Comers:
 
     def wait_for_some(self) -> None:
         enough = self._served + 10
-        eventually(lambda: self._served > enough, "more clients that are served", PATIENCE)
+        eventually(lambda: self._served > enough, "more clients that are served")
 
     def leave(self) -> None:
         """Fails if one was not served."""
@@ -443,7 +451,7 @@ def test_a_renewal_loses_no_handshake(
                 if by == "reload":
                     assert reload(instance)["reloaded"]
                 else:
-                    instance.wait_for_event("reloaded", PATIENCE, since)
+                    instance.wait_for_event("reloaded", since=since)
                 assert name_shown_to_a_new_client(instance) == f"{number}.test"
                 assert talk(established)
     finally:
@@ -508,7 +516,7 @@ def test_a_reload_that_keyd_cannot_serve_is_not_taken(
         since = len(instance.events())
         keyd.end(signal.SIGTERM)
         keyd.start()
-        instance.wait_for_event("reloaded", PATIENCE, since)
+        instance.wait_for_event("reloaded", since=since)
         assert name_shown_to_a_new_client(instance) == "after.test"
     finally:
         comers.leave()
@@ -536,7 +544,7 @@ def test_the_service_manager_is_told_what_is_waited_for(
         assert f"waits for keyd at {keyd.socket}: Connection refused" in heard.decode()
         monkeypatch.undo()
         keyd.start()
-        instance.wait_for_event("listening", PATIENCE)
+        instance.wait_for_event("listening")
 
 
 def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
@@ -552,25 +560,27 @@ def test_a_keyd_that_comes_back_with_other_keys_makes_for_a_reload(
     instance = start_proxy(patient, site, keyd=keyd)
     instance.expected_alarms |= {"keyd_refused"}
 
-    def reloads_after_a_restart() -> int:
+    def reloads_after_a_restart(expected: str | None = None) -> int:
         since = len(instance.events())
         keyd.end()
         keyd.start()
-        instance.wait_for_event("keyd_connected", PATIENCE, since)
+        instance.wait_for_event("keyd_connected", since=since)
+        if expected is not None:
+            instance.wait_for_event(expected, since=since)
         # A loop would go on meanwhile.
-        time.sleep(2)
+        time.sleep(1)
         return sum(event["event"] == "reloaded" for event in instance.events()[since:])
 
     with TlsClient(instance.port) as established:
         assert talk(established.handshake())
         assert reloads_after_a_restart() == 0
         install(certificates("P-256", "after.test"), tmp_path)
-        assert reloads_after_a_restart() == 1
+        assert reloads_after_a_restart("reloaded") == 1
         assert name_shown_to_a_new_client(instance) == "after.test"
         assert serves(instance)
         assert reloads_after_a_restart() == 0
         replace(site.key, certificates("P-256", "no-certificate.test").key.read_bytes())
-        assert reloads_after_a_restart() == 0
+        assert reloads_after_a_restart("reload_failed") == 0
         assert len(instance.events_named("reload_failed")) == 1
         assert instance.events_named("keyd_lacks_key"), "it has what there is"
         assert talk(established)
@@ -711,7 +721,7 @@ def test_a_keyd_that_reads_its_keys_again_makes_for_a_reload(
         install(certificates("P-256", "after.test"), tmp_path)
         since = len(instance.events())
         process.kill(signal.SIGHUP)
-        instance.wait_for_event("keys_changed", PATIENCE, since=since)
+        instance.wait_for_event("keys_changed", since=since)
         eventually(
             lambda: name_shown_to_a_new_client(instance) == "after.test", "the new key", PATIENCE
         )

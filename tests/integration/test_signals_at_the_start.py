@@ -12,9 +12,9 @@ import pytest
 
 from .certificates import Certificate
 from .conftest import Certificates
-from .instance import TITUS_PY, Instance, descendants, eventually, free_port
+from .instance import PATIENCE, TITUS_PY, Instance, descendants, eventually, free_port
 from .peers import Listener, TlsClient
-from .service import PATIENCE, serves, talk
+from .service import serves, talk
 
 KEYD = TITUS_PY.with_name("keyd")
 KEYS = 100
@@ -68,7 +68,7 @@ class Start:
         listen = [{"address": f"127.0.0.1:{free_port()}"}]
         instance = Instance.from_tables(directory, {"listen": listen, "vhost": self._vhosts}, 6000)
         self.instances.append(instance)
-        eventually(lambda: has_taken_precautions(instance.pid), "its first line has run", PATIENCE)
+        eventually(lambda: has_taken_precautions(instance.pid), "its first line has run")
         return instance
 
 
@@ -100,7 +100,7 @@ def test_a_start_goes_through_and_so_do_connections_whatever_all_processes_are_s
             begun, done = instance.events_named("reloading"), instance.events_named("reloaded")
             return bool(begun) and len(begun) == len(done)
 
-        eventually(settled, "all reloads", PATIENCE)
+        eventually(settled, "all reloads")
         assert talk(client)
         assert serves(instance)
     assert not instance.events_named("reload_failed")
@@ -132,7 +132,7 @@ def test_keyd_on_its_own_is_not_ended_either(certificates: Certificates, tmp_pat
     for command in ("listen", "control"):
         with subprocess.Popen([KEYD, command, *options, f"--chroot={tmp_path / 'root'}"]) as keyd:
             try:
-                eventually(lambda: has_taken_precautions(keyd.pid), "its first line", PATIENCE)
+                eventually(lambda: has_taken_precautions(keyd.pid), "its first line")
                 while not connects(path):
                     assert keyd.poll() is None
                     for number in HARMLESS:

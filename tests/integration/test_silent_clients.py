@@ -113,7 +113,7 @@ def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
         name = "{}:{}".format(*silent.getsockname())
     event = instance.wait_for_event("handshake_failed", client=name)
     assert event["end"] == "handshake_timeout"
-    assert 1.9 < event["seconds"] < 5
+    assert 1.9 < event["seconds"] < 30
 
 
 def test_when_it_is_full_of_silent_ones_the_first_of_them_goes(

@@ -89,7 +89,7 @@ def postgresql(site: Certificate, authority: ClientAuthority) -> Iterator[Postgr
         command = [PROGRAMS / "postgres", "-D", data, *options]
         with subprocess.Popen(command, stdout=null, stderr=null, **identity) as process:
             ready = [PROGRAMS / "pg_isready", "-q", "-h", directory, "-p", str(port)]
-            eventually(lambda: not subprocess.run(ready, check=False).returncode, "ready", 30)
+            eventually(lambda: not subprocess.run(ready, check=False).returncode, "ready")
             yield Postgresql(f"127.0.0.1:{port}", directory / f".s.PGSQL.{port}")
             process.terminate()
     finally:

@@ -28,7 +28,7 @@ def test_an_idle_instance_stops_at_once(
     started = time.monotonic()
     instance.signal(number)
     assert instance.wait() == 0
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
     assert instance.wait_for_event("stopping")["reason"] == number.name
     assert instance.wait_for_event("stop")["code"] == 0
     instance.assert_nothing_is_left()
@@ -92,7 +92,7 @@ def test_after_the_drain_time_what_is_left_is_reset(serve: Serve, backend: Liste
             instance.signal(signal.SIGTERM)
             with pytest.raises(ConnectionResetError):
                 client.receive()
-            assert 0.8 < time.monotonic() - started < 4
+            assert 0.8 < time.monotonic() - started < 20
             assert was_reset(accepted)
             assert instance.wait() == 0
     assert instance.wait_for_event("connection_ended")["end"] == "drained"
@@ -112,7 +112,7 @@ def test_a_second_signal_ends_it_at_once(
             started = time.monotonic()
             instance.signal(number)
             assert instance.wait() == 0
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 20
             with pytest.raises(ConnectionResetError):
                 client.receive()
             assert was_reset(accepted)

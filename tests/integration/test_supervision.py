@@ -20,9 +20,18 @@ from conftest import Rounds
 from OpenSSL import SSL
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance, Process, all_processes, eventually, free_port
+from .instance import (
+    PATIENCE,
+    TITUS_PY,
+    Instance,
+    Process,
+    all_processes,
+    eventually,
+    free_port,
+    zombies,
+)
 from .peers import Listener, TlsClient, Truncated, connect
-from .service import PATIENCE, edit, launcher, reload, serves, talk, without_end
+from .service import edit, launcher, reload, serves, talk, without_end
 from .test_stopping import write_configuration
 
 FAILS = (SSL.Error, OSError, Truncated, AssertionError)
@@ -177,7 +186,7 @@ def test_kills_under_load(
                     time.sleep(0.3)
                     kill(instances[-1], which)
             served = load.served
-            eventually(lambda: load.served > served + CLIENTS, "clients are served", PATIENCE)
+            eventually(lambda: load.served > served + CLIENTS, "clients are served")
         last = instances[-1]
         eventually(lambda: not without_end(last), "an end of each connection")
         assert last.terminate() == 0
@@ -187,7 +196,7 @@ def test_kills_under_load(
     for name, seconds in waits.items():
         print(f"{name}: back after {', '.join(f'{one:.2f}' for one in seconds)} s")
     print(f"{load.served} clients served, {load.failed} turned away")
-    assert max(max(seconds) for seconds in waits.values()) < 10
+    assert max(max(seconds) for seconds in waits.values()) < 30
     killed = [
         event
         for instance in instances
@@ -227,6 +236,8 @@ def test_all_that_a_killed_parent_said_is_on_record(serve: Serve, echoing: Liste
             with TlsClient(instance.port) as client:
                 ports.append(client.socket.getsockname()[1])
                 client.handshake()
+        eventually(lambda: len(instance.workers()) <= 5, "the others' ends")
+        eventually(lambda: not zombies(parent.pid), "taken note of")
         time.sleep(0.5)
         parent.kill()
         eventually(lambda: parent not in all_processes(), "the parent's end")
@@ -272,10 +283,10 @@ def test_who_hangs_is_ended_and_replaced(impatient: None, serve: Serve, echoing:
             stopped[name] = instance.keyd() if name == "keyd" else instance.parent()
             stopped[name].kill(signal.SIGSTOP)
         for name, instance in (("keyd", with_keyd), ("parent", with_parent)):
-            assert instance.wait_for_event(f"{name}_hangs", 30)["pid"] == stopped[name].pid
+            assert instance.wait_for_event(f"{name}_hangs")["pid"] == stopped[name].pid
             died = instance.wait_for_event(f"{name}_died")
             assert (died["pid"], died["how"]) == (stopped[name].pid, "killed by SIGKILL")
-            eventually(partial(serves, instance), f"another {name}", PATIENCE)
+            eventually(partial(serves, instance), f"another {name}")
         assert talk(established)
     assert len(with_keyd.events_named("parent_started")) == 1
 
@@ -477,7 +488,7 @@ def started_by_shell(configuration: Path, port: int, redirected: str) -> Iterato
         return True
 
     try:
-        eventually(listens, "it listens", PATIENCE)
+        eventually(listens, "it listens")
         yield process.pid
         process.terminate()
         assert process.wait(15) == 0

@@ -144,6 +144,6 @@ def test_where_nothing_can_be_written_its_own_workers_hold_up_no_reload(
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         instance.signal(signal.SIGHUP)
-        instance.wait_for_event("reloaded", seconds=60)
+        instance.wait_for_event("reloaded")
         assert talk(client)
     assert serves(instance)

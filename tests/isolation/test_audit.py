@@ -556,7 +556,7 @@ def spare(instance: TitusInstance) -> Process:
         return len(found) == SPARE and all(worker.uid for worker in found)
 
     # A worker is root until it is confined; one that has had a client is about to end.
-    eventually(at_rest, "none but spare workers", 30)
+    eventually(at_rest, "none but spare workers")
     return found[0]
 
 

@@ -88,10 +88,10 @@ def test_only_the_process_that_searches_reads_the_keys_and_it_has_no_network(
     with subprocess.Popen(command) as audit:
         try:
             # Until the parent goes on, the audit looks for the worker of its connection.
-            eventually(lambda: child(b"titus_py.audit.client"), "the audit's client", 30)
+            eventually(lambda: child(b"titus_py.audit.client"), "the audit's client")
             with held(instance.key_file) as file:
                 os.kill(parent.pid, signal.SIGCONT)
-                opener = eventually(file.opener, "the key is opened", 30)
+                opener = eventually(file.opener, "the key is opened")
                 holder = child(b"titus_py.audit.key_holder")
                 assert holder is not None
                 assert holder.pid == opener

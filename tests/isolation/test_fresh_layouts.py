@@ -126,7 +126,7 @@ def test_idle_connections_do_not_keep_a_layout_for_ever(tmp_path: Path) -> None:
             take_over(instance, "e", "crash")
         event = instance.wait_for_event("generation_gives_way")
         assert (event["generation"], event["level"]) == (1, "warning")
-        instance.wait_for_event("fork_server_replaced", 30)
+        instance.wait_for_event("fork_server_replaced")
         assert layout(instance) != before
         with pytest.raises((ConnectionResetError, Truncated)):
             first.receive()

@@ -82,7 +82,7 @@ def about_to_read_a_key(start: Start, keyd: Keyd, directory: Path) -> Iterator[i
     key.touch(mode=0o600)
     with held(key) as file, start(keyd, key) as started:
         try:
-            assert eventually(file.opener, "keyd opens the key", 30) == started.pid
+            assert eventually(file.opener, "keyd opens the key") == started.pid
             yield started.pid
         finally:
             started.kill()
