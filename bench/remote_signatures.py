@@ -188,7 +188,9 @@ class Measured:
         with ours, keyds:
             socket.send_fds(self.ours, [b"C"], [keyds.fileno()])
             configuration = self._directory / f"openssl-{ours.fileno()}.cnf"
-            configuration.write_text(openssl_configuration(f"channel_fd = {ours.fileno()}"))
+            # An earlier signer with this number may be reading the same.
+            if not configuration.exists():
+                configuration.write_text(openssl_configuration(f"channel_fd = {ours.fileno()}"))
             return subprocess.Popen(
                 [_PROGRAM, self._reference, str(self._seconds), str(_MOST)],
                 stdout=subprocess.PIPE,

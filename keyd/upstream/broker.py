@@ -189,13 +189,16 @@ class Broker:
         return states
 
     def _ask_next(self, asked: _Asked) -> Callable[[], None] | None:
-        """Ask the best upstream that was not asked yet, or keep it, or give it up."""
+        """Ask the best upstream that was not asked yet, or keep it, or give it up.
+
+        Returns what is to be called once the lock is released.
+        """
         if asked.over:
             return None
         for upstream in sorted(self._upstreams, key=lambda one: one.slow):
             if upstream not in asked.tried and upstream.can_be_asked(asked.key):
-                if self._send(asked, upstream):
-                    return None
+                if (flush := self._send(asked, upstream)) is not None:
+                    return flush
                 asked.why.append(f"{upstream.name} takes nothing more")
         if asked.waits_for:
             return None
@@ -204,18 +207,18 @@ class Broker:
             return None
         return asked.answer(self._why_not(asked))
 
-    def _send(self, asked: _Asked, upstream: _Upstream) -> bool:
+    def _send(self, asked: _Asked, upstream: _Upstream) -> Callable[[], None] | None:
         whole, now = asked.whole, time.monotonic()
         number = next(self._ids)
         left = max(0, int((asked.deadline - now) * 1000))
         ask = Ask(number, left, whole.granted, whole.client_hello, whole.request)
         asked.tried.append(upstream)
         if upstream.connection is None or not upstream.connection.send(ask.encode()):
-            return False
+            return None
         upstream.asks[number] = asked
         asked.waits_for += 1
         asked.asked_at = now
-        return True
+        return upstream.connection.flush
 
     def _may_be_kept(self, asked: _Asked) -> bool:
         now = time.monotonic()

@@ -56,6 +56,8 @@ class Connection:
         #: Why it ends, once it does.
         self.ended_for = ""
         self._unsent = bytearray()
+        #: Whether a thread sends, or room is waited for.
+        self._busy = False
         self._closed = False
         self._assembler = Assembler(MAX_FROM_LENDER_OCTETS)
         self._heard = time.monotonic()
@@ -90,15 +92,41 @@ class Connection:
         return said
 
     def send(self, octets: bytes) -> bool:
-        """Send this now or later; returns whether there is room for it. Under the lock."""
+        """Have this sent by ``flush``; returns whether there is room for it. Under the lock."""
         if self.ended_for or len(self._unsent) + len(octets) > _MOST_UNSENT_OCTETS:
             return False
-        if not self._unsent:
-            octets = octets[self._send(octets) :]
-            if octets:
-                self._loop.await_room(self._writer, self._go_on)
         self._unsent += octets
         return True
+
+    def flush(self) -> None:
+        """Send what there is to be sent, unless another thread does. Without the lock.
+
+        What comes meanwhile goes with the next piece: many asks are one call.
+        """
+        with self._lock:
+            if self._busy:
+                return
+            self._busy = True
+        octets, sent = b"", 0
+        while True:
+            with self._lock:
+                del self._unsent[:sent]
+                if self._closed:
+                    self._writer.close()
+                    return
+                if sent < len(octets):
+                    self._loop.await_room(self._writer, self._go_on)
+                    return
+                octets = bytes(self._unsent)
+                if not octets:
+                    self._busy = False
+                    return
+            sent = self._send(octets)
+
+    def _go_on(self) -> None:
+        self._loop.need_no_room(self._writer)
+        self._busy = False
+        self.flush()
 
     def look_at_clock(self) -> None:
         """About once a second: end a connection at whose other end nobody seems to be."""
@@ -118,13 +146,13 @@ class Connection:
     def close(self) -> None:
         """Once it is heard no more. Under the lock. The reader is closed by whoever heard it."""
         self._closed = True
-        if self._unsent:
-            # This wakes the thread that waits for room, which then closes the writer.
+        if self._busy:
+            # Whoever sends, or waits for room and is woken by this, then closes the writer.
             self._shut_down()
         else:
             self._writer.close()
 
-    def _send(self, octets: bytes | bytearray) -> int:
+    def _send(self, octets: bytes) -> int:
         """How many octets were taken. An end is seen by the thread that hears."""
         try:
             return self._writer.send(octets, socket.MSG_DONTWAIT)
@@ -132,16 +160,6 @@ class Connection:
             return 0
         except OSError:
             return len(octets)
-
-    def _go_on(self) -> None:
-        with self._lock:
-            if not self._closed:
-                del self._unsent[: self._send(self._unsent)]
-                if self._unsent:
-                    return
-            self._loop.need_no_room(self._writer)
-            if self._closed:
-                self._writer.close()
 
     def _shut_down(self) -> None:
         with suppress(OSError):
