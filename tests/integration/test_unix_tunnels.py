@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from titus_py.supervisor.control_client import ask
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, eventually
-from .peers import TIMEOUT, Listener, receive_all, receive_exactly
+from .peers import TIMEOUT, Listener, lingering, receive_all, receive_exactly
 from .service import PATIENCE, edit, problems, reload, status
 from .tls_server import echo_to_the_end, server_context, tls_server
 
@@ -163,6 +164,26 @@ def test_a_client_whose_server_is_not_there_is_ended(
         assert receive_all(client) == b""
     event = of_this_path(path, "tunnel_failed", shared)
     assert (event["end"], event["client"]) == ("unreachable", ME)
+
+
+def test_what_a_client_leaves_in_its_socket_holds_nobody_up(
+    shared: Instance, shared_directory: Path
+) -> None:
+    """A descriptor that makes its last holder wait for ten minutes, for who turns it away."""
+    parent, path = shared.parent(), shared_directory / "unreachable"
+    side, peer = lingering()
+    with side:
+        # What was sent is there before the parent has accepted.
+        parent.kill(signal.SIGSTOP)
+        with connect(path) as hostile:
+            socket.send_fds(hostile, [b"x"], [side.fileno()])
+            side.close()
+            parent.kill(signal.SIGCONT)
+            with suppress(ConnectionResetError):
+                receive_all(hostile)
+    assert echoes(shared_directory / "echo")
+    assert peer.fileno() >= 0
+    peer.close()
 
 
 def access(path: Path) -> tuple[int, int, int]:

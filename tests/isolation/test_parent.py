@@ -42,6 +42,7 @@ program = seccomp.Program(bytes.fromhex(settings["filter"]))
 listener = socket.create_server(("127.0.0.1", 0))
 address = listener.getsockname()
 unbound = socket.socket()
+pair = socket.socketpair()
 
 def call(name, *arguments):
     if getattr(libc, name)(*arguments) == -1:
@@ -93,6 +94,8 @@ ATTEMPTS = {
     "make a mount namespace": lambda: call("unshare", 0x20000),
     "make memory executable": lambda: mmap.mmap(-1, 4096, prot=5),
     "map a file": lambda: mmap.mmap(settings["open"], 0, mmap.MAP_SHARED, mmap.PROT_READ),
+    "ask who has connected": lambda: pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12),
+    "set a timer": lambda: signal.setitimer(signal.ITIMER_REAL, 60),
     "end a worker": lambda: end(settings["victim"]),
     "connect to a backend": lambda: socket.socket().connect(address),
 }
@@ -139,7 +142,11 @@ def run(code: str, calls: seccomp.Rules, first: str = "") -> "subprocess.Complet
 
 
 def attempted(
-    *capabilities: int, unix: bool = False, source: bool = False, groups: tuple[int, ...] = ()
+    *capabilities: int,
+    unix: bool = False,
+    source: bool = False,
+    groups: tuple[int, ...] = (),
+    unix_clients: bool = False,
 ) -> list[dict[str, str]]:
     """How each attempt ended, as root and in a parent: an empty text is a success."""
     with (
@@ -168,7 +175,9 @@ def attempted(
             "uid": UID,
             "groups": groups,
             "capabilities": capabilities,
-            "filter": seccomp.build(parent_calls(unix, source), failing=FAILING).hex(),
+            "filter": seccomp.build(
+                parent_calls(unix, source, unix_clients), failing=FAILING
+            ).hex(),
             "file": str(file),
             "everybody": f"{directory}/everybody",
             "group": f"{directory}/group",
@@ -248,6 +257,12 @@ def test_where_the_configuration_takes_it_the_parent_can_do_more(
     capabilities, unix, source, groups = settings
     _, found = attempted(prctl.CAP_KILL, *capabilities, unix=unix, source=source, groups=groups)
     assert succeeded(found) == USUAL | more
+
+
+def test_whom_it_asks_where_clients_are_on_a_unix_socket() -> None:
+    """And a timer ends what closing one may wait for."""
+    _, found = attempted(prctl.CAP_KILL, unix_clients=True)
+    assert succeeded(found) == USUAL | {"ask who has connected", "set a timer"}
 
 
 @pytest.mark.parametrize("first", ["", "import traceback\n"])

@@ -90,13 +90,14 @@ class Arrivals:
             for listener in plan.listeners
             if listener.tunnel is not None
         }
+        self._close: Callable[[socket.socket], None] = socket.socket.close
         #: Listeners whose clients have no address, by descriptor.
         self._unix = {one.descriptor for one in plan.listeners if one.unix}
         if self._unix:
             # Others do not need it in their memory.
-            from titus_py.parent.unix_clients import unix_ends
+            from titus_py.parent.unix_clients import close_at_once, unix_ends
 
-            self._unix_ends = unix_ends
+            self._unix_ends, self._close = unix_ends, close_at_once
         for listener in self._listeners.values():
             listener.setblocking(False)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
@@ -179,7 +180,7 @@ class Arrivals:
         """Stop accepting for good: another generation takes the new clients."""
         self.adjust(False)
         for listener in self._listeners.values():
-            listener.close()
+            self._close(listener)
         self._listeners.clear()
 
     def keep(self, count: int) -> None:
@@ -256,7 +257,7 @@ class Arrivals:
                     )
                 )
             else:
-                client.close()
+                self._close(client)
                 self._limits_hit.note(limit, host)
 
     def _make_way(self) -> None:
@@ -338,7 +339,7 @@ class Arrivals:
 
     def _turn_away(self, arrival: Arrival) -> None:
         """Reset a connection that has no worker yet."""
-        arrival.client.close()
+        self._close(arrival.client)
         if arrival.server is not None:
             arrival.server.close()
         if not arrival.proxy_timeout:

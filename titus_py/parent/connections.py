@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from socket import SocketType
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class Connections:
         self._offers: dict[tuple[int, ...], Offer] = {}
         self._message_octets = messages.WORKER_MESSAGE_OCTETS
         self._decode: Callable[[bytes], object] = messages.decode_from_worker
+        self._without_waiting = _closing(plan)
         self._identities = _identities(plan)
         if self._identities is not None:
             self._message_octets = self._identities.MESSAGE_OCTETS
@@ -135,7 +137,8 @@ class Connections:
             given: Client | Tunnel = Client(offer.vhosts, arrival.proxy_timeout)
             if arrival.tunnel is not None:
                 given = Tunnel(arrival.tunnel, keyed=bool(offer.grants.grants))
-            give(worker.socket, given.encode(), sockets)
+            with self._without_waiting():
+                give(worker.socket, given.encode(), sockets)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")
         # Reported only now, so that the worker does not wait for this. A tunnel's connection begins
@@ -424,6 +427,16 @@ def _negotiable(protocol: int | None, tls: TlsSettings) -> bool:
 def _negotiated(protocol: str | None) -> dict[str, str]:
     """A protocol for the record, if there is one."""
     return {"alpn": protocol} if protocol is not None else {}
+
+
+def _closing(plan: Plan) -> Callable[[], AbstractContextManager[None]]:
+    """For the end of a client that cannot be given away."""
+    if not plan.has_unix_clients:
+        return nullcontext
+    # Others do not need it in their memory.
+    from titus_py.between.closing import without_waiting
+
+    return without_waiting
 
 
 def _identities(plan: Plan) -> "Identities | None":

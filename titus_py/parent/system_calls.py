@@ -21,6 +21,8 @@ _TYPE = 0xF
 _FIONBIO = 0x5421
 #: <asm-generic/socket.h>
 _SO_BINDTOIFINDEX = 62
+#: <linux/time.h>
+_ITIMER_REAL = 0
 #: <linux/netlink.h>
 _NETLINK_SOCK_DIAG = 4
 #: <linux/fcntl.h>
@@ -138,15 +140,16 @@ FAILING: Rules = {
 
 
 def parent_calls(
-    to_unix_sockets: bool, from_clients_addresses: bool, from_unix_clients: bool
+    to_unix_sockets: bool, from_clients_addresses: bool, from_unix_clients: bool = False
 ) -> Rules:
     """What a parent may call, which only connects to unix sockets, or binds, where it has to."""
     calls = dict(_ALWAYS)
     if to_unix_sockets:
         calls["socket"] = (*_SOCKETS, _stream(socket.AF_UNIX))
     if from_unix_clients:
-        # Which user has connected.
+        # Which user has connected; and closing without a wait (``between.closing``).
         calls["getsockopt"] = (*_QUESTIONS, _option(socket.SOL_SOCKET, socket.SO_PEERCRED))
+        calls["setitimer"] = ((Only(0, _ALL, _ITIMER_REAL),),)
     if from_clients_addresses:
         calls["bind"] = _ANYHOW
         calls["setsockopt"] = (*_OPTIONS, *_TRANSPARENT_OPTIONS)

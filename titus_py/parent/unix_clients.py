@@ -8,9 +8,16 @@ network: nobody has more than one without root's leave (subuid(5)).
 import socket
 
 from keyd.linux.unix_socket import peer_of
+from titus_py.between.closing import without_waiting
 from titus_py.between.messages import Ends
 
-__all__ = ["unix_ends"]
+__all__ = ["close_at_once", "unix_ends"]
+
+
+def close_at_once(one: socket.socket) -> None:
+    """A client, or a listening socket with those that wait there, whatever they have sent."""
+    with without_waiting():
+        one.close()
 
 
 def unix_ends(client: socket.socket) -> Ends:

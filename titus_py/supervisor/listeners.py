@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from titus_py.between.closing import without_waiting
 from titus_py.configuration import Configuration
 from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
 from titus_py.configuration.socket_access import SocketAccess
@@ -116,14 +117,14 @@ class Listeners:
     def close(self, listeners: Mapping[Bindable, socket.socket]) -> None:
         for address, listener in listeners.items():
             if address not in self.passed:
-                listener.close()
+                _close(address, listener)
             self._remove_file(address)
             self.open.pop(address, None)
 
     def close_all(self) -> None:
         """Close all open sockets, to stop: those from the service manager too."""
         for address, listener in self.open.items():
-            listener.close()
+            _close(address, listener)
             self._remove_file(address)
         self.open.clear()
 
@@ -131,6 +132,15 @@ class Listeners:
         file = self.files.pop(address, None)
         if file is not None and isinstance(address, UnixAddress):
             socket_files.remove(address, file)
+
+
+def _close(address: Bindable, listener: socket.socket) -> None:
+    if isinstance(address, IPAddress):
+        listener.close()
+        return
+    # Unless a parent has it still, its clients in the queue end with it.
+    with without_waiting():
+        listener.close()
 
 
 def listen(

@@ -1,0 +1,32 @@
+"""Closing unix sockets that nobody has read: without waiting for what a client has put there.
+
+Used by the parent and the supervisor where a tunnel listens on a unix socket. Its clients may send
+descriptors (SCM_RIGHTS, unix(7)). Whoever closes such a socket last closes these, too. A TCP socket
+among them makes its own last holder wait for as long as its SO_LINGER says (socket(7)): for hours,
+if the client likes. A signal ends that wait.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["without_waiting"]
+
+#: How long such a wait may take, in seconds.
+_MOST = 0.002
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Meanwhile, a signal comes every now and then. Used in the main thread alone."""
+    signal.signal(signal.SIGALRM, _wake_up)
+    # Again and again: the first one may come too early.
+    signal.setitimer(signal.ITIMER_REAL, _MOST, _MOST)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+def _wake_up(*_: object) -> None:
+    """That the signal came is enough."""
