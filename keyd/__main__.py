@@ -18,8 +18,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
-import prctl
-
 from keyd import key_reader
 from keyd.confinement import (
     CannotLock,
@@ -44,27 +42,23 @@ from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import peer_of
 from keyd.listeners import listeners, owner_of, paths_of
-from keyd.loading import load, readable
-from keyd.powers import ALL_POWERS, Key
-from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal, fingerprint
+from keyd.loading import load
+from keyd.powers import ALL_POWERS
+from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal
 from keyd.provider import openssl_configuration
-from keyd.reference import key_id
+from keyd.serve import THREADS, leave, serve
 from keyd.status_page import StatusPage
-from keyd.succession import inherited, receive
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
 from keyd.token.keys import States, hear_first
-from keyd.token.starting import start_told
 from keyd.upstream import command as upstream_command
-from keyd.words import leave_standard_error, say
+from keyd.words import say
 
 __all__ = ["main"]
 
 #: How long handshakes that have begun may still take when keyd is told to stop. New clients wait
 #: for the next keyd meanwhile.
 _LEAVE_SECONDS = 3.0
-#: One more than there are cores, so that a slow key does not hold up the quick ones.
-_THREADS = (os.cpu_count() or 1) + 1
 _CANNOT_SERVE = (CannotLock, UnusableKey, Malformed, OSError, LookupError)
 
 
@@ -157,12 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     token_options.add_command(commands)
     upstream_command.add(commands)
 
-    serve = commands.add_parser("serve")  # titus-py's: on inherited descriptors
-    serve.add_argument("--settings-fd", type=int, required=True)
-    serve.add_argument("--parent-fd", type=int, required=True)
-    serve.add_argument("--supervisor-fd", type=int, required=True)
-    serve.add_argument("--predecessor-fd", type=int)
-    serve.set_defaults(run=_serve)
+    own = commands.add_parser("serve")  # titus-py's: on inherited descriptors
+    own.add_argument("--settings-fd", type=int, required=True)
+    own.add_argument("--parent-fd", type=int, required=True)
+    own.add_argument("--supervisor-fd", type=int, required=True)
+    own.add_argument("--predecessor-fd", type=int)
+    own.set_defaults(run=serve)
     return parser
 
 
@@ -203,92 +197,14 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     token_options.add(parser)
 
 
-def _serve(arguments: argparse.Namespace) -> NoReturn:
-    """Serve one parent, on the terms that it states."""
-    set_title("keyd", "keyd")
-    settings = json.loads(read_all(arguments.settings_fd))
-    supervisor = socket.socket(fileno=arguments.supervisor_fd)
-    parent = socket.socket(fileno=arguments.parent_fd)
-    for descriptor in (supervisor, parent):
-        descriptor.set_inheritable(False)
-
-    lock_before_keys(settings["must_lock"])
-    guards = guard()
-    tokens = start_told(settings["tokens"]) if settings["tokens"] else []
-    broker = None
-    if settings["upstreams"]:
-        # Imported here: most have no key that is another host's.
-        from keyd.upstream.starting import start_told as start_upstreams
-
-        broker = start_upstreams(settings["upstreams"])
-    keys: dict[bytes, Key] = {} if broker is None else dict(broker.keys)
-    keys |= load(readable(settings["keys"]))
-    handed = [] if arguments.predecessor_fd is None else receive(arguments.predecessor_fd)
-    keys |= {key_id(key.public_key()): key for token in tokens for key in token.keys}
-    program = bytes.fromhex(settings["filter"])
-    to = Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock")))
-    locked = confine(to)
-    keys |= load(inherited(handed, settings["inherited"]))
-
-    # After confine(): a change of uid clears the parent-death signal.
-    prctl.set_pdeathsig(signal.SIGKILL)
-
-    def tell(event: str, **fields: object) -> None:
-        # A supervisor that does not keep up misses this event; the next one has the totals again.
-        with suppress(OSError):
-            supervisor.send(json.dumps({"event": event, **fields}).encode(), socket.MSG_DONTWAIT)
-
-    leave_standard_error(lambda line: tell("keyd_said", text=line))
-
-    hear_first(tokens)
-    states = States(tokens)
-
-    def tick() -> None:
-        tell("alive")
-        if (news := states.news()) is not None:
-            tell("tokens", tokens=news)
-        if broker is not None and (upstreams := broker.news()) is not None:
-            tell("upstreams", upstreams=upstreams)
-        if (counts := states.counted()) is not None:
-            tell("token_operations", tokens=counts)
-        if (operations := keyd.tally.news()) is not None:
-            tell("operations", **operations)
-
-    def ready() -> None:
-        tick()
-        tell(
-            "ready",
-            keys=fingerprint(keys),
-            all_memory_locked=locked,
-            guards=", ".join(guards) or "none",
-        )
-
-    keyd = Keyd(keys, tick, judged_again=() if broker is None else broker.keys)
-    for token in tokens:
-        keyd.hear_process(token.socket, token.hear)
-    if broker is not None:
-        broker.serve(keyd)
-    keyd.hear_parent(parent, gone=keyd.stop)
-    keyd.hear_supervisor(supervisor)
-
-    keyd.serve(_THREADS, program, ready)
-    _leave()
-
-
-def _leave() -> NoReturn:
-    """End at once: the filter does not allow the calls that shut an interpreter down."""
-    sys.stderr.flush()
-    os._exit(0)
-
-
 def _leave_when_told(keyd: Keyd) -> None:
     """At the first SIGTERM, finish what has begun, then end; at the second, end at once."""
 
-    def leave(number: int, _: object) -> None:
+    def finish(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        keyd.leave(_LEAVE_SECONDS, _leave)
+        keyd.leave(_LEAVE_SECONDS, leave)
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, finish)
 
 
 def _of_its_own(arguments: argparse.Namespace) -> NoReturn:
@@ -301,7 +217,7 @@ def _of_its_own(arguments: argparse.Namespace) -> NoReturn:
     except _CANNOT_SERVE as error:
         notify(status=f"not started: {error}")
         raise
-    _leave()
+    leave()
 
 
 def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
@@ -339,7 +255,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
         for listener in doors:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
-        keyd.serve(_THREADS, program, notify.ready)
+        keyd.serve(THREADS, program, notify.ready)
 
 
 def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
@@ -382,7 +298,7 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         for listener in doors:
             keyd.hear_listener(listener, accepted)
         _leave_when_told(keyd)
-        keyd.serve(_THREADS, program, notify.ready)
+        keyd.serve(THREADS, program, notify.ready)
 
 
 def _tick(notify: Notifier, tokens: States, page: StatusPage) -> None:
@@ -452,7 +368,7 @@ def _make(arguments: argparse.Namespace) -> NoReturn:
     guard()
     confine(Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock"))))
     serve(orders)
-    _leave()
+    leave()
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -37,9 +37,9 @@ _LABELS = ("CERTIFICATE", "X509 CERTIFICATE")
 
 
 class KeyFiles(NamedTuple):
-    """The files of one virtual host."""
+    """The files of one virtual host, or one key that is for certificates elsewhere."""
 
-    certificate: str
+    certificate: str | None
     #: None where the key is in another keyd: then the certificate is not compared with it.
     key: str | None
     passphrase_file: str | None = None
@@ -90,6 +90,8 @@ def examine(files: KeyFiles, now: datetime.datetime, read: Read = read) -> Findi
         except UnusableKey as error:
             mistakes.append(Problem(error.field, error.reason))
     own_key = key_id(key.public_key()).hex() if key is not None else None
+    if files.certificate is None:
+        return Findings(mistakes, warnings, own_key=own_key)
     try:
         chain = load_chain(files.certificate, read)
     except UnusableKey as error:

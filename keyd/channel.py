@@ -40,7 +40,7 @@ from keyd.protocol import (
 from keyd.sites import Sites
 from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
 
-__all__ = ["Channel", "Refused", "reply"]
+__all__ = ["Channel", "Refused", "fulfil", "reply", "witness"]
 
 
 class Refused(Exception):
@@ -90,7 +90,7 @@ class Channel:
         self._operations = terms.operations
         self._grants = grants
         #: What is known of the client, or why nothing is done for it.
-        self._client = _read(terms.client_hello) if isinstance(grants, Sites) else None
+        self._client = witness(terms.client_hello) if isinstance(grants, Sites) else None
         self._client_hello = b""
         if judged_again and isinstance(grants, Sites) and isinstance(self._client, Witnessed):
             granted = grants.select(self._client.hello.server_name)
@@ -120,27 +120,9 @@ class Channel:
             raise Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
         self._operations -= 1
         granted = self._granted(request, what)
-        key = keys.get(request.key)
-        if key is None:
-            raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
-        if isinstance(key, KeyElsewhere):
-            key = key.within(Whole(request, granted, self._client_hello, self._deadline))
-        client = None
-        if isinstance(self._client, Witnessed):
-            transcript_hash = _transcript_hash(self._client, request.messages)
-            client = Client(self._client.hello, transcript_hash)
-        try:
-            result = perform(
-                request.operation, key, request.parameter, request.payload, granted, client
-            )
-        except NotGranted as error:
-            detail = f"{what} of {error} with key {request.key.hex()}"
-            raise Refused(Status.NOT_GRANTED, detail) from None
-        except NotTLS as error:
-            raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
-        except InternalError as error:
-            raise Refused(Status.FAILED, f"{what}: {error}") from None
-        return request.operation, result
+        client = self._client if isinstance(self._client, Witnessed) else None
+        whole = Whole(request, granted, self._client_hello, self._deadline)
+        return request.operation, fulfil(keys, whole, client)
 
     def _granted(self, request: Request, what: str) -> frozenset[Power]:
         """What may be done with the key for this client. Raises Refused for nothing."""
@@ -158,13 +140,38 @@ class Channel:
         return granted
 
 
+def fulfil(keys: Mapping[bytes, Key], whole: Whole, witnessed: Witnessed | None) -> bytes | Later:
+    """Do what is asked for this client, or for one that nobody has seen. Raises Refused."""
+    request, granted = whole.request, whole.granted
+    what = request.operation.name.lower()
+    key = keys.get(request.key)
+    if key is None:
+        raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+    if isinstance(key, KeyElsewhere):
+        key = key.within(whole)
+    client = None
+    if witnessed is not None:
+        transcript_hash = _transcript_hash(witnessed, request.messages)
+        client = Client(witnessed.hello, transcript_hash)
+    try:
+        return perform(request.operation, key, request.parameter, request.payload, granted, client)
+    except NotGranted as error:
+        detail = f"{what} of {error} with key {request.key.hex()}"
+        raise Refused(Status.NOT_GRANTED, detail) from None
+    except NotTLS as error:
+        raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
+    except InternalError as error:
+        raise Refused(Status.FAILED, f"{what}: {error}") from None
+
+
 def reply(channel: Channel, answer: Reply) -> None:
     """Send a reply. It is lost if the worker does not read it, or is gone."""
     with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
         channel.socket.send(answer.encode(), socket.MSG_DONTWAIT)
 
 
-def _read(message: bytes) -> Witnessed | tuple[Status, str]:
+def witness(message: bytes) -> Witnessed | tuple[Status, str]:
+    """What is known of a client by its ClientHello, or why nothing is done for it."""
     if not message:
         return Status.UNWITNESSED, "a client whose ClientHello was not seen"
     try:

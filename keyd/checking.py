@@ -14,7 +14,7 @@ import prctl
 from keyd.certificates import Findings, KeyFiles, Problem, examine
 from keyd.keys import read_ahead
 from keyd.parsing import confine_parser
-from keyd.reference import public_key_of
+from keyd.reference import key_id, public_key_of, reference_pem
 from keyd.system_calls import ASKING_TOKENS
 
 __all__ = ["answer"]
@@ -40,6 +40,11 @@ def answer(question: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         said = proof.of([reference and public_key_of(reference) for reference in references])
         for found, (mistake, warning) in zip(findings, said, strict=True):
             _add(found, mistake, warning)
+        for number, files in enumerate(asked):
+            public = proof.public_key(number) if files.certificate is None else None
+            if public is not None:
+                own_key, reference = key_id(public).hex(), reference_pem(public).decode()
+                findings[number] = findings[number]._replace(own_key=own_key, reference=reference)
     return [
         found._asdict()
         | {

@@ -2,8 +2,8 @@
 
 Runs as keyd's own user in an empty root (``keyd.confinement``). It reads from the parent,
 which opens channels and is trusted with their terms; from workers, which send requests and
-are trusted with nothing; and from the supervisor, which may have keys handed to the next
-keyd. It reads no network socket.
+are trusted with nothing; from the supervisor (``keyd.orders``); and, where it lends keys, from
+other hosts by way of workers (``keyd.upstream``). It reads no network socket.
 
 A few threads wait on the same epoll. Each takes one event and handles it to the end, so
 that a slow RSA operation delays no other connection. A channel is armed for one event at
@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -48,9 +48,11 @@ from keyd.protocol import (
 )
 from keyd.pss import PSSPrivateKey
 from keyd.sites import Sites
-from keyd.succession import MAX_ORDER_OCTETS, hand_over
 from keyd.tally import Tally
 from keyd.words import say
+
+if TYPE_CHECKING:
+    from keyd.upstream.stream import Stream
 
 __all__ = ["Keyd"]
 
@@ -109,9 +111,11 @@ class Keyd:
         self._judged_again = judged_again
         self._tick = tick
         self.tally = Tally()
-        self._epoll = select.epoll()
+        self.epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
         self._sources: dict[int, _Source] = {}
+        #: Those that are registered with ``epoll``, by whoever puts them here.
+        self.streams: dict[int, Stream] = {}
         self._parents: set[socket.socket] = set()
         #: Listeners of which a connection may have been accepted that is no channel or parent yet.
         self._accepting: set[int] = set()
@@ -230,33 +234,12 @@ class Keyd:
             _say_no_more(control)
         self._arm_source(control, hear)
 
-    def hear_supervisor(self, supervisor: socket.socket) -> None:
-        """Hand keys to this keyd's successor, as the supervisor asks."""
-
-        def hear() -> None:
-            try:
-                order, descriptors = receive_descriptors(
-                    supervisor, MAX_ORDER_OCTETS, 1, socket.MSG_DONTWAIT
-                )
-            except BlockingIOError:
-                return
-            except ConnectionResetError:
-                order, descriptors = b"", []
-            if not order:
-                # It has ended, and so will this process (PR_SET_PDEATHSIG).
-                del self._sources[supervisor.fileno()]
-                return
-            for descriptor in descriptors:
-                hand_over(self._keys, order, descriptor)
-
-        self._arm_source(supervisor, hear)
-
     def part(self) -> None:
         """Have every parent connect anew. Until it closes its socket, it may open channels."""
         for parent in list(self._parents):
             _say_no_more(parent)
 
-    def hear_process(self, process: socket.socket, hear: Callable[[], bool]) -> None:
+    def hear_process(self, process: socket.socket | select.epoll, hear: Callable[[], bool]) -> None:
         """Call ``hear`` when this process says something, until it returns that it has ended.
 
         Then the socket is closed.
@@ -275,7 +258,12 @@ class Keyd:
 
     def need_no_room(self, connection: socket.socket) -> None:
         del self._sources[connection.fileno()]
-        self._epoll.unregister(connection)
+        self.epoll.unregister(connection)
+
+    def unhear_listener(self, listener: socket.socket) -> None:
+        """Accept from it no more. Others may have it, too."""
+        if self._sources.pop(listener.fileno(), None) is not None:
+            self.epoll.unregister(listener)
 
     def hear_listener(
         self,
@@ -338,7 +326,7 @@ class Keyd:
         self._channels[descriptor] = Channel(
             terms, grants, endpoint, record, once=False, judged_again=self._judged_again
         )
-        self._epoll.register(descriptor, _READABLE_ONCE)
+        self.epoll.register(descriptor, _READABLE_ONCE)
 
     def open_once(
         self,
@@ -359,7 +347,7 @@ class Keyd:
             message = endpoint.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             endpoint.setblocking(False)
-            self._epoll.register(descriptor, _READABLE_ONCE)
+            self.epoll.register(descriptor, _READABLE_ONCE)
         except ConnectionResetError:
             self._close(descriptor, channel)
         else:
@@ -377,12 +365,12 @@ class Keyd:
 
     def _arm_source(
         self,
-        source: socket.socket,
+        source: socket.socket | select.epoll,
         hear: Callable[[], Callable[[], None] | None],
         events: int = select.EPOLLIN,
     ) -> None:
         self._sources[source.fileno()] = _Source(hear, events | select.EPOLLONESHOT)
-        self._epoll.register(source, events | select.EPOLLONESHOT)
+        self.epoll.register(source, events | select.EPOLLONESHOT)
 
     def _work(self) -> None:
         while not self._stopped.is_set():
@@ -391,12 +379,17 @@ class Keyd:
 
     def _take_turn(self, seconds: float) -> None:
         """Handle one event to the end, if there is one within this time."""
-        for descriptor, _ in self._epoll.poll(seconds, 1):
+        for descriptor, _ in self.epoll.poll(seconds, 1):
             source = self._sources.get(descriptor)
             if source is not None:
                 then = source.hear()
                 if self._sources.get(descriptor) is source:
-                    self._epoll.modify(descriptor, source.events)
+                    self.epoll.modify(descriptor, source.events)
+                if then is not None:
+                    then()
+            elif (stream := self.streams.get(descriptor)) is not None:
+                then = stream.hear()
+                stream.arm()
                 if then is not None:
                     then()
             else:
@@ -406,7 +399,7 @@ class Keyd:
         try:
             message = channel.socket.recv(channel.most_octets)
         except BlockingIOError:
-            self._epoll.modify(descriptor, _READABLE_ONCE)
+            self.epoll.modify(descriptor, _READABLE_ONCE)
             return
         except ConnectionResetError:
             message = b""
@@ -456,7 +449,7 @@ class Keyd:
         if channel.once:
             self._close(descriptor, channel)
         else:
-            self._epoll.modify(descriptor, _READABLE_ONCE)
+            self.epoll.modify(descriptor, _READABLE_ONCE)
 
     def _close(self, descriptor: int, channel: Channel) -> None:
         # Forget the channel before closing it: another one may get its number at once.

@@ -5,7 +5,6 @@ supervisor makes the socket between the two and reads nothing from it. It is tru
 the files of all keys.
 """
 
-import json
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -33,13 +32,13 @@ _PATIENCE_SECONDS = 5.0
 _MAX_KEY_OCTETS = 16 * 1024
 
 
-def hand_over(keys: Mapping[bytes, Key], order: bytes, descriptor: int) -> None:
-    """Send the keys that the supervisor's order names on this socket, and close it.
+def hand_over(keys: Mapping[bytes, Key], ids: Iterable[str], descriptor: int) -> None:
+    """Send the keys with these ids, in hexadecimal, on this socket, and close it.
 
     A key that there is not, or for which there is no room, is left out.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor) as successor:
-        for wanted in json.loads(order)["keys"]:
+        for wanted in ids:
             key = keys.get(bytes.fromhex(wanted))
             if key is not None and not isinstance(key, KeyElsewhere):
                 octets = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())

@@ -54,6 +54,11 @@ class Proof:
         hear_first(self._tokens)
         return [self._said(number) for number in range(len(public_keys))]
 
+    def public_key(self, number: int) -> PublicKey | None:
+        """What the token has said that it is, once ``of`` has been called."""
+        found = self._keys.get(number)
+        return found[1].public if found is not None else None
+
     def _said(self, number: int) -> tuple[str, str]:
         if number not in self._keys:
             return self._failure if number in self._asked else "", ""

@@ -38,6 +38,7 @@ from keyd.protocol import (
 )
 
 __all__ = [
+    "MAX_BORROWERS",
     "MAX_DEADLINE_MS",
     "MAX_FROM_BORROWER_OCTETS",
     "MAX_FROM_LENDER_OCTETS",
@@ -55,6 +56,8 @@ __all__ = [
 VERSION = 1
 #: How many asks a borrower may have without an answer, on one connection.
 MAX_IN_FLIGHT = 256
+#: How many clients a lender may have: what is told of all of them fits into one message.
+MAX_BORROWERS = 64
 #: How many keys a greeting may list.
 MAX_LENT_KEYS = 8192
 #: A lender that has nothing to say repeats its greeting: what is between the two ends no
@@ -160,6 +163,14 @@ class Assembler:
 
     def add(self, piece: bytes) -> None:
         self._octets += piece
+
+    @property
+    def wanted(self) -> int:
+        """How many octets of the next message are missing, as far as that is known."""
+        if len(self._octets) < _LENGTH.size:
+            return _LENGTH.size - len(self._octets)
+        length: int = _LENGTH.unpack_from(self._octets)[0]
+        return max(0, _LENGTH.size + min(length, self._most) - len(self._octets))
 
     def messages(self) -> Iterator[bytes]:
         """Those that are whole by now, without their lengths. Raises Malformed for a length.

@@ -275,9 +275,9 @@ class Instance:
             **tables.get("limits", {}),
         }
         complete = {
-            "keyd": {"user": str(uids[-1])},
             "log": {"format": "json"},
             **tables,
+            "keyd": {"user": str(uids[-1]), **tables.get("keyd", {})},
             "limits": {name: value for name, value in limits.items() if value is not None},
             "worker": worker,
         }

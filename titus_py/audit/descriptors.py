@@ -31,6 +31,7 @@ _TO_MANAGER = "socket to the service manager"
 _RULESET = "Landlock ruleset"
 _NAME_SERVER, _SETTINGS = "socket to a name server", "file that it reads settings from"
 _SCORE = "score for when memory runs out"
+_BORROWER = "where it lends keys, and hosts that it lends them to"
 _READER, _TEXT = "who asks for the metrics", "text of the metrics"
 _PIDFD, _REPORT, _WORKERS = "pidfd", "worker's report page", "new worker's socket"
 _KINDS = {
@@ -52,7 +53,8 @@ _ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1, _CLOSED: 1}
 _KEYD: _Allowed = {
     _NULL: 3,
     _OWN_ERRORS: 2,
-    "epoll": 1,
+    # The second one is for streams of hosts that it lends keys to.
+    "epoll": 2,
     _TO_PARENT: None,
     "socket to the supervisor": 1,
     "socket to worker": None,
@@ -60,6 +62,7 @@ _KEYD: _Allowed = {
     "socket to the upstreams' process": 1,
     # Each connection by two descriptors.
     _UPSTREAM: 2 * MOST_UPSTREAMS,
+    _BORROWER: None,
     _CLOSED: None,
     # For a service with a watchdog (sd_notify(3)).
     _TO_MANAGER: 1,
@@ -140,6 +143,9 @@ def _name(seen: Observation, scene: Scene, number: int) -> str:
     if _leads_to_manager(seen, scene, inode):
         return _TO_MANAGER
     name = _socket_name(scene, inode) or what
+    lends = seen.process.role is Role.KEYD and scene.target.configuration.keyd.lend is not None
+    if lends and name in (_BACKEND, _LISTENER):
+        return _BORROWER
     if resolves and name in (what, _BACKEND):
         return _NAME_SERVER
     if seen.process.role is Role.KEYD and name == _BACKEND:

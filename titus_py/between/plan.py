@@ -148,6 +148,12 @@ class VirtualHost(NamedTuple):
                 return own
         return self.backends.get(protocol, self.backend) if protocol else self.backend
 
+    def name_of(self, known: int | None) -> str | None:
+        """What a known client is called."""
+        if known is None or self.clients is None:
+            return None
+        return self.clients.known[known].name
+
     @property
     def all_backends(self) -> set[tuple[str, ...]]:
         """What ``backend_for`` may come to."""

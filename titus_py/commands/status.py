@@ -119,6 +119,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         *([_tunnels(tunnels)] if (tunnels := answer.get("tunnels")) else []),
         *_tokens(answer.get("tokens", ())),
         *_upstreams(answer.get("upstreams", ())),
+        *_lending(answer.get("lending", ()), answer["counts"]),
         _counts(answer["counts"], answer["generations"]),
         _forking(answer),
         Text(),
@@ -270,6 +271,29 @@ def _upstreams(upstreams: Sequence[Mapping[str, Any]]) -> list[Table]:
         state.stylize("green" if one["state"] == "ready" else "bold red")
         counts = (str(one[count]) for count in ("in_flight", "done", "failed"))
         table.add_row(_text(one["upstream"]), state, *counts)
+    return [table]
+
+
+def _lending(hosts: Sequence[Mapping[str, Any]], counts: Mapping[str, Any]) -> list[Table]:
+    """Where keys are lent to other hosts."""
+    if not hosts:
+        return []
+    table = _table("keys lent to", "streams", "keys", "at most", "done", "refused")
+    for one in hosts:
+        prefix = f"{one['client']} "
+        refused = {
+            of.removeprefix(prefix): count
+            for of, count in counts.get("lending_refused", {}).items()
+            if of.startswith(prefix)
+        }
+        table.add_row(
+            _text(one["client"]),
+            Text(str(one["streams"]), style="green" if one["streams"] else "yellow"),
+            str(one["keys"]),
+            _text(one["rate"]),
+            str(counts.get("lent", {}).get(one["client"], 0)),
+            Text(_listed(refused), style="yellow"),
+        )
     return [table]
 
 

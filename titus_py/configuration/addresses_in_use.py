@@ -11,7 +11,7 @@ from typing import Any
 from titus_py.configuration.across_tables import each_valid, valid_part
 from titus_py.configuration.address import Address, Bindable, IPAddress, UnixAddress
 from titus_py.configuration.mistake import Mistake, Source
-from titus_py.configuration.tables import Backend, KeydSocket, Listen, Metrics, Tunnel
+from titus_py.configuration.tables import Backend, KeydSocket, Lending, Listen, Metrics, Tunnel
 
 __all__ = ["address_mistakes", "metrics_warnings"]
 
@@ -49,6 +49,14 @@ def address_mistakes(
         for key, other in (("metrics.address", address), *heard, *backends, *servers):
             if other == socket:
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
+    lending = valid_part(Lending, tables["keyd"], source)
+    if lending is not None and lending.lend is not None:
+        own = [("metrics.address", address)]
+        if keyd is not None and keyd.socket is not None:
+            own.append(("keyd.socket", UnixAddress(str(keyd.socket))))
+        for key, other in own:
+            if other == lending.lend:
+                yield source.mistake(key, f"{other} is keyd.lend, too")
 
 
 def metrics_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:

@@ -29,8 +29,10 @@ from titus_py.configuration.helper import (
     Helper,
     Unanswered,
 )
+from titus_py.configuration.lending import LentFacts, ask_about_lent_keys
 from titus_py.configuration.misnamed import misnamed, misnamed_in_directories, names_shown, some
 from titus_py.configuration.mistake import Source
+from titus_py.configuration.tables import LentKey
 from titus_py.configuration.tokens import settings
 from titus_py.configuration.tunnel_keys import keys_for_both
 from titus_py.configuration.uids_in_use import uids_in_use
@@ -81,6 +83,8 @@ class Checked(NamedTuple):
     kept: Sequence[tuple[Credential, str]] = ()
     #: Those of them whose key is not in its file any more.
     inherited: frozenset[Credential] = frozenset()
+    #: The keys that are lent to other hosts.
+    lent: Mapping[LentKey, LentFacts] = {}
 
 
 class Served(NamedTuple):
@@ -158,11 +162,12 @@ def check(
     kept: list[tuple[Credential, str]] = []
     inherited: set[Credential] = set()
     watched = [path for one in loaded.client_files for path in one.paths]
+    watched += [path for key in loaded.lent for path in key.secrets]
     files = FileWatch.of(loaded.credentials, watched)
+    whole = loaded.configuration
+    of_tokens = settings(whole.keyd) if whole is not None else None
     try:
         # Each key is read and checked. Decrypting one may be made slow on purpose.
-        whole = loaded.configuration
-        of_tokens = settings(whole.keyd) if whole is not None else None
         answers = ask_keyd_check(
             keyd_check, list(loaded.credentials), timeout, of_tokens, _known_by_key(loaded)
         )
@@ -188,6 +193,9 @@ def check(
     except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
         mistakes.append(source.mistake("", reason))
+    lent, wrong, doubtful = ask_about_lent_keys(loaded.lent, of_tokens, source, timeout)
+    mistakes += wrong
+    warnings += doubtful
     warnings += misnamed(loaded, certificates)
     warnings += misnamed_in_directories(loaded, certificates)
     mistakes += _of_one_kind(loaded, certificates)
@@ -197,6 +205,7 @@ def check(
         loaded,
         {one: facts.key_id for one, facts in certificates.items()},
         lambda vhost: _key_ids(vhost, certificates),
+        {facts.key_id for facts in lent.values()},
     )
     warnings += _recorded(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(
@@ -224,6 +233,7 @@ def check(
         authorities,
         kept,
         frozenset(inherited),
+        lent,
     )
 
 

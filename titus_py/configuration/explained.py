@@ -78,5 +78,5 @@ def _reason(details: ErrorDetails, key: str) -> str:
 
 def _heading(key: str) -> str:
     table = re.sub(r"\[\d+\]", "", key)
-    arrays = ("listen", "vhost", "tunnel", "vhost.certificates")
+    arrays = ("listen", "vhost", "tunnel", "vhost.certificates", "keyd.client")
     return f"[[{table}]]" if table in arrays else f"[{table}]"

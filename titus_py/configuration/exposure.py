@@ -14,7 +14,7 @@ from titus_py.configuration.across_tables import setting
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.mistake import Mistake, Source
-from titus_py.configuration.tables import Credential
+from titus_py.configuration.tables import Credential, LentKey
 
 __all__ = ["exposed_files", "exposed_sockets", "open_directories"]
 
@@ -26,6 +26,7 @@ _MOST_LINKS = 40
 
 def exposed_files(
     credentials: Mapping[Credential, list[str]],
+    lent: Mapping[LentKey, list[str]],
     of_clients: Mapping[ClientFiles, list[str]],
     included: Iterable[str],
     source: Source,
@@ -42,6 +43,10 @@ def exposed_files(
             field = "passphrase_file" if one == credential.passphrase_file else "key"
             for reason in _exposed(one, *secret, warned):
                 yield source.mistake(setting(place, field), reason)
+    for key, (place, *_) in lent.items():
+        for one in key.secrets:
+            for reason in _exposed(one, *secret, warned):
+                yield source.mistake(place, reason)
     for files, (place, *_) in of_clients.items():
         for field, path in (("client_ca", files.ca), ("client_crl", files.crl)):
             if path is not None:

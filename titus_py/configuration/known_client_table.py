@@ -17,7 +17,7 @@ from titus_py.configuration.mistake import described, text_of
 from titus_py.configuration.table import Table
 from titus_py.configuration.values import BackendAddresses, Integer
 
-__all__ = ["Client", "KnownClients"]
+__all__ = ["Client", "ClientName", "ClientRate", "KnownClients"]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _MOST_OF_A_RATE = 1_000_000
@@ -47,10 +47,14 @@ def _name(value: object) -> str:
     return name
 
 
+ClientName = Annotated[str, PlainValidator(_name)]
+ClientRate = Annotated[Rate, PlainValidator(_rate), PlainSerializer(_rate_text)]
+
+
 class Client(Table):
     """[[vhost.client]]: a client that is known, what it may reach, and how much of it."""
 
-    name: Annotated[str, PlainValidator(_name)] = Field(
+    name: ClientName = Field(
         description="What it is called in the log, the metrics and titus-py status: web-1."
     )
     spki: PublicKeys = Field(
@@ -71,7 +75,7 @@ class Client(Table):
         description="How many connections it may have at once; with one more, that one is reset. "
         "After a reload, those that go on do not count. Absent: any number.",
     )
-    rate: Annotated[Rate, PlainValidator(_rate), PlainSerializer(_rate_text)] | None = Field(
+    rate: ClientRate | None = Field(
         default=None,
         description='How many new connections it may have: "50/s", "600/m" or "100/h". Those '
         "beyond are reset. Absent: any number.",

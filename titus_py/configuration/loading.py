@@ -31,11 +31,13 @@ from titus_py.configuration.explained import explained
 from titus_py.configuration.exposure import exposed_files, exposed_sockets
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.ineffective import ineffective_settings
+from titus_py.configuration.lending import lending_mistakes, lent_keys, lent_to_nobody
 from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import (
     Configuration,
     Credential,
     Credentials,
+    LentKey,
     Listen,
     Match,
     Tunnel,
@@ -61,6 +63,8 @@ class Loaded(NamedTuple):
     credentials: Mapping[Credential, Sequence[str]]
     #: Likewise, the files that client certificates are judged by.
     client_files: Mapping[ClientFiles, Sequence[str]] = {}
+    #: Likewise, the keys that are lent to other hosts.
+    lent: Mapping[LentKey, Sequence[str]] = {}
 
 
 def load(path: str | Path, credentials: Path | None = None) -> Loaded:
@@ -161,6 +165,7 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     mistakes += certificates_not_asked_for(tables, source)
     mistakes += transparency_mistakes(tables, source)
     mistakes += tunnel_mistakes(tables, source)
+    mistakes += lending_mistakes(tables, source)
     mistakes += address_mistakes(tables, listeners, source)
     transparent = any(
         table.transparent for _, table in each_valid(Listen, tables, "listen", source)
@@ -190,9 +195,10 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     mistakes += too_many(tables, credentials, source)
     mistakes += empty_directories(tables, credentials, source)
     of_clients = client_files(tables, source)
+    lent = lent_keys(tables, source)
     warnings = [
         *uid_warnings(tables, source),
-        *exposed_files(credentials, of_clients, included, source),
+        *exposed_files(credentials, lent, of_clients, included, source),
         *exposed_sockets(sockets, source),
         *shared_backends(tables, source),
         *metrics_warnings(tables, source),
@@ -201,5 +207,6 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         warnings += descriptor_warnings(configuration, source)
         warnings += ineffective_settings(configuration, source)
         warnings += unreachable_sockets(configuration, source)
+        warnings += lent_to_nobody(configuration, source)
     valid = None if mistakes else configuration
-    return Loaded(source, valid, mistakes, warnings, credentials, of_clients)
+    return Loaded(source, valid, mistakes, warnings, credentials, of_clients, lent)

@@ -22,6 +22,7 @@ from titus_py.configuration.certificate_table import Certificate, Credential, Cr
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
 from titus_py.configuration.known_client_table import KnownClients
+from titus_py.configuration.lending_table import Lending, LentKey
 from titus_py.configuration.limits_table import Limits
 from titus_py.configuration.mistake import described
 from titus_py.configuration.paths import EmptyDirectory, FilePath
@@ -63,6 +64,8 @@ __all__ = [
     "Credentials",
     "Keyd",
     "KeydSocket",
+    "Lending",
+    "LentKey",
     "Limits",
     "Listen",
     "Log",
@@ -164,7 +167,7 @@ class KeydSocket(Table):
     )
 
 
-class Keyd(KeydSocket, Upstreams, Tokens):
+class Keyd(KeydSocket, Upstreams, Tokens, Lending):
     """[keyd]: the process that holds the private keys."""
 
     user: KeydUser = Field(
@@ -308,7 +311,8 @@ class Backend(KnownClients):
         description="The PROXY header that the backend gets before anything else, and must expect: "
         'its client\'s address and the one it came to, as a line of text ("v1") or in binary '
         '("v2"); with "v2-tls" also the server name, the protocol, the TLS version and the suite; '
-        'with "v2-tls-cert" the client\'s certificate and its common name as well. '
+        'with "v2-tls-cert" the client\'s certificate, its common name and the name of its '
+        "[[vhost.client]] as well. "
         "Absent: none, and the backend sees titus-py's address as its client's.",
     )
     source_address: Literal["client"] | None = Field(

@@ -5,9 +5,9 @@ start the processes that do.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from keyd.linux import seccomp
 from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
@@ -15,7 +15,7 @@ from keyd.token.uri import SCHEME
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Keyd
 
-__all__ = ["settings", "token_mistakes"]
+__all__ = ["settings", "token_mistakes", "told"]
 
 
 def token_mistakes(
@@ -36,8 +36,24 @@ def token_mistakes(
         )
 
 
+class _Key(Protocol):
+    @property
+    def token(self) -> str | None: ...
+
+
+class _Facts(Protocol):
+    @property
+    def reference(self) -> str: ...
+
+
+def told(keyd: Keyd, found: Iterable[tuple[_Key, _Facts]]) -> dict[str, Any] | None:
+    """What keyd is told of keys in tokens, for ``keyd.token.starting``; None: there are none."""
+    keys = list(dict.fromkeys((key.token, facts.reference) for key, facts in found if key.token))
+    return {"keys": keys, "settings": settings(keyd)} if keys else None
+
+
 def settings(keyd: Keyd) -> dict[str, Any] | None:
-    """What keyd is told, for ``keyd.token.starting``; None where no token can be used."""
+    """How tokens are used; None where none can be."""
     user = keyd.token_user
     if user is None:
         return None

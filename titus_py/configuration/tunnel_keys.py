@@ -3,7 +3,7 @@
 Run by the supervisor (root) and by commands, when the certificates have been read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from titus_py.configuration.loading import Loaded
 from titus_py.configuration.mistake import Mistake
@@ -16,12 +16,22 @@ def keys_for_both(
     loaded: Loaded,
     keys: Mapping[Credential, bytes],
     keys_of: Callable[[VirtualHost], set[bytes]],
+    lent: Collection[bytes],
 ) -> Iterator[Mistake]:
-    """Mistakes of tunnels whose key is a virtual host's, too. ``keys`` are the keys' ids."""
+    """Mistakes of tunnels whose key is a virtual host's, too, or another host's.
+
+    ``keys`` are the keys' ids, ``lent`` those of keys that are lent.
+    """
     configuration, source = loaded.configuration, loaded.source
     tunnels = configuration.tunnel if configuration is not None else ()
     for number, tunnel in enumerate(tunnels):
         key = keys.get(tunnel.credential) if tunnel.credential is not None else None
+        if key in lent:
+            yield source.mistake(
+                f"tunnel[{number}].certificate",
+                f"{tunnel.certificate} is for a key that is lent to other hosts, to sign as a "
+                "server. Make a key for the tunnel alone",
+            )
         for other, vhost in enumerate(configuration.vhost if configuration is not None else ()):
             if key is not None and key in keys_of(vhost):
                 yield source.mistake(

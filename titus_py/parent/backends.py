@@ -94,6 +94,7 @@ class Backends:
                     dial.facts,
                     worker.protocol,
                     worker.identity,
+                    vhost.name_of(worker.known),
                 )
                 if reason:
                     connected.close()

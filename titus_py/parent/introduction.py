@@ -24,6 +24,7 @@ def introduce(
     facts: TlsFacts | None,
     protocol: str | None,
     identity: "Identity | None",
+    client_name: str | None = None,
 ) -> str:
     """Write the header that the virtual host's ``send_proxy`` asks for, in one piece.
 
@@ -39,7 +40,7 @@ def introduce(
             case "v2-tls":
                 header = version_2(ends, facts, protocol)
             case _:
-                header = version_2(ends, facts, protocol, identity)
+                header = version_2(ends, facts, protocol, identity, client_name)
         written = backend.send(header)
     except CannotEncode as error:
         return f"PROXY header: {error}"

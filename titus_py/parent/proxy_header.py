@@ -29,6 +29,8 @@ _TLV = struct.Struct("!BH")
 _MAX_LENGTH = 0xFFFF
 
 _ALPN, _AUTHORITY, _SSL = 0x01, 0x02, 0x20
+#: PP2_TYPE_MIN_CUSTOM, for applications: the name of a [[vhost.client]].
+_CLIENT_NAME = 0xE0
 #: Within the TLV of SSL.
 _SSL_VERSION, _SSL_CN, _SSL_CIPHER, _SSL_CLIENT_CERTIFICATE = 0x21, 0x22, 0x23, 0x28
 _SSL_HEAD = struct.Struct("!BI")
@@ -57,10 +59,12 @@ def version_2(
     facts: TlsFacts | None = None,
     protocol: str | None = None,
     identity: "Identity | None" = None,
+    client_name: str | None = None,
 ) -> bytes:
     """The header of version 2, with TLVs for these facts. Raises CannotEncode.
 
     ``identity`` is what the client's certificate says; it is left out without ``facts``.
+    ``client_name`` is what its virtual host calls it.
     """
     family, client, server = _packed(ends)
     body = client + server + _PORTS.pack(ends.client_port, ends.server_port)
@@ -70,6 +74,8 @@ def version_2(
         if facts.server_name:
             body += _tlv(_AUTHORITY, facts.server_name.encode())
         body += _tlv(_SSL, _about_tls(facts, identity))
+    if client_name is not None:
+        body += _tlv(_CLIENT_NAME, client_name.encode())
     if len(body) > _MAX_LENGTH:
         raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
     kind = _TCP4 if family == socket.AF_INET else _TCP6

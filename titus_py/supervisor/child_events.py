@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from keyd.tally import LATENCY_BOUNDS
+from keyd.upstream.messages import MAX_BORROWERS
 from keyd.upstream.state import UpstreamState
 from titus_py.configuration.upstream_table import MOST_UPSTREAMS
 from titus_py.parent.outbox import MAX_EVENTS, TEXT_CHARACTERS
@@ -143,6 +144,22 @@ def _is_token_operations(value: object) -> bool:
     )
 
 
+def _is_lent(value: object) -> bool:
+    """Clients, each with its name, its streams, and what was done for it and refused."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_BORROWERS
+        and all(isinstance(one, list) and len(one) == 4 for one in value)
+        and all(
+            _is_text(name)
+            and _is_count(streams)
+            and _is_count(done)
+            and _is_counts_by_word(refused)
+            for name, streams, done, refused in value
+        )
+    )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= TEXT_CHARACTERS
 
@@ -191,6 +208,13 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "tokens": {"tokens": _Field(_is_tokens)},
         "upstreams": {"upstreams": _Field(_is_upstreams)},
         "token_operations": {"tokens": _Field(_is_token_operations)},
+        "lent": {"clients": _Field(_is_lent)},
+        "lending_refused": {
+            "client_name": _TEXT,
+            "status": _TEXT,
+            "count": _COUNT,
+            "attempted": _TEXT,
+        },
         "operations": {
             "signed": _COUNT,
             "decrypted": _COUNT,

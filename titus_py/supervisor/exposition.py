@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from keyd.upstream.state import READY
-from titus_py.supervisor.counting import Histogram, Tally
+from titus_py.supervisor.counting import OTHER, Histogram, Tally
 from titus_py.supervisor.metrics import Metrics
 
 __all__ = ["exposition"]
@@ -22,6 +22,7 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
         *_of_keyd(metrics),
         *_of_tokens(metrics, status),
         *_of_upstreams(status),
+        *_of_lending(metrics, status),
         *_of_the_service(metrics, status),
     ]
     return "".join(family.text() for family in families).encode("utf-8", "backslashreplace")
@@ -133,6 +134,23 @@ def _of_upstreams(status: Mapping[str, Any]) -> Iterator["_Family"]:
         asked.add(one["done"], upstream=name, result="signed")
         asked.add(one["failed"], upstream=name, result="failed")
     yield from (up, waiting, asked)
+
+
+def _of_lending(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
+    streams = _gauge("lending_streams", "Streams of each [[keyd.client]] to keyd.")
+    for one in status.get("lending", ()):
+        streams.add(one["streams"], client=one["client"])
+    yield streams
+    yield _counter("lent_operations", "Operations that keyd did for each [[keyd.client]].").by(
+        "client", metrics.lent
+    )
+    refusals = _counter(
+        "lending_refusals", "What keyd refused to each [[keyd.client]], by its answer."
+    )
+    for of, count in metrics.lending_refused.counts.items():
+        client, _, status_name = of.partition(" ")
+        refusals.add(count, client=client, status=status_name or OTHER)
+    yield refusals
 
 
 def _of_the_service(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:

@@ -39,12 +39,12 @@ from titus_py.between.plan import (
     VirtualHost,
 )
 from titus_py.between.tunnel_terms import TunnelTerms
-from titus_py.configuration import upstreams
+from titus_py.configuration import tokens, upstreams
 from titus_py.configuration.address import Address, Bindable, NameAddress, UnixAddress
 from titus_py.configuration.checking import CertificateFacts, Checked, names_shown
 from titus_py.configuration.client_certificates import client_terms
+from titus_py.configuration.lending import told
 from titus_py.configuration.limits_table import default_handshakes, default_per_prefix
-from titus_py.configuration.tokens import settings
 from titus_py.parent.system_calls import FAILING, parent_calls
 from titus_py.supervisor.listeners import Wishes
 
@@ -176,6 +176,8 @@ class Generation:
         self.tokens: list[tuple[str, str]] = []
         #: How its upstreams are.
         self.upstreams: list[UpstreamState] = []
+        #: What keyd has done for each of the hosts that it lends keys to, as it says.
+        self.lent: list[list[Any]] = []
         #: The keys that keyd had when it was last connected.
         self.keyds_keys: set[str] | None = None
         #: Replaced by a later generation: it keeps its connections and takes no new ones.
@@ -235,7 +237,8 @@ class Generation:
     @property
     def key_ids(self) -> set[str]:
         """The keys that keyd is to have: SHA-256 of the public key, in hexadecimal."""
-        return {facts.key_id.hex() for facts in self.certificates.values()}
+        ids = {facts.key_id.hex() for facts in self.certificates.values()}
+        return ids | {facts.key_id.hex() for facts in self.checked.lent.values()}
 
     @property
     def inherited_keys(self) -> list[str]:
@@ -259,6 +262,11 @@ class Generation:
             for one in self.certificates
             if one.key is not None and one not in self.checked.inherited
         )
+        files |= dict.fromkeys(
+            (str(one.key), one.passphrase_file and str(one.passphrase_file), False)
+            for one in self.checked.lent
+            if one.key is not None
+        )
         self.keyd, control = _start_keyd(
             {
                 "inherited": self.inherited_keys,
@@ -267,11 +275,15 @@ class Generation:
                 "chroot": str(self.configuration.worker.chroot),
                 "must_lock": self.configuration.keyd.lock_memory == "required",
                 "filter": self._filters["keyd"],
-                "tokens": self._tokens(),
+                "tokens": tokens.told(
+                    self.configuration.keyd,
+                    [*self.certificates.items(), *self.checked.lent.items()],
+                ),
                 "upstreams": upstreams.told(
                     self.configuration.keyd,
                     [facts.reference for one, facts in self.certificates.items() if one.upstream],
                 ),
+                "lending": told(self.configuration, self.checked.lent),
                 "keys": [
                     {"key": key, "passphrase_file": phrase, "may_be_missing": in_directory}
                     for key, phrase, in_directory in files
@@ -281,15 +293,6 @@ class Generation:
         )
         self.starting.add(self.keyd)
         return control
-
-    def _tokens(self) -> dict[str, object] | None:
-        """What keyd is told of keys in tokens, if there are any."""
-        keys = [
-            (one.token, facts.reference) for one, facts in self.certificates.items() if one.token
-        ]
-        if not keys:
-            return None
-        return {"keys": keys, "settings": settings(self.configuration.keyd)}
 
     def start_parent(
         self,

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -43,6 +43,7 @@ from titus_py.supervisor.filters import build_filters
 from titus_py.supervisor.generation import ALIVE_SECONDS, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.lending_socket import LendingSocket
 from titus_py.supervisor.listeners import CannotListen, Listeners, Wishes, listen, passed_listeners
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics_address import MetricsAddress
@@ -165,8 +166,9 @@ class _Supervisor:
             lambda generation: takeover.ready(generation),
             resolver,
         )
+        self._lending = lending = LendingSocket(children)
         self._takeover = takeover = Takeover(
-            loop, record, service, generations, children, listeners, uids, backends
+            loop, record, service, generations, children, listeners, uids, backends, lending
         )
         keyd_service = KeydService(
             loop,
@@ -257,6 +259,7 @@ class _Supervisor:
         while self._service.exit_code is None:
             self._loop.run_once()
         self._listeners.close_all()
+        self._lending.close()
         self._takeover.end_all()
         self._backends.stop()
         self._metrics.stop()
@@ -345,6 +348,7 @@ class _Supervisor:
     def _adopt(self, generation: Generation) -> None:
         """Apply its configuration to metrics, log and backends. On OSError, nothing has changed."""
         self._metrics.change(generation.configuration.metrics.address)
+        self._lending.change(generation.configuration)
         for address in self._listeners.unheard(generation.listening):
             self._event("not_accepted", level="warning", address=str(address))
         log = generation.configuration.log
@@ -381,12 +385,13 @@ class _Supervisor:
             ],
             states=list(self._backends.states.items()),
             control=self._control.listener.fileno() if self._control else None,
-            answers=_who_waits(self._reload.answers),
-            later_answers=_who_waits(self._reload.later_answers),
+            answers=succession.who_waits(self._reload.answers),
+            later_answers=succession.who_waits(self._reload.later_answers),
             asked_again=self._reload.asked_again,
             program_asked=self._reload.program_asked,
             metrics=None if metrics is None else metrics.fileno(),
             metrics_address=self._metrics.address,
+            lending=self._lending.left,
             counts=self._record.metrics.leave(),
             log_format=log.form,
             log_level=log.least,
@@ -462,6 +467,7 @@ class _Supervisor:
         self._backends.resolve()
         if legacy.metrics is not None:
             self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
+        self._lending.adopt(legacy.lending)
         serving = self._generations.serving
         self._event(
             "program_changed",
@@ -472,9 +478,3 @@ class _Supervisor:
         self._service.reloading = True
         self._starting.bring_up(serving)
         self._reload.read()
-
-
-def _who_waits(answers: Sequence[Answer]) -> list[int]:
-    """The descriptors of clients that wait for an answer: some may have hung up."""
-    descriptors = (answer.client.fileno() for answer in answers)
-    return [descriptor for descriptor in descriptors if descriptor >= 0]

@@ -11,140 +11,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from keyd.protocol import Status
 from keyd.tally import LATENCY_BOUNDS
-from titus_py.between.report import End
 from titus_py.supervisor.counting import OTHER, Histogram, Tally
 from titus_py.supervisor.events import ALARMS
+from titus_py.supervisor.labels import (
+    CERTIFICATE_REFUSALS,
+    CHILDREN,
+    DURATION_BOUNDS,
+    ENDS,
+    FAILURES,
+    GROUPS,
+    REFUSALS,
+    SUITES,
+    TUNNEL_FAILURES,
+)
 from titus_py.supervisor.token_counts import TokenCounts
 
 __all__ = ["Metrics"]
 
-#: For connections and workers: from a health check to a day of WebSocket.
-_DURATION_BOUNDS = (
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-    60.0,
-    300.0,
-    1800.0,
-    3600.0,
-    86400.0,
-)
-
-_SUITES = {
-    "TLSv1.3": frozenset(
-        {
-            "TLS_AES_256_GCM_SHA384",
-            "TLS_CHACHA20_POLY1305_SHA256",
-            "TLS_AES_128_GCM_SHA256",
-            "TLS_AES_128_CCM_SHA256",
-            "TLS_AES_128_CCM_8_SHA256",
-        }
-    ),
-    # The suites that keyd can serve: ECDHE, and the RSA key exchange.
-    "TLSv1.2": frozenset(
-        exchange + cipher
-        for exchange in ("ECDHE-ECDSA-", "ECDHE-RSA-", "")
-        for cipher in (
-            "AES256-GCM-SHA384",
-            "AES128-GCM-SHA256",
-            "CHACHA20-POLY1305",
-            "AES256-CCM",
-            "AES128-CCM",
-            "AES256-SHA384",
-            "AES256-SHA256",
-            "AES128-SHA256",
-            "AES256-SHA",
-            "AES128-SHA",
-        )
-    ),
-}
-#: By their names in lower case: OpenSSL's spelling has changed over time.
-_GROUPS = {
-    name.lower(): name
-    for name in (
-        "X25519MLKEM768",
-        "SecP256r1MLKEM768",
-        "SecP384r1MLKEM1024",
-        "MLKEM512",
-        "MLKEM768",
-        "MLKEM1024",
-        "x25519",
-        "x448",
-        "secp256r1",
-        "secp384r1",
-        "secp521r1",
-        "ffdhe2048",
-        "ffdhe3072",
-        "ffdhe4096",
-        "ffdhe6144",
-        "ffdhe8192",
-    )
-} | {"prime256v1": "secp256r1", "": "none"}
-
-#: The series that the alert rules watch. They are there from the start, as zero: Prometheus sees
-#: no rise in a series that begins with its first count.
-_ENDS = tuple(end.name.lower() for end in End if end is not End.NONE)
-_FAILURES = (
-    "not_tls",
-    "plain_http",
-    "bad_proxy_header",
-    "proxy_timeout",
-    "bad_client_hello",
-    "no_virtual_host",
-    "no_application_protocol",
-    "handshake_failed",
-    "handshake_timeout",
-    "client_left",
-    "worker_failed",
-    "client_certificate",
-)
-#: Why a client's certificate was refused (``titus_py.worker.client_certificate``).
-_CERTIFICATE_REFUSALS = (
-    "no_certificate",
-    "expired",
-    "not_yet_valid",
-    "revoked",
-    "unknown_ca",
-    "wrong_usage",
-    "chain_too_long",
-    "too_long",
-    "bad_signature",
-    "malformed",
-    "unknown_key",
-    "not_allowed",
-    "no_crl",
-    "crl_expired",
-    "crl_not_yet_valid",
-    "bad_crl",
-    "rejected",
-)
-#: Why a tunnel's connection failed before it was established.
-_TUNNEL_FAILURES = (
-    "unreachable",
-    "name_mismatch",
-    "unknown_ca",
-    "expired",
-    "not_yet_valid",
-    "pin_mismatch",
-    "wrong_usage",
-    "chain_too_long",
-    "bad_signature",
-    "malformed",
-    "rejected",
-    "handshake_failed",
-    "handshake_timeout",
-    "server_left",
-    "starttls_refused",
-)
-_REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
-_CHILDREN = ("keyd", "parent", "fork_server", "resolver", "metrics", "worker")
 #: Signals that tell something about a worker's end. A worker may choose among the others.
 _TELLING_SIGNALS = ("SIGSYS", "SIGKILL", "SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGTRAP")
 #: The most octets a second (100 Gbit/s) that a worker's report is believed.
@@ -179,30 +63,30 @@ class Metrics:
     def __init__(self) -> None:
         self.started = time.time()
         self.accepted = 0
-        self.ended = Tally(_ENDS)
+        self.ended = Tally(ENDS)
         self.handshakes: dict[tuple[str, str, str], int] = {}
         #: By the protocol that ALPN chose. The parent says which: it is one of the configuration's.
         self.protocols = Tally()
-        self.failures = Tally(_FAILURES)
+        self.failures = Tally(FAILURES)
         #: Signed for, and never asked for their backend: by the local address.
         self.unfinished = Tally()
-        self.certificates_refused = Tally([*_CERTIFICATE_REFUSALS, OTHER], room=0)
+        self.certificates_refused = Tally([*CERTIFICATE_REFUSALS, OTHER], room=0)
         #: By the address where a tunnel listens; and why its connections failed.
         self.tunnels = Tally()
-        self.tunnel_failures = Tally([*_TUNNEL_FAILURES, OTHER], room=0)
+        self.tunnel_failures = Tally([*TUNNEL_FAILURES, OTHER], room=0)
         self.from_clients = 0
         self.to_clients = 0
-        self.durations = Histogram(_DURATION_BOUNDS)
-        self.worker_lifetimes = Histogram(_DURATION_BOUNDS)
+        self.durations = Histogram(DURATION_BOUNDS)
+        self.worker_lifetimes = Histogram(DURATION_BOUNDS)
         self.signed = 0
         self.decrypted = 0
-        self.refused = Tally(_REFUSALS)
+        self.refused = Tally(REFUSALS)
         self.keyd_latency = Histogram(LATENCY_BOUNDS)
         #: What each generation's keyd last reported.
         self._operations: dict[int, _Operations] = {}
         self.tokens = TokenCounts()
         self.alarms = Tally([*sorted(ALARMS), OTHER], room=0)
-        self.deaths = Tally(_CHILDREN)
+        self.deaths = Tally(CHILDREN)
         self.fork_servers_replaced = Tally(("daily", "crashes"))
         self.reloading = False
         self.reloads = {"ok": 0, "failed": 0}
@@ -213,6 +97,9 @@ class Metrics:
         self.clients = Tally(room=_MOST_CLIENTS)
         self.clients_too_many = Tally(room=_MOST_CLIENTS)
         self.clients_too_fast = Tally(room=_MOST_CLIENTS)
+        #: By the names of hosts that keys are lent to: what was done, and what was refused and why.
+        self.lent = Tally(room=_MOST_CLIENTS)
+        self.lending_refused = Tally(room=_MOST_CLIENTS)
         self.events_lost = 0
         self._handlers: dict[str, Callable[[Mapping[str, object], int], None]] = {
             "connection_begun": self._connection_begun,
@@ -235,6 +122,7 @@ class Metrics:
             "reload_failed": lambda *_: self._reload_ended("failed"),
             "full": lambda *_: self.limits.add("full"),
             "limited": self._limited,
+            "lent": self._lent,
             "events_lost": self._lost,
         }
 
@@ -273,6 +161,8 @@ class Metrics:
             "clients": self.clients,
             "clients_too_many": self.clients_too_many,
             "clients_too_fast": self.clients_too_fast,
+            "lent": self.lent,
+            "lending_refused": self.lending_refused,
         }
 
     @property
@@ -339,6 +229,8 @@ class Metrics:
             "clients": self.clients.some(),
             "clients_too_many": self.clients_too_many.some(),
             "clients_too_fast": self.clients_too_fast.some(),
+            "lent": self.lent.some(),
+            "lending_refused": self.lending_refused.some(),
             "reloads": self.reloads.copy(),
             "events_lost": self.events_lost,
         }
@@ -358,11 +250,11 @@ class Metrics:
             version = str(fields["tls_version"])
             suite = str(fields.get("cipher_suite"))
             group = str(fields.get("group") or "").lower()
-            suites = _SUITES.get(version)
+            suites = SUITES.get(version)
             key = (
                 OTHER if suites is None else version,
                 suite if suites is not None and suite in suites else OTHER,
-                _GROUPS.get(group, OTHER),
+                GROUPS.get(group, OTHER),
             )
             self.handshakes[key] = self.handshakes.get(key, 0) + 1
         if "client_name" in fields:
@@ -466,6 +358,13 @@ class Metrics:
         if "client_name" in fields:
             tally = self.clients_too_fast if limit == "client_rate" else self.clients_too_many
             tally.add(str(fields["client_name"]), count)
+
+    def _lent(self, fields: Mapping[str, object], generation: int) -> None:
+        del generation
+        for tally, of in ((self.lent, "done"), (self.lending_refused, "refused")):
+            counts = fields.get(of)
+            for label, count in counts.items() if isinstance(counts, Mapping) else ():
+                tally.add(str(label), _count(count))
 
     def _lost(self, fields: Mapping[str, object], generation: int) -> None:
         del generation

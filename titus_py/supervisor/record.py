@@ -8,7 +8,7 @@ from titus_py.supervisor.metrics import Metrics
 __all__ = ["Event", "Record"]
 
 #: Children's events that do not interest a reader.
-_NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations", "token_operations"})
+_NOT_FOR_THE_LOG = frozenset({"retired", "alive", "operations", "token_operations", "lent"})
 
 
 class Event(Protocol):

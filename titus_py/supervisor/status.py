@@ -5,6 +5,7 @@ Run by the supervisor.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -84,6 +85,24 @@ def _client(client: Client) -> dict[str, object]:
         "connections": client.connections,
         "rate": rate,
     }
+
+
+def _lending(generations: Generations) -> list[dict[str, object]]:
+    """Each host that keys are lent to, what it may have, and its streams; the rest is counted."""
+    streams: Counter[str] = Counter()
+    for generation in generations:
+        for name, count, *_ in generation.lent:
+            streams[name] += count
+    return [
+        {
+            "client": client.name,
+            "keys": len(client.keys),
+            "operations": client.operations,
+            "rate": client.model_dump(include={"rate"})["rate"],
+            "streams": streams[client.name],
+        }
+        for client in generations.serving.configuration.keyd.client
+    ]
 
 
 class Status:
@@ -232,6 +251,7 @@ class Status:
             "client_authorities": _client_files(serving.checked.authorities, now),
             "tokens": [{"token": token, "state": state} for token, state in serving.tokens],
             "upstreams": [one._asdict() for one in serving.upstreams],
+            "lending": _lending(self._generations),
             "certificate_dirs": _directories(serving.certificates, now),
             "certificates_kept": len({credential for credential, _ in serving.checked.kept}),
             "max_connections": serving.configuration.worker.max,

@@ -28,7 +28,11 @@ from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.client_certificates import ClientAuthorities
 from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
+from titus_py.configuration.lending import LentFacts
+from titus_py.configuration.tables import LentKey
+from titus_py.supervisor.control import Answer
 from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.lending_socket import Left as LendingSocketLeft
 from titus_py.supervisor.listeners import Listeners
 from titus_py.supervisor.socket_files import File
 
@@ -43,6 +47,7 @@ __all__ = [
     "leave_listeners",
     "rehearse",
     "try_out",
+    "who_waits",
 ]
 
 #: The environment variables with the descriptor of the legacy: for the next program, and for one
@@ -76,6 +81,7 @@ class LeftGeneration(_Left):
     configuration: dict[str, Any]
     certificates: list[tuple[Credential, CertificateFacts]]
     authorities: list[tuple[ClientFiles, ClientAuthorities]] = []
+    lent: list[tuple[LentKey, LentFacts]] = []
     keyd: LeftChild | None
     parent: LeftChild | None
     waits_for_keyd: bool
@@ -110,7 +116,7 @@ class Legacy(_Left):
     #: The version of this, and of the messages to and from parents and keyds: those that run on
     #: are of the old program. It changes if a supervisor of the version before would not
     #: understand them.
-    version: Literal[3] = 3
+    version: Literal[4] = 4
     generations: list[LeftGeneration]
     listeners: list[Listener]
     #: The file that keeps other instances from this one's uids; -1 if there is none.
@@ -128,6 +134,8 @@ class Legacy(_Left):
     program_asked: bool
     metrics: int | None
     metrics_address: Bindable | None
+    #: Where keys are lent to other hosts.
+    lending: LendingSocketLeft | None = None
     counts: dict[str, Any]
     log_format: str
     log_level: str
@@ -149,6 +157,7 @@ class Legacy(_Left):
             *self.answers,
             *self.later_answers,
             *(one for one in (self.control, self.metrics) if one is not None),
+            *([self.lending.descriptor] if self.lending else []),
             *([self.held_uids] if self.held_uids >= 0 else []),
         ]
 
@@ -172,6 +181,7 @@ def leave(generation: Generation) -> LeftGeneration:
         ),
         certificates=list(generation.certificates.items()),
         authorities=list(generation.checked.authorities.items()),
+        lent=list(generation.checked.lent.items()),
         keyd=left(generation.keyd),
         parent=left(generation.parent),
         waits_for_keyd=generation.waits_for_keyd,
@@ -202,6 +212,12 @@ def leave_listeners(listeners: Listeners) -> list[Listener]:
         )
         for address, listener in (listeners.passed | listeners.open).items()
     ]
+
+
+def who_waits(answers: Iterable[Answer]) -> list[int]:
+    """The descriptors of clients that wait for an answer: some may have hung up."""
+    descriptors = (answer.client.fileno() for answer in answers)
+    return [descriptor for descriptor in descriptors if descriptor >= 0]
 
 
 def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> list[str]:
@@ -328,8 +344,13 @@ def inherit(
         ) from None
     certificates = dict(left.certificates)
     authorities = dict(left.authorities)
-    files = FileWatch.of(certificates, [path for one in authorities for path in one.paths])
-    checked = Checked(configuration, [], [], certificates, files, authorities=authorities)
+    lent = dict(left.lent)
+    others = [path for one in authorities for path in one.paths]
+    others += [path for key in lent for path in key.secrets]
+    files = FileWatch.of(certificates, others)
+    checked = Checked(
+        configuration, [], [], certificates, files, authorities=authorities, lent=lent
+    )
     generation = Generation(left.number, checked, filters)
     generation.waits_for_keyd = left.waits_for_keyd
     generation.without_keyd = left.without_keyd

@@ -14,6 +14,7 @@ from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.lending_socket import LendingSocket
 from titus_py.supervisor.listeners import Listeners
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
@@ -54,6 +55,7 @@ class Takeover:
         listeners: Listeners,
         uids: UidBlocks,
         backends: Backends,
+        lending: LendingSocket,
     ) -> None:
         self._loop = loop
         self._event = self._record = record
@@ -63,6 +65,7 @@ class Takeover:
         self._listeners = listeners
         self._uids = uids
         self._backends = backends
+        self._lending = lending
         self.awaited: Awaited | None = None
 
     def expect(self, awaited: Awaited, added: dict[Bindable, socket.socket]) -> None:
@@ -99,6 +102,7 @@ class Takeover:
             for address in self._listeners.open:
                 self._event("listening", address=str(address), generation=generation.number)
             self._retire_all_but(generation)
+        self._lending.lend(generation)
         self._service.ready()
 
     def abandon(
@@ -133,6 +137,7 @@ class Takeover:
         for other in self._generations:
             if other is not generation and not other.retired:
                 other.retired = True
+                self._lending.lend_no_more(other)
                 if other.parent is None:
                     self.end(other)
                 else:

@@ -15,6 +15,7 @@ from titus_py.supervisor.cut import CLAIMS, Cut
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
+from titus_py.supervisor.lending_events import complete_refusal, since
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
@@ -114,6 +115,13 @@ class Upkeep:
         elif name == "upstreams":
             self._tell_upstreams(generation, event["upstreams"])
             return
+        elif name == "lent":
+            before, generation.lent = generation.lent, event["clients"]
+            event = since(before, generation.lent, generation.configuration)
+        elif name == "lending_refused":
+            if not self._may_say_more():
+                return
+            complete_refusal(event)
         elif name in _STATES:
             if event["check"] >= len(generation.checks):
                 raise Unintelligible(f"{name} of an unknown check")
@@ -172,6 +180,8 @@ class Upkeep:
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:
             child.patience.cancel()
+        if child is generation.keyd:
+            generation.lent = []
         keys = event.pop("keys", None)
         self._event(
             f"{child.name}_started",

@@ -105,6 +105,8 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
             "lock_memory": "required",
             "upstream": None,
             "upstream_user": None,
+            "lend": None,
+            "client": [],
             "token_user": None,
             "token_paths": [],
             "token_environment": [],

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
+from keyd.orders import Orders
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_HANDED
 from keyd.reference import key_id
@@ -31,7 +32,7 @@ def order(keys: Collection[str]) -> bytes:
 
 def handed(asked: Collection[str], wanted: Collection[str]) -> list[str]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    hand_over(KEYS, order(asked), ours.detach())
+    hand_over(KEYS, asked, ours.detach())
     return [key_id(key.public_key()).hex() for key in inherited(receive(theirs.detach()), wanted)]
 
 
@@ -50,7 +51,7 @@ def test_what_is_no_key_keeps_the_successor_from_nothing(octets: bytes) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         ours.send(octets)
-        hand_over(KEYS, order(IDS), ours.detach())
+        hand_over(KEYS, IDS, ours.detach())
         found = inherited(receive(theirs.detach()), IDS)
         assert [key_id(key.public_key()).hex() for key in found] == IDS
 
@@ -83,7 +84,7 @@ def test_only_the_supervisor_is_obeyed(of: str, capsys: pytest.CaptureFixture[st
     keyd = Keyd(KEYS)
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if of == "supervisor":
-        keyd.hear_supervisor(ours)
+        keyd.hear_process(ours, Orders(ours, KEYS, {}).hear)
     else:
         keyd.hear_parent(ours, gone=lambda: None)
     hear = keyd._sources[ours.fileno()].hear

@@ -58,7 +58,7 @@ class Listening:
         return made
 
     def ready_channels(self) -> None:
-        for descriptor, _ in self.keyd._epoll.poll(0):
+        for descriptor, _ in self.keyd.epoll.poll(0):
             if descriptor in self.keyd._channels:
                 self.keyd._answer(descriptor, self.keyd._channels[descriptor])
 

@@ -29,7 +29,7 @@ def _told(path: Path) -> Iterator[tuple[str, set[str], bool]]:
 
 @pytest.mark.parametrize(
     ("child", "sources"),
-    [("keyd", ["keyd/__main__.py"]), ("parent", sorted(_REPOSITORY.glob("titus_py/parent/*.py")))],
+    [("keyd", ["keyd/serve.py"]), ("parent", sorted(_REPOSITORY.glob("titus_py/parent/*.py")))],
 )
 def test_every_event_that_a_child_sends_is_known(child: str, sources: list[Path | str]) -> None:
     found = set()

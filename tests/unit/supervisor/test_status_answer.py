@@ -53,7 +53,12 @@ def test_each_virtual_host_finds_its_certificate_without_a_search() -> None:
         certificates=certificates,
         tokens=[],
         upstreams=[],
-        configuration=SimpleNamespace(vhost=vhosts, tunnel=(), worker=SimpleNamespace(max=1)),
+        configuration=SimpleNamespace(
+            vhost=vhosts,
+            tunnel=(),
+            keyd=SimpleNamespace(client=()),
+            worker=SimpleNamespace(max=1),
+        ),
         checked=SimpleNamespace(authorities={}, kept=()),
     )
 

@@ -1,0 +1,167 @@
+"""Lends this keyd's keys to other hosts: accepts their streams, and counts what comes of them.
+
+Run by keyd's threads. Our own parent connects, for clients that a virtual host knows by their keys,
+and says which one it is (``introduction``). Nobody else is heard. What a client may do, its
+``Borrower`` says; what is to be signed is parsed as it is for a worker (``keyd.powers``).
+"""
+
+import select
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from keyd.daemon import Keyd
+from keyd.linux.unix_socket import peer_of
+from keyd.powers import Key
+from keyd.protocol import Operation, Status
+from keyd.upstream.borrower import Borrower, Counts
+from keyd.upstream.stream import Stream, Streams
+
+__all__ = ["Lender"]
+
+#: A broker has one stream, and another one while a reload goes on.
+_MOST_STREAMS_EACH = 8
+#: All together, those that nobody has introduced yet among them.
+_MOST_STREAMS = 256
+#: How many refusals to one client in a second end its stream: it does not wait for answers.
+_FLOOD = 10_000
+#: How many kinds of refusals are told of in a second, and how much of each.
+_TOLD, _DETAIL_CHARACTERS = 8, 200
+
+
+class Lender(Streams):
+    """``told``: ``uids``, of which the first and the last may connect, and those between; and
+    ``clients`` (``Borrower.from_json``).
+    """
+
+    def __init__(self, told: dict[str, Any], keys: Mapping[bytes, Key], keyd: Keyd) -> None:
+        first, last = told["uids"]
+        self._uids = range(first, last + 1)
+        self._borrowers = {one["name"]: Borrower.from_json(one) for one in told["clients"]}
+        self._keyd = keyd
+        self.epoll, self.keys = keyd.epoll, keys
+        # An epoll of its own, within keyd's: whoever reads a stream, another thread may write.
+        self.writable = select.epoll()
+        keyd.hear_process(self.writable, self._flush)
+        self._listener: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._refusals: Counter[tuple[str, str]] = Counter()
+        self._last_refused: dict[tuple[str, str], str] = {}
+        self._told: list[Counts] = []
+        self._lends = True
+        #: The supervisor's, each with the descriptors that come with it.
+        self.orders: Mapping[str, Callable[[list[int]], None]] = {
+            "lend": self._lend,
+            "lend no more": self._lend_no_more,
+        }
+
+    def _lend(self, descriptors: list[int]) -> None:
+        """Accept from this listener; the supervisor says so again now and then."""
+        for descriptor in descriptors:
+            kind = socket.AF_UNIX, socket.SOCK_STREAM, 0
+            listener = socket.socket(*kind, fileno=descriptor)
+            if self._listener is None:
+                self._listener = listener
+                self._keyd.hear_listener(listener, self._accepted)
+            else:
+                listener.close()
+
+    def _lend_no_more(self, descriptors: list[int]) -> None:
+        """Another keyd accepts from now on. What was asked is answered."""
+        del descriptors
+        self._lends = False
+        if self._listener is not None:
+            # It stays open: another thread may be about to accept.
+            self._keyd.unhear_listener(self._listener)
+        for stream in self._now():
+            stream.leave()
+
+    def _accepted(self, endpoint: socket.socket) -> None:
+        endpoint.setblocking(False)
+        uid = peer_of(endpoint).uid
+        if uid not in self._uids:
+            self.refused("", "stranger", Status.NOT_GRANTED, f"a connection from uid {uid}")
+            endpoint.close()
+            return
+        stream = Stream(endpoint, self)
+        with self._lock:
+            room = self._lends and len(self._keyd.streams) < _MOST_STREAMS
+            if room:
+                self._keyd.streams[stream.fileno()] = stream
+        if room:
+            self.writable.register(stream, select.EPOLLONESHOT)
+            self.epoll.register(stream, select.EPOLLIN | select.EPOLLONESHOT)
+            return
+        endpoint.close()
+        if self._lends:
+            detail = f"more than {_MOST_STREAMS} streams"
+            self.refused("", "exhausted", Status.EXHAUSTED, detail)
+
+    def introduced(self, name: str) -> Borrower | None:
+        borrower = self._borrowers.get(name)
+        if borrower is None:
+            detail = "a client that no [[keyd.client]] is for"
+            if not name:
+                detail = "a client without a name: is send_proxy its virtual host's v2-tls-cert?"
+            self.refused(name, "stranger", Status.NOT_GRANTED, detail)
+        elif not borrower.began(_MOST_STREAMS_EACH):
+            detail = f"more than {_MOST_STREAMS_EACH} streams"
+            self.refused(name, "exhausted", Status.EXHAUSTED, detail)
+        else:
+            return borrower
+        return None
+
+    def done(self, borrower: Borrower, operation: Operation, seconds: float) -> None:
+        borrower.done()
+        self._keyd.tally.done(operation, seconds)
+
+    def refused(self, name: str, why: str, status: Status, detail: str) -> bool:
+        self._keyd.tally.refused(status)
+        borrower = self._borrowers.get(name)
+        if borrower is not None:
+            borrower.refused(why)
+        with self._lock:
+            self._refusals[name, why] += 1
+            self._last_refused[name, why] = detail[:_DETAIL_CHARACTERS]
+            return self._refusals[name, why] > _FLOOD
+
+    def _flush(self) -> bool:
+        for descriptor, _ in self.writable.poll(0):
+            stream = self._keyd.streams.get(descriptor)
+            if stream is not None:
+                stream.flush()
+        return False
+
+    def over(self, stream: Stream) -> None:
+        with self._lock:
+            del self._keyd.streams[stream.fileno()]
+        if stream.borrower is not None:
+            stream.borrower.ended()
+
+    def tick(self) -> Iterator[dict[str, object]]:
+        """What was refused since the last call, to each client and for each reason: an event.
+
+        To be called about once a second.
+        """
+        for stream in self._now():
+            stream.tick()
+        with self._lock:
+            refusals, self._refusals = self._refusals, Counter()
+            last, self._last_refused = self._last_refused, {}
+        for (name, why), count in refusals.most_common(_TOLD):
+            told = {"client_name": name, "status": why, "count": count}
+            yield told | {"attempted": last[name, why]}
+
+    def news(self) -> list[Counts] | None:
+        """Each client's counts, if they have changed since the last call."""
+        now = [borrower.counts for borrower in self._borrowers.values()]
+        if now == self._told:
+            return None
+        self._told = now
+        return now
+
+    def _now(self) -> list[Stream]:
+        with self._lock:
+            return list(self._keyd.streams.values())

@@ -1,0 +1,339 @@
+"""One borrower's stream: asks in, answers out, in any order.
+
+Run by keyd's threads: one of them reads a stream at a time, and any may answer on it. The borrower
+is another host's keyd, and may be an attacker's program by now. The kernel's buffer is the queue:
+a message is read once a thread has time for it. While answers are not taken, nothing is read.
+"""
+
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from keyd.channel import Refused, fulfil, witness
+from keyd.powers import Key, Whole, may_ask
+from keyd.protocol import MAX_REPLY_OCTETS, Malformed, Operation, Power, Reply, Status
+from keyd.pss import PSSPrivateKey
+from keyd.transcript import Witnessed
+from keyd.upstream.borrower import Borrower
+from keyd.upstream.introduction import client_name, missing_octets
+from keyd.upstream.messages import (
+    MAX_FROM_BORROWER_OCTETS,
+    MAX_IN_FLIGHT,
+    QUIET_SECONDS,
+    Answer,
+    Ask,
+    Assembler,
+    Greeting,
+)
+
+__all__ = ["NOT_LENT", "Stream", "Streams"]
+
+#: Beside the names of keyd's statuses, why an ask is refused: the key is not lent to this client.
+NOT_LENT = "not_lent"
+#: How long the header may take: it is written before keyd can accept.
+_HEADER_SECONDS = 5.0
+#: How many messages one thread takes before it looks at anything else.
+_AT_ONCE = 16
+#: Answers that the kernel does not take: more than there are for all asks in flight.
+_MOST_UNSENT_OCTETS = 2 * MAX_IN_FLIGHT * MAX_REPLY_OCTETS
+#: Kinds of keys that take milliseconds, without Python's lock.
+_SLOW = (rsa.RSAPrivateKey, PSSPrivateKey)
+
+
+class Streams(ABC):
+    """What streams have in common, and who is told of what happens to them."""
+
+    epoll: select.epoll
+    #: Tells of streams that have room for answers again (``Stream.flush``).
+    writable: select.epoll
+    keys: Mapping[bytes, Key]
+
+    @abstractmethod
+    def introduced(self, name: str) -> Borrower | None:
+        """Whose stream it is; None to end it."""
+
+    @abstractmethod
+    def done(self, borrower: Borrower, operation: Operation, seconds: float) -> None:
+        """An operation was done, that took so long."""
+
+    @abstractmethod
+    def refused(self, name: str, why: str, status: Status, detail: str) -> bool:
+        """Something was refused; returns whether the stream is to end."""
+
+    @abstractmethod
+    def over(self, stream: "Stream") -> None:
+        """It is about to be closed."""
+
+
+class Stream:
+    def __init__(self, endpoint: socket.socket, streams: Streams) -> None:
+        self._socket = endpoint
+        self._streams = streams
+        self.borrower: Borrower | None = None
+        self._header = b""
+        self._assembler = Assembler(MAX_FROM_BORROWER_OCTETS)
+        self._begun = self._sent = time.monotonic()
+        #: Held while anything below is looked at.
+        self._lock = threading.Lock()
+        #: No thread reads it, and none will before ``_resume``.
+        self._paused = False
+        self._closed = False
+        self._leaves = self._ended = False
+        self._in_flight = 0
+        self._unsent = bytearray()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def arm(self) -> None:
+        """Have a thread call ``hear`` once there is something to hear; by the one that has heard.
+
+        Nothing more is read while answers wait, or before it leaves.
+        """
+        with self._lock:
+            self._paused = bool(self._unsent) or self._leaves
+            if not (self._paused or self._closed):
+                self._arm()
+
+    def _arm(self) -> None:
+        self._streams.epoll.modify(self._socket, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _resume(self) -> None:
+        """Read on. Holds the lock."""
+        if self._paused:
+            self._paused = False
+            self._arm()
+
+    def hear(self) -> Callable[[], None] | None:
+        """Take what has come; returns what takes long, to be done once it is armed again."""
+        try:
+            for _ in range(_AT_ONCE):
+                if self._unsent or not self._receive():
+                    return None
+                for message in self._assembler.messages():
+                    if (slow := self._take(Ask.decode(message))) is not None:
+                        return slow
+        except Malformed as error:
+            name = self.borrower.name if self.borrower else ""
+            self._streams.refused(name, "malformed", Status.MALFORMED, str(error))
+            self._close()
+        return None
+
+    def tick(self) -> None:
+        """About once a second: end it if there is no header in time, keep it from seeming idle."""
+        now = time.monotonic()
+        with self._lock:
+            if self._closed:
+                return
+            if self.borrower is None:
+                if now - self._begun > _HEADER_SECONDS:
+                    self._end()
+            elif now - self._sent > QUIET_SECONDS and not self._unsent:
+                self._send(Greeting(frozenset(self.borrower.grants)).encode())
+
+    def leave(self) -> None:
+        """Answer what was asked, take nothing more, and end."""
+        with self._lock:
+            self._leaves = True
+            self._end_if_done()
+
+    # --- reading ------------------------------------------------------------------
+
+    def _receive(self) -> bool:
+        """Read of what is wanted next; returns False if there is nothing to read now."""
+        if self._ended:
+            # What has come before the end is not looked at.
+            self._close()
+        if self._ended or self._leaves:
+            return False
+        missing = missing_octets(self._header) if self.borrower is None else 0
+        try:
+            octets = self._socket.recv(missing or self._assembler.wanted)
+        except BlockingIOError:
+            return False
+        except OSError:
+            octets = b""
+        if not octets:
+            self._close()
+            return False
+        if not missing:
+            self._assembler.add(octets)
+            return True
+        self._header += octets
+        if missing_octets(self._header):
+            return True
+        name = client_name(self._header)
+        self.borrower = self._streams.introduced(name) if name is not None else None
+        if self.borrower is None:
+            self._close()
+            return False
+        with self._lock:
+            self._send(Greeting(frozenset(self.borrower.grants)).encode())
+        return True
+
+    def _take(self, ask: Ask) -> Callable[[], None] | None:
+        perform = partial(self._perform, ask, time.monotonic())
+        with self._lock:
+            self._in_flight += 1
+        if isinstance(self._streams.keys.get(ask.request.key), _SLOW):
+            return perform
+        perform()
+        return None
+
+    # --- answering ----------------------------------------------------------------
+
+    def _perform(self, ask: Ask, came: float) -> None:
+        borrower = self._borrower
+        try:
+            if self._in_flight > MAX_IN_FLIGHT:
+                raise Refused(Status.EXHAUSTED, f"more than {MAX_IN_FLIGHT} asks at once")
+            if not borrower.take():
+                raise Refused(Status.EXHAUSTED, f"more than {borrower.rate}")
+            _check_time(ask, came)
+            granted, client = self._granted(ask)
+            until = came + ask.deadline_ms / 1000
+            whole = Whole(ask.request, granted, ask.client_hello, until)
+            result = fulfil(self._streams.keys, whole, client)
+        except Refused as refused:
+            self._refuse(ask, refused)
+            return
+        told = partial(self._told, ask, came)
+        if isinstance(result, bytes):
+            told(result)
+        else:
+            result(told)
+
+    def _granted(self, ask: Ask) -> tuple[frozenset[Power], Witnessed | None]:
+        """What is done with the key for this borrower's client, and what is known of that."""
+        request = ask.request
+        what = f"{request.operation.name.lower()} with key {request.key.hex()}"
+        lent = self._borrower.grants.get(request.key)
+        if lent is None:
+            raise Refused(Status.NOT_GRANTED, f"{what}, which is not lent to it")
+        granted = lent & ask.powers
+        if not may_ask(request.operation, granted):
+            raise Refused(Status.NOT_GRANTED, what)
+        if Power.SIGN_TLS13_CLIENT in granted:
+            # What is lent for that is lent for nothing else. No ClientHello has come from a peer.
+            return granted, None
+        client = witness(ask.client_hello)
+        if not isinstance(client, Witnessed):
+            status, reason = client
+            raise Refused(status, f"{what} for {reason}")
+        return granted, client
+
+    def _told(self, ask: Ask, came: float, result: bytes | str) -> None:
+        """Answer with a result, or with why there is none."""
+        operation = ask.request.operation
+        try:
+            if isinstance(result, str):
+                raise Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
+            _check_time(ask, came)
+        except Refused as refused:
+            self._refuse(ask, refused)
+            return
+        self._answer(ask.id, Reply(Status.DONE, result))
+        self._streams.done(self._borrower, operation, time.monotonic() - came)
+
+    def _refuse(self, ask: Ask, refused: Refused) -> None:
+        borrower = self._borrower
+        why = refused.status.name.lower()
+        if refused.status is Status.NOT_GRANTED and ask.request.key not in borrower.grants:
+            why = NOT_LENT
+        to_end = self._streams.refused(borrower.name, why, refused.status, refused.detail)
+        self._answer(ask.id, Reply(refused.status))
+        if to_end:
+            with self._lock:
+                self._end()
+
+    @property
+    def _borrower(self) -> Borrower:
+        if self.borrower is None:
+            raise RuntimeError("nobody has introduced the client of this stream")
+        return self.borrower
+
+    def _answer(self, number: int, reply: Reply) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            if not self._closed:
+                self._send(Answer(number, reply).encode())
+                self._end_if_done()
+
+    def _send(self, octets: bytes) -> None:
+        """Send, or keep for later what the kernel does not take. Holds the lock."""
+        self._sent = time.monotonic()
+        sent = 0
+        if not self._unsent:
+            try:
+                sent = self._socket.send(octets, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+            except OSError:
+                # The thread that reads it learns that it is closed.
+                return
+        waits = bool(self._unsent)
+        self._unsent += octets[sent:]
+        if len(self._unsent) > _MOST_UNSENT_OCTETS:
+            self._end()
+        elif self._unsent and not waits:
+            self._await_room()
+
+    def _await_room(self) -> None:
+        self._streams.writable.modify(self._socket, select.EPOLLOUT | select.EPOLLONESHOT)
+
+    def flush(self) -> None:
+        """Send what was kept: there is room."""
+        with self._lock:
+            if self._closed or not self._unsent:
+                return
+            try:
+                del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._unsent.clear()
+            if self._unsent:
+                self._await_room()
+            elif self._leaves:
+                self._end_if_done()
+            else:
+                self._resume()
+
+    # --- ending -------------------------------------------------------------------
+
+    def _end_if_done(self) -> None:
+        """Holds the lock."""
+        if self._leaves and not (self._in_flight or self._unsent):
+            self._end()
+
+    def _end(self) -> None:
+        """Have the thread that reads it close it. Holds the lock."""
+        self._ended, self._leaves = True, False
+        self._unsent.clear()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if not self._closed:
+            self._resume()
+
+    def _close(self) -> None:
+        """By the thread that reads it."""
+        with self._lock:
+            # Forgotten before it is closed: another one may get its number at once.
+            self._streams.over(self)
+            self._closed = True
+            self._unsent.clear()
+            self._socket.close()
+
+
+def _check_time(ask: Ask, came: float) -> None:
+    """Raises Refused for an ask whose answer comes too late."""
+    if time.monotonic() - came >= ask.deadline_ms / 1000:
+        what = ask.request.operation.name.lower()
+        raise Refused(Status.EXPIRED, f"{what} after its {ask.deadline_ms} ms")

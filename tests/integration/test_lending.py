@@ -1,0 +1,274 @@
+"""Keys that are lent to other hosts: to those that the configuration names, and to nobody else.
+
+One titus-py has the keys. The test is the other hosts, also those that were taken over.
+"""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from OpenSSL import SSL
+
+from keyd.protocol import Power, Reply, Status
+from keyd.reference import key_id
+from keyd.upstream.messages import Greeting
+
+from .client_authority import ClientAuthority, ClientCertificate
+from .conftest import Certificates, Serve
+from .hellos import certificate_verify, client_hello, flight
+from .instance import TITUS_PY, Instance, eventually
+from .lending import Borrowing, signing
+from .peers import Truncated
+from .service import status
+from .tokens import scratch
+
+#: How a connection ends that nobody wants.
+ENDS = (SSL.Error, Truncated, ConnectionResetError, BrokenPipeError)
+
+
+class Lender(NamedTuple):
+    instance: Instance
+    socket: Path
+    hosts: dict[str, ClientCertificate]
+    keys: dict[str, bytes]
+    public: ec.EllipticCurvePublicKey
+
+
+def identity_of(key: Path) -> bytes:
+    return key_id(load_pem_private_key(key.read_bytes(), None).public_key())
+
+
+@pytest.fixture(scope="module")
+def lender(serve_all: Serve, certificates: Certificates) -> Iterator[Lender]:
+    with scratch() as directory:
+        yield _lender(serve_all, certificates, directory)
+
+
+def _lender(serve_all: Serve, certificates: Certificates, directory: Path) -> Lender:
+    authority = ClientAuthority(directory / "hosts")
+    hosts = {
+        name: authority.issue(name, dns=(), self_signed=True)
+        for name in ("proxy-a", "proxy-b", "proxy-c", "stranger")
+    }
+    own, others = certificates("P-256", "a.test"), certificates("P-256", "b.test")
+    path = directory / "lend.sock"
+    instance = serve_all(
+        f"unix:{path}",
+        vhost=[
+            {
+                "client_certificates": "required",
+                "send_proxy": "v2-tls-cert",
+                "client": [
+                    {"name": name, "spki": [host.spki]}
+                    for name, host in hosts.items()
+                    if name != "stranger"
+                ],
+            }
+        ],
+        keyd={
+            "lend": f"unix:{path}",
+            "client": [
+                {"name": "proxy-a", "keys": [own.key]},
+                {"name": "proxy-b", "keys": [others.key], "rate": "5/h"},
+            ],
+        },
+    )
+    keys = {"own": identity_of(own.key), "others": identity_of(others.key)}
+    public = load_pem_private_key(own.key.read_bytes(), None).public_key()
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    return Lender(instance, path, hosts, keys, public)
+
+
+def borrowing(lender: Lender, host: str) -> Borrowing:
+    return Borrowing(lender.instance.port, lender.hosts[host])
+
+
+def test_a_host_has_signed_what_it_may(lender: Lender) -> None:
+    with borrowing(lender, "proxy-a") as host:
+        assert host.begin() == Greeting(frozenset({lender.keys["own"]}))
+        reply = host.ask(signing(lender.keys["own"]))
+        assert reply.status is Status.DONE
+        octets = certificate_verify(client_hello(), flight())
+        lender.public.verify(reply.payload, octets, ec.ECDSA(hashes.SHA256()))
+
+        def shown() -> bool:
+            counts = status(lender.instance)["counts"]
+            (one, _) = status(lender.instance)["lending"]
+            return counts["lent"].get("proxy-a", 0) >= 1 and one["streams"] == 1
+
+        eventually(shown, "the status has it")
+    command = [TITUS_PY, "status", f"--pid={lender.instance.pid}"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"keys lent to .*\n.*\n proxy-a +\d +1 +1000/s +\d", text), text
+
+
+def test_a_strangers_host(lender: Lender) -> None:
+    """Whose key no virtual host knows: it does not get past the handshake."""
+    with borrowing(lender, "stranger") as host, pytest.raises(ENDS):
+        host.begin()
+    ended = lender.instance.wait_for_event("handshake_failed", client=host.client.name)
+    assert ended["end"] == "client_certificate"
+
+
+def test_a_host_that_keyd_does_not_know(lender: Lender) -> None:
+    """Its virtual host does: the refusal has its name."""
+    with borrowing(lender, "proxy-c") as host:
+        host.client.handshake()
+        with suppress(*ENDS):
+            assert host.hear() is None
+    refused = lender.instance.wait_for_event("lending_refused", client_name="proxy-c")
+    assert (refused["status"], refused["level"], refused["count"]) == ("stranger", "error", 1)
+
+
+def test_a_host_that_asks_for_anothers_key(lender: Lender) -> None:
+    """It is told no, and counted by its name; what it may ask, it may still ask."""
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
+        assert host.ask(signing(lender.keys["others"])) == Reply(Status.NOT_GRANTED)
+        refused = lender.instance.wait_for_event(
+            "lending_refused", client_name="proxy-a", status="not_lent"
+        )
+        assert refused["attempted"].endswith(
+            f"{lender.keys['others'].hex()}, which is not lent to it"
+        )
+        assert host.ask(signing(lender.keys["own"])).status is Status.DONE
+
+        def counted() -> bool:
+            return "proxy-a not_lent" in status(lender.instance)["counts"]["lending_refused"]
+
+        eventually(counted, "it is counted")
+
+
+@pytest.mark.parametrize(
+    ("changed", "answer"),
+    [
+        ({"powers": frozenset({Power.SIGN_TLS12})}, Status.NOT_GRANTED),
+        ({"client_hello": client_hello(random=bytes(32))}, Status.NOT_TLS),
+        ({"client_hello": b""}, Status.UNWITNESSED),
+    ],
+)
+def test_what_no_handshake_needs(
+    lender: Lender, changed: dict[str, object], answer: Status
+) -> None:
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
+        assert host.ask(signing(lender.keys["own"], **changed)) == Reply(answer)
+    lender.instance.wait_for_event(
+        "lending_refused", client_name="proxy-a", status=answer.name.lower()
+    )
+
+
+def test_a_flood(lender: Lender) -> None:
+    """So many in an hour: of the others, the log has a few lines, and another host no harm."""
+    with borrowing(lender, "proxy-b") as host, borrowing(lender, "proxy-a") as other:
+        host.begin()
+        other.begin()
+        for number in range(200):
+            host.client.send(signing(lender.keys["others"], number).encode())
+        answers = [host.hear() for _ in range(200)]
+        statuses = [
+            answer.reply.status for answer in answers if not isinstance(answer, Greeting | None)
+        ]
+        assert statuses == [Status.DONE] * 5 + [Status.EXHAUSTED] * 195
+        assert other.ask(signing(lender.keys["own"])).status is Status.DONE
+
+        def counted() -> bool:
+            counts = status(lender.instance)["counts"]["lending_refused"]
+            return bool(counts.get("proxy-b exhausted") == 195)
+
+        eventually(counted, "each is counted")
+    told = lender.instance.events_named("lending_refused", client_name="proxy-b")
+    assert sum(event["count"] for event in told) == 195
+    assert all(event["level"] == "warning" for event in told)
+
+
+def test_nobody_else_connects(lender: Lender) -> None:
+    """Not another user, by the socket's mode; and keyd does not hear root."""
+    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+
+    def attempt(path: Path) -> str:
+        return subprocess.run(
+            [sys.executable, "-S", "-c", program, path],
+            user="nobody",
+            group="nogroup",
+            extra_groups=[],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        ).stderr
+
+    assert "PermissionError" in attempt(lender.socket)
+    with socket.socket(socket.AF_UNIX) as anybodys:
+        beside = lender.socket.with_name("anybodys.sock")
+        anybodys.bind(str(beside))
+        beside.chmod(0o666)
+        anybodys.listen()
+        assert attempt(beside) == ""
+    with socket.socket(socket.AF_UNIX) as root:
+        root.settimeout(30)
+        root.connect(str(lender.socket))
+        assert root.recv(1) == b""
+    what = f"a connection from uid {os.getuid()}"
+    refused = lender.instance.wait_for_event("lending_refused", status="stranger", attempted=what)
+    assert "client_name" not in refused
+
+
+def test_the_audit_finds_nothing_amiss(lender: Lender) -> None:
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
+        audit = subprocess.run(
+            [TITUS_PY, "audit", "--quiet", f"--pid={lender.instance.pid}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert audit.returncode == 0, audit.stdout + audit.stderr
+        assert host.ask(signing(lender.keys["own"])).status is Status.DONE
+
+
+def test_a_reload_takes_a_host_out(lender: Lender) -> None:
+    """And one that stays has its stream ended, to connect to what serves now. The last test."""
+    configuration = lender.instance.directory / "titus.toml"
+    text = configuration.read_text()
+    with borrowing(lender, "proxy-a") as host, borrowing(lender, "proxy-b") as out:
+        host.begin()
+        out.begin()
+        # The second table goes.
+        start = text.index("[[keyd.client]]", text.index("[[keyd.client]]") + 1)
+        end = text.index("[", start + 3)
+        end = text.index("\n[", start + 3) + 1
+        configuration.write_text(text[:start] + text[end:])
+        subprocess.run([TITUS_PY, "reload", f"--pid={lender.instance.pid}"], check=True)
+        for one in (host, out):
+            with suppress(*ENDS):
+                assert one.hear() is None
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
+        assert host.ask(signing(lender.keys["own"])).status is Status.DONE
+    with borrowing(lender, "proxy-b") as out:
+        out.client.handshake()
+        with suppress(*ENDS):
+            assert out.hear() is None
+    lender.instance.wait_for_event("lending_refused", client_name="proxy-b", status="stranger")
+    # A keyd that ends is followed by one that lends.
+    lender.instance.expected_alarms.add("keyd_died")
+    lender.instance.keyd().kill()
+    lender.instance.wait_for_event("keyd_died")
+
+    def lends_again() -> bool:
+        with suppress(*ENDS, AssertionError), borrowing(lender, "proxy-a") as host:
+            host.begin()
+            return host.ask(signing(lender.keys["own"])).status is Status.DONE
+        return False
+
+    eventually(lends_again, "the next keyd lends", 30)

@@ -1,0 +1,247 @@
+"""Lending keys to other hosts: what goes with that in a configuration, and what keyd is told.
+
+Run by the supervisor and by the commands. None of them reads a key: ``keyd check`` does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from keyd.protocol import mask_of
+from keyd.upstream.messages import MAX_BORROWERS, MAX_LENT_KEYS
+from titus_py.configuration.across_tables import each_valid, valid_part
+from titus_py.configuration.helper import KEYD_CHECK, Helper, Unanswered
+from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.paths import TokenUri
+from titus_py.configuration.tables import (
+    Backend,
+    ClientCertificates,
+    Configuration,
+    Keyd,
+    KeydSocket,
+    Lending,
+    LentKey,
+    Worker,
+)
+
+__all__ = [
+    "LentFacts",
+    "ask_about_lent_keys",
+    "lending_mistakes",
+    "lent_keys",
+    "lent_to_nobody",
+    "told",
+]
+
+
+class LentFacts(NamedTuple):
+    """What is public about a key that is lent."""
+
+    key_id: bytes
+    #: For a key in a token (``keyd.reference``).
+    reference: str
+
+
+def lent_keys(tables: dict[str, Any], source: Source) -> dict[LentKey, list[str]]:
+    """The keys that are lent, each with the places of its setting."""
+    found: dict[LentKey, list[str]] = {}
+    lending = valid_part(Lending, tables["keyd"], source)
+    for i, client in enumerate(lending.client if lending else ()):
+        for key in client.lent:
+            found.setdefault(key, []).append(f"keyd.client[{i}].keys")
+    return found
+
+
+def lending_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
+    lending = valid_part(Lending, tables["keyd"], source)
+    if lending is None:
+        return
+    if lending.lend is None:
+        if lending.client:
+            yield source.mistake(
+                "keyd.lend", "is missing: without it, no host of [[keyd.client]] reaches keyd"
+            )
+        return
+    if not lending.client:
+        yield source.mistake(
+            "keyd.client", "is missing: say whom keyd is to sign for, each in a [[keyd.client]]"
+        )
+    if len(lending.client) > MAX_BORROWERS:
+        yield source.mistake("keyd.client", f"more than {MAX_BORROWERS}: split them among hosts")
+    keyd = valid_part(KeydSocket, tables["keyd"], source)
+    if keyd is not None and keyd.socket is not None:
+        yield source.mistake(
+            "keyd.lend",
+            f"does not go with keyd.socket: only a keyd that titus-py starts lends keys, and the "
+            f"one at {keyd.socket} is not",
+        )
+    worker = valid_part(Worker, tables["worker"], source)
+    if worker is not None and worker.backend_groups == ():
+        yield source.mistake(
+            "worker.backend_groups", "has no group by which the parent could reach keyd.lend"
+        )
+    yield from _mistakes_of_clients(lending, valid_part(Keyd, tables["keyd"], source), source)
+    yield from _mistakes_of_vhosts(lending, tables, source)
+
+
+def _mistakes_of_clients(lending: Lending, keyd: Keyd | None, source: Source) -> Iterator[Mistake]:
+    for i, client in enumerate(lending.client):
+        place = f"keyd.client[{i}]"
+        in_tokens = [isinstance(key, TokenUri) for key in client.keys]
+        if any(in_tokens) and keyd is not None and keyd.token_user is None:
+            yield source.mistake(
+                "keyd.token_user",
+                f"is missing: a key of {source.reference(place)} is in a token, whose module needs "
+                "a user to run as",
+            )
+        if client.passphrase_file is not None and all(in_tokens):
+            yield source.mistake(
+                f"{place}.passphrase_file",
+                "does not go with keys in tokens: a PIN's file is named in the URI (pin-source=)",
+            )
+        if len(client.keys) > MAX_LENT_KEYS:
+            yield source.mistake(f"{place}.keys", f"more than {MAX_LENT_KEYS} keys")
+
+
+def _mistakes_of_vhosts(
+    lending: Lending, tables: dict[str, Any], source: Source
+) -> Iterator[Mistake]:
+    """Of the way from other hosts to keyd: a virtual host that knows them."""
+    names: set[str] = set()
+    leading = False
+    certificates = dict(each_valid(ClientCertificates, tables, "vhost", source))
+    for i, vhost in each_valid(Backend, tables, "vhost", source):
+        settings = [key for key, backend in vhost.all_backends if backend == lending.lend]
+        if not settings:
+            continue
+        leading = True
+        names |= {client.name for client in vhost.client}
+        where = f"vhost[{i}]"
+        if vhost.send_proxy != "v2-tls-cert":
+            yield source.mistake(
+                f"{where}.send_proxy",
+                f'has to be "v2-tls-cert": {where}.{settings[0]} is keyd.lend, and keyd learns by '
+                "it which client has come",
+            )
+        asked = certificates.get(i)
+        if not vhost.client or (asked and asked.client_certificates != "required"):
+            yield source.mistake(
+                f"{where}.client_certificates",
+                f'has to be "required", with a [[vhost.client]] for each host: '
+                f"{where}.{settings[0]} is keyd.lend",
+            )
+    if not leading:
+        yield source.mistake("keyd.lend", f"{lending.lend}: is the backend of no [[vhost]]")
+        return
+    for i, client in enumerate(lending.client):
+        if client.name not in names:
+            yield source.mistake(
+                f"keyd.client[{i}].name",
+                f"{client.name}: no [[vhost.client]] of a virtual host whose backend is keyd.lend "
+                "has this name",
+            )
+
+
+def lent_to_nobody(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Warnings of clients that are let in by a virtual host, and by keyd are not."""
+    known = {client.name for client in configuration.keyd.client}
+    for i, vhost in enumerate(configuration.vhost):
+        for j, client in enumerate(vhost.client):
+            if (
+                configuration.keyd.lend in (client.backend or vhost.backend)
+                and client.name not in known
+            ):
+                yield source.mistake(
+                    f"vhost[{i}].client[{j}].name",
+                    f"{client.name}: no [[keyd.client]] has this name, so keyd hears nothing of it",
+                )
+
+
+def told(
+    configuration: Configuration, lent: Mapping[LentKey, LentFacts]
+) -> dict[str, object] | None:
+    """What keyd is told, for ``keyd.upstream.lender``; None where nothing is lent."""
+    if configuration.keyd.lend is None:
+        return None
+    uids = configuration.worker.uids
+    return {
+        "uids": [uids[0], uids[-1]],
+        "clients": [
+            {
+                "name": client.name,
+                "grants": {lent[key].key_id.hex(): mask_of(client.powers) for key in client.lent},
+                "most": client.rate.most,
+                "seconds": client.rate.seconds,
+            }
+            for client in configuration.keyd.client
+        ],
+    }
+
+
+# --- asking keyd check -------------------------------------------------------------
+
+
+class _Problem(BaseModel):
+    field: str
+    reason: str
+
+
+class _Answer(BaseModel):
+    mistakes: list[_Problem]
+    warnings: list[_Problem]
+    own_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    reference: str | None
+
+
+_ANSWERS = TypeAdapter(list[_Answer])
+_EACH_SECONDS = 1.0
+
+
+def ask_about_lent_keys(
+    lent: Mapping[LentKey, Sequence[str]],
+    of_tokens: Mapping[str, object] | None,
+    source: Source,
+    timeout: float,
+) -> tuple[dict[LentKey, LentFacts], list[Mistake], list[Mistake]]:
+    """What is known of them, mistakes and warnings."""
+    facts: dict[LentKey, LentFacts] = {}
+    mistakes: list[Mistake] = []
+    warnings: list[Mistake] = []
+    if not lent:
+        return facts, mistakes, warnings
+    question = [
+        {
+            "certificate": None,
+            "key": one.key and str(one.key),
+            "passphrase_file": one.passphrase_file and str(one.passphrase_file),
+            "token": {"uri": one.token, "settings": of_tokens} if one.token and of_tokens else None,
+        }
+        for one in lent
+    ]
+    try:
+        octets = Helper(KEYD_CHECK).ask(question, timeout + _EACH_SECONDS * len(lent))
+        answers = _ANSWERS.validate_json(octets)
+        if len(answers) != len(lent):
+            raise Unanswered(f"{len(answers)} answers to {len(lent)} questions")
+    except (ValidationError, Unanswered) as error:
+        reason = f"keys could not be checked by 'keyd check': {error}"
+        return facts, [source.mistake("keyd.client", reason)], warnings
+    for (key, places), answer in zip(lent.items(), answers, strict=True):
+        for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
+            for problem in problems:
+                place = places[0]
+                if problem.field == "passphrase_file":
+                    place = f"{place.removesuffix('keys')}passphrase_file"
+                found.append(source.mistake(place, problem.reason))
+        if answer.own_key is not None:
+            facts[key] = LentFacts(bytes.fromhex(answer.own_key), answer.reference or "")
+        elif not answer.mistakes and (key.token is None or of_tokens is not None):
+            mistakes.append(
+                source.mistake(
+                    places[0],
+                    "a key in a token that is not there now: which key it is has to be known "
+                    "before it is lent",
+                )
+            )
+    return facts, mistakes, warnings
