@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,30 @@ def test_no_other_file_is_replaced(path: Path) -> None:
 def test_a_directory_that_is_not_there(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         listen_at(UnixAddress(f"{path}/x"), ROOTS, 1)
+
+
+#: As the unit has titus-py: root, without CAP_CHOWN.
+_WITHOUT_CHOWN = """
+import sys
+import prctl
+from keyd.linux.credentials import give_up_capabilities, permitted_capabilities
+from titus_py.configuration.address import UnixAddress
+from titus_py.configuration.socket_access import SocketAccess
+from titus_py.supervisor.socket_files import listen_at, update
+
+give_up_capabilities(permitted_capabilities() - {prctl.CAP_CHOWN, prctl.CAP_FOWNER})
+address = UnixAddress(sys.argv[1])
+listen_at(address, SocketAccess(0o660, None, 7), 1)
+update(address, SocketAccess(0o620, None, 8))
+try:
+    update(address, SocketAccess(0o620, 9, 8))
+except PermissionError:
+    print("refused")
+"""
+
+
+def test_a_group_takes_no_capability_beyond_what_the_unit_has(path: Path) -> None:
+    command = [sys.executable, "-I", "-c", _WITHOUT_CHOWN, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("refused\n", "")
+    assert access(path) == (0o620, 0, 8)
