@@ -47,7 +47,7 @@ _titus_py() {
                 2:*) options='new pin' ;;
                 *:new) options='--directory --type --force --config' ;;
                 *:pin)
-                    options='--server-name --timeout'
+                    options='--server-name --starttls --timeout'
                     if [[ $word != -* ]]; then
                         compopt -o filenames
                         mapfile -t COMPREPLY < <(compgen -f -- "$word")

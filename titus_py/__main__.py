@@ -170,6 +170,11 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     pin.add_argument("asked", metavar="FILE | HOST:PORT")
     pin.add_argument("--server-name", metavar="NAME", help="to ask the server for (default: HOST)")
     pin.add_argument(
+        "--starttls",
+        choices=["postgresql"],
+        help="the protocol by which the server is first asked for TLS, in the clear",
+    )
+    pin.add_argument(
         "--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="default: 10"
     )
     pin.set_defaults(run=_keys_pin)
@@ -297,7 +302,8 @@ def _keys_new(arguments: argparse.Namespace) -> int:
 def _keys_pin(arguments: argparse.Namespace) -> int:
     from titus_py.commands.keys_pin import pin
 
-    return pin(arguments.asked, arguments.server_name, arguments.timeout)
+    of = arguments
+    return pin(of.asked, of.server_name, of.timeout, of.starttls)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from titus_py.commands.keys_pin import pin
 
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, eventually, free_port
-from .peers import Listener, receive_exactly, was_reset
+from .peers import Listener, receive_exactly, served_by, was_reset
 from .peers import connect as plain
 
 
@@ -258,8 +258,33 @@ def test_servers_that_show_no_certificate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"N", "the server has no TLS"),
+        (b"E", "no server of PostgreSQL: it says b'E'"),
+        (b"", "no server of PostgreSQL: it has closed the connection"),
+    ],
+)
+def test_servers_that_are_asked_for_tls_and_have_none(
+    answer: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[bytes] = []
+
+    def refuse(connection: socket.socket) -> None:
+        asked.append(connection.recv(9))
+        connection.sendall(answer)
+
+    with Listener.tcp() as listener, served_by(listener, refuse):
+        assert pin(listener.address, None, 10, "postgresql") == 1
+    printed = capsys.readouterr()
+    assert (printed.out, f"no certificate was shown: {reason}" in printed.err) == ("", True)
+    assert asked == [bytes.fromhex("0000000804d2162f")]
+
+
+@pytest.mark.parametrize(
     ("asked", "said"),
     [
+        ("unix:x.sock", "is a unix socket: a server is written HOST:PORT"),
         ("127.0.0.1:0", "expected a port"),
         ("::1:443", "brackets"),
         ("https://example.org", "no such file"),

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cryptography.x509 import load_pem_x509_certificate
+
+from titus_py.commands.keys_pin import pin
+from titus_py.worker.certificate_facts import public_key_id
 
 from .certificates import Certificate
 from .client_authority import ClientAuthority
@@ -198,6 +202,15 @@ def test_by_a_unix_socket(ways: Ways) -> None:
     tunnel = f"unix:{ways.directory}/.s.PGSQL.5432"
     ended = ways.instance.wait_for_event("connection_ended", tunnel=tunnel)
     assert ended["client"].startswith(f"unix:uid={os.getuid()},pid=")
+
+
+def test_the_pin_of_one(
+    postgresql: Postgresql, site: Certificate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is asked for by hand, the first time."""
+    assert pin(postgresql.address, None, 30, "postgresql") == 0
+    shown = load_pem_x509_certificate(site.certificate.read_bytes())
+    assert capsys.readouterr().out == f"sha256:{public_key_id(shown).hex()}\n"
 
 
 def test_tls_may_begin_at_once(ways: Ways) -> None:

@@ -22,19 +22,21 @@ __all__ = ["pin"]
 _FILE_SECONDS = 30.0
 
 
-def pin(asked: str, server_name: str | None, seconds: float) -> int:
+def pin(asked: str, server_name: str | None, seconds: float, starttls: str | None = None) -> int:
     """Print the pin of a file's first public key, or of the one that a server shows.
 
-    Standard output has the pin and nothing else; whose it is goes to standard error. Returns the
-    exit code: 0, 1 if something failed, 2 for a mistake.
+    ``starttls`` is the protocol by which the server is first asked for TLS. Standard output has the
+    pin and nothing else; whose it is goes to standard error. Returns the exit code: 0, 1 if
+    something failed, 2 for a mistake.
     """
     try:
         if "/" in asked or ":" not in asked:
-            if server_name is not None:
-                _say(f"--server-name is for a server, and {asked} is a file")
-                return 2
+            for option, value in (("--server-name", server_name), ("--starttls", starttls)):
+                if value is not None:
+                    _say(f"{option} is for a server, and {asked} is a file")
+                    return 2
             return _of_file(asked)
-        return _of_server(asked, server_name, seconds)
+        return _of_server(asked, server_name, seconds, starttls)
     except KeyboardInterrupt:
         _say("interrupted")
         return 1
@@ -65,7 +67,7 @@ def _of_file(path: str) -> int:
     return 0
 
 
-def _of_server(asked: str, server_name: str | None, seconds: float) -> int:
+def _of_server(asked: str, server_name: str | None, seconds: float, starttls: str | None) -> int:
     try:
         address = parse_backend(asked)
         name = host_name(server_name).removesuffix(".") if server_name is not None else ""
@@ -73,7 +75,8 @@ def _of_server(asked: str, server_name: str | None, seconds: float) -> int:
         _say(f"{error} (a file is written with a slash: ./FILE)")
         return 2
     if not isinstance(address, IPAddress | NameAddress):
-        raise TypeError(address)
+        _say(f"{asked}: is a unix socket: a server is written HOST:PORT")
+        return 2
     host = address.host if isinstance(address, IPAddress) else address.name.removesuffix(".")
     if server_name is None and isinstance(address, NameAddress):
         name = host
@@ -83,7 +86,8 @@ def _of_server(asked: str, server_name: str | None, seconds: float) -> int:
             connected = socket.create_connection((host, address.port), seconds)
             opened.enter_context(connected)
             connected.setblocking(True)
-            shown = read_pins(connected.fileno(), name, max(ends - time.monotonic(), 0.1))
+            left = max(ends - time.monotonic(), 0.1)
+            shown = read_pins(connected.fileno(), name, left, starttls)
         except Unread as error:
             _say(f"{asked}: {error}")
             return 1

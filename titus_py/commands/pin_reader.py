@@ -6,9 +6,10 @@ answer on:
 
     python -m titus_py.commands.pin_reader SERVER CHROOT ANSWER SOURCE
 
-SERVER is "no" for a file, or else "yes", a colon and the name to ask the server for. The answer is
-JSON, one packet: ``keys``, a list of [SHA-256 of the SubjectPublicKeyInfo, whose it is, until when
-it is valid]; ``left_out``, how many there are beyond MOST_KEYS; ``problem``.
+SERVER is "no" for a file. For a server it is "tls", or "postgresql" if it is first asked for TLS in
+the clear, then a colon and the name to ask it for. The answer is JSON, one packet: ``keys``, a list
+of [SHA-256 of the SubjectPublicKeyInfo, whose it is, until when it is valid]; ``left_out``, how many
+there are beyond MOST_KEYS; ``problem``.
 """
 
 import base64
@@ -48,6 +49,7 @@ from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.making import self_signed
 from keyd.pem import Damaged, blocks
 from keyd.system_calls import MEMORY
+from titus_py.between.postgresql import NO, SSL_REQUEST, YES
 from titus_py.commands.pins import MOST_KEYS
 from titus_py.worker.certificate_facts import public_key_id
 
@@ -108,15 +110,17 @@ class CannotRead(Exception):
 def main() -> None:
     """Confine this process, read, answer, and end it."""
     server, chroot, answer_fd, source_fd = sys.argv[1:]
-    is_server, _, name = server.partition(":")
+    protocol, _, name = server.partition(":")
     answers, source = socket.socket(fileno=int(answer_fd)), int(source_fd)
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    peer = SSL.Connection(context, socket.socket(fileno=source)) if is_server == "yes" else None
+    peer = SSL.Connection(context, socket.socket(fileno=source)) if protocol != "no" else None
     _rehearse(context)
     _confine(chroot)
     keys: list[_Key] = []
     problem = ""
     try:
+        if protocol == "postgresql":
+            _ask_for_tls(source)
         keys = keys_of_file(source) if peer is None else _of_server(peer, name)
     except (CannotRead, OSError) as error:
         problem = str(error)
@@ -176,6 +180,17 @@ def _of_der(content: bytes) -> _Key:
         # Each form of a private key begins with the number of its version, of one octet.
         raise CannotRead(_PRIVATE)
     raise CannotRead("is neither a certificate nor a public key, in PEM or in DER")
+
+
+def _ask_for_tls(source: int) -> None:
+    """As PostgreSQL's clients do: one octet comes, in the clear. Raises CannotRead, OSError."""
+    os.write(source, SSL_REQUEST)
+    octet = os.read(source, 1)
+    if octet == NO:
+        raise CannotRead("no certificate was shown: the server has no TLS")
+    if octet != YES:
+        said = f"it says {octet!r}" if octet else "it has closed the connection"
+        raise CannotRead(f"no certificate was shown: no server of PostgreSQL: {said}")
 
 
 def _of_server(peer: SSL.Connection, name: str) -> list[_Key]:

@@ -43,16 +43,19 @@ class Shown(NamedTuple):
     left_out: int
 
 
-def read_pins(source: int, server_name: str | None, seconds: float) -> Shown:
+def read_pins(
+    source: int, server_name: str | None, seconds: float, starttls: str | None = None
+) -> Shown:
     """The keys of a file, or those that a TLS server shows.
 
     ``source`` is a descriptor: of the file, to be read, or of a connected socket. ``server_name``
-    is None for a file; for a server it is the name to ask it for, "" for none. Raises Unread.
+    is None for a file; for a server it is the name to ask it for, "" for none. ``starttls`` is the
+    protocol by which it is first asked for TLS. Raises Unread.
     """
     if os.geteuid() == 0:
         _CHROOT.mkdir(mode=0o555, parents=True, exist_ok=True)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server = "no" if server_name is None else f"yes:{server_name}"
+    server = "no" if server_name is None else f"{starttls or 'tls'}:{server_name}"
     with ours:
         ours.settimeout(seconds)
         with theirs, signals_held_back():
