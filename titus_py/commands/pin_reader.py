@@ -8,8 +8,8 @@ answer on:
 
 SERVER is "no" for a file. For a server it is "tls", or "postgresql" if it is first asked for TLS in
 the clear, then a colon and the name to ask it for. The answer is JSON, one packet: ``keys``, a list
-of [SHA-256 of the SubjectPublicKeyInfo, whose it is, until when it is valid]; ``left_out``, how many
-there are beyond MOST_KEYS; ``problem``.
+of [SHA-256 of the SubjectPublicKeyInfo, whose it is, until when it is valid]; ``left_out``, how
+many there are beyond MOST_KEYS; ``problem``.
 """
 
 import base64
