@@ -29,7 +29,7 @@ from .hellos import certificate_verify, client_hello, flight
 from .instance import TITUS_PY, Instance, eventually
 from .lending import Borrowing, signing
 from .peers import Truncated
-from .service import status
+from .service import reload, status
 from .tokens import scratch
 
 #: How a connection ends that nobody wants.
@@ -192,21 +192,22 @@ def test_a_flood(lender: Lender) -> None:
     assert all(event["level"] == "warning" for event in told)
 
 
+def attempt(path: Path) -> str:
+    """Another user's; returns what is said if it fails."""
+    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    return subprocess.run(
+        [sys.executable, "-S", "-c", program, path],
+        user="nobody",
+        group="nogroup",
+        extra_groups=[],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    ).stderr
+
+
 def test_nobody_else_connects(lender: Lender) -> None:
     """Not another user, by the socket's mode; and keyd does not hear root."""
-    program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
-
-    def attempt(path: Path) -> str:
-        return subprocess.run(
-            [sys.executable, "-S", "-c", program, path],
-            user="nobody",
-            group="nogroup",
-            extra_groups=[],
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        ).stderr
-
     assert "PermissionError" in attempt(lender.socket)
     with socket.socket(socket.AF_UNIX) as anybodys:
         beside = lender.socket.with_name("anybodys.sock")
@@ -221,6 +222,32 @@ def test_nobody_else_connects(lender: Lender) -> None:
     what = f"a connection from uid {os.getuid()}"
     refused = lender.instance.wait_for_event("lending_refused", status="stranger", attempted=what)
     assert "client_name" not in refused
+
+
+def test_nor_do_the_groups_that_backends_have(serve: Serve, certificates: Certificates) -> None:
+    """A stranger that connects may hold keyd up: by what it leaves in its socket (SO_LINGER)."""
+    with scratch() as directory:
+        directory.chmod(0o755)
+        path, key = directory / "lend.sock", certificates("P-256", "a.test").key
+        host = ClientAuthority(directory / "hosts").issue("proxy-a", dns=(), self_signed=True)
+        instance = serve(
+            f"unix:{path}",
+            vhost=[
+                {
+                    "client_certificates": "required",
+                    "send_proxy": "v2-tls-cert",
+                    "client": [{"name": "proxy-a", "spki": [host.spki]}],
+                }
+            ],
+            keyd={"lend": f"unix:{path}", "client": [{"name": "proxy-a", "keys": [key]}]},
+            worker={"backend_groups": ["nogroup"]},
+        )
+        for _ in range(2):
+            assert "PermissionError" in attempt(path)
+            with Borrowing(instance.port, host) as borrowed:
+                assert borrowed.begin().keys == {identity_of(key)}
+            # The next parent has another group.
+            assert reload(instance)["reloaded"]
 
 
 def test_the_audit_finds_nothing_amiss(lender: Lender) -> None:

@@ -80,7 +80,9 @@ def unreachable_sockets(configuration: "Configuration", source: Source) -> Itera
     ]
     for key, backend in backends:
         barrier = _barrier(backend.path, gids) if isinstance(backend, UnixAddress) else None
-        if barrier is not None:
+        # That of keyd.lend is our own: its group is the parent's, whichever that is.
+        own = backend == configuration.keyd.lend and barrier is not None and barrier.is_socket()
+        if barrier is not None and not own:
             yield source.mistake(
                 key,
                 f"{barrier} keeps titus-py from this socket, with the groups of "

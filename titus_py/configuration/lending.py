@@ -22,7 +22,6 @@ from titus_py.configuration.tables import (
     KeydSocket,
     Lending,
     LentKey,
-    Worker,
 )
 
 __all__ = [
@@ -75,11 +74,6 @@ def lending_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake
             "keyd.lend",
             f"does not go with keyd.socket: only a keyd that titus-py starts lends keys, and the "
             f"one at {keyd.socket} is not",
-        )
-    worker = valid_part(Worker, tables["worker"], source)
-    if worker is not None and worker.backend_groups == ():
-        yield source.mistake(
-            "worker.backend_groups", "has no group by which the parent could reach keyd.lend"
         )
     yield from _mistakes_of_clients(lending, valid_part(Keyd, tables["keyd"], source), source)
     yield from _mistakes_of_vhosts(lending, tables, source)

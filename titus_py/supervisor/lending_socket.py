@@ -12,11 +12,14 @@ from titus_py.configuration.socket_access import SocketAccess
 from titus_py.supervisor import socket_files
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.record import Event
 from titus_py.supervisor.socket_files import File
 
 __all__ = ["Left", "LendingSocket"]
 
 _BACKLOG = 128
+#: Only root can connect, and the parent where it has the capability for that.
+_NOBODYS = SocketAccess(0o600)
 
 
 class Left(NamedTuple):
@@ -28,8 +31,8 @@ class Left(NamedTuple):
 
 
 class LendingSocket:
-    def __init__(self, children: Children) -> None:
-        self._children = children
+    def __init__(self, children: Children, event: Event) -> None:
+        self._children, self._event = children, event
         self._address: UnixAddress | None = None
         self._listener: socket.socket | None = None
         self._file: File = (0, 0, 0)
@@ -41,11 +44,8 @@ class LendingSocket:
             return
         new = None
         if address is not None:
-            # Only root can connect, and so the parent by its capability; or it, by its group.
-            gids = configuration.worker.backend_gids
-            access = SocketAccess(0o660, None, gids[0]) if gids else SocketAccess(0o600)
             try:
-                new = socket_files.listen_at(address, access, _BACKLOG)
+                new = socket_files.listen_at(address, _NOBODYS, _BACKLOG)
             except OSError as error:
                 raise OSError(f"keyd.lend: {address}: {error.strerror or error}") from None
         self.close()
@@ -77,8 +77,22 @@ class LendingSocket:
         """Have its keyd hear what comes, if it is to lend keys."""
         if generation.configuration.keyd.lend is None or self._listener is None:
             return
+        self._let_in(generation)
         if generation.keyd is not None:
             self._children.order(generation.keyd, {"do": "lend"}, [self._listener.fileno()])
+
+    def _let_in(self, generation: Generation) -> None:
+        """Let its parent connect, and no other process: what connects may hold keyd up."""
+        access = _NOBODYS
+        if generation.configuration.worker.backend_gids is not None:
+            # It has no capability for that, and a group of its own.
+            access = SocketAccess(0o660, None, generation.uids[-1])
+        try:
+            if self._address is not None and socket_files.is_there(self._address, self._file):
+                socket_files.update(self._address, access)
+        except OSError as error:
+            reason = f"keyd.lend: {self._address}: {error.strerror}"
+            self._event("socket_file", level="error", reason=reason)
 
     def lend_no_more(self, generation: Generation) -> None:
         """Have its keyd answer what it was asked, and leave the rest to the one that serves."""

@@ -166,7 +166,7 @@ class _Supervisor:
             lambda generation: takeover.ready(generation),
             resolver,
         )
-        self._lending = lending = LendingSocket(children)
+        self._lending = lending = LendingSocket(children, record)
         self._takeover = takeover = Takeover(
             loop, record, service, generations, children, listeners, uids, backends, lending
         )

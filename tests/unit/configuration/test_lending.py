@@ -125,11 +125,6 @@ def test_without_it_nothing_is_told(files: Files) -> None:
             "keyd.token_user: is missing: a key of ",
         ),
         (
-            "[worker]\nbackend_groups = []\n" + LEND + CLIENT,
-            {},
-            "worker.backend_groups: has no group by which the parent could reach keyd.lend",
-        ),
-        (
             '[metrics]\naddress = "unix:lend.sock"\n' + LEND + CLIENT,
             {},
             "metrics.address: unix:",
