@@ -161,11 +161,19 @@ def counted(instance: Instance, what: str) -> dict[str, int]:
     return cast(dict[str, int], counts[what])
 
 
+def live(instance: Instance, name: str) -> int:
+    """How many connections the status has for a client."""
+    vhosts = ask(instance.pid, {"do": "status"}, 10)["vhosts"]
+    (found,) = (one["live"] for vhost in vhosts for one in vhost["clients"] if one["name"] == name)
+    return cast(int, found)
+
+
 def test_no_more_than_so_many_at_once(
     instance: Instance, clients: dict[str, ClientCertificate]
 ) -> None:
     two = [Client(instance, clients["few"]) for _ in range(2)]
     assert [client.heard for client in two] == [b"common"] * 2
+    eventually(lambda: live(instance, "few") == 2, "both are known")
     with Client(instance, clients["few"]) as third:
         assert third.heard == b""
     ended = instance.wait_for_event("connection_ended", client=third.name)
@@ -178,6 +186,7 @@ def test_no_more_than_so_many_at_once(
         assert other.heard == b"own"
     two[0].close()
     instance.wait_for_event("connection_ended", client=two[0].name)
+    assert live(instance, "few") == 1
     with Client(instance, clients["few"]) as third:
         assert third.heard == b"common"
     two[1].close()
@@ -202,6 +211,7 @@ def test_no_faster_than_so_many(instance: Instance, clients: dict[str, ClientCer
     assert vhost["clients"][2] == {
         "name": "slow",
         "backend": "",
+        "live": 0,
         "connections": None,
         "rate": "3/h",
     }

@@ -219,8 +219,8 @@ def _virtual_hosts(vhosts: Iterable[Mapping[str, Any]], counts: Mapping[str, Any
         for one in vhost["backends"]:
             table.add_row(_text(f"  {one['protocol']}"), "", *_backend(one, how))
         for one in vhost.get("clients", ()):
-            refused = _refused(one["name"], counts)
-            table.add_row(_text(f"  client {one['name']}"), "", _text(one["backend"]), refused)
+            has = _text(f"{one['live']} live ").append_text(_refused(one["name"], counts))
+            table.add_row(_text(f"  client {one['name']}"), "", _text(one["backend"]), has)
     return table
 
 

@@ -349,6 +349,11 @@ class Connections:
             worker.kill(limit)
             self._limits_hit.note(limit, worker.address, **self._named(worker))
             return
+        named = self._named(worker)
+        if named:
+            # For the status. In the log, it is with the connection's end.
+            name = named["client_name"]
+            self._tell("client_known", connection=worker.connection, client_name=name)
         self._backends.dial(worker, dial)
 
     def _past_handshake(self, worker: Worker) -> None:

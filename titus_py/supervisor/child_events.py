@@ -238,6 +238,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "tunnel": _optional(_COUNT),
             "uid": _COUNT,
         },
+        "client_known": {"connection": _COUNT, "client_name": _TEXT},
         "connection_over": {
             "level": _LEVEL,
             "connection": _COUNT,

@@ -29,6 +29,7 @@ def exposition(metrics: Metrics, status: Mapping[str, Any]) -> bytes:
 
 
 def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Family"]:
+    vhosts = status.get("vhosts", ())
     live = sum(generation["connections"] for generation in status.get("generations", ()))
     yield _counter(
         "connections_accepted", "Clients that had a worker, or said nothing until their end."
@@ -58,6 +59,12 @@ def _of_connections(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_F
     yield _counter(
         "client_connections", "Connections of each [[vhost.client]], counted when they have ended."
     ).by("client", metrics.clients)
+    known = _gauge("client_connections_live", "Connections that each [[vhost.client]] has.")
+    for name, count in sorted(
+        {one["name"]: one["live"] for vhost in vhosts for one in vhost.get("clients", ())}.items()
+    ):
+        known.add(count, client=name)
+    yield known
     yield (
         _counter(
             "transferred_bytes",

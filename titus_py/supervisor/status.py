@@ -76,15 +76,26 @@ def _client_files(
     ]
 
 
-def _client(client: Client) -> dict[str, object]:
-    """A known client, and what it may have; how much it was refused is among the counts."""
+def _client(client: Client, live: Counter[str]) -> dict[str, object]:
+    """A known client, what it has and may have; how much it was refused is among the counts."""
     rate = client.model_dump(include={"rate"})["rate"]
     return {
         "name": client.name,
         "backend": ", ".join(map(str, client.backend or ())),
+        "live": live[client.name],
         "connections": client.connections,
         "rate": rate,
     }
+
+
+def _live(generations: Generations) -> Counter[str]:
+    """How many connections each known client has, by its name."""
+    return Counter(
+        begun["client_name"]
+        for generation in generations
+        for begun in generation.connections.values()
+        if "client_name" in begun
+    )
 
 
 def _lending(generations: Generations) -> list[dict[str, object]]:
@@ -178,6 +189,7 @@ class Status:
         serving = self._generations.serving
         now = datetime.now(UTC)
         credentials = [one for one in serving.certificates if one.directory is None]
+        live = _live(self._generations)
         positions = {credential: position for position, credential in enumerate(credentials)}
         return {
             "version": self.version,
@@ -218,7 +230,7 @@ class Status:
                         }
                         for protocol, backends in vhost.backends.items()
                     ],
-                    "clients": [_client(one) for one in vhost.client],
+                    "clients": [_client(one, live) for one in vhost.client],
                     "health": self._health_of(vhost),
                     "certificates": [positions[one] for one in vhost.credentials.values()],
                     "certificate_dir": vhost.certificate_dir and str(vhost.certificate_dir),

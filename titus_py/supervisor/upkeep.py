@@ -95,6 +95,10 @@ class Upkeep:
             if len(generation.connections) > generation.uids_needed:
                 # More than there can be: the ends of the first ones were lost.
                 del generation.connections[next(iter(generation.connections))]
+        elif name == "client_known":
+            if (begun := generation.connections.get(event["connection"])) is not None:
+                begun["client_name"] = event["client_name"]
+            return
         elif name in _ENDS and event.get("uid") is not None:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
             if generation is self._generations.serving:

@@ -29,6 +29,7 @@ _NOT_LOGGED = {
     "alive",
     "claims",
     "claims_told",
+    "client_known",
     "connection_over",
     "operations",
     "ready",
