@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from keyd import mldsa
+from keyd.encrypted import beginning
 from keyd.powers import PrivateKey
 from keyd.pss import PSSPrivateKey, binding_of_key
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
@@ -121,7 +122,7 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
     if isinstance(key, rsa.RSAPrivateKey) and not _is_sound(key):
         raise UnusableKey("key", f"{path} is damaged: its numbers are not those of an RSA key")
     try:
-        bound = as_bound(key, pem)
+        bound = as_bound(key, pem if passphrase is None else beginning(pem, passphrase))
         reference_pem(bound.public_key())
     except UnsupportedKey as error:
         raise UnusableKey("key", f"{path} is {error}") from None
@@ -131,7 +132,8 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
 def as_bound(key: PrivateKeyTypes, written: bytes | memoryview) -> PrivateKey:
     """The key, bound to PSS if it was written so: the library takes it for a plain RSA key.
 
-    An encrypted one cannot be told. Raises UnsupportedKey for what no TLS server can use.
+    ``written`` is PKCS #8 that is not encrypted, or the beginning of it. Raises UnsupportedKey for
+    what no TLS server can use.
     """
     if not isinstance(key, rsa.RSAPrivateKey):
         return key  # type: ignore[return-value]

@@ -6,7 +6,6 @@ beside it, which is kept as it was written: it is part of what the key's id is m
 """
 
 import base64
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -15,6 +14,18 @@ from cryptography.hazmat.primitives.serialization import (
     KeySerializationEncryption,
     PrivateFormat,
     PublicFormat,
+)
+
+from keyd.der import (
+    BIT_STRING,
+    INTEGER,
+    OCTET_STRING,
+    SEQUENCE,
+    content,
+    head,
+    length,
+    members,
+    tlv,
 )
 
 __all__ = [
@@ -26,7 +37,6 @@ __all__ = [
     "spki_of_tbs",
 ]
 
-_SEQUENCE, _INTEGER, _BIT_STRING, _OCTET_STRING = 0x30, 0x02, 0x03, 0x04
 _PSS = bytes.fromhex("06092a864886f70d01010a")
 _MGF1 = bytes.fromhex("06092a864886f70d010108")
 _DIGESTS = {
@@ -58,7 +68,7 @@ class PSSPublicKey:
         if (encoding, form) != (Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
             raise ValueError("a key bound to PSS is written as SubjectPublicKeyInfo alone")
         numbers = self.key.public_bytes(Encoding.DER, PublicFormat.PKCS1)
-        return _tlv(_SEQUENCE, self.binding.algorithm + _tlv(_BIT_STRING, b"\0" + numbers))
+        return tlv(SEQUENCE, self.binding.algorithm + tlv(BIT_STRING, b"\0" + numbers))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -88,25 +98,26 @@ class PSSPrivateKey:
         if (encoding, form) != (Encoding.DER, PrivateFormat.PKCS8):
             raise ValueError("a key bound to PSS is written as PKCS #8 alone")
         numbers = self.key.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, protection)
-        version = _tlv(_INTEGER, b"\0")
-        return _tlv(_SEQUENCE, version + self.binding.algorithm + _tlv(_OCTET_STRING, numbers))
+        version = tlv(INTEGER, b"\0")
+        return tlv(SEQUENCE, version + self.binding.algorithm + tlv(OCTET_STRING, numbers))
 
 
 def binding_of_key(pkcs8: bytes | memoryview) -> Binding | None:
     """What a private key (PKCS #8, DER or PEM, not encrypted) is bound to; None: it is not.
 
-    Of a memoryview (DER), only what tells that is copied. Raises ValueError for parameters with
-    which no TLS server can use it.
+    The beginning of the DER is enough. Of a memoryview (DER), only what tells that is copied.
+    Raises ValueError for parameters with which no TLS server can use it.
     """
     if isinstance(pkcs8, bytes) and b"-----BEGIN PRIVATE KEY-----" in pkcs8:
         text = pkcs8.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
         pkcs8 = base64.b64decode(text)
-    elif pkcs8[:1] != bytes((_SEQUENCE,)):
+    elif pkcs8[:1] != bytes((SEQUENCE,)):
         return None
     try:
-        _, found, *_ = _members(pkcs8)
-        algorithm = bytes(found)
-        bound = next(_members(algorithm), b"") == _PSS
+        rest = pkcs8[head(pkcs8) :]
+        rest = rest[length(rest) :]
+        algorithm = bytes(rest[: length(rest)])
+        bound = next(members(algorithm), b"") == _PSS
     except ValueError:
         return None
     return _binding(algorithm) if bound else None
@@ -114,30 +125,30 @@ def binding_of_key(pkcs8: bytes | memoryview) -> Binding | None:
 
 def binding_of_tbs(tbs: bytes) -> Binding | None:
     """The same for a certificate's key: ``tbs`` is its TBSCertificate (RFC 5280 §4.1)."""
-    algorithm, *_ = _members(spki_of_tbs(tbs))
+    algorithm, *_ = members(spki_of_tbs(tbs))
     return _binding(bytes(algorithm))
 
 
 def spki_of_tbs(tbs: bytes) -> bytes:
     """The SubjectPublicKeyInfo of a certificate, as it was written: the library rewrites it."""
-    members = list(_members(tbs))
-    explicit_version = members[0][:1] == b"\xa0"
-    return bytes(members[6 if explicit_version else 5])
+    fields = list(members(tbs))
+    explicit_version = fields[0][:1] == b"\xa0"
+    return bytes(fields[6 if explicit_version else 5])
 
 
 def _binding(algorithm: bytes) -> Binding | None:
-    kind, *parameters = _members(algorithm)
+    kind, *parameters = members(algorithm)
     if kind != _PSS:
         return None
     if not parameters:
         return Binding(algorithm, None)
     # RSASSA-PSS-params (RFC 4055 §3.1): [0] digest, [1] mask generation, [2] salt, [3] trailer.
-    fields = {field[0] & 0x1F: bytes(_content(field)) for field in _members(parameters[0])}
+    fields = {field[0] & 0x1F: bytes(content(field)) for field in members(parameters[0])}
     digest = _digest(fields.get(0))
-    mask, *of_mask = _members(fields[1]) if 1 in fields else (b"",)
+    mask, *of_mask = members(fields[1]) if 1 in fields else (b"",)
     if mask != _MGF1 or not of_mask or _digest(of_mask[0]) != digest:
         raise ValueError("its mask is made with another digest than it signs with")
-    least_salt = int.from_bytes(_content(fields[2]), "big") if 2 in fields else 20
+    least_salt = int.from_bytes(content(fields[2]), "big") if 2 in fields else 20
     if least_salt > _DIGEST_OCTETS[digest]:
         raise ValueError(f"its salt has to have {least_salt} octets, more than its digest has")
     return Binding(algorithm, digest)
@@ -145,44 +156,7 @@ def _binding(algorithm: bytes) -> Binding | None:
 
 def _digest(algorithm: bytes | None) -> str:
     """Left out, it is SHA-1."""
-    kind = next(_members(algorithm), b"") if algorithm is not None else b""
+    kind = next(members(algorithm), b"") if algorithm is not None else b""
     if kind not in _DIGESTS:
         raise ValueError("it is bound to a digest other than SHA-256, SHA-384 and SHA-512")
     return _DIGESTS[kind]
-
-
-def _members(der: bytes | memoryview) -> Iterator[bytes]:
-    """The values within a constructed one, whole. Raises ValueError."""
-    content = _content(der)
-    while content:
-        length = _length(content)
-        yield content[:length]  # type: ignore[misc]
-        content = content[length:]
-
-
-def _content(der: bytes | memoryview) -> bytes | memoryview:
-    head = 2 if len(der) > 1 and der[1] < 0x80 else 2 + (der[1] & 0x7F if len(der) > 1 else 0)
-    return der[head : _length(der)]
-
-
-def _length(der: bytes | memoryview) -> int:
-    """Of the first value, its tag and length included. Raises ValueError."""
-    if len(der) < 2:
-        raise ValueError("not DER")
-    length, head = der[1], 2
-    if length >= 0x80:
-        count = length & 0x7F
-        head += count
-        length = int.from_bytes(der[2:head], "big")
-        if not 1 <= count <= 4:
-            raise ValueError("not DER")
-    if len(der) < head + length:
-        raise ValueError("not DER")
-    return head + length
-
-
-def _tlv(tag: int, content: bytes) -> bytes:
-    if len(content) < 0x80:
-        return bytes((tag, len(content))) + content
-    length = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
-    return bytes((tag, 0x80 | len(length))) + length + content

@@ -31,18 +31,35 @@ def make(directory: Path, *parameters: str) -> dict[str, str]:
     return files
 
 
+def encrypt(files: dict[str, str]) -> None:
+    """Put an encrypted key in the place of the one that is there."""
+    path = Path(files["key"])
+    files["passphrase_file"] = str(path.with_name("passphrase"))
+    Path(files["passphrase_file"]).write_text("a passphrase\n")
+    files["key"] = str(path.with_name("encrypted.key"))
+    command = ["openssl", "pkey", "-aes256", "-in", path, "-out", files["key"]]
+    command += ["-passout", f"file:{files['passphrase_file']}"]
+    subprocess.run(command, check=True, capture_output=True)
+    path.unlink()
+
+
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-@pytest.mark.parametrize(("parameters", "digest"), [([], "SHA256"), (BOUND, "SHA384")])
+@pytest.mark.parametrize(
+    ("parameters", "digest", "encrypted"), [([], "SHA256", False), (BOUND, "SHA384", True)]
+)
 def test_a_key_that_is_bound_to_pss(
     serve: Serve,
     echoing: Listener,
     tmp_path: Path,
     parameters: list[str],
     digest: str,
+    encrypted: bool,
     version: str,
 ) -> None:
     """It signs with the first digest that the client offers and the key is not kept from."""
     files = make(tmp_path, *parameters)
+    if encrypted:
+        encrypt(files)
     instance = serve(echoing.address, vhost=[files])
     command = ["openssl", "s_client", "-connect", f"localhost:{instance.port}", version]
     verified = ["-CAfile", files["certificate"], "-verify_return_error"]
