@@ -340,6 +340,7 @@ def _sources(arguments: argparse.Namespace) -> KeySources:
         tuple(map(os.path.abspath, files)),
         directory and os.path.abspath(directory),
         passphrase_file and os.path.abspath(passphrase_file),
+        token_options.pin_files(arguments),
     )
 
 

@@ -22,6 +22,8 @@ class KeySources(NamedTuple):
     directory: str | None
     #: Only keys that are encrypted get it.
     passphrase_file: str | None
+    #: What else may be in the directory: the PINs of tokens.
+    no_keys: frozenset[str] = frozenset()
 
     @property
     def any(self) -> bool:
@@ -60,4 +62,4 @@ class KeySources(NamedTuple):
         if not self.directory:
             return []
         found = sorted(map(str, Path(self.directory).iterdir()))
-        return [path for path in found if path != self.passphrase_file]
+        return [path for path in found if path not in {self.passphrase_file, *self.no_keys}]

@@ -28,6 +28,9 @@ def bind(
     mask = os.umask(0o777 & ~mode)
     try:
         listener.bind(path)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.umask(mask)
     if owner is not None:

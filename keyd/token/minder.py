@@ -64,7 +64,7 @@ def mind(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
         # The library, and not yet the module: of that, only a child's memory has anything.
         from keyd.token.session import SAID, SAID_FOR_GOOD, Wanted, serve
     except ImportError as error:
-        why = f"python-pkcs11 is missing (pip install 'titus-py[pkcs11]'): {error}"
+        why = f"python-pkcs11 is missing (docs/tokens.md has how to install it): {error}"
         _give_up(keyd, why)
     except ValueError as error:
         _give_up(keyd, str(error))

@@ -18,10 +18,10 @@ from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
 from keyd.token.keys import Token, TokenKey, rehearse_verifying
 from keyd.token.starting import Settings, user_named
 from keyd.token.starting import start as start_processes
-from keyd.token.uri import SCHEME, BadUri, parse
+from keyd.token.uri import SCHEME, BadUri, KeyUri, parse
 from keyd.words import say
 
-__all__ = ["SCHEME", "add", "add_command", "start"]
+__all__ = ["SCHEME", "add", "add_command", "pin_files", "start"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,19 +66,29 @@ def _token(arguments: argparse.Namespace) -> NoReturn:
     mind(settings, keyd)
 
 
+def pin_files(arguments: argparse.Namespace) -> frozenset[str]:
+    """The files of the tokens' PINs; raises LookupError for a mistake."""
+    return frozenset(uri.pin_file for uri in _uris(arguments) if uri.pin_file is not None)
+
+
+def _uris(arguments: argparse.Namespace) -> list[KeyUri]:
+    uris = []
+    for text in arguments.key:
+        if text.startswith(SCHEME):
+            try:
+                uris.append(parse(text))
+            except BadUri as error:
+                # Without its query, which may have a PIN in it that does not belong there.
+                raise LookupError(f"--key {text.partition('?')[0]} {error}") from None
+    return uris
+
+
 def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> list[Token]:
     """Start the processes of the tokens whose keys are named; raises LookupError for a mistake.
 
     ``found`` gets each key that can be used from then on.
     """
-    uris = []
-    for text in arguments.key:
-        if text.startswith(SCHEME):
-            try:
-                uris.append((parse(text), None))
-            except BadUri as error:
-                # Without its query, which may have a PIN in it that does not belong there.
-                raise LookupError(f"--key {text.partition('?')[0]} {error}") from None
+    uris = _uris(arguments)
     if not uris:
         return []
     user = None
@@ -92,6 +102,6 @@ def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> l
     settings = Settings(user, paths, environment, arguments.token_network, program, True)
     rehearse_verifying()
     try:
-        return start_processes(uris, settings, say, found)
+        return start_processes([(uri, None) for uri in uris], settings, say, found)
     except BadUri as error:
         raise LookupError(f"--key: a URI {error}") from None

@@ -1,6 +1,8 @@
 """docs/keyd.md, followed to the letter on a machine with systemd: nginx's key goes to keyd."""
 
 import re
+import shutil
+import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,9 @@ import pytest
 from .administrator import Administrator, package
 from .machine import Machine
 
-_GUIDE = (Path(__file__).parents[2] / "docs/keyd.md").read_text()
+_REPOSITORY = Path(__file__).parents[2]
+_GUIDE = (_REPOSITORY / "docs/keyd.md").read_text()
+_TOKENS = (_REPOSITORY / "docs/tokens.md").read_text()
 _UNIT = "keyd@nginx"
 _URL = "https://www.example.org/"
 _LOCAL_URL = "https://127.0.0.1/"
@@ -23,9 +27,9 @@ def administrator() -> Iterator[Administrator]:
         yield Administrator(machine)
 
 
-def _blocks(heading: str, indent: int) -> list[str]:
+def _blocks(heading: str, indent: int, guide: str = _GUIDE) -> list[str]:
     """What the guide has to be typed below this heading, block by block."""
-    section = re.split(r"^## ", _GUIDE.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+    section = re.split(r"^## ", guide.partition(f"## {heading}\n")[2], maxsplit=1, flags=re.M)[0]
     without_files = re.sub(r"^ *```.*?^ *```$", "", section, flags=re.DOTALL | re.M)
     blocks = re.findall(rf"(?:^ {{{indent}}}.*\n)+", without_files, re.MULTILINE)
     return [textwrap.dedent(block).rstrip() for block in blocks]
@@ -87,6 +91,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     _cannot_start(admin)
     _is_asked_by_others(admin)
     _is_renewed(admin)
+    _has_its_key_in_a_token(admin)
     _is_exposed_as_documented(admin)
     _is_removed(admin)
 
@@ -164,8 +169,29 @@ def _is_renewed(admin: Administrator) -> None:
     admin.types("rm /etc/titus-keyd/nginx/new.crt new.crt new.key")
 
 
+def _has_its_key_in_a_token(admin: Administrator) -> None:
+    """docs/tokens.md for nginx, except that nothing can be fetched here."""
+    (theirs,) = (admin.machine.root / "usr/lib/titus-py/lib").glob("python3.*/site-packages")
+    for name in ("pkcs11", "asn1crypto"):
+        shutil.copytree(Path(sysconfig.get_path("platlib"), name), theirs / name)
+    blocks = _blocks("A whole example, with SoftHSM", 4, _TOKENS)
+    admin.types("mv /etc/titus-keyd/nginx/new.key site.key")
+    admin.types(blocks[0])
+    (unit,) = [block for block in blocks if block.startswith("[Service]")]
+    drop_in = f"/etc/systemd/system/{_UNIT}.service.d/token.conf"
+    admin.writes(drop_in, unit.replace("OPTIONS=", "OPTIONS=--lock-memory=try ") + "\n")
+    admin.types(f"systemctl daemon-reload && systemctl restart {_UNIT}")
+    _requests(admin)
+    admin.types("until keyd status | grep 'token    web  ready  (signed [1-9]'; do sleep 0.2; done")
+    assert "left out: " not in admin.types(
+        f"journalctl --quiet _PID={admin.property(_UNIT, 'MainPID')}"
+    )
+    admin.types(f"rm {drop_in} && mv site.key /etc/titus-keyd/nginx/new.key")
+    admin.types(f"systemctl daemon-reload && systemctl restart {_UNIT}")
+
+
 def _is_exposed_as_documented(admin: Administrator) -> None:
-    documented = (Path(__file__).parents[2] / "docs/systemd.md").read_text()
+    documented = (_REPOSITORY / "docs/systemd.md").read_text()
     seen = admin.types(f"systemd-analyze security --no-pager {_UNIT}.service | tail -n 1")
     figure = re.search(r"level for \S+: ([\d.]+)", seen)
     assert figure
