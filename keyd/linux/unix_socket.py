@@ -12,8 +12,11 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
-__all__ = ["Peer", "bind", "has_ended", "peer_of", "set_access"]
+__all__ = ["File", "Peer", "bind", "file_of", "has_ended", "peer_of", "set_access"]
 
+#: A file on this machine: its device, its inode there, and when it was made. After its end, the
+#: inode's number may soon be another file's.
+File = tuple[int, int, int]
 #: struct ucred (unix(7)): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
 
@@ -37,15 +40,16 @@ def bind(
         set_access(path, mode, owner)
 
 
-def set_access(path: str, mode: int, owner: tuple[int, int]) -> os.stat_result:
-    """Give a socket's file this mode, and this uid and gid; returns its status before that.
+def set_access(path: str, mode: int, owner: tuple[int, int], known: File | None = None) -> File:
+    """Give a socket's file this mode, and this uid and gid; returns which file that is.
 
+    It has to be the one that is ``known``, if any is.
     Raises OSError. To give it to another user takes CAP_CHOWN, and to a group CAP_SETGID alone.
     """
     file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         seen = os.fstat(file)
-        if not stat.S_ISSOCK(seen.st_mode):
+        if not stat.S_ISSOCK(seen.st_mode) or (known is not None and file_of(seen) != known):
             raise FileExistsError(errno.EEXIST, "another file has taken its place", path)
         # By its descriptor, whatever the path leads to by now.
         by_descriptor = f"/proc/self/fd/{file}"
@@ -62,9 +66,14 @@ def set_access(path: str, mode: int, owner: tuple[int, int]) -> os.stat_result:
         finally:
             with suppress(PermissionError):
                 os.setgroups(groups)
-        return seen
+        return file_of(seen)
     finally:
         os.close(file)
+
+
+def file_of(seen: os.stat_result) -> File:
+    """Which file this is: nothing is ever written to a socket's."""
+    return seen.st_dev, seen.st_ino, seen.st_mtime_ns
 
 
 class Peer(NamedTuple):

@@ -6,6 +6,7 @@ Run by the supervisor, which keeps it as long as a configuration wants it, and h
 import socket
 from typing import NamedTuple
 
+from keyd.linux.unix_socket import File
 from titus_py.configuration import Configuration
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
@@ -13,7 +14,6 @@ from titus_py.supervisor import socket_files
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.record import Event
-from titus_py.supervisor.socket_files import File
 
 __all__ = ["Left", "LendingSocket"]
 
@@ -89,7 +89,7 @@ class LendingSocket:
             access = SocketAccess(0o660, None, generation.uids[-1])
         try:
             if self._address is not None and socket_files.is_there(self._address, self._file):
-                socket_files.update(self._address, access)
+                socket_files.update(self._address, self._file, access)
         except OSError as error:
             reason = f"keyd.lend: {self._address}: {error.strerror}"
             self._event("socket_file", level="error", reason=reason)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from keyd.linux.unix_socket import File
 from titus_py.between.closing import without_waiting
 from titus_py.configuration import Configuration
 from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
@@ -17,7 +18,6 @@ from titus_py.configuration.tunnel_table import access_to
 from titus_py.parent.dialer import reset_at_close
 from titus_py.parent.keepalive import keep_alive
 from titus_py.supervisor import socket_files
-from titus_py.supervisor.socket_files import File
 
 __all__ = ["CannotListen", "Listeners", "Wishes", "listen", "passed_listeners"]
 
@@ -87,9 +87,9 @@ class Listeners:
                 _set_transparent(listener, address, wishes.transparent)
             elif address in self.files:
                 try:
-                    if not socket_files.is_there(address, self.files[address]):
-                        raise FileNotFoundError(errno.ENOENT, "its file is gone: restart titus-py")
-                    socket_files.update(address, wishes.access[address])
+                    socket_files.update(address, self.files[address], wishes.access[address])
+                except (FileNotFoundError, FileExistsError):
+                    yield f"{address}: its file is gone: restart titus-py"
                 except OSError as error:
                     yield f"{address}: {error.strerror}"
 

@@ -11,15 +11,11 @@ import socket
 import stat
 from contextlib import suppress
 
-from keyd.linux.unix_socket import bind, set_access
+from keyd.linux.unix_socket import File, bind, file_of, set_access
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
 
-__all__ = ["File", "is_there", "listen_at", "remove", "update"]
-
-#: A file on this machine: its device, its inode there, and when it was made. After its end, the
-#: inode's number may soon be another file's.
-File = tuple[int, int, int]
+__all__ = ["is_there", "listen_at", "remove", "update"]
 
 
 def listen_at(
@@ -36,12 +32,12 @@ def listen_at(
     except OSError:
         listener.close()
         raise
-    return listener, _file(made)
+    return listener, made
 
 
-def update(address: UnixAddress, access: SocketAccess) -> None:
+def update(address: UnixAddress, file: File, access: SocketAccess) -> None:
     """Set the mode and the owner of a file that was made here. Raises OSError."""
-    set_access(address.path, access.mode, access.owner)
+    set_access(address.path, access.mode, access.owner, file)
 
 
 def is_there(address: UnixAddress, file: File) -> bool:
@@ -50,7 +46,7 @@ def is_there(address: UnixAddress, file: File) -> bool:
         found = os.lstat(address.path)
     except OSError:
         return False
-    return _file(found) == file
+    return file_of(found) == file
 
 
 def remove(address: UnixAddress, file: File) -> None:
@@ -58,11 +54,6 @@ def remove(address: UnixAddress, file: File) -> None:
     if is_there(address, file):
         with suppress(OSError):
             os.unlink(address.path)
-
-
-def _file(found: os.stat_result) -> File:
-    # Nothing is ever written to a socket's file.
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _make_room(path: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keyd.linux.sealed import read_all, sealed_file
+from keyd.linux.unix_socket import File
 from titus_py.between.plan import Check, State
 from titus_py.configuration import Configuration, Credential, Valid
 from titus_py.configuration.address import Bindable
@@ -34,7 +35,6 @@ from titus_py.supervisor.control import Answer
 from titus_py.supervisor.generation import Child, Generation
 from titus_py.supervisor.lending_socket import Left as LendingSocketLeft
 from titus_py.supervisor.listeners import Listeners
-from titus_py.supervisor.socket_files import File
 
 __all__ = [
     "CannotTakeOver",

@@ -33,7 +33,7 @@ def test_it_is_made_with_its_owner_and_mode_and_can_be_given_to_others(path: Pat
     with listener:
         assert access(path) == (0o660, 0, 0)
         for one in (SocketAccess(0o666, 12, 34), SocketAccess(0o600, 56, None), ROOTS):
-            update(UnixAddress(str(path)), one)
+            update(UnixAddress(str(path)), file, one)
             assert access(path) == (one.mode, *one.owner)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -52,9 +52,13 @@ def test_one_that_a_crash_left_is_replaced(path: Path) -> None:
         client.connect(str(path))
     # What has taken its place is another's.
     path.unlink()
-    path.touch()
+    with socket.socket(socket.AF_UNIX) as another:
+        another.bind(str(path))
+    path.chmod(0o600)
+    with pytest.raises(FileExistsError):
+        update(UnixAddress(str(path)), file, SocketAccess(0o666))
     remove(UnixAddress(str(path)), file)
-    assert path.is_file()
+    assert access(path)[0] == 0o600
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
@@ -118,10 +122,10 @@ from titus_py.supervisor.socket_files import listen_at, update
 
 give_up_capabilities(permitted_capabilities() - {prctl.CAP_CHOWN, prctl.CAP_FOWNER})
 address = UnixAddress(sys.argv[1])
-listen_at(address, SocketAccess(0o660, None, 7), 1)
-update(address, SocketAccess(0o620, None, 8))
+_, file = listen_at(address, SocketAccess(0o660, None, 7), 1)
+update(address, file, SocketAccess(0o620, None, 8))
 try:
-    update(address, SocketAccess(0o620, 9, 8))
+    update(address, file, SocketAccess(0o620, 9, 8))
 except PermissionError:
     print("refused")
 """
