@@ -54,10 +54,20 @@ class _Upstream:
         self.path = path
         self.pause = _FIRST_PAUSE
         self.due: float | None = 0.0
+        self.connected_at = 0.0
 
     def put_off(self) -> None:
         self.due = time.monotonic() + self.pause
         self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+
+    def lost(self, served: bool) -> None:
+        """At once where it has served for a while: a reload of its own ends connections."""
+        if served:
+            self.pause = _FIRST_PAUSE
+        if served and time.monotonic() - self.connected_at > _LONGEST_PAUSE:
+            self.due = 0.0
+        else:
+            self.put_off()
 
 
 def connect(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
@@ -80,9 +90,7 @@ def connect(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
             if not message:
                 os._exit(0)
             _, number, served = message
-            if served:
-                upstreams[number].pause = _FIRST_PAUSE
-            upstreams[number].put_off()
+            upstreams[number].lost(bool(served))
 
 
 def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
@@ -91,7 +99,7 @@ def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
             connection.connect(upstream.path)
             twice = [connection.fileno()] * 2
             send_descriptors(keyd, CONNECTED + bytes((number,)), twice, socket.MSG_DONTWAIT)
-            upstream.due = None
+            upstream.due, upstream.connected_at = None, time.monotonic()
         except OSError as error:
             # Also where its listen queue is full (EAGAIN).
             upstream.put_off()

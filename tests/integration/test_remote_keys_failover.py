@@ -1,0 +1,167 @@
+"""A proxy without keys and two hosts that have them, on one network; one of these is killed."""
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import pytest
+from conftest import Rounds
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from keyd.inspection.key_search import needles, search_all
+from keyd.reference import key_id
+
+from .certificates import Certificate
+from .conftest import Certificates, Serve
+from .hosts import Network, network
+from .instance import UIDS, Instance, Table, eventually
+from .peers import Listener, TlsClient, echo, served_by
+from .service import FAILS, status
+from .tokens import scratch
+
+#: On the network: where the keys are, who borrows them, and who are the clients.
+KEY_HOSTS, PROXY, CLIENTS = (1, 2), 3, 4
+PORT, KEYS_PORT = 8443, 8444
+
+
+class Site(NamedTuple):
+    network: Network
+    proxy: Instance
+    keys: list[Instance]
+    certificate: Certificate
+    upstreams: list[str]
+
+    def client(self) -> TlsClient:
+        """To be made within the clients' namespace."""
+        host = f"10.77.0.{PROXY}"
+        return TlsClient(PORT, "localhost", self.certificate.authority, host=host)
+
+    def shake_hands(self) -> bool:
+        """Whether it succeeds, tried again once."""
+        for _ in range(2):
+            try:
+                with self.client() as client:
+                    client.handshake().send(b"x")
+                    assert client.receive_exactly(1) == b"x"
+                    return True
+            except FAILS:
+                continue
+        return False
+
+
+def pin(certificate: Certificate) -> str:
+    key = load_pem_private_key(certificate.key.read_bytes(), None)
+    return f"sha256:{key_id(key.public_key()).hex()}"
+
+
+@pytest.fixture(scope="module")
+def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
+    own, borrower = certificates("P-256", "localhost"), certificates("P-256", "proxy-a")
+    with ExitStack() as opened:
+        directory = opened.enter_context(scratch())
+        hosts = opened.enter_context(network(4))
+        app = opened.enter_context(hosts.on(PROXY, Listener.tcp))
+        opened.enter_context(served_by(app, echo))
+        lenders = []
+        tunnels: list[Table] = []
+        uid = UIDS.take(2)
+        for number in KEY_HOSTS:
+            shown = certificates("P-256", f"keys-{number}")
+            lend = f"unix:{directory}/lend-{number}.sock"
+            tables: Table = {
+                "listen": [{"address": f"10.77.0.{number}:{KEYS_PORT}"}],
+                "vhost": [
+                    {
+                        "certificate": shown.certificate,
+                        "key": shown.key,
+                        "min_version": "TLSv1.3",
+                        "client_certificates": "required",
+                        "send_proxy": "v2-tls-cert",
+                        "backend": lend,
+                        "client": [{"name": "proxy-a", "spki": [pin(borrower)]}],
+                    }
+                ],
+                "keyd": {
+                    "user": str(UIDS.take(1)[0]),
+                    "lend": lend,
+                    "client": [{"name": "proxy-a", "keys": [own.key], "rate": "100000/s"}],
+                },
+            }
+            lenders.append(hosts.on(number, lambda tables=tables: serve_all(**tables)))
+            tunnels.append(
+                {
+                    "listen": f"unix:{directory}/keys-{number}.sock",
+                    "socket_user": str(uid[0]),
+                    "connect": f"10.77.0.{number}:{KEYS_PORT}",
+                    "certificate": borrower.certificate,
+                    "key": borrower.key,
+                    "pins": [pin(shown)],
+                }
+            )
+        proxy = {
+            "listen": [{"address": f"10.77.0.{PROXY}:{PORT}"}],
+            "vhost": [
+                {"certificate": own.certificate, "key": "upstream", "backend": app.address},
+            ],
+            "tunnel": tunnels,
+            "keyd": {
+                "user": str(uid[1]),
+                "upstream": [tunnel["listen"] for tunnel in tunnels],
+                "upstream_user": str(uid[0]),
+            },
+        }
+        instance = hosts.on(PROXY, lambda: serve_all(**proxy))
+        yield Site(hosts, instance, lenders, own, [tunnel["listen"] for tunnel in tunnels])
+
+
+def states(instance: Instance) -> list[str]:
+    return [one["state"] for one in status(instance)["upstreams"]]
+
+
+def test_the_first_handshake_after_the_start_finds_its_key(site: Site) -> None:
+    """keyd is there before the tunnels are: it waits for them."""
+    assert site.network.on(CLIENTS, site.shake_hands)
+    eventually(lambda: states(site.proxy) == ["ready", "ready"], "both can be asked")
+
+
+def test_the_key_is_on_the_hosts_that_lend_it_alone(site: Site) -> None:
+    sought = needles(load_pem_private_key(site.certificate.key.read_bytes(), None))
+    processes = site.proxy.processes()
+    for one, found in zip(
+        processes, search_all([one.pid for one in processes], sought), strict=True
+    ):
+        assert not found.hits, f"{one}: {[str(hit) for hit in found.hits]}"
+    # The control: there, the same search finds it.
+    assert search_all([site.keys[0].keyd().pid], sought)[0].hits
+
+
+def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None:
+    count = rounds(enough=240, full=2_000)
+    numbers = itertools.count(1)
+    killed = threading.Event()
+
+    def one(_: int) -> bool:
+        if next(numbers) == count // 2:
+            site.keys[0].signal(signal.SIGKILL)
+            killed.set()
+        return site.shake_hands()
+
+    def all_of_them() -> list[bool]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(one, range(count)))
+
+    made = site.network.on(CLIENTS, all_of_them)
+    assert killed.is_set()
+    assert made == [True] * count
+    site.proxy.wait_for_event("upstream_unusable", upstream=site.upstreams[0])
+
+    def settled() -> bool:
+        first, second = status(site.proxy)["upstreams"]
+        done = first["done"] + second["done"]
+        return done >= count and (second["state"], second["in_flight"]) == ("ready", 0)
+
+    eventually(settled, "the second one has done the rest")
