@@ -12,7 +12,6 @@ import pytest
 from conftest import Rounds
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from keyd.inspection.key_search import needles, search_all
 from keyd.reference import key_id
 
 from .certificates import Certificate
@@ -20,7 +19,7 @@ from .conftest import Certificates, Serve
 from .hosts import Network, network
 from .instance import UIDS, Instance, Table, eventually
 from .peers import Listener, TlsClient, echo, served_by
-from .service import FAILS, status
+from .service import FAILS, PATIENCE, reload, status
 from .tokens import scratch
 
 #: On the network: where the keys are, who borrows them, and who are the clients.
@@ -108,6 +107,7 @@ def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
                 {"certificate": own.certificate, "key": "upstream", "backend": app.address},
             ],
             "tunnel": tunnels,
+            "worker": {"drain": "1h"},
             "keyd": {
                 "user": str(uid[1]),
                 "upstream": [tunnel["listen"] for tunnel in tunnels],
@@ -128,15 +128,13 @@ def test_the_first_handshake_after_the_start_finds_its_key(site: Site) -> None:
     eventually(lambda: states(site.proxy) == ["ready", "ready"], "both can be asked")
 
 
-def test_the_key_is_on_the_hosts_that_lend_it_alone(site: Site) -> None:
-    sought = needles(load_pem_private_key(site.certificate.key.read_bytes(), None))
-    processes = site.proxy.processes()
-    for one, found in zip(
-        processes, search_all([one.pid for one in processes], sought), strict=True
-    ):
-        assert not found.hits, f"{one}: {[str(hit) for hit in found.hits]}"
-    # The control: there, the same search finds it.
-    assert search_all([site.keys[0].keyd().pid], sought)[0].hits
+def test_a_reload_of_the_proxy_leaves_nothing_behind(site: Site) -> None:
+    """Its keyds' own connections never end by themselves, and keep no generation."""
+    assert reload(site.proxy)["reloaded"]
+    assert site.network.on(CLIENTS, site.shake_hands)
+    eventually(lambda: len(status(site.proxy)["generations"]) == 1, "the former one has ended")
+    assert site.network.on(CLIENTS, site.shake_hands)
+    eventually(lambda: states(site.proxy) == ["ready", "ready"], "both can be asked again")
 
 
 def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None:
@@ -165,3 +163,9 @@ def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None
         return done >= count and (second["state"], second["in_flight"]) == ("ready", 0)
 
     eventually(settled, "the second one has done the rest")
+
+
+def test_the_proxy_ends_when_it_is_told_to(site: Site) -> None:
+    """Though keyd's own connections could go on for an hour."""
+    site.proxy.signal(signal.SIGTERM)
+    assert site.proxy.wait(PATIENCE) == 0

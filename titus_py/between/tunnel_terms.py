@@ -35,6 +35,8 @@ class TunnelTerms(NamedTuple):
     certificate: Certificate | None = None
     #: Whether the server is first asked for TLS, as PostgreSQL's is.
     starttls: bool = False
+    #: Whether its client is this instance's own keyd, which asks other hosts through it.
+    for_keyd: bool = False
 
     def with_texts(self, change: Callable[[Any], Any]) -> "TunnelTerms":
         """The same with the text that may be long changed: to its number, and back."""

@@ -124,7 +124,7 @@ class Parent:
         self._forks.watch(self._loop, self._pool.forked, self._cannot_fork)
         self._tell("ready", vhosts=len(self._plan.vhosts))
         self._say_alive()
-        while not self._draining or len(self._pool) or self._waiting or self._arrivals.unready:
+        while not self._draining or len(self._pool) or self._somebody_waits():
             self._pool.look_at_spares()
             self._loop.run_once()
             self._serve_waiting()
@@ -132,6 +132,10 @@ class Parent:
         self._arrivals.say_last()
         self._limits_hit.say_last()
         self._outbox.send_last()
+
+    def _somebody_waits(self) -> bool:
+        """Whether there are clients that have been accepted and have no worker yet."""
+        return bool(self._waiting or self._arrivals.unready)
 
     def _serve_waiting(self) -> None:
         """Give spares to the client that came last and to the one that came first, in turn.
@@ -150,7 +154,7 @@ class Parent:
             self._channels.leaves and self._arrivals.somebody_may_speak()
         ):
             self._channels.done()
-        if self._draining and not (self._waiting or self._arrivals.unready) and self._pool.coming:
+        if self._draining and not self._somebody_waits() and self._pool.coming:
             self._pool.dismiss_spares()
 
     def _hand_over(self, arrival: Arrival) -> bool:
@@ -256,7 +260,7 @@ class Parent:
         self._draining = True
         self._backends.retire()
         if self._arrivals.tunnels is not None:
-            self._arrivals.tunnels.retire()
+            self._arrivals.tunnels.retire(self._somebody_waits)
         self._pool.drain()
         self._adjust_accepting()
 

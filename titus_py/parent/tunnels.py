@@ -57,6 +57,7 @@ class Tunnels:
         ]
         #: Those whose server is being connected to, by their sockets. Who came first is first.
         self._dialing: dict[socket.socket, tuple[Arrival, Failover]] = {}
+        self._of_keyd = [number for number, one in enumerate(plan.tunnels) if one.for_keyd]
         self._retired = False
         if any(one.send_proxy for one in plan.tunnels):
             # Others do not need it in their memory.
@@ -97,10 +98,15 @@ class Tunnels:
         failover.cancel()
         self._turn_away(arrival)
 
-    def retire(self) -> None:
-        """Nobody is accepted any more: end each tunnel's connections once its ``drain`` is over."""
+    def retire(self, somebody_waits: Callable[[], bool]) -> None:
+        """Nobody is accepted any more: end each tunnel's connections once its ``drain`` is over.
+
+        Those of keyd's own end with the last of all others, also those that wait for a worker.
+        """
         if self._retired:
             return
+        if self._of_keyd:
+            self._end_of_keyd(somebody_waits)
         self._retired = True
         for number, tunnel in enumerate(self._tunnels):
             if tunnel.drain is not None:
@@ -114,6 +120,12 @@ class Tunnels:
         for worker in list(self._connections.busy.values()):
             if worker.tunnel in numbers:
                 worker.kill(reason)
+
+    def _end_of_keyd(self, somebody_waits: Callable[[], bool]) -> None:
+        busy = self._connections.busy.values()
+        if not somebody_waits() and all(worker.tunnel in self._of_keyd for worker in busy):
+            self._kill(self._of_keyd, "drained")
+        self._loop.after(_AGAIN_SECONDS, lambda: self._end_of_keyd(somebody_waits))
 
     def _end(self, number: int) -> None:
         self._kill([number], "drained")

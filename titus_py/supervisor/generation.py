@@ -418,6 +418,7 @@ class Generation:
             send_proxy=tunnel.send_proxy,
             drain=tunnel.drain,
             starttls=tunnel.starttls is not None,
+            for_keyd=tunnel.listen in (self.configuration.keyd.upstream or ()),
             certificate=own and _certificate(self.certificates[own]),
         )
 
