@@ -4,9 +4,11 @@ import grp
 import json
 import os
 import pwd
+import queue
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -21,11 +23,12 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from titus_py.supervisor.control_client import ask
+from titus_py.worker.farewell import unread
 
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
-from .instance import TITUS_PY, Event, Instance, eventually
-from .peers import TIMEOUT, Listener, lingering, receive_all, receive_exactly
+from .instance import TITUS_PY, Event, Instance, eventually, free_port
+from .peers import TIMEOUT, Listener, lingering, receive_all, receive_exactly, reset
 from .service import PATIENCE, edit, problems, reload, status
 from .tls_server import echo_to_the_end, server_context, tls_server
 
@@ -72,7 +75,13 @@ def tunnel(path: Path, server: Server, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shared(serve_all: Serve, server: Server, shared_directory: Path) -> Instance:
+def told() -> str:
+    """Where a test has a server of its own."""
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def shared(serve_all: Serve, server: Server, shared_directory: Path, told: str) -> Instance:
     """One instance for whatever does not change it."""
     nobody = Listener.tcp()
     nobody.socket.close()
@@ -84,6 +93,7 @@ def shared(serve_all: Serve, server: Server, shared_directory: Path) -> Instance
             tunnel(shared_directory / "echo", server, socket_mode="0666"),
             tunnel(shared_directory / "root's", server),
             tunnel(shared_directory / "nobody's", server, **users),
+            tunnel(shared_directory / "told", server, connect=told),
             tunnel(shared_directory / "unreachable", server, connect=nobody.address),
             tunnel(
                 shared_directory / "both ends", server, connect=f"unix:{shared_directory}/server"
@@ -128,15 +138,35 @@ def test_octets_go_both_ways_and_so_do_ends(shared: Instance, shared_directory: 
 
 
 def test_what_was_sent_before_an_end_arrives_before_it(
-    shared: Instance, shared_directory: Path
+    shared: Instance, shared_directory: Path, server: Server, told: str
 ) -> None:
-    """The client sends, ends its half and reads much later; then another one just leaves."""
-    octets = os.urandom(100_000)
-    with connect(shared_directory / "echo") as client:
-        client.sendall(octets)
-        client.shutdown(socket.SHUT_WR)
-        eventually(lambda: len(client.recv(len(octets), socket.MSG_PEEK)) > 0, "some of it is back")
-        assert receive_all(client) == octets
+    """A client that sends and leaves; and one that reads only once its server has reset."""
+    sent, heard = os.urandom(100_000), queue.Queue[bytes]()
+
+    def hear(connection: ssl.SSLSocket) -> None:
+        octets = bytearray()
+        while piece := connection.recv(65536):
+            octets += piece
+        heard.put(bytes(octets))
+
+    def say_and_reset(connection: ssl.SSLSocket) -> None:
+        connection.sendall(sent)
+        # Once the client says that it has come: a reset takes what has not.
+        connection.recv(1)
+        reset(socket.socket(fileno=connection.detach()))
+
+    path, context = shared_directory / "told", server_context(server.shown)
+    with tls_server(context, hear, address=told):
+        with connect(path) as client:
+            client.sendall(sent)
+        assert heard.get(timeout=TIMEOUT) == sent
+        assert of_this_path(path, "connection_ended", shared)["octets_from_client"] == len(sent)
+    with tls_server(context, say_and_reset, address=told), connect(path) as client:
+        eventually(lambda: unread(client) == len(sent), "all of it has come")
+        client.sendall(b"?")
+        of_this_path(path, "connection_ended", shared, end="server_reset")
+        # A unix socket knows no reset: the stream is at its end.
+        assert receive_all(client) == sent
 
 
 def test_a_server_on_a_unix_socket_as_well(
