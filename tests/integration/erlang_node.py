@@ -92,4 +92,4 @@ class Node:
 
     def stop(self) -> None:
         with suppress(BrokenPipeError):
-            self._process.communicate(timeout=20)
+            self._process.communicate(timeout=60)

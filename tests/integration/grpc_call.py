@@ -24,7 +24,7 @@ def main(serve_at: str, call: str, authority: str) -> None:
     # The name that is asked for and verified; no proxy of the environment's is in between.
     options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.enable_http_proxy", 0)]
     with grpc.secure_channel(f"ipv4:{call}", credentials, options) as channel:
-        echoed = channel.unary_unary("/grpc.Test/Echo")(b"hello", timeout=30)
+        echoed = channel.unary_unary("/grpc.Test/Echo")(b"hello", timeout=60)
     print(echoed.decode())
     server.stop(0)
 

@@ -102,7 +102,7 @@ def test_curl(
         "--resolve", f"localhost:{web.port}:127.0.0.1",
         "--write-out", "%{http_version} %{local_port}", f"https://localhost:{web.port}/",
     ]  # fmt: skip
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.stderr == ""
     page, port = answer.stdout.rsplit(maxsplit=1)
     assert page == f"It works.\n{version}"
@@ -136,7 +136,7 @@ def test_s_client_without_a_common_protocol(web: Instance, version: str) -> None
         "openssl", "s_client", "-connect", f"127.0.0.1:{web.port}", "-servername", "localhost",
         "-alpn", f"h3,spdy/1{version}", version,
     ]  # fmt: skip
-    answer = subprocess.run(command, input=b"", capture_output=True, timeout=20, check=False)
+    answer = subprocess.run(command, input=b"", capture_output=True, timeout=60, check=False)
     assert answer.returncode == 1
     assert b"SSL alert number 120" in answer.stderr
     event = web.wait_for_event("handshake_failed", detail=f"the client offers h3, spdy/1{version}")
@@ -154,7 +154,7 @@ def test_what_status_and_metrics_say(web: Instance, nginx: Nginx) -> None:
         subprocess.run(
             [TITUS_PY, "status", "--json", "--pid", str(web.pid)],
             capture_output=True,
-            timeout=20,
+            timeout=60,
             check=True,
         ).stdout
     )[0]

@@ -59,7 +59,7 @@ def agreed(instance: Instance, name: str, *options: str) -> str | None:
         input="",
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     if client.returncode:

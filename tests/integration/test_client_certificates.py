@@ -125,7 +125,7 @@ def connect(instance: Instance, version: str, *options: str, name: str = "localh
         "openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-bind", f"{source}:0",
         "-servername", name, "-quiet", f"-tls{version.replace('.', '_')}", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=20, check=False)
+    done = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=60, check=False)
     alert = re.search(rb"SSL alert number (\d+)", done.stderr)
 
     def ended() -> Event | None:
@@ -351,9 +351,9 @@ def test_curl(
         *version.split("="), f"https://localhost:{instance.port}/",
     ]  # fmt: skip
     shown = ["--cert", str(client.chain), "--key", str(client.key)]
-    good = subprocess.run([*command, *shown], capture_output=True, timeout=20, check=False)
+    good = subprocess.run([*command, *shown], capture_output=True, timeout=60, check=False)
     assert (good.returncode, good.stdout) == (0, b"welcome\n"), good.stderr
-    none = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    none = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert none.returncode != 0
     assert b"alert" in none.stderr
 
@@ -404,7 +404,7 @@ def strange(
             "-nodes", "-keyout", str(key), "-out", str(certificate), "-subj", "/CN=alice",
             "-set_serial", serial,
         ]  # fmt: skip
-        subprocess.run(command, capture_output=True, timeout=20, check=True)
+        subprocess.run(command, capture_output=True, timeout=60, check=True)
         shown[name] = ["-cert", str(certificate), "-key", str(key)]
     with pytest.warns(UserWarning, match="length must be"):
         shown["long"] = authority.issue("a" * 70).options

@@ -144,7 +144,7 @@ def test_says_that_it_has_to_be_root() -> None:
         ["setpriv", "--reuid=65534", "--clear-groups", *capability, TITUS_PY, "demo"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert result.returncode == 1
@@ -158,7 +158,7 @@ def test_says_that_curl_is_missing(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert result.returncode == 1

@@ -97,7 +97,7 @@ def run_on_web(
             env={"PATH": os.environ["PATH"], **environment},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
 
@@ -156,7 +156,7 @@ def test_redis(serve: Serve, hosts: Network, keys: Path, pins: dict[str, str]) -
             done: subprocess.CompletedProcess[str] = hosts.on(
                 2,
                 lambda: subprocess.run(
-                    words, capture_output=True, text=True, timeout=30, check=False
+                    words, capture_output=True, text=True, timeout=60, check=False
                 ),
             )
             return done.stdout

@@ -65,7 +65,7 @@ def test_a_key_that_is_bound_to_pss(
     verified = ["-CAfile", files["certificate"], "-verify_return_error"]
     schemes = ["-sigalgs", "rsa_pss_pss_sha256:rsa_pss_pss_sha384:RSA-PSS+SHA384:RSA-PSS+SHA256"]
     done = subprocess.run(
-        [*command, *verified, *schemes], input=b"", capture_output=True, timeout=30, check=False
+        [*command, *verified, *schemes], input=b"", capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert f"Peer signing digest: {digest}".encode() in done.stdout

@@ -147,7 +147,7 @@ def test_whoever_is_none_of_them_is_refused(
         ],
         input=b"hello\n",
         capture_output=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )  # fmt: skip
     assert (done.stdout, b"SSL alert number 42" in done.stderr) == (b"", True)

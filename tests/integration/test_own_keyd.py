@@ -695,7 +695,7 @@ def test_keyd_says_why_it_does_not_start(
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert ended.returncode == 1

@@ -44,7 +44,7 @@ from .service import (
 COMERS = 50
 STAYERS = 50
 #: A transfer goes on until it has seen so many reloads.
-SPANNED = 8
+SPANNED = 5
 OCTETS = random.Random(4).randbytes(1 << 20)
 
 
@@ -154,7 +154,7 @@ def test_reloads_under_load_fail_nobody(
     serve: Serve, certificates: Certificates, tmp_path: Path, rounds: Rounds
 ) -> None:
     """Twice as many as the longest transfer spans: each sees its end, and uids are used again."""
-    reloads = rounds(enough=16, full=50)
+    reloads = rounds(enough=2 * SPANNED, full=50)
 
     def certificate_of(number: int) -> Certificate:
         return certificates("P-256", "localhost", f"reload-{number}.test")

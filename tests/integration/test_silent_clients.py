@@ -95,10 +95,10 @@ def test_of_many_that_connect_and_leave_most_are_only_counted(
 
 
 def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
-    instance = serve(echoing.address, worker={"handshake_timeout": "2s"})
+    instance = serve(echoing.address, worker={"handshake_timeout": "6s"})
     before = spares(instance)
     with TlsClient(instance.port) as client, connect(instance.port) as silent:
-        time.sleep(1.5)
+        time.sleep(3)
         assert set(instance.workers()) == before
         hello = client.first_flight()
         client.socket.sendall(hello[:100])
@@ -106,14 +106,14 @@ def test_who_speaks_late_is_served(serve: Serve, echoing: Listener) -> None:
         assert set(instance.workers()) == before
         client.socket.sendall(hello[100:])
         # As long as anybody, from now on.
-        time.sleep(1.0)
+        time.sleep(4)
         assert talk(client.handshake())
         with pytest.raises(ConnectionResetError):
             silent.recv(1)
         name = "{}:{}".format(*silent.getsockname())
     event = instance.wait_for_event("handshake_failed", client=name)
     assert event["end"] == "handshake_timeout"
-    assert 1.9 < event["seconds"] < 30
+    assert 5.9 < event["seconds"] < 30
 
 
 def test_when_it_is_full_of_silent_ones_the_first_of_them_goes(

@@ -119,9 +119,9 @@ def test_kills_under_load(
 ) -> None:
     """A worker, keyd, the parent and the supervisor (which systemd starts again), in turn.
 
-    In the second round each meets what the first has left; the third is as the second.
+    In the second round each meets what the first has left; others are as the second.
     """
-    times = rounds(enough=3, full=5)
+    times = rounds(enough=2, full=5)
     port = free_port()
     configuration = write_configuration(certificates, tmp_path, port)
     text = configuration.read_text().replace("127.0.0.1:9", echoing.address)

@@ -53,7 +53,7 @@ def s_client(
         input=typed,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
 
@@ -139,7 +139,7 @@ def test_the_hybrid_is_asked_for_where_a_client_guessed_another_group(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert answer.stdout == "X25519MLKEM768 True\n", answer.stderr

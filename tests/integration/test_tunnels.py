@@ -306,7 +306,7 @@ def test_an_unclean_end_is_passed_on(
         instance.wait_for_event("connection_begun", client=name)
         reset(client)
         assert instance.wait_for_event("connection_ended", client=name)["end"] == "client_reset"
-        assert ends.get(timeout=10)
+        assert ends.get(timeout=60)
 
 
 def test_to_openssl_which_is_too_old_for_one(

@@ -185,7 +185,7 @@ def s_client(port: int, authority: Path, kind: str, version: str) -> None:
         ],
         input=b"",
         capture_output=True,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     expected = rb"rsa.pss" if kind == "rsa" else rb"ecdsa"

@@ -28,8 +28,8 @@ FROM_ONE = 400
 
 @pytest.fixture(scope="module")
 def some(rounds: Rounds) -> int:
-    """To each, by sixty workers or more: the first that makes no sense is a worker's last."""
-    return rounds(enough=20_000, full=50_000)
+    """To each, by many workers: the first that makes no sense is a worker's last."""
+    return rounds(enough=6_000, full=50_000)
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def attempt(name, how):
             os._exit(254)
     theirs.close()
     assert ours.recv(2) == b"R", (name, how)
-    with socket.create_connection(listener.getsockname(), timeout=30) as client:
+    with socket.create_connection(listener.getsockname(), timeout=60) as client:
         client.sendall(b"GET / HTTP/1.1\\r\\n\\r\\n")
         if name == "nothing":
             assert ours.recv(2) == b"W"

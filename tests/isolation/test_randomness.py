@@ -160,7 +160,7 @@ NEVER = {"randoms": 0, "key shares": 0, "session ids": 0}
 @pytest.fixture(scope="module")
 def connections(rounds: Rounds) -> int:
     """Without the reseed, most of a hundred have what another one had: see the control."""
-    return rounds(enough=400, full=2000)
+    return rounds(enough=200, full=2000)
 
 
 def test_nothing_random_comes_twice(start: Start, connections: int) -> None:

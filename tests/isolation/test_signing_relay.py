@@ -151,7 +151,7 @@ def are_counted(instance: Instance, metrics: int, count: int) -> None:
     line = f'titus_signed_unfinished_total{{listener="{listener}"}} {count}\n'
 
     def in_metrics() -> bool:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=60) as answer:
             return line in answer.read().decode()
 
     eventually(in_metrics, line)

@@ -341,7 +341,7 @@ def test_watching(start: Start, tmp_path: Path, as_json: bool) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     watching.send_signal(signal.SIGINT)
-    out, _ = watching.communicate(timeout=10)
+    out, _ = watching.communicate(timeout=60)
     assert watching.returncode == 0
     assert "0.1.0" in out
     if as_json:

@@ -144,6 +144,6 @@ def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(path := tmp_path / "pipe.pem")
     code = f"from keyd.keys import read; read({str(path)!r}, 'key')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert f"{path}: is no regular file" in done.stderr

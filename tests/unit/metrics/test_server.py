@@ -47,7 +47,7 @@ class Instance:
         self._listener.close()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def curl(self, *options: str) -> subprocess.CompletedProcess[bytes]:
         command = ["curl", "-sS", "--max-time", "10", *options]

@@ -24,7 +24,7 @@ def run(program: str, *, input: bytes | None = None) -> "subprocess.CompletedPro
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
-        timeout=30,
+        timeout=60,
         cwd=ROOT,
         env=environment,
         input=input,

@@ -60,7 +60,7 @@ class Served:
         return port
 
     def scrape(self, port: int) -> bytes:
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")
             client.setblocking(False)
             answer: list[bytes] = []
