@@ -33,7 +33,10 @@ from titus_py.worker import flow
 MUCH = random.Random(1).randbytes(3 << 20)
 _NAMES = {
     getattr(flow, name): name
-    for name in ("STOOD_STILL", "UNUSUAL", "NOT_READ", "NOT_WRITTEN", "NOT_SENT", "NOT_RECEIVED")
+    for name in (
+        *("STOOD_STILL", "UNUSUAL", "CLIENT_ENDED", "BACKEND_ENDED"),
+        *("NOT_READ", "NOT_WRITTEN", "NOT_SENT", "NOT_RECEIVED"),
+    )
 }
 flow.use(
     *(
@@ -152,7 +155,7 @@ def small_exchanges() -> list[object]:
         return answered
 
     between = Between(play)
-    return [between.run(), between.why(), between.heard(), between.counted()]
+    return [between.run(), between.heard(), between.counted()]
 
 
 def much_both_ways() -> list[object]:
@@ -175,7 +178,7 @@ def much_both_ways() -> list[object]:
         return [back == MUCH, forward == MUCH]
 
     between = Between(play)
-    return [between.run(), between.why(), between.heard(), between.counted()]
+    return [between.run(), between.heard(), between.counted()]
 
 
 def a_backend_that_takes_nothing() -> list[object]:
@@ -281,7 +284,7 @@ def what_is_no_buffer() -> list[object]:
             found.append(str(error))
     between.buffers, between.rests, between.counts = good
     between.heard()
-    return [found, between.run()[0] in ("NOT_READ", "UNUSUAL")]
+    return [found, between.run()[0] in ("NOT_READ", "BACKEND_ENDED")]
 
 
 print(json.dumps({thing: globals()[thing]() for thing in sys.argv[2:]}))

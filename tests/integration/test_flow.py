@@ -16,13 +16,13 @@ _SOURCES = ["titus_py/worker/flow.c", "titus_py/worker/flow_module.c"]
 _MUCH = 3 << 20
 _NO_BUFFER = "not a buffer, a part of it, and a count"
 EXPECTED: dict[str, list[object]] = {
-    "small_exchanges": [["NOT_READ", True, 0, 0], "ZeroReturnError", 50, [490, 990]],
-    "much_both_ways": [["NOT_READ", True, 0, 0], "ZeroReturnError", [True, True], [_MUCH, _MUCH]],
+    "small_exchanges": [["CLIENT_ENDED", True, 0, 0], 50, [490, 990]],
+    "much_both_ways": [["CLIENT_ENDED", True, 0, 0], [True, True], [_MUCH, _MUCH]],
     "a_backend_that_takes_nothing": [["STOOD_STILL", True], [True, True], ["STOOD_STILL", False]],
     "a_clients_end_of_file": [["NOT_READ", True, 0, 0], "SysCallError"],
     # What came before it is there.
     "a_damaged_record": [["NOT_READ", True, 0, 0], "Error", None, [5, 0]],
-    "a_backends_end_of_file": [["UNUSUAL", True, 0, 0], "the last", [0, 8], 0],
+    "a_backends_end_of_file": [["BACKEND_ENDED", True, 0, 0], "the last", [0, 8], 0],
     "a_backends_reset": [["UNUSUAL", False, 0, 0], 104],
     "nobody_says_anything": [["STOOD_STILL", True, 0, 0], ["STOOD_STILL", False, 0, 0]],
     "a_direction_that_has_ended": ["STOOD_STILL", "answer", [0, 6]],

@@ -17,9 +17,10 @@
 /* The longest plaintext of a record (RFC 8446 §5.1). A read of this size leaves nothing behind in
  * OpenSSL, where poll(2) would not see it. */
 #define RECORD_OCTETS 16384
-/* SSL_get_error(3) */
+/* SSL_get_error(3). */
 #define WANT_READ 2
 #define WANT_WRITE 3
+#define ZERO_RETURN 6
 
 /* What each step returns if there is no reason to stop. */
 #define GO_ON (-1)
@@ -77,17 +78,21 @@ static int read_client(struct flow *flow, const struct openssl *openssl)
 	way->begin = way->end = 0;
 	do {
 		octets = openssl->read(flow->ssl, way->octets + way->end, RECORD_OCTETS);
-		int number = errno;
-
-		if (octets <= 0 && openssl->get_error(flow->ssl, octets) == WANT_READ)
-			break;
 		if (octets <= 0)
-			return failed(flow, NOT_READ, octets, number);
+			break;
 		way->end += (size_t)octets;
 		*way->count += (uint64_t)octets;
 		/* A short record is most often the last for now. */
 	} while ((octets == RECORD_OCTETS || openssl->pending(flow->ssl) > 0)
 		 && way->size - way->end >= RECORD_OCTETS);
+	if (octets <= 0) {
+		int number = errno, error = openssl->get_error(flow->ssl, octets);
+
+		if (error == ZERO_RETURN)
+			return CLIENT_ENDED;
+		if (error != WANT_READ)
+			return failed(flow, NOT_READ, octets, number);
+	}
 	return waits(way) ? send_on(flow) : GO_ON;
 }
 
@@ -99,7 +104,7 @@ static int receive(struct flow *flow, const struct openssl *openssl)
 	if (octets < 0)
 		return errno == EAGAIN ? GO_ON : failed(flow, NOT_RECEIVED, 0, errno);
 	if (octets == 0)
-		return UNUSUAL;
+		return BACKEND_ENDED;
 	way->begin = 0;
 	way->end = (size_t)octets;
 	return write_on(flow, openssl);

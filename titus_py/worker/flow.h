@@ -9,6 +9,9 @@ enum happened {
 	STOOD_STILL,
 	/* Something for Python to look at: nothing of it was taken away. */
 	UNUSUAL,
+	/* One has ended its stream; all that came before that is passed on, or still to be. */
+	CLIENT_ENDED,
+	BACKEND_ENDED,
 	/* A call of this kind failed; of OpenSSL's, the result says how (SSL_get_error(3)). */
 	NOT_READ,
 	NOT_WRITTEN,

@@ -106,6 +106,8 @@ PyMODINIT_FUNC PyInit_flow(void)
 
 	if (module != NULL
 	    && (PyModule_AddIntMacro(module, STOOD_STILL) < 0 || PyModule_AddIntMacro(module, UNUSUAL) < 0
+		|| PyModule_AddIntMacro(module, CLIENT_ENDED) < 0
+		|| PyModule_AddIntMacro(module, BACKEND_ENDED) < 0
 		|| PyModule_AddIntMacro(module, NOT_READ) < 0
 		|| PyModule_AddIntMacro(module, NOT_WRITTEN) < 0
 		|| PyModule_AddIntMacro(module, NOT_SENT) < 0

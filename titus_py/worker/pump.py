@@ -176,8 +176,12 @@ class Pump:
         return woken or ready, not ready
 
     def _act_on(self, happened: int, result: int, number: int) -> None:
-        """A call of ``flow`` has failed."""
-        if happened == flow.NOT_SENT:
+        """One side has ended its stream, or a call of ``flow`` has failed."""
+        if happened == flow.CLIENT_ENDED:
+            self._client_has_ended()
+        elif happened == flow.BACKEND_ENDED:
+            self._backend_has_ended()
+        elif happened == flow.NOT_SENT:
             self._not_sent(OSError(number, ""))
         elif happened == flow.NOT_RECEIVED:
             self._not_received(OSError(number, ""))
@@ -188,7 +192,7 @@ class Pump:
                 self._client._raise_ssl_error(self._client._ssl, result)
             except SSL.Error as error:
                 if happened == flow.NOT_READ:
-                    self._not_read(error)
+                    self._end_reading(error)
                 else:
                     self._not_written(error)
 
@@ -268,37 +272,33 @@ class Pump:
                 break
         self._to_backend = self._from_client[:received]
         self._octets_from_client[0] += received
-        if failure is not None:
-            self._not_read(failure)
-        else:
-            self._write_backend()
+        self._end_reading(failure)
 
-    def _not_read(self, failure: SSL.Error) -> None:
-        """OpenSSL has no more octets from the client: pass on what came before that."""
-        ended: Ended | None = None
+    def _end_reading(self, failure: SSL.Error | None) -> None:
+        """Pass on what was read, and act on the reason why no more was, if there was one."""
+        if isinstance(failure, SSL.ZeroReturnError):
+            self._client_has_ended()
+            return
         if isinstance(failure, SSL.WantWriteError):
             self._read_wants_write = True
-        elif isinstance(failure, SSL.ZeroReturnError):
-            ended = self._client_has_ended()
-        elif not isinstance(failure, SSL.WantReadError):
-            ended = client_failure(failure)
-        if ended is not None:
+        elif failure is not None and not isinstance(failure, SSL.WantReadError):
             self._client_ended = self._client_end_passed = True
-            raise ended
+            raise client_failure(failure)
         self._write_backend()
 
-    def _client_has_ended(self) -> Ended | None:
+    def _client_has_ended(self) -> None:
         """The client ended its stream, with a close_notify or with a FIN alone.
 
         OpenSSL makes no difference between the two (``tls.note_close_notify``).
         """
         if not alerts.close_notify_received():
             if self._truncated_is_reset:
-                return Ended(End.CLIENT_TRUNCATED)
+                self._client_ended = self._client_end_passed = True
+                raise Ended(End.CLIENT_TRUNCATED)
             self._remark = "the client sent no close_notify"
         self._client_ended = True
         self._half_closed()
-        return None
+        self._write_backend()
 
     def _half_closed(self) -> None:
         """One direction has ended: from now on, wait less long for the other one."""
@@ -336,15 +336,20 @@ class Pump:
             return 0
         except OSError as error:
             self._not_received(error)
-        if received:
-            self._to_client = self._from_backend[:received]
-        elif self._backend_error_lost:
+        if not received:
+            self._backend_has_ended()
+            return 0
+        self._to_client = self._from_backend[:received]
+        self._write_client()
+        return received
+
+    def _backend_has_ended(self) -> None:
+        if self._backend_error_lost:
             self._backend_ended = self._backend_end_passed = True
         else:
             self._backend_ended = True
             self._half_closed()
         self._write_client()
-        return received
 
     def _not_received(self, error: OSError) -> NoReturn:
         self._backend_ended = self._backend_end_passed = True
