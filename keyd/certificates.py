@@ -8,7 +8,6 @@ import datetime
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -162,12 +161,12 @@ def refer_to(leaf: x509.Certificate, path: str) -> tuple[bytes, str]:
         return key_id(key), reference_pem(key).decode()
     except UnsupportedKey as error:
         raise UnusableKey("certificate", f"{path} is for {error}") from None
-    except UnsupportedAlgorithm as error:
-        name = mldsa.name_of_identifier(leaf.tbs_certificate_bytes)
-        unknown = f"an {name} key, which this version of cryptography does not know"
-        reason = f"is for {unknown}" if name else f"is for a key that cannot be used: {error}"
-        raise UnusableKey("certificate", f"{path} {reason}") from None
     except UNREADABLE as error:
+        # Versions of the library differ in what they raise for a kind that they do not know.
+        name = mldsa.name_of_identifier(leaf.tbs_certificate_bytes)
+        if name and not mldsa.KEY_TYPES:
+            unknown = f"an {name} key, which this version of cryptography does not know"
+            raise UnusableKey("certificate", f"{path} is for {unknown}") from None
         raise UnusableKey("certificate", f"{path}: its key cannot be used: {error}") from None
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from keyd import mldsa
-from keyd.encrypted import beginning
+from keyd.key_kind import beginning
 from keyd.powers import PrivateKey
 from keyd.pss import PSSPrivateKey, binding_of_key
 from keyd.reference import SERVED_KEYS, UnsupportedKey, kind_of_key, reference_pem
@@ -103,10 +103,12 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
             "passphrase_file", f"{path} is not encrypted: remove passphrase_file"
         ) from None
     except UnsupportedAlgorithm as error:
-        unknown = _unknown_to_library(pem) or f"is of an unsupported kind: {error}"
+        unknown = _unknown_to_library(pem, passphrase) or f"is of an unsupported kind: {error}"
         raise UnusableKey("key", f"{path} {unknown}") from None
     except ValueError as error:
-        if not mldsa.KEY_TYPES and (unknown := _unknown_to_library(pem)):
+        if found := mldsa.from_seed(beginning(pem, passphrase)):
+            return found  # type: ignore[no-any-return]
+        if unknown := _unknown_to_library(pem, passphrase):
             raise UnusableKey("key", f"{path} {unknown}") from None
         if reason := _why_unreadable(pem, str(error)):
             raise UnusableKey("key", f"{path} {reason}") from None
@@ -122,7 +124,7 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
     if isinstance(key, rsa.RSAPrivateKey) and not _is_sound(key):
         raise UnusableKey("key", f"{path} is damaged: its numbers are not those of an RSA key")
     try:
-        bound = as_bound(key, pem if passphrase is None else beginning(pem, passphrase))
+        bound = as_bound(key, beginning(pem, passphrase))
         reference_pem(bound.public_key())
     except UnsupportedKey as error:
         raise UnusableKey("key", f"{path} is {error}") from None
@@ -144,14 +146,15 @@ def as_bound(key: PrivateKeyTypes, written: bytes | memoryview) -> PrivateKey:
     return key if binding is None else PSSPrivateKey(key, binding)
 
 
-def _unknown_to_library(pem: bytes) -> str:
-    """What to say of a key whose kind this library does not know; nothing for other kinds."""
-    base64_text = pem.partition(b"-----BEGIN PRIVATE KEY-----")[2].partition(b"-----")[0]
-    try:
-        name = mldsa.name_of_identifier(base64.b64decode(base64_text)[:32])
-    except ValueError:
-        return ""
-    return f"is an {name} key, which this version of cryptography does not know" if name else ""
+def _unknown_to_library(pem: bytes, passphrase: bytes | None) -> str:
+    """What to say of a key whose kind or form this library does not know; nothing for others."""
+    start = beginning(pem, passphrase)
+    name = mldsa.name_of_identifier(start[:32])
+    if name and not mldsa.KEY_TYPES:
+        return f"is an {name} key, which this version of cryptography does not know"
+    if mldsa.lacks_seed(start):
+        return f"is an {name} key without the seed that it was made from, and cannot be read here"
+    return ""
 
 
 def passphrase_in(text: bytes) -> bytes:

@@ -13,7 +13,14 @@ try:
 except ImportError:
     _library = None  # type: ignore[assignment]
 
-__all__ = ["KEY_TYPES", "PUBLIC_OCTETS", "name_of_identifier", "parameter_set"]
+__all__ = [
+    "KEY_TYPES",
+    "PUBLIC_OCTETS",
+    "from_seed",
+    "lacks_seed",
+    "name_of_identifier",
+    "parameter_set",
+]
 
 #: By parameter set: the octets of the public key (FIPS 204 table 2).
 PUBLIC_OCTETS = {"ML-DSA-44": 1312, "ML-DSA-65": 1952, "ML-DSA-87": 2592}
@@ -27,6 +34,11 @@ if _library is not None:
     }
 #: RFC 9881 §2: the last octet of the object identifier is the parameter set's.
 _OID = re.compile(bytes.fromhex("0609608648016503 0403".replace(" ", "")) + b"([\x11-\x13])")
+#: The beginning of a private key in PKCS #8, up to the private part.
+_KEY = rb"\x30\x82..\x02\x01\x00\x30\x0b" + _OID.pattern + rb"\x04\x82.."
+#: RFC 9881 §6: the seed with the expanded key, which begins with what the public one begins with.
+_BOTH = re.compile(_KEY + rb"\x30\x82..\x04\x20(.{32})\x04\x82..(.{32})", re.DOTALL)
+_EXPANDED = re.compile(_KEY + rb"\x04\x82", re.DOTALL)
 _BY_OCTET = dict(zip(b"\x11\x12\x13", PUBLIC_OCTETS, strict=True))
 
 
@@ -39,3 +51,22 @@ def name_of_identifier(der: bytes) -> str | None:
     """The parameter set that is named in these octets, such as the beginning of a PKCS #8."""
     found = _OID.search(der)
     return _BY_OCTET[found[1][0]] if found else None
+
+
+def from_seed(pkcs8: bytes) -> Any:
+    """The key of a file that has its seed and the expanded key, as openssl(1) writes it.
+
+    The library reads none but the seed alone. The first 128 octets of the PKCS #8 are enough. None
+    for anything else, or where the two do not belong together.
+    """
+    found = _BOTH.match(pkcs8)
+    if found is None or not KEY_TYPES:
+        return None
+    key_type: Any = KEY_TYPES[_BY_OCTET[found[1][0]]][0]
+    key = key_type.from_seed_bytes(found[2])
+    return key if key.public_key().public_bytes_raw().startswith(found[3]) else None
+
+
+def lacks_seed(pkcs8: bytes) -> bool:
+    """Whether it is such a key in the expanded form alone."""
+    return _EXPANDED.match(pkcs8) is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keyd.certificates import load_chain, refer_to
 from keyd.der import SEQUENCE, tlv
-from keyd.encrypted import beginning
+from keyd.key_kind import beginning
 from keyd.keys import UnusableKey, as_bound, load_private_key
 from keyd.pss import PSSPrivateKey, binding_of_key
 from keyd.reference import key_id
@@ -101,7 +101,7 @@ def test_what_is_not_encrypted_as_openssl_does_has_no_beginning(der: bytes, more
     for octets in (der, tlv(SEQUENCE, tlv(SEQUENCE, PBES2 + tlv(SEQUENCE, der)) + more)):
         text = base64.b64encode(octets).decode()
         pem = f"-----BEGIN ENCRYPTED PRIVATE KEY-----\n{text}\n-----END ENCRYPTED PRIVATE KEY-----"
-        assert beginning(pem.encode(), b"a passphrase") == b""
+        assert beginning(pem.encode(), b"a passphrase") == beginning(pem.encode(), None) == b""
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""The beginning of a private key in an encrypted file: which kind it is, and no secret.
+"""The beginning of a private key in a file, where its kind is, which the library does not tell.
 
-Run where keys are read from files. The library decrypts such a file, and takes an RSA key that is
-bound to PSS for a plain one: what it is bound to is in the part that it does not show. Here, that
-part alone is decrypted once more (RFC 8018: PBES2, with PBKDF2 or scrypt, and AES-CBC, as
-openssl(1) writes it). Of an RSA key, what follows is the modulus.
+Run where keys are read from files. The library takes an RSA key that is bound to PSS for a plain
+one, and does not read ML-DSA keys as openssl(1) writes them. Of an encrypted file, the beginning
+alone is decrypted once more (RFC 8018: PBES2, with PBKDF2 or scrypt, and AES-CBC, as openssl(1)
+writes it).
 """
 
 import base64
@@ -17,7 +17,8 @@ from keyd.der import content, members
 
 __all__ = ["beginning"]
 
-#: The version, and an AlgorithmIdentifier that is bound to one digest, have 70 octets and more.
+#: The version, and an AlgorithmIdentifier that is bound to one digest, have 70 octets and more. Of
+#: an RSA key, the modulus follows; of ML-DSA keys, the seed, and the beginning of the expanded key.
 _OCTETS = 128
 _PBES2 = bytes.fromhex("06092a864886f70d01050d")
 _PBKDF2 = bytes.fromhex("06092a864886f70d01050c")
@@ -36,13 +37,16 @@ _AES_CBC = {
     for last, octets in (("02", 16), ("16", 24), ("2a", 32))
 }
 _SCRYPT_MAX_OCTETS = 256 * 1024 * 1024
-_BEGIN = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
+_BEGIN = b"-----BEGIN PRIVATE KEY-----"
+_BEGIN_ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
 
-def beginning(pem: bytes, passphrase: bytes) -> bytes:
-    """The first octets of the PKCS #8 in it; none if it is not encrypted in such a way."""
+def beginning(pem: bytes, passphrase: bytes | None) -> bytes:
+    """The first 128 octets of the PKCS #8 in it; none if none can be read or decrypted."""
     try:
-        der = base64.b64decode(pem.partition(_BEGIN)[2].partition(b"-----")[0])
+        if passphrase is None:
+            return base64.b64decode(pem.partition(_BEGIN)[2].partition(b"-----")[0])[:_OCTETS]
+        der = base64.b64decode(pem.partition(_BEGIN_ENCRYPTED)[2].partition(b"-----")[0])
         scheme, encrypted = members(der)
         kind, parameters = members(scheme)
         derivation, cipher = members(parameters)
