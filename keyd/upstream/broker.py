@@ -28,7 +28,7 @@ from keyd.reference import id_and_key_of
 from keyd.upstream.connection import Connection, Loop
 from keyd.upstream.connector import CONNECTED, LOST, MAX_MESSAGE_OCTETS
 from keyd.upstream.messages import MAX_IN_FLIGHT, Answer, Ask, Greeting
-from keyd.upstream.state import CONNECTING, READY, UpstreamState
+from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from keyd.words import say
 
 __all__ = ["Broker", "UpstreamKey"]
@@ -158,6 +158,8 @@ class Broker:
         self._ids = itertools.count(1)
         self._kept: deque[_Asked] = deque()
         self._told: list[UpstreamState] = []
+        #: The process that connects has ended.
+        self._orphaned = False
 
     def serve(self, loop: Loop) -> None:
         """Hear connections from now on."""
@@ -181,6 +183,8 @@ class Broker:
         with self._lock:
             then = self._look_at_clock(now)
             states = [upstream.state(self.keys, now) for upstream in self._upstreams]
+        if self._orphaned:
+            states = [one._replace(state=ORPHANED) for one in states]
         for answer in then:
             answer()
         if states == self._told:
@@ -260,6 +264,7 @@ class Broker:
             message, descriptors = b"", []
         if not message:
             say("upstreams cannot be connected to again: the process for that has ended")
+            self._orphaned = True
             return True
         upstream = self._upstreams[message[1]]
         if message[:1] != CONNECTED:
@@ -349,7 +354,7 @@ class Broker:
             self._connector.send(LOST + bytes((number, served)), socket.MSG_DONTWAIT)
         except OSError:
             # It has ended, which was said.
-            upstream.why = "the process that connects to it has ended: run titus-py reload"
+            upstream.why = ORPHANED
 
     # --- what does not come ----------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
-__all__ = ["CONNECTING", "READY", "UpstreamState"]
+__all__ = ["CONNECTING", "ORPHANED", "READY", "UpstreamState"]
 
 #: Of those that have all keys; and of those that have just been lost, or were never there.
 READY, CONNECTING = "ready", "connecting"
+#: Of all, once nothing connects to them any more. One that is connected can still be asked.
+ORPHANED = "the process that connects to it has ended"
 
 
 class UpstreamState(NamedTuple):

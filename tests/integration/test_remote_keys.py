@@ -5,6 +5,8 @@ Both are titus-py, with TLS between them. What a host does that was taken over i
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +20,7 @@ from keyd.inspection.key_search import needles, search_all
 from .certificates import Certificate
 from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
-from .instance import UIDS, Instance, eventually
+from .instance import UIDS, Instance, Process, eventually
 from .peers import Listener, TlsClient, Truncated
 from .service import reload, status
 from .tokens import scratch
@@ -117,6 +119,29 @@ def test_a_site_is_served_whose_key_is_on_the_other_host(hosts: Hosts, version: 
     eventually(counted, "the other host has counted it")
     (one,) = status(hosts.keys)["lending"]
     assert (one["client"], one["streams"]) == ("proxy-a", 1)
+
+
+def test_nobody_notices_that_the_process_is_killed_which_connects(hosts: Hosts) -> None:
+    """keyd cannot start it again. So another keyd follows, and reaches what is lost later."""
+    (connecting,) = (
+        one for one in hosts.proxy.processes() if title(one) == "keyd: connecting to upstreams"
+    )
+    before = hosts.proxy.keyd()
+    connecting.kill()
+    eventually(lambda: hosts.proxy.keyd() != before and hosts.is_ready(), "another keyd", 30)
+    hosts.keys.expected_alarms |= {"connection_ended", "worker_failed"}
+    for worker in hosts.keys.workers():
+        worker.kill()
+    hosts.shake_hands()
+    eventually(hosts.is_ready, "the keys are there again", 30)
+
+
+def title(process: Process) -> str:
+    """Of one that may have ended."""
+    with suppress(OSError):
+        octets = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        return octets.partition(b"\0")[0].decode()
+    return ""
 
 
 def test_the_key_is_in_no_process_of_the_proxy(hosts: Hosts) -> None:

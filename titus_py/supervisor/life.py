@@ -37,6 +37,7 @@ from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.control import Answer, Control
+from titus_py.supervisor.crippled_keyd import CrippledKeyd
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.filters import build_filters
@@ -224,6 +225,7 @@ class _Supervisor:
             self._reload.for_keys,
             self._reload.renew,
             Renewals(loop, record, self._reload.replace).worker_ended,
+            CrippledKeyd(loop, self._reload.replace).replace,
         )
         self._metrics = MetricsAddress(
             loop,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keyd.protocol import fingerprint
-from keyd.upstream.state import CONNECTING, READY, UpstreamState
+from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
@@ -35,7 +35,8 @@ _ENDS = frozenset({"connection_ended", "handshake_failed", "tunnel_failed"})
 class Upkeep:
     """``reload_for_keys`` asks for a reload because keyd's keys have changed. ``renew`` replaces a
     generation whose fork server has ended. ``worker_ended`` is told how each worker ended that had
-    a client, in the generation that serves.
+    a client, in the generation that serves; and ``keyd_crippled`` if its keyd has lost a process
+    that it cannot start again.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Upkeep:
         reload_for_keys: Callable[[], None],
         renew: Callable[[Generation], None],
         worker_ended: Callable[[str, int], None],
+        keyd_crippled: Callable[[int], None],
     ) -> None:
         self._loop = loop
         self._event = event
@@ -69,6 +71,7 @@ class Upkeep:
         self._reload_for_keys = reload_for_keys
         self._renew = renew
         self._worker_ended = worker_ended
+        self._keyd_crippled = keyd_crippled
         #: How many lines keyd has said, and in which second.
         self._said = self._second = 0
 
@@ -159,6 +162,10 @@ class Upkeep:
         """The same of upstreams, but for one that has only just been lost."""
         before = {one.upstream: one.state for one in generation.upstreams}
         generation.upstreams = [UpstreamState(*one) for one in said]
+        if generation is self._generations.serving and any(
+            one.state == ORPHANED for one in generation.upstreams
+        ):
+            self._keyd_crippled(generation.number)
         for upstream, state, *_ in generation.upstreams:
             if state == before.get(upstream) or not self._may_say_more():
                 continue
