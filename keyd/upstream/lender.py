@@ -25,8 +25,9 @@ __all__ = ["Lender"]
 _MOST_STREAMS_EACH = 8
 #: All together, those that nobody has introduced yet among them.
 _MOST_STREAMS = 256
-#: How many refusals to one client in a second end its stream: it does not wait for answers.
-_FLOOD = 10_000
+#: After so many refusals to one client for one reason, its streams are read on in the next second:
+#: a flood costs no more than that, and waits where it comes from.
+_MOST_REFUSED = 256
 #: How many kinds of refusals are told of in a second, and how much of each.
 _TOLD, _DETAIL_CHARACTERS = 8, 200
 
@@ -125,7 +126,7 @@ class Lender(Streams):
         with self._lock:
             self._refusals[name, why] += 1
             self._last_refused[name, why] = detail[:_DETAIL_CHARACTERS]
-            return self._refusals[name, why] > _FLOOD
+            return self._refusals[name, why] >= _MOST_REFUSED
 
     def _flush(self) -> bool:
         for descriptor, _ in self.writable.poll(0):

@@ -65,7 +65,7 @@ class Streams(ABC):
 
     @abstractmethod
     def refused(self, name: str, why: str, status: Status, detail: str) -> bool:
-        """Something was refused; returns whether the stream is to end."""
+        """Something was refused; returns whether it is enough for this second."""
 
     @abstractmethod
     def over(self, stream: "Stream") -> None:
@@ -86,6 +86,8 @@ class Stream:
         self._paused = False
         self._closed = False
         self._leaves = self._ended = False
+        #: Too much was refused: nothing more is read before the next ``tick``.
+        self._rests = False
         self._in_flight = 0
         self._unsent = bytearray()
 
@@ -95,10 +97,10 @@ class Stream:
     def arm(self) -> None:
         """Have a thread call ``hear`` once there is something to hear; by the one that has heard.
 
-        Nothing more is read while answers wait, or before it leaves.
+        Nothing more is read while answers wait, while it rests, or before it leaves.
         """
         with self._lock:
-            self._paused = bool(self._unsent) or self._leaves
+            self._paused = bool(self._unsent) or self._rests or self._leaves
             if not (self._paused or self._closed):
                 self._arm()
 
@@ -106,8 +108,8 @@ class Stream:
         self._streams.epoll.modify(self._socket, select.EPOLLIN | select.EPOLLONESHOT)
 
     def _resume(self) -> None:
-        """Read on. Holds the lock."""
-        if self._paused:
+        """Read on, unless it rests. Holds the lock."""
+        if self._paused and not self._rests:
             self._paused = False
             self._arm()
 
@@ -127,11 +129,17 @@ class Stream:
         return None
 
     def tick(self) -> None:
-        """About once a second: end it if there is no header in time, keep it from seeming idle."""
+        """About once a second: end it if there is no header in time, keep it from seeming idle.
+
+        And read on, if it has rested.
+        """
         now = time.monotonic()
         with self._lock:
             if self._closed:
                 return
+            self._rests = False
+            if not (self._unsent or self._leaves):
+                self._resume()
             if self.borrower is None:
                 if now - self._begun > _HEADER_SECONDS:
                     self._end()
@@ -151,7 +159,7 @@ class Stream:
         if self._ended:
             # What has come before the end is not looked at.
             self._close()
-        if self._ended or self._leaves:
+        if self._ended or self._leaves or self._rests:
             return False
         missing = missing_octets(self._header) if self.borrower is None else 0
         try:
@@ -247,11 +255,9 @@ class Stream:
         why = refused.status.name.lower()
         if refused.status is Status.NOT_GRANTED and ask.request.key not in borrower.grants:
             why = NOT_LENT
-        to_end = self._streams.refused(borrower.name, why, refused.status, refused.detail)
+        if self._streams.refused(borrower.name, why, refused.status, refused.detail):
+            self._rests = True
         self._answer(ask.id, Reply(refused.status))
-        if to_end:
-            with self._lock:
-                self._end()
 
     @property
     def _borrower(self) -> Borrower:
@@ -315,7 +321,7 @@ class Stream:
 
     def _end(self) -> None:
         """Have the thread that reads it close it. Holds the lock."""
-        self._ended, self._leaves = True, False
+        self._ended, self._leaves, self._rests = True, False, False
         self._unsent.clear()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -61,10 +61,16 @@ class Borrowing:
                 return None
             self._assembler.add(octets)
 
+    def answer(self) -> Answer:
+        """The next one: a lender that has been quiet repeats its greeting."""
+        while isinstance(said := self.hear(), Greeting):
+            continue
+        assert said is not None
+        return said
+
     def ask(self, ask: Ask) -> Reply:
         self.client.send(ask.encode())
-        answer = self.hear()
-        assert isinstance(answer, Answer)
+        answer = self.answer()
         assert answer.id == ask.id
         return answer.reply
 

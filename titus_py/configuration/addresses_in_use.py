@@ -51,10 +51,8 @@ def address_mistakes(
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
     lending = valid_part(Lending, tables["keyd"], source)
     if lending is not None and lending.lend is not None:
-        own = [("metrics.address", address)]
-        if keyd is not None and keyd.socket is not None:
-            own.append(("keyd.socket", UnixAddress(str(keyd.socket))))
-        for key, other in own:
+        heard = [(f"tunnel[{i}].listen", tunnel.listen) for i, tunnel in tunnels.items()]
+        for key, other in (("metrics.address", address), *heard):
             if other == lending.lend:
                 yield source.mistake(key, f"{other} is keyd.lend, too")
 

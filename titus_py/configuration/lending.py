@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from keyd.protocol import mask_of
 from keyd.upstream.messages import MAX_BORROWERS, MAX_LENT_KEYS
 from titus_py.configuration.across_tables import each_valid, valid_part
+from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.helper import KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.paths import TokenUri
@@ -28,6 +29,7 @@ __all__ = [
     "LentFacts",
     "ask_about_lent_keys",
     "lending_mistakes",
+    "lending_socket",
     "lent_keys",
     "lent_to_nobody",
     "told",
@@ -40,6 +42,12 @@ class LentFacts(NamedTuple):
     key_id: bytes
     #: For a key in a token (``keyd.reference``).
     reference: str
+
+
+def lending_socket(tables: dict[str, Any], source: Source) -> UnixAddress | None:
+    """Where keyd signs for other hosts, if it does."""
+    lending = valid_part(Lending, tables["keyd"], source)
+    return lending.lend if lending is not None else None
 
 
 def lent_keys(tables: dict[str, Any], source: Source) -> dict[LentKey, list[str]]:

@@ -31,7 +31,12 @@ from titus_py.configuration.explained import explained
 from titus_py.configuration.exposure import exposed_files, exposed_sockets
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.ineffective import ineffective_settings
-from titus_py.configuration.lending import lending_mistakes, lent_keys, lent_to_nobody
+from titus_py.configuration.lending import (
+    lending_mistakes,
+    lending_socket,
+    lent_keys,
+    lent_to_nobody,
+)
 from titus_py.configuration.mistake import Mistake, Source, os_reason
 from titus_py.configuration.tables import (
     Configuration,
@@ -196,6 +201,8 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     mistakes += empty_directories(tables, credentials, source)
     of_clients = client_files(tables, source)
     lent = lent_keys(tables, source)
+    if (lend := lending_socket(tables, source)) is not None:
+        sockets["keyd.lend"] = lend
     warnings = [
         *uid_warnings(tables, source),
         *exposed_files(credentials, lent, of_clients, included, source),

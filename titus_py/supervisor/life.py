@@ -348,9 +348,9 @@ class _Supervisor:
             self._service.end(0)
 
     def _adopt(self, generation: Generation) -> None:
-        """Apply its configuration to metrics, log and backends. On OSError, nothing has changed."""
-        self._metrics.change(generation.configuration.metrics.address)
+        """Apply its configuration to sockets, log and backends. On OSError, to some sockets only."""
         self._lending.change(generation.configuration)
+        self._metrics.change(generation.configuration.metrics.address)
         for address in self._listeners.unheard(generation.listening):
             self._event("not_accepted", level="warning", address=str(address))
         log = generation.configuration.log

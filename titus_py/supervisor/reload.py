@@ -42,7 +42,7 @@ ReadAgain = Callable[[Served], Checked]
 
 class Reload:
     """``read_again`` reads and checks the configuration; it may be slow. ``adopt`` applies a
-    generation's configuration to the supervisor itself, or raises OSError and changes nothing.
+    generation's configuration to the supervisor itself, or raises OSError with a part of it done.
     ``change_program`` begins a reload that another program goes on with.
     """
 
@@ -204,6 +204,7 @@ class Reload:
         except OSError as error:
             self._listeners.close(added)
             self._takeover.forget(generation)
+            self._adopt_again()
             self.failed([str(error)])
             return
         self._listeners.open |= added
@@ -218,11 +219,15 @@ class Reload:
         if not problems:
             self._took_over({"reloaded": True, "generation": serving.number})
             return
+        self._adopt_again()
+        self.failed(problems)
+
+    def _adopt_again(self) -> None:
+        """Have the supervisor itself as the generation wants it that goes on serving."""
         try:
-            self._adopt(serving)
+            self._adopt(self._generations.serving)
         except OSError as error:
             self._event("start_failed", level="error", reason=str(error))
-        self.failed(problems)
 
     def _took_over(self, outcome: dict[str, object]) -> None:
         if self._cuts and not self._renewing:

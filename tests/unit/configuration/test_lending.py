@@ -125,6 +125,13 @@ def test_without_it_nothing_is_told(files: Files) -> None:
             "keyd.token_user: is missing: a key of ",
         ),
         (
+            '[[tunnel]]\nlisten = "unix:lend.sock"\nconnect = "a.test:1"\nca = "system"\n'
+            + LEND
+            + CLIENT,
+            {},
+            "tunnel[0].listen: unix:",
+        ),
+        (
             '[metrics]\naddress = "unix:lend.sock"\n' + LEND + CLIENT,
             {},
             "metrics.address: unix:",

@@ -290,19 +290,41 @@ def test_so_many_and_no_more(tmp_path: Path) -> None:
         assert lending.refused() == [("proxy-a", "exhausted", 2)]
 
 
-def test_a_flood_ends_its_stream_and_nobody_elses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("keyd.upstream.lender._FLOOD", 20)
+def test_a_flood_waits_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many are refused in a second, and the rest is not even read; another host is served."""
+    monkeypatch.setattr("keyd.upstream.lender._MOST_REFUSED", 20)
     with contextlib.closing(Lending(tmp_path, most=3)) as lending:
         flooding, other = lending.host(), lending.host("proxy-b")
-        with contextlib.suppress(OSError):
-            for _ in range(1000):
-                flooding.socket.sendall(ask().encode())
-        while flooding.hear() is not None:
-            continue
+        flooding.socket.sendall(b"".join(ask(number).encode() for number in range(100)))
+        statuses = [reply.status for reply in flooding.answers(23).values()]
+        assert statuses == [Status.DONE] * 3 + [Status.EXHAUSTED] * 20
         assert other.ask(ask()).status is Status.DONE
-        assert lending.host().ask(ask()).status is Status.EXHAUSTED
+        flooding.socket.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            flooding.hear()
+        flooding.socket.settimeout(PATIENCE)
+        for _ in range(3):
+            assert list(lending.lender.tick())
+            flooding.answers(20)
+        assert list(lending.lender.tick())
+        assert len(flooding.answers(17)) == 17
+        assert flooding.ask(ask()).status is Status.EXHAUSTED
+
+
+def test_one_that_rests_leaves_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keyd.upstream.lender._MOST_REFUSED", 1)
+    with contextlib.closing(Lending(tmp_path, most=1)) as lending:
+        gone, leaving = lending.host(), lending.host("proxy-b")
+        for host in (gone, leaving):
+            assert host.ask(ask()).status is Status.DONE
+            assert host.ask(ask()).status is Status.EXHAUSTED
+        gone.socket.close()
+        assert len(list(lending.lender.tick())) == 2
+        until(lambda: len(lending.keyd.streams) == 1)
+        assert leaving.ask(ask()).status is Status.EXHAUSTED
+        lending.order("lend no more", [])
+        assert leaving.hear() is None
+        until(lambda: not lending.keyd.streams)
 
 
 @pytest.mark.parametrize("name", ["proxy-c", ""])

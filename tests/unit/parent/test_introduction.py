@@ -12,11 +12,12 @@ from proxyprotocol.tlv import SSLClient
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
+from keyd.upstream.introduction import client_name, missing_octets
 from titus_py.between.client_allow import Facts
 from titus_py.between.client_identity import Identity
 from titus_py.between.messages import Ends, TlsFacts
 from titus_py.parent.introduction import introduce
-from titus_py.parent.proxy_header import CannotEncode, version_1, version_2
+from titus_py.parent.proxy_header import CannotEncode, version_1, version_2, without_client
 
 NAMES = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=255)
 ADDRESSES = st.ip_addresses().map(str) | st.ip_addresses(v=4).map("::ffff:{}".format)
@@ -122,6 +123,22 @@ def test_a_backend_is_told_what_was_asked_for_and_no_more(
     assert (tlv.alpn or b"").decode() == (name or "")
     assert (tlv.ssl.version if tlv.ssl else None) == version
     assert bool(tlv.ssl and tlv.ssl.get(0x28)) == certificate
+
+
+@pytest.mark.parametrize("how", ["v2", "v2-tls", "v2-tls-cert"])
+def test_the_name_of_a_known_client_goes_with_its_certificate(how: str) -> None:
+    """As a keyd that lends keys reads it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert introduce(ours, how, ENDS_HERE, FACTS_HERE, "h2", IDENTITY, "web-1") == ""
+        header = theirs.recv(65536)
+    assert missing_octets(header) == 0
+    assert client_name(header) == ("web-1" if how == "v2-tls-cert" else "")
+    assert ProxyProtocolV2().unpack(header).tlv.alpn == (b"h2" if how != "v2" else None)
+
+
+def test_a_health_check_has_no_name() -> None:
+    assert client_name(without_client("v2-tls-cert")) is None
 
 
 def test_an_interface_stays_at_home() -> None:
