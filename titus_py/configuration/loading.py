@@ -49,6 +49,7 @@ from titus_py.configuration.tables import (
 )
 from titus_py.configuration.transparency import transparency_mistakes
 from titus_py.configuration.tunnels import missing_tables, tunnel_mistakes
+from titus_py.configuration.upstreams import unreachable_upstreams
 
 __all__ = ["Loaded", "from_options", "load"]
 
@@ -214,6 +215,7 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         warnings += descriptor_warnings(configuration, source)
         warnings += ineffective_settings(configuration, source)
         warnings += unreachable_sockets(configuration, source)
+        warnings += unreachable_upstreams(configuration, source)
         warnings += lent_to_nobody(configuration, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients, lent)

@@ -5,6 +5,7 @@ serves.
 """
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -13,9 +14,17 @@ from keyd.linux import seccomp
 from keyd.system_calls import CONNECTING
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.paths import UPSTREAM
+from titus_py.configuration.socket_access import SocketAccess
 from titus_py.configuration.tables import Configuration, Keyd
+from titus_py.configuration.values import User
 
-__all__ = ["told", "unasked_upstreams", "unproved_keys", "upstream_mistakes"]
+__all__ = [
+    "told",
+    "unasked_upstreams",
+    "unproved_keys",
+    "unreachable_upstreams",
+    "upstream_mistakes",
+]
 
 
 def upstream_mistakes(
@@ -53,6 +62,37 @@ def unasked_upstreams(configuration: Configuration, source: Source) -> Iterator[
     keyd = configuration.keyd
     if keyd.upstream is not None and not _with_upstream(configuration):
         yield source.mistake("keyd.upstream", f'has no effect: no [[vhost]] has key = "{UPSTREAM}"')
+
+
+def unreachable_upstreams(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Warnings of sockets that are not there, or of tunnels' that keep out who is to connect."""
+    keyd, user = configuration.keyd, configuration.keyd.upstream_user
+    tunnels = {tunnel.listen: number for number, tunnel in enumerate(configuration.tunnel)}
+    for upstream in keyd.upstream or ():
+        number = tunnels.get(upstream)
+        if number is None and not os.path.lexists(upstream.path):
+            yield source.mistake(
+                "keyd.upstream",
+                f"{upstream}: no [[tunnel]] listens there, and nothing is there now",
+            )
+        elif number is not None and user is not None:
+            access = configuration.tunnel[number].socket_access
+            if not _lets_in(access, user):
+                yield source.mistake(
+                    f"tunnel[{number}].socket_group",
+                    f"its socket does not let keyd.upstream_user connect, which is {user.name}: "
+                    f"set socket_group to a group of that user's",
+                )
+
+
+def _lets_in(access: SocketAccess, user: User) -> bool:
+    """Whether this user may connect to a unix socket (unix(7): it takes the right to write)."""
+    uid, gid = access.owner
+    if user.uid == uid:
+        return bool(access.mode & stat.S_IWUSR)
+    if gid in os.getgrouplist(user.name, user.gid):
+        return bool(access.mode & stat.S_IWGRP)
+    return bool(access.mode & stat.S_IWOTH)
 
 
 def unproved_keys(configuration: Configuration) -> Iterator[str]:

@@ -42,7 +42,6 @@ def mistakes(loaded: Loaded) -> list[str]:
 def test_the_certificate_alone_is_read(load_with: Load) -> None:
     checked = check(load_with())
     assert [str(one) for one in checked.mistakes] == []
-    assert not any("upstream" in str(warning) for warning in checked.warnings)
     assert checked.configuration is not None
     ((credential, facts),) = checked.certificates.items()
     assert credential.upstream
@@ -157,8 +156,59 @@ def test_no_rsa_key_exchange(load_with: Load, tmp_path: Path) -> None:
     assert one.reason.startswith("its key is another host's, which keyd has sign")
 
 
+def warnings(loaded: Loaded) -> list[str]:
+    return [
+        f"{one.key}: {one.reason}"
+        for one in loaded.warnings
+        if one.key.startswith(("keyd.upstream", "tunnel"))
+    ]
+
+
+def test_a_socket_that_is_not_there_is_warned_of(load_with: Load, tmp_path: Path) -> None:
+    path = tmp_path / "keys.sock"
+    loaded = load_with(keyd=f'{USER}upstream = ["unix:{path}"]')
+    (warning,) = warnings(loaded)
+    assert warning == (
+        f"keyd.upstream: unix:{path}: no [[tunnel]] listens there, and nothing is there now"
+    )
+    path.touch()
+    assert not warnings(load_with(keyd=f'{USER}upstream = ["unix:{path}"]'))
+
+
+TUNNEL = f"""
+[[tunnel]]
+listen = "unix:/run/titus-py/keys.sock"
+connect = "192.0.2.10:8444"
+pins = ["sha256:{"0a" * 32}"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("access", "lets_in"),
+    [
+        ("", False),
+        ('socket_group = "2099999998"', True),
+        ('socket_group = "2099999998"\nsocket_mode = "0600"', False),
+        ('socket_group = "2099999997"', False),
+        ('socket_user = "2099999998"', True),
+        ('socket_user = "2099999998"\nsocket_mode = "0066"', False),
+        ('socket_mode = "0666"', True),
+    ],
+)
+def test_a_tunnel_that_keeps_out_who_is_to_connect(
+    load_with: Load, access: str, lets_in: bool
+) -> None:
+    loaded = load_with(f'key = "upstream"{TUNNEL}{access}')
+    assert mistakes(loaded) == []
+    found = warnings(loaded)
+    assert bool(found) is not lets_in
+    for warning in found:
+        assert warning.startswith("tunnel[0].socket_group: its socket does not let keyd.upstream_")
+        assert "which is 2099999998" in warning
+
+
 def test_upstreams_that_nobody_needs(load_with: Load) -> None:
     loaded = load_with('key = "site.key"')
     assert not loaded.mistakes
-    (warning,) = (one for one in loaded.warnings if one.key == "keyd.upstream")
-    assert warning.reason == 'has no effect: no [[vhost]] has key = "upstream"'
+    (warning,) = (one for one in warnings(loaded) if "no effect" in one)
+    assert warning == 'keyd.upstream: has no effect: no [[vhost]] has key = "upstream"'

@@ -36,6 +36,10 @@ STATUS: dict[str, Any] = {
         {"token": "hsm", "state": "ready"},
         {"token": "hsm", "state": "cannot be used: there is no such token"},
     ],
+    "upstreams": [
+        {"upstream": "unix:/a", "state": "ready", "in_flight": 2, "done": 7, "failed": 1},
+        {"upstream": "unix:/b", "state": "connecting", "in_flight": 0, "done": 0, "failed": 0},
+    ],
     "log_lines_lost": 4,
     "certificates": [
         {
@@ -312,12 +316,7 @@ def test_counters_survive_keyd() -> None:
 
 
 def test_upstreams() -> None:
-    counted = {"in_flight": 2, "done": 7, "failed": 1}
-    upstreams = [
-        {"upstream": "unix:/a", "state": "ready", **counted},
-        {"upstream": "unix:/b", "state": "connecting", **counted},
-    ]
-    found = read(Metrics(), {"upstreams": upstreams})
+    found = read(Metrics())
     assert found['titus_keyd_upstream_up{upstream="unix:/a"}'] == 1
     assert found['titus_keyd_upstream_up{upstream="unix:/b"}'] == 0
     assert found['titus_keyd_upstream_in_flight{upstream="unix:/a"}'] == 2
