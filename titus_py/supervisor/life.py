@@ -348,7 +348,7 @@ class _Supervisor:
             self._service.end(0)
 
     def _adopt(self, generation: Generation) -> None:
-        """Apply its configuration to sockets, log and backends. On OSError, to some sockets only."""
+        """Apply its configuration to sockets, log, backends. On OSError, to some sockets only."""
         self._lending.change(generation.configuration)
         self._metrics.change(generation.configuration.metrics.address)
         for address in self._listeners.unheard(generation.listening):
