@@ -40,7 +40,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import peer_of
+from keyd.linux.unix_socket import peer_of, refuse_descriptors
 from keyd.listeners import listeners, owner_of, paths_of
 from keyd.loading import load
 from keyd.powers import ALL_POWERS
@@ -276,6 +276,8 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
     hear_first(tokens)
     with ExitStack() as stack:
         doors = listeners(arguments, stack, lambda: owner_of(arguments), mode=0o660)
+        for door in doors:
+            refuse_descriptors(door)
         program = _withdraw(arguments, guards)
         terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         states = States(tokens)

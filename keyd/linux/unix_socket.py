@@ -12,11 +12,22 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
-__all__ = ["File", "Peer", "bind", "file_of", "has_ended", "peer_of", "set_access"]
+__all__ = [
+    "File",
+    "Peer",
+    "bind",
+    "file_of",
+    "has_ended",
+    "peer_of",
+    "refuse_descriptors",
+    "set_access",
+]
 
 #: A file on this machine: its device, its inode there, and when it was made. After its end, the
 #: inode's number may soon be another file's.
 File = tuple[int, int, int]
+#: <asm-generic/socket.h>; Python does not know it.
+_SO_PASSRIGHTS = 83
 #: struct ucred (unix(7)): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
 
@@ -74,6 +85,16 @@ def set_access(path: str, mode: int, owner: tuple[int, int], known: File | None 
 def file_of(seen: os.stat_result) -> File:
     """Which file this is: nothing is ever written to a socket's."""
     return seen.st_dev, seen.st_ino, seen.st_mtime_ns
+
+
+def refuse_descriptors(listener: socket.socket) -> None:
+    """Let no client of it send descriptors, where the kernel can refuse them (Linux 6.16).
+
+    One that nobody takes is closed by whoever reads what it came with, and closing may wait: a TCP
+    socket's last holder, for as long as its SO_LINGER says.
+    """
+    with suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
 
 
 class Peer(NamedTuple):

@@ -409,3 +409,23 @@ def test_a_key_file_that_was_replaced_is_not_taken_for_keyds(listening: Listenin
         own.rename(listening.key)
     assert ("is not the key that keyd has any more", "not available") in found["key"]
     assert "memory" not in found
+
+
+def test_a_client_can_leave_no_descriptor_where_the_kernel_refuses_them(
+    listening: Listening,
+) -> None:
+    """Whoever reads the packet closes it, and may wait for as long as its SO_LINGER says."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        try:
+            client.setsockopt(socket.SOL_SOCKET, 83, 0)  # SO_PASSRIGHTS, since Linux 6.16
+            expected = "Operation not permitted"
+        except OSError:
+            expected = ""
+        client.connect(str(listening.socket))
+        try:
+            socket.send_fds(client, [b"x"], [client.fileno()])
+            refusal = ""
+        except OSError as error:
+            refusal = error.strerror or ""
+        assert refusal == expected
+    assert listening.ask() is Status.DONE
