@@ -27,6 +27,8 @@ from keyd.protocol import SignatureScheme
 from keyd.reference import UnsupportedKey, key_id, kind_of_key, reference_pem
 from keyd.token.messages import (
     MAX_MESSAGE_OCTETS,
+    ORPHANED,
+    UNUSABLE,
     Answer,
     Down,
     Nonsense,
@@ -193,7 +195,9 @@ class Token:
         except OSError:
             message = b""
         if not message and has_ended(self.socket):
-            self._take_down(Down(True, "its process has ended, and needs keyd to be started anew"))
+            if not self.lasting:
+                # Otherwise a PIN that was not taken would be tried again.
+                self._take_down(Down(True, ORPHANED.removeprefix(UNUSABLE)))
             return True
         try:
             said = decode(message)
@@ -243,7 +247,7 @@ class Token:
 
     def _take_down(self, said: Down) -> None:
         with self._lock:
-            before, self.down = self.down, f"cannot be used: {said.why}"
+            before, self.down = self.down, f"{UNUSABLE}{said.why}"
             self.lasting = said.lasting
             self.starting = False
             self._proofs = 0

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 __all__ = [
     "MAX_MESSAGE_OCTETS",
+    "ORPHANED",
+    "UNUSABLE",
     "Answer",
     "Down",
     "Failure",
@@ -28,6 +30,11 @@ __all__ = [
     "Ready",
     "decode",
 ]
+
+#: How the state of a token begins that cannot be used. And that of one whose process has ended:
+#: only another keyd starts it again.
+UNUSABLE = "cannot be used: "
+ORPHANED = UNUSABLE + "its process has ended, and needs keyd to be started anew"
 
 _QUESTION = struct.Struct("!QHHQ")
 _NUMBER = struct.Struct("!cQ")

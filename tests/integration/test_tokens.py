@@ -381,6 +381,22 @@ def test_the_audit_knows_tokens_processes(site: Instance) -> None:
     assert not [one for one in report["findings"] if one["verdict"] == "broken"]
 
 
+def test_a_tokens_process_that_is_killed_comes_back_with_another_keyd(
+    served: Served, site: Instance
+) -> None:
+    """Both of its processes: keyd can start neither again."""
+    keyd, since = site.keyd(), len(site.events())
+    of_tokens = [one for one in site.processes() if one.parent == keyd.pid]
+    assert len(of_tokens) == 2
+    of_tokens[0].kill()
+    site.wait_for_event("token_unusable", since=since)
+    site.wait_for_event("reloaded", since=since)
+    assert site.keyd() != keyd
+    for kind in ("rsa", "ecdsa"):
+        s_client(site.port, served.directory / "authority.pem", kind, "-tls1_3")
+    TlsClient(site.port, "shaky").handshake()
+
+
 def test_check_asks_the_tokens_and_names_every_mistake_at_once(
     served: Served, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
-"""Another keyd where the one that serves has lost the process that connects to upstreams for it.
+"""Another keyd where the one that serves has lost a process that it cannot start again.
 
-Run by the supervisor. keyd starts that process before it confines itself, and can start no other. A
-new generation of the same configuration has a keyd with another. Connections go on.
+Run by the supervisor. Such a process connects to upstreams, or minds a token. keyd starts it before
+it confines itself. A new generation of the same configuration has a keyd with another. Connections
+go on.
 """
 
 import time

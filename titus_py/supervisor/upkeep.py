@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keyd.protocol import fingerprint
+from keyd.token import messages
 from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
@@ -148,6 +149,8 @@ class Upkeep:
     def _tell_tokens(self, generation: Generation, tokens: list[list[str]]) -> None:
         """Log which tokens have another state than before, and keep it for the status."""
         before, generation.tokens = generation.tokens, [(name, state) for name, state in tokens]
+        if any(state == messages.ORPHANED for _, state in generation.tokens):
+            self._crippled(generation)
         for token, state in generation.tokens:
             if (token, state) in before or not self._may_say_more():
                 continue
@@ -162,10 +165,8 @@ class Upkeep:
         """The same of upstreams, but for one that has only just been lost."""
         before = {one.upstream: one.state for one in generation.upstreams}
         generation.upstreams = [UpstreamState(*one) for one in said]
-        if generation is self._generations.serving and any(
-            one.state == ORPHANED for one in generation.upstreams
-        ):
-            self._keyd_crippled(generation.number)
+        if any(one.state == ORPHANED for one in generation.upstreams):
+            self._crippled(generation)
         for upstream, state, *_ in generation.upstreams:
             if state == before.get(upstream) or not self._may_say_more():
                 continue
@@ -179,6 +180,11 @@ class Upkeep:
                     upstream=upstream,
                     reason=state,
                 )
+
+    def _crippled(self, generation: Generation) -> None:
+        """Its keyd has lost a process that it cannot start again."""
+        if generation is self._generations.serving:
+            self._keyd_crippled(generation.number)
 
     def _may_say_more(self) -> bool:
         """Whether what keyd says is logged: it must not fill the log."""

@@ -187,6 +187,14 @@ def test_the_same_trouble_is_said_once(process: Process) -> None:
     assert "needs keyd to be started anew" in process.said[-1]
 
 
+def test_a_pin_that_was_not_taken_stays_the_reason(process: Process) -> None:
+    """For its process's end, another keyd is started, which would try it again."""
+    process.say(Down(True, "its PIN was not taken").encode())
+    process.socket.close()
+    assert process.token.hear()
+    assert process.token.state == "cannot be used: its PIN was not taken"
+
+
 @pytest.mark.parametrize(
     "message",
     [Ready((SPKI,)), Down(False, "pulled"), Failure(9, "of no question"), Answer(9, b"late")],
