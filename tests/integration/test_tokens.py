@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -229,6 +230,29 @@ def test_the_key_is_in_no_process_but_the_tokens(served: Served, nginx_with_keyd
     # The control: the same search finds the same keys in a process that has them.
     with holder(served.rsa.key) as pid:
         assert search_all([pid], sought)[0].hits
+
+
+def test_a_key_of_a_file_as_well_is_the_tokens_once_the_file_is_gone(served: Served) -> None:
+    hsm = served.hsm
+    with scratch() as directory:
+        file = directory / "keys" / "site.key"
+        file.parent.mkdir(mode=0o700)
+        form = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        file.write_bytes(served.ecdsa.key.private_bytes(*form))
+        variable = f"SOFTHSM2_CONF={hsm.configuration}"
+        option = f"--key-directory={file.parent}"
+        keyd = TokenKeyd(
+            directory, hsm.directory, [hsm.uri("web", "ecdsa")], variable, options=[option]
+        )
+        try:
+            keyd.wait_for("token web: ecdsa is ready")
+            assert keyd.ask(served.ecdsa.key, ECDSA).status is Status.DONE
+            file.unlink()
+            keyd.process.send_signal(signal.SIGHUP)
+            keyd.wait_for("keys read again: 0")
+            assert keyd.ask(served.ecdsa.key, ECDSA).status is Status.DONE
+        finally:
+            keyd.close()
 
 
 @contextmanager

@@ -70,10 +70,15 @@ class Hsm:
 
 
 class TokenKeyd:
-    """A ``keyd listen`` with keys in tokens."""
+    """A ``keyd listen`` with keys in tokens. ``options`` are more of its own."""
 
     def __init__(
-        self, directory: Path, token_path: Path, keys: Sequence[str], *variables: str
+        self,
+        directory: Path,
+        token_path: Path,
+        keys: Sequence[str],
+        *variables: str,
+        options: Sequence[str] = (),
     ) -> None:
         self.socket = directory / "keyd.sock"
         self._log = directory / "keyd.log"
@@ -84,7 +89,7 @@ class TokenKeyd:
                     *("--user=nobody", f"--chroot={directory / 'empty'}", f"--token-user={USER}"),
                     *(f"--key={key}" for key in keys),
                     *(f"--token-environment={variable}" for variable in variables),
-                    f"--token-path={token_path}",
+                    *(f"--token-path={token_path}", *options),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
