@@ -36,12 +36,14 @@ __all__ = ["Broker", "UpstreamKey"]
 #: In seconds: how long an ask may take in all; how long one upstream may take before the next one
 #: is asked as well; how long after its deadline an ask without an answer ends the connection.
 _MOST_SECONDS, _SLOW_SECONDS, _OVERDUE_SECONDS = 6.0, 1.0, 5.0
-#: How long an upstream that has just been lost, or has never been there, may soon be there.
+#: How long an upstream that has just been lost, or was never there when it was first asked for,
+#: may soon be there.
 _HOPE_SECONDS = 3.0
 #: How many lost connections make an ask stay away from the upstreams that it was with.
 _MOST_LOST = 2
-#: How many asks may be kept for that, or for one that has enough to answer.
-_MOST_KEPT = 1024
+#: How many asks may be kept for that, or for one that has enough to answer, and how large they may
+#: be all together.
+_MOST_KEPT, _MOST_KEPT_OCTETS = 1024, 16 * 1024 * 1024
 #: How often a refusal of an upstream's is logged at most, in seconds.
 _REFUSAL_INTERVAL = 10.0
 _TOLD_CHARACTERS = 200
@@ -52,6 +54,7 @@ class _Asked:
 
     def __init__(self, key: bytes, whole: Whole, told: Told) -> None:
         self.key, self.whole, self.told = key, whole, told
+        self.octets = len(whole.client_hello) + len(whole.request.messages or b"")
         self.deadline = min(whole.deadline, time.monotonic() + _MOST_SECONDS)
         self.over = False
         #: When the upstream that was asked last was asked.
@@ -83,7 +86,9 @@ class _Upstream:
         self.asks: dict[int, _Asked] = {}
         #: Whether the last ask that was due had no answer in time.
         self.slow = False
-        self.hoped_for_until = time.monotonic() + _HOPE_SECONDS
+        self._begun = time.monotonic()
+        #: Until when it may soon be there; None: nobody has asked for it yet.
+        self.hoped_for_until: float | None = None
         self.why = "not connected yet"
         self.done = self.failed = 0
         self._refusal_told = -_REFUSAL_INTERVAL
@@ -91,13 +96,19 @@ class _Upstream:
     def can_be_asked(self, key: bytes) -> bool:
         return key in self.keys and len(self.asks) < MAX_IN_FLIGHT
 
+    def may_come(self, now: float) -> bool:
+        """Whether asks are kept for it: keyd may be there long before the way to it can be."""
+        if self.hoped_for_until is None:
+            self.hoped_for_until = now + _HOPE_SECONDS
+        return now < self.hoped_for_until
+
     def state(self, wanted: Iterable[bytes], now: float) -> UpstreamState:
         if self.greeted:
             missing = [key for key in wanted if key not in self.keys]
             state = f"does not lend key {missing[0].hex()}" if missing else READY
             if missing[1:]:
                 state += f", and {len(missing) - 1} more"
-        elif now < self.hoped_for_until:
+        elif now < max(self.hoped_for_until or 0.0, self._begun + _HOPE_SECONDS):
             state = CONNECTING
         else:
             state = self.why[:_TOLD_CHARACTERS]
@@ -229,8 +240,9 @@ class Broker:
         return (
             now < asked.deadline
             and len(self._kept) < _MOST_KEPT
+            and sum(one.octets for one in self._kept) + asked.octets <= _MOST_KEPT_OCTETS
             and any(
-                asked.key in one.keys if one.greeted else now < one.hoped_for_until
+                asked.key in one.keys if one.greeted else one.may_come(now)
                 for one in self._upstreams
                 if one not in asked.tried
             )
@@ -289,18 +301,19 @@ class Broker:
         said = connection.hear()
         then: list[Callable[[], None] | None] = []
         with self._lock:
-            for one in said or ():
+            for one in said:
                 if isinstance(one, Greeting):
                     then += self._greeted(upstream, one)
                 elif not self._answered(upstream, one, then):
-                    connection.ended_for, said = "it answers what it was not asked", None
+                    connection.ended_for = "it answers what it was not asked"
                     break
-            if said is None:
+            over = bool(connection.ended_for)
+            if over:
                 then += self._lost(upstream, connection)
         for answer in then:
             if answer is not None:
                 answer()
-        return said is None
+        return over
 
     def _greeted(self, upstream: _Upstream, greeting: Greeting) -> list[Callable[[], None] | None]:
         upstream.keys, upstream.greeted = greeting.keys, True
@@ -322,6 +335,9 @@ class Broker:
         if status is Status.DONE:
             upstream.done += 1
             then.append(asked.answer(answer.reply.payload))
+            return True
+        if asked.over:
+            # It was too late, which was counted.
             return True
         upstream.failed += 1
         upstream.tell_refusal(status)

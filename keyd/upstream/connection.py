@@ -64,8 +64,8 @@ class Connection:
         self._greeted = False
         self._greetings = 0
 
-    def hear(self) -> list[Greeting | Answer] | None:
-        """What has come; None once nothing more will be heard: ``ended_for`` says why."""
+    def hear(self) -> list[Greeting | Answer]:
+        """What has come. Nothing more will once ``ended_for`` says why."""
         try:
             piece = self.reader.recv(_PIECE_OCTETS, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -74,21 +74,20 @@ class Connection:
             piece = b""
         if not piece or self.ended_for:
             self.ended_for = self.ended_for or "the connection was closed at its other end"
-            return None
+            return []
         self._heard = time.monotonic()
         self._assembler.add(piece)
+        said: list[Greeting | Answer] = []
         try:
-            said = [decode_from_lender(message) for message in self._assembler.messages()]
+            for message in self._assembler.messages():
+                said.append(decode_from_lender(message))
+                if isinstance(said[-1], Greeting):
+                    self._greeted = True
+                    self._greetings += 1
         except Malformed as error:
             self.ended_for = f"it sent {error}"
-            return None
-        for one in said:
-            if isinstance(one, Greeting):
-                self._greeted = True
-                self._greetings += 1
         if self._greetings > _MOST_GREETINGS:
             self.ended_for = "it says too much unasked"
-            return None
         return said
 
     def send(self, octets: bytes) -> bool:

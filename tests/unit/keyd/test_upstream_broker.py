@@ -500,3 +500,24 @@ def test_whatever_an_upstream_says_keyd_goes_on(pieces: list[bytes]) -> None:
     for one in host.opened:
         one.close()
     host.turn()
+
+
+def test_what_was_answered_before_nonsense_is_answered(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    (ask,) = lender.asked()
+    signature = KEY.sign(ask.request.payload, ec.ECDSA(hashes.SHA256()))
+    answer = Answer(ask.id, Reply(Status.DONE, signature)).encode()
+    lender.say(answer + b"\0\0\0\1x")
+    host.signed(worker)
+    assert host.lost() == LOST + b"\0\1"
+
+
+@pytest.mark.parametrize("bound", ["_MOST_KEPT", "_MOST_KEPT_OCTETS"])
+def test_no_more_is_kept_than_there_is_room_for(
+    host: Host, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(broker_module, bound, 0)
+    assert host.refused(host.request()).startswith("sign: unix:/a: not connected yet")
