@@ -115,10 +115,12 @@ $(VENV)/test-packages: $(VENV)/build-packages
 	.ci/apt-install $(TEST_PACKAGES)
 	touch $@
 
+# The checkout itself, as a path (compat): otherwise it is found by a module of setuptools', whose
+# import is half of what it takes to start a Python, and tests start thousands.
 $(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard packaging/locked/*.txt keyd/*/*.[ch] titus_py/*/*.[ch])
 	$(PIP_INSTALL) --require-hashes --requirement packaging/locked/build.txt
 	$(LOCKED_INSTALL) packaging/locked/test.txt
-	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	touch $@
 
 # One that cannot be installed is missing from the results, which then say so.
