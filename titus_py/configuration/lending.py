@@ -23,11 +23,13 @@ from titus_py.configuration.tables import (
     KeydSocket,
     Lending,
     LentKey,
+    VirtualHost,
 )
 
 __all__ = [
     "LentFacts",
     "ask_about_lent_keys",
+    "lending_in_company",
     "lending_mistakes",
     "lending_socket",
     "lent_keys",
@@ -158,6 +160,43 @@ def lent_to_nobody(configuration: Configuration, source: Source) -> Iterator[Mis
                     f"vhost[{i}].client[{j}].name",
                     f"{client.name}: no [[keyd.client]] has this name, so keyd hears nothing of it",
                 )
+
+
+def lending_in_company(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Warnings of virtual hosts that lead to keyd.lend, and that other clients can reach.
+
+    Which host has come is its worker's word, and a worker may serve what its local address allows.
+    """
+    lend = configuration.keyd.lend
+    leads = {
+        i: any(backend == lend for _, backend in vhost.all_backends)
+        for i, vhost in enumerate(configuration.vhost)
+    }
+    for i, vhost in enumerate(configuration.vhost):
+        company = [
+            f"vhost[{j}]"
+            for j, other in enumerate(configuration.vhost)
+            if not leads[j] and leads[i] and _meet(vhost, other)
+        ]
+        if company:
+            yield source.mistake(
+                f"vhost[{i}].backend",
+                f"clients of {' and '.join(company[:3])} come to the same address: one that takes "
+                "its worker over has keyd sign as any of these hosts: give this virtual host an "
+                "address or a port of its own (local_address, local_port), and let a firewall "
+                "admit these hosts alone",
+            )
+
+
+def _meet(one: VirtualHost, other: VirtualHost) -> bool:
+    """Whether a connection may be for either of the two, by where it comes to."""
+    return all(
+        mine is None or theirs is None or mine == theirs
+        for mine, theirs in (
+            (one.local_address, other.local_address),
+            (one.local_port, other.local_port),
+        )
+    )
 
 
 def told(

@@ -32,6 +32,7 @@ from titus_py.configuration.exposure import exposed_files, exposed_sockets
 from titus_py.configuration.include import Unreadable, include, read_file
 from titus_py.configuration.ineffective import ineffective_settings
 from titus_py.configuration.lending import (
+    lending_in_company,
     lending_mistakes,
     lending_socket,
     lent_keys,
@@ -217,5 +218,6 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         warnings += unreachable_sockets(configuration, source)
         warnings += unreachable_upstreams(configuration, source)
         warnings += lent_to_nobody(configuration, source)
+        warnings += lending_in_company(configuration, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients, lent)

@@ -162,6 +162,32 @@ def test_a_client_that_keyd_does_not_hear(files: Files) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "warned"),
+    [
+        ("", "", True),
+        ("", "local_port = 443", True),
+        ("local_port = 443", 'local_address = "192.0.2.1"', True),
+        ("local_port = 8443", "local_port = 443", False),
+        ('local_address = "192.0.2.1"', 'local_address = "192.0.2.2"', False),
+    ],
+)
+def test_a_virtual_host_that_others_clients_can_reach(
+    files: Files, own: str, others: str, warned: bool
+) -> None:
+    vhost = '[[vhost]]\nsni = ["www.example.org"]\ncertificate = "site.crt"\n' + (
+        f'key = "site.key"\nbackend = "127.0.0.1:80"\n{others}\n'
+    )
+    listen = '[[listen]]\naddress = ":8443"\n'
+    name = '["keys.example.org"]'
+    loaded = files(LEND + CLIENT, known=f"{own}\n{KNOWN}{vhost}", top=listen, sni=name)
+    assert not loaded.mistakes
+    found = [one.reason for one in loaded.warnings if one.key == "vhost[0].backend"]
+    assert [one.partition(":")[0] for one in found] == (
+        ["clients of vhost[1] come to the same address"] if warned else []
+    )
+
+
 def test_what_is_wrong_with_a_key_is_said_of_its_setting(files: Files, tmp_path: Path) -> None:
     """And others can read it: a warning."""
     (tmp_path / "lent.key").write_bytes(pem(ed448.Ed448PrivateKey.generate()))
