@@ -17,6 +17,7 @@ from keyd.linux.unix_socket import peer_of
 from keyd.powers import Key
 from keyd.protocol import Operation, Status
 from keyd.upstream.borrower import Borrower, Counts
+from keyd.upstream.messages import MAX_STRANGERS
 from keyd.upstream.stream import Stream, Streams
 
 __all__ = ["Lender"]
@@ -50,6 +51,8 @@ class Lender(Streams):
         self._lock = threading.Lock()
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._last_refused: dict[tuple[str, str], str] = {}
+        #: By name, how often a client was refused that no [[keyd.client]] is for; "" is all others.
+        self._strangers: Counter[str] = Counter()
         self._told: list[Counts] = []
         self._lends = True
         #: The supervisor's, each with the descriptors that come with it.
@@ -124,6 +127,9 @@ class Lender(Streams):
         if borrower is not None:
             borrower.refused(why)
         with self._lock:
+            if borrower is None:
+                is_known = name in self._strangers or len(self._strangers) < MAX_STRANGERS
+                self._strangers[name if is_known else ""] += 1
             self._refusals[name, why] += 1
             self._last_refused[name, why] = detail[:_DETAIL_CHARACTERS]
             return self._refusals[name, why] >= _MOST_REFUSED
@@ -158,6 +164,9 @@ class Lender(Streams):
     def news(self) -> list[Counts] | None:
         """Each client's counts, if they have changed since the last call."""
         now = [borrower.counts for borrower in self._borrowers.values()]
+        with self._lock:
+            strangers = self._strangers.items()
+            now += [Counts(name, 0, 0, {"stranger": count}) for name, count in strangers]
         if now == self._told:
             return None
         self._told = now

@@ -44,6 +44,7 @@ __all__ = [
     "MAX_FROM_LENDER_OCTETS",
     "MAX_IN_FLIGHT",
     "MAX_LENT_KEYS",
+    "MAX_STRANGERS",
     "QUIET_SECONDS",
     "VERSION",
     "Answer",
@@ -58,6 +59,8 @@ VERSION = 1
 MAX_IN_FLIGHT = 256
 #: How many clients a lender may have: what is told of all of them fits into one message.
 MAX_BORROWERS = 64
+#: Of how many others, that a virtual host knows and keyd does not, refusals are counted by name.
+MAX_STRANGERS = 32
 #: How many keys a greeting may list.
 MAX_LENT_KEYS = 8192
 #: A lender that has nothing to say repeats its greeting: what is between the two ends no

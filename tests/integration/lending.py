@@ -6,6 +6,8 @@ It speaks the format by itself, so that it can say what no keyd of ours would.
 from pathlib import Path
 from typing import Any, Self
 
+from OpenSSL import SSL
+
 from keyd.protocol import Operation, Power, Reply, Request, SignatureScheme
 from keyd.upstream.messages import (
     MAX_FROM_LENDER_OCTETS,
@@ -18,7 +20,7 @@ from keyd.upstream.messages import (
 
 from .client_authority import ClientCertificate
 from .hellos import certificate_verify, client_hello, flight
-from .peers import TlsClient
+from .peers import TlsClient, Truncated
 
 __all__ = ["Borrowing", "signing"]
 
@@ -67,6 +69,15 @@ class Borrowing:
             continue
         assert said is not None
         return said
+
+    def ends(self) -> bool:
+        """Whether it ends, in one way or another, with nothing more than greetings before."""
+        try:
+            while isinstance(said := self.hear(), Greeting):
+                continue
+        except (SSL.Error, Truncated, ConnectionResetError, BrokenPipeError):
+            return True
+        return said is None
 
     def ask(self, ask: Ask) -> Reply:
         self.client.send(ask.encode())

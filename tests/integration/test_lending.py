@@ -5,6 +5,7 @@ One titus-py has the keys. The test is the other hosts, also those that were tak
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -148,10 +149,14 @@ def test_a_host_that_keyd_does_not_know(lender: Lender) -> None:
     """Its virtual host does: the refusal has its name."""
     with borrowing(lender, "proxy-c") as host:
         host.client.handshake()
-        with suppress(*ENDS):
-            assert host.hear() is None
+        assert host.ends()
     refused = lender.instance.wait_for_event("lending_refused", client_name="proxy-c")
     assert (refused["status"], refused["level"], refused["count"]) == ("stranger", "error", 1)
+
+    def counted() -> bool:
+        return "proxy-c stranger" in status(lender.instance)["counts"]["lending_refused"]
+
+    eventually(counted, "it is counted")
 
 
 def test_a_host_that_asks_for_anothers_key(lender: Lender) -> None:
@@ -287,8 +292,8 @@ def test_the_audit_finds_nothing_amiss(lender: Lender) -> None:
         assert host.ask(signing(lender.keys["own"])).status is Status.DONE
 
 
-def test_a_reload_takes_a_host_out(lender: Lender) -> None:
-    """And one that stays has its stream ended, to connect to what serves now. The last test."""
+def test_another_program_takes_a_host_out_and_lends_elsewhere(lender: Lender) -> None:
+    """One that stays has its stream ended, to connect to what serves now. The last test but one."""
     configuration = lender.instance.directory / "titus.toml"
     text = configuration.read_text()
     with borrowing(lender, "proxy-a") as host, borrowing(lender, "proxy-b") as out:
@@ -296,22 +301,27 @@ def test_a_reload_takes_a_host_out(lender: Lender) -> None:
         out.begin()
         # The second table goes.
         start = text.index("[[keyd.client]]", text.index("[[keyd.client]]") + 1)
-        end = text.index("[", start + 3)
         end = text.index("\n[", start + 3) + 1
-        configuration.write_text(text[:start] + text[end:])
-        subprocess.run([TITUS_PY, "reload", f"--pid={lender.instance.pid}"], check=True)
+        text = (text[:start] + text[end:]).replace("/lend.sock", "/elsewhere.sock")
+        configuration.write_text(text)
+        command = [TITUS_PY, "reload", "--program", f"--pid={lender.instance.pid}"]
+        subprocess.run(command, check=True)
         for one in (host, out):
-            with suppress(*ENDS):
-                assert one.hear() is None
+            assert one.ends()
+    assert not lender.socket.exists()
+    assert lender.socket.with_name("elsewhere.sock").is_socket()
     with borrowing(lender, "proxy-a") as host:
         host.begin()
         assert host.ask(signing(lender.keys["own"])).status is Status.DONE
     with borrowing(lender, "proxy-b") as out:
         out.client.handshake()
-        with suppress(*ENDS):
-            assert out.hear() is None
+        assert out.ends()
     lender.instance.wait_for_event("lending_refused", client_name="proxy-b", status="stranger")
-    # A keyd that ends is followed by one that lends.
+
+
+def test_after_a_keyd_that_died_another_one_lends_and_a_stop_waits_for_no_host(
+    lender: Lender,
+) -> None:
     lender.instance.expected_alarms.add("keyd_died")
     lender.instance.keyd().kill()
     lender.instance.wait_for_event("keyd_died")
@@ -323,3 +333,11 @@ def test_a_reload_takes_a_host_out(lender: Lender) -> None:
         return False
 
     eventually(lends_again, "the next keyd lends", 30)
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
+        lender.instance.signal(signal.SIGTERM)
+        assert host.ends()
+        host.client.socket.close()
+        # worker.drain is longer than this is waited for.
+        assert lender.instance.wait() == 0
+    assert not lender.socket.with_name("elsewhere.sock").exists()

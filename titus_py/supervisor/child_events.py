@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from keyd.tally import LATENCY_BOUNDS
-from keyd.upstream.messages import MAX_BORROWERS
+from keyd.upstream.messages import MAX_BORROWERS, MAX_STRANGERS
 from keyd.upstream.state import UpstreamState
 from titus_py.configuration.upstream_table import MOST_UPSTREAMS
 from titus_py.parent.outbox import MAX_EVENTS, TEXT_CHARACTERS
@@ -148,7 +148,7 @@ def _is_lent(value: object) -> bool:
     """Clients, each with its name, its streams, and what was done for it and refused."""
     return (
         isinstance(value, list)
-        and len(value) <= MAX_BORROWERS
+        and len(value) <= MAX_BORROWERS + MAX_STRANGERS + 1
         and all(isinstance(one, list) and len(one) == 4 for one in value)
         and all(
             _is_text(name)

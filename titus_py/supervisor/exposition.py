@@ -9,6 +9,7 @@ from typing import Any
 
 from keyd.upstream.state import READY
 from titus_py.supervisor.counting import OTHER, Histogram, Tally
+from titus_py.supervisor.labels import LENDING_REFUSALS
 from titus_py.supervisor.metrics import Metrics
 
 __all__ = ["exposition"]
@@ -152,8 +153,13 @@ def _of_lending(metrics: Metrics, status: Mapping[str, Any]) -> Iterator["_Famil
         "client", metrics.lent
     )
     refusals = _counter(
-        "lending_refusals", "What keyd refused to each [[keyd.client]], by its answer."
+        "lending_refusals", "What keyd refused to each [[keyd.client]], and to others, by why."
     )
+    if lending := status.get("lending", ()):
+        refusals.add(0, client=OTHER, status="stranger")
+    for one in lending:
+        for why in LENDING_REFUSALS:
+            refusals.add(0, client=one["client"], status=why)
     for of, count in metrics.lending_refused.counts.items():
         client, _, status_name = of.partition(" ")
         refusals.add(count, client=client, status=status_name or OTHER)

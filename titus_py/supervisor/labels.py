@@ -10,6 +10,7 @@ __all__ = [
     "ENDS",
     "FAILURES",
     "GROUPS",
+    "LENDING_REFUSALS",
     "REFUSALS",
     "SUITES",
     "TUNNEL_FAILURES",
@@ -139,4 +140,15 @@ TUNNEL_FAILURES = (
     "starttls_refused",
 )
 REFUSALS = tuple(status.name.lower() for status in Status if status is not Status.DONE)
+#: Why keyd refuses what a host asks that it lends keys to (``keyd.upstream.stream``).
+LENDING_REFUSALS = (
+    "not_lent",
+    "not_granted",
+    "not_tls",
+    "malformed",
+    "exhausted",
+    "expired",
+    "unwitnessed",
+    "failed",
+)
 CHILDREN = ("keyd", "parent", "fork_server", "resolver", "metrics", "worker")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from titus_py.configuration import Configuration
+from titus_py.supervisor.counting import OTHER
 
 __all__ = ["complete_refusal", "since"]
 
@@ -20,15 +21,18 @@ def since(
 ) -> dict[str, dict[str, int]]:
     """What came to the counts of one keyd: ``done`` by client, ``refused`` by client and reason."""
     names = {client.name for client in configuration.keyd.client}
+    names |= {client.name for vhost in configuration.vhost for client in vhost.client}
     earlier = {name: (done, refused) for name, _, done, refused in before}
     done_since: dict[str, int] = {}
     refused_since: dict[str, int] = {}
     for name, _, done, refused in now:
-        if name in names:
+        # Without a name, it is something else than our own parent that has connected.
+        label = name if name in names else OTHER
+        if name in names or not name:
             done_before, refused_before = earlier.get(name, (0, {}))
-            done_since[name] = max(0, done - done_before)
+            done_since[label] = max(0, done - done_before)
             for why, count in refused.items():
-                refused_since[f"{name} {why}"] = max(0, count - refused_before.get(why, 0))
+                refused_since[f"{label} {why}"] = max(0, count - refused_before.get(why, 0))
     return {"done": done_since, "refused": refused_since}
 
 

@@ -340,6 +340,9 @@ class _Supervisor:
         else:
             self._event("stopping_at_once", level="warning", reason=reason)
             order, drain = {"do": "close"}, 0.0
+        for generation in self._generations:
+            # Other hosts' streams never end by themselves.
+            self._lending.lend_no_more(generation)
         parents = self._generations.parents
         for parent in parents:
             self._children.order(parent, order)

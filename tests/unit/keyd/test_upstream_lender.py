@@ -332,6 +332,15 @@ def test_a_stranger(lending: Lending, name: str) -> None:
     host = Host(lending.path, name)
     assert host.hear() is None
     assert lending.refused() == [(name, "stranger", 1)]
+    counts = lending.lender.news()
+    assert counts is not None
+    assert counts[2:] == [(name, 0, 0, {"stranger": 1})]
+
+
+def test_so_many_strangers_have_names(lending: Lending) -> None:
+    for number in range(40):
+        assert Host(lending.path, f"{number}").hear() is None
+    until(lambda: sum(one.refused.get("stranger", 0) for one in lending.lender.news() or ()) == 40)
 
 
 def test_a_process_that_is_not_our_parent(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from titus_py.supervisor.lending_events import complete_refusal, since
 from titus_py.supervisor.metrics import Metrics
 
 CONFIGURATION: Any = SimpleNamespace(
-    keyd=SimpleNamespace(client=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+    keyd=SimpleNamespace(client=[SimpleNamespace(name="a"), SimpleNamespace(name="b")]),
+    vhost=[SimpleNamespace(client=[SimpleNamespace(name="a"), SimpleNamespace(name="d")])],
 )
 
 
@@ -31,8 +32,16 @@ def test_what_came_since_is_counted() -> None:
         'titus_lending_streams{client="a"} 1',
         'titus_lent_operations_total{client="a"} 9',
         'titus_lending_refusals_total{client="a",status="exhausted"} 2',
+        # Prometheus sees no rise in a series that begins with its first count.
+        'titus_lending_refusals_total{client="a",status="not_tls"} 0',
+        'titus_lending_refusals_total{client="other",status="stranger"} 0',
     ):
         assert f"{line}\n" in text
+
+
+def test_strangers_are_counted_by_the_names_that_virtual_hosts_know() -> None:
+    now = [["d", 0, 0, {"stranger": 2}], ["", 0, 0, {"stranger": 1}]]
+    assert since([], now, CONFIGURATION)["refused"] == {"d stranger": 2, "other stranger": 1}
 
 
 def test_a_name_that_no_client_has_is_not_counted() -> None:

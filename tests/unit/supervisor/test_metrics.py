@@ -36,6 +36,7 @@ STATUS: dict[str, Any] = {
         {"token": "hsm", "state": "ready"},
         {"token": "hsm", "state": "cannot be used: there is no such token"},
     ],
+    "lending": [{"client": "proxy-a", "streams": 1}],
     "upstreams": [
         {"upstream": "unix:/a", "state": "ready", "in_flight": 2, "done": 7, "failed": 1},
         {"upstream": "unix:/b", "state": "connecting", "in_flight": 0, "done": 0, "failed": 0},
