@@ -132,7 +132,8 @@ def test_their_keys_are_in_no_process_of_this_host(served: Served, lent: Lender)
 
 
 def test_a_reload_keeps_on_asking_them(served: Served, lent: Lender) -> None:
-    assert reload(served.instance)["reloaded"]
+    answer = reload(served.instance)
+    assert answer["reloaded"], answer
     served.shake_hands("p-256.example")
     eventually(lambda: "ready" in served.states(), "the new keyd is connected")
 
