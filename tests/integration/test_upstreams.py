@@ -1,6 +1,7 @@
 """Virtual hosts whose keys other hosts have: served, and what is said when those are away."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,9 @@ def test_the_first_is_asked_when_it_is_there_and_the_second_when_it_is_not(
     one = status(served.instance)["upstreams"][1]
     assert one["done"] >= 1
     assert one["in_flight"] == one["failed"] == 0
+    command = [TITUS_PY, "status", f"--pid={served.instance.pid}"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"upstream +state +asked now +signed +failed", text), text
 
 
 def test_the_audit_knows_what_connects(served: Served, lent: Lender) -> None:

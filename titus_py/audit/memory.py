@@ -131,7 +131,7 @@ def look_for_keys(
     for process, found in zip(processes, searches, strict=True):
         subject = Subject.of(process, stages.get(process.pid, ""))
         if process.role is Role.KEYD:
-            seen = _control(found, keys) if keys else _IN_TOKENS
+            seen = _control(found, keys) if keys else _ELSEWHERE
             if process is not newest:
                 seen = not_available("serves an earlier configuration, whose keys may be others")
             yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
@@ -151,12 +151,14 @@ def look_for_keys(
                     seen.verdict,
                 )
         elif not found.ended or found.hits:
-            seen = _nothing(found) if keys else _IN_TOKENS
+            seen = _nothing(found) if keys else _ELSEWHERE
             promised = "no private key, nor any number that makes one"
             yield Finding("key", subject, promised, how, seen.text, seen.verdict)
 
 
-_IN_TOKENS = not_available("all keys are in tokens: no file tells by which numbers to know them")
+_ELSEWHERE = not_available(
+    "all keys are in tokens or on other hosts: no file tells by which numbers to know them"
+)
 
 
 def _control(found: Search, keys: set[str]) -> Seen:

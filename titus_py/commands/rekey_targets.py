@@ -79,6 +79,11 @@ def selected(asked: Sequence[str], loaded: Loaded | None, mistakes: list[str]) -
                 f"{credential.certificate}: its key is in a token: make the new one there, with "
                 "the vendor's tools"
             )
+        elif credential.upstream:
+            mistakes.append(
+                f"{credential.certificate}: its key is another host's: make the new one there, and "
+                "lend both until the new certificate is here"
+            )
         elif credential.key is None:
             mistakes.append(
                 f"{credential.certificate}: its key is in another keyd: make the new one where "
