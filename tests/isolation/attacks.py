@@ -415,6 +415,12 @@ def read_urgent(place: Place) -> None:
         call("recvfrom", place.client, ctypes.create_string_buffer(1), 1, flags, 0, 0)
 
 
+def send_urgent(place: Place) -> None:
+    """MSG_OOB: on a unix socket, too, which has code of its own for it in the kernel."""
+    flags = socket.MSG_OOB | socket.MSG_DONTWAIT
+    call("sendto", place.client, b"!", 1, flags, None, 0)
+
+
 def keyd_later(place: Place) -> None:
     """The channel to keyd, which the provider still knows by its number."""
     os.write(place.keyd, b"x")
@@ -1020,6 +1026,7 @@ ATTEMPTS = [
     Attempt("ask for congestion's figures", ask_congestion, without={"filter": "done"}),
     Attempt("read a socket's errors", read_errors, without={"filter": "done"}),
     Attempt("read urgent octets", read_urgent, without={"filter": "done"}),
+    Attempt("send urgent octets", send_urgent, without={"filter": "done"}),
     Attempt("speak to keyd, later", keyd_later, stages="e", stopped="EPIPE"),
     Attempt("a filter", another_filter, without={"filter": "done"}),
     Attempt("a filter's listener", notified, without={"filter": "done"}),

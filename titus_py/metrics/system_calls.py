@@ -13,7 +13,6 @@ __all__ = ["SERVING_METRICS"]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _32_BITS, _64_BITS = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
-_MSG_FASTOPEN = 0x2000_0000
 _FIONBIO = 0x5421
 _NOT_EXECUTABLE = Only(2, mmap.PROT_EXEC, 0)
 #: mmap(2) of no file.
@@ -25,8 +24,8 @@ SERVING_METRICS: Rules = {
     "getsockname": _ANYHOW,
     "ioctl": ((Only(1, _32_BITS, _FIONBIO),),),
     "recvfrom": _ANYHOW,
-    # send(2): to the connected peer only. With an address, it would reach others.
-    "sendto": ((Only(3, _MSG_FASTOPEN, 0), Only(4, _64_BITS, 0), Only(5, _64_BITS, 0)),),
+    # send(2), to the connected peer only: with an address, it would reach others.
+    "sendto": ((Only(3, _32_BITS, 0), Only(4, _64_BITS, 0), Only(5, _64_BITS, 0)),),
     # Only for writing. With SHUT_RD, the listening socket, which the supervisor has as well, would
     # listen no more.
     "shutdown": ((Only(1, _32_BITS, socket.SHUT_WR),),),

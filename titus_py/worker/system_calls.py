@@ -17,7 +17,6 @@ __all__ = ["LOCK", "NOT_EXECUTABLE", "OWN_MEMORY", "WORKER"]
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
 _ALL = 0xFFFF_FFFF
 _ALL_64 = 0xFFFF_FFFF_FFFF_FFFF
-_MSG_FASTOPEN = 0x2000_0000
 
 NOT_EXECUTABLE = Only(2, mmap.PROT_EXEC, 0)
 #: Memory of its own alone, as the C library and Python ask for it: MAP_PRIVATE and MAP_ANONYMOUS,
@@ -35,10 +34,12 @@ LOCK = tuple((Only(1, _ALL & ~_FUTEX_OPTIONS, operation),) for operation in (0, 
 #: devices.
 _PLAIN_RECEIVE = (Only(3, _ALL & ~(socket.MSG_PEEK | socket.MSG_DONTWAIT), 0),)
 _WITH_DESCRIPTORS = (Only(2, _ALL & ~(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT), 0),)
+#: No urgent octets, for which the kernel has code of its own, also in unix sockets.
+_PLAIN_SEND = Only(3, _ALL & ~(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL), 0)
 #: sendto(2) used as send(2): to the connected peer only. With an address and MSG_FASTOPEN it
 #: is a connect(2), on a socket that belongs to the host's network. For that, the backend would
 #: only have to reset the connection.
-_TO_ITS_PEER = ((Only(3, _MSG_FASTOPEN, 0), Only(4, _ALL_64, 0), Only(5, _ALL_64, 0)),)
+_TO_ITS_PEER = ((_PLAIN_SEND, Only(4, _ALL_64, 0), Only(5, _ALL_64, 0)),)
 
 
 def _option(level: int, option: int) -> tuple[Only, ...]:
