@@ -18,6 +18,7 @@ from .certificates import Certificate
 from .conftest import Certificates, Serve
 from .hosts import Network, network
 from .instance import UIDS, Instance, Table, eventually
+from .namespaces import ip
 from .peers import Listener, TlsClient, echo, served_by
 from .service import FAILS, PATIENCE, reload, status
 from .tokens import scratch
@@ -135,6 +136,29 @@ def test_a_reload_of_the_proxy_leaves_nothing_behind(site: Site) -> None:
     eventually(lambda: len(status(site.proxy)["generations"]) == 1, "the former one has ended")
     assert site.network.on(CLIENTS, site.shake_hands)
     eventually(lambda: states(site.proxy) == ["ready", "ready"], "both can be asked again")
+
+
+def test_the_first_host_is_cut_off_and_back(site: Site) -> None:
+    """Nothing ends its connection: it is slow, and the second one is asked as well."""
+
+    def done() -> list[int]:
+        return [one["done"] for one in status(site.proxy)["upstreams"]]
+
+    def first_is_asked() -> bool:
+        before = done()
+        assert site.network.on(CLIENTS, site.shake_hands)
+        eventually(lambda: sum(done()) > sum(before), "it is counted")
+        return done()[0] > before[0]
+
+    now = done()
+    site.network.on(KEY_HOSTS[0], lambda: ip("link", "set", "eth0", "down"))
+    try:
+        made = site.network.on(CLIENTS, lambda: [site.shake_hands() for _ in range(4)])
+        assert made == [True] * 4
+        eventually(lambda: done()[1] >= now[1] + 4, "the second one has done all")
+    finally:
+        site.network.on(KEY_HOSTS[0], lambda: ip("link", "set", "eth0", "up"))
+    eventually(first_is_asked, "the first one is asked again")
 
 
 def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None:
