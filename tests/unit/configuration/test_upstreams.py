@@ -1,5 +1,7 @@
 """Keys that other hosts have: what a configuration may say of them, and what it may not."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from titus_py.configuration.upstreams import told, unproved_keys
 UPSTREAM = 'upstream = ["unix:/run/titus-py/keys.sock"]'
 USER = 'upstream_user = "2099999998"\n'
 KEYD = USER + UPSTREAM
+#: Beside those of an instance on this machine that may have the default ones.
+_FIRST_UID = 3_100_000_000 + os.getpid() % 10_000 * 4_000
+WORKER = f'[worker]\nuids = "{_FIRST_UID}-{_FIRST_UID + 3998}"\n'
 Load = Callable[..., Loaded]
 
 
@@ -40,7 +45,7 @@ def mistakes(loaded: Loaded) -> list[str]:
 
 
 def test_the_certificate_alone_is_read(load_with: Load) -> None:
-    checked = check(load_with())
+    checked = check(load_with(top=WORKER))
     assert [str(one) for one in checked.mistakes] == []
     assert checked.configuration is not None
     ((credential, facts),) = checked.certificates.items()
@@ -149,7 +154,7 @@ def test_each_mistake_is_said(load_with: Load) -> None:
 
 def test_no_rsa_key_exchange(load_with: Load, tmp_path: Path) -> None:
     issued = ThrowawayAuthority().issue("RSA-2048", ["www.example.org"])
-    loaded = load_with('key = "upstream"\nrsa_key_exchange = true')
+    loaded = load_with('key = "upstream"\nrsa_key_exchange = true', top=WORKER)
     (tmp_path / "site.crt").write_bytes(issued.certificate)
     (one,) = check(loaded).mistakes
     assert one.key == "vhost[0].rsa_key_exchange"
@@ -212,3 +217,24 @@ def test_upstreams_that_nobody_needs(load_with: Load) -> None:
     assert not loaded.mistakes
     (warning,) = (one for one in warnings(loaded) if "no effect" in one)
     assert warning == 'keyd.upstream: has no effect: no [[vhost]] has key = "upstream"'
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_files_of_the_page_are_configurations(tmp_path: Path, number: int) -> None:
+    """As docs/remote-keys.md has them, with whole pins, and files and users that there are."""
+    page = (Path(__file__).parents[3] / "docs/remote-keys.md").read_text()
+    text = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[number]
+    text = re.sub(r"sha256:[0-9a-f]{4}…", "sha256:" + "0a" * 32, text)
+    text = text.replace("/etc/titus-py", str(tmp_path)).replace("titus-upstream", "2099999998")
+    text = text.replace("192.0.2.10:8444", "127.0.0.1:8444") if number == 0 else text
+    authority = ThrowawayAuthority()
+    (tmp_path / "keys").mkdir()
+    for name in ("site", "keys/keys-1", "keys/proxy-a"):
+        issued = authority.issue("P-256", ["www.example.org"])
+        (tmp_path / f"{name}.crt").write_bytes(issued.certificate)
+        (tmp_path / f"{name}.key").touch(0o600)
+        (tmp_path / f"{name}.key").write_bytes(issued.key)
+    (tmp_path / "titus.toml").write_text(WORKER + text)
+    checked = check(load(tmp_path / "titus.toml"))
+    assert [str(one) for one in checked.mistakes] == []
+    assert not [one for one in map(str, checked.warnings) if "upstream" in one or "lend" in one]
