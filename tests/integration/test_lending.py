@@ -29,7 +29,7 @@ from .conftest import Certificates, Serve
 from .hellos import certificate_verify, client_hello, flight
 from .instance import TITUS_PY, Event, Instance, eventually
 from .lending import Borrowing, signing
-from .peers import Truncated
+from .peers import Listener, Truncated
 from .service import reload, status
 from .tokens import USER, Hsm, scratch
 
@@ -289,6 +289,22 @@ def test_the_audit_finds_nothing_amiss(lender: Lender) -> None:
             check=False,
         )
         assert audit.returncode == 0, audit.stdout + audit.stderr
+        assert host.ask(signing(lender.keys["own"])).status is Status.DONE
+
+
+def test_a_reload_that_fails_leaves_the_socket_where_it_was(lender: Lender) -> None:
+    configuration = lender.instance.directory / "titus.toml"
+    text = configuration.read_text()
+    with Listener.tcp() as taken:
+        metrics = f'[metrics]\naddress = "{taken.address}"\n'
+        configuration.write_text(text.replace("/lend.sock", "/elsewhere.sock") + metrics)
+        answer = reload(lender.instance)
+        configuration.write_text(text)
+    assert not answer["reloaded"]
+    assert "metrics.address" in answer["problems"][0]
+    assert not lender.socket.with_name("elsewhere.sock").exists()
+    with borrowing(lender, "proxy-a") as host:
+        host.begin()
         assert host.ask(signing(lender.keys["own"])).status is Status.DONE
 
 

@@ -4,10 +4,10 @@ Run by the supervisor, which keeps it as long as a configuration wants it, and h
 """
 
 import socket
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from keyd.linux.unix_socket import File
-from titus_py.configuration import Configuration
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
 from titus_py.supervisor import socket_files
@@ -23,7 +23,7 @@ _NOBODYS = SocketAccess(0o600)
 
 
 class Left(NamedTuple):
-    """For the next program: the socket's address, its descriptor, its file."""
+    """For the next program: a socket's address, its descriptor, its file."""
 
     address: UnixAddress
     descriptor: int
@@ -31,67 +31,71 @@ class Left(NamedTuple):
 
 
 class LendingSocket:
+    """While one generation takes over from another, there may be two."""
+
     def __init__(self, children: Children, event: Event) -> None:
         self._children, self._event = children, event
-        self._address: UnixAddress | None = None
-        self._listener: socket.socket | None = None
-        self._file: File = (0, 0, 0)
+        self._sockets: dict[UnixAddress, tuple[socket.socket, File]] = {}
 
-    def change(self, configuration: Configuration) -> None:
-        """Listen only where this configuration says. Raises OSError; then nothing has changed."""
-        address = configuration.keyd.lend
-        if address == self._address:
-            return
-        new = None
-        if address is not None:
+    def change(self, generations: Sequence[Generation]) -> None:
+        """Listen where the last of these is to lend keys, and no more where none does.
+
+        Raises OSError; then nothing has changed.
+        """
+        wanted = [generation.configuration.keyd.lend for generation in generations]
+        address = wanted[-1]
+        if address is not None and address not in self._sockets:
             try:
-                new = socket_files.listen_at(address, _NOBODYS, _BACKLOG)
+                self._sockets[address] = socket_files.listen_at(address, _NOBODYS, _BACKLOG)
             except OSError as error:
                 raise OSError(f"keyd.lend: {address}: {error.strerror or error}") from None
-        self.close()
-        self._address = address
-        if new is not None:
-            self._listener, self._file = new
+        self._keep(wanted)
 
     def close(self) -> None:
         """Listen no more, and remove the file."""
-        if self._address is not None and self._listener is not None:
-            self._listener.close()
-            socket_files.remove(self._address, self._file)
-        self._address = self._listener = None
+        self._keep(())
+
+    def _keep(self, wanted: Collection[UnixAddress | None]) -> None:
+        for address in self._sockets.keys() - wanted:
+            listener, file = self._sockets.pop(address)
+            listener.close()
+            socket_files.remove(address, file)
 
     @property
-    def left(self) -> Left | None:
+    def left(self) -> list[Left]:
         """For the next program (``adopt``)."""
-        if self._address is None or self._listener is None:
-            return None
-        return Left(self._address, self._listener.fileno(), self._file)
+        return [
+            Left(address, listener.fileno(), file)
+            for address, (listener, file) in self._sockets.items()
+        ]
 
-    def adopt(self, left: Left | None) -> None:
+    def adopt(self, left: Iterable[Left]) -> None:
         """Keep what the previous program has left."""
-        if left is not None:
-            self._address, self._file = left.address, left.file
-            self._listener = socket.socket(fileno=left.descriptor)
+        for address, descriptor, file in left:
+            self._sockets[address] = socket.socket(fileno=descriptor), file
 
     def lend(self, generation: Generation) -> None:
-        """Have its keyd hear what comes, if it is to lend keys."""
-        if generation.configuration.keyd.lend is None or self._listener is None:
+        """Have its keyd hear what comes, if it is to lend keys. It serves from now on."""
+        address = generation.configuration.keyd.lend
+        self._keep([address])
+        if address is None or address not in self._sockets:
             return
-        self._let_in(generation)
+        listener, file = self._sockets[address]
+        self._let_in(generation, address, file)
         if generation.keyd is not None:
-            self._children.order(generation.keyd, {"do": "lend"}, [self._listener.fileno()])
+            self._children.order(generation.keyd, {"do": "lend"}, [listener.fileno()])
 
-    def _let_in(self, generation: Generation) -> None:
+    def _let_in(self, generation: Generation, address: UnixAddress, file: File) -> None:
         """Let its parent connect, and no other process: what connects may hold keyd up."""
         access = _NOBODYS
         if generation.configuration.worker.backend_gids is not None:
             # It has no capability for that, and a group of its own.
             access = SocketAccess(0o660, None, generation.uids[-1])
         try:
-            if self._address is not None and socket_files.is_there(self._address, self._file):
-                socket_files.update(self._address, self._file, access)
+            if socket_files.is_there(address, file):
+                socket_files.update(address, file, access)
         except OSError as error:
-            reason = f"keyd.lend: {self._address}: {error.strerror}"
+            reason = f"keyd.lend: {address}: {error.strerror}"
             self._event("socket_file", level="error", reason=reason)
 
     def lend_no_more(self, generation: Generation) -> None:

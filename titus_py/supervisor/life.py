@@ -352,7 +352,7 @@ class _Supervisor:
 
     def _adopt(self, generation: Generation) -> None:
         """Apply its configuration to sockets, log, backends. On OSError, to some sockets only."""
-        self._lending.change(generation.configuration)
+        self._lending.change(list(self._generations))
         self._metrics.change(generation.configuration.metrics.address)
         for address in self._listeners.unheard(generation.listening):
             self._event("not_accepted", level="warning", address=str(address))

@@ -135,7 +135,7 @@ class Legacy(_Left):
     metrics: int | None
     metrics_address: Bindable | None
     #: Where keys are lent to other hosts.
-    lending: LendingSocketLeft | None = None
+    lending: list[LendingSocketLeft] = []
     counts: dict[str, Any]
     log_format: str
     log_level: str
@@ -157,7 +157,7 @@ class Legacy(_Left):
             *self.answers,
             *self.later_answers,
             *(one for one in (self.control, self.metrics) if one is not None),
-            *([self.lending.descriptor] if self.lending else []),
+            *(left.descriptor for left in self.lending),
             *([self.held_uids] if self.held_uids >= 0 else []),
         ]
 
