@@ -153,8 +153,8 @@ def test_the_command_waits_for_the_new_program(
 _OF_ANOTHER_VERSION = """
 from typing import Literal
 from titus_py.supervisor import succession
-succession.Legacy.__annotations__["version"] = Literal[4]
-succession.Legacy.model_fields["version"].annotation = Literal[4]
+succession.Legacy.__annotations__["version"] = Literal[5]
+succession.Legacy.model_fields["version"].annotation = Literal[5]
 succession.Legacy.model_rebuild(force=True)
 """
 
@@ -164,7 +164,7 @@ succession.Legacy.model_rebuild(force=True)
     [
         ("import no_such_module", "failed: ModuleNotFoundError: No module named 'no_such_module'"),
         ("import os; os.abort()", "failed: it gave no reason"),
-        (_OF_ANOTHER_VERSION, "cannot take over: version (Input should be 4)"),
+        (_OF_ANOTHER_VERSION, "cannot take over: version (Input should be 5)"),
     ],
     ids=["incomplete", "killed", "too new"],
 )
