@@ -85,11 +85,25 @@ def network(count: int) -> Iterator[Network]:
 
 
 def serve_example(
-    serve: Serve, hosts: Network, number: int, file: str, keys: Path, pins: Mapping[str, str]
+    serve: Serve,
+    hosts: Network,
+    number: int,
+    file: str,
+    keys: Path,
+    pins: Mapping[str, str],
+    others: Mapping[str, str] = {},
+    keyd_user: str | None = None,
 ) -> Instance:
-    """Serve an example's file on a host, as its page says, with keys in this directory."""
-    text = (EXAMPLES / file).read_text().replace("/etc/titus-py/keys", str(keys))
+    """Serve an example's file on a host, as its page says, with keys in this directory.
+
+    ``others`` are what stands in its place here: files, users.
+    """
+    text = (EXAMPLES / file).read_text()
+    for here, in_its_place in {"/etc/titus-py/keys": str(keys), **others}.items():
+        text = text.replace(here, in_its_place)
     text = re.sub(r"PIN-OF-([a-z0-9-]+)", lambda found: pins[found[1]], text)
     tables: dict[str, Any] = {"listen": [], "vhost": [], **tomllib.loads(text)}
+    if keyd_user is not None:
+        tables["keyd"]["user"] = keyd_user
     instance: Instance = hosts.on(number, lambda: serve(**tables))
     return instance

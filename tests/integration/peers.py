@@ -244,9 +244,9 @@ class Listener:
         self.socket.settimeout(TIMEOUT)
 
     @classmethod
-    def tcp(cls, host: str = "127.0.0.1", backlog: int = 128) -> "Listener":
+    def tcp(cls, host: str = "127.0.0.1", backlog: int = 128, port: int = 0) -> "Listener":
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family, backlog=backlog)
+        listener = socket.create_server((host, port), family=family, backlog=backlog)
         port = listener.getsockname()[1]
         return cls(listener, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from titus_py.audit.throwaway_authority import ThrowawayAuthority
+
 from .conftest import Serve
 from .hosts import EXAMPLES, Network, network, serve_example
-from .instance import TITUS_PY, eventually
+from .instance import TITUS_PY, UIDS, eventually
+from .peers import Listener, TlsClient, echo, served_by
+from .tokens import scratch
 
 #: Debian has one version of it at a time.
 POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), Path("/nowhere"))
@@ -29,7 +33,7 @@ def hosts() -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def pins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Made as a user makes them; the keys are all in one directory."""
-    names = ("db-1", "cache-1", "web-1")
+    names = ("db-1", "cache-1", "web-1", "keys-1", "proxy-1")
     directory = tmp_path_factory.getbasetemp() / "known"
     directory.mkdir()
     made = {}
@@ -181,3 +185,36 @@ def test_the_pages_name_every_file() -> None:
         for file in page.parent.iterdir():
             assert file == page or f"({file.name})" in text
         assert f"({page.parent.name}/README.md)" in (EXAMPLES / "README.md").read_text()
+
+
+def test_a_site_whose_key_is_on_another_host(
+    serve: Serve, hosts: Network, pins: dict[str, str], keys: Path, tmp_path: Path
+) -> None:
+    authority = ThrowawayAuthority()
+    issued = authority.issue("P-256", ["www.example.org"])
+    (tmp_path / "authority.pem").write_bytes(authority.certificate)
+    (tmp_path / "site.crt").write_bytes(issued.certificate)
+    (tmp_path / "site.key").touch(0o600)
+    (tmp_path / "site.key").write_bytes(issued.key)
+    upstream_user, *keyd_users = map(str, UIDS.take(3))
+    with (
+        scratch() as run,
+        hosts.on(2, lambda: Listener.tcp(port=8080)) as application,
+        served_by(application, echo),
+    ):
+        others = {
+            "/etc/titus-py/site": str(tmp_path / "site"),
+            "/run/titus-py": str(run),
+            "titus-upstream": upstream_user,
+        }
+        for number, name in enumerate(("keys-1", "proxy-1"), 1):
+            file, user = f"remote-keys/{name}.toml", keyd_users[number - 1]
+            serve_example(serve, hosts, number, file, keys, pins, others, user)
+
+        def shake_hands() -> bytes:
+            ca, host = tmp_path / "authority.pem", "10.77.0.2"
+            with TlsClient(443, "www.example.org", ca, host=host) as client:
+                client.handshake().send(b"x")
+                return client.receive_exactly(1)
+
+        assert hosts.on(2, shake_hands) == b"x"
