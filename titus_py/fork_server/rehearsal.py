@@ -134,9 +134,12 @@ def _connect_once(worker: socket.socket, context: SSL.Context) -> None:
     give(worker, messages.BACKEND, [theirs])
     client.send(b"request")
     backend.send(backend.recv(MESSAGE_OCTETS))
-    backend.close()
+    # An end of file, as TCP has it: these sockets, closed, would say that they have hung up.
+    backend.shutdown(socket.SHUT_WR)
     with suppress(SSL.ZeroReturnError):
         while client.recv(MESSAGE_OCTETS):
             pass
     client.shutdown()
+    backend.recv(MESSAGE_OCTETS)
+    backend.close()
     ours.close()

@@ -77,9 +77,12 @@ def _connect_once(worker: socket.socket, context: SSL.Context) -> None:
     client.send(b"request")
     tls.send(tls.recv(MESSAGE_OCTETS))
     client.recv(MESSAGE_OCTETS)
-    client.close()
+    # An end of file, as TCP has it: these sockets, closed, would say that they have hung up.
+    client.shutdown(socket.SHUT_WR)
     with suppress(SSL.ZeroReturnError):
         while tls.recv(MESSAGE_OCTETS):
             pass
     tls.shutdown()
+    client.recv(MESSAGE_OCTETS)
+    client.close()
     server.close()
