@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -225,7 +224,7 @@ def attempt(path: Path) -> str:
     """Another user's; returns what is said if it fails."""
     program = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
     return subprocess.run(
-        [sys.executable, "-S", "-c", program, path],
+        ["/usr/bin/python3", "-S", "-c", program, path],
         user="nobody",
         group="nogroup",
         extra_groups=[],
