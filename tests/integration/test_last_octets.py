@@ -1,6 +1,7 @@
 """What either side sent before an end arrives before that end does."""
 
 import fcntl
+import signal
 import socket
 import struct
 import threading
@@ -22,7 +23,7 @@ from .peers import (
     reset,
     was_reset,
 )
-from .test_pump import MUCH, Pair, connected, end_of, ended
+from .test_pump import MUCH, Pair, connected, end_of, ended, the_busy_worker
 
 SIOCOUTQ = 0x5411
 
@@ -194,6 +195,19 @@ def test_a_request_with_its_end_arrives_before_its_clients_reset(pair: Pair) -> 
     assert receive_all(pair.backend) == MUCH[:400_000]
     event = pair.instance.wait_for_event("connection_ended", client=f"{name[0]}:{name[1]}")
     assert event["end"] == "client_reset"
+
+
+def test_the_last_request_arrives_while_its_clients_socket_takes_no_answer(pair: Pair) -> None:
+    """Both have come before the worker looks: what it passes on first must cost nothing."""
+    worker = the_busy_worker(pair.instance)
+    worker.kill(signal.SIGSTOP)
+    pair.client.send(MUCH[:1000])
+    pair.client.close_notify()
+    pair.client.socket.close()
+    # Several records: the first one's answer is a reset, and the second one cannot be written.
+    pair.backend.sendall(MUCH[:200_000])
+    worker.kill(signal.SIGCONT)
+    assert receive_exactly(pair.backend, 1000) == MUCH[:1000]
 
 
 # --- a peer that does not read ------------------------------------------------------------

@@ -130,14 +130,16 @@ enum happened pass_on(struct flow *flow, const struct openssl *openssl, int pati
 		if (ready < 0 || ((of_client | of_backend) & ~(POLLIN | POLLOUT)))
 			return UNUSUAL;
 		flow->woken = true;
+		/* The client is read before it is written to: once that has failed, OpenSSL reads
+		 * no more. */
+		if (of_client & POLLIN)
+			done = read_client(flow, openssl);
+		if (done == GO_ON && (of_client & POLLOUT))
+			done = write_on(flow, openssl);
 		if (done == GO_ON && (of_backend & POLLOUT))
 			done = send_on(flow);
 		if (done == GO_ON && (of_backend & POLLIN))
 			done = receive(flow, openssl);
-		if (done == GO_ON && (of_client & POLLIN))
-			done = read_client(flow, openssl);
-		if (done == GO_ON && (of_client & POLLOUT))
-			done = write_on(flow, openssl);
 	}
 	return (enum happened)done;
 }
