@@ -40,7 +40,7 @@ from keyd.upstream.connector import CONNECTED
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 OWN, DIRECT, TUNNEL = "a key of its own", "the lender's socket", "a tunnel to the lender"
-SIGNERS = (1, 8, 32)
+SIGNERS = (1, 8)
 _PROGRAM = Path(__file__).parents[1] / "build/sign"
 _MOST, _LIFETIME_MS = 0xFFFF, 600_000
 _CLIENT_HELLO = bytes.fromhex("010000290303" + "00" * 32 + "000002c02b0100")
@@ -270,9 +270,12 @@ def _measure(
             measured = Measured(hosts, way, seconds)
             try:
                 for signers in SIGNERS:
+                    begun = time.perf_counter()
                     times = measured.times(signers)
+                    elapsed = time.perf_counter() - begun
                     every = [one for signer in times for one in signer]
-                    rate = sum(1e6 * len(one) / sum(one) for one in times)
+                    # Several do not begin at once: their start counts.
+                    rate = len(every) / (elapsed if signers > 1 else sum(every) / 1e6)
                     found.setdefault((way, signers), []).append((quantile(every, 0.5), rate))
             finally:
                 measured.close()
