@@ -435,7 +435,7 @@ def test_many_spares_killed_at_once_cost_nobody_a_connection(
     with TlsClient(instance.port) as established:
         assert talk(established.handshake())
         parent = instance.parent()
-        busy = instance.wait_for_event("connection_begun")["uid"]
+        busy = instance.wait_for_event("connection_begun", client=established.name)["uid"]
         spares = [worker for worker in instance.workers() if worker.uid != busy]
         # The parent finds all of them dead in one round.
         parent.kill(signal.SIGSTOP)

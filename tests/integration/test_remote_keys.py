@@ -22,7 +22,7 @@ from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
 from .instance import UIDS, Instance, Process, eventually
 from .peers import Listener, TlsClient, Truncated
-from .service import reload, status
+from .service import PATIENCE, reload, status
 from .tokens import scratch
 
 _RATE = '"1000/s"'
@@ -128,12 +128,12 @@ def test_nobody_notices_that_the_process_is_killed_which_connects(hosts: Hosts) 
     )
     before = hosts.proxy.keyd()
     connecting.kill()
-    eventually(lambda: hosts.proxy.keyd() != before and hosts.is_ready(), "another keyd", 30)
+    eventually(lambda: hosts.proxy.keyd() != before and hosts.is_ready(), "another keyd", PATIENCE)
     hosts.keys.expected_alarms |= {"connection_ended", "worker_failed"}
     for worker in hosts.keys.workers():
         worker.kill()
     hosts.shake_hands()
-    eventually(hosts.is_ready, "the keys are there again", 30)
+    eventually(hosts.is_ready, "the keys are there again", PATIENCE)
 
 
 def title(process: Process) -> str:
