@@ -15,7 +15,7 @@ from bench.stage import Proxy, Stage
 __all__ = ["CLIENTS", "KEY_TYPES", "measure", "measure_one_core", "measure_with_keyd"]
 
 KEY_TYPES = ("RSA-2048", "P-256")
-CLIENTS = (1, 4, 32)
+CLIENTS = (1, 8, 32)
 
 
 def measure(stage: Stage) -> None:
