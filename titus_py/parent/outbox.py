@@ -4,7 +4,8 @@ The supervisor may be slow. Events that it does not take are queued. If the queu
 are dropped and counted. Part of the queue is for alarms only.
 
 Waking the supervisor costs more than an event does. So what is ordinary waits a moment for others
-where there were others just before, and they go in one message.
+where there were others just before, and they go in one message. That a connection has begun always
+waits: else the supervisor would want the processor while the client's handshake does.
 """
 
 import json
@@ -33,7 +34,8 @@ _PAUSE_SECONDS = 0.01
 #: What is ordinary comes at most so often, unless there is more of it than a message has room for.
 _GATHER_SECONDS = 0.02
 #: These are ordinary, at the level of information.
-_ORDINARY = frozenset({"connection_begun", "connection_over"})
+_BEGUN = "connection_begun"
+_ORDINARY = frozenset({_BEGUN, "connection_over"})
 #: How long to wait for a supervisor that does not take the last events.
 _LAST_SECONDS = 5.0
 
@@ -80,7 +82,9 @@ class Outbox:
         self._waiting.append((_encode({"event": event, **fields}).encode(), report))
         if self._refused:
             return
-        early = self._sent + _GATHER_SECONDS - time.monotonic()
+        early = _GATHER_SECONDS
+        if event != _BEGUN:
+            early += self._sent - time.monotonic()
         ordinary = event in _ORDINARY and fields.get("level", "info") == "info"
         if early <= 0 or not ordinary or len(self._waiting) >= MAX_EVENTS:
             self._send()

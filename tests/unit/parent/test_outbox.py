@@ -93,10 +93,10 @@ def test_the_longest_texts_are_one_message(pair: tuple[socket.socket, socket.soc
 def test_what_is_ordinary_waits_for_others_and_for_nothing_else(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    """The first event goes at once, and so does what is not ordinary, with all before it."""
+    """The first end goes at once, and so does what is not ordinary, with all before it."""
     loop = EventLoop()
     outbox = Outbox(loop, pair[0])
-    outbox.put("connection_begun", connection=0)
+    outbox.put("connection_over", level="info", connection=0)
     assert events_in(pair[1].recv(65536, socket.MSG_DONTWAIT))
     messages = []
     for number in range(1, 600):
@@ -117,6 +117,23 @@ def test_what_is_ordinary_waits_for_others_and_for_nothing_else(
     assert heard == [*range(1, 301), *range(300, 600)]
     assert len(messages) < len(heard) // 5
     assert all(len(events_in(message)) <= MAX_EVENTS for message in messages)
+
+
+def test_a_beginning_waits_for_others_also_where_it_is_the_first(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    loop = EventLoop()
+    outbox = Outbox(loop, pair[0])
+    outbox.put("connection_begun", connection=1)
+    with pytest.raises(BlockingIOError):
+        pair[1].recv(65536, socket.MSG_DONTWAIT)
+    outbox.put("connection_over", level="info", connection=1)
+    both = ["connection_begun", "connection_over"]
+    assert [event["event"] for event in events_in(pair[1].recv(65536))] == both
+    # Whose end does not come is told of all the same.
+    outbox.put("connection_begun", connection=2)
+    heard = hear_until(loop, pair[1], {"event": "connection_begun", "connection": 2})
+    assert len(heard) == 1
 
 
 def test_each_report_comes_with_its_event(pair: tuple[socket.socket, socket.socket]) -> None:
