@@ -96,8 +96,9 @@ MAX_ORDERS = 16
 #: than a user namespace (unix(7), ETOOMANYREFS).
 _FORK_SERVER_DESCRIPTORS = 3 * MAX_ORDERS + _MAX_DESCRIPTORS
 #: Address space beyond what the fork server had when it was confined, in octets: a
-#: connection takes about one MiB.
-MEMORY_OCTETS = 64 * 1024 * 1024
+#: connection takes about one MiB. With page tables it can be three times as much memory, and what
+#: was mapped before can be filled besides: together less than the threat model's 200 MiB.
+MEMORY_OCTETS = 60 * 1024 * 1024
 
 _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
