@@ -27,14 +27,17 @@ UNPROTECTED: Keyd = [
     sys.executable,
     "-I",
     "-c",
-    "import sys; from keyd import __main__ as keyd; "
-    "keyd.lock_memory_meanwhile = keyd.lock_before_keys = lambda *_: None; "
-    "keyd.guard = list; sys.exit(keyd.main())",
+    "import sys; from keyd import __main__ as keyd, serve\n"
+    "for one in keyd, serve:\n"
+    "    one.lock_memory_meanwhile = one.lock_before_keys = lambda *_: None\n"
+    "    one.guard = list\n"
+    "sys.exit(keyd.main())",
 ]
 
 
 def as_the_supervisor_starts_it(keyd: Keyd, key: Path) -> "subprocess.Popen[bytes]":
     terms = {"uid": 1, "gid": 1, "chroot": "/", "must_lock": True, "filter": "", "tokens": []}
+    terms |= {"lending": None, "upstreams": []}
     keys = [{"key": str(key), "passphrase_file": None}]
     settings = sealed_file("settings", json.dumps({**terms, "keys": keys}).encode())
     other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0]
