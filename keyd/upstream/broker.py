@@ -89,7 +89,8 @@ class _Upstream:
         self._begun = time.monotonic()
         #: Until when it may soon be there; None: nobody has asked for it yet.
         self.hoped_for_until: float | None = None
-        self.why = "not connected yet"
+        #: Why it is not usable: while it is tried again, still for the reason of the last time.
+        self.why = "has not said yet which keys it has"
         self.done = self.failed = 0
         self._refusal_told = -_REFUSAL_INTERVAL
 
@@ -105,7 +106,7 @@ class _Upstream:
     def state(self, wanted: Iterable[bytes], now: float) -> UpstreamState:
         if self.greeted:
             missing = [key for key in wanted if key not in self.keys]
-            state = f"does not lend key {missing[0].hex()}" if missing else READY
+            state = f"does not lend key sha256:{missing[0].hex()}" if missing else READY
             if missing[1:]:
                 state += f", and {len(missing) - 1} more"
         elif now < max(self.hoped_for_until or 0.0, self._begun + _HOPE_SECONDS):
@@ -287,7 +288,6 @@ class Broker:
             connection = Connection(reader, writer, self._loop, self._lock)
             with self._lock:
                 upstream.connection = connection
-            upstream.why = "has not said yet which keys it has"
             self._loop.hear_process(reader, partial(self._hear, upstream, connection))
         else:
             for one in descriptors:

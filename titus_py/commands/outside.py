@@ -42,9 +42,12 @@ def warnings(loaded: Loaded) -> list[Mistake]:
 
 
 def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    made_at_start = configuration.keyd.lend
     for i, vhost in enumerate(configuration.vhost):
         for setting, backend in vhost.all_backends:
-            if isinstance(backend, UnixAddress) and not Path(backend.path).is_socket():
+            if backend == made_at_start or not isinstance(backend, UnixAddress):
+                continue
+            if not Path(backend.path).is_socket():
                 reason = f"no socket is at {backend.path}: does the backend run?"
                 yield source.mistake(f"vhost[{i}].{setting}", reason)
     for i, tunnel in enumerate(configuration.tunnel):

@@ -1,8 +1,10 @@
-"""What the surroundings keep from a unit: paths that it does not see."""
+"""What the surroundings have, and what they keep from a unit."""
 
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from titus_py.commands import outside
 from titus_py.configuration import load
@@ -27,4 +29,34 @@ def test_a_directory_that_is_hidden_from_the_unit_is_named(
     assert warning.key == "vhost[0].certificate_dir"
     assert warning.reason.startswith(
         f"{live} is hidden from titus-py.service by PrivateTmp=: put it elsewhere"
+    )
+
+
+def test_a_socket_that_titus_py_makes_itself_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "_UNITS", ())
+    for name in ("keys-1.crt", "keys-1.key", "site.key"):
+        (tmp_path / name).touch(mode=0o600)
+    key = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "site.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    pair = 'certificate = "keys-1.crt"\nkey = "keys-1.key"\n'
+    configuration = tmp_path / "titus.toml"
+    configuration.write_text(
+        '[[listen]]\naddress = ":8444"\n'
+        f'[[vhost]]\nsni = ["a"]\nbackend = "unix:{tmp_path}/app.sock"\n{pair}'
+        f'[[vhost]]\nbackend = "unix:{tmp_path}/lend.sock"\n{pair}'
+        'client_certificates = "required"\nsend_proxy = "v2-tls-cert"\n'
+        f'[[vhost.client]]\nname = "proxy-a"\nspki = ["sha256:{"0a" * 32}"]\n'
+        f'[keyd]\nlend = "unix:{tmp_path}/lend.sock"\n'
+        '[[keyd.client]]\nname = "proxy-a"\nkeys = ["site.key"]\n'
+    )
+    loaded = load(configuration)
+    assert not loaded.mistakes
+    (warning,) = outside.warnings(loaded)
+    assert (warning.key, warning.reason) == (
+        "vhost[0].backend",
+        f"no socket is at {tmp_path}/app.sock: does the backend run?",
     )

@@ -204,7 +204,7 @@ def test_with_no_upstream_the_refusal_says_why() -> None:
     detail = host.refused(host.request())
     assert detail == (
         "sign: unix:/a: cannot be connected to: No such file or directory; "
-        "unix:/b: not connected yet"
+        "unix:/b: has not said yet which keys it has"
     )
 
 
@@ -222,7 +222,7 @@ def test_but_not_for_long(host: Host) -> None:
     for upstream in host.broker._upstreams:
         upstream.hoped_for_until = 0.0
     host.look_at_clock()
-    assert "unix:/a: not connected yet" in host.refused(worker)
+    assert "unix:/a: has not said yet which keys it has" in host.refused(worker)
 
 
 def test_the_second_is_asked_for_a_key_that_the_first_has_not(host: Host) -> None:
@@ -234,7 +234,7 @@ def test_the_second_is_asked_for_a_key_that_the_first_has_not(host: Host) -> Non
     assert not first.asked()
     second.sign(*second.asked())
     host.signed(worker)
-    assert host.look_at_clock() == [f"does not lend key {ID.hex()}", READY]
+    assert host.look_at_clock() == [f"does not lend key sha256:{ID.hex()}", READY]
 
 
 @pytest.mark.parametrize("status", [Status.FAILED, Status.EXHAUSTED, Status.NOT_GRANTED])
@@ -463,6 +463,20 @@ def test_one_that_says_nothing_is_given_up(host: Host, monkeypatch: pytest.Monke
     assert host.lost() == LOST + b"\0\0", "it was of no use"
 
 
+@pytest.mark.usefixtures("hopeless")
+def test_the_reason_stays_while_it_is_tried_again(host: Host) -> None:
+    """A tunnel takes each connection, and ends it once the other host was not reached."""
+    host.connect(0).end.close()
+    host.turn()
+    closed, _ = host.look_at_clock()
+    assert closed == "the connection was closed at its other end"
+    lender = host.connect(0)
+    assert host.look_at_clock()[0] == closed
+    lender.lend()
+    host.turn()
+    assert host.look_at_clock()[0] == READY
+
+
 def test_the_end_of_what_connects_is_said(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     lender = host.connect(0)
     lender.lend()
@@ -520,4 +534,5 @@ def test_no_more_is_kept_than_there_is_room_for(
     host: Host, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     monkeypatch.setattr(broker_module, bound, 0)
-    assert host.refused(host.request()).startswith("sign: unix:/a: not connected yet")
+    unheard = "sign: unix:/a: has not said yet which keys it has"
+    assert host.refused(host.request()).startswith(unheard)
