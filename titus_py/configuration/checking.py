@@ -29,7 +29,7 @@ from titus_py.configuration.helper import (
     Helper,
     Unanswered,
 )
-from titus_py.configuration.lending import LentFacts, ask_about_lent_keys
+from titus_py.configuration.lending import LentFacts, ask_about_lent_keys, lent_with_its_own
 from titus_py.configuration.misnamed import misnamed, misnamed_in_directories, names_shown, some
 from titus_py.configuration.mistake import Source
 from titus_py.configuration.tables import LentKey
@@ -207,6 +207,7 @@ def check(
         lambda vhost: _key_ids(vhost, certificates),
         {facts.key_id for facts in lent.values()},
     )
+    mistakes += lent_with_its_own(whole, source, lent, lambda vhost: _key_ids(vhost, certificates))
     warnings += _recorded(loaded, certificates)
     authorities, wrong, doubtful = read_authorities(
         loaded.client_files, source, timeout, of_clients

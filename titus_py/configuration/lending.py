@@ -3,7 +3,7 @@
 Run by the supervisor and by the commands. None of them reads a key: ``keyd check`` does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -34,6 +34,7 @@ __all__ = [
     "lending_socket",
     "lent_keys",
     "lent_to_nobody",
+    "lent_with_its_own",
     "told",
 ]
 
@@ -197,6 +198,33 @@ def _meet(one: VirtualHost, other: VirtualHost) -> bool:
             (one.local_port, other.local_port),
         )
     )
+
+
+def lent_with_its_own(
+    configuration: Configuration | None,
+    source: Source,
+    lent: Mapping[LentKey, LentFacts],
+    key_ids: Callable[[VirtualHost], Collection[bytes]],
+) -> Iterator[Mistake]:
+    """The key by which other hosts know this one is not lent to any of them."""
+    if configuration is None:
+        return
+    own = {
+        key_id: f"vhost[{i}]"
+        for i, vhost in enumerate(configuration.vhost)
+        if any(backend == configuration.keyd.lend for _, backend in vhost.all_backends)
+        for key_id in key_ids(vhost)
+    }
+    for i, client in enumerate(configuration.keyd.client):
+        for key in client.lent:
+            if key in lent and lent[key].key_id in own:
+                yield source.mistake(
+                    f"keyd.client[{i}].keys",
+                    f"{key.token or key.key} is the key of "
+                    f"{source.reference(own[lent[key].key_id])}, by which other hosts know this "
+                    "one: a host that has it signed with could pass for this one: lend the keys "
+                    "of sites alone",
+                )
 
 
 def told(

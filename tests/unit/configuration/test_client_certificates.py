@@ -275,6 +275,7 @@ def test_known_clients(load_settings: Load) -> None:
         ([f'name = "a b"\nspki = ["{PIN}"]'], "client[0].name", "letters, digits"),
         ([f'spki = ["{PIN}"]'], "client[0].name", "is missing"),
         (['name = "a"\nspki = ["sha256:00"]'], "client[0].spki", "no public key's hash"),
+        (['name = "a"\nspki = ["sha256:5e1f…"]'], "client[0].spki", "no public key's hash"),
         (['name = "a"\nspki = "x"'], "client[0].spki", "expected a list of texts"),
         (['name = "a"\ndns = ["x.example.org"]'], "client[0]", "client_ca is missing"),
         ([f'name = "a"\nspki = ["{PIN}"]\nrate = 50'], "client[0].rate", '"50/s"'),

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
 )
+from integration.certificates import Authority
 
 from keyd.protocol import Power, mask_of
 from keyd.reference import key_id
@@ -186,6 +187,20 @@ def test_a_virtual_host_that_others_clients_can_reach(
     assert [one.partition(":")[0] for one in found] == (
         ["clients of vhost[1] come to the same address"] if warned else []
     )
+
+
+def test_the_key_by_which_other_hosts_know_this_one_is_not_lent(
+    files: Files, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    own, site = authority.issue("P-256", "keys-1"), authority.issue("P-256", "site.test")
+    pair = {"certificate": f'"{own.certificate}"', "key": f'"{own.key}"'}
+    client = CLIENT.replace('["lent.key"]', f'["{site.key}", "{own.key}"]')
+    (mistake,) = check(files(LEND + client, **pair)).mistakes
+    assert mistake.key == "keyd.client[0].keys"
+    assert mistake.reason.startswith(f"{own.key} is the key of vhost for any name (line ")
+    client = CLIENT.replace("lent.key", str(site.key))
+    assert not check(files(LEND + client, **pair)).mistakes
 
 
 def test_what_is_wrong_with_a_key_is_said_of_its_setting(files: Files, tmp_path: Path) -> None:
