@@ -66,6 +66,18 @@ def test_a_missing_capability_is_named(configuration: Path, command: str, name: 
     assert line.startswith(f"titus-py: CAP_{name} is missing, which is for: ")
 
 
+def test_the_capability_for_sockets_of_others_is_named(configuration: Path, tmp_path: Path) -> None:
+    """Number 0, as prctl's CAP_EFFECTIVE is, which is no capability."""
+    tunnel = (
+        f'[[tunnel]]\nlisten = "unix:{tmp_path}/db.sock"\nsocket_user = "nobody"\n'
+        f'connect = "127.0.0.1:1"\npins = ["sha256:{"0a" * 32}"]\n'
+    )
+    configuration.write_text(f"{configuration.read_text()}\n{tunnel}")
+    command = "setpriv", "--bounding-set=-chown", TITUS_PY, "check", "--config", configuration
+    lines = started(*command).stderr.splitlines()
+    assert "titus-py: CAP_CHOWN is missing, which is for: " in "\n".join(lines)
+
+
 def test_each_that_is_missing_is_named(configuration: Path) -> None:
     """With all that a container of Docker's has, unless told otherwise."""
     docker = "chown,dac_override,fsetid,fowner,mknod,net_raw,setgid,setuid,setfcap,setpcap"

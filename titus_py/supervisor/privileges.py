@@ -35,7 +35,7 @@ REQUIRED_CAPABILITIES = {
     **CONFINING_CAPABILITIES,
 }
 
-_GIVING_AWAY = {prctl.CAP_CHOWN: "unix sockets of other users to listen on (socket_user)"}
+_GIVING_AWAY = {prctl.CAP_CHOWN: "socket_user (socket_group does without)"}
 #: What the supervisor keeps, for itself or for its children, each with its reason.
 SUPERVISOR_CAPABILITIES = {
     **REQUIRED_CAPABILITIES,
@@ -46,10 +46,9 @@ SUPERVISOR_CAPABILITIES = {
     **_GIVING_AWAY,
 }
 
+# Not whatever begins with CAP_: prctl calls the sets so, too (CAP_EFFECTIVE).
 _NAMES = {
-    number: name
-    for name, number in vars(prctl).items()
-    if name.startswith("CAP_") and isinstance(number, int)
+    getattr(prctl, name): name for name in (f"CAP_{one.upper()}" for one in prctl.ALL_CAP_NAMES)
 }
 
 
