@@ -785,10 +785,10 @@ def keyd_grants_every_sites_keys(_: str) -> None:
 def keyd_signs_for_nobody(_: str) -> None:
     from keyd import channel
 
-    real = channel._read
+    real = channel.witness
     anybody = bytes.fromhex("010000320303" + "00" * 32 + "000002130101000007")
     anybody += bytes.fromhex("002b0003020304")
-    channel._read = lambda message: real(message or anybody)
+    channel.witness = lambda message: real(message or anybody)
 
 
 @breaks("refuses_other_handshake", "keyd", within="keyd")
