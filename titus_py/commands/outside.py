@@ -102,6 +102,8 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
     if unit is None:
         return
     paths = [("keyd.socket", configuration.keyd.socket)]
+    for i, client in enumerate(configuration.keyd.client):
+        paths += [(f"keyd.client[{i}].keys", key) for lent in client.lent for key in lent.secrets]
     for i, vhost in enumerate(configuration.vhost):
         for place, credential in vhost.credentials.items():
             for field, path in credential._asdict().items():

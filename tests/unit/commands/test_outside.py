@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from titus_py.commands import outside
-from titus_py.configuration import load
+from titus_py.configuration import Loaded, load
 
 
 def test_a_directory_that_is_hidden_from_the_unit_is_named(
@@ -32,17 +32,17 @@ def test_a_directory_that_is_hidden_from_the_unit_is_named(
     )
 
 
-def test_a_socket_that_titus_py_makes_itself_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outside, "_UNITS", ())
-    for name in ("keys-1.crt", "keys-1.key", "site.key"):
+@pytest.fixture
+def lending(tmp_path: Path) -> Loaded:
+    """A host whose keyd lends a key, with a virtual host of another kind besides."""
+    for name in ("keys-1.crt", "keys-1.key"):
         (tmp_path / name).touch(mode=0o600)
+    pair = 'certificate = "keys-1.crt"\nkey = "keys-1.key"\n'
+    (tmp_path / "home").mkdir()
     key = ec.generate_private_key(ec.SECP256R1())
-    (tmp_path / "site.key").write_bytes(
+    (tmp_path / "home/site.key").write_bytes(
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     )
-    pair = 'certificate = "keys-1.crt"\nkey = "keys-1.key"\n'
     configuration = tmp_path / "titus.toml"
     configuration.write_text(
         '[[listen]]\naddress = ":8444"\n'
@@ -51,12 +51,29 @@ def test_a_socket_that_titus_py_makes_itself_is_not_missed(
         'client_certificates = "required"\nsend_proxy = "v2-tls-cert"\n'
         f'[[vhost.client]]\nname = "proxy-a"\nspki = ["sha256:{"0a" * 32}"]\n'
         f'[keyd]\nlend = "unix:{tmp_path}/lend.sock"\n'
-        '[[keyd.client]]\nname = "proxy-a"\nkeys = ["site.key"]\n'
+        '[[keyd.client]]\nname = "proxy-a"\nkeys = ["home/site.key"]\n'
     )
     loaded = load(configuration)
     assert not loaded.mistakes
-    (warning,) = outside.warnings(loaded)
+    return loaded
+
+
+def test_a_socket_that_titus_py_makes_itself_is_not_missed(
+    lending: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "_UNITS", ())
+    (warning,) = outside.warnings(lending)
     assert (warning.key, warning.reason) == (
         "vhost[0].backend",
         f"no socket is at {tmp_path}/app.sock: does the backend run?",
     )
+
+
+def test_a_lent_key_that_is_hidden_from_the_unit_is_named(
+    lending: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "_unit_of", lambda _: "titus-py.service")
+    monkeypatch.setattr(outside, "_HIDDEN", {str(tmp_path / "home"): "ProtectHome="})
+    (warning,) = [one for one in outside.warnings(lending) if "is hidden from" in one.reason]
+    assert warning.key == "keyd.client[0].keys"
+    assert warning.reason.startswith(f"{tmp_path}/home/site.key is hidden from titus-py.service")
