@@ -33,7 +33,7 @@ def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
         event,
         *[nothing] * 6,
         AnnouncedAudits(),
-        *[nothing] * 5,
+        *[nothing] * 6,
     )
 
 
