@@ -129,15 +129,18 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = PATIENC
 
 
 _given: set[int] = set()
+#: Which of the processes this one is that run tests, and how many there are.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 def free_port() -> int:
     """A port on which nothing listens, outside what the kernel gives to clients.
 
-    Given once: whoever asked for the last one may not listen there yet.
+    Given once, and to one process that runs tests: whoever asked for one may not listen there yet.
     """
     while True:
-        port = random.randrange(10_000, 32_000)
+        port = random.randrange(10_000 + _WORKER, 32_000, _WORKERS)
         if port in _given:
             continue
         _given.add(port)

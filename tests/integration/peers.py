@@ -186,6 +186,14 @@ def lingering() -> tuple[socket.socket, socket.socket]:
     return side, peer
 
 
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """The address of a port that nothing listens on, and that nobody else gets meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
 def receive_all(side: socket.socket) -> bytes:
     """Everything up to the FIN; raises ConnectionResetError at an RST."""
     octets = bytearray()

@@ -26,6 +26,7 @@ from .peers import (
     connect,
     receive_all,
     receive_exactly,
+    refusing,
     reset,
     resets,
     served_by,
@@ -83,13 +84,16 @@ def port_of(table: Mapping[str, Any]) -> int:
 
 
 @pytest.fixture(scope="module")
-def tables(servers: Servers) -> dict[str, dict[str, Any]]:
+def tables(servers: Servers) -> Iterator[dict[str, dict[str, Any]]]:
     """Tunnels that work and tunnels that do not, by what they are for."""
+    with refusing() as nobody:
+        yield all_tables(servers, nobody)
+
+
+def all_tables(servers: Servers, nobody: str) -> dict[str, dict[str, Any]]:
     by_ca = {"ca": servers.authority.file, "server_name": NAME}
     pins = {kind: {"pins": [one.spki]} for kind, one in servers.shown.items()}
     addresses = servers.addresses
-    nobody = Listener.tcp()
-    nobody.socket.close()
     return {
         "by ca": tunnel(addresses["good"], **by_ca),
         "by ca, wildcard": tunnel(addresses["wildcard"], **by_ca),
@@ -116,7 +120,7 @@ def tables(servers: Servers) -> dict[str, dict[str, Any]]:
         ),
         "pin_mismatch": tunnel(addresses["self-signed"], **pins["good"]),
         "pin_mismatch, by both": tunnel(addresses["good"], **by_ca, **pins["self-signed"]),
-        "unreachable": tunnel(nobody.address, **by_ca),
+        "unreachable": tunnel(nobody, **by_ca),
         # To servers that a test starts.
         "openssl": tunnel(openssl := somewhere(), **by_ca),
         "openssl, TLS 1.3": tunnel(openssl, **by_ca, min_version="TLSv1.3"),
@@ -530,13 +534,12 @@ def test_an_audit_of_tunnels_alone(instance: Instance, tables: dict[str, dict[st
 def test_by_name_to_the_next_of_several_and_by_ipv6(serve: Serve, servers: Servers) -> None:
     """As backends have it: a name that is looked up, and one that is not reached."""
     shown = servers.authority.issue(dns=("localhost",), usage=ExtendedKeyUsageOID.SERVER_AUTH)
-    with tls_server(server_context(shown)) as address, Listener.tcp() as nobody:
-        nobody.socket.close()
+    with tls_server(server_context(shown)) as address, refusing() as nobody:
         named = f"localhost:{address.rpartition(':')[2]}"
         by_name = tunnel(named, ca=servers.authority.file)
         several = {
             "listen": f"[::1]:{free_port()}",
-            "connect": [nobody.address, named],
+            "connect": [nobody, named],
             "balance": "priority",
             "pins": [shown.spki],
         }

@@ -28,7 +28,15 @@ from titus_py.worker.farewell import unread
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, eventually, free_port
-from .peers import TIMEOUT, Listener, lingering, receive_all, receive_exactly, reset
+from .peers import (
+    TIMEOUT,
+    Listener,
+    lingering,
+    receive_all,
+    receive_exactly,
+    refusing,
+    reset,
+)
 from .service import PATIENCE, edit, problems, reload, status
 from .tls_server import echo_to_the_end, server_context, tls_server
 
@@ -81,10 +89,16 @@ def told() -> str:
 
 
 @pytest.fixture(scope="module")
-def shared(serve_all: Serve, server: Server, shared_directory: Path, told: str) -> Instance:
+def nobody() -> Iterator[str]:
+    with refusing() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def shared(
+    serve_all: Serve, server: Server, shared_directory: Path, told: str, nobody: str
+) -> Instance:
     """One instance for whatever does not change it."""
-    nobody = Listener.tcp()
-    nobody.socket.close()
     users = {"socket_user": "nobody", "socket_group": "daemon", "socket_mode": "0620"}
     return serve_all(
         listen=[],
@@ -94,7 +108,7 @@ def shared(serve_all: Serve, server: Server, shared_directory: Path, told: str) 
             tunnel(shared_directory / "root's", server),
             tunnel(shared_directory / "nobody's", server, **users),
             tunnel(shared_directory / "told", server, connect=told),
-            tunnel(shared_directory / "unreachable", server, connect=nobody.address),
+            tunnel(shared_directory / "unreachable", server, connect=nobody),
             tunnel(
                 shared_directory / "both ends", server, connect=f"unix:{shared_directory}/server"
             ),
@@ -243,7 +257,8 @@ sys.stdin.read()
 
 
 def strangers(path: Path, uid: int = STRANGER) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-I", "-c", _STRANGER, str(path)]
+    # The system's, which everybody may run.
+    command = ["/usr/bin/python3", "-I", "-c", _STRANGER, str(path)]
     ids: dict[str, Any] = {"user": uid, "group": uid, "extra_groups": []}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/", **ids)
