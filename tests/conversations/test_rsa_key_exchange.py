@@ -101,7 +101,7 @@ BLOCKS = {
 
 #: Made of a good one.
 CIPHERTEXTS: dict[str, Callable[[bytes], bytes]] = {
-    "another ciphertext": lambda good: bytes((good[0] >> 1,)) + good[1:],
+    "another ciphertext": lambda good: good[:-1] + bytes((good[-1] ^ 1,)),
     "an octet short, at its end": lambda good: good[:-1],
     "an octet short, at its start": lambda good: good[1:],
     "an octet more, at its end": lambda good: good + b"\0",
