@@ -426,15 +426,20 @@ def test_check_asks_the_tokens_and_names_every_mistake_at_once(
 ) -> None:
     hsm = served.hsm
     (tmp_path / "wrong").write_text("not the PIN\n")
-    ended = check(
-        served,
-        tmp_path,
+    asked = (
         {"key": hsm.uri("web", "rsa"), "rsa_key_exchange": True},
         {"key": hsm.uri("web", "ecdsa"), "local_port": 1},
         {"key": hsm.uri("web", "nothing"), "local_port": 2},
         {"key": hsm.uri("web", "rsa", pin_file=tmp_path / "wrong"), "local_port": 3},
         {"key": hsm.uri("pulled", "rsa"), "local_port": 4},
     )
+    ended = check(served, tmp_path, *asked)
+    for _ in range(3):
+        # SoftHSM writes to a token at each login. Two at once make it fail at times, for another
+        # reason: a warning then, since it may pass.
+        if not re.search(r"warning: .*token web .*: served once it can be", ended.stderr):
+            break
+        ended = check(served, tmp_path, *asked)
     assert ended.returncode == 2
     for said in (
         "rsa_key_exchange: its key is in a token, which keyd has sign and never decrypt",
@@ -444,7 +449,7 @@ def test_check_asks_the_tokens_and_names_every_mistake_at_once(
         # A warning: it is served once the token is there.
         "key: token pulled cannot be used: there is no such token: served once it can be",
     ):
-        assert said in ended.stderr
+        assert said in ended.stderr, ended.stderr
     (hidden,) = [line for line in ended.stderr.splitlines() if "pulled" in line]
     assert "warning" in hidden
 
