@@ -26,7 +26,7 @@ from keyd.protocol import SignatureScheme, Status
 from keyd.pss import PSSPublicKey
 from keyd.reference import id_and_key_of
 from keyd.upstream.connection import Connection, Loop
-from keyd.upstream.connector import CONNECTED, LOST, MAX_MESSAGE_OCTETS
+from keyd.upstream.connector import CONNECTED, FAILED, LOST, MAX_MESSAGE_OCTETS
 from keyd.upstream.messages import MAX_IN_FLIGHT, Answer, Ask, Greeting
 from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from keyd.words import say
@@ -275,8 +275,12 @@ class Broker:
             return False
         except OSError:
             message, descriptors = b"", []
-        if not message:
-            say("upstreams cannot be connected to again: the process for that has ended")
+        known = message[:1] in (CONNECTED, FAILED) and len(message) > 1
+        if not known or message[1] >= len(self._upstreams):
+            for one in descriptors:
+                os.close(one)
+            why = "talks nonsense" if message else "has ended"
+            say(f"upstreams cannot be connected to again: the process for that {why}")
             self._orphaned = True
             return True
         upstream = self._upstreams[message[1]]

@@ -477,6 +477,17 @@ def test_the_reason_stays_while_it_is_tried_again(host: Host) -> None:
     assert host.look_at_clock()[0] == READY
 
 
+@pytest.mark.parametrize("message", [b"C", b"F", b"C\2", b"F\377why", b"X\0", b"\0\0"])
+def test_what_connects_to_upstreams_is_not_trusted(
+    host: Host, capsys: pytest.CaptureFixture[str], message: bytes
+) -> None:
+    """It is heard no more, and keyd goes on."""
+    host.connector.send(message)
+    host.turn()
+    assert "the process for that talks nonsense" in capsys.readouterr().err
+    assert host.broker.news() is not None
+
+
 def test_the_end_of_what_connects_is_said(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     lender = host.connect(0)
     lender.lend()
