@@ -29,6 +29,7 @@ def package(revision: int) -> Path:
             check=True,
         )
         _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
+        _is_hardened(_REPOSITORY / "build/stage")
     (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
     return built
 
@@ -39,8 +40,19 @@ def _tells_nothing_of_its_build(stage: Path) -> None:
         if file.is_file() and not file.is_symlink():
             assert not re.search(rb"/pip-[a-z]+-\w{8}/", file.read_bytes()), file
     # The build ID of what is linked here (NT_GNU_BUILD_ID, 20 octets) is a hash of such names, too.
-    for library in (*stage.rglob("_prctl.*.so"), *stage.rglob("keyd/*/*.so")):
-        assert b"\x14\0\0\0\x03\0\0\0GNU\0" not in library.read_bytes(), library
+    here = "_prctl.*.so", "keyd/*/*.so", "titus_py/*/*.so"
+    for library in (file for pattern in here for file in stage.rglob(pattern)):
+        _, _, build_id = library.read_bytes().partition(b"\x14\0\0\0\x03\0\0\0GNU\0")
+        assert build_id[:20] == bytes(20), library
+
+
+def _is_hardened(stage: Path) -> None:
+    """What relocation has written to is read-only from then on, also once it was stripped."""
+    for library in stage.rglob("*.so"):
+        if not library.is_symlink():
+            headers = ["readelf", "--wide", "--program-headers", library]
+            shown = subprocess.run(headers, check=True, capture_output=True, text=True).stdout
+            assert "GNU_RELRO" in shown, library
 
 
 class Administrator:
