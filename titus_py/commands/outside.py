@@ -12,6 +12,7 @@ from pathlib import Path
 
 from titus_py.configuration import Configuration, Loaded, Mistake, Source
 from titus_py.configuration.address import NameAddress, UnixAddress
+from titus_py.supervisor.control import CONTROL_DIRECTORY
 
 __all__ = ["warnings"]
 
@@ -35,13 +36,13 @@ def warnings(loaded: Loaded) -> list[Mistake]:
     if configuration is None:
         return []
     return [
-        *_missing_sockets(configuration, source),
+        *_what_is_not_there(configuration, source),
         *_unresolved(configuration, source),
         *_hidden_from_the_unit(configuration, source),
     ]
 
 
-def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+def _what_is_not_there(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     made_at_start = configuration.keyd.lend
     for i, vhost in enumerate(configuration.vhost):
         for setting, backend in vhost.all_backends:
@@ -55,6 +56,11 @@ def _missing_sockets(configuration: Configuration, source: Source) -> Iterator[M
             if isinstance(server, UnixAddress) and not Path(server.path).is_socket():
                 reason = f"no socket is at {server.path}: does the server run?"
                 yield source.mistake(f"tunnel[{i}].connect", reason)
+        if isinstance(tunnel.listen, UnixAddress):
+            directory = Path(tunnel.listen.path).parent
+            if directory != CONTROL_DIRECTORY and not directory.is_dir():
+                reason = f"there is no directory {directory}: does the unit make it"
+                yield source.mistake(f"tunnel[{i}].listen", f"{reason} (RuntimeDirectory=)?")
 
 
 def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:

@@ -61,9 +61,7 @@ def lacking(configuration: Configuration | None) -> list[str]:
     required = REQUIRED_CAPABILITIES
     if configuration is not None and configuration.has_transparent_sockets:
         required = required | TRANSPARENT_CAPABILITIES
-    if configuration is not None and any(
-        access.set_uid for access in access_to(configuration.tunnel).values()
-    ):
+    if configuration is not None and _gives_sockets_away(configuration):
         required = required | _GIVING_AWAY
     found = [
         f"{_NAMES[capability]} is missing, which is for: {what}"
@@ -82,14 +80,23 @@ def lacking(configuration: Configuration | None) -> list[str]:
 
 def given_up(configuration: Configuration) -> str:
     """Why this supervisor cannot serve a configuration that a reload brings; "" if it can."""
-    if not configuration.has_transparent_sockets:
-        return ""
-    if TRANSPARENT_CAPABILITIES.keys() <= permitted_capabilities():
-        return ""
-    return (
-        "source_address and transparent take CAP_NET_RAW, which titus-py gave up when it was "
-        "started without them: restart it"
-    )
+    there = permitted_capabilities()
+    if configuration.has_transparent_sockets and not there.issuperset(TRANSPARENT_CAPABILITIES):
+        return (
+            "source_address and transparent take CAP_NET_RAW, which titus-py gave up when it was "
+            "started without them: restart it"
+        )
+    if _gives_sockets_away(configuration) and not there.issuperset(_GIVING_AWAY):
+        return (
+            "socket_user takes CAP_CHOWN, without which titus-py was started (socket_group does "
+            "without): add it to the unit (CapabilityBoundingSet=) and restart titus-py"
+        )
+    return ""
+
+
+def _gives_sockets_away(configuration: Configuration) -> bool:
+    """Whether a socket's file is another user's than root's."""
+    return any(access.set_uid for access in access_to(configuration.tunnel).values())
 
 
 def _tried(configuration: Configuration | None) -> Iterator[tuple[str, str]]:

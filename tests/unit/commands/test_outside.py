@@ -77,3 +77,19 @@ def test_a_lent_key_that_is_hidden_from_the_unit_is_named(
     (warning,) = [one for one in outside.warnings(lending) if "is hidden from" in one.reason]
     assert warning.key == "keyd.client[0].keys"
     assert warning.reason.startswith(f"{tmp_path}/home/site.key is hidden from titus-py.service")
+
+
+def test_a_directory_that_a_socket_is_to_be_made_in_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit may make it when it is started; and it makes /run/titus-py in any case."""
+    monkeypatch.setattr(outside, "_UNITS", ())
+    pins = f'connect = "127.0.0.1:1"\npins = ["sha256:{"0a" * 32}"]\n'
+    places = f"{tmp_path}/db-1/s", f"{tmp_path}/s", "/run/titus-py/s"
+    configuration = tmp_path / "titus.toml"
+    configuration.write_text(
+        "".join(f'[[tunnel]]\nlisten = "unix:{place}"\n{pins}' for place in places)
+    )
+    (warning,) = outside.warnings(load(configuration))
+    assert warning.key == "tunnel[0].listen"
+    assert warning.reason.startswith(f"there is no directory {tmp_path}/db-1: ")
