@@ -65,7 +65,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     assert not admin.types(f"systemd-analyze verify {_UNIT}.service {_UNIT}.socket").strip()
     # A machine within a container cannot always raise the limit for who is not root.
     admin.writes(
-        f"/etc/systemd/system/{_UNIT}.service.d/lock.conf",
+        "/etc/systemd/system/keyd@.service.d/lock.conf",
         "[Service]\nEnvironment=OPTIONS=--lock-memory=try\n",
     )
     admin.types("mkdir -p /var/www/html && echo It works. > /var/www/html/index.html")
@@ -90,6 +90,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     _is_restarted(admin)
     _cannot_start(admin)
     _is_asked_by_others(admin)
+    _is_another_user_than_the_next_one(admin)
     _is_renewed(admin)
     _has_its_key_in_a_token(admin)
     _is_exposed_as_documented(admin)
@@ -152,6 +153,16 @@ def _is_asked_by_others(admin: Administrator) -> None:
     assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
     assert re.search(r"^Seccomp:\t2$", status, re.MULTILINE)
     assert int(re.search(r"^Uid:\t(\d+)", status, re.MULTILINE)[1]) >= 61184  # type: ignore[index]
+
+
+def _is_another_user_than_the_next_one(admin: Administrator) -> None:
+    admin.types("cp -r /etc/titus-keyd/nginx /etc/titus-keyd/other; systemctl start keyd@other")
+    uids = {
+        admin.types(f"stat --format %u /proc/{admin.property(unit, 'MainPID')}")
+        for unit in (_UNIT, "keyd@other")
+    }
+    assert len(uids) == 2
+    admin.types("systemctl stop keyd@other.socket keyd@other && rm -r /etc/titus-keyd/other")
 
 
 def _is_renewed(admin: Administrator) -> None:
