@@ -60,7 +60,10 @@ def _reason(details: ErrorDetails, key: str) -> str:
         case "missing":
             return f"at least one {_heading(key)} is needed" if key in TABLES else "is missing"
         case "tuple_type":
-            return f"expected tables, each headed {_heading(key)}, not {found}"
+            heading = _heading(key)
+            if heading.startswith("[["):
+                return f"expected tables, each headed {heading}, not {found}"
+            return f'expected a list, ["…"], not {found}'
         case "model_type" | "dict_type":
             return f"expected a table, {_heading(key)}, not {found}"
         case "literal_error":

@@ -494,6 +494,11 @@ def test_at_least_one_of_each(load_text: Load, key: str) -> None:
     assert line == f"{key}: expected tables, each headed [[{key}]], not a table"
 
 
+def test_a_list_of_variables_is_no_table(load_text: Load) -> None:
+    (line,) = told(load_text(f"{LISTEN}{VHOST}[keyd.token_environment]\nA = 'b'\n"))
+    assert line.endswith('keyd.token_environment: expected a list, ["…"], not a table')
+
+
 @pytest.mark.parametrize(
     ("content", "mistake"),
     [
