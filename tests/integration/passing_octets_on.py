@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import random
+import select
 import socket
 import struct
 import sys
@@ -199,6 +200,26 @@ def a_backend_that_takes_nothing() -> list[object]:
 def a_clients_end_of_file() -> list[object]:
     between = Between(lambda client, backend: client.sock_shutdown(socket.SHUT_WR))
     return [between.run(), between.why()]
+
+
+def a_client_that_hangs_up() -> list[object]:
+    """The end of most connections: both sides have ended the client's, and it has spoken last."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> str:
+        client.send(b"the last")
+        client.shutdown()
+        client.sock_shutdown(socket.SHUT_WR)
+        return backend.recv(100).decode()
+
+    between = Between(play)
+    between.client.shutdown(socket.SHUT_WR)
+    hung_up = select.poll()
+    hung_up.register(between.client, 0)
+    hung_up.poll(10_000)
+    between.open[1] = False
+    found = between.run()
+    between.backend.shutdown(socket.SHUT_WR)
+    return [found, between.heard(), between.counted()]
 
 
 def a_damaged_record() -> list[object]:

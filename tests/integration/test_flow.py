@@ -20,6 +20,7 @@ EXPECTED: dict[str, list[object]] = {
     "much_both_ways": [["CLIENT_ENDED", True, 0, 0], [True, True], [_MUCH, _MUCH]],
     "a_backend_that_takes_nothing": [["STOOD_STILL", True], [True, True], ["STOOD_STILL", False]],
     "a_clients_end_of_file": [["NOT_READ", True, 0, 0], "SysCallError"],
+    "a_client_that_hangs_up": [["CLIENT_ENDED", True, 0, 0], "the last", [8, 0]],
     # What came before it is there.
     "a_damaged_record": [["NOT_READ", True, 0, 0], "Error", None, [5, 0]],
     "a_backends_end_of_file": [["BACKEND_ENDED", True, 0, 0], "the last", [0, 8], 0],

@@ -127,6 +127,9 @@ enum happened pass_on(struct flow *flow, const struct openssl *openssl, int pati
 
 		if (ready == 0)
 			return STOOD_STILL;
+		/* A client that has ended both directions, and is still to be read: most end so. */
+		if (of_client & POLLIN)
+			of_client &= ~POLLHUP;
 		if (ready < 0 || ((of_client | of_backend) & ~(POLLIN | POLLOUT)))
 			return UNUSUAL;
 		flow->woken = true;
