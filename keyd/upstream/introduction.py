@@ -22,8 +22,9 @@ _HEAD = struct.Struct("!12sBBH")
 _TLV = struct.Struct("!BH")
 #: Version 2, and the command: the sender's own connection, or on behalf of another.
 _LOCAL, _PROXY = 0x20, 0x21
-#: By address family and transport: the octets of both addresses and ports.
-_ADDRESS_OCTETS = {0x11: 12, 0x21: 36}
+#: By address family and transport: the octets of both addresses and ports. A client that has
+#: connected by a unix socket has none.
+_ADDRESS_OCTETS = {0x11: 12, 0x21: 36, 0x00: 0}
 #: A certificate of 16 KiB, and what else a header has.
 _MAX_OCTETS = _HEAD.size + 20 * 1024
 _MAX_NAME_CHARACTERS = 64

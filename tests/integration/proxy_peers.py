@@ -9,7 +9,7 @@ from pathlib import Path
 from .instance import eventually, free_port
 from .peers import connect
 
-__all__ = ["Server", "haproxy_in_front", "haproxy_server", "nginx_server"]
+__all__ = ["Server", "haproxy_in_front", "haproxy_server", "nginx_in_front", "nginx_server"]
 
 _ADDRESSES = {
     "nginx": "$proxy_protocol_addr $proxy_protocol_port "
@@ -129,8 +129,12 @@ def haproxy_server(directory: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def haproxy_in_front(directory: Path, to: int, how: str) -> Iterator[int]:
-    """A load balancer that passes TCP on, with a header; yields its port."""
+def haproxy_in_front(directory: Path, to: int | Path, how: str) -> Iterator[int]:
+    """A load balancer that passes TCP on, to a port or a unix socket, with a header.
+
+    Yields its port.
+    """
+    server = f"unix@{to}" if isinstance(to, Path) else f"127.0.0.1:{to}"
     port = free_port()
     with _haproxy(
         directory,
@@ -138,10 +142,37 @@ def haproxy_in_front(directory: Path, to: int, how: str) -> Iterator[int]:
         listen balancer
             mode tcp
             bind :::{port} v4v6
-            server titus 127.0.0.1:{to} {how}
+            server titus {server} {how}
         """,
         port,
     ):
+        yield port
+
+
+@contextmanager
+def nginx_in_front(directory: Path, to: Path) -> Iterator[int]:
+    """The same with nginx's stream, to a unix socket; its header is a line."""
+    port = free_port()
+    configuration = directory / "nginx-stream.conf"
+    configuration.write_text(
+        f"""\
+        load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+        user root;
+        worker_processes 1;
+        error_log {directory}/error.log;
+        pid {directory}/nginx.pid;
+        events {{ worker_connections 1024; }}
+        stream {{
+            server {{
+                listen 127.0.0.1:{port};
+                proxy_pass unix:{to};
+                proxy_protocol on;
+            }}
+        }}
+        """
+    )
+    options = ["-c", configuration, "-e", directory / "error.log", "-g", "daemon off;"]
+    with _running(["nginx", *options], port):
         yield port
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "all_processes",
     "connections_to",
     "descriptors",
+    "holders",
     "instance_processes",
     "is_parent",
     "namespaces",
@@ -225,17 +226,25 @@ def connections_to(port: int, processes: Iterable[Process]) -> dict[Process, Con
     Only connections of the caller's network namespace are found. A socket belongs to the
     namespace that it was made in, whichever namespace the process that holds it is in.
     """
-    connections = {f"socket:[{found.inode}]": found for found in _connections(port)}
-    serving = {}
+    connections = {found.inode: found for found in _connections(port)}
+    return {
+        process: connections[inode] for process, inode in holders(connections, processes).items()
+    }
+
+
+def holders(inodes: Iterable[int], processes: Iterable[Process]) -> dict[Process, int]:
+    """The processes that hold one of these sockets, each with the last that it holds."""
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    found = {}
     for process in processes:
         try:
             held = descriptors(process.pid).values()
         except (FileNotFoundError, ProcessLookupError):
             continue
         for description in held:
-            if description in connections:
-                serving[process] = connections[description]
-    return serving
+            if description in wanted:
+                found[process] = wanted[description]
+    return found
 
 
 def _connections(port: int) -> Iterator[Connection]:

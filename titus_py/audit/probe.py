@@ -7,12 +7,13 @@ show the configured one, whichever authority signed it.
 """
 
 import json
+import os
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +24,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from titus_py.audit.client import MAX_ANSWER_OCTETS
 from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
-from titus_py.audit.instance import Process, Role, connections_to
+from titus_py.audit.instance import Process, Role, connections_to, holders
+from titus_py.audit.sockets import unix_sockets
 from titus_py.audit.target import CannotAudit, Target
 from titus_py.between.virtual_host import select
 from titus_py.configuration import VirtualHost
-from titus_py.configuration.address import IPAddress, canonical_ip
+from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
 
@@ -54,7 +56,7 @@ class Unanswered(Exception):
 class _Place(NamedTuple):
     """Where to connect to, with which server name, and which virtual host that is for."""
 
-    address: IPAddress
+    address: Bindable
     name: str | None
     vhost: VirtualHost
     #: Whether connections there begin with a load balancer's header.
@@ -124,9 +126,8 @@ class Probe:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.place = _place(target)
-        host, port = self.place.address
         try:
-            self._socket = socket.create_connection((host, port), _SECONDS)
+            self._socket = _connected(self.place.address, target)
             if self.place.proxied:
                 self._socket.sendall(b"PROXY UNKNOWN\r\n")
         except OSError as error:
@@ -170,18 +171,11 @@ class Probe:
 
     def find_worker(self) -> Finding:
         """Before the handshake: find the process that holds this connection's other end."""
-        ours = self._socket.getsockname()
-        holders: list[Process] = []
+        holding: list[Process] = []
 
         def served() -> bool:
-            serving = connections_to(self.place.address.port, self._target.processes())
-            holders[:] = [
-                process
-                for process, connection in serving.items()
-                if (connection.remote.host, connection.remote.port)
-                == (canonical_ip(ours[0]), ours[1])
-            ]
-            return [process.role for process in holders] == [Role.WORKER]
+            holding[:] = self._at_the_other_end()
+            return [process.role for process in holding] == [Role.WORKER]
 
         def settled() -> bool:
             if not served():
@@ -191,10 +185,10 @@ class Probe:
             return served()
 
         seen = _eventually(settled)
-        workers = [process for process in holders if process.role is Role.WORKER]
+        workers = [process for process in holding if process.role is Role.WORKER]
         self.worker = workers[0] if workers else None
-        named = ", ".join(f"{process.role} {process.pid}" for process in holders) or "no process"
-        text = f"the connection from port {ours[1]} is held by {named}"
+        named = ", ".join(f"{process.role} {process.pid}" for process in holding) or "no process"
+        text = f"the connection from {_named(self._socket)} is held by {named}"
         return Finding(
             "connection",
             self._subject("before its handshake"),
@@ -203,6 +197,19 @@ class Probe:
             text,
             (holds(text) if seen else broken(text)).verdict,
         )
+
+    def _at_the_other_end(self) -> list[Process]:
+        """The processes of the instance that hold it."""
+        address, processes = self.place.address, self._target.processes()
+        if isinstance(address, UnixAddress):
+            ours = (unix_sockets() or {}).get(os.fstat(self._socket.fileno()).st_ino)
+            return list(holders([ours.peer] if ours is not None else [], processes))
+        host, port, *_ = self._socket.getsockname()
+        return [
+            process
+            for process, connection in connections_to(address.port, processes).items()
+            if connection.remote == (canonical_ip(host), port)
+        ]
 
     def shake_hands(self) -> Finding:
         """Make the handshake, and compare the certificate. Raises Unanswered."""
@@ -281,6 +288,27 @@ class Probe:
         return Subject.of(self.worker, stage)
 
 
+def _connected(address: Bindable, target: Target) -> socket.socket:
+    """Raises OSError."""
+    if isinstance(address, IPAddress):
+        return socket.create_connection(address, _SECONDS)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.settimeout(_SECONDS)
+        # The instance may have another root directory.
+        made.connect(f"/proc/{target.supervisor.pid}/root{address.path}")
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _named(ours: socket.socket) -> str:
+    if ours.family == socket.AF_UNIX:
+        return f"socket {os.fstat(ours.fileno()).st_ino}"
+    return f"port {ours.getsockname()[1]}"
+
+
 def _alive(target: Target, worker: Process) -> bool:
     return any(
         (process.pid, process.started) == (worker.pid, worker.started)
@@ -321,8 +349,8 @@ def _requires_certificate(vhost: VirtualHost) -> bool:
     return vhost.client_certificates == "required"
 
 
-def _addresses(listener: IPAddress, vhost: VirtualHost) -> list[IPAddress]:
-    if not listener.is_wildcard:
+def _addresses(listener: Bindable, vhost: VirtualHost) -> Sequence[Bindable]:
+    if isinstance(listener, UnixAddress) or not listener.is_wildcard:
         return [listener]
     hosts = [vhost.local_address] if vhost.local_address else ["127.0.0.1", "::1"]
     candidates = [IPAddress(host, listener.port) for host in hosts]

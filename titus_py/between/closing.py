@@ -1,6 +1,6 @@
 """Closing unix sockets that nobody has read: without waiting for what a client has put there.
 
-Used by the parent and the supervisor where a tunnel listens on a unix socket. Its clients may send
+Used by the parent and the supervisor where clients connect to a unix socket. They may send
 descriptors (SCM_RIGHTS, unix(7)). Whoever closes such a socket last closes these, too. A TCP socket
 among them makes its own last holder wait for as long as its SO_LINGER says (socket(7)): for hours,
 if the client likes. A signal ends that wait.

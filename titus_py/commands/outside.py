@@ -56,11 +56,21 @@ def _what_is_not_there(configuration: Configuration, source: Source) -> Iterator
             if isinstance(server, UnixAddress) and not Path(server.path).is_socket():
                 reason = f"no socket is at {server.path}: does the server run?"
                 yield source.mistake(f"tunnel[{i}].connect", reason)
-        if isinstance(tunnel.listen, UnixAddress):
-            directory = Path(tunnel.listen.path).parent
-            if directory != CONTROL_DIRECTORY and not directory.is_dir():
-                reason = f"there is no directory {directory}: does the unit make it"
-                yield source.mistake(f"tunnel[{i}].listen", f"{reason} (RuntimeDirectory=)?")
+    for setting, path in _sockets_for_clients(configuration):
+        if path.parent != CONTROL_DIRECTORY and not path.parent.is_dir():
+            reason = f"there is no directory {path.parent}: does the unit make it"
+            yield source.mistake(setting, f"{reason} (RuntimeDirectory=)?")
+
+
+def _sockets_for_clients(configuration: Configuration) -> Iterator[tuple[str, Path]]:
+    """Those that titus-py makes, each with the setting that says where."""
+    addresses = [
+        (f"listen[{i}].address", one.address) for i, one in enumerate(configuration.listen)
+    ]
+    addresses += [(f"tunnel[{i}].listen", one.listen) for i, one in enumerate(configuration.tunnel)]
+    for setting, address in addresses:
+        if isinstance(address, UnixAddress):
+            yield setting, Path(address.path)
 
 
 def _unresolved(configuration: Configuration, source: Source) -> Iterator[Mistake]:
@@ -107,7 +117,7 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
     unit = _unit_of(source)
     if unit is None:
         return
-    paths = [("keyd.socket", configuration.keyd.socket)]
+    paths = [("keyd.socket", configuration.keyd.socket), *_sockets_for_clients(configuration)]
     for i, client in enumerate(configuration.keyd.client):
         paths += [(f"keyd.client[{i}].keys", key) for lent in client.lent for key in lent.secrets]
     for i, vhost in enumerate(configuration.vhost):
@@ -124,8 +134,6 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
         for server in tunnel.connect:
             if isinstance(server, UnixAddress):
                 paths.append((f"tunnel[{i}].connect", Path(server.path)))
-        if isinstance(tunnel.listen, UnixAddress):
-            paths.append((f"tunnel[{i}].listen", Path(tunnel.listen.path)))
     for key, path in paths:
         for directory, setting in _HIDDEN.items():
             if isinstance(path, Path) and path.resolve().is_relative_to(directory):

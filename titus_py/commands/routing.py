@@ -29,7 +29,7 @@ def commands(configuration: Configuration) -> Iterator[str]:
     if any(vhost.source_address for vhost in configuration.vhost):
         yield "# Answers of backends to clients' addresses:"
         yield f"{rule} meta l4proto tcp socket transparent 1 meta mark set {_MARK} accept"
-    listeners = [listen.address for listen in configuration.listen if listen.transparent]
+    listeners = configuration.transparent_addresses
     if listeners:
         yield "# Connections to other machines' addresses. dport: the port that clients connect to."
     for address in listeners:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from keyd.protocol import MAX_KEYS
 from titus_py.between.messages import MAX_VHOSTS
-from titus_py.configuration.address import Address, IPAddress, NameAddress
+from titus_py.configuration.address import Address, Bindable, IPAddress, NameAddress
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import (
@@ -296,10 +296,10 @@ def shared_backends(tables: dict[str, Any], source: Source) -> Iterator[Mistake]
 
 
 def never_received(
-    vhosts: Mapping[int, Match], listeners: Collection[IPAddress], source: Source
+    vhosts: Mapping[int, Match], listeners: Collection[Bindable], source: Source
 ) -> Iterator[Mistake]:
     endpoints = _endpoints(vhosts, listeners)
-    ports = {listener.port for listener in listeners}
+    ports = {listener.port for listener in listeners if isinstance(listener, IPAddress)}
     for i, vhost in vhosts.items():
         port = vhost.local_port
         if port is not None and port not in ports:
@@ -314,7 +314,7 @@ def never_received(
 
 
 def never_matching(
-    vhosts: Mapping[int, Match], listeners: Collection[IPAddress], source: Source
+    vhosts: Mapping[int, Match], listeners: Collection[Bindable], source: Source
 ) -> Iterator[Mistake]:
     """The virtual hosts that never match, because earlier ones take everything.
 
@@ -341,7 +341,7 @@ def never_matching(
                 )
 
 
-def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[IPAddress]) -> list[IPAddress]:
+def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[Bindable]) -> list[Bindable]:
     """The local addresses and ports that connections can arrive at.
 
     A wildcard listener is itself included: it stands for an address that no virtual host names.
@@ -350,7 +350,7 @@ def _endpoints(vhosts: Mapping[int, Match], listeners: Collection[IPAddress]) ->
     return list(listeners) + [
         endpoint
         for listener in listeners
-        if listener.is_wildcard
+        if isinstance(listener, IPAddress) and listener.is_wildcard
         for host in sorted(named)
         if listener.covers(endpoint := IPAddress(host, listener.port))
     ]

@@ -19,12 +19,10 @@ __all__ = [
     "host_name",
     "parse_backend",
     "parse_listen",
-    "parse_tunnel_listen",
     "unix_address",
 ]
 
-_LISTEN_FORMS = "127.0.0.1:8443, [::1]:8443 or :8443 (every address)"
-_UNIX_LISTEN_FORMS = f"{_LISTEN_FORMS}, or unix:/run/app.sock"
+_LISTEN_FORMS = "127.0.0.1:8443, [::1]:8443, :8443 (every address) or unix:/run/app.sock"
 _BACKEND_FORMS = "127.0.0.1:8080, [::1]:8080, name:8080 or unix:/run/app.sock"
 #: Linux's sun_path holds 108 octets, the last of them NUL.
 _UNIX_PATH_OCTETS = 107
@@ -111,24 +109,16 @@ Address = IPAddress | NameAddress | UnixAddress
 Bindable = IPAddress | UnixAddress
 
 
-def parse_listen(text: str, forms: str = _LISTEN_FORMS) -> IPAddress:
+def parse_listen(text: str) -> Bindable:
     """An address to listen on. Raises ValueError, saying what was expected."""
-    match _parse(text, forms):
-        case IPAddress() as address:
-            return address
-        case UnixAddress():
-            reason = f"{text!r} is a unix socket, which only a backend or a tunnel can be"
+    match _parse(text, _LISTEN_FORMS):
         case NameAddress(name):
             # A name can have several addresses, and they can change while we run.
-            reason = f"{name!r} is a name, and a listening address is numeric"
-    raise ValueError(f"{reason}: expected {forms}")
-
-
-def parse_tunnel_listen(text: str) -> Bindable:
-    """An address for a tunnel to listen on. Raises ValueError, saying what was expected."""
-    if text.startswith("unix:"):
-        return unix_address(text.removeprefix("unix:"))
-    return parse_listen(text, _UNIX_LISTEN_FORMS)
+            raise ValueError(
+                f"{name!r} is a name, and a listening address is numeric: expected {_LISTEN_FORMS}"
+            )
+        case address:
+            return address
 
 
 def parse_backend(text: str) -> Address:

@@ -4,12 +4,12 @@ Run by the supervisor (root) and by commands, on the tables that are valid, what
 others.
 """
 
-import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from titus_py.configuration.across_tables import each_valid, valid_part
 from titus_py.configuration.address import Address, Bindable, IPAddress, UnixAddress
+from titus_py.configuration.listen_table import misfits
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Backend, KeydSocket, Lending, Listen, Metrics, Tunnel
 
@@ -17,7 +17,7 @@ __all__ = ["address_mistakes", "metrics_warnings"]
 
 
 def address_mistakes(
-    tables: dict[str, Any], listeners: Mapping[int, IPAddress], source: Source
+    tables: dict[str, Any], listeners: Mapping[int, Bindable], source: Source
 ) -> Iterator[Mistake]:
     tunnels = dict(each_valid(Tunnel, tables, "tunnel", source))
     bound: dict[str, Bindable] = {
@@ -25,7 +25,9 @@ def address_mistakes(
     }
     bound |= {f"tunnel[{i}].listen": tunnel.listen for i, tunnel in tunnels.items()}
     yield from _overlaps(bound, source)
-    yield from _balancers_of_another_family(tables, source)
+    for i, table in each_valid(Listen, tables, "listen", source):
+        for field, reason in misfits(table):
+            yield source.mistake(f"listen[{i}].{field}", reason)
     backends = [
         (f"vhost[{i}].{setting}", backend)
         for i, vhost in each_valid(Backend, tables, "vhost", source)
@@ -105,7 +107,7 @@ def _shared_metrics(
 
 
 def _looping(
-    listeners: Mapping[int, IPAddress], backends: list[tuple[str, Address]], source: Source
+    listeners: Mapping[int, Bindable], backends: list[tuple[str, Address]], source: Source
 ) -> Iterator[Mistake]:
     """Backends that are listeners: each connection to one would make another, without end."""
     for key, backend in backends:
@@ -141,16 +143,3 @@ def _receives(listener: Address, backend: Address) -> bool:
     if not (isinstance(listener, IPAddress) and isinstance(backend, IPAddress)):
         return False
     return listener.is_wildcard and backend.is_loopback and listener.covers(backend)
-
-
-def _balancers_of_another_family(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
-    """Load balancers that cannot connect, and nobody else may."""
-    for i, table in each_valid(Listen, tables, "listen", source):
-        if table.accept_proxy_from is None or table.address.host == "::":
-            continue
-        own = 6 if ":" in table.address.host else 4
-        if all(ipaddress.ip_network(one).version != own for one in table.accept_proxy_from):
-            yield source.mistake(
-                f"listen[{i}].accept_proxy_from",
-                f"lets nobody connect: no IPv{10 - own} connection comes to {table.address}",
-            )

@@ -193,7 +193,11 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         if table.certificate_dir is not None:
             for credential in listed(table.certificate_dir, with_keys=_starts_keyd(tables)):
                 credentials.setdefault(credential, []).append(f"vhost[{i}].certificate_dir")
-    sockets: dict[str, UnixAddress] = {}
+    sockets = {
+        f"listen[{i}].address": address
+        for i, address in listeners.items()
+        if isinstance(address, UnixAddress)
+    }
     for i, tunnel in each_valid(Tunnel, tables, "tunnel", source):
         if tunnel.credential is not None:
             credentials.setdefault(tunnel.credential, []).append(f"tunnel[{i}].")

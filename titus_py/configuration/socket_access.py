@@ -1,21 +1,29 @@
 """Who may connect to a unix socket that titus-py makes: its mode, owner and group.
 
-Run by the supervisor and by the commands. The settings have the names and the form of
-systemd.socket(5): SocketMode=, SocketUser=, SocketGroup=.
+Run by the supervisor and by the commands. The settings of [[listen]] and [[tunnel]] have the names
+and the form of systemd.socket(5): SocketMode=, SocketUser=, SocketGroup=.
 """
 # ruff: noqa: TRY004 -- pydantic makes a mistake of a ValueError, and lets a TypeError through
 
 import grp
 import pwd
 import re
-from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, NamedTuple, Protocol
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator
 
+from titus_py.configuration.address import IPAddress
 from titus_py.configuration.mistake import described
 
-__all__ = ["SocketAccess", "SocketGroup", "SocketMode", "SocketUser"]
+__all__ = [
+    "SocketAccess",
+    "SocketGroup",
+    "SocketMode",
+    "SocketSettings",
+    "SocketUser",
+    "without_effect",
+]
 
 #: Its owner and its group may connect, which are root's unless others are set.
 _DEFAULT_MODE, _ROOT = 0o660, 0
@@ -31,12 +39,28 @@ class Holder(NamedTuple):
     number: int
 
 
+class SocketSettings(Protocol):
+    """A table that has them."""
+
+    @property
+    def socket_mode(self) -> int | None: ...
+    @property
+    def socket_user(self) -> Holder | None: ...
+    @property
+    def socket_group(self) -> Holder | None: ...
+
+
 class SocketAccess(NamedTuple):
     """As configured; None is what is not set."""
 
     set_mode: int | None = None
     set_uid: int | None = None
     set_gid: int | None = None
+
+    @classmethod
+    def of(cls, table: SocketSettings) -> "SocketAccess":
+        user, group = table.socket_user, table.socket_group
+        return cls(table.socket_mode, user and user.number, group and group.number)
 
     @property
     def is_set(self) -> bool:
@@ -50,6 +74,13 @@ class SocketAccess(NamedTuple):
     def owner(self) -> tuple[int, int]:
         """The uid and the gid."""
         return self.set_uid or _ROOT, self.set_gid or _ROOT
+
+
+def without_effect(table: SocketSettings, listen: IPAddress) -> Iterator[tuple[str, str]]:
+    """Each of the settings that is there, where clients connect by TCP, and why it is a mistake."""
+    for field in ("socket_mode", "socket_user", "socket_group"):
+        if getattr(table, field) is not None:
+            yield field, f"has no effect on {listen}, which is no unix socket"
 
 
 def _mode(value: object) -> int:
@@ -86,6 +117,18 @@ def _holder(value: object, kind: str, number_of: Callable[[str], int]) -> Holder
         raise ValueError(f"no {kind} is named {described(value)}") from None
 
 
-SocketMode = Annotated[int, PlainValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}")]
-SocketUser = Annotated[Holder, PlainValidator(_user), PlainSerializer(lambda one: one.name)]
-SocketGroup = Annotated[Holder, PlainValidator(_group), PlainSerializer(lambda one: one.name)]
+SocketMode = Annotated[
+    Annotated[int, PlainValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}")] | None,
+    Field(
+        description="The mode of the unix socket: to connect takes the right to write. "
+        'Absent: "0660".'
+    ),
+]
+SocketUser = Annotated[
+    Annotated[Holder, PlainValidator(_user), PlainSerializer(lambda one: one.name)] | None,
+    Field(description="The unix socket's owner, by name or number. Absent: root."),
+]
+SocketGroup = Annotated[
+    Annotated[Holder, PlainValidator(_group), PlainSerializer(lambda one: one.name)] | None,
+    Field(description="The unix socket's group, by name or number. Absent: root's."),
+]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from titus_py.configuration.address import Bindable
+from titus_py.configuration.address import Bindable, IPAddress, UnixAddress
 from titus_py.configuration.backend_groups import BackendGroups
 from titus_py.configuration.certificate_table import Certificate, Credential, Credentials
 from titus_py.configuration.client_table import ClientCertificates
@@ -18,6 +18,7 @@ from titus_py.configuration.lending_table import Lending, LentKey
 from titus_py.configuration.limits_table import Limits
 from titus_py.configuration.listen_table import Listen
 from titus_py.configuration.paths import EmptyDirectory, FilePath
+from titus_py.configuration.socket_access import SocketAccess
 from titus_py.configuration.table import Table
 from titus_py.configuration.token_table import Tokens
 from titus_py.configuration.tunnel_table import Tunnel
@@ -28,7 +29,7 @@ from titus_py.configuration.values import (
     Duration,
     Integer,
     KeydUser,
-    MetricsAddress,
+    ListenAddress,
     Patterns,
     UidRange,
     default_keyd_user,
@@ -180,7 +181,7 @@ class Log(Table):
 class Metrics(Table):
     """[metrics]: numbers for Prometheus."""
 
-    address: MetricsAddress | None = Field(
+    address: ListenAddress | None = Field(
         default=None,
         description="Where to serve them: 127.0.0.1:9443, or unix:/run/titus-py/metrics.sock. "
         "Absent: nowhere.",
@@ -232,11 +233,27 @@ class Configuration(Table):
         return [*(table.address for table in self.listen), *(one.listen for one in self.tunnel)]
 
     @property
+    def socket_access(self) -> dict[Bindable, SocketAccess]:
+        """Who may connect to each unix socket that clients connect to."""
+        listening = [(table.address, SocketAccess.of(table)) for table in self.listen]
+        listening += [(tunnel.listen, SocketAccess.of(tunnel)) for tunnel in self.tunnel]
+        return {
+            address: access for address, access in listening if isinstance(address, UnixAddress)
+        }
+
+    @property
+    def transparent_addresses(self) -> list[IPAddress]:
+        """Where connections to other machines' addresses are accepted, too."""
+        return [
+            listen.address
+            for listen in self.listen
+            if listen.transparent and isinstance(listen.address, IPAddress)
+        ]
+
+    @property
     def has_transparent_sockets(self) -> bool:
         """Whether it takes TRANSPARENT_CAPABILITIES to serve this."""
-        return any(listen.transparent for listen in self.listen) or any(
-            vhost.source_address for vhost in self.vhost
-        )
+        return bool(self.transparent_addresses) or any(vhost.source_address for vhost in self.vhost)
 
 
 def table_of(field: FieldInfo) -> type[Table] | None:

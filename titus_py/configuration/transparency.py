@@ -48,8 +48,12 @@ def _client_families(tables: dict[str, Any], source: Source) -> set[socket.Addre
     families: set[socket.AddressFamily] = set()
     listeners = [table for _, table in each_valid(Listen, tables, "listen", source)]
     for table in listeners:
-        families.add(table.address.family)
-        if table.address.host == "::" or table.accept_proxy_from is not None:
+        address = table.address
+        any_family = table.accept_proxy_from is not None
+        if isinstance(address, IPAddress):
+            families.add(address.family)
+            any_family = any_family or address.host == "::"
+        if any_family:
             families |= {socket.AF_INET, socket.AF_INET6}
     all_are_valid = bool(listeners) and len(listeners) == len(tables["listen"])
     return families if all_are_valid else {socket.AF_INET, socket.AF_INET6}

@@ -5,7 +5,7 @@ this file, by way of ``tables``.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,6 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo
 
 from titus_py.configuration.address import (
     Address,
-    Bindable,
     IPAddress,
     NameAddress,
     UnixAddress,
@@ -26,22 +25,22 @@ from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.mistake import Valid, described, text_of
 from titus_py.configuration.paths import File, KeyPlace, readable_file
 from titus_py.configuration.socket_access import (
-    SocketAccess,
     SocketGroup,
     SocketMode,
     SocketUser,
+    without_effect,
 )
 from titus_py.configuration.table import Table
 from titus_py.configuration.values import (
     BackendAddresses,
     Boolean,
     Duration,
+    ListenAddress,
     Protocols,
-    TunnelListenAddress,
     Version,
 )
 
-__all__ = ["SYSTEM", "Tunnel", "access_to", "misfits"]
+__all__ = ["SYSTEM", "Tunnel", "misfits"]
 
 #: The value of ``ca`` that means the authorities that this system trusts.
 SYSTEM = "system"
@@ -90,22 +89,14 @@ def _pins_as_written(pins: tuple[str, ...] | None) -> list[str] | None:
 class Tunnel(Table):
     """[[tunnel]]: plaintext from clients on this machine, carried to a TLS server."""
 
-    listen: TunnelListenAddress = Field(
+    listen: ListenAddress = Field(
         description="Where clients connect, without TLS: a numeric address and a port, such as "
         "127.0.0.1:5432; or a unix socket, such as unix:/run/titus-py/db.sock, which is made, and "
         "removed at the end. One that was left by a crash is replaced; nothing else is."
     )
-    socket_mode: SocketMode | None = Field(
-        default=None,
-        description="The mode of the unix socket: to connect takes the right to write. "
-        'Absent: "0660".',
-    )
-    socket_user: SocketUser | None = Field(
-        default=None, description="The unix socket's owner, by name or number. Absent: root."
-    )
-    socket_group: SocketGroup | None = Field(
-        default=None, description="The unix socket's group, by name or number. Absent: root's."
-    )
+    socket_mode: SocketMode = None
+    socket_user: SocketUser = None
+    socket_group: SocketGroup = None
     allow_remote: Boolean = Field(
         default=False,
         description="Whether listen may be an address that other machines can connect to. What "
@@ -190,12 +181,6 @@ class Tunnel(Table):
     )
 
     @property
-    def socket_access(self) -> SocketAccess:
-        """Who may connect to its unix socket, if it has one."""
-        user, group = self.socket_user, self.socket_group
-        return SocketAccess(self.socket_mode, user and user.number, group and group.number)
-
-    @property
     def verified_name(self) -> str | None:
         """The server's name or numeric address; None if neither setting says one."""
         if self.server_name is not None:
@@ -227,15 +212,6 @@ class Tunnel(Table):
 def _host(address: Address) -> str | None:
     """What a server's certificate is to be for, if connecting to it says so."""
     return address.name if isinstance(address, NameAddress) else None
-
-
-def access_to(tunnels: Iterable[Tunnel]) -> dict[Bindable, SocketAccess]:
-    """Who may connect to each unix socket of these."""
-    return {
-        tunnel.listen: tunnel.socket_access
-        for tunnel in tunnels
-        if isinstance(tunnel.listen, UnixAddress)
-    }
 
 
 def misfits(tunnel: Tunnel) -> Iterator[tuple[str, str]]:
@@ -281,9 +257,7 @@ def _misfits_of_ip(tunnel: Tunnel, listen: IPAddress) -> Iterator[tuple[str, str
             f"{listen}: other machines can connect, and what they send goes on as this "
             f"machine's: set {_on_loopback(listen)}, or allow_remote = true",
         )
-    for field in ("socket_mode", "socket_user", "socket_group"):
-        if getattr(tunnel, field) is not None:
-            yield field, f"has no effect on {listen}, which is no unix socket"
+    yield from without_effect(tunnel, listen)
 
 
 def _on_loopback(address: IPAddress) -> IPAddress:

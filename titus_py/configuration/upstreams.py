@@ -76,7 +76,7 @@ def unreachable_upstreams(configuration: Configuration, source: Source) -> Itera
                 f"{upstream}: no [[tunnel]] listens there, and nothing is there now",
             )
         elif number is not None and user is not None:
-            access = configuration.tunnel[number].socket_access
+            access = SocketAccess.of(configuration.tunnel[number])
             if not _lets_in(access, user):
                 yield source.mistake(
                     f"tunnel[{number}].socket_group",

@@ -18,7 +18,6 @@ from titus_py.configuration.address import (
     host_name,
     parse_backend,
     parse_listen,
-    parse_tunnel_listen,
     unix_address,
 )
 from titus_py.configuration.mistake import described, nearest, text_of
@@ -26,8 +25,10 @@ from titus_py.configuration.paths import directory_of
 from titus_py.configuration.uids import DEFAULT_KEYD_UID
 
 __all__ = [
+    "ANY_ON_UNIX",
     "BackendAddresses",
     "BackendsByProtocol",
+    "Balancers",
     "Boolean",
     "CheckText",
     "CipherList",
@@ -39,19 +40,19 @@ __all__ = [
     "KeydUser",
     "ListenAddress",
     "LocalAddress",
-    "MetricsAddress",
-    "Networks",
     "Patterns",
     "Protocols",
     "ServerNames",
     "TokenUser",
-    "TunnelListenAddress",
     "UidRange",
     "UpstreamUser",
     "User",
     "Version",
     "default_keyd_user",
 ]
+
+#: Whoever may connect to a unix socket: its mode says who that is.
+ANY_ON_UNIX = "unix"
 
 _DAY = 86_400.0
 _MAX_KEEPALIVE = 32_400.0
@@ -202,22 +203,11 @@ def default_keyd_user() -> User:
     return _user(DEFAULT_KEYD_UID)
 
 
-def _listen_address(value: object) -> IPAddress:
-    return parse_listen(text_of(value))
-
-
-def _tunnel_listen_address(value: object, info: ValidationInfo) -> Bindable:
-    address = parse_tunnel_listen(text_of(value))
+def _listen_address(value: object, info: ValidationInfo) -> Bindable:
+    address = parse_listen(text_of(value))
     if isinstance(address, UnixAddress):
         return unix_address(str(directory_of(info) / address.path))
     return address
-
-
-def _metrics_address(value: object, info: ValidationInfo) -> IPAddress | UnixAddress:
-    text = text_of(value)
-    if text.startswith("unix:"):
-        return unix_address(str(directory_of(info) / text.removeprefix("unix:")))
-    return parse_listen(text)
 
 
 def _backend_address(value: object, info: ValidationInfo) -> Address:
@@ -263,18 +253,20 @@ def _local_address(value: object) -> str:
     return host
 
 
-def _networks(value: object) -> tuple[str, ...]:
+def _balancers(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(
             f'expected a list of networks, such as ["10.0.0.0/8"], not {described(value)}'
         )
     if not value:
         raise ValueError("an empty list lets nobody connect: leave it out if clients do themselves")
-    return tuple(dict.fromkeys(_network(text_of(network)) for network in value))
+    return tuple(dict.fromkeys(_balancer(text_of(one)) for one in value))
 
 
-def _network(text: str) -> str:
-    """In the form that ``ip_network`` gives it; of IPv4-mapped networks, the IPv4 network."""
+def _balancer(text: str) -> str:
+    """A network as ``ip_network`` writes it; of IPv4-mapped networks, the IPv4 network."""
+    if text == ANY_ON_UNIX:
+        return text
     try:
         interface = ip_interface(text)
     except ValueError:
@@ -418,13 +410,7 @@ TokenUser = Annotated[User, PlainValidator(_token_user), PlainSerializer(lambda 
 UpstreamUser = Annotated[
     User, PlainValidator(_upstream_user), PlainSerializer(lambda user: user.name)
 ]
-ListenAddress = Annotated[IPAddress, PlainValidator(_listen_address), PlainSerializer(str)]
-TunnelListenAddress = Annotated[
-    Bindable, PlainValidator(_tunnel_listen_address), PlainSerializer(str)
-]
-MetricsAddress = Annotated[
-    IPAddress | UnixAddress, PlainValidator(_metrics_address), PlainSerializer(str)
-]
+ListenAddress = Annotated[Bindable, PlainValidator(_listen_address), PlainSerializer(str)]
 BackendAddresses = Annotated[
     tuple[Address, ...], PlainValidator(_backend_addresses), PlainSerializer(_backends_as_written)
 ]
@@ -432,7 +418,7 @@ Protocols = Annotated[tuple[str, ...], PlainValidator(_protocols), _AsList]
 LocalAddress = Annotated[str, PlainValidator(_local_address)]
 ServerNames = Annotated[tuple[str, ...], PlainValidator(_server_names), _AsList]
 CheckText = Annotated[str, PlainValidator(_check_text)]
-Networks = Annotated[tuple[str, ...], PlainValidator(_networks), _AsList]
+Balancers = Annotated[tuple[str, ...], PlainValidator(_balancers), _AsList]
 Patterns = Annotated[tuple[str, ...], PlainValidator(_patterns), PlainSerializer(list)]
 CipherList = Annotated[str, PlainValidator(text_of), AfterValidator(_cipher_list)]
 Ciphersuites = Annotated[str, PlainValidator(text_of), AfterValidator(_ciphersuites)]

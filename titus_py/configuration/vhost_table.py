@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from titus_py.between.virtual_host import TlsSettings, applies_to
-from titus_py.configuration.address import Address, IPAddress
+from titus_py.configuration.address import Address, Bindable, UnixAddress
 from titus_py.configuration.certificate_table import Credentials
 from titus_py.configuration.client_table import ClientCertificates
 from titus_py.configuration.health_table import Health
@@ -49,8 +49,13 @@ class Match(Table):
         default=None, description="The local port that it takes connections to. Absent: any."
     )
 
-    def receives(self, endpoint: IPAddress) -> bool:
-        """Whether connections to this local address and port can be for this virtual host."""
+    def receives(self, endpoint: Bindable) -> bool:
+        """Whether connections to this local address and port can be for this virtual host.
+
+        A unix socket has neither.
+        """
+        if isinstance(endpoint, UnixAddress):
+            return self.local_address is None and self.local_port is None
         return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
 
 

@@ -102,8 +102,8 @@ class GivingWay:
 def _idle(kernel: SockDiag, worker: Worker) -> float:
     """For how many seconds it has stood still. A connection that is over gives way first.
 
-    The client of a tunnel may be on a unix socket, which the kernel does not time: then it is its
-    server's connection that counts. If that is one, too, nobody knows, and it does not give way.
+    The client may be on a unix socket, which the kernel does not time. Then the connection to its
+    backend or server counts. If that is one, too, nobody knows, and it does not give way.
     """
     ends = worker.endpoints or worker.backend_ends
     if ends is None:

@@ -21,8 +21,9 @@ __all__ = ["CannotEncode", "version_1", "version_2", "without_client"]
 _SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 #: Version 2, and the command: the connection is on behalf of another, or the sender's own.
 _PROXY, _LOCAL = 0x21, 0x20
-#: The address families, each with a stream.
-_TCP4, _TCP6 = 0x11, 0x21
+#: The address families, each with a stream; and no addresses.
+_TCP4, _TCP6, _UNSPECIFIED = 0x11, 0x21, 0x00
+_UNKNOWN = b"PROXY UNKNOWN\r\n"
 _HEAD = struct.Struct("!12sBBH")
 _PORTS = struct.Struct("!HH")
 _TLV = struct.Struct("!BH")
@@ -48,6 +49,8 @@ class CannotEncode(ValueError):
 
 def version_1(ends: Ends) -> bytes:
     """The line of version 1: at most 107 octets. Raises CannotEncode."""
+    if _on_unix(ends):
+        return _UNKNOWN
     family, client, server = _packed(ends)
     name = "TCP4" if family == socket.AF_INET else "TCP6"
     addresses = (socket.inet_ntop(family, octets) for octets in (client, server))
@@ -66,8 +69,11 @@ def version_2(
     ``identity`` is what the client's certificate says; it is left out without ``facts``.
     ``client_name`` is what its virtual host calls it.
     """
-    family, client, server = _packed(ends)
-    body = client + server + _PORTS.pack(ends.client_port, ends.server_port)
+    kind, body = _UNSPECIFIED, b""
+    if not _on_unix(ends):
+        family, client, server = _packed(ends)
+        kind = _TCP4 if family == socket.AF_INET else _TCP6
+        body = client + server + _PORTS.pack(ends.client_port, ends.server_port)
     if protocol is not None:
         body += _tlv(_ALPN, protocol.encode())
     if facts is not None:
@@ -78,13 +84,12 @@ def version_2(
         body += _tlv(_CLIENT_NAME, client_name.encode())
     if len(body) > _MAX_LENGTH:
         raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
-    kind = _TCP4 if family == socket.AF_INET else _TCP6
     return _HEAD.pack(_SIGNATURE, _PROXY, kind, len(body)) + body
 
 
 def without_client(how: str) -> bytes:
     """The header of a connection that is for no client, such as a health check."""
-    return b"PROXY UNKNOWN\r\n" if how == "v1" else _HEAD.pack(_SIGNATURE, _LOCAL, 0, 0)
+    return _UNKNOWN if how == "v1" else _HEAD.pack(_SIGNATURE, _LOCAL, 0, 0)
 
 
 def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
@@ -105,6 +110,11 @@ def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
 
 def _tlv(kind: int, value: bytes) -> bytes:
     return _TLV.pack(kind, len(value)) + value
+
+
+def _on_unix(ends: Ends) -> bool:
+    """Whether the client is on a unix socket: it has no address, and is on this machine."""
+    return ends.client.startswith("unix:")
 
 
 def _packed(ends: Ends) -> tuple[socket.AddressFamily, bytes, bytes]:

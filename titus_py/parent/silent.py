@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.event_loop import READABLE, EventLoop, Timer
 from titus_py.parent.arrival import Arrival
 from titus_py.parent.first_flight import FirstFlight, look
 
@@ -32,10 +32,12 @@ _PAUSE_SECONDS = 0.1
 class _Silent:
     """One of them, and what it takes to look at it again."""
 
-    __slots__ = ("after_header", "arrival", "needs", "pause", "timer", "watched", "woken")
+    __slots__ = ("after_header", "arrival", "needs", "pause", "timer", "unix", "watched", "woken")
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
+        #: Whether it is on a unix socket, where epoll(7) does not heed SO_RCVLOWAT.
+        self.unix = arrival.client.family == socket.AF_UNIX
         #: How many octets have to be there for the next look.
         self.needs = 1
         #: Whether a load balancer's header has come, or none is to come.
@@ -102,7 +104,9 @@ class Silent:
         return self._look(next(iter(self._silent)))
 
     def _watch(self, descriptor: int, silent: _Silent) -> None:
-        self._loop.watch(descriptor, lambda: self._hear(descriptor))
+        # On a unix socket, the loop calls for each piece that comes.
+        events = READABLE | select.EPOLLET if silent.unix else READABLE
+        self._loop.watch(descriptor, lambda: self._hear(descriptor), events)
         silent.watched = True
 
     def _unwatch(self, descriptor: int, silent: _Silent) -> None:
@@ -115,7 +119,7 @@ class Silent:
         self._unwatch(descriptor, silent)
         if silent.timer is not None:
             silent.timer.cancel()
-        if silent.needs > 1:
+        if silent.needs > 1 and not silent.unix:
             silent.arrival.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         return silent.arrival
 
@@ -158,6 +162,9 @@ class Silent:
             silent.after_header = flight.after_header or silent.after_header
             if flight.needs != silent.needs:
                 silent.needs = flight.needs
+                if silent.unix:
+                    # This piece may have more than was asked for. The loop calls for the next one.
+                    return len(octets) < most or self._look(descriptor)
                 _make_room(client, silent.needs)
                 # The loop is woken once they are there.
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, silent.needs)

@@ -23,6 +23,8 @@ _UNSPECIFIED = ("0.0.0.0", "::")
 
 def from_address(client: str) -> Bind:
     """How to bind sockets to this numeric address."""
+    if client.startswith("unix:"):
+        return _no_address
     if "." in client:
         # An IPv4-mapped address (RFC 4291 §2.5.5.2) is the IPv4 address.
         client = client.rpartition(":")[2]
@@ -47,6 +49,11 @@ def from_address(client: str) -> Bind:
         return ""
 
     return bind
+
+
+def _no_address(_attempt: socket.socket, _address: SocketAddress) -> str:
+    """A load balancer's own connection, such as a check; or a client that has connected itself."""
+    return "the client is on a unix socket, and has no address"
 
 
 def _problem(client: str, family: int, of_backend: int, address: SocketAddress) -> str:

@@ -1,6 +1,6 @@
 """Clients of a unix socket, which have no address: named by whose process has connected.
 
-Imported by the parent where a tunnel listens on one. The kernel says which user it was, and which
+Imported by the parent where it accepts from one. The kernel says which user it was, and which
 process (SO_PEERCRED, unix(7)), as of the connect(2). For limits, a user is both an address and a
 network: nobody has more than one without root's leave (subuid(5)).
 """

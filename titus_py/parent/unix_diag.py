@@ -1,7 +1,7 @@
 """What the kernel knows of a unix socket, asked by its inode (sock_diag(7)).
 
-Run by the parent where a tunnel listens on one: the client's socket is a worker's by then, and that
-one may be controlled by its server.
+Run by the parent where it accepts from one: the client's socket is a worker's by then, and that
+one may be controlled by its peer.
 """
 
 import struct

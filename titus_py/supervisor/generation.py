@@ -369,9 +369,9 @@ class Generation:
 
     def _listener(self, address: Bindable, listener: socket.socket) -> Listener:
         """A socket on this address, which may be a part of the address that is configured."""
+        unix = isinstance(address, UnixAddress)
         for number, tunnel in enumerate(self.configuration.tunnel):
             if tunnel.listen.covers(address):
-                unix = isinstance(address, UnixAddress)
                 return Listener(listener.fileno(), (), 0.0, number, unix=unix)
         table = next(table for table in self.configuration.listen if table.address.covers(address))
         # The header's time is a part of the handshake's.
@@ -379,7 +379,7 @@ class Generation:
             table.proxy_timeout or _PROXY_SECONDS, self.configuration.worker.handshake_timeout
         )
         balancers, starttls = table.accept_proxy_from or (), table.starttls is not None
-        return Listener(listener.fileno(), balancers, proxy_timeout, starttls=starttls)
+        return Listener(listener.fileno(), balancers, proxy_timeout, starttls=starttls, unix=unix)
 
     def _virtual_host(self, vhost: configuration.VirtualHost) -> VirtualHost:
         shown = [self.certificates[one] for one in vhost.credentials.values()]

@@ -14,7 +14,6 @@ from titus_py.between.closing import without_waiting
 from titus_py.configuration import Configuration
 from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
 from titus_py.configuration.socket_access import SocketAccess
-from titus_py.configuration.tunnel_table import access_to
 from titus_py.parent.dialer import reset_at_close
 from titus_py.parent.keepalive import keep_alive
 from titus_py.supervisor import socket_files
@@ -44,8 +43,11 @@ class Wishes(NamedTuple):
 
     @classmethod
     def of(cls, configuration: Configuration) -> "Wishes":
-        transparent = [table.address for table in configuration.listen if table.transparent]
-        return cls(configuration.limits.keepalive, transparent, access_to(configuration.tunnel))
+        return cls(
+            configuration.limits.keepalive,
+            configuration.transparent_addresses,
+            configuration.socket_access,
+        )
 
 
 class Listeners:

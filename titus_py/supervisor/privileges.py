@@ -18,7 +18,6 @@ from keyd.linux.credentials import lock_memory, permitted_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS
 from titus_py.configuration import Configuration
-from titus_py.configuration.tunnel_table import access_to
 from titus_py.fork_server.confinement import (
     CONFINING_CAPABILITIES,
     FORK_SERVER_CAPABILITIES,
@@ -96,7 +95,7 @@ def given_up(configuration: Configuration) -> str:
 
 def _gives_sockets_away(configuration: Configuration) -> bool:
     """Whether a socket's file is another user's than root's."""
-    return any(access.set_uid for access in access_to(configuration.tunnel).values())
+    return any(access.set_uid for access in configuration.socket_access.values())
 
 
 def _tried(configuration: Configuration | None) -> Iterator[tuple[str, str]]:

@@ -93,3 +93,10 @@ def test_a_directory_that_a_socket_is_to_be_made_in_is_missed(
     (warning,) = outside.warnings(load(configuration))
     assert warning.key == "tunnel[0].listen"
     assert warning.reason.startswith(f"there is no directory {tmp_path}/db-1: ")
+    configuration.write_text(
+        "".join(f'[[listen]]\naddress = "unix:{place}"\n' for place in places)
+        + '[[vhost]]\ncertificate_dir = "."\nbackend = "127.0.0.1:80"\n'
+    )
+    (tmp_path / "www.pem").touch(mode=0o600)
+    warnings = outside.warnings(load(configuration))
+    assert [warning.key for warning in warnings] == ["listen[0].address"]

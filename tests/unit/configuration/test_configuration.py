@@ -119,6 +119,9 @@ def test_the_shortest_configuration_has_the_documented_defaults(load_text: Load)
         "listen": [
             {
                 "address": "[::]:443",
+                "socket_mode": None,
+                "socket_user": None,
+                "socket_group": None,
                 "transparent": False,
                 "accept_proxy_from": None,
                 "proxy_timeout": None,

@@ -62,10 +62,10 @@ def test_one_on_a_unix_socket(load_tunnels: Load, tmp_path: Path) -> None:
     loaded = load_tunnels(ON_UNIX + access)
     assert told(loaded) == []
     assert loaded.configuration is not None
-    (tunnel,) = loaded.configuration.tunnel
-    assert list(map(str, loaded.configuration.listening)) == [f"unix:{tmp_path}/x.sock"]
-    nobody = pwd.getpwnam("nobody").pw_uid
-    assert (tunnel.socket_access.mode, tunnel.socket_access.owner) == (0o620, (nobody, 7))
+    ((address, allowed),) = loaded.configuration.socket_access.items()
+    assert loaded.configuration.listening == [address]
+    assert str(address) == f"unix:{tmp_path}/x.sock"
+    assert (allowed.mode, allowed.owner) == (0o620, (pwd.getpwnam("nobody").pw_uid, 7))
     dumped = loaded.configuration.model_dump(mode="json", exclude_defaults=True)
     assert dumped["tunnel"][0]["socket_mode"] == "0620"
     assert type(loaded.configuration).model_validate(dumped) == loaded.configuration

@@ -13,7 +13,7 @@ HEAD_OCTETS = 16
 
 
 def header(tlvs: bytes = b"", family: int = 0x11, command: int = 0x21) -> bytes:
-    addresses = bytes(12 if family == 0x11 else 36)
+    addresses = bytes({0x11: 12, 0x00: 0}.get(family, 36))
     body = addresses + tlvs
     start = b"\r\n\r\n\0\r\nQUIT\n" + bytes((command, family))
     return start + len(body).to_bytes(2, "big") + body
@@ -34,7 +34,7 @@ def test_it_is_missing_what_has_not_come(cut: int) -> None:
     assert client_name(begun) == "proxy-a"
 
 
-@pytest.mark.parametrize("family", [0x11, 0x21])
+@pytest.mark.parametrize("family", [0x11, 0x21, 0x00])
 def test_names(family: int) -> None:
     assert client_name(header(tlv(0xE0, b"proxy-a"), family)) == "proxy-a"
     assert client_name(header(tlv(0x20, b"about TLS"), family)) == ""

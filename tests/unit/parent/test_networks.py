@@ -40,3 +40,11 @@ def test_the_first_and_the_last_of_a_network_and_their_neighbours(network: str) 
 def test_interfaces_and_families(address: str, is_there: bool) -> None:
     assert (address in Networks(["fe80::/16", "10.0.0.0/8"])) == is_there
     assert ip_address(address.partition("%")[0])
+
+
+def test_unix_sockets_are_nobodys_network() -> None:
+    """Who may connect to one is for its file's mode to say."""
+    client = "unix:uid=1000,pid=4711"
+    assert client in Networks(["unix"])
+    assert client not in Networks(["10.0.0.0/8"])
+    assert "127.0.0.1" not in Networks(["unix"])

@@ -7,8 +7,8 @@ import subprocess
 import termios
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 from integration.hellos import client_hello, records
@@ -70,6 +70,14 @@ def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield client, server
 
 
+@contextmanager
+def on_unix() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The same on a unix socket."""
+    client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with client, server:
+        yield client, server
+
+
 @pytest.mark.parametrize("urgent", [b"a", b"ab"])
 def test_urgent_octets_are_octets(urgent: bytes) -> None:
     with connection() as (client, server):
@@ -80,6 +88,8 @@ def test_urgent_octets_are_octets(urgent: bytes) -> None:
 
 
 HELLO = client_hello()
+LINE = b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\n"
+Connection = Callable[[], AbstractContextManager[tuple[socket.socket, socket.socket]]]
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 7, len(HELLO) + 5])
@@ -100,7 +110,27 @@ def test_a_whole_client_hello_is_waited_for(pieces: int, size: int) -> None:
         assert server.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
 
 
-def test_one_that_is_larger_than_a_receive_buffer() -> None:
+@pytest.mark.parametrize("pieces", [1, 2, 7])
+def test_one_on_a_unix_socket_is_looked_at_for_each_piece(pieces: int) -> None:
+    """A load balancer's header may be there long before its client says something."""
+    octets = LINE + records(HELLO)
+    step = -(-len(octets) // pieces)
+    with on_unix() as (client, server):
+        heard = Heard(server, proxy_timeout=60_000)
+        for at in range(0, len(octets), step):
+            for _ in range(20):
+                heard.turn()
+            assert not heard.found
+            client.sendall(octets[at : at + step])
+        # At once, and not after a pause for one that has woken the loop too often.
+        heard.turn()
+        assert heard.found == ["spoke"]
+        assert heard.client_hello == HELLO
+        assert server.recv(1000) == octets
+
+
+@pytest.mark.parametrize("connection", [connection, on_unix])
+def test_one_that_is_larger_than_a_receive_buffer(connection: Connection) -> None:
     message = b"\1" + (131_396).to_bytes(3, "big") + bytes(131_396)
     header = b"\r\n\r\n\0\r\nQUIT\n\x20\0" + (65_535).to_bytes(2, "big") + bytes(65_535)
     with connection() as (client, server):
