@@ -164,7 +164,7 @@ succession.Legacy.model_rebuild(force=True)
     [
         ("import no_such_module", "failed: ModuleNotFoundError: No module named 'no_such_module'"),
         ("import os; os.abort()", "failed: it gave no reason"),
-        (_OF_ANOTHER_VERSION, "cannot take over: version (Input should be 5)"),
+        (_OF_ANOTHER_VERSION, "would leave to it, version (Input should be 5): only a restart"),
     ],
     ids=["incomplete", "killed", "too new"],
 )

@@ -55,6 +55,7 @@ __all__ = [
 _VARIABLE = "TITUS_PY_LEGACY"
 _REHEARSAL = "TITUS_PY_REHEARSAL"
 _WARNING = "warning: "
+_RESTART = "only a restart of titus-py, which ends all connections, can change the program"
 
 
 class CannotTakeOver(Exception):
@@ -314,7 +315,10 @@ def _legacy(variable: str) -> Legacy | None:
     try:
         return Legacy.model_validate_json(read_all(int(descriptor)))
     except ValidationError as error:
-        raise CannotTakeOver(_first(error)) from None
+        raise CannotTakeOver(
+            f"it does not understand what the one that runs would leave to it, {_first(error)}: "
+            f"{_RESTART}"
+        ) from None
 
 
 def inherit_listeners(legacy: Legacy) -> Listeners:
@@ -340,7 +344,7 @@ def inherit(
     except ValidationError as error:
         raise CannotTakeOver(
             f"it does not understand {_first(error)} of the configuration that is served: "
-            "only a restart of titus-py, which ends all connections, can change the program"
+            f"{_RESTART}"
         ) from None
     certificates = dict(left.certificates)
     authorities = dict(left.authorities)
