@@ -169,6 +169,7 @@ class Broker:
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._kept: deque[_Asked] = deque()
+        self._kept_octets = 0
         self._told: list[UpstreamState] = []
         #: The process that connects has ended.
         self._orphaned = False
@@ -220,6 +221,7 @@ class Broker:
             return None
         if self._may_be_kept(asked):
             self._kept.append(asked)
+            self._kept_octets += asked.octets
             return None
         return asked.answer(self._why_not(asked))
 
@@ -241,13 +243,18 @@ class Broker:
         return (
             now < asked.deadline
             and len(self._kept) < _MOST_KEPT
-            and sum(one.octets for one in self._kept) + asked.octets <= _MOST_KEPT_OCTETS
+            and self._kept_octets + asked.octets <= _MOST_KEPT_OCTETS
             and any(
                 asked.key in one.keys if one.greeted else one.may_come(now)
                 for one in self._upstreams
                 if one not in asked.tried
             )
         )
+
+    def _ask_kept(self) -> list[Callable[[], None] | None]:
+        """Ask again for each that is kept, or keep it longer, or give it up."""
+        kept, self._kept, self._kept_octets = self._kept, deque(), 0
+        return [self._ask_next(asked) for asked in kept]
 
     def _why_not(self, asked: _Asked) -> str:
         """Of each upstream, why it has not signed."""
@@ -321,8 +328,7 @@ class Broker:
 
     def _greeted(self, upstream: _Upstream, greeting: Greeting) -> list[Callable[[], None] | None]:
         upstream.keys, upstream.greeted = greeting.keys, True
-        kept, self._kept = self._kept, deque()
-        return [self._ask_next(asked) for asked in kept]
+        return self._ask_kept()
 
     def _answered(
         self, upstream: _Upstream, answer: Answer, then: list[Callable[[], None] | None]
@@ -334,7 +340,9 @@ class Broker:
         upstream.slow = False
         asked.waits_for -= 1
         if self._kept:
-            then.append(self._ask_next(self._kept.popleft()))
+            kept = self._kept.popleft()
+            self._kept_octets -= kept.octets
+            then.append(self._ask_next(kept))
         status = answer.reply.status
         if status is Status.DONE:
             upstream.done += 1
@@ -379,9 +387,7 @@ class Broker:
     # --- what does not come ----------------------------------------------------------
 
     def _look_at_clock(self, now: float) -> list[Callable[[], None]]:
-        then: list[Callable[[], None] | None] = []
-        kept, self._kept = self._kept, deque()
-        then += [self._ask_next(asked) for asked in kept]
+        then = self._ask_kept()
         for upstream in self._upstreams:
             if upstream.connection is not None:
                 upstream.connection.look_at_clock()

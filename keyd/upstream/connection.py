@@ -80,14 +80,17 @@ class Connection:
         said: list[Greeting | Answer] = []
         try:
             for message in self._assembler.messages():
-                said.append(decode_from_lender(message))
-                if isinstance(said[-1], Greeting):
+                one = decode_from_lender(message)
+                if isinstance(one, Greeting):
                     self._greeted = True
                     self._greetings += 1
+                if self._greetings > _MOST_GREETINGS:
+                    # Each takes time, and a piece may have thousands.
+                    self.ended_for = "it says too much unasked"
+                    break
+                said.append(one)
         except Malformed as error:
             self.ended_for = f"it sent {error}"
-        if self._greetings > _MOST_GREETINGS:
-            self.ended_for = "it says too much unasked"
         return said
 
     def send(self, octets: bytes) -> bool:

@@ -547,3 +547,31 @@ def test_no_more_is_kept_than_there_is_room_for(
     monkeypatch.setattr(broker_module, bound, 0)
     unheard = "sign: unix:/a: has not said yet which keys it has"
     assert host.refused(host.request()).startswith(unheard)
+
+
+def test_there_is_room_again_for_what_is_kept(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "_MOST_KEPT_OCTETS", len(HELLO) + len(FLIGHT))
+    first = host.request()
+    assert "has not said yet" in host.refused(host.request())
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    lender.sign(*lender.asked())
+    host.signed(first)
+    lender.end.close()
+    host.turn()
+    second = host.request()
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    again.sign(*again.asked())
+    host.signed(second)
+
+
+def test_of_a_flood_of_greetings_few_are_taken(host: Host) -> None:
+    """Each one has all asks that are kept looked at, with the broker's lock held."""
+    lender, connection = host.connect(0), host.broker._upstreams[0].connection
+    assert connection is not None
+    lender.say(Greeting(frozenset()).encode() * 5000)
+    assert len(connection.hear()) < 100
+    assert connection.ended_for == "it says too much unasked"
