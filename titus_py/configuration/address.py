@@ -100,6 +100,10 @@ class UnixAddress(NamedTuple):
         """Whether it is the same: a unix socket has one path."""
         return self == other
 
+    def leads_to(self, other: "UnixAddress") -> bool:
+        """Whether connecting here is connecting there, as the paths are now: by links, too."""
+        return self == other or os.path.realpath(self.path) == os.path.realpath(other.path)
+
     def __str__(self) -> str:
         return f"unix:{self.path}"
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from keyd.protocol import mask_of
 from keyd.upstream.messages import MAX_BORROWERS, MAX_LENT_KEYS
 from titus_py.configuration.across_tables import each_valid, valid_part
-from titus_py.configuration.address import UnixAddress
+from titus_py.configuration.address import Address, UnixAddress
 from titus_py.configuration.helper import KEYD_CHECK, Helper, Unanswered
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.paths import TokenUri
@@ -23,6 +23,7 @@ from titus_py.configuration.tables import (
     KeydSocket,
     Lending,
     LentKey,
+    Tunnel,
     VirtualHost,
 )
 
@@ -88,6 +89,13 @@ def lending_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake
         )
     yield from _mistakes_of_clients(lending, valid_part(Keyd, tables["keyd"], source), source)
     yield from _mistakes_of_vhosts(lending, tables, source)
+    for i, tunnel in each_valid(Tunnel, tables, "tunnel", source):
+        if any(_leads(server, lending.lend) for server in tunnel.connect):
+            yield source.mistake(
+                f"tunnel[{i}].connect",
+                "is keyd.lend, and what a tunnel carries is its client's: keyd believes whoever "
+                "connects there which host has come",
+            )
 
 
 def _mistakes_of_clients(lending: Lending, keyd: Keyd | None, source: Source) -> Iterator[Mistake]:
@@ -117,7 +125,7 @@ def _mistakes_of_vhosts(
     leading = False
     certificates = dict(each_valid(ClientCertificates, tables, "vhost", source))
     for i, vhost in each_valid(Backend, tables, "vhost", source):
-        settings = [key for key, backend in vhost.all_backends if backend == lending.lend]
+        settings = [key for key, backend in vhost.all_backends if _leads(backend, lending.lend)]
         if not settings:
             continue
         leading = True
@@ -153,9 +161,8 @@ def lent_to_nobody(configuration: Configuration, source: Source) -> Iterator[Mis
     known = {client.name for client in configuration.keyd.client}
     for i, vhost in enumerate(configuration.vhost):
         for j, client in enumerate(vhost.client):
-            if (
-                configuration.keyd.lend in (client.backend or vhost.backend)
-                and client.name not in known
+            if client.name not in known and any(
+                _leads(one, configuration.keyd.lend) for one in client.backend or vhost.backend
             ):
                 yield source.mistake(
                     f"vhost[{i}].client[{j}].name",
@@ -170,7 +177,7 @@ def lending_in_company(configuration: Configuration, source: Source) -> Iterator
     """
     lend = configuration.keyd.lend
     leads = {
-        i: any(backend == lend for _, backend in vhost.all_backends)
+        i: any(_leads(backend, lend) for _, backend in vhost.all_backends)
         for i, vhost in enumerate(configuration.vhost)
     }
     for i, vhost in enumerate(configuration.vhost):
@@ -187,6 +194,11 @@ def lending_in_company(configuration: Configuration, source: Source) -> Iterator
                 "address or a port of its own (local_address, local_port), and let a firewall "
                 "admit these hosts alone",
             )
+
+
+def _leads(backend: Address, lend: UnixAddress | None) -> bool:
+    """Whether connections there come to keyd, by whatever path: what they carry, keyd believes."""
+    return isinstance(backend, UnixAddress) and lend is not None and backend.leads_to(lend)
 
 
 def _meet(one: VirtualHost, other: VirtualHost) -> bool:
@@ -212,7 +224,7 @@ def lent_with_its_own(
     own = {
         key_id: f"vhost[{i}]"
         for i, vhost in enumerate(configuration.vhost)
-        if any(backend == configuration.keyd.lend for _, backend in vhost.all_backends)
+        if any(_leads(backend, configuration.keyd.lend) for _, backend in vhost.all_backends)
         for key_id in key_ids(vhost)
     }
     for i, client in enumerate(configuration.keyd.client):

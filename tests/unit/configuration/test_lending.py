@@ -144,6 +144,26 @@ def test_mistakes(files: Files, keyd: str, changed: dict[str, str | None], expec
     assert any(mistake.startswith(expected) for mistake in mistakes), mistakes
 
 
+@pytest.mark.parametrize("path", ["link/lend.sock", "run/../run/lend.sock", "other.sock"])
+@pytest.mark.parametrize("kind", ["vhost", "tunnel"])
+def test_keyd_is_reached_by_no_other_path(
+    files: Files, tmp_path: Path, path: str, kind: str
+) -> None:
+    """Whoever comes that way says who they are themselves. /var/run is often a link to /run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "other.sock").symlink_to("run/lend.sock")
+    other = {
+        "vhost": 'sni = ["other"]\ncertificate = "site.crt"\nkey = "site.key"\nbackend',
+        "tunnel": f'listen = "127.0.0.1:1"\npins = ["{PIN}"]\nconnect',
+    }[kind]
+    keyd = '[keyd]\nlend = "unix:run/lend.sock"\n' + CLIENT
+    added = f'[[{kind}]]\n{other} = "unix:{path}"\n'
+    loaded = files(keyd, KNOWN + added, backend='"unix:run/lend.sock"')
+    place = {"vhost": "vhost[1].send_proxy: has to be", "tunnel": "tunnel[0].connect: is keyd.lend"}
+    assert any(line.startswith(place[kind]) for line in said(loaded))
+
+
 def test_who_is_not_known_by_its_key_is_no_client(files: Files) -> None:
     mistakes = said(files(LEND + CLIENT, known="", client_certificates=None))
     assert any(one.startswith("vhost[0].client_certificates: has to be") for one in mistakes)
