@@ -29,6 +29,7 @@ from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.heap import share_one_heap
 from keyd.linux.unix_socket import has_ended
 from keyd.powers import Key
 from keyd.protocol import (
@@ -137,6 +138,7 @@ class Keyd:
             failed.exc_type, failed.exc_value, failed.exc_traceback
         )
         threading.stack_size(_STACK_OCTETS)
+        share_one_heap()
         door = threading.Barrier(threads)
 
         def help_out() -> None:
