@@ -23,7 +23,7 @@ from titus_py.between import messages
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
-from titus_py.worker.life import Site, Terms, serve_next
+from titus_py.worker.life import Site, Terms, serve_next, touch
 from titus_py.worker.tls import negotiate_protocol, note_close_notify, reseed
 
 __all__ = ["MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
@@ -82,7 +82,9 @@ def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket],
     try:
         for _ in range(_CONNECTIONS):
             reseed()
-            end = serve_next(terms(), parent)
+            now = terms()
+            touch(now, parent)
+            end = serve_next(now, parent)
             if end != (End.CLEAN, ""):
                 raise RuntimeError(f"a connection for practice ended with {end}")
     except BlockingIOError:

@@ -6,6 +6,7 @@ client and one backend, both hostile. It trusts the parent and keyd. Whatever a 
 does to itself, only its own connection is affected.
 """
 
+import mmap
 import os
 import select
 import socket
@@ -25,7 +26,7 @@ from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
 from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts, Tunnel
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
-from titus_py.worker import transcript
+from titus_py.worker import flow, transcript
 from titus_py.worker.client_hello import (
     Alert,
     ClientHello,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from titus_py.worker.proxy_header import ProxyHeaderReader
     from titus_py.worker.tunnel import Conduit
 
-__all__ = ["Site", "Terms", "live", "serve_next"]
+__all__ = ["Site", "Terms", "live", "serve_next", "touch"]
 
 #: After how many ms of waiting a spare is expected to wait for longer.
 _IDLE_MS = 250
@@ -160,15 +161,24 @@ def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
     return end, detail
 
 
-def _touch(terms: Terms) -> None:
+def touch(terms: Terms, parent: SocketType) -> None:
     """Write, while no client waits, to the pages that a handshake will write to.
 
-    A page is copied when this process first writes to it. No client has to wait for that now.
+    A page is copied when this process first writes to it, and one of a program's is mapped when it
+    is first run. No client has to wait for that now.
     """
     if not terms.sites:
         terms.conduits[0].touch()
         return
-    ClientHelloReader().feed(terms.hello)
+    # What comes before a handshake and after it, as far as it needs nobody else.
+    SocketType(fileno=parent.fileno()).detach()
+    with suppress(BlockingIOError):
+        parent.recv(_PIECE_OCTETS, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    terms.report.set(server_name="")
+    hello = ClientHelloReader().feed(terms.hello)
+    if hello is not None:
+        with suppress(_Over):
+            _choose_site(terms, Client.decode(Client((0,)).encode()), hello)
     index = terms.sites[0].certificate_index
     if terms.practice is not None and index is not None and index.count:
         from titus_py.worker.indexed import show
@@ -180,6 +190,16 @@ def _touch(terms: Terms) -> None:
     # The handshake fails at the signature: this worker has no channel to keyd yet.
     with suppress(SSL.Error):
         connection.do_handshake()
+    connection.get_protocol_version_name()
+    connection.get_cipher_name()
+    group_name(connection)
+    Dial(0, None).encode()
+    counts = terms.report.from_client, terms.report.to_client
+    Pump(connection, parent, parent, counts, None, 0, False)
+    # Mapped, and not a bytearray: what is never written to takes no memory.
+    nothing = memoryview(mmap.mmap(-1, 1 << 14, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    closed_way = nothing, nothing[:0], counts[0], False
+    flow.run(0, -1, -1, 0, closed_way, closed_way)
 
 
 def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[SocketType]] | None:
@@ -191,7 +211,7 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[Sock
     poll.register(parent, select.POLLIN)
     # A spare that is needed at once has no time for this, and others need the processor more.
     if not poll.poll(_IDLE_MS):
-        _touch(terms)
+        touch(terms, parent)
     message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, _MOST_SOCKETS)
     if not message:
         return None

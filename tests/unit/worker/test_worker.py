@@ -5,10 +5,13 @@ import threading
 from unittest import mock
 
 import pytest
+from OpenSSL import SSL
 
+from titus_py.between.messages import Client
 from titus_py.between.report import ReportWriter
 from titus_py.worker import life as worker
-from titus_py.worker.life import Terms, serve_next
+from titus_py.worker.life import Site, Terms, serve_next, touch
+from titus_py.worker.tls import client_hello
 
 TERMS = Terms(1.0, None, 1.0, [], b"", ReportWriter(), b"")
 
@@ -17,7 +20,7 @@ TERMS = Terms(1.0, None, 1.0, [], b"", ReportWriter(), b"")
 def test_only_a_spare_that_nobody_needs_yet_touches_its_pages(seconds: float) -> None:
     """One that is needed at once has better to do."""
     parent, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with parent, mock.patch.object(worker, "_touch") as touch:
+    with parent, mock.patch.object(worker, "touch") as touch:
         leave = threading.Timer(seconds, parent.shutdown, [socket.SHUT_RDWR])
         leave.start()
         if not seconds:
@@ -25,3 +28,16 @@ def test_only_a_spare_that_nobody_needs_yet_touches_its_pages(seconds: float) ->
         assert serve_next(TERMS, socket.SocketType(fileno=end.detach())) is None
         leave.join()
     assert touch.called == bool(seconds)
+
+
+def test_a_spare_that_touches_its_pages_leaves_its_parents_message_where_it_is() -> None:
+    """It may come at any moment."""
+    parent, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    site = Site(None, SSL.Context(SSL.TLS_SERVER_METHOD), truncated_is_reset=True)
+    message = Client((0,)).encode()
+    with parent, end:
+        parent.send(message)
+        touch(TERMS._replace(sites=[site], hello=client_hello()), end)
+        assert end.recv(len(message) + 1, socket.MSG_DONTWAIT) == message
+        with pytest.raises(BlockingIOError):
+            parent.recv(1, socket.MSG_DONTWAIT)
