@@ -327,12 +327,16 @@ class Waits(list[float]):
     def __init__(self) -> None:
         super().__init__()
         self.attempts = 0
+        #: How long they have been coming.
+        self.seconds = 0.0
+        self._began = time.monotonic()
 
     def come(self, port: int) -> None:
         started = time.monotonic()
         while not self._served(port):
             time.sleep(0.05)
         self.append(time.monotonic() - started)
+        self.seconds = time.monotonic() - self._began
         time.sleep(0.05)
 
     def _served(self, port: int) -> bool:
@@ -341,15 +345,17 @@ class Waits(list[float]):
             return talk(client.handshake())
         return False
 
-    def assert_within_a_second(self) -> None:
-        """Each, that is; but a test's machine may be busy with other tests."""
-        late = [seconds for seconds in self if seconds > 1]
+    def assert_short(self) -> None:
+        """For most, a small part of the time that the flood takes: they do not wait for its end.
+
+        That holds on a machine of any speed.
+        """
         print(
-            f"\n{len(self)} served in {self.attempts} attempts: median "
-            f"{median(self):.3f} s, slowest {max(self):.3f} s, {len(late)} after a second"
+            f"\n{len(self)} served in {self.attempts} attempts, while the others came for "
+            f"{self.seconds:.1f} s: median {median(self):.3f} s, slowest {max(self):.3f} s"
         )
-        assert len(late) <= len(self) // 4
-        assert max(self) < 30
+        assert median(self) < self.seconds / 10
+        assert self.attempts < 2 * len(self)
 
 
 def test_half_open_clients_from_one_address_leave_the_others_served(
@@ -364,7 +370,7 @@ def test_half_open_clients_from_one_address_leave_the_others_served(
         while time.monotonic() < started + 3 or flood.is_alive():
             waits.come(instance.port)
         limited(instance, "connections_per_address", HALF_OPEN - 50)
-    waits.assert_within_a_second()
+    waits.assert_short()
     assert instance.settled_counts() == before
 
 
@@ -396,7 +402,7 @@ def test_half_open_clients_from_many_addresses_leave_the_others_served(
         assert status(instance)["counts"]["limited"] == {"handshakes": turned_away + ended()}
         assert 90 < len(without_end(instance)) <= 100
         print(f"\n{turned_away} turned away at once, {ended()} for another client")
-    waits.assert_within_a_second()
+    waits.assert_short()
     assert turned_away > HALF_OPEN // 2
     assert not instance.events_named("full")
     assert instance.settled_counts() == before
@@ -414,33 +420,31 @@ def many_addresses(count: int) -> list[str]:
 def test_one_who_comes_within_a_surge_waits_for_no_more_than_the_limit(
     serve: Serve, echoing: Listener
 ) -> None:
-    """With as many again behind as in front; and, for comparison, where any number may wait."""
-    worker = {"max": 1000, "handshake_timeout": "60s"}
+    """As many come behind it as in front; most of both are turned away, and it tries again."""
+    limit, worker = 50, {"max": 1000, "handshake_timeout": "60s"}
+    instance = serve(echoing.address, worker=worker, limits={"handshakes": limit})
+    with ExitStack() as stack:
 
-    def seconds(handshakes: int) -> float:
-        instance = serve(echoing.address, worker=worker, limits={"handshakes": handshakes})
-        waits = Waits()
-        with ExitStack() as stack:
+        def come() -> None:
+            for source in many_addresses(300):
+                stack.enter_context(come_half_open(source, instance.port) or nullcontext())
 
-            def come() -> None:
-                for source in many_addresses(300):
-                    stack.enter_context(come_half_open(source, instance.port) or nullcontext())
-
+        come()
+        before = len(instance.events_named("connection_begun"))
+        name: str | bool = False
+        with suppress(*REFUSED), TlsClient(instance.port) as client:
+            # Who says nothing does not wait for a worker yet.
+            client.socket.sendall(client.first_flight())
             come()
-            started = time.monotonic()
+            name = talk(client.handshake()) and client.name
+        while not name:
             with suppress(*REFUSED), TlsClient(instance.port) as client:
-                # Who says nothing does not wait for a worker yet.
-                client.socket.sendall(client.first_flight())
-                come()
-                assert talk(client.handshake())
-                return time.monotonic() - started
-            waits.come(instance.port)
-            return time.monotonic() - started
-
-    limit, without = seconds(50), seconds(1000)
-    print(f"\nserved after {limit:.2f} s; where any number may wait, {without:.2f} s")
-    assert limit < 3
-    assert limit < without
+                name = talk(client.handshake()) and client.name
+        instance.wait_for_event("connection_begun", client=name)
+        served = [one["client"] for one in instance.events_named("connection_begun")[before:]]
+    print(f"\n{served.index(name)} of {2 * 300} others had a worker before it")
+    # The newest client and the oldest have one in turn.
+    assert served.index(name) <= 2 * limit
 
 
 def test_a_connection_through_one_interface_is_not_taken_for_one_that_is_over(
