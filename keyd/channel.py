@@ -42,6 +42,8 @@ from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
 
 __all__ = ["Channel", "Refused", "fulfil", "reply", "witness"]
 
+_NO_POWERS = frozenset[Power]()
+
 
 class Refused(Exception):
     """A request that is not done; the text says what was asked."""
@@ -67,6 +69,7 @@ class Channel:
         "_grants",
         "_operations",
         "connection",
+        "most_octets",
         "once",
         "record",
         "socket",
@@ -88,24 +91,24 @@ class Channel:
         self.connection = terms.connection
         self._deadline = time.monotonic() + terms.lifetime_ms / 1000
         self._operations = terms.operations
-        self._grants = grants
         #: What is known of the client, or why nothing is done for it.
         self._client = witness(terms.client_hello) if isinstance(grants, Sites) else None
         self._client_hello = b""
-        if judged_again and isinstance(grants, Sites) and isinstance(self._client, Witnessed):
-            granted = grants.select(self._client.hello.server_name)
-            if any(key in judged_again for key in granted):
+        #: Of the longest request that it may bring, and one more.
+        self.most_octets = 1 + MAX_REQUEST_OCTETS
+        self._grants: Grants = {}
+        if not isinstance(grants, Sites):
+            self._grants = grants
+        elif isinstance(self._client, Witnessed):
+            # A set in use does not change: they are what they will be at the request.
+            self._grants = grants.select(self._client.hello.server_name)
+            self.most_octets = 1 + MAX_REQUEST_IN_HANDSHAKE_OCTETS
+            if judged_again and any(key in judged_again for key in self._grants):
                 self._client_hello = terms.client_hello
 
     @property
     def expired(self) -> bool:
         return time.monotonic() > self._deadline
-
-    @property
-    def most_octets(self) -> int:
-        """Of the longest request that it may bring, and one more."""
-        seen = isinstance(self._client, Witnessed)
-        return 1 + (MAX_REQUEST_IN_HANDSHAKE_OCTETS if seen else MAX_REQUEST_OCTETS)
 
     def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
         """Check a request against the terms, count it, and perform it. Raises Refused."""
@@ -113,40 +116,37 @@ class Channel:
             request = Request.decode(message)
         except Malformed as error:
             raise Refused(Status.MALFORMED, str(error)) from None
-        what = request.operation.name.lower()
         if self.expired:
-            raise Refused(Status.EXPIRED, f"{what} after the channel's time")
+            raise Refused(Status.EXPIRED, f"{_word(request)} after the channel's time")
         if self._operations == 0:
-            raise Refused(Status.EXHAUSTED, f"{what} beyond the channel's operations")
+            raise Refused(Status.EXHAUSTED, f"{_word(request)} beyond the channel's operations")
         self._operations -= 1
-        granted = self._granted(request, what)
+        granted = self._granted(request)
         client = self._client if isinstance(self._client, Witnessed) else None
         whole = Whole(request, granted, self._client_hello, self._deadline)
         return request.operation, fulfil(keys, whole, client)
 
-    def _granted(self, request: Request, what: str) -> frozenset[Power]:
+    def _granted(self, request: Request) -> frozenset[Power]:
         """What may be done with the key for this client. Raises Refused for nothing."""
-        grants, whose = self._grants, ""
-        if isinstance(grants, Sites):
-            if not isinstance(self._client, Witnessed):
-                status, reason = self._client or (Status.UNWITNESSED, "nobody")
-                raise Refused(status, f"{what} for {reason}")
-            server_name = self._client.hello.server_name
-            grants = grants.select(server_name)
-            whose = f" for a client that asks for {server_name or 'no name'}"
-        granted = grants.get(request.key, frozenset[Power]())
+        client = self._client
+        if isinstance(client, tuple):
+            status, reason = client
+            raise Refused(status, f"{_word(request)} for {reason}")
+        granted = self._grants.get(request.key, _NO_POWERS)
         if not may_ask(request.operation, granted):
-            raise Refused(Status.NOT_GRANTED, f"{what} with key {request.key.hex()}{whose}")
+            detail = f"{_word(request)} with key {request.key.hex()}"
+            if client is not None:
+                detail += f" for a client that asks for {client.hello.server_name or 'no name'}"
+            raise Refused(Status.NOT_GRANTED, detail)
         return granted
 
 
 def fulfil(keys: Mapping[bytes, Key], whole: Whole, witnessed: Witnessed | None) -> bytes | Later:
     """Do what is asked for this client, or for one that nobody has seen. Raises Refused."""
     request, granted = whole.request, whole.granted
-    what = request.operation.name.lower()
     key = keys.get(request.key)
     if key is None:
-        raise Refused(Status.UNKNOWN_KEY, f"{what} with key {request.key.hex()}")
+        raise Refused(Status.UNKNOWN_KEY, f"{_word(request)} with key {request.key.hex()}")
     if isinstance(key, KeyElsewhere):
         key = key.within(whole)
     client = None
@@ -156,12 +156,16 @@ def fulfil(keys: Mapping[bytes, Key], whole: Whole, witnessed: Witnessed | None)
     try:
         return perform(request.operation, key, request.parameter, request.payload, granted, client)
     except NotGranted as error:
-        detail = f"{what} of {error} with key {request.key.hex()}"
+        detail = f"{_word(request)} of {error} with key {request.key.hex()}"
         raise Refused(Status.NOT_GRANTED, detail) from None
     except NotTLS as error:
-        raise Refused(Status.NOT_TLS, f"{what} of {error}") from None
+        raise Refused(Status.NOT_TLS, f"{_word(request)} of {error}") from None
     except InternalError as error:
-        raise Refused(Status.FAILED, f"{what}: {error}") from None
+        raise Refused(Status.FAILED, f"{_word(request)}: {error}") from None
+
+
+def _word(request: Request) -> str:
+    return request.operation.name.lower()
 
 
 def reply(channel: Channel, answer: Reply) -> None:

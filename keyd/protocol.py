@@ -456,6 +456,7 @@ def _expect(version: int, kind: bytes, expected: bytes) -> None:
         raise Malformed(f"a control message of version {version}, kind {kind!r}")
 
 
+@cache
 def mask_of(powers: frozenset[Power]) -> int:
     """As one octet: a bit for each."""
     return sum(1 << power for power in powers)

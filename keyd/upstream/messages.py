@@ -156,8 +156,8 @@ def decode_from_lender(message: bytes) -> Greeting | Answer:
 class Assembler:
     """Puts messages together from a stream's pieces.
 
-    It holds at most one message that is not whole, and what came with it. ``most_octets`` is the
-    longest that the peer may send.
+    It holds at most one message that is not whole, and the piece that came last. ``most_octets`` is
+    the longest that the peer may send.
     """
 
     def __init__(self, most_octets: int) -> None:
@@ -167,29 +167,28 @@ class Assembler:
     def add(self, piece: bytes) -> None:
         self._octets += piece
 
-    @property
-    def wanted(self) -> int:
-        """How many octets of the next message are missing, as far as that is known."""
+    def has_next(self) -> bool:
+        """Whether ``next`` has a message by now, or raises Malformed."""
         if len(self._octets) < _LENGTH.size:
-            return _LENGTH.size - len(self._octets)
+            return False
         length: int = _LENGTH.unpack_from(self._octets)[0]
-        return max(0, _LENGTH.size + min(length, self._most) - len(self._octets))
+        return length > self._most or len(self._octets) >= _LENGTH.size + length
+
+    def next(self) -> bytes | None:
+        """The first one that is whole, without its length. Raises Malformed for a length."""
+        if not self.has_next():
+            return None
+        (length,) = _LENGTH.unpack_from(self._octets)
+        if not 0 < length <= self._most:
+            raise Malformed(f"a message of {length} octets")
+        end = _LENGTH.size + length
+        message = bytes(self._octets[_LENGTH.size : end])
+        del self._octets[:end]
+        return message
 
     def messages(self) -> Iterator[bytes]:
-        """Those that are whole by now, without their lengths. Raises Malformed for a length.
-
-        One that is not taken from the iterator is still there for the next one.
-        """
-        while len(self._octets) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._octets)
-            if not 0 < length <= self._most:
-                raise Malformed(f"a message of {length} octets")
-            end = _LENGTH.size + length
-            if len(self._octets) < end:
-                return
-            message = bytes(self._octets[_LENGTH.size : end])
-            del self._octets[:end]
-            yield message
+        """Those that are whole by now."""
+        return iter(self.next, None)
 
 
 def _framed(message: bytes) -> bytes:

@@ -1,8 +1,9 @@
 """One borrower's stream: asks in, answers out, in any order.
 
 Run by keyd's threads: one of them reads a stream at a time, and any may answer on it. The borrower
-is another host's keyd, and may be an attacker's program by now. The kernel's buffer is the queue:
-a message is read once a thread has time for it. While answers are not taken, nothing is read.
+is another host's keyd, and may be an attacker's program by now. The kernel's buffer is the queue,
+but for one piece of it: a message is taken once a thread has time for it. While answers are not
+taken, nothing is read.
 """
 
 import select
@@ -39,8 +40,10 @@ __all__ = ["NOT_LENT", "Stream", "Streams"]
 NOT_LENT = "not_lent"
 #: How long the header may take: it is written before keyd can accept.
 _HEADER_SECONDS = 5.0
-#: How many messages one thread takes before it looks at anything else.
-_AT_ONCE = 16
+#: How many pieces and messages one thread takes before it looks at anything else.
+_AT_ONCE = 32
+#: How much is read at once: whole asks, in one call.
+_PIECE_OCTETS = 65536
 #: Answers that the kernel does not take: more than there are for all asks in flight.
 _MOST_UNSENT_OCTETS = 2 * MAX_IN_FLIGHT * MAX_REPLY_OCTETS
 #: Kinds of keys that take milliseconds, without Python's lock.
@@ -105,7 +108,11 @@ class Stream:
                 self._arm()
 
     def _arm(self) -> None:
-        self._streams.epoll.modify(self._socket, select.EPOLLIN | select.EPOLLONESHOT)
+        events = select.EPOLLIN | select.EPOLLONESHOT
+        if self._assembler.has_next():
+            # It was read already. Nothing need come for it, and an answer to it can be sent.
+            events |= select.EPOLLOUT
+        self._streams.epoll.modify(self._socket, events)
 
     def _resume(self) -> None:
         """Read on, unless it rests. Holds the lock."""
@@ -115,13 +122,18 @@ class Stream:
 
     def hear(self) -> Callable[[], None] | None:
         """Take what has come; returns what takes long, to be done once it is armed again."""
+        more = True
         try:
             for _ in range(_AT_ONCE):
-                if self._unsent or not self._receive():
+                if not self._goes_on():
                     return None
-                for message in self._assembler.messages():
+                if (message := self._assembler.next()) is not None:
                     if (slow := self._take(Ask.decode(message))) is not None:
                         return slow
+                elif more:
+                    more = self._receive()
+                else:
+                    return None
         except Malformed as error:
             name = self.borrower.name if self.borrower else ""
             self._streams.refused(name, "malformed", Status.MALFORMED, str(error))
@@ -154,16 +166,18 @@ class Stream:
 
     # --- reading ------------------------------------------------------------------
 
-    def _receive(self) -> bool:
-        """Read of what is wanted next; returns False if there is nothing to read now."""
-        if self._ended:
+    def _goes_on(self) -> bool:
+        """Whether anything more is taken now."""
+        if self._ended and not self._closed:
             # What has come before the end is not looked at.
             self._close()
-        if self._ended or self._leaves or self._rests:
-            return False
+        return not (self._closed or self._leaves or self._rests or self._unsent)
+
+    def _receive(self) -> bool:
+        """Read a piece; returns False if there is no more to read now."""
         missing = missing_octets(self._header) if self.borrower is None else 0
         try:
-            octets = self._socket.recv(missing or self._assembler.wanted)
+            octets = self._socket.recv(missing or _PIECE_OCTETS)
         except BlockingIOError:
             return False
         except OSError:
@@ -173,7 +187,7 @@ class Stream:
             return False
         if not missing:
             self._assembler.add(octets)
-            return True
+            return len(octets) == _PIECE_OCTETS
         self._header += octets
         if missing_octets(self._header):
             return True
@@ -187,12 +201,12 @@ class Stream:
         return True
 
     def _take(self, ask: Ask) -> Callable[[], None] | None:
-        perform = partial(self._perform, ask, time.monotonic())
+        came = time.monotonic()
         with self._lock:
             self._in_flight += 1
         if isinstance(self._streams.keys.get(ask.request.key), _SLOW):
-            return perform
-        perform()
+            return partial(self._perform, ask, came)
+        self._perform(ask, came)
         return None
 
     # --- answering ----------------------------------------------------------------
@@ -212,29 +226,26 @@ class Stream:
         except Refused as refused:
             self._refuse(ask, refused)
             return
-        told = partial(self._told, ask, came)
         if isinstance(result, bytes):
-            told(result)
+            self._told(ask, came, result)
         else:
-            result(told)
+            result(partial(self._told, ask, came))
 
     def _granted(self, ask: Ask) -> tuple[frozenset[Power], Witnessed | None]:
         """What is done with the key for this borrower's client, and what is known of that."""
-        request = ask.request
-        what = f"{request.operation.name.lower()} with key {request.key.hex()}"
-        lent = self._borrower.grants.get(request.key)
+        lent = self._borrower.grants.get(ask.request.key)
         if lent is None:
-            raise Refused(Status.NOT_GRANTED, f"{what}, which is not lent to it")
+            raise Refused(Status.NOT_GRANTED, f"{_what(ask)}, which is not lent to it")
         granted = lent & ask.powers
-        if not may_ask(request.operation, granted):
-            raise Refused(Status.NOT_GRANTED, what)
+        if not may_ask(ask.request.operation, granted):
+            raise Refused(Status.NOT_GRANTED, _what(ask))
         if Power.SIGN_TLS13_CLIENT in granted:
             # What is lent for that is lent for nothing else. No ClientHello has come from a peer.
             return granted, None
         client = witness(ask.client_hello)
         if not isinstance(client, Witnessed):
             status, reason = client
-            raise Refused(status, f"{what} for {reason}")
+            raise Refused(status, f"{_what(ask)} for {reason}")
         return granted, client
 
     def _told(self, ask: Ask, came: float, result: bytes | str) -> None:
@@ -336,6 +347,10 @@ class Stream:
             self._closed = True
             self._unsent.clear()
             self._socket.close()
+
+
+def _what(ask: Ask) -> str:
+    return f"{ask.request.operation.name.lower()} with key {ask.request.key.hex()}"
 
 
 def _check_time(ask: Ask, came: float) -> None:
