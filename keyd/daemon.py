@@ -417,12 +417,11 @@ class Keyd:
         except Refused as refused:
             self._refuse(descriptor, channel, refused)
             return
-        told = partial(self._told, descriptor, channel, operation, started)
         if isinstance(result, bytes):
-            told(result)
+            self._told(descriptor, channel, operation, started, result)
         else:
             # The channel is not armed before the answer is there: only one thread serves it.
-            result(told)
+            result(partial(self._told, descriptor, channel, operation, started))
 
     def _refuse(self, descriptor: int, channel: Channel, refused: Refused) -> None:
         self.tally.refused(refused.status)

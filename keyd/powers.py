@@ -10,7 +10,7 @@ import hmac
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives import hashes
@@ -264,6 +264,9 @@ _SCHEMES = {
     ),
 }
 
+#: By number. To ask the enumeration takes three times as long.
+_NAMES = {int(name): name for name in _SCHEMES}
+
 
 def _sign(
     key: Key,
@@ -272,13 +275,13 @@ def _sign(
     granted: Set[Power],
     client: Client | None,
 ) -> bytes | Later:
-    try:
-        name = SignatureScheme(parameter)
-    except ValueError:
-        raise NotTLS(f"signature scheme 0x{parameter:04x}") from None
+    name = _NAMES.get(parameter)
+    if name is None:
+        raise NotTLS(f"signature scheme 0x{parameter:04x}")
     scheme = _SCHEMES[name]
     known = key.public_key() if isinstance(key, KeyElsewhere) else key
-    if not isinstance(known, (scheme.key_type, _PUBLIC.get(scheme.key_type, scheme.key_type))):
+    kind: type = type(known)
+    if not _is_of(scheme.key_type, kind):
         raise NotTLS(f"{name.name} with a key of another kind")
     if isinstance(known, PSSPrivateKey | PSSPublicKey) and known.binding.digest not in (
         None,
@@ -309,6 +312,15 @@ def _sign(
     if isinstance(key, KeyElsewhere):
         return partial(key.ask, name, octets)
     return scheme.sign(key, octets)
+
+
+@cache
+def _is_of(key_type: type, kind: type) -> bool:
+    """Whether keys of this kind are of this type, or public keys of it.
+
+    Asked once for each: the library's types are abstract, and a look at them takes long.
+    """
+    return issubclass(kind, (key_type, _PUBLIC.get(key_type, key_type)))
 
 
 def _check_certificate_verify(octets: bytes) -> None:

@@ -37,6 +37,9 @@ _HASHES = {
 }
 
 
+_HASH_NAMES = frozenset(_HASHES.values())
+
+
 class InvalidFlight(ValueError):
     """Messages that no server of ours sends after this client's."""
 
@@ -52,7 +55,7 @@ class Witnessed:
 
     def __init__(self, message: bytes) -> None:
         self.hello: ClientHello = read(message)
-        self._hashes = {name: hashlib.new(name, message) for name in set(_HASHES.values())}
+        self._hashes = {name: hashlib.new(name, message) for name in _HASH_NAMES}
 
     def transcript_hash(self, flight: bytes) -> bytes:
         """The hash up to the Certificate, with which these messages end.
