@@ -211,12 +211,15 @@ class Token:
         elif told := self._taken(said.number):
             told(said.signature if isinstance(said, Answer) else f"{self.name}: {said.why}")
             return False
-        return self._says_too_much()
+        # Reading keys takes time, too: it comes once a second, where processes replace one another.
+        keys = len(said.keys) if isinstance(said, Ready) else 0
+        return self._says_too_much(max(1, min(keys, _UNASKED_PER_SECOND)))
 
-    def _says_too_much(self) -> bool:
+    def _says_too_much(self, count: int = 1) -> bool:
         """Count a message that was not asked for; one that floods keyd takes time from all keys."""
         now = time.monotonic()
-        self._unasked = max(0.0, self._unasked - _UNASKED_PER_SECOND * (now - self._counted)) + 1
+        left = max(0.0, self._unasked - _UNASKED_PER_SECOND * (now - self._counted))
+        self._unasked = left + count
         self._counted = now
         if self._unasked <= _MOST_UNASKED:
             return False

@@ -231,6 +231,18 @@ def test_a_process_that_floods_keyd_is_heard_no_more(
     assert process.token.down
 
 
+def test_messages_with_thousands_of_keys_are_soon_a_flood(process: Process) -> None:
+    """Reading one takes as long as a hundred others."""
+    process.log_in()
+    message = Ready((b"",) * 20_000).encode()
+    for _ in range(keys._MOST_UNASKED):
+        process.socket.send(message)
+        if process.token.hear():
+            break
+    assert len(process.said) < 10
+    assert process.token.lasting
+
+
 def test_answers_to_what_another_process_was_asked_are_no_flood(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
