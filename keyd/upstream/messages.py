@@ -176,12 +176,14 @@ class Assembler:
 
     def next(self) -> bytes | None:
         """The first one that is whole, without its length. Raises Malformed for a length."""
-        if not self.has_next():
+        if len(self._octets) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._octets)
         if not 0 < length <= self._most:
             raise Malformed(f"a message of {length} octets")
         end = _LENGTH.size + length
+        if len(self._octets) < end:
+            return None
         message = bytes(self._octets[_LENGTH.size : end])
         del self._octets[:end]
         return message

@@ -129,9 +129,11 @@ def ask(number: int = 1, key: bytes = ID, **changed: object) -> Ask:
 
 
 class Lending:
-    """A keyd with threads, and the supervisor's orders."""
+    """A keyd with threads, or one that the test runs by hand, and the supervisor's orders."""
 
-    def __init__(self, directory: Path, most: int = 1000, uid: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, most: int = 1000, uid: int | None = None, threads: int = 3
+    ) -> None:
         self.path = str(directory / "lend.sock")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(self.path)
@@ -147,7 +149,7 @@ class Lending:
         }
         self.lender = Lender(told, KEYS, self.keyd)
         self.order("lend", [os.dup(self._listener.fileno())])
-        self.threads = [threading.Thread(target=self.keyd._work) for _ in range(3)]
+        self.threads = [threading.Thread(target=self.keyd._work) for _ in range(threads)]
         for thread in self.threads:
             thread.start()
 
@@ -215,6 +217,38 @@ def test_many_at_once_in_any_order(lending: Lending) -> None:
     answers = host.answers(len(asks))
     assert set(answers) == set(range(MAX_IN_FLIGHT))
     assert {reply.status for reply in answers.values()} == {Status.DONE}
+
+
+@pytest.fixture
+def read_ahead(tmp_path: Path) -> Iterator[tuple[Lending, Host]]:
+    """Of two asks that came together and take long, one is answered, and the other one is read."""
+    with contextlib.closing(Lending(tmp_path, threads=0)) as lending:
+        host = Host(lending.path, "proxy-a")
+        for _ in range(2):
+            lending.keyd._take_turn(PATIENCE)
+        assert isinstance(host.hear(), Greeting)
+        host.socket.sendall(ask(1, RSA_ID).encode() + ask(2, RSA_ID).encode())
+        lending.keyd._take_turn(PATIENCE)
+        assert host.answers(1)[1].status is Status.DONE
+        yield lending, host
+
+
+def test_what_was_read_ahead_waits_for_nothing(read_ahead: tuple[Lending, Host]) -> None:
+    lending, host = read_ahead
+    lending.keyd._take_turn(PATIENCE)
+    assert host.answers(1)[2].status is Status.DONE
+
+
+def test_what_was_read_ahead_is_not_taken_by_one_that_leaves(
+    read_ahead: tuple[Lending, Host],
+) -> None:
+    """As what is still in the kernel's buffer: the other host asks the next keyd."""
+    lending, host = read_ahead
+    lending.order("lend no more", [])
+    lending.keyd._take_turn(PATIENCE)
+    assert host.hear() is None
+    assert not lending.keyd.streams
+    assert lending.keyd.tally.totals()["signed"] == 1
 
 
 def test_what_a_token_answers_later(lending: Lending) -> None:

@@ -98,6 +98,19 @@ def test_rubbish_in_any_pieces(stream: bytes, cuts: list[int]) -> None:
         assert messages == in_pieces(stream, [], MAX_FROM_BORROWER_OCTETS)
 
 
+@given(st.one_of(st.binary(max_size=60), asks.map(Ask.encode)), st.lists(st.integers(0)))
+def test_there_is_a_next_one_wherever_one_can_be_taken(stream: bytes, cuts: list[int]) -> None:
+    """Or wherever taking it says what is wrong."""
+    for end in {cut % (len(stream) + 1) for cut in cuts} | {len(stream)}:
+        assembler = Assembler(MAX_FROM_BORROWER_OCTETS)
+        assembler.add(stream[:end])
+        expected = assembler.has_next()
+        try:
+            assert (assembler.next() is not None) == expected
+        except Malformed:
+            assert expected
+
+
 @pytest.mark.parametrize("decode", [Ask.decode, Greeting.decode, decode_from_lender])
 @given(st.binary(max_size=200))
 def test_rubbish_is_a_message_or_is_refused(decode: object, rubbish: bytes) -> None:
