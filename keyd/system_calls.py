@@ -18,7 +18,7 @@ __all__ = [
     "NOT_FOR_MODULES",
     "PARSING",
     "SERVING",
-    "UNKNOWN_TO_MODULES",
+    "unknown_to_modules",
 ]
 
 _ANYHOW: tuple[tuple[Only, ...], ...] = ((),)
@@ -132,8 +132,22 @@ NOT_FOR_MODULES: Rules = dict.fromkeys(
     ),
     _ANYHOW,
 ) | {"clone": ((Only(0, _CLONE_THREAD, 0),),)}
-#: Its flags are in memory, where a filter cannot see them. libc then makes threads with clone(2).
-UNKNOWN_TO_MODULES: Rules = {"clone3": _ANYHOW}
+#: These are of a network namespace, or of the file system.
+_KEPT_IN = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+#: Others are the machine's: vsock(7), for one, leads from any namespace to a virtual machine's
+#: host.
+_MOST_FAMILIES = 64
+
+
+def unknown_to_modules(network: bool) -> Rules:
+    """Calls that fail, as if the kernel did not know them; fewer with a network."""
+    # Its flags are in memory, where a filter cannot see them. libc then takes clone(2) for threads.
+    calls: Rules = {"clone3": _ANYHOW}
+    if network:
+        return calls
+    others = [family for family in range(_MOST_FAMILIES) if family not in _KEPT_IN]
+    return {**calls, "socket": tuple((Only(0, 0xFFFF_FFFF, family),) for family in others)}
+
 
 #: Any other call fails: what the library or Python tries and can do without ends nobody.
 PARSING: Rules = {

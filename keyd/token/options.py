@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
-from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
+from keyd.system_calls import NOT_FOR_MODULES, unknown_to_modules
 from keyd.token.keys import Token, TokenKey, rehearse_verifying
 from keyd.token.starting import Settings, user_named
 from keyd.token.starting import start as start_processes
@@ -97,7 +97,8 @@ def start(arguments: argparse.Namespace, found: Callable[[TokenKey], None]) -> l
             raise LookupError("a key in a token, and no --token-user for the vendor's module")
         user = user_named(arguments.token_user)
     environment = dict(variable.partition("=")[::2] for variable in arguments.token_environment)
-    program = seccomp.build_forbidding(NOT_FOR_MODULES, UNKNOWN_TO_MODULES).hex()
+    failing = unknown_to_modules(arguments.token_network)
+    program = seccomp.build_forbidding(NOT_FOR_MODULES, failing).hex()
     paths = tuple(arguments.token_path)
     settings = Settings(user, paths, environment, arguments.token_network, program, True)
     rehearse_verifying()

@@ -58,6 +58,7 @@ void attempt_all(void)
     attempt("write", open("/tmp/keyd-shim-was-here", O_CREAT | O_WRONLY, 0600));
     unlink("/tmp/keyd-shim-was-here");
     attempt("connect", connect(fd, (struct sockaddr *)&address, sizeof address));
+    attempt("the host", socket(AF_VSOCK, SOCK_STREAM, 0));
 }
 
 static void behaviour(char *name, size_t size)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from keyd.linux import seccomp
-from keyd.system_calls import NOT_FOR_MODULES, UNKNOWN_TO_MODULES
+from keyd.system_calls import NOT_FOR_MODULES, unknown_to_modules
 from keyd.token.uri import SCHEME
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Keyd
@@ -62,10 +62,10 @@ def settings(keyd: Keyd) -> dict[str, Any] | None:
         "paths": list(map(str, keyd.token_paths)),
         "environment": dict(variable.partition("=")[::2] for variable in keyd.token_environment),
         "network": keyd.token_network,
-        "filter": _filter(),
+        "filter": _filter(keyd.token_network),
     }
 
 
 @cache
-def _filter() -> str:
-    return seccomp.build_forbidding(NOT_FOR_MODULES, UNKNOWN_TO_MODULES).hex()
+def _filter(network: bool) -> str:
+    return seccomp.build_forbidding(NOT_FOR_MODULES, unknown_to_modules(network)).hex()
