@@ -12,7 +12,6 @@ whatever else the machine does hits all alike; the best round of each counts. Ru
 """
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -24,8 +23,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.load import quantile
+from bench.measurements.signatures import times_of
 from bench.peers import FIRST_UID
-from bench.processes import Failed, free_port, running
+from bench.processes import free_port, running
 from keyd.daemon import Keyd
 from keyd.keys import load_private_key
 from keyd.linux import seccomp
@@ -174,14 +174,7 @@ class Measured:
     def times(self, signers: int) -> list[list[float]]:
         """Of each signer, the microseconds of each signature."""
         with ExitStack() as stack:
-            running = [stack.enter_context(self._sign()) for _ in range(signers)]
-            found = []
-            for signer in running:
-                output, complaint = signer.communicate()
-                if signer.returncode:
-                    raise Failed(complaint.strip().replace("\n", " | "))
-                found.append(json.loads(output)["us"])
-            return found
+            return times_of([stack.enter_context(self._sign()) for _ in range(signers)])
 
     def _sign(self) -> "subprocess.Popen[str]":
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -36,7 +36,7 @@ from keyd.protocol import (
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id, reference_pem
 
-__all__ = ["IN_KEYD", "IN_PROCESS", "SIGNERS", "THROUGH_KEYD", "measure"]
+__all__ = ["IN_KEYD", "IN_PROCESS", "SIGNERS", "THROUGH_KEYD", "measure", "times_of"]
 
 SIGNERS = (1, 2)
 IN_PROCESS = "in the process"
@@ -72,11 +72,13 @@ class _Ways:
 
     def in_process(self, signers: int) -> list[list[float]]:
         with ExitStack() as stack:
-            return _times([stack.enter_context(self._sign(self._site.key)) for _ in range(signers)])
+            return times_of(
+                [stack.enter_context(self._sign(self._site.key)) for _ in range(signers)]
+            )
 
     def through_keyd(self, signers: int) -> list[list[float]]:
         with ExitStack() as stack:
-            return _times([self._sign_on_a_channel(stack) for _ in range(signers)])
+            return times_of([self._sign_on_a_channel(stack) for _ in range(signers)])
 
     def in_keyds_library(self, signers: int) -> list[list[float]]:
         def sign() -> list[float]:
@@ -158,7 +160,8 @@ def measure(stage: Stage) -> None:
                             }
 
 
-def _times(signers: Sequence[subprocess.Popen[str]]) -> list[list[float]]:
+def times_of(signers: Sequence[subprocess.Popen[str]]) -> list[list[float]]:
+    """Of each signer, the microseconds of each signature. Raises Failed."""
     found = []
     for signer in signers:
         output, complaint = signer.communicate()

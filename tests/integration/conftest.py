@@ -2,7 +2,9 @@
 
 import os
 import resource
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +100,25 @@ def serve_all(
 ) -> Iterator[Serve]:
     """As ``serve``, for a module's tests together."""
     yield from _factory(certificates, tmp_path_factory)
+
+
+def _open_directory() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp())
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Where everybody can look for sockets: pytest's own directories are their owner's."""
+    yield from _open_directory()
+
+
+@pytest.fixture(scope="module")
+def shared_directory() -> Iterator[Path]:
+    """The same for a module's tests together."""
+    yield from _open_directory()
 
 
 @pytest.fixture

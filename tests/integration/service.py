@@ -1,8 +1,12 @@
 """What an administrator does to a running instance: edit its configuration, have it reload."""
 
+import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,28 @@ def status(instance: Instance) -> dict[str, Any]:
     return ask(instance.pid, {"do": "status"}, PATIENCE)
 
 
+def what_another_user_gets(path: Path) -> str:
+    """Of connect(2) to this socket: the name of the exception, or "connected"."""
+    script = (
+        "import socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "try: s.connect(sys.argv[1])\n"
+        "except OSError as error: print(type(error).__name__)\n"
+        "else: print('connected')\n"
+    )
+    said = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", script, path],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return said.stdout.strip()
+
+
 def problems(instance: Instance) -> list[str]:
     """Of a reload that must fail: the reasons, which the log is to have as well."""
     since = len(instance.events())
@@ -74,6 +100,28 @@ def talk(client: TlsClient) -> bool:
 def serves(instance: Instance, port: int | None = None) -> bool:
     with TlsClient(port or instance.port) as client:
         return talk(client.handshake())
+
+
+@contextmanager
+def clients_meanwhile(instance: Instance, count: int) -> Iterator[None]:
+    """So many at a time, one after the other; and each of them is served."""
+    done = threading.Event()
+
+    def come_again_and_again() -> int:
+        served = 0
+        while not done.is_set():
+            assert serves(instance)
+            served += 1
+            done.wait(0.02)
+        return served
+
+    with ThreadPoolExecutor(count) as pool:
+        comers = [pool.submit(come_again_and_again) for _ in range(count)]
+        try:
+            yield
+        finally:
+            done.set()
+        assert all(comer.result() for comer in comers)
 
 
 def name_shown(client: TlsClient) -> str:

@@ -12,6 +12,7 @@ from OpenSSL import SSL
 from .conftest import Certificates, Serve
 from .instance import Instance, free_port
 from .peers import Listener, TlsClient, alert_in
+from .suites import every_suite
 
 TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
 HANDSHAKE_FAILURE = 40
@@ -68,16 +69,6 @@ def agreed(instance: Instance, name: str, *options: str) -> str | None:
     found = re.search(r"Cipher is (\S+)$", client.stdout, re.MULTILINE)
     assert found is not None
     return found[1]
-
-
-def every_suite(version: str) -> list[str]:
-    listed = subprocess.run(
-        ["openssl", "ciphers", "-s", version, "ALL:COMPLEMENTOFALL:@SECLEVEL=0"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return listed.stdout.strip().split(":")
 
 
 # --- only what can be completed --------------------------------------------------------

@@ -6,10 +6,8 @@ import re
 import signal
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from .conftest import Certificates, Serve
 from .instance import PATIENCE, Instance, Process, Uids, eventually, free_port
 from .peers import Listener, TlsClient, connect, echo_for_many
 from .service import (
+    clients_meanwhile,
     edit,
     install,
     name_shown_to_a_new_client,
@@ -342,20 +341,9 @@ def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: L
     instance = serve(echoing.address, uids_count=6000)
     descriptors = instance.supervisor().descriptors
     narrow = f"127.0.0.1:{instance.port}"
-    done = threading.Event()
-
-    def come_again_and_again() -> int:
-        served = 0
-        while not done.is_set():
-            assert serves(instance)
-            served += 1
-            done.wait(0.02)
-        return served
-
-    with ThreadPoolExecutor(2) as pool, TlsClient(instance.port) as stayer:
+    with TlsClient(instance.port) as stayer:
         assert talk(stayer.handshake())
-        comers = [pool.submit(come_again_and_again) for _ in range(2)]
-        try:
+        with clients_meanwhile(instance, 2):
             for host in ("0.0.0.0", "[::]", "127.0.0.1", "[::]", "0.0.0.0", "127.0.0.1"):
                 address = f"{host}:{instance.port}"
                 edit(instance, lambda tables, to=address: tables["listen"][0].update(address=to))
@@ -367,9 +355,6 @@ def test_a_reload_may_make_an_address_wider_or_narrower(serve: Serve, echoing: L
                     assert not refused(instance.port, "127.0.0.2")
                 with socket.socket() as another, pytest.raises(OSError, match="in use"):
                     another.bind(("127.0.0.1", instance.port))
-        finally:
-            done.set()
-        assert all(comer.result() for comer in comers)
         assert talk(stayer)
     assert status(instance)["listeners"] == [narrow]
     no_earlier_generation(instance)

@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from .conftest import Certificates, Serve
 from .instance import PATIENCE, TITUS_PY, Instance, Uids, eventually, free_port
 from .peers import TlsClient
 from .service import (
+    clients_meanwhile,
     edit,
     install,
     name_shown_to_a_new_client,
@@ -89,20 +89,9 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
     before = instance.settled_counts()
     # That may have used some workers up.
     earlier = status(instance)["counts"]
-    over = threading.Event()
-
-    def come_again_and_again() -> int:
-        served = 0
-        while not over.is_set():
-            assert serves(instance)
-            served += 1
-            over.wait(0.02)
-        return served
-
-    with ThreadPoolExecutor(3) as pool, TlsClient(instance.port) as stayer:
+    with TlsClient(instance.port) as stayer:
         assert talk(stayer.handshake())
-        comers = [pool.submit(come_again_and_again) for _ in range(3)]
-        try:
+        with clients_meanwhile(instance, 3):
             install(certificates("P-256", "after.test"), tmp_path)
             for number in (2, 3, 4):
                 marker = tmp_path / f"revision-{number}"
@@ -111,9 +100,6 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
                 assert marker.exists(), "the new one runs"
                 assert name_shown_to_a_new_client(instance) == "after.test"
                 assert talk(stayer)
-        finally:
-            over.set()
-        assert all(comer.result() for comer in comers)
         told = status(instance)
         assert told["pid"] == instance.pid
         assert [one["state"] for one in told["generations"]][-1] == "serving"

@@ -12,6 +12,7 @@ from OpenSSL import SSL
 from .conftest import Certificates, Serve
 from .instance import Instance, free_port
 from .peers import Listener, TlsClient, alert_in
+from .suites import every_suite
 
 TLS12, TLS13 = SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION
 HANDSHAKE_FAILURE, PROTOCOL_VERSION = 40, 70
@@ -58,23 +59,12 @@ def s_client(
     )
 
 
-def offered_suites(version: str) -> list[str]:
-    """Every suite that the openssl command knows, however weak."""
-    listed = subprocess.run(
-        ["openssl", "ciphers", "-s", version, "ALL:COMPLEMENTOFALL:@SECLEVEL=0"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return listed.stdout.strip().split(":")
-
-
 # --- suites, groups, versions ----------------------------------------------------------
 
 
 def test_only_forward_secret_aead_suites_are_accepted(instance: Instance) -> None:
     accepted = set()
-    suites = offered_suites("-tls1_2")
+    suites = every_suite("-tls1_2")
     assert {"AES128-SHA", "ECDHE-RSA-AES128-SHA256", "AES128-GCM-SHA256"} <= set(suites)
     weak = [suite for suite in suites if not FORWARD_SECRET_AEAD.fullmatch(suite)]
     for name in ("rsa.example", "ecdsa.example"):

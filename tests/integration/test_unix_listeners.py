@@ -1,12 +1,9 @@
 """TLS clients that come by a unix socket: themselves, or through a load balancer."""
 
 import os
-import shutil
 import socket
 import stat
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -29,22 +26,13 @@ LOCAL = SIGNATURE + b"\x20\0\0\0"
 
 
 @pytest.fixture(scope="module")
-def directory() -> Iterator[Path]:
-    """Where everybody can look for sockets: pytest's own directories are their owner's."""
-    made = Path(tempfile.mkdtemp())
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
+def direct(shared_directory: Path) -> Path:
+    return shared_directory / "direct"
 
 
 @pytest.fixture(scope="module")
-def direct(directory: Path) -> Path:
-    return directory / "direct"
-
-
-@pytest.fixture(scope="module")
-def balanced(directory: Path) -> Path:
-    return directory / "balanced"
+def balanced(shared_directory: Path) -> Path:
+    return shared_directory / "balanced"
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +91,10 @@ def test_who_may_connect(shared: Instance, direct: Path, balanced: Path) -> None
         assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (mode, 0, 0)
 
 
-def test_curl(serve: Serve, nginx: Nginx, certificates: Certificates, directory: Path) -> None:
-    path = directory / "curl"
+def test_curl(
+    serve: Serve, nginx: Nginx, certificates: Certificates, shared_directory: Path
+) -> None:
+    path = shared_directory / "curl"
     serve(nginx.address, listen=[{"address": f"unix:{path}"}])
     done = subprocess.run(
         ["curl", "--silent", "--unix-socket", path, "--cacert", certificates().authority,
@@ -205,9 +195,9 @@ def test_behind_a_load_balancer(
 
 
 def test_curl_behind_haproxy(
-    serve: Serve, nginx: Nginx, certificates: Certificates, directory: Path, tmp_path: Path
+    serve: Serve, nginx: Nginx, certificates: Certificates, shared_directory: Path, tmp_path: Path
 ) -> None:
-    path = directory / "behind-haproxy"
+    path = shared_directory / "behind-haproxy"
     instance = serve(nginx.address, listen=[{"address": f"unix:{path}", **PROXIED}])
     with haproxy_in_front(tmp_path, path, "send-proxy-v2") as port:
         done = subprocess.run(
@@ -223,9 +213,9 @@ def test_curl_behind_haproxy(
 
 
 def test_limits_are_for_the_client_and_not_for_its_balancer(
-    serve: Serve, echoing: Listener, directory: Path, tmp_path: Path
+    serve: Serve, echoing: Listener, shared_directory: Path, tmp_path: Path
 ) -> None:
-    path = directory / "limits"
+    path = shared_directory / "limits"
     instance = serve(
         echoing.address,
         listen=[{"address": f"unix:{path}", **PROXIED}],
@@ -244,9 +234,9 @@ def test_limits_are_for_the_client_and_not_for_its_balancer(
 
 
 def test_limits_of_clients_that_connect_themselves_are_for_their_user(
-    serve: Serve, echoing: Listener, directory: Path
+    serve: Serve, echoing: Listener, shared_directory: Path
 ) -> None:
-    path = directory / "users"
+    path = shared_directory / "users"
     instance = serve(
         echoing.address,
         listen=[{"address": f"unix:{path}"}],
@@ -269,10 +259,10 @@ def test_limits_of_clients_that_connect_themselves_are_for_their_user(
     ],
 )
 def test_what_a_backend_is_told(
-    serve: Serve, backend: Listener, directory: Path, how: str, first: bytes, header: bytes
+    serve: Serve, backend: Listener, shared_directory: Path, how: str, first: bytes, header: bytes
 ) -> None:
     """What the load balancer said. A client that has connected itself has no address."""
-    path = directory / f"backend-{how}-{bool(first)}"
+    path = shared_directory / f"backend-{how}-{bool(first)}"
     proxied = PROXIED if first else {}
     serve(
         listen=[{"address": f"unix:{path}", **proxied}],
@@ -290,9 +280,9 @@ def test_what_a_backend_is_told(
 
 
 def test_a_reload_keeps_the_socket_and_its_connections(
-    serve: Serve, echoing: Listener, directory: Path
+    serve: Serve, echoing: Listener, shared_directory: Path
 ) -> None:
-    path = directory / "reloaded"
+    path = shared_directory / "reloaded"
     instance = serve(echoing.address, listen=[{"address": f"unix:{path}"}])
     inode = path.stat().st_ino
     with client_of(path) as earlier:
@@ -320,9 +310,9 @@ def _on_tcp() -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", [{}, PROXIED])
 def test_the_audit_is_a_client_of_it(
-    serve: Serve, echoing: Listener, directory: Path, settings: dict[str, Any]
+    serve: Serve, echoing: Listener, shared_directory: Path, settings: dict[str, Any]
 ) -> None:
-    path = directory / f"audited-{len(settings)}"
+    path = shared_directory / f"audited-{len(settings)}"
     instance = serve(echoing.address, listen=[{"address": f"unix:{path}", **settings}])
     made = audit(find_target(instance.pid))
     assert made.holds, [finding for finding in made.findings if finding.verdict != "holds"]

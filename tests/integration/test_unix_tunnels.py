@@ -5,14 +5,12 @@ import json
 import os
 import pwd
 import queue
-import shutil
 import signal
 import socket
 import ssl
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -58,23 +56,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shown = authority.issue(dns=("echo.test",), usage=ExtendedKeyUsageOID.SERVER_AUTH)
     with tls_server(server_context(shown), echo_to_the_end) as address:
         yield Server(address, shown)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Where everybody can look for sockets: pytest's own directories are their owner's."""
-    made = Path(tempfile.mkdtemp())
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture(scope="module")
-def shared_directory() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp())
-    made.chmod(0o755)
-    yield made
-    shutil.rmtree(made)
 
 
 def tunnel(path: Path, server: Server, **settings: Any) -> dict[str, Any]:

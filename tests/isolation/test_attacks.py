@@ -22,16 +22,11 @@ from integration.instance import Instance
 from integration.peers import Listener, TlsClient, reset, served_by
 
 from .attacks import ATTEMPTS, Attempt
-from .harness import infected, make_certificate, take_over
+from .harness import infected, take_over
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="system calls by their numbers on x86-64"
 )
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("authority"))
 
 
 def _echo_or_reset(connection: socket.socket) -> None:

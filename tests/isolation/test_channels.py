@@ -13,13 +13,13 @@ import pytest
 from conftest import Rounds
 from integration.certificates import Certificate
 from integration.instance import Instance, eventually
-from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by, was_reset
+from integration.peers import TIMEOUT, Listener, TlsClient, served_by, was_reset
 
 from keyd import protocol
 from keyd.protocol import Operation, Request
 from titus_py.between import messages
 
-from .harness import infected, make_certificate, one_more_connection, take_over
+from .harness import infected, one_more_connection, take_over
 from .infected_fork_server import random_message
 
 #: So many at most from one worker, of which a channel's buffer takes a part.
@@ -30,17 +30,6 @@ FROM_ONE = 400
 def some(rounds: Rounds) -> int:
     """To each, by many workers: the first that makes no sense is a worker's last."""
     return rounds(enough=6_000, full=50_000)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 
 from titus_py.between.messages import Dial, Ends, Proxied
 
-from .harness import infected, make_certificate
+from .harness import infected
 
 BALANCERS = {"accept_proxy_from": ["127.0.0.0/8"]}
 LINE = b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\n"
@@ -44,11 +44,6 @@ class Backend:
         connection.settimeout(None)
         while octets := connection.recv(65536):
             connection.sendall(octets)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("authority"))
 
 
 @contextmanager

@@ -14,13 +14,8 @@ from integration.peers import TIMEOUT, Listener, TlsClient, was_reset
 
 from titus_py.between.client_identity import Identity
 
-from .harness import infected, make_certificate, take_over
+from .harness import infected, take_over
 from .infected_fork_server import IDENTITY
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="module")

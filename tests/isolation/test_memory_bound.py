@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from integration.certificates import Certificate
 from integration.instance import Instance, Process, eventually
-from integration.peers import Listener, TlsClient, Truncated, echo, served_by
+from integration.peers import Listener, TlsClient, Truncated
 from OpenSSL import SSL
 
 from titus_py.audit.instance import status
 
-from .harness import infected, make_certificate, one_more_connection
+from .harness import infected, one_more_connection
 
 MEBIBYTE = 1 << 20
 #: What the threat model says that a worker may take beyond what it begins with.
@@ -23,17 +23,6 @@ WITH_TABLES = 3 * 4096
 CONTROLLERS = Path("/sys/fs/cgroup")
 #: Whether they are of the first version of cgroups.
 FIRST_VERSION = (CONTROLLERS / "memory").is_dir()
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
-    return make_certificate(tmp_path)
-
-
-@pytest.fixture
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 def kibibytes(process: Process, *names: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from integration.certificates import Authority
 from integration.instance import Event, Instance, eventually
-from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
+from integration.peers import TIMEOUT, Listener, TlsClient
 
 from keyd.inspection.key_search import Needle, needles
 from keyd.inspection.occurrences import occurrences
@@ -33,12 +33,6 @@ T = TypeVar("T")
 def canary() -> str:
     """Recognized by any part of it that is long enough."""
     return "canary" + secrets.token_hex(20)
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 @pytest.fixture(scope="module", params=["RSA-2048", "P-256", "Ed25519"])

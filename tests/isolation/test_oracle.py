@@ -18,7 +18,7 @@ from integration.certificates import Authority, Certificate
 from integration.hellos import TLS12 as VERSION_12
 from integration.hellos import TLS13 as VERSION_13
 from integration.instance import Instance, free_port
-from integration.peers import Listener, echo, served_by
+from integration.peers import Listener
 
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
 from keyd.reference import key_id
@@ -33,12 +33,6 @@ ECDSA = SignatureScheme.ecdsa_secp256r1_sha256
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return Authority(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from integration.certificates import Certificate
 from integration.instance import Event, Instance, eventually, free_port
 from integration.peers import Listener, TlsClient, receive_all, served_by
 
-from .harness import infected, make_certificate, one_more_connection
+from .harness import infected, one_more_connection
 
 #: A worker that stays is ended after five times half_closed_timeout, which is 1 s here, or at the
 #: next look.
 ANSWER_SECONDS = 8.0
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
-    directory = tmp_path / "authority"
-    directory.mkdir()
-    return make_certificate(directory)
 
 
 def answer_for_long(connection: socket.socket) -> None:

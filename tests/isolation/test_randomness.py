@@ -17,20 +17,9 @@ import pytest
 from conftest import Rounds
 from integration.certificates import Certificate
 from integration.instance import Instance, Process, descendants
-from integration.peers import Listener, connect, echo, served_by
+from integration.peers import Listener, connect
 
-from .harness import infected, make_certificate
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    return make_certificate(tmp_path_factory.mktemp("authority"))
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
+from .harness import infected
 
 
 class Seen(NamedTuple):

@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from integration.certificates import Certificate
 from integration.instance import TITUS_PY, Instance, free_port, toml
-from integration.peers import TIMEOUT, Listener, TlsClient, echo, served_by
+from integration.peers import TIMEOUT, Listener, TlsClient
 from OpenSSL import SSL
 
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
@@ -32,12 +31,6 @@ TLS12 = (SSL.TLS1_2_VERSION, SSL.TLS1_2_VERSION)
 @pytest.fixture
 def certificate(tmp_path: Path) -> Certificate:
     return make_certificate(tmp_path, "RSA-2048")
-
-
-@pytest.fixture
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 class Recorded(NamedTuple):

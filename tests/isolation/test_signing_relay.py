@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives import serialization
 from integration.certificates import Certificate
 from integration.hellos import TLS12
 from integration.instance import Event, Instance, eventually, free_port
-from integration.peers import TIMEOUT, Listener, TlsClient, connect, echo, served_by, was_reset
+from integration.peers import TIMEOUT, Listener, TlsClient, connect, was_reset
 
 from keyd.protocol import MAX_REQUEST_OCTETS, Operation, Reply, Request, SignatureScheme, Status
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id
 from titus_py.supervisor.control_client import ask
 
-from .harness import Relay, infected, make_certificate
+from .harness import Relay, infected
 
 PER_PREFIX = 4
 LIMITED = {"unfinished": {"per_prefix": PER_PREFIX, "every": "1h"}}
@@ -36,17 +36,6 @@ LIMITED = {"unfinished": {"per_prefix": PER_PREFIX, "every": "1h"}}
 AS_GOOD_AS_OFF = {"unfinished": {"per_prefix": 1000, "every": "1h"}}
 #: Networks of this machine's: whom the attacker connects from, and others.
 ATTACKERS, ANOTHERS, ALARMING, HONEST = "127.1.1.1", "127.1.2.2", "127.1.4.4", "127.1.3.3"
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
-    return make_certificate(tmp_path)
-
-
-@pytest.fixture
-def backend() -> Iterator[Listener]:
-    with Listener.tcp() as listener, served_by(listener, echo):
-        yield listener
 
 
 def come_from(address: str, instance: Instance) -> socket.socket:

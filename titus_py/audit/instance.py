@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from titus_py.audit.sockets import tcp_lines
 from titus_py.configuration.address import IPAddress, canonical_ip
 
 __all__ = [
@@ -248,15 +249,9 @@ def holders(inodes: Iterable[int], processes: Iterable[Process]) -> dict[Process
 
 
 def _connections(port: int) -> Iterator[Connection]:
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
-        except FileNotFoundError:  # a kernel without IPv6
-            continue
-        for line in lines:
-            _, local, remote, state, *_, inode = line.split()[:10]
-            if state == _ESTABLISHED and int(local.partition(":")[2], 16) == port:
-                yield Connection(int(inode), _address(local), _address(remote))
+    for local, remote, state, inode in tcp_lines():
+        if state == _ESTABLISHED and int(local.partition(":")[2], 16) == port:
+            yield Connection(inode, _address(local), _address(remote))
 
 
 def _address(text: str) -> IPAddress:

@@ -9,15 +9,13 @@ import os
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from keyd.linux.namespaces import enter_network_namespace
+from titus_py.audit.network import in_network_of
 
-__all__ = ["Tcp", "Unix", "tcp_sockets", "unix_sockets", "unix_sockets_of"]
+__all__ = ["Tcp", "Unix", "tcp_lines", "tcp_sockets", "unix_sockets", "unix_sockets_of"]
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -51,6 +49,15 @@ class Unix(NamedTuple):
     listening: bool
 
 
+class TcpLine(NamedTuple):
+    """What proc_net_tcp(5) has of a socket: addresses with ports, and the state, in hexadecimal."""
+
+    local: str
+    remote: str
+    state: str
+    inode: int
+
+
 class Tcp(NamedTuple):
     """A TCP socket, by its ports."""
 
@@ -79,20 +86,7 @@ def unix_sockets() -> dict[int, Unix] | None:
 def unix_sockets_of(pid: int) -> dict[int, Unix]:
     """The unix sockets of this process's network namespace; none if it has ended."""
     found: dict[int, Unix] = {}
-
-    def look() -> None:
-        # A namespace is a thread's own: only this thread enters it, and it ends there.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                enter_network_namespace(descriptor)
-            finally:
-                os.close(descriptor)
-            found.update(unix_sockets() or {})
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
+    in_network_of(pid, lambda: found.update(unix_sockets() or {}))
     return found
 
 
@@ -122,9 +116,8 @@ def _attributes(octets: bytes) -> Iterator[tuple[int, bytes]]:
         octets = octets[max(length, _ATTRIBUTE.size) + 3 & ~3 :]
 
 
-def tcp_sockets() -> dict[int, Tcp]:
-    """This network namespace's TCP sockets by inode, except those that no process holds."""
-    found = {}
+def tcp_lines() -> Iterator[TcpLine]:
+    """Of every TCP socket of this network namespace."""
     for name in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
@@ -132,8 +125,15 @@ def tcp_sockets() -> dict[int, Tcp]:
             continue
         for line in lines:
             _, local, remote, state, *_, inode = line.split()[:10]
-            # No process holds a socket with inode 0, such as a connection in TIME_WAIT.
-            if inode != "0":
-                ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
-                found[int(inode)] = Tcp(state == _LISTEN, *ports)
+            yield TcpLine(local, remote, state, int(inode))
+
+
+def tcp_sockets() -> dict[int, Tcp]:
+    """This network namespace's TCP sockets by inode, except those that no process holds."""
+    found = {}
+    for local, remote, state, inode in tcp_lines():
+        # No process holds a socket with inode 0, such as a connection in TIME_WAIT.
+        if inode:
+            ports = (int(address.rpartition(":")[2], 16) for address in (local, remote))
+            found[inode] = Tcp(state == _LISTEN, *ports)
     return found

@@ -8,13 +8,11 @@ import fcntl
 import os
 import socket
 import struct
-import threading
-from contextlib import suppress
 
-from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.mounts import in_sight, mounts
+from titus_py.audit.network import in_network_of
 from titus_py.audit.observation import Observation, Scene
 
 __all__ = ["CHECKS"]
@@ -82,23 +80,14 @@ def _interfaces(pid: int) -> list[str]:
     found: list[str] = []
 
     def look() -> None:
-        # A namespace is a thread's own: only this thread enters it, and it ends there.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            descriptor = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                enter_network_namespace(descriptor)
-            finally:
-                os.close(descriptor)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-                for _, name in socket.if_nameindex():
-                    request = struct.pack("16sH22x", name.encode(), 0)
-                    answer = fcntl.ioctl(control, _SIOCGIFFLAGS, request)
-                    up = struct.unpack_from("16sH", answer)[1] & _IFF_UP
-                    found.append(f"{name}, {'up' if up else 'down'}")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            for _, name in socket.if_nameindex():
+                request = struct.pack("16sH22x", name.encode(), 0)
+                answer = fcntl.ioctl(control, _SIOCGIFFLAGS, request)
+                up = struct.unpack_from("16sH", answer)[1] & _IFF_UP
+                found.append(f"{name}, {'up' if up else 'down'}")
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
+    in_network_of(pid, look)
     return found
 
 

@@ -25,7 +25,6 @@ from contextlib import suppress
 
 import prctl
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -34,6 +33,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from OpenSSL import SSL
 
+from keyd.chain import UNREADABLE as OF_CERTIFICATES
 from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     become,
@@ -67,15 +67,8 @@ _LIMITS = {
 }
 _CERTIFICATES = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
 _PUBLIC_KEYS = ("PUBLIC KEY", "RSA PUBLIC KEY")
-#: What the library raises for what it cannot read.
-UNREADABLE = (
-    ValueError,
-    TypeError,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.UnsupportedGeneralNameType,
-)
+#: What the library raises for what it cannot read: keys as well as certificates.
+UNREADABLE = (*OF_CERTIFICATES, TypeError)
 _PRIVATE = (
     "has a private key in it, which is not read: name the file of its certificate, or take that "
     "out of it (openssl x509 -in FILE -out CERTIFICATE)"
