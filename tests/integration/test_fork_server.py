@@ -48,9 +48,9 @@ def change(tmp_path: Path) -> Iterator[Change]:
             )
             driver.write_text(
                 "import sys\n"
-                "from titus_py.supervisor import generation\n"
+                "from titus_py.supervisor import child\n"
                 "from titus_py.__main__ import main\n"
-                f"generation._PARENT = ({str(parent)!r},)\n"
+                f"child._PARENT = ({str(parent)!r},)\n"
                 "sys.exit(main())\n"
             )
             program = tmp_path / "titus-py"

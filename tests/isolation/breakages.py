@@ -551,16 +551,18 @@ def supervisor_core_dumps(_: str) -> None:
 
 @breaks("environment", "parent", within="supervisor")
 def parent_environment(_: str) -> None:
-    from titus_py.supervisor import generation
 
-    _environment_of(generation._PARENT)
+    from titus_py.supervisor import child
+
+    _environment_of(child._PARENT)
 
 
 @breaks("environment", "keyd", within="supervisor")
 def keyd_environment(_: str) -> None:
-    from titus_py.supervisor import generation
 
-    _environment_of(generation._KEYD)
+    from titus_py.supervisor import child
+
+    _environment_of(child._KEYD)
 
 
 def _environment_of(program: tuple[str, ...]) -> None:
@@ -845,12 +847,12 @@ def main() -> int:
 
             prctl.set_no_new_privs = nothing
         from titus_py.__main__ import main as serve
-        from titus_py.supervisor import generation
+        from titus_py.supervisor import child
 
         if "keyd" in processes:
-            generation._KEYD = (__file__, "keyd", words, file)
+            child._KEYD = (__file__, "keyd", words, file)
         if processes & {"parent", "fork_server"}:
-            generation._PARENT = (__file__, "parent", words, file)
+            child._PARENT = (__file__, "parent", words, file)
         if "worker_no_new_privs" in names:
             worker_no_new_privs_supervisor()
         sys.argv = ["titus-py", *rest]

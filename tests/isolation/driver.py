@@ -13,7 +13,7 @@ from pathlib import Path
 
 from titus_py.__main__ import main
 from titus_py.configuration import checking
-from titus_py.supervisor import generation, renewals, unprivileged
+from titus_py.supervisor import child, renewals, unprivileged
 
 
 def infect_resolver(settings: str) -> None:
@@ -28,7 +28,7 @@ if __name__ == "__main__":
             checking._decrypted_for_others = lambda *_: iter(())
         elif what == "resolver":
             infect_resolver(settings)
-    generation._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))
+    child._PARENT = (str(Path(__file__).with_name("driven_parent.py")), sys.argv.pop(1))
     if sys.argv.pop(1) == "lasting":
         renewals._ENDS = frozenset()
     sys.exit(main())

@@ -15,8 +15,9 @@ from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import NoReport, complete_record, read_report
 from titus_py.configuration.certificate_table import load_seconds
+from titus_py.supervisor.child import ALIVE_SECONDS, Child
 from titus_py.supervisor.child_events import Said, Unintelligible, decode
-from titus_py.supervisor.generation import ALIVE_SECONDS, Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.lingering import hear_alarms, not_lingering
 from titus_py.supervisor.record import Event
 

@@ -6,7 +6,8 @@ about to. The others serve the connections that they have.
 
 from collections.abc import Iterator
 
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.child import Child
+from titus_py.supervisor.generation import Generation
 
 __all__ = ["Generations"]
 

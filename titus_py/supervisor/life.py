@@ -35,13 +35,14 @@ from titus_py.fork_server.confinement import TRANSPARENT_CAPABILITIES
 from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.child import ALIVE_SECONDS
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.control import Answer, Control
 from titus_py.supervisor.crippled_keyd import CrippledKeyd
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.exposition import exposition
 from titus_py.supervisor.filters import build_filters
-from titus_py.supervisor.generation import ALIVE_SECONDS, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.lending_socket import LendingSocket

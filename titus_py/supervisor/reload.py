@@ -14,10 +14,11 @@ from typing import TypeVar
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.checking import Checked, Served
 from titus_py.configuration.held_uids import Held
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.control import Answer
 from titus_py.supervisor.cut import Cut
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import CannotListen, Listeners

@@ -31,8 +31,9 @@ from titus_py.configuration.client_table import ClientFiles
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.configuration.lending import LentFacts
 from titus_py.configuration.tables import LentKey
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.control import Answer
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.lending_socket import Left as LendingSocketLeft
 from titus_py.supervisor.listeners import Listeners
 

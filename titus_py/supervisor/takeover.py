@@ -11,8 +11,9 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.address import Bindable
 from titus_py.configuration.certificate_table import load_seconds
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.children import START_SECONDS, Children
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.lending_socket import LendingSocket
 from titus_py.supervisor.listeners import Listeners

@@ -5,17 +5,20 @@ tunnel accepts less than before, all of its connections are ended, and are made 
 configuration.
 """
 
+from titus_py.between.tunnel_terms import TunnelTerms
+from titus_py.configuration import Tunnel
 from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.planning import tunnel_terms
 
 __all__ = ["stricter_tunnels"]
 
 
 def stricter_tunnels(earlier: Generation, serving: Generation) -> list[int]:
     """The numbers of tunnels of an earlier generation that accept less now, or are gone."""
-    now = {tunnel.listen: serving.tunnel_terms(tunnel) for tunnel in serving.configuration.tunnel}
+    now = {one.listen: terms for one, terms in _terms(serving)}
     found = []
-    for number, tunnel in enumerate(earlier.configuration.tunnel):
-        before, after = earlier.tunnel_terms(tunnel), now.get(tunnel.listen)
+    for number, (tunnel, before) in enumerate(_terms(earlier)):
+        after = now.get(tunnel.listen)
         if after is None or (
             (after.authorities and after.authorities != before.authorities)
             or (after.authorities and after.server_name != before.server_name)
@@ -24,3 +27,9 @@ def stricter_tunnels(earlier: Generation, serving: Generation) -> list[int]:
         ):
             found.append(number)
     return found
+
+
+def _terms(generation: Generation) -> list[tuple[Tunnel, TunnelTerms]]:
+    """Its tunnels, each with what it is to do."""
+    wanted = generation.configuration
+    return [(one, tunnel_terms(one, wanted, generation.checked)) for one in wanted.tunnel]

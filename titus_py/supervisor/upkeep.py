@@ -11,9 +11,10 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.cut import CLAIMS, Cut
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.lending_events import complete_refusal, since

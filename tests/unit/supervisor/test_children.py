@@ -20,8 +20,9 @@ from integration.peers import lingering
 from keyd.linux.descriptors import send_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import make_report
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.children import Children
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 
 OVER = {
     "event": "connection_over",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.supervisor.generation import Child
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.uid_blocks import free_block
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.supervisor.announced_audits import AnnouncedAudits
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.child_events import Unintelligible
-from titus_py.supervisor.generation import Child, Generation
+from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.upkeep import Upkeep
 
 NOBODY = cast(Child, None)

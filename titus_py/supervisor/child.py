@@ -1,0 +1,169 @@
+"""Keyd and the parent, as the supervisor's children: started, ordered, killed, buried.
+
+Run by the supervisor. They are started with execve(2), so that each begins with a clean address
+space. Beside its standard streams, each gets exactly the descriptors that its arguments and its
+plan name.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from keyd.linux.descriptors import send_descriptors
+from keyd.linux.process import how_ended, signals_held_back
+from keyd.linux.sealed import sealed_file
+from keyd.provider import openssl_configuration
+from titus_py.between.event_loop import Timer
+from titus_py.between.hand_over import KEYD_FD
+from titus_py.between.plan import Plan
+
+__all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
+
+#: How often the parent and keyd say that they are alive.
+ALIVE_SECONDS = 3.0
+#: The arguments with which Python starts each of them.
+_KEYD = ("-m", "keyd", "serve")
+_PARENT = ("-m", "titus_py.parent.life")
+#: A setting that pyOpenSSL has no call for (SSL_CONF_cmd(3)). Without resumption, a TLS 1.3
+#: ticket is of no use.
+_TLS_COMMANDS = "NumTickets = 0"
+
+
+class Child:
+    """A process that the supervisor started, and the supervisor's end of their socket.
+
+    ``process`` is only a pid if the supervisor's previous program started it (``succession``).
+    """
+
+    def __init__(
+        self, name: str, process: "subprocess.Popen[bytes] | int", end: socket.socket
+    ) -> None:
+        self.name = name
+        self.socket = end
+        self.pid = process if isinstance(process, int) else process.pid
+        #: While the child is starting: the timer that kills it if that takes too long.
+        self.patience: Timer | None = None
+        self.pidfd = os.pidfd_open(self.pid)
+        self.started = self.last_heard = time.monotonic()
+        self._process = process
+        #: Orders not sent yet, each with our own duplicates of its descriptors.
+        self._orders: deque[tuple[bytes, list[int]]] = deque()
+
+    def queue(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> bool:
+        """Queue an order for ``send_orders``; returns whether no other one waits."""
+        octets = json.dumps(order).encode()
+        self._orders.append((octets, [os.dup(descriptor) for descriptor in descriptors]))
+        return len(self._orders) == 1
+
+    def send_orders(self) -> bool:
+        """Send the orders that the child takes, without waiting; returns whether that was all.
+
+        A child that has gone or hangs is noticed elsewhere.
+        """
+        while self._orders:
+            octets, descriptors = self._orders[0]
+            try:
+                send_descriptors(self.socket, octets, descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+            self._drop_order()
+        return True
+
+    @property
+    def has_heard_all(self) -> bool:
+        """Whether no order waits to be sent."""
+        return not self._orders
+
+    def _drop_order(self) -> None:
+        for descriptor in self._orders.popleft()[1]:
+            os.close(descriptor)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def bury(self) -> str:
+        """Reap the child and close its descriptors; returns how it ended, in words."""
+        if isinstance(self._process, int):
+            code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        else:
+            code = self._process.wait()
+        while self._orders:
+            self._drop_order()
+        os.close(self.pidfd)
+        self.socket.close()
+        return how_ended(code)
+
+
+def start_keyd(
+    settings: dict[str, object], predecessor: socket.socket | None
+) -> tuple[Child, socket.socket]:
+    """Start keyd; returns it and the parent's end of its control socket. Raises OSError."""
+    parents_end, keyds_end = _socketpair()
+    settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
+    given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
+    if predecessor is not None:
+        given["predecessor-fd"] = predecessor.detach()
+    return _start("keyd", _KEYD, given), parents_end
+
+
+def start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
+    """Start the parent with this plan. It gets the socket ``keyd``. Raises OSError."""
+    milliseconds = int(plan.handshake_timeout * 1000)
+    channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
+    openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
+    given = {
+        "plan-fd": sealed_file("plan", plan.encode()),
+        "openssl-conf-fd": sealed_file("openssl.cnf", openssl_conf.encode()),
+    }
+    if keyd is not None:
+        given["keyd-fd"] = keyd.detach()
+    sockets = [listener.descriptor for listener in plan.listeners]
+    try:
+        return _start("parent", _PARENT, given, (*sockets, *plan.indexes))
+    finally:
+        for index in plan.indexes:
+            os.close(index)
+
+
+def _start(
+    name: str,
+    program: Sequence[str],
+    given: dict[str, int],
+    shared: Sequence[int] = (),
+) -> Child:
+    """Start a Python program. The descriptors in ``given`` are closed here: only it has them."""
+    ours, theirs = _socketpair()
+    ours.setblocking(False)
+    given = given | {"supervisor-fd": theirs.detach()}
+    arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
+    try:
+        # Only the supervisor tells it to end, so it must not hear signals to the whole unit.
+        with signals_held_back():
+            process = subprocess.Popen(
+                # -I (isolated): PYTHON* variables and the current directory are ignored.
+                [sys.executable, "-I", *program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={},
+                pass_fds=(*given.values(), *shared),
+                # If a parent is killed, the processes that it leaves are known by its session.
+                start_new_session=True,
+            )
+    finally:
+        for descriptor in given.values():
+            os.close(descriptor)
+    return Child(name, process, ours)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
