@@ -35,7 +35,6 @@ setup(
         ),
         extension("keyd.inspection.occurrences", "keyd/inspection/occurrences.c"),
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
-        extension("titus_py.worker.alerts", "titus_py/worker/alerts.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
         extension(
             "titus_py.worker.flow", "titus_py/worker/flow.c", "titus_py/worker/flow_module.c"

@@ -9,14 +9,14 @@ from integration.instance import Instance, free_port
 from integration.peers import Listener, echo, served_by
 from integration.test_cipher_suites import MOZILLA
 
-from .backends import flood
+from .backends import end_first, flood
 
 __all__ = ["certificates", "instance"]
 
 
 @pytest.fixture(scope="session")
 def certificate(certificates: Certificates) -> Certificate:
-    return certificates("RSA-2048", "localhost", "flood.localhost")
+    return certificates("RSA-2048", "localhost", "flood.localhost", "ended.localhost")
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,8 @@ def instance(
         served_by(echoing, echo),
         Listener.tcp() as flooding,
         served_by(flooding, flood),
+        Listener.tcp() as ending,
+        served_by(ending, end_first),
     ):
         vhost = {
             "certificate": certificate.certificate,
@@ -65,6 +67,7 @@ def instance(
                     {**vhost, "local_port": ports["mozilla"], "ciphers": MOZILLA},
                     {**vhost, "sni": ["localhost"]},
                     {**vhost, "sni": ["flood.localhost"], "backend": flooding.address},
+                    {**vhost, "sni": ["ended.localhost"], "backend": ending.address},
                     {**vhost, "sni": ["rsa.localhost"], **rsa},
                 ],
             )

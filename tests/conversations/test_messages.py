@@ -1,13 +1,15 @@
 """Messages of the handshake that are wrong, out of place or too many, and KeyUpdate anywhere."""
 
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from integration.instance import Instance
+from integration.test_pump import until_it_stands
 
-from .backends import FLOOD
-from .client import ALERT, DATA, HANDSHAKE, TLS12, TLS13, Client, Handshake, message
+from titus_py.worker.farewell import unread
+
+from .backends import FLOOD, HEARD
+from .client import ALERT, DATA, HANDSHAKE, TLS12, TLS13, Client, Closed, Handshake, message
 from .outcome import CLOSED, SERVED, Conversation, Converse, after_the_handshake, outcome
 
 UNEXPECTED_MESSAGE, DECODE_ERROR = "unexpected_message", "decode_error"
@@ -310,23 +312,50 @@ ALERTS = [
 ]  # fmt: skip
 
 
-def test_keys_are_updated_while_a_write_waits(instance: Instance) -> None:
-    """§4.6.3: in every part of it, with the server's records half sent; and both requests."""
+@pytest.fixture
+def flooded(instance: Instance) -> Iterator[Client]:
+    """A client that has not read yet, and for which there is more than there is room for."""
     with Client(
         instance.port, TLS13, server_name=b"flood.localhost", receive_buffer=4096
     ) as client:
         client.shake_hands()
-        client.fragment = 2
-        heard = bytearray()
-        for request in (1, 0, 1):
-            # It has begun to write, and there is no room for all of it.
-            client.socket.recv(2000, socket.MSG_PEEK | socket.MSG_WAITALL)
+        until_it_stands(lambda: unread(client.socket))
+        yield client
+
+
+@pytest.mark.parametrize("fragment", [2, 1 << 14], ids=["in pieces", "whole"])
+@pytest.mark.parametrize("requests", [(1, 0), (1, 1), (0, 1), 20 * (1,)], ids=str)
+def test_keys_are_updated_while_a_write_waits(
+    flooded: Client, requests: Sequence[int], fragment: int
+) -> None:
+    """§4.6.3: with the server's records half sent, in every part of a message."""
+    flooded.fragment = fragment
+    for request in requests:
+        flooded.update_keys(request)
+    heard = flooded.receive(len(FLOOD) // 2)
+    flooded.update_keys(1)
+    heard += flooded.receive(len(FLOOD) - len(heard))
+    assert heard == FLOOD
+    # Several may be answered by one.
+    assert 1 <= flooded.updates_heard <= sum(requests) + 1
+
+
+@pytest.mark.parametrize("requests", [(1, 0), (1, 1), 20 * (1,)], ids=str)
+def test_keys_are_updated_after_the_servers_close_notify(
+    instance: Instance, requests: Sequence[int]
+) -> None:
+    """§6.1: that is the end of one direction. An answer could not follow it."""
+    with Client(instance.port, TLS13, server_name=b"ended.localhost") as client:
+        client.shake_hands()
+        assert client.hear_record() == (ALERT, b"\1\0")
+        for number, request in enumerate(requests):
             client.update_keys(request)
-            heard += client.receive(len(FLOOD) // 8)
-        heard += client.receive(len(FLOOD) - len(heard))
-        assert bytes(heard) == FLOOD
-        # Both may be answered by one.
-        assert 1 <= client.updates_heard <= 2
+            client.record(DATA, b"data %d, " % number)
+        client.record(ALERT, b"\1\0")
+        data = b"".join(b"data %d, " % number for number in range(len(requests)))
+        assert HEARD.get(timeout=10) == data
+        with pytest.raises(Closed):
+            client.hear_record()
 
 
 @pytest.mark.parametrize("row", PLACES + MESSAGES, ids=str)

@@ -27,7 +27,7 @@ if sys.argv[1]:
 
 from cryptography.hazmat.bindings import _rust
 from OpenSSL import SSL
-from OpenSSL._util import ffi
+from OpenSSL._util import ffi, lib
 
 from titus_py.worker import flow
 
@@ -35,14 +35,15 @@ MUCH = random.Random(1).randbytes(3 << 20)
 _NAMES = {
     getattr(flow, name): name
     for name in (
-        *("STOOD_STILL", "UNUSUAL", "CLIENT_ENDED", "BACKEND_ENDED"),
-        *("NOT_READ", "NOT_WRITTEN", "NOT_SENT", "NOT_RECEIVED"),
+        *("STOOD_STILL", "CLIENT_ENDED", "CLIENT_TRUNCATED", "BACKEND_ENDED"),
+        *("ALL_TO_BACKEND", "ALL_TO_CLIENT", "CLIENT_FAILED", "NOT_DECRYPTED", "NOT_ENCRYPTED"),
+        *("NOT_FROM_CLIENT", "NOT_TO_CLIENT", "NOT_FROM_BACKEND", "NOT_TO_BACKEND"),
     )
 }
 flow.use(
     *(
         int(ffi.cast("uintptr_t", ffi.addressof(_rust._openssl.lib, name)))
-        for name in ("SSL_read", "SSL_write", "SSL_get_error", "SSL_pending")
+        for name in ("SSL_read", "SSL_write", "SSL_get_error", "BIO_read", "BIO_write")
     )
 )
 
@@ -89,28 +90,35 @@ class Between:
         self._tls.do_handshake()
         for side in (client, self.backend):
             side.setblocking(False)
-        self.buffers = memoryview(bytearray(1 << 18)), memoryview(bytearray(1 << 18))
-        self.counts = number(), number()
-        self.rests = self.buffers[0][:0], self.buffers[1][:0]
-        self.open = [True, True]
+        bios = [lib.BIO_new(lib.BIO_s_mem()) for _ in range(2)]
+        lib.SSL_set_bio(self._tls._ssl, *bios)
+        self._in_memory = tuple(
+            int(ffi.cast("uintptr_t", each)) for each in (self._tls._ssl, *bios)
+        )
+        #: To the backend, to the client, encrypted.
+        self.buffers = [memoryview(bytearray(size)) for size in (1 << 18, 1 << 18, 132 << 10)]
+        self.counts = [number() for _ in range(3)]
+        self.rests = [buffer[:0] for buffer in self.buffers]
+        self.states = [flow.OPEN, flow.OPEN]
+        self.allowance = 1 << 40
 
     def run(self, patience: int = 10_000) -> list[object]:
         """What happened, whether a side was ready, and how much is still to be passed on."""
-        up, down = zip(self.buffers, self.rests, self.counts, self.open, strict=True)
-        happened, woken, self.result, self.number, *rests = flow.run(
-            int(ffi.cast("uintptr_t", self._tls._ssl)),
+        up, down, encrypted = zip(self.buffers, self.rests, self.counts, strict=True)
+        happened, woken, self.result, self.number, *self.rests, self.allowance = flow.run(
+            self._in_memory,
             self.client.fileno(),
             self.backend.fileno(),
             patience,
-            up,
-            down,
+            (*up, self.states[0]),
+            (*down, self.states[1]),
+            encrypted,
+            self.allowance,
         )
-        self.rests = rests[0], rests[1]
-        return [_NAMES[happened], woken, *map(len, rests)]
+        return [_NAMES[happened], woken, *map(len, self.rests)]
 
     def why(self) -> str:
         """The exception that pyOpenSSL makes of the call that failed."""
-        ffi.errno = self.number
         try:
             self._tls._raise_ssl_error(self._tls._ssl, self.result)
         except SSL.Error as error:
@@ -124,6 +132,7 @@ class Between:
         return said
 
     def counted(self) -> list[int]:
+        """From the client, to it, and what is encrypted and not sent."""
         return [count[0] for count in self.counts]
 
 
@@ -199,7 +208,7 @@ def a_backend_that_takes_nothing() -> list[object]:
 
 def a_clients_end_of_file() -> list[object]:
     between = Between(lambda client, backend: client.sock_shutdown(socket.SHUT_WR))
-    return [between.run(), between.why()]
+    return [between.run(), between.run(1)]
 
 
 def a_client_that_hangs_up() -> list[object]:
@@ -216,7 +225,7 @@ def a_client_that_hangs_up() -> list[object]:
     hung_up = select.poll()
     hung_up.register(between.client, 0)
     hung_up.poll(10_000)
-    between.open[1] = False
+    between.states[1] = flow.OVER
     found = between.run()
     between.backend.shutdown(socket.SHUT_WR)
     return [found, between.heard(), between.counted()]
@@ -239,7 +248,35 @@ def a_backends_end_of_file() -> list[object]:
         return client.recv(100).decode()
 
     between = Between(play)
-    return [between.run(), between.heard(), between.counted(), len(between.backend.recv(100))]
+    found = between.run()
+    between.states[1] = flow.ENDING
+    return [found, between.run(), between.heard(), between.counted()]
+
+
+def what_a_backend_may_still_say() -> list[object]:
+    """So much of it, and no more."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> str:
+        backend.sendall(b"the last, and more")
+        return client.recv(100).decode()
+
+    between = Between(play)
+    between.allowance = 8
+    while between.counted() != [0, 8, 0]:
+        found = between.run(100)
+    return [found[0], between.heard(), between.allowance, len(between.backend.recv(100))]
+
+
+def a_client_that_is_gone() -> list[object]:
+    def play(client: SSL.Connection, backend: socket.socket) -> None:
+        client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client._socket.close()
+
+    between = Between(play)
+    found = between.run()
+    error = between.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    between.backend.close()
+    return [found, error]
 
 
 def a_backends_reset() -> list[object]:
@@ -252,10 +289,8 @@ def a_backends_reset() -> list[object]:
 
     between = Between(play)
     found = between.run()
-    # Nothing has taken the error away.
-    error = between.backend.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     between.client.close()
-    return [found, error]
+    return [found, between.number]
 
 
 def nobody_says_anything() -> list[object]:
@@ -266,7 +301,7 @@ def nobody_says_anything() -> list[object]:
             client.recv(100)
 
     between = Between(play)
-    while between.counted() != [4, 0]:
+    while between.counted() != [4, 0, 0]:
         first = between.run(100)
     found: list[object] = [first, between.run(1)]
     between.client.close()
@@ -282,30 +317,31 @@ def a_direction_that_has_ended() -> list[object]:
         return client.recv(100).decode()
 
     between = Between(play)
-    between.open[0] = False
-    while between.counted() != [0, 6]:
+    between.states[0] = flow.OVER
+    while between.counted() != [0, 6, 0]:
         found = between.run(100)
     return [found[0], between.heard(), between.counted()]
 
 
 def what_is_no_buffer() -> list[object]:
     between = Between(lambda client, backend: None)
-    good = between.buffers, between.rests, between.counts
     found: list[object] = []
-    small, elsewhere = memoryview(bytearray(16_383)), memoryview(bytearray(1 << 18))
-    for buffers, rests, counts in (
-        ((small, good[0][1]), (small[:0], good[1][1]), good[2]),
-        (good[0], (elsewhere[:1], good[1][1]), good[2]),
-        (good[0], good[1], (memoryview(bytearray(4)), good[2][1])),
-    ):
-        between.buffers, between.rests, between.counts = buffers, rests, counts
-        try:
-            between.run(1)
-        except ValueError as error:
-            found.append(str(error))
-    between.buffers, between.rests, between.counts = good
+    small, elsewhere = memoryview(bytearray(65_535)), memoryview(bytearray(1 << 18))
+    for which in range(3):
+        for attribute, wrong in (
+            ("buffers", small),
+            ("rests", elsewhere[:1]),
+            ("counts", memoryview(bytearray(4))),
+        ):
+            good = getattr(between, attribute)
+            setattr(between, attribute, [*good[:which], wrong, *good[which + 1 :]])
+            try:
+                between.run(1)
+            except ValueError as error:
+                found.append(str(error))
+            setattr(between, attribute, good)
     between.heard()
-    return [found, between.run()[0] in ("NOT_READ", "BACKEND_ENDED")]
+    return [found, between.run()[0] in ("CLIENT_TRUNCATED", "BACKEND_ENDED")]
 
 
 print(json.dumps({thing: globals()[thing]() for thing in sys.argv[2:]}))

@@ -16,18 +16,25 @@ _SOURCES = ["titus_py/worker/flow.c", "titus_py/worker/flow_module.c"]
 _MUCH = 3 << 20
 _NO_BUFFER = "not a buffer, a part of it, and a count"
 EXPECTED: dict[str, list[object]] = {
-    "small_exchanges": [["CLIENT_ENDED", True, 0, 0], 50, [490, 990]],
-    "much_both_ways": [["CLIENT_ENDED", True, 0, 0], [True, True], [_MUCH, _MUCH]],
+    "small_exchanges": [["CLIENT_ENDED", True, 0, 0, 0], 50, [490, 990, 0]],
+    "much_both_ways": [["CLIENT_ENDED", True, 0, 0, 0], [True, True], [_MUCH, _MUCH, 0]],
     "a_backend_that_takes_nothing": [["STOOD_STILL", True], [True, True], ["STOOD_STILL", False]],
-    "a_clients_end_of_file": [["NOT_READ", True, 0, 0], "SysCallError"],
-    "a_client_that_hangs_up": [["CLIENT_ENDED", True, 0, 0], "the last", [8, 0]],
-    # What came before it is there.
-    "a_damaged_record": [["NOT_READ", True, 0, 0], "Error", None, [5, 0]],
-    "a_backends_end_of_file": [["BACKEND_ENDED", True, 0, 0], "the last", [0, 8], 0],
-    "a_backends_reset": [["UNUSUAL", False, 0, 0], 104],
-    "nobody_says_anything": [["STOOD_STILL", True, 0, 0], ["STOOD_STILL", False, 0, 0]],
-    "a_direction_that_has_ended": ["STOOD_STILL", "answer", [0, 6]],
-    "what_is_no_buffer": [[_NO_BUFFER] * 3, True],
+    "a_clients_end_of_file": [["CLIENT_TRUNCATED", True, 0, 0, 0]] * 2,
+    "a_client_that_hangs_up": [["CLIENT_ENDED", True, 0, 0, 0], "the last", [8, 0, 0]],
+    # What came before it is there, and an alert.
+    "a_damaged_record": [["NOT_DECRYPTED", True, 0, 0, 57], "Error", None, [5, 0, 0]],
+    "a_backends_end_of_file": [
+        ["BACKEND_ENDED", True, 0, 0, 0],
+        ["ALL_TO_CLIENT", False, 0, 0, 0],
+        "the last",
+        [0, 8, 0],
+    ],
+    "what_a_backend_may_still_say": ["STOOD_STILL", "the last", 0, 10],
+    "a_client_that_is_gone": [["CLIENT_FAILED", True, 0, 0, 0], 104],
+    "a_backends_reset": [["NOT_FROM_BACKEND", True, 0, 0, 0], 104],
+    "nobody_says_anything": [["STOOD_STILL", True, 0, 0, 0], ["STOOD_STILL", False, 0, 0, 0]],
+    "a_direction_that_has_ended": ["STOOD_STILL", "answer", [0, 6, 0]],
+    "what_is_no_buffer": [[_NO_BUFFER] * 9, True],
 }
 
 

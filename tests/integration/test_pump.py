@@ -1,25 +1,18 @@
 """What happens on one side of a connection is what happens on the other."""
 
 import ctypes
-import itertools
 import os
 import random
-import select
 import socket
 import ssl
-import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from OpenSSL import SSL
 
 from .conftest import Serve
@@ -28,7 +21,6 @@ from .peers import (
     Listener,
     TlsClient,
     Truncated,
-    connect,
     receive_all,
     receive_exactly,
     reset,
@@ -532,72 +524,6 @@ def test_the_end_of_the_handshake_is_acknowledged_at_once(in_front_of_echo: Inst
             assert client.recv(16) == b"request"
             waited.append(time.monotonic() - begun)
     assert min(waited) < 0.02
-
-
-def test_a_key_update_in_two_parts_while_a_write_waits(
-    instance: Instance, listener: Listener
-) -> None:
-    """OpenSSL's own clients send it whole; where it is not, nothing may be sent twice."""
-    sent = random.Random(1).randbytes(24 << 20)
-    secrets: dict[str, bytes] = {}
-
-    def keep(_: object, line: bytes) -> None:
-        label, _, secret = line.decode().split()
-        secrets[label] = bytes.fromhex(secret)
-
-    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    context.set_tls13_ciphersuites(b"TLS_AES_128_GCM_SHA256")
-    context.set_keylog_callback(keep)
-    with connect(instance.port, receive_buffer=16384) as plain:
-        plain.settimeout(None)
-        client = SSL.Connection(context, plain)
-        client.set_connect_state()
-        client.do_handshake()
-        with listener.accept() as connection:
-            feeder = threading.Thread(target=connection.sendall, args=[sent])
-            feeder.start()
-            # Nothing more fits in anywhere: a write waits, and is tried again between the parts.
-            time.sleep(0.5)
-            plain.setblocking(False)
-            record = _records(secrets["CLIENT_TRAFFIC_SECRET_0"])
-            plain.sendall(record(b"\x18\0\0\1"))
-            received = _all_there_is(client, plain)
-            assert len(received) < len(sent)
-            plain.sendall(record(b"\0"))
-            plain.setblocking(True)
-            while len(received) < len(sent):
-                received += client.recv(1 << 16)
-            feeder.join()
-    assert received == sent
-
-
-def _all_there_is(client: SSL.Connection, plain: socket.socket) -> bytes:
-    """What comes until nothing has for half a second."""
-    received = bytearray()
-    poll = select.poll()
-    poll.register(plain, select.POLLIN)
-    while client.pending() or poll.poll(500):
-        # A part of a record, perhaps.
-        with suppress(SSL.WantReadError):
-            received += client.recv(1 << 16)
-    return bytes(received)
-
-
-def _records(secret: bytes) -> Callable[[bytes], bytes]:
-    """Handshake records of a TLS 1.3 client with AES-128-GCM (RFC 8446 §5.2, §7.1)."""
-
-    def derived(label: bytes, length: int) -> bytes:
-        info = struct.pack("!HB", length, 6 + len(label)) + b"tls13 " + label + b"\0"
-        return HKDFExpand(hashes.SHA256(), length, info).derive(secret)
-
-    key, iv = AESGCM(derived(b"key", 16)), int.from_bytes(derived(b"iv", 12), "big")
-    numbers = itertools.count()
-
-    def record(content: bytes) -> bytes:
-        head = struct.pack("!BHH", 23, 0x0303, len(content) + 1 + 16)
-        return head + key.encrypt((iv ^ next(numbers)).to_bytes(12, "big"), content + b"\x16", head)
-
-    return record
 
 
 def test_small_writes_are_not_delayed_on_either_side(

@@ -24,7 +24,7 @@ from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next, touch
-from titus_py.worker.tls import negotiate_protocol, note_close_notify, reseed
+from titus_py.worker.tls import negotiate_protocol, reseed
 
 __all__ = ["MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
 
@@ -103,7 +103,6 @@ def _anonymous_context(method: int) -> SSL.Context:
     context = SSL.Context(method)
     context.set_max_proto_version(SSL.TLS1_2_VERSION)
     context.set_cipher_list(b"AECDH-AES128-SHA:@SECLEVEL=0")
-    note_close_notify(context)
     return context
 
 

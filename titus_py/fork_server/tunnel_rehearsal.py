@@ -21,7 +21,6 @@ from titus_py.worker.certificate_facts import public_key_id
 from titus_py.worker.client_context import make_client_context
 from titus_py.worker.life import Terms
 from titus_py.worker.server_certificate import ServerVerifier
-from titus_py.worker.tls import note_close_notify
 from titus_py.worker.tunnel import Conduit
 
 __all__ = ["rehearse_tunnel"]
@@ -36,7 +35,6 @@ def rehearse_tunnel(terms: Terms) -> None:
     server = SSL.Context(SSL.TLS_SERVER_METHOD)
     server.use_certificate(crypto.X509.from_cryptography(certificate))
     server.use_privatekey(crypto.PKey.from_cryptography_key(key))
-    note_close_notify(server)
     context = make_client_context("TLSv1.3", None)
     pin = public_key_id(certificate).hex()
     # A virtual host's context would ask keyd.

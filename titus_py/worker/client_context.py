@@ -12,7 +12,6 @@ from titus_py.worker.tls import (
     BUILT_IN_LEVEL,
     VERSIONS,
     Credentials,
-    note_close_notify,
     offered_suites,
     set_signature_schemes,
     use_credentials,
@@ -31,7 +30,6 @@ def make_client_context(
     context.set_cipher_list(":".join([*suites, f"@SECLEVEL={BUILT_IN_LEVEL}"]).encode())
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
-    note_close_notify(context)
     if alpn is not None:
         context.set_alpn_protos([name.encode() for name in alpn])
     if credentials is not None:

@@ -7,35 +7,57 @@
 enum happened {
 	/* Neither side was ready for as long as was to be waited. */
 	STOOD_STILL,
-	/* Something for Python to look at: nothing of it was taken away. */
-	UNUSUAL,
-	/* One has ended its stream; all that came before that is passed on, or still to be. */
+	/* By a signal. */
+	INTERRUPTED,
+	/* The client has ended its stream: with a close_notify, or with a FIN alone. */
 	CLIENT_ENDED,
+	CLIENT_TRUNCATED,
 	BACKEND_ENDED,
-	/* A call of this kind failed; of OpenSSL's, the result says how (SSL_get_error(3)). */
-	NOT_READ,
-	NOT_WRITTEN,
-	NOT_SENT,
-	NOT_RECEIVED,
+	/* All that came before such an end has been passed on. */
+	ALL_TO_BACKEND,
+	ALL_TO_CLIENT,
+	/* The client's socket has an error, and nothing was asked of it. */
+	CLIENT_FAILED,
+	/* A call of this kind has failed; of OpenSSL's, the result says how (SSL_get_error(3)). */
+	NOT_DECRYPTED,
+	NOT_ENCRYPTED,
+	NOT_FROM_CLIENT,
+	NOT_TO_CLIENT,
+	NOT_FROM_BACKEND,
+	NOT_TO_BACKEND,
 };
 
-/* One direction. What is still to be passed on is from begin to end. */
-struct way {
+/* What becomes of a direction. */
+enum state {
+	/* More may come. */
+	OPEN,
+	/* No more comes; what has come is still to be passed on. */
+	ENDING,
+	/* Nothing is passed on any more. */
+	OVER,
+};
+
+/* A buffer. What is still to be passed on is from begin to end. */
+struct buffer {
 	unsigned char *octets;
 	size_t size, begin, end;
-	/* How many octets have passed the TLS side: in the report, which others read. */
-	volatile uint64_t *count;
-	/* Whether more may come. */
-	bool open;
 };
 
 struct flow {
-	void *ssl;
+	/* An SSL, and its BIOs, which are in memory. */
+	void *ssl, *into_ssl, *from_ssl;
 	int client, backend;
-	struct way to_backend, to_client;
+	enum state up, down;
+	/* Plaintext in both directions, and what is encrypted and not sent yet. */
+	struct buffer to_backend, to_client, encrypted;
+	/* Octets of plaintext that came from the client and that were sent to it: in the report, which
+	 * others read. And those within what is encrypted. */
+	volatile uint64_t *from_client_count, *to_client_count, *encrypted_count;
+	/* How much may still be read from the backend. */
+	uint64_t allowance;
 	/* Whether a side was ready. */
 	bool woken;
-	/* The result of the call that failed, and its errno. */
+	/* The result of the call that has failed, and its errno. */
 	int result, number;
 };
 
@@ -44,7 +66,8 @@ struct openssl {
 	int (*read)(void *ssl, void *octets, int count);
 	int (*write)(void *ssl, const void *octets, int count);
 	int (*get_error)(const void *ssl, int result);
-	int (*pending)(const void *ssl);
+	int (*bio_read)(void *bio, void *octets, int count);
+	int (*bio_write)(void *bio, const void *octets, int count);
 };
 
 /* Until something else happens. patience: in milliseconds; a negative one has no end. */

@@ -6,7 +6,6 @@ client and one backend, both hostile. It trusts the parent and keyd. Whatever a 
 does to itself, only its own connection is affected.
 """
 
-import mmap
 import os
 import select
 import socket
@@ -26,7 +25,7 @@ from titus_py.between.hand_over import KEYD_FD, PARENT_FD, take
 from titus_py.between.messages import Client, Dial, Proxied, Ready, TlsFacts, Tunnel
 from titus_py.between.report import End, ReportWriter, State
 from titus_py.between.virtual_host import select as select_virtual_host
-from titus_py.worker import flow, transcript
+from titus_py.worker import transcript
 from titus_py.worker.client_hello import (
     Alert,
     ClientHello,
@@ -195,11 +194,7 @@ def touch(terms: Terms, parent: SocketType) -> None:
     group_name(connection)
     Dial(0, None).encode()
     counts = terms.report.from_client, terms.report.to_client
-    Pump(connection, parent, parent, counts, None, 0, False)
-    # Mapped, and not a bytearray: what is never written to takes no memory.
-    nothing = memoryview(mmap.mmap(-1, 1 << 14, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    closed_way = nothing, nothing[:0], counts[0], False
-    flow.run(0, -1, -1, 0, closed_way, closed_way)
+    Pump(connection, parent, parent, counts, None, 0, False).touch()
 
 
 def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[SocketType]] | None:

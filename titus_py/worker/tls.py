@@ -22,7 +22,7 @@ from OpenSSL._util import ffi, lib
 from keyd.linux.sealed import sealed_file
 from keyd.provider import provider_path
 from titus_py.between.virtual_host import TlsSettings
-from titus_py.worker import alerts, transcript
+from titus_py.worker import transcript
 
 with warnings.catch_warnings():
     # It is deprecated for making random numbers. Here it is only used for reseeding.
@@ -46,7 +46,6 @@ __all__ = [
     "group_name",
     "make_context",
     "negotiate_protocol",
-    "note_close_notify",
     "offered_suites",
     "reseed",
     "security_level",
@@ -127,7 +126,8 @@ def make_context(credentials: Sequence[Credentials], settings: TlsSettings) -> S
     # The server's order holds (RFC 9325 §4.1), with one exception: a client that prefers ChaCha20
     # has no AES in its hardware, and gets ChaCha20.
     context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE | _PRIORITIZE_CHACHA)
-    note_close_notify(context)
+    # A client that leaves within the handshake hears no alert about that.
+    context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
     if settings.max_version == "TLSv1.3":
         hand_over_messages(context)
     if settings.alpn is not None:
@@ -144,17 +144,6 @@ def use_credentials(context: SSL.Context, credentials: Credentials) -> None:
     with as_path(credentials.key_reference) as path:
         context.use_privatekey_file(path)
     context.check_privatekey()
-
-
-def note_close_notify(context: SSL.Context) -> None:
-    """Have ``alerts`` note a close_notify, and OpenSSL take a mere end of file for one.
-
-    At an end of file, OpenSSL would otherwise send an alert and write no more, though only one
-    direction has ended.
-    """
-    context.set_options(SSL.OP_IGNORE_UNEXPECTED_EOF)
-    callback = ffi.cast("void (*)(SSL *, int, int)", alerts.CALLBACK)
-    lib.SSL_CTX_set_info_callback(context._context, callback)
 
 
 def hand_over_messages(context: SSL.Context) -> None:

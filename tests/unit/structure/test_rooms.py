@@ -56,7 +56,6 @@ FOR_WORKERS = {
     "titus_py.fork_server.out_of_memory",
     "titus_py.fork_server.rehearsal",
     "titus_py.worker",
-    "titus_py.worker.alerts",
     "titus_py.worker.client_hello",
     "titus_py.worker.ends",
     "titus_py.worker.farewell",
