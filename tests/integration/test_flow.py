@@ -20,7 +20,12 @@ EXPECTED: dict[str, list[object]] = {
     "much_both_ways": [["CLIENT_ENDED", True, 0, 0, 0], [True, True], [_MUCH, _MUCH, 0]],
     "a_backend_that_takes_nothing": [["STOOD_STILL", True], [True, True], ["STOOD_STILL", False]],
     "a_clients_end_of_file": [["CLIENT_TRUNCATED", True, 0, 0, 0]] * 2,
-    "a_client_that_hangs_up": [["CLIENT_ENDED", True, 0, 0, 0], "the last", [8, 0, 0]],
+    "a_client_that_hangs_up": [
+        ["CLIENT_ENDED", True, 8, 0, 0],
+        ["ALL_TO_BACKEND", True, 0, 0, 0],
+        "the last",
+        [8, 0, 0],
+    ],
     # What came before it is there, and an alert.
     "a_damaged_record": [["NOT_DECRYPTED", True, 0, 0, 57], "Error", None, [5, 0, 0]],
     "a_backends_end_of_file": [
