@@ -146,6 +146,8 @@ class Pump:
             raise MemoryError
         # It owns them now.
         lib.SSL_set_bio(self._client._ssl, *bios)
+        # An error that was left behind would be taken for one of the next call's.
+        lib.ERR_clear_error()
         ssl, into, out_of = (
             int(ffi.cast("uintptr_t", each)) for each in (self._client._ssl, *bios)
         )
