@@ -1,17 +1,13 @@
 """Octets passed on in C, between OpenSSL and a socket: as installed, and under sanitizers."""
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
-from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
+
+from .sanitized import said_by, sanitized
 
 _PROGRAM = Path(__file__).with_name("passing_octets_on.py")
-_REPOSITORY = Path(__file__).parents[2]
 _SOURCES = ["titus_py/worker/flow.c", "titus_py/worker/flow_module.c"]
 _MUCH = 3 << 20
 _NO_BUFFER = "not a buffer, a part of it, and a count"
@@ -48,36 +44,17 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The one to look at; None: the installed one."""
     if request.param == "as installed":
         return None
-    output = tmp_path_factory.mktemp("sanitized") / "flow.so"
-    include = sysconfig.get_path("include")
-    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", *SANITIZE, f"-I{include}"]
-    subprocess.run([*command, "-shared", "-o", output, *_SOURCES], check=True, cwd=_REPOSITORY)
-    return output
+    return sanitized(tmp_path_factory.mktemp("sanitized") / "flow.so", *_SOURCES)
 
 
 @pytest.fixture(scope="session")
 def found(build: Path | None) -> dict[str, object]:
     """What the program says. All is done by one process: most of its time is its start."""
-    done = subprocess.run(
-        [sys.executable, _PROGRAM, build or "", *EXPECTED],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=_REPOSITORY,
-        env={**os.environ, "PYTHONPATH": ".", **(preload_sanitizer() if build else {})},
-        timeout=60,
-    )
-    check_sanitizer(done.stderr)
-    assert done.returncode == 0, done.stderr
-    what: dict[str, object] = json.loads(done.stdout)
+    said = said_by(_PROGRAM, build or "", *EXPECTED, preload=build is not None)
+    what: dict[str, object] = json.loads(said)
     return what
 
 
 @pytest.mark.parametrize("thing", EXPECTED)
 def test_flow(found: dict[str, object], thing: str) -> None:
     assert found[thing] == EXPECTED[thing]
-
-
-def test_the_sanitizer_is_there(build: Path | None) -> None:
-    """The control."""
-    assert build is None or b"__asan_report" in build.read_bytes()

@@ -7,22 +7,18 @@ an address in one of them is of anything is the caller's affair.
 
 import errno
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
 
 from keyd.linux.calls import NUMBERS
 from keyd.linux.process import Call, encode
 
+from .sanitized import said_by, sanitized
+
 _PROGRAM = Path(__file__).with_name("making_children.py")
-_REPOSITORY = Path(__file__).parents[2]
 #: Of each extension.
 _SOURCES = {
     "calls": ["keyd/linux/calls.c"],
@@ -61,33 +57,13 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "as installed":
         return []
     directory = tmp_path_factory.mktemp("sanitized")
-    include = sysconfig.get_path("include")
-    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", *SANITIZE, f"-I{include}"]
-    for name, sources in _SOURCES.items():
-        output = str(directory / f"{name}.so")
-        subprocess.run([*command, "-shared", "-o", output, *sources], check=True, cwd=_REPOSITORY)
-    return [directory / f"{name}.so" for name in _SOURCES]
+    return [sanitized(directory / f"{name}.so", *sources) for name, sources in _SOURCES.items()]
 
 
 @pytest.mark.parametrize("thing", EXPECTED)
 def test_forking(build: list[Path], thing: str) -> None:
-    done = subprocess.run(
-        [sys.executable, _PROGRAM, thing, *build],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=_REPOSITORY,
-        env={**os.environ, "PYTHONPATH": ".", **(preload_sanitizer() if build else {})},
-        timeout=60,
-    )
-    check_sanitizer(done.stderr)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == EXPECTED[thing]
-
-
-def test_the_sanitizer_is_there(build: list[Path]) -> None:
-    """The control."""
-    assert all(b"__asan_report" in one.read_bytes() for one in build)
+    said = said_by(_PROGRAM, thing, *build, preload=bool(build))
+    assert json.loads(said) == EXPECTED[thing]
 
 
 @given(st.sampled_from([*NUMBERS]), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6))

@@ -1,18 +1,16 @@
 """Immortal objects: as installed, and under sanitizers; and without them where Python has none."""
 
 import json
-import os
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
-from provider.support import SANITIZE, check_sanitizer, preload_sanitizer
+
+from .sanitized import said_by, sanitized
 
 _PROGRAM = Path(__file__).with_name("immortals.py")
-_SOURCE = Path(__file__).parents[2] / "titus_py/fork_server/immortal.c"
+_SOURCE = "titus_py/fork_server/immortal.c"
 #: The objects that are looked at fill some 400 pages.
 _ALL_PAGES, _HARDLY_ANY = 350, 60
 
@@ -20,26 +18,10 @@ _ALL_PAGES, _HARDLY_ANY = 350, 60
 @pytest.fixture(scope="module", params=["as installed", "sanitized"])
 def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the program said of all that it tried."""
-    arguments, more = [], {}
+    built = []
     if request.param == "sanitized":
-        output = tmp_path_factory.mktemp("sanitized") / "immortal.so"
-        include = f"-I{sysconfig.get_path('include')}"
-        warnings = ("-std=c11", "-Wall", "-Wextra", "-Werror")
-        command = ["gcc", *warnings, "-fPIC", *SANITIZE, include, "-shared", "-o", str(output)]
-        subprocess.run([*command, str(_SOURCE)], check=True)
-        assert b"__asan_report" in output.read_bytes()
-        arguments, more = [output], preload_sanitizer()
-    done = subprocess.run(
-        [sys.executable, _PROGRAM, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **more},
-        timeout=60,
-    )
-    check_sanitizer(done.stderr)
-    assert (done.returncode, done.stderr) == (7, "")
-    return json.loads(done.stdout)
+        built = [sanitized(tmp_path_factory.mktemp("sanitized") / "immortal.so", _SOURCE)]
+    return json.loads(said_by(_PROGRAM, *built, preload=bool(built), code=7))
 
 
 def test_they_are_there_exactly_where_python_has_them(said: Any) -> None:
