@@ -16,9 +16,9 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from keyd import key_reader
+from keyd import helper, key_reader
 from keyd.confinement import (
     CannotLock,
     Confinement,
@@ -51,7 +51,6 @@ from keyd.status_page import StatusPage
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
 from keyd.token.keys import States, hear_first
-from keyd.upstream import command as upstream_command
 from keyd.words import say
 
 __all__ = ["main"]
@@ -148,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--orders-fd", type=int, required=True)
     make.set_defaults(run=_make)
 
-    token_options.add_command(commands)
-    upstream_command.add(commands)
+    helper.add_command(commands, "token", "keyd: a token's process", _mind)
+    helper.add_command(commands, "connect", "keyd: connecting to upstreams", _connect)
 
     own = commands.add_parser("serve")  # titus-py's: on inherited descriptors
     own.add_argument("--settings-fd", type=int, required=True)
@@ -372,6 +371,20 @@ def _make(arguments: argparse.Namespace) -> NoReturn:
     confine(Confinement(*(settings[key] for key in ("uid", "gid", "chroot", "must_lock"))))
     serve(orders)
     leave()
+
+
+def _mind(told: dict[str, Any], keyd: socket.socket) -> NoReturn:
+    # Imported here, as above.
+    from keyd.token.minder import mind
+
+    mind(told, keyd)
+
+
+def _connect(told: dict[str, Any], keyd: socket.socket) -> NoReturn:
+    # Imported here, as above.
+    from keyd.upstream.connector import connect
+
+    connect(told, keyd)
 
 
 def _check(arguments: argparse.Namespace) -> int:

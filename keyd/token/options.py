@@ -5,15 +5,10 @@ token``.
 """
 
 import argparse
-import json
 import os
-import socket
 from collections.abc import Callable
-from typing import Any, NoReturn
 
 from keyd.linux import seccomp
-from keyd.linux.sealed import read_all
-from keyd.linux.title import set_title
 from keyd.system_calls import NOT_FOR_MODULES, unknown_to_modules
 from keyd.token.keys import Token, TokenKey, rehearse_verifying
 from keyd.token.starting import Settings, user_named
@@ -21,7 +16,7 @@ from keyd.token.starting import start as start_processes
 from keyd.token.uri import SCHEME, BadUri, KeyUri, parse
 from keyd.words import say
 
-__all__ = ["SCHEME", "add", "add_command", "pin_files", "start"]
+__all__ = ["SCHEME", "add", "pin_files", "start"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -45,25 +40,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-network", action="store_true", help="let a token's module use the network"
     )
-
-
-def add_command(commands: Any) -> None:
-    """``keyd token``, which is keyd's own: on inherited descriptors."""
-    token = commands.add_parser("token")
-    token.add_argument("--settings-fd", type=int, required=True)
-    token.add_argument("--keyd-fd", type=int, required=True)
-    token.set_defaults(run=_token)
-
-
-def _token(arguments: argparse.Namespace) -> NoReturn:
-    # Imported here: keyd has no use for it.
-    from keyd.token.minder import mind
-
-    set_title("keyd-token", "keyd: a token's process")
-    settings = json.loads(read_all(arguments.settings_fd))
-    keyd = socket.socket(fileno=arguments.keyd_fd)
-    keyd.set_inheritable(False)
-    mind(settings, keyd)
 
 
 def pin_files(arguments: argparse.Namespace) -> frozenset[str]:

@@ -1,20 +1,16 @@
 """Starting the processes of tokens, one for each token.
 
-Run by keyd before it reads a key and before it gives anything up, and by ``keyd check``. What is
-started has its own memory (execve(2)), and of keyd's descriptors the one end of a socket.
+Run by keyd before it reads a key and before it gives anything up, and by ``keyd check``
+(``keyd.helper``).
 """
 
-import json
 import os
 import pwd
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from keyd.linux.process import signals_held_back
-from keyd.linux.sealed import sealed_file
+from keyd import helper
 from keyd.reference import public_key_of
 from keyd.token.keys import PublicKey, Token, TokenKey, rehearse_verifying
 from keyd.token.uri import KeyUri, check_module, parse
@@ -112,24 +108,4 @@ def _start(uris: list[KeyUri], settings: Settings) -> socket.socket:
         "network": settings.network,
         "filter": settings.filter,
     }
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    descriptor = sealed_file("token-settings", json.dumps(told).encode())
-    options = [f"--settings-fd={descriptor}", f"--keyd-fd={theirs.fileno()}"]
-    try:
-        with theirs, signals_held_back():
-            # Not waited for: it ends with keyd. It has a session of its own, so that a terminal's
-            # signals are not for it.
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-m", "keyd", "token", *options],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None if settings.may_speak else subprocess.DEVNULL,
-                env=dict(settings.environment),
-                pass_fds=(descriptor, theirs.fileno()),
-                start_new_session=True,
-            )
-    finally:
-        os.close(descriptor)
-    # Nobody waits for it, and Popen is not to say so.
-    process.returncode = 0
-    return ours
+    return helper.start("token", told, settings.environment, may_speak=settings.may_speak)
