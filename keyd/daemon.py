@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
-from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.descriptors import receive_if_any
 from keyd.linux.heap import share_one_heap
 from keyd.linux.unix_socket import has_ended
 from keyd.powers import Key
@@ -189,15 +189,10 @@ class Keyd:
                     _print_refusal(report)
 
         def hear() -> None:
-            try:
-                message, descriptors = receive_descriptors(
-                    control, MAX_CONTROL_OCTETS + 1, 1, socket.MSG_DONTWAIT
-                )
-            except BlockingIOError:
+            said = receive_if_any(control, MAX_CONTROL_OCTETS + 1, 1)
+            if said is None:
                 return
-            except ConnectionResetError:
-                # The parent ended with refusals unread. What it had sent is still there.
-                return
+            message, descriptors = said
             try:
                 ended = not message and has_ended(control)
                 order = None if ended else decode_control(message)

@@ -7,7 +7,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping
 
-from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.descriptors import receive_if_any
 from keyd.powers import Key
 from keyd.succession import MAX_ORDER_OCTETS, hand_over
 
@@ -29,14 +29,10 @@ class Orders:
 
     def hear(self) -> bool:
         """Carry out the next order; returns whether there will be no more."""
-        try:
-            octets, descriptors = receive_descriptors(
-                self._supervisor, MAX_ORDER_OCTETS, 1, socket.MSG_DONTWAIT
-            )
-        except BlockingIOError:
+        said = receive_if_any(self._supervisor, MAX_ORDER_OCTETS, 1)
+        if said is None:
             return False
-        except ConnectionResetError:
-            octets, descriptors = b"", []
+        octets, descriptors = said
         if not octets:
             # It has ended, and so will this process (PR_SET_PDEATHSIG).
             return True

@@ -10,15 +10,16 @@ from _socket import socketpair
 from collections.abc import Sequence
 from socket import (
     AF_UNIX,
-    CMSG_SPACE,
+    CMSG_LEN,
     MSG_CMSG_CLOEXEC,
+    MSG_DONTWAIT,
     SCM_RIGHTS,
     SOCK_SEQPACKET,
     SOL_SOCKET,
     SocketType,
 )
 
-__all__ = ["packet_pair", "receive_descriptors", "send_descriptors"]
+__all__ = ["packet_pair", "receive_descriptors", "receive_if_any", "send_descriptors"]
 
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
@@ -45,7 +46,24 @@ def receive_descriptors(
 
     An empty message is end of file. Raises OSError; BlockingIOError if it would block.
     """
+    # CMSG_SPACE would be rounded up, to room for one more.
     message, ancillary, _, _ = giver.recvmsg(
-        octets, CMSG_SPACE(count * _INT.size), flags | _CLOSE_ON_EXEC
+        octets, CMSG_LEN(count * _INT.size), flags | _CLOSE_ON_EXEC
     )
     return message, [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]
+
+
+def receive_if_any(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]] | None:
+    """The same without waiting; None if there is nothing yet. An error is end of file as well."""
+    for _ in range(2):
+        try:
+            return receive_descriptors(giver, octets, count, MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            # Told once, where the other end was closed with something unread. What had come from
+            # there is still to be read.
+            continue
+        except OSError:
+            break
+    return b"", []

@@ -20,7 +20,7 @@ from functools import partial
 
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.descriptors import receive_if_any
 from keyd.powers import KeyElsewhere, Told, Whole
 from keyd.protocol import SignatureScheme, Status
 from keyd.pss import PSSPublicKey
@@ -274,14 +274,10 @@ class Broker:
 
     def _hear_connector(self) -> bool:
         """Take a connection, or why there is none; returns whether that process has ended."""
-        try:
-            message, descriptors = receive_descriptors(
-                self._connector, MAX_MESSAGE_OCTETS, 2, socket.MSG_DONTWAIT
-            )
-        except BlockingIOError:
+        said = receive_if_any(self._connector, MAX_MESSAGE_OCTETS, 2)
+        if said is None:
             return False
-        except OSError:
-            message, descriptors = b"", []
+        message, descriptors = said
         known = message[:1] in (CONNECTED, FAILED) and len(message) > 1
         if not known or message[1] >= len(self._upstreams):
             for one in descriptors:
