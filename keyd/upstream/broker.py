@@ -278,16 +278,15 @@ class Broker:
         if said is None:
             return False
         message, descriptors = said
-        known = message[:1] in (CONNECTED, FAILED) and len(message) > 1
-        if not known or message[1] >= len(self._upstreams):
+        upstream = self._meant(message, descriptors)
+        if upstream is None:
             for one in descriptors:
                 os.close(one)
             why = "talks nonsense" if message else "has ended"
             say(f"upstreams cannot be connected to again: the process for that {why}")
             self._orphaned = True
             return True
-        upstream = self._upstreams[message[1]]
-        if message[:1] != CONNECTED:
+        if message[:1] == FAILED:
             upstream.why = f"cannot be connected to: {message[2:].decode(errors='replace')}"
         elif len(descriptors) == 2 and self._loop is not None:
             kind = socket.AF_UNIX, socket.SOCK_STREAM, 0
@@ -302,6 +301,21 @@ class Broker:
             upstream.why = "no descriptor was left for its connection: raise LimitNOFILE="
             self._tell_lost(upstream, served=False)
         return False
+
+    def _meant(self, message: bytes, descriptors: Sequence[int]) -> _Upstream | None:
+        """Which upstream the connector speaks of; None where it says what is not its to say.
+
+        It was told of every connection that has ended, and connects to nothing that is connected.
+        """
+        known = message[:1] in (CONNECTED, FAILED) and len(message) > 1
+        if not known or message[1] >= len(self._upstreams):
+            return None
+        upstream = self._upstreams[message[1]]
+        if message[:1] == FAILED:
+            fits = not descriptors
+        else:
+            fits = len(message) == 2 and all(map(_is_unix_stream, descriptors))
+        return upstream if fits and upstream.connection is None else None
 
     def _hear(self, upstream: _Upstream, connection: Connection) -> bool:
         """Take what an upstream has said; returns whether nothing more is heard of it."""
@@ -402,3 +416,13 @@ class Broker:
 
     def _too_late(self, asked: _Asked, upstream: _Upstream) -> str:
         return "; ".join([*asked.why, f"{upstream.name}: no answer in time"])[:_TOLD_CHARACTERS]
+
+
+def _is_unix_stream(descriptor: int) -> bool:
+    try:
+        one = socket.socket(fileno=descriptor)
+    except OSError:
+        return False
+    kind = one.family, one.type
+    one.detach()
+    return kind == (socket.AF_UNIX, socket.SOCK_STREAM)

@@ -3,11 +3,14 @@
 The test is the other host, and the process that connects to it. keyd's own loop is run by hand.
 """
 
+import os
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -486,6 +489,82 @@ def test_what_connects_to_upstreams_is_not_trusted(
     host.turn()
     assert "the process for that talks nonsense" in capsys.readouterr().err
     assert host.broker.news() is not None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("message", [CONNECTED, FAILED])
+def test_what_connects_says_nothing_of_what_is_connected(
+    host: Host, capsys: pytest.CaptureFixture[str], message: bytes, number: int
+) -> None:
+    """A second connection would take the first one's place, whose asks would be nobody's."""
+    lender = host.connect(number)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    ours, theirs = socket.socketpair()
+    host.opened.append(theirs)
+    with ours:
+        sent = [ours.fileno()] * 2 if message == CONNECTED else []
+        send_descriptors(host.connector, message + bytes((number,)), sent)
+    host.turn()
+    assert "the process for that talks nonsense" in capsys.readouterr().err
+    assert message == FAILED or theirs.recv(1) == b"", "keyd has closed it"
+    # The first one goes on, and ends as it would have.
+    lender.sign(*lender.asked())
+    host.signed(worker)
+    lender.end.close()
+    host.turn()
+    assert host.broker._upstreams[number].connection is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("message", [b"F\0why", b"X\0", b"C\2", b"C\0more"])
+def test_no_descriptor_stays_open_that_was_not_to_come(
+    host: Host, capsys: pytest.CaptureFixture[str], message: bytes, count: int
+) -> None:
+    ours, theirs = socket.socketpair()
+    host.opened.append(theirs)
+    with ours:
+        send_descriptors(host.connector, message, [ours.fileno()] * count)
+    host.turn()
+    assert "the process for that talks nonsense" in capsys.readouterr().err
+    assert theirs.recv(1) == b""
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "packets", "TCP"])
+def test_what_is_no_connection_is_not_taken_for_one(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    """A file, for one, cannot be waited for: keyd would end."""
+    with ExitStack() as opened:
+        one: Any
+        if kind == "file":
+            one = opened.enter_context((tmp_path / "file").open("wb"))
+        elif kind == "pipe":
+            one, other = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+            opened.enter_context(one)
+            opened.enter_context(other)
+        else:
+            family = socket.AF_INET if kind == "TCP" else socket.AF_UNIX
+            type_ = socket.SOCK_STREAM if kind == "TCP" else socket.SOCK_SEQPACKET
+            one = opened.enter_context(socket.socket(family, type_))
+        before = set(os.listdir("/proc/self/fd"))
+        send_descriptors(host.connector, CONNECTED + b"\0", [one.fileno()] * 2)
+        host.turn()
+        assert set(os.listdir("/proc/self/fd")) <= before
+    assert "the process for that talks nonsense" in capsys.readouterr().err
+    assert host.broker._upstreams[0].connection is None
+
+
+def test_one_descriptor_is_none(host: Host) -> None:
+    """keyd has reached its limit, or the process has sent one only."""
+    ours, theirs = socket.socketpair()
+    host.opened.append(theirs)
+    with ours:
+        send_descriptors(host.connector, CONNECTED + b"\0", [ours.fileno()])
+    host.turn()
+    assert theirs.recv(1) == b""
+    assert host.lost() == LOST + b"\0\0"
 
 
 def test_the_end_of_what_connects_is_said(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
