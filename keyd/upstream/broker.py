@@ -27,7 +27,7 @@ from keyd.pss import PSSPublicKey
 from keyd.reference import id_and_key_of
 from keyd.upstream.connection import Connection, Loop
 from keyd.upstream.connector import CONNECTED, FAILED, LOST, MAX_MESSAGE_OCTETS
-from keyd.upstream.messages import MAX_IN_FLIGHT, Answer, Ask, Greeting
+from keyd.upstream.messages import HEARD, MAX_IN_FLIGHT, Answer, Ask, Greeting
 from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from keyd.words import say
 
@@ -84,6 +84,8 @@ class _Upstream:
         self.greeted = False
         #: By id. One that is over is here until it is answered: the other end counts it as well.
         self.asks: dict[int, _Asked] = {}
+        #: When the first of them was asked, of those since it last had none.
+        self.asked_at = 0.0
         #: Whether the last ask that was due had no answer in time.
         self.slow = False
         self._begun = time.monotonic()
@@ -233,6 +235,8 @@ class Broker:
         asked.tried.append(upstream)
         if upstream.connection is None or not upstream.connection.send(ask.encode()):
             return None
+        if not upstream.asks:
+            upstream.asked_at = now
         upstream.asks[number] = asked
         asked.waits_for += 1
         asked.asked_at = now
@@ -324,6 +328,8 @@ class Broker:
         with self._lock:
             for one in said:
                 if isinstance(one, Greeting):
+                    if connection.send(HEARD):
+                        then.append(connection.flush)
                     then += self._greeted(upstream, one)
                 elif not self._answered(upstream, one, then):
                     connection.ended_for = "it answers what it was not asked"
@@ -400,7 +406,8 @@ class Broker:
         then = self._ask_kept()
         for upstream in self._upstreams:
             if upstream.connection is not None:
-                upstream.connection.look_at_clock()
+                asked_at = upstream.asked_at if upstream.asks else None
+                upstream.connection.look_at_clock(asked_at)
             for asked in list(upstream.asks.values()):
                 if now > asked.deadline + _OVERDUE_SECONDS and upstream.connection is not None:
                     upstream.connection.end("it leaves asks unanswered")

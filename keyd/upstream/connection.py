@@ -14,8 +14,9 @@ from typing import Protocol
 
 from keyd.protocol import Malformed
 from keyd.upstream.messages import (
+    BUSY_SECONDS,
     MAX_FROM_LENDER_OCTETS,
-    QUIET_SECONDS,
+    SILENCE_SECONDS,
     Answer,
     Assembler,
     Greeting,
@@ -26,8 +27,9 @@ __all__ = ["Connection", "Loop"]
 
 #: How much is heard at once; and how much may wait to be sent: several of the longest asks.
 _PIECE_OCTETS, _MOST_UNSENT_OCTETS = 65536, 2 * 1024 * 1024
-#: In seconds: how long a lender may take to say who it is, and how long it may then say nothing.
-_GREETING_SECONDS, _SILENCE_SECONDS = 10.0, 3 * QUIET_SECONDS
+#: In seconds: how long a lender may take to say who it is, and how long it may say nothing while
+#: it has something to answer.
+_GREETING_SECONDS, _MUTE_SECONDS = 10.0, 4 * BUSY_SECONDS
 #: How many greetings may come between two looks at the clock, about a second.
 _MOST_GREETINGS = 16
 
@@ -130,14 +132,20 @@ class Connection:
         self._busy = False
         self.flush()
 
-    def look_at_clock(self) -> None:
-        """About once a second: end a connection at whose other end nobody seems to be."""
+    def look_at_clock(self, asked: float | None) -> None:
+        """About once a second: end a connection at whose other end nobody seems to be.
+
+        ``asked`` is since when it has always had something to answer; None: it has nothing.
+        """
         self._greetings = 0
-        silent = time.monotonic() - self._heard
+        now = time.monotonic()
+        silent = now - self._heard
         if not self._greeted and silent > _GREETING_SECONDS:
             self.end(f"it has not said within {_GREETING_SECONDS:g} s which keys it has")
-        elif silent > _SILENCE_SECONDS:
-            self.end(f"it has said nothing for {_SILENCE_SECONDS:g} s")
+        elif silent > SILENCE_SECONDS:
+            self.end(f"it has said nothing for {SILENCE_SECONDS:g} s")
+        elif asked is not None and now - max(asked, self._heard) > _MUTE_SECONDS:
+            self.end(f"it leaves asks unanswered, and has said nothing for {_MUTE_SECONDS:g} s")
 
     def end(self, why: str) -> None:
         """Have the thread that hears it see its end. Under the lock."""

@@ -9,15 +9,19 @@ follows) and, integers in network byte order:
 =========  =========================================================================
 greeting   'G' version(1) n x key(32): from the lender, the keys that this borrower may use.
            The first message; sent again when they change, and when nothing else was sent for
-           ``QUIET_SECONDS``
+           ``QUIET_SECONDS``, or ``BUSY_SECONDS`` while there are asks without an answer
 ask        'A' id(8) deadline_ms(4) powers_mask(1) client_hello_length(4) client_hello and a
            request, as on a channel (``keyd.protocol``)
 answer     'R' id(8) and a reply, likewise
+heard      'H': from the borrower, for each greeting
 =========  =========================================================================
 
 ``id`` is the borrower's choice. It has at most ``MAX_IN_FLIGHT`` asks without an answer. Answers
 come in any order. ``deadline_ms`` is how long from now an answer is of use. ``powers_mask`` is what
 the borrower itself would allow for this client; ``client_hello`` is empty where nobody has seen it.
+
+A network that drops all packets tells neither end. So a greeting, and that it was heard, show each
+of them that the other one is there, also where nothing is asked.
 """
 
 import struct
@@ -38,6 +42,8 @@ from keyd.protocol import (
 )
 
 __all__ = [
+    "BUSY_SECONDS",
+    "HEARD",
     "MAX_BORROWERS",
     "MAX_DEADLINE_MS",
     "MAX_FROM_BORROWER_OCTETS",
@@ -46,11 +52,13 @@ __all__ = [
     "MAX_LENT_KEYS",
     "MAX_STRANGERS",
     "QUIET_SECONDS",
+    "SILENCE_SECONDS",
     "VERSION",
     "Answer",
     "Ask",
     "Assembler",
     "Greeting",
+    "decode_from_borrower",
     "decode_from_lender",
 ]
 
@@ -66,10 +74,17 @@ MAX_LENT_KEYS = 8192
 #: A lender that has nothing to say repeats its greeting: what is between the two ends no
 #: connection as idle, and the borrower sees when it has ended.
 QUIET_SECONDS = 10.0
+#: The same while it has something to answer: one that is slow is told from one that is gone.
+BUSY_SECONDS = 1.0
+#: How long either end may say nothing before the other one takes it for gone.
+SILENCE_SECONDS = 3 * QUIET_SECONDS
 #: The longest wait for an answer that may be asked for.
 MAX_DEADLINE_MS = 60_000
 
 _LENGTH = struct.Struct("!I")
+_HEARD = b"H"
+#: The whole message.
+HEARD = _LENGTH.pack(len(_HEARD)) + _HEARD
 _ASK = struct.Struct("!cQIBI")
 _ANSWER = struct.Struct("!cQ")
 
@@ -151,6 +166,11 @@ class Answer(NamedTuple):
 def decode_from_lender(message: bytes) -> Greeting | Answer:
     """Raises Malformed, saying what is wrong with the message."""
     return Greeting.decode(message) if message[:1] == b"G" else Answer.decode(message)
+
+
+def decode_from_borrower(message: bytes) -> Ask | None:
+    """None: it has heard a greeting. Raises Malformed, saying what is wrong with the message."""
+    return None if message == _HEARD else Ask.decode(message)
 
 
 class Assembler:

@@ -25,14 +25,18 @@ from keyd.transcript import Witnessed
 from keyd.upstream.borrower import Borrower
 from keyd.upstream.introduction import client_name, missing_octets
 from keyd.upstream.messages import (
+    BUSY_SECONDS,
     MAX_FROM_BORROWER_OCTETS,
     MAX_IN_FLIGHT,
     QUIET_SECONDS,
+    SILENCE_SECONDS,
     Answer,
     Ask,
     Assembler,
     Greeting,
+    decode_from_borrower,
 )
+from keyd.words import say
 
 __all__ = ["NOT_LENT", "Stream", "Streams"]
 
@@ -82,7 +86,9 @@ class Stream:
         self.borrower: Borrower | None = None
         self._header = b""
         self._assembler = Assembler(MAX_FROM_BORROWER_OCTETS)
-        self._begun = self._sent = time.monotonic()
+        self._begun = self._sent = self._heard = time.monotonic()
+        #: Whether something was received since the last ``tick``.
+        self._spoke = False
         #: Held while anything below is looked at.
         self._lock = threading.Lock()
         #: No thread reads it, and none will before ``_resume``.
@@ -92,6 +98,8 @@ class Stream:
         #: Too much was refused: nothing more is read before the next ``tick``.
         self._rests = False
         self._in_flight = 0
+        #: Greetings that the borrower has not said yet that it has heard.
+        self._greetings = 0
         self._unsent = bytearray()
 
     def fileno(self) -> int:
@@ -128,7 +136,10 @@ class Stream:
                 if not self._goes_on():
                     return None
                 if (message := self._assembler.next()) is not None:
-                    if (slow := self._take(Ask.decode(message))) is not None:
+                    ask = decode_from_borrower(message)
+                    if ask is None:
+                        self._greeting_heard()
+                    elif (slow := self._take(ask)) is not None:
                         return slow
                 elif more:
                     more = self._receive()
@@ -141,22 +152,32 @@ class Stream:
         return None
 
     def tick(self) -> None:
-        """About once a second: end it if there is no header in time, keep it from seeming idle.
+        """About once a second: end it if there is no header in time, or nobody at its other end.
 
-        And read on, if it has rested.
+        Greet, if it is quiet. And read on, if it has rested.
         """
-        now = time.monotonic()
+        now, gone = time.monotonic(), False
         with self._lock:
             if self._closed:
                 return
+            if self._spoke:
+                self._spoke, self._heard = False, now
             self._rests = False
             if not (self._unsent or self._leaves):
                 self._resume()
             if self.borrower is None:
                 if now - self._begun > _HEADER_SECONDS:
                     self._end()
-            elif now - self._sent > QUIET_SECONDS and not self._unsent:
-                self._send(Greeting(frozenset(self.borrower.grants)).encode())
+            elif now - self._heard > SILENCE_SECONDS:
+                gone = not self._ended
+                self._end()
+            elif not self._unsent:
+                quiet = BUSY_SECONDS if self._in_flight else QUIET_SECONDS
+                if now - self._sent > quiet:
+                    self._greet(self.borrower)
+        if gone:
+            name = self._borrower.name
+            say(f"a stream of {name} is ended: it has said nothing for {SILENCE_SECONDS:g} s")
 
     def leave(self) -> None:
         """Answer what was asked, take nothing more, and end."""
@@ -185,6 +206,7 @@ class Stream:
         if not octets:
             self._close()
             return False
+        self._spoke = True
         if not missing:
             self._assembler.add(octets)
             return len(octets) == _PIECE_OCTETS
@@ -197,8 +219,14 @@ class Stream:
             self._close()
             return False
         with self._lock:
-            self._send(Greeting(frozenset(self.borrower.grants)).encode())
+            self._greet(self.borrower)
         return True
+
+    def _greeting_heard(self) -> None:
+        with self._lock:
+            if not self._greetings:
+                raise Malformed("an answer to no greeting")
+            self._greetings -= 1
 
     def _take(self, ask: Ask) -> Callable[[], None] | None:
         came = time.monotonic()
@@ -282,6 +310,11 @@ class Stream:
             if not self._closed:
                 self._send(Answer(number, reply).encode())
                 self._end_if_done()
+
+    def _greet(self, borrower: Borrower) -> None:
+        """Holds the lock."""
+        self._greetings += 1
+        self._send(Greeting(frozenset(borrower.grants)).encode())
 
     def _send(self, octets: bytes) -> None:
         """Send, or keep for later what the kernel does not take. Holds the lock."""

@@ -10,7 +10,14 @@ from keyd.powers import Client, PrivateKey, perform
 from keyd.protocol import Reply, Status
 from keyd.reference import key_id
 from keyd.transcript import Witnessed
-from keyd.upstream.messages import MAX_FROM_BORROWER_OCTETS, Answer, Ask, Assembler, Greeting
+from keyd.upstream.messages import (
+    MAX_FROM_BORROWER_OCTETS,
+    Answer,
+    Ask,
+    Assembler,
+    Greeting,
+    decode_from_borrower,
+)
 
 __all__ = ["Lender", "lending"]
 
@@ -53,7 +60,9 @@ class Lender:
             while piece := connection.recv(65536):
                 assembler.add(piece)
                 for message in assembler.messages():
-                    ask = Ask.decode(message)
+                    ask = decode_from_borrower(message)
+                    if ask is None:
+                        continue
                     connection.sendall(Answer(ask.id, self._signed(ask)).encode())
 
     def _signed(self, ask: Ask) -> Reply:

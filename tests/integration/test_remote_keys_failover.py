@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,12 @@ from .tokens import scratch
 #: On the network: where the keys are, who borrows them, and who are the clients.
 KEY_HOSTS, PROXY, CLIENTS = (1, 2), 3, 4
 PORT, KEYS_PORT = 8443, 8444
+DROP_ALL = """
+table inet cut {
+    chain in { type filter hook input priority 0; policy drop; }
+    chain out { type filter hook output priority 0; policy drop; }
+}
+"""
 
 
 class Site(NamedTuple):
@@ -85,6 +92,7 @@ def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
                         "client": [{"name": "proxy-a", "spki": [pin(borrower)]}],
                     }
                 ],
+                "limits": {"half_closed_timeout": "1s"},
                 "keyd": {
                     "user": str(UIDS.take(1)[0]),
                     "lend": lend,
@@ -159,6 +167,46 @@ def test_the_first_host_is_cut_off_and_back(site: Site) -> None:
     finally:
         site.network.on(KEY_HOSTS[0], lambda: ip("link", "set", "eth0", "up"))
     eventually(first_is_asked, "the first one is asked again")
+
+
+def nft(rules: str) -> None:
+    subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+
+
+def test_all_packets_are_dropped_and_neither_end_is_told(site: Site) -> None:
+    """Both find out in a bounded time. TCP gives up after a quarter of an hour."""
+    first, there = site.keys[0], KEY_HOSTS[0]
+
+    def streams() -> int:
+        (one,) = status(first)["lending"]
+        return int(one["streams"])
+
+    def connections() -> int:
+        (generation,) = status(first)["generations"]
+        return int(generation["connections"])
+
+    def is_asked() -> bool:
+        before = [one["done"] for one in status(site.proxy)["upstreams"]]
+        assert site.network.on(CLIENTS, site.shake_hands)
+        return bool(status(site.proxy)["upstreams"][0]["done"] > before[0])
+
+    eventually(lambda: streams() == 1, "there is one stream")
+    eventually(is_asked, "the first one is asked")
+    site.network.on(there, lambda: nft(DROP_ALL))
+    try:
+        assert site.network.on(CLIENTS, site.shake_hands)
+        site.proxy.wait_for_event(
+            "upstream_unusable",
+            upstream=site.upstreams[0],
+            reason="it leaves asks unanswered, and has said nothing for 4 s",
+        )
+        assert states(site.proxy)[0] != "ready"
+        eventually(lambda: streams() == 0, "its place is free", 60)
+        eventually(lambda: connections() == 0, "nor is there its connection", 60)
+    finally:
+        site.network.on(there, lambda: nft("delete table inet cut"))
+    eventually(lambda: streams() == 1 and states(site.proxy)[0] == "ready", "it is back", 60)
+    eventually(is_asked, "the first one is asked again")
 
 
 def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None:

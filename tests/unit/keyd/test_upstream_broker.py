@@ -41,7 +41,14 @@ from keyd.upstream import broker as broker_module
 from keyd.upstream import connection as connection_module
 from keyd.upstream.broker import Broker
 from keyd.upstream.connector import CONNECTED, FAILED, LOST
-from keyd.upstream.messages import MAX_FROM_BORROWER_OCTETS, Answer, Ask, Assembler, Greeting
+from keyd.upstream.messages import (
+    MAX_FROM_BORROWER_OCTETS,
+    Answer,
+    Ask,
+    Assembler,
+    Greeting,
+    decode_from_borrower,
+)
 from keyd.upstream.state import ORPHANED, READY
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -58,6 +65,8 @@ class Lender:
     def __init__(self, end: socket.socket) -> None:
         self.end = end
         self._assembler = Assembler(MAX_FROM_BORROWER_OCTETS)
+        #: How many greetings were heard at the other end.
+        self.heard = 0
 
     def say(self, octets: bytes) -> None:
         self.end.sendall(octets)
@@ -70,7 +79,9 @@ class Lender:
         with suppress(BlockingIOError):
             while True:
                 self._assembler.add(self.end.recv(1_000_000, socket.MSG_DONTWAIT))
-        return [Ask.decode(message) for message in self._assembler.messages()]
+        said = list(map(decode_from_borrower, self._assembler.messages()))
+        self.heard += said.count(None)
+        return [one for one in said if one is not None]
 
     def sign(self, ask: Ask) -> None:
         signature = KEY.sign(ask.request.payload, ec.ECDSA(hashes.SHA256()))
@@ -464,6 +475,44 @@ def test_one_that_says_nothing_is_given_up(host: Host, monkeypatch: pytest.Monke
     monkeypatch.setattr(connection_module, "_GREETING_SECONDS", 0.0)
     host.look_at_clock()
     assert host.lost() == LOST + b"\0\0", "it was of no use"
+
+
+def test_each_greeting_is_answered(host: Host) -> None:
+    lender = host.connect(0)
+    for count in (1, 2, 3):
+        lender.lend()
+        host.turn()
+        assert (lender.asked(), lender.heard) == ([], count)
+
+
+@pytest.mark.usefixtures("hopeless")
+def test_one_that_has_something_to_answer_and_says_nothing_is_given_up(host: Host) -> None:
+    """As where the network drops all packets. It is connected to anew."""
+    first, second = host.connect(0), host.connect(1)
+    first.lend()
+    second.lend()
+    host.turn()
+
+    def four_seconds_pass() -> list[str]:
+        for upstream in host.broker._upstreams:
+            assert upstream.connection is not None
+            upstream.connection._heard -= 4.0
+            upstream.asked_at -= 4.0
+        return host.look_at_clock()
+
+    # It has nothing to say.
+    assert four_seconds_pass() == [READY, READY]
+    worker = host.request()
+    assert host.look_at_clock() == [READY, READY]
+    # It is slow, and there.
+    first.lend()
+    host.turn()
+    assert host.look_at_clock() == [READY, READY]
+    silent, other = four_seconds_pass()
+    assert (silent, other) == ("it leaves asks unanswered, and has said nothing for 4 s", READY)
+    assert host.lost() == LOST + b"\0\1"
+    second.sign(*second.asked())
+    host.signed(worker)
 
 
 @pytest.mark.usefixtures("hopeless")

@@ -32,6 +32,7 @@ from keyd.reference import key_id
 from keyd.upstream import stream as stream_module
 from keyd.upstream.lender import Lender
 from keyd.upstream.messages import (
+    HEARD,
     MAX_FROM_BORROWER_OCTETS,
     MAX_FROM_LENDER_OCTETS,
     MAX_IN_FLIGHT,
@@ -399,6 +400,8 @@ def test_a_health_check_is_nobodys_alarm(lending: Lending) -> None:
         (MAX_FROM_BORROWER_OCTETS + 1).to_bytes(4, "big"),
         b"\0\0\0\5nonse",
         Greeting(frozenset()).encode(),
+        # One more than there were greetings.
+        HEARD * 2,
     ],
 )
 def test_what_is_malformed_ends_the_stream(lending: Lending, octets: bytes) -> None:
@@ -431,6 +434,65 @@ def test_a_quiet_stream_is_greeted_again(lending: Lending, monkeypatch: pytest.M
     monkeypatch.setattr(stream_module, "QUIET_SECONDS", 0.0)
     assert list(lending.lender.tick()) == []
     assert isinstance(host.hear(), Greeting)
+
+
+def test_one_that_has_something_to_answer_shows_that_it_is_there(
+    lending: Lending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before a quiet one."""
+    host, idle = lending.host(), lending.host("proxy-b")
+    host.socket.sendall(ask(1, TOKEN_ID).encode())
+    until(lambda: IN_TOKEN.asked)
+    monkeypatch.setattr(stream_module, "BUSY_SECONDS", 0.0)
+    assert list(lending.lender.tick()) == []
+    assert isinstance(host.hear(), Greeting)
+    IN_TOKEN.answer()
+    assert host.answers(1)[1].status is Status.DONE
+    idle.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        idle.socket.recv(1)
+
+
+def test_one_that_says_nothing_loses_its_place(
+    lending: Lending, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the network drops all packets: the next stream of that host is taken."""
+    hosts = [lending.host() for _ in range(8)]
+    streams = lending.keyd.streams
+
+    def half_a_minute_passes() -> None:
+        for stream in list(streams.values()):
+            stream._heard -= stream_module.SILENCE_SECONDS
+        assert list(lending.lender.tick()) == []
+
+    # All have said who they are.
+    assert list(lending.lender.tick()) == []
+    hosts[0].socket.sendall(HEARD)
+    hosts[1].socket.sendall(ask().encode())
+    assert hosts[1].answers(1)[1].status is Status.DONE
+    until(lambda: sum(stream._spoke for stream in streams.values()) == 2)
+    half_a_minute_passes()
+    assert [host.hear() for host in hosts[2:]] == [None] * 6
+    until(lambda: len(streams) == 2)
+    said = "keyd: a stream of proxy-a is ended: it has said nothing for 30 s\n"
+    assert capsys.readouterr().err == said * 6
+    assert lending.host().ask(ask()).status is Status.DONE
+    for host in hosts[:2]:
+        assert host.ask(ask(2)).status is Status.DONE
+
+
+def test_one_that_takes_no_answers_and_says_nothing_loses_its_place(lending: Lending) -> None:
+    host = lending.host()
+    host.socket.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        for number in range(900):
+            host.socket.sendall(ask(number).encode())
+    (stream,) = lending.keyd.streams.values()
+    until(lambda: stream._unsent and not stream._in_flight)
+    list(lending.lender.tick())
+    stream._heard -= stream_module.SILENCE_SECONDS
+    list(lending.lender.tick())
+    until(lambda: not lending.keyd.streams)
 
 
 def test_who_does_not_take_answers_is_not_heard_and_holds_up_nobody(lending: Lending) -> None:
