@@ -336,6 +336,12 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
 def _sources(arguments: argparse.Namespace) -> KeySources:
     """The files, by whole paths: once keyd is confined, it has another current directory."""
     files = [key for key in arguments.key if not key.startswith(token_options.SCHEME)]
+    for key in files:
+        if (key == "upstream" or key.startswith("unix:")) and not os.path.lexists(key):
+            raise LookupError(
+                f"--key {key}: other hosts' keys are for a keyd that titus-py starts ([keyd] "
+                "upstream); this one has keys in files and in tokens"
+            )
     directory, passphrase_file = arguments.key_directory, arguments.passphrase_file
     return KeySources(
         tuple(map(os.path.abspath, files)),

@@ -655,6 +655,20 @@ def test_without_systemd_there_are_no_credentials(
 # --- not starting ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["upstream", "unix:/run/titus-py/keys-1.sock"])
+@pytest.mark.parametrize("command", ["listen", "control"])
+def test_it_has_no_key_of_another_host(command: str, key: str) -> None:
+    ended = subprocess.run(
+        [str(KEYD), command, "--key", key, "--lock-memory=try"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    expected = f"keyd: --key {key}: other hosts' keys are for a keyd that titus-py starts "
+    assert (ended.returncode, ended.stderr[: len(expected)]) == (1, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

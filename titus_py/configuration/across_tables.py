@@ -12,6 +12,7 @@ from titus_py.between.messages import MAX_VHOSTS
 from titus_py.configuration.address import Address, Bindable, IPAddress, NameAddress
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.mistake import Mistake, Source
+from titus_py.configuration.paths import UPSTREAM
 from titus_py.configuration.tables import (
     Backend,
     Credential,
@@ -189,9 +190,11 @@ def key_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:
         elif keyd.socket is not None:
             for field in ("key", "passphrase_file"):
                 if field in table:
+                    why = "not for this program to read"
+                    if table[field] == UPSTREAM:
+                        why = "no other host's: only a keyd that titus-py starts asks other hosts"
                     yield source.mistake(
-                        f"{place}.{field}",
-                        f"is not for this program to read: the keyd at {keyd.socket} has the keys",
+                        f"{place}.{field}", f"is {why}: the keyd at {keyd.socket} has the keys"
                     )
 
 

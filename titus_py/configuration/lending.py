@@ -33,6 +33,7 @@ __all__ = [
     "lending_in_company",
     "lending_mistakes",
     "lending_socket",
+    "lending_to_more",
     "lent_keys",
     "lent_to_nobody",
     "lent_with_its_own",
@@ -199,6 +200,33 @@ def lending_in_company(configuration: Configuration, source: Source) -> Iterator
 def _leads(backend: Address, lend: UnixAddress | None) -> bool:
     """Whether connections there come to keyd, by whatever path: what they carry, keyd believes."""
     return isinstance(backend, UnixAddress) and lend is not None and backend.leads_to(lend)
+
+
+def lending_to_more(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Warnings of what lets more come to keyd.lend than the hosts that keys are lent to.
+
+    Such a host shows a certificate of its own, by a tunnel, which keyd signs for in TLS 1.3 alone.
+    """
+    for i, vhost in enumerate(configuration.vhost):
+        lend = configuration.keyd.lend
+        settings = [key for key, backend in vhost.all_backends if _leads(backend, lend)]
+        if not settings:
+            continue
+        leads = f"{source.reference(f'vhost[{i}].{settings[0]}')} is keyd.lend"
+        if vhost.min_version != "TLSv1.3":
+            yield source.mistake(
+                f"vhost[{i}].min_version",
+                f"{leads}, and a titus-py that borrows keys speaks TLS 1.3 alone: TLS 1.2 is of "
+                'use to attackers: set "TLSv1.3"',
+            )
+        for j, client in enumerate(vhost.client):
+            if client.dns or client.uri or client.cn:
+                yield source.mistake(
+                    f"vhost[{i}].client[{j}]",
+                    f"{client.name}: {leads}, and whoever has an authority of client_ca vouch for "
+                    "this client's name has keyd sign as this client: know it by its key alone "
+                    "(spki)",
+                )
 
 
 def _meet(one: VirtualHost, other: VirtualHost) -> bool:

@@ -35,6 +35,7 @@ from titus_py.configuration.lending import (
     lending_in_company,
     lending_mistakes,
     lending_socket,
+    lending_to_more,
     lent_keys,
     lent_to_nobody,
 )
@@ -223,5 +224,6 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
         warnings += unreachable_upstreams(configuration, source)
         warnings += lent_to_nobody(configuration, source)
         warnings += lending_in_company(configuration, source)
+        warnings += lending_to_more(configuration, source)
     valid = None if mistakes else configuration
     return Loaded(source, valid, mistakes, warnings, credentials, of_clients, lent)

@@ -27,6 +27,7 @@ VHOST = {
     "key": '"site.key"',
     "backend": '"unix:lend.sock"',
     "client_certificates": '"required"',
+    "min_version": '"TLSv1.3"',
     "send_proxy": '"v2-tls-cert"',
 }
 KNOWN = f'[[vhost.client]]\nname = "a"\nspki = ["{PIN}"]\n'
@@ -207,6 +208,34 @@ def test_a_virtual_host_that_others_clients_can_reach(
     assert [one.partition(":")[0] for one in found] == (
         ["clients of vhost[1] come to the same address"] if warned else []
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "known", "expected"),
+    [
+        ('"TLSv1.3"', KNOWN, []),
+        ('"TLSv1.2"', KNOWN, ["vhost[0].min_version: vhost for any name: backend (line "]),
+        (None, KNOWN, ["vhost[0].min_version: vhost for any name: backend (line "]),
+        (
+            '"TLSv1.3"',
+            KNOWN + 'dns = ["a.test"]\n',
+            ["vhost[0].client[0]: a: vhost for any name: backend (line "],
+        ),
+    ],
+)
+def test_more_is_let_in_than_who_borrows(
+    files: Files, tmp_path: Path, version: str | None, known: str, expected: list[str]
+) -> None:
+    (tmp_path / "ca.crt").write_bytes(b"")
+    ca = '"ca.crt"' if "dns" in known else None
+    loaded = files(LEND + CLIENT, known=known, min_version=version, client_ca=ca)
+    assert said(loaded) == []
+    found = [f"{one.key}: {one.reason}" for one in loaded.warnings if "keyd.lend" in one.reason]
+    assert len(found) == len(expected), found
+    assert all(map(str.startswith, found, expected)), found
+    # Elsewhere, nothing is said of either.
+    loaded = files("", known=known, min_version=version, client_ca=ca, backend='"127.0.0.1:80"')
+    assert not [one for one in loaded.warnings if "keyd.lend" in one.reason]
 
 
 def test_the_key_by_which_other_hosts_know_this_one_is_not_lent(

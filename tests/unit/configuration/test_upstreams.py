@@ -136,6 +136,12 @@ def test_what_is_no_upstream(load_with: Load, keyd: str, reason: str) -> None:
             "keyd.upstream",
             "does not go with keyd.socket: the keyd at /run/titus-py/keyd.sock has its own keys",
         ),
+        (
+            'key = "upstream"',
+            'socket = "/run/titus-py/keyd.sock"',
+            "vhost[0].key",
+            "only a keyd that titus-py starts asks other hosts",
+        ),
     ],
 )
 def test_what_does_not_go_together(
