@@ -201,6 +201,10 @@ FORGED = {
     "root": Fork(0).encode(),
     "two in one": Fork(1).encode() * 2,
 }
+REASONS = {
+    "root": "the parent ordered a worker with a uid that is not for workers",
+    "two in one": "the parent sent what is no order",
+}
 
 
 @pytest.mark.parametrize("forged", FORGED)
@@ -216,12 +220,33 @@ def test_a_fork_server_ends_rather_than_forks_what_is_not_for_it(
         instance.confined_workers(4)
         with mouth(parent, fork_server) as ours, open(os.devnull) as nothing:
             send_descriptors(ours, FORGED[forged], [nothing.fileno()] * 2)
-        # It says why, which a log that is a file does not hear: it may not write to files.
-        assert instance.wait_for_event("fork_server_died")["how"].startswith("exited with")
+        # It says why to its parent: it may not write to files, and the log here is one.
+        how = instance.wait_for_event("fork_server_died")["how"]
+        assert how == f"exited with 1: {REASONS[forged]}"
         of_it = [one for one in instance.processes() if one.parent == parent.pid]
         assert all(one.uid for one in of_it)
         eventually(lambda: serves(instance), "served by another generation")
         assert talk(established)
+
+
+def test_one_that_does_not_start_says_why(
+    serve: Serve, echoing: Listener, change: Change, tmp_path: Path
+) -> None:
+    """Once it is confined, and may not write to a log that is a file."""
+    unlucky = tmp_path / "unlucky"
+    change(f"""
+        import os
+        if os.path.exists({str(unlucky)!r}):
+            def give_heap_back():
+                raise OSError("no luck")
+            fork_server.give_heap_back = give_heap_back
+        """)
+    instance = serve(echoing.address)
+    instance.expected_alarms |= {"parent_died", "?"}
+    unlucky.touch()
+    assert not reload(instance)["reloaded"]
+    assert "titus-py: the fork server did not start: no luck\n" in instance.log()
+    assert serves(instance)
 
 
 # --- short of descriptors --------------------------------------------------------------

@@ -25,6 +25,7 @@ parent: fork         'W' uid(4), with the descriptor of the new worker's report 
 fork server: ready   'R'                    confined; may be asked for workers
 fork server: forked  'P' uid(4) pid(4), with the worker's pidfd
 fork server: failed  'E' uid(4) errno(4)
+fork server: leaving 'L' why                its last message
 ===================  =========================================================
 """
 
@@ -33,6 +34,7 @@ import struct
 from typing import NamedTuple
 
 __all__ = [
+    "FORK_SERVER_OCTETS",
     "MAX_CLIENT_OCTETS",
     "Client",
     "Dial",
@@ -40,11 +42,13 @@ __all__ = [
     "Established",
     "Fork",
     "Forked",
+    "Leaving",
     "Malformed",
     "Proxied",
     "Ready",
     "TlsFacts",
     "Tunnel",
+    "decode_from_fork_server",
     "decode_from_worker",
 ]
 
@@ -73,6 +77,9 @@ MAX_CLIENT_OCTETS = _CLIENT.size + 2 * MAX_VHOSTS
 #: One more than a worker's longest message, so that a longer one is noticed.
 WORKER_MESSAGE_OCTETS = _DIAL.size + sum(1 + most for most in _FACTS_OCTETS) + 1
 FORKED_OCTETS = _FORKED.size
+_MAX_WHY_OCTETS = 200
+#: One more than the fork server's longest message.
+FORK_SERVER_OCTETS = 1 + _MAX_WHY_OCTETS + 1
 
 
 #: The kernel's own bounds (MAX_ERRNO, PID_MAX_LIMIT).
@@ -255,6 +262,25 @@ class Forked(NamedTuple):
         if kind == b"P" and 0 < number <= _MOST_PID:
             return cls(uid, number)
         raise Malformed(f"{kind!r}, {number}")
+
+
+class Leaving(NamedTuple):
+    """Why the fork server ends. To a log that is a file, it could write nothing (RLIMIT_FSIZE)."""
+
+    why: str
+
+    def encode(self) -> bytes:
+        return b"L" + self.why.encode("ascii", "replace")[:_MAX_WHY_OCTETS]
+
+
+def decode_from_fork_server(message: bytes) -> Forked | Leaving:
+    """For the parent; raises Malformed."""
+    if message[:1] != b"L":
+        return Forked.decode(message)
+    why = message[1:].decode("ascii", "replace")
+    if len(message) >= FORK_SERVER_OCTETS or not (why.isascii() and why.isprintable()):
+        raise Malformed("a reason that is none")
+    return Leaving(why)
 
 
 def decode_from_worker(message: bytes) -> Ready | Proxied | Dial | Established:

@@ -25,6 +25,7 @@ import gc
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import prctl
@@ -36,7 +37,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
-from titus_py.between.messages import Ready
+from titus_py.between.messages import Leaving, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
@@ -108,11 +109,7 @@ def main() -> int:
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    try:
-        _serve(parent, plan, terms, worker_filter, command_line)
-    except ValueError as error:
-        sys.exit(f"titus-py: {error}")
-    return 0
+    return _serve(parent, plan, terms, worker_filter, command_line)
 
 
 def _proxy_header_reader(plan: Plan) -> "Callable[[], ProxyHeaderReader] | None":
@@ -181,31 +178,38 @@ def _serve(
     terms: Terms,
     worker_filter: Program,
     command_line: CommandLine,
-) -> None:
+) -> int:
     """Fork as ordered, until the parent hangs up. A worker does not return."""
-    calls = worker_calls(worker_filter, terms.report.address, Given(*ORDERED))
-    encoded = encode(calls)
-    out_of_memory = OutOfMemory(SCORE_FD)
-    title = command_line.place([_WORKERS_TITLE])
-    gc.collect()
-    # A worker copies each page that it writes to. What exists now stays: a worker counts no
-    # references to it, and its garbage collector does not touch it.
-    make_all_immortal()
-    gc.freeze()
-    give_heap_back()
-    parent.send(Ready().encode())
-    worker = fork_as_ordered(
-        parent.fileno(),
-        plan.first_uid,
-        plan.last_uid,
-        WORKER_NAMESPACES | CLONE_PARENT,
-        out_of_memory.as_workers,
-        encoded,
-        out_of_memory.as_fork_server,
-        *title,
-    )
+    try:
+        calls = worker_calls(worker_filter, terms.report.address, Given(*ORDERED))
+        encoded = encode(calls)
+        out_of_memory = OutOfMemory(SCORE_FD)
+        title = command_line.place([_WORKERS_TITLE])
+        gc.collect()
+        # A worker copies each page that it writes to. What exists now stays: a worker counts no
+        # references to it, and its garbage collector does not touch it.
+        make_all_immortal()
+        gc.freeze()
+        give_heap_back()
+        parent.send(Ready().encode())
+        worker = fork_as_ordered(
+            parent.fileno(),
+            plan.first_uid,
+            plan.last_uid,
+            WORKER_NAMESPACES | CLONE_PARENT,
+            out_of_memory.as_workers,
+            encoded,
+            out_of_memory.as_fork_server,
+            *title,
+        )
+    except (ValueError, OSError, MemoryError) as error:
+        # Only the fork server comes here: a worker is what the last of these calls returns.
+        with suppress(OSError):
+            parent.send(Leaving(str(error) or "out of memory").encode(), socket.MSG_DONTWAIT)
+        return 1
     if worker is not None:
         live(terms, why_failed(calls, *worker))
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import how_ended
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.messages import FORKED_OCTETS, Fork, Forked, Malformed, Ready
+from titus_py.between.messages import (
+    FORK_SERVER_OCTETS,
+    Fork,
+    Forked,
+    Leaving,
+    Malformed,
+    Ready,
+    decode_from_fork_server,
+)
 from titus_py.fork_server.confinement import MAX_ORDERS
 
 __all__ = ["Forks"]
@@ -29,7 +38,7 @@ class Forks:
     """One fork server, started with the plan that the parent has.
 
     ``done`` is called with the result of each order and the worker's pidfd (-1 if there is
-    none). ``lost`` is called once, with how the fork server ended, if it was not told to.
+    none). ``lost`` is called once, with how the fork server ended and why, if it was not told to.
     """
 
     def __init__(self, plan_fd: int, openssl_conf_fd: int, indexes: Sequence[int] = ()) -> None:
@@ -59,12 +68,21 @@ class Forks:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._orders = 0
         self._finishing = False
+        #: Why it ends, where it has said so.
+        self._why = ""
         #: When it last answered, or had nothing to do; and when ``look_after`` last ran.
         self._last_seen = self._looked = time.monotonic()
 
-    def wait_until_ready(self) -> bool:
-        """Wait, before there is any client; returns False if the fork server failed to start."""
-        return self._socket.recv(len(Ready().encode()) + 1) == Ready().encode()
+    def wait_until_ready(self) -> None:
+        """Wait, before there is any client. Raises OSError if the fork server failed to start."""
+        message = self._socket.recv(FORK_SERVER_OCTETS)
+        if message == Ready().encode():
+            return
+        why = "see above"
+        with suppress(Malformed):
+            said = decode_from_fork_server(message)
+            why = said.why if isinstance(said, Leaving) else why
+        raise OSError(f"the fork server did not start: {why}")
 
     def watch(
         self, loop: EventLoop, done: Callable[[Forked, int], None], lost: Callable[[str], None]
@@ -113,7 +131,7 @@ class Forks:
     def _hear(self) -> None:
         while self._socket.fileno() >= 0:
             try:
-                message, descriptors = receive_descriptors(self._socket, FORKED_OCTETS + 1, 1)
+                message, descriptors = receive_descriptors(self._socket, FORK_SERVER_OCTETS, 1)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -124,10 +142,13 @@ class Forks:
                 self._close()
                 return
             try:
-                forked = Forked.decode(message)
+                said = decode_from_fork_server(message)
             except Malformed:
-                forked = None
-            if forked is None or not self._orders:
+                said = None
+            if isinstance(said, Leaving) and not (self._why or descriptors):
+                self._why = f": {said.why}"
+                continue
+            if not isinstance(said, Forked) or not self._orders:
                 # It is not our code that answers, or answers what was not ordered: end it.
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -136,7 +157,7 @@ class Forks:
                 return
             self._orders -= 1
             self._last_seen = time.monotonic()
-            self._done(forked, descriptors[0] if descriptors else -1)
+            self._done(said, descriptors[0] if descriptors else -1)
             if self._finishing and not self._orders:
                 self._close()
 
@@ -149,4 +170,4 @@ class Forks:
         finished, self._finishing = self._finishing, True
         code = self._process.wait()
         if not finished:
-            self._lost(how_ended(code))
+            self._lost(how_ended(code) + self._why)

@@ -300,8 +300,10 @@ def main() -> int:
     for index in plan.indexes:
         os.close(index)
     parent.withdraw()
-    if not forks.wait_until_ready():
-        sys.exit("titus-py: the fork server did not start: see above")
+    try:
+        forks.wait_until_ready()
+    except OSError as error:
+        sys.exit(f"titus-py: {error}")
     parent.serve()
     return 0
 

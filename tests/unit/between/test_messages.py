@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.between.messages import (
+    FORK_SERVER_OCTETS,
     FORKED_OCTETS,
     MAX_CLIENT_OCTETS,
     MAX_PROTOCOLS,
@@ -17,10 +18,12 @@ from titus_py.between.messages import (
     Dial,
     Ends,
     Forked,
+    Leaving,
     Malformed,
     Proxied,
     Ready,
     TlsFacts,
+    decode_from_fork_server,
     decode_from_worker,
 )
 
@@ -136,6 +139,25 @@ def test_any_octets_from_the_fork_server_are_an_answer_or_malformed(octets: byte
         return
     kind = b"E" if forked.error else b"P"
     assert octets == FORKED.pack(kind, forked.uid, forked.error or forked.pid)
+
+
+@given(st.binary(max_size=FORK_SERVER_OCTETS).map(lambda why: b"L" + why))
+def test_any_reason_of_the_fork_servers_is_a_line_or_malformed(octets: bytes) -> None:
+    try:
+        said = decode_from_fork_server(octets)
+    except Malformed:
+        return
+    assert isinstance(said, Leaving)
+    assert said.encode() == octets
+    assert len(octets) < FORK_SERVER_OCTETS
+    assert said.why.isprintable()
+
+
+def test_a_reason_that_is_too_long_is_cut_off() -> None:
+    said = decode_from_fork_server(Leaving("h\u00e4ngt " * 100).encode())
+    assert isinstance(said, Leaving)
+    assert said.why == ("h?ngt " * 100)[:200]
+    assert isinstance(decode_from_fork_server(FORKED.pack(b"P", 1, 1)), Forked)
 
 
 @pytest.mark.parametrize(
