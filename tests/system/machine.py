@@ -121,6 +121,14 @@ class Machine:
         assert not check or not done.returncode, f"{command}: {done.returncode}\n{done.stdout}"
         return done.stdout
 
+    def reboot(self) -> None:
+        """As from its own command line; returns when it has booted."""
+        assert self._nspawn is not None
+        # The connection to systemd may end before the answer comes.
+        self.run("systemctl reboot", check=False)
+        self._nspawn.wait(_BOOT_SECONDS)
+        self._nspawn, self._leader = self._boot()
+
     def close(self) -> None:
         if self._nspawn is not None:
             # nspawn ends all of it when it is told to, and its process namespace ends the rest.

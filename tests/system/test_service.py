@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from . import remote_keys, unix_tunnel
 from .administrator import Administrator, package
 from .clock import SteppedClock
 from .machine import Machine
@@ -61,12 +62,15 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _has_its_clock_stepped(admin)
     _upgrades(admin)
     _is_removed_and_comes_back(admin)
+    unix_tunnel.is_made_and_kept(admin, _CONFIGURATION)
     _activates_by_socket(admin)
     _encrypts_the_key(admin)
     _runs_keyd_as_a_unit(admin)
     _looks_at_exposure(admin)
     _is_told_what_a_unit_does_not_see(admin)
     _runs_two_instances(admin)
+    admin.types("systemctl stop titus-py")
+    remote_keys.are_there_after_a_restart(admin)
     _removes(admin)
 
 
@@ -110,10 +114,7 @@ def _has_one_openssl(admin: Administrator) -> None:
 
 def _starts(admin: Administrator) -> None:
     admin.gets_a_certificate("the first one")
-    admin.types("mkdir /srv/www && echo It works. > /srv/www/index.html")
-    admin.types(
-        "systemd-run --unit=backend -p WorkingDirectory=/srv/www python3 -m http.server 8080"
-    )
+    admin.has_a_backend()
     admin.types("titus-py check")
     admin.types("systemctl enable --now titus-py")
     admin.requests()
