@@ -31,6 +31,8 @@ __all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "
 _MIN_OCTETS = 16
 #: In base64 text, two windows of this length are sought per number, within this many characters.
 _WINDOW, _WINDOWS_SPAN = 24, 56
+#: The dimensions of its matrix, which go into what is made of the seed (FIPS 204, table 1).
+_MLDSA_DIMENSIONS = {"ML-DSA-44": b"\4\4", "ML-DSA-65": b"\6\5", "ML-DSA-87": b"\x08\7"}
 #: So small a piece of memory is still in the processor's cache when it is looked at.
 _PIECE_OCTETS = 512 * 1024
 #: A search ends after so many hits, whatever the process has filled its memory with.
@@ -113,9 +115,8 @@ def needles(key: PrivateKey) -> list[Needle]:
     if isinstance(key, PSSPrivateKey):
         # Its numbers are a plain RSA key's.
         key = key.key
-    if mldsa.parameter_set(key):
-        # The library keeps the seed, and what it makes of it.
-        return [Needle("seed", key.private_bytes_raw())]  # type: ignore[union-attr]
+    if parameter_set := mldsa.parameter_set(key):
+        return list(_of_mldsa(key.private_bytes_raw(), parameter_set))  # type: ignore[union-attr]
     found = []
     for name, number in _secret_numbers(key).items():
         length = (number.bit_length() + 7) // 8
@@ -161,6 +162,18 @@ def _secret_numbers(key: LibraryKey) -> dict[str, int]:
                 "scalar": scalar,
                 "prefix": int.from_bytes(digest[32:], "big"),
             }
+
+
+def _of_mldsa(seed: bytes, parameter_set: str) -> Iterator[Needle]:
+    """The seed, and K, which is made of it: an expanded key may have K alone.
+
+    FIPS 204, algorithm 6.
+    """
+    k = hashlib.shake_256(seed + _MLDSA_DIMENSIONS[parameter_set]).digest(128)[96:]
+    for name, octets in (("seed", seed), ("K", k)):
+        yield Needle(name, octets)
+        for window in _base64_windows(octets):
+            yield Needle(f"{name}, in PEM", window)
 
 
 def _later_half(octets: bytes) -> bytes:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keyd.der import INTEGER, OCTET_STRING, SEQUENCE, tlv
+from keyd.inspection.key_search import Needle, needles
 from keyd.keys import UnusableKey, load_private_key
 from keyd.mldsa import KEY_TYPES, PUBLIC_OCTETS, name_of_identifier, parameter_set
 
@@ -103,6 +104,22 @@ def test_what_belongs_to_another_key_and_what_lacks_its_seed_is_named(tmp_path: 
     file.write_text(as_pem(tlv(SEQUENCE, head + tlv(OCTET_STRING, expanded))))
     with pytest.raises(UnusableKey, match="is an ML-DSA-44 key without the seed"):
         load_private_key(str(file), None)
+
+
+def test_what_is_looked_for_is_in_each_form_of_the_key() -> None:
+    """Of an expanded key without its seed, that is K: it follows rho."""
+    whole = of_openssl()
+    expanded = whole[-2560:]
+    forms = [
+        (BY_OPENSSL.read_bytes(), {"seed, in PEM", "K, in PEM"}),
+        (whole, {"seed", "K"}),
+        (expanded, {"K"}),
+        (as_pem(expanded).encode(), {"K, in PEM"}),
+    ]
+    sought = needles(load_private_key(str(BY_OPENSSL), None))
+    assert Needle("K", expanded[32:64]) in sought
+    for octets, names in forms:
+        assert {needle.name for needle in sought if needle.octets in octets} == names
 
 
 @pytest.mark.parametrize("octets", [b"", b"\x06\x09", bytes(100)])
