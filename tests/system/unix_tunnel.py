@@ -50,7 +50,7 @@ def is_made_and_kept(admin: Administrator, configuration: str) -> None:
 
 def _serves(admin: Administrator, path: str = _SOCKET) -> None:
     """Those of its group, and nobody else."""
-    curl = f"curl --silent --show-error --max-time 20 --unix-socket {path} http://www.example.org/"
+    curl = f"curl --silent --show-error --max-time 100 --unix-socket {path} http://www.example.org/"
     user = "setpriv --reuid=nobody --clear-groups --regid="
     assert admin.types(f"{user}www-data {curl}").strip() == "It works."
     admin.types(f"{user}nogroup {curl}", fails=True)
