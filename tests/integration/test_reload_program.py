@@ -1,5 +1,6 @@
 """Another program in the supervisor's place, without anybody noticing who is being served."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -359,3 +360,20 @@ def test_after_an_upgrade_any_reload_takes_the_new_program(
         assert instance.wait_for_event("program_changed")["version"] == "2.0"
         assert talk(client)
         assert serves(instance)
+
+
+def test_an_audit_of_another_version_asks_keyd_nothing(
+    serve: Serve, patient: str, program: Program
+) -> None:
+    """It would ask from the parent's own socket, and keyd would hang up on that."""
+    program.install("from titus_py.supervisor import life; life.CONTROL_VERSION -= 1")
+    instance = serve(patient, program=program.path)
+    command = [TITUS_PY, "audit", f"--pid={instance.pid}", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (made,) = json.loads(done.stdout)
+    seen = {one["seen"] for one in made["findings"] if one["check"].startswith("refuses")}
+    assert seen == {
+        "it is of another version than this audit: restart titus-py, if it was upgraded"
+    }
+    assert not instance.events_named("audit_refused")
+    assert serves(instance)

@@ -5,28 +5,38 @@ Run by ``titus-py audit``, as root. The supervisor is trusted to give a number, 
 
 from pathlib import Path
 
+from keyd.protocol import CONTROL_VERSION
 from titus_py.audit.instance import status
 from titus_py.supervisor.announced_audits import FIRST_CONNECTION, LAST_CONNECTION
 from titus_py.supervisor.control import CONTROL_DIRECTORY
 from titus_py.supervisor.control_client import NoAnswer, ask
 
-__all__ = ["UNANNOUNCED", "announce"]
+__all__ = ["OF_ANOTHER_VERSION", "UNANNOUNCED", "announce"]
 
 #: The connection number of an audit that could not announce itself. No client's connection has it.
 UNANNOUNCED = 0
+#: Of one whose keyd would not understand it. That keyd would take the parent for one that was taken
+#: over, from whose socket it is asked, and hang up on it.
+OF_ANOTHER_VERSION = -1
 _SECONDS = 5.0
 
 
 def announce(supervisor: int) -> int:
-    """The connection number for refusals to this audit; UNANNOUNCED if there is none to be had."""
+    """The connection number for refusals to this audit.
+
+    UNANNOUNCED if there is none to be had; OF_ANOTHER_VERSION if keyd must not be asked.
+    """
     try:
         # The socket is named after the pid in the supervisor's own pid namespace, and may be in a
         # file system that only the supervisor sees.
         pid = int(status(supervisor)["NSpid"].split()[-1])
         directory = Path(f"/proc/{supervisor}/root{CONTROL_DIRECTORY}")
-        connection = ask(pid, {"do": "audit"}, _SECONDS, directory).get("connection")
+        answer = ask(pid, {"do": "audit"}, _SECONDS, directory)
     except (NoAnswer, FileNotFoundError, ProcessLookupError):
         return UNANNOUNCED
+    if answer.get("keyd_hears") != CONTROL_VERSION:
+        return OF_ANOTHER_VERSION
+    connection = answer.get("connection")
     if isinstance(connection, int) and FIRST_CONNECTION <= connection <= LAST_CONNECTION:
         return connection
     return UNANNOUNCED

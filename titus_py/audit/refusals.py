@@ -39,7 +39,7 @@ from keyd.protocol import (
     Status,
 )
 from keyd.reference import key_id
-from titus_py.audit.announcement import UNANNOUNCED
+from titus_py.audit.announcement import OF_ANOTHER_VERSION, UNANNOUNCED
 from titus_py.audit.finding import Finding, Seen, Subject, Verdict, broken, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
@@ -97,6 +97,10 @@ def ask_keyd(scene: Scene, certificate: Certificate | None, connection: int) -> 
     """
     keyd = scene.newest(Role.KEYD)
     if keyd is None:
+        return
+    if connection == OF_ANOTHER_VERSION:
+        reason = "it is of another version than this audit: restart titus-py, if it was upgraded"
+        yield from _not_asked(keyd, reason)
         return
     if certificate is None:
         yield from _not_asked(keyd, "the certificate in the file is not the one that is served")

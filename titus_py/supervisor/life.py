@@ -25,6 +25,7 @@ from keyd.linux.credentials import (
 )
 from keyd.linux.systemd import Notifier, passed_sockets
 from keyd.linux.title import set_title
+from keyd.protocol import CONTROL_VERSION
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.lookups import MAX_OCTETS
 from titus_py.between.plan import resolved
@@ -300,7 +301,7 @@ class _Supervisor:
     def _answer_audit(self, answer: Answer) -> None:
         connection = self._audits.announce()
         self._event("audit_announced", connection=connection)
-        answer({"connection": connection})
+        answer({"connection": connection, "keyd_hears": CONTROL_VERSION})
 
     def _hear_signals(self) -> None:
         """Have signals wake the loop by octets on a socket (signal.set_wakeup_fd)."""
