@@ -16,7 +16,7 @@ from OpenSSL import SSL
 from titus_py.supervisor.control_client import ask
 
 from .certificates import Certificate
-from .instance import PATIENCE, TITUS_PY, Instance, Table, toml
+from .instance import PATIENCE, TITUS_PY, Instance, Table, eventually, toml
 from .peers import TlsClient, Truncated
 
 #: How a client learns that it is not served.
@@ -103,25 +103,34 @@ def serves(instance: Instance, port: int | None = None) -> bool:
 
 
 @contextmanager
-def clients_meanwhile(instance: Instance, count: int) -> Iterator[None]:
-    """So many at a time, one after the other; and each of them is served."""
-    done = threading.Event()
+def clients_meanwhile(instance: Instance, count: int) -> Iterator[Callable[[], None]]:
+    """So many at a time, one after the other: each is served, however often it comes.
 
-    def come_again_and_again() -> int:
-        served = 0
+    What this yields waits until some more have been.
+    """
+    done = threading.Event()
+    #: How often each of those who come was.
+    served = [0] * count
+
+    def come_again_and_again(number: int) -> None:
         while not done.is_set():
             assert serves(instance)
-            served += 1
+            served[number] += 1
             done.wait(0.02)
-        return served
+
+    def wait_for_some() -> None:
+        enough = sum(served) + 10
+        eventually(lambda: sum(served) > enough, "more clients that are served")
 
     with ThreadPoolExecutor(count) as pool:
-        comers = [pool.submit(come_again_and_again) for _ in range(count)]
+        comers = [pool.submit(come_again_and_again, number) for number in range(count)]
         try:
-            yield
+            yield wait_for_some
         finally:
             done.set()
-        assert all(comer.result() for comer in comers)
+        for comer in comers:
+            comer.result()
+        assert all(served)
 
 
 def name_shown(client: TlsClient) -> str:

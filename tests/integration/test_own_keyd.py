@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from .instance import (
 from .peers import Listener, TlsClient
 from .service import (
     FAILS,
+    clients_meanwhile,
     install,
     name_shown_to_a_new_client,
     problems,
@@ -381,33 +381,6 @@ def test_a_key_that_keyd_lacks_is_named(
         client.handshake()
 
 
-class Comers:
-    """Clients, one after the other, each with a handshake and a few words."""
-
-    def __init__(self, instance: Instance, count: int = 4) -> None:
-        self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(count)
-        self._served = 0
-        self._comers = [self._pool.submit(self._come, instance) for _ in range(count)]
-
-    def _come(self, instance: Instance) -> None:
-        while not self._over.is_set():
-            assert serves(instance)
-            self._served += 1
-            self._over.wait(0.02)
-
-    def wait_for_some(self) -> None:
-        enough = self._served + 10
-        eventually(lambda: self._served > enough, "more clients that are served")
-
-    def leave(self) -> None:
-        """Fails if one was not served."""
-        self._over.set()
-        with self._pool:
-            for comer in self._comers:
-                comer.result(PATIENCE)
-
-
 @pytest.mark.parametrize("by", ["reload", "itself"])
 def test_a_renewal_loses_no_handshake(
     start_keyd: Start,
@@ -422,24 +395,23 @@ def test_a_renewal_loses_no_handshake(
     keyd = start_keyd(site.key)
     # No alarm is expected.
     instance = start_proxy(patient, site, keyd=keyd)
-    comers = Comers(instance)
-    try:
-        with TlsClient(instance.port) as established:
-            assert talk(established.handshake())
-            for number in (1, 2, 3):
-                comers.wait_for_some()
-                since = len(instance.events())
-                install(certificates("P-256", f"{number}.test"), tmp_path)
-                assert keyd.end(signal.SIGTERM) == 0
-                keyd.start()
-                if by == "reload":
-                    assert reload(instance)["reloaded"]
-                else:
-                    instance.wait_for_event("reloaded", since=since)
-                assert name_shown_to_a_new_client(instance) == f"{number}.test"
-                assert talk(established)
-    finally:
-        comers.leave()
+    with (
+        clients_meanwhile(instance, 4) as wait_for_some,
+        TlsClient(instance.port) as established,
+    ):
+        assert talk(established.handshake())
+        for number in (1, 2, 3):
+            wait_for_some()
+            since = len(instance.events())
+            install(certificates("P-256", f"{number}.test"), tmp_path)
+            assert keyd.end(signal.SIGTERM) == 0
+            keyd.start()
+            if by == "reload":
+                assert reload(instance)["reloaded"]
+            else:
+                instance.wait_for_event("reloaded", since=since)
+            assert name_shown_to_a_new_client(instance) == f"{number}.test"
+            assert talk(established)
     assert not instance.events_named("keyd_refused")
     assert not instance.events_named("handshake_failed")
 
@@ -487,8 +459,7 @@ def test_a_reload_that_keyd_cannot_serve_is_not_taken(
     site = install(certificates("P-256", "before.test"), tmp_path)
     keyd = start_keyd(site.key)
     instance = start_proxy(patient, site, keyd=keyd)
-    comers = Comers(instance, 2)
-    try:
+    with clients_meanwhile(instance, 2):
         install(certificates("P-256", "after.test"), tmp_path)
         (reason,) = problems(instance)
         assert reason == (
@@ -502,8 +473,6 @@ def test_a_reload_that_keyd_cannot_serve_is_not_taken(
         keyd.start()
         instance.wait_for_event("reloaded", since=since)
         assert name_shown_to_a_new_client(instance) == "after.test"
-    finally:
-        comers.leave()
 
 
 def test_the_service_manager_is_told_what_is_waited_for(
