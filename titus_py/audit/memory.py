@@ -25,6 +25,7 @@ from titus_py.audit.instance import Process, Role, title
 from titus_py.audit.observation import Observation, Scene
 from titus_py.audit.target import CannotAudit, Target
 from titus_py.configuration.helper import Helper, Unanswered
+from titus_py.parent.forks import MALLOC
 
 __all__ = ["CHECKS", "look_for_keys", "search_for_keys"]
 
@@ -34,7 +35,9 @@ _SEARCH_SECONDS = 600.0
 
 #: How many keys of a ``certificate_dir`` are looked for.
 _KEYS_OF_A_DIRECTORY = 8
-_ENVIRONMENT = re.compile(rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1")
+_ENVIRONMENT = re.compile(
+    rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1|GLIBC_TUNABLES=" + re.escape(MALLOC.encode())
+)
 
 
 def _mappings(seen: Observation, scene: Scene) -> Seen:

@@ -49,6 +49,7 @@ from titus_py.fork_server.confinement import (
     worker_calls,
 )
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
+from titus_py.fork_server.holes import fill_holes
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
 from titus_py.fork_server.rehearsal import rehearse
@@ -190,6 +191,7 @@ def _serve(
         # references to it, and its garbage collector does not touch it.
         make_all_immortal()
         gc.freeze()
+        fill_holes()
         give_heap_back()
         parent.send(Ready().encode())
         worker = fork_as_ordered(

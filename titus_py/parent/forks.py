@@ -30,6 +30,9 @@ __all__ = ["Forks"]
 
 #: Python's arguments for the fork server.
 _PROGRAM = ("-m", "titus_py.fork_server.life")
+#: For the C library's malloc, in the fork server and its workers: it keeps nothing that is freed
+#: where it is, for the next one of its size. So what a worker allocates lies together (``holes``).
+MALLOC = "glibc.malloc.tcache_count=0"
 #: How long the fork server may answer no order before the parent takes it to hang.
 _QUIET_SECONDS = 5.0
 
@@ -59,6 +62,7 @@ class Forks:
                     "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
                     # A symbol that is not bound at the start is bound anew by every worker.
                     "LD_BIND_NOW": "1",
+                    "GLIBC_TUNABLES": MALLOC,
                 },
                 pass_fds=(*given.values(), *indexes),
             )
