@@ -47,14 +47,12 @@ def address_mistakes(
     keyd = valid_part(KeydSocket, tables["keyd"], source)
     if keyd is not None and keyd.socket is not None:
         socket = UnixAddress(str(keyd.socket))
-        heard = [(f"tunnel[{i}].listen", tunnel.listen) for i, tunnel in tunnels.items()]
-        for key, other in (("metrics.address", address), *heard, *backends, *servers):
+        for key, other in (("metrics.address", address), *bound.items(), *backends, *servers):
             if other == socket:
                 yield source.mistake(key, f"{other} is keyd.socket, where keyd listens")
     lending = valid_part(Lending, tables["keyd"], source)
     if lending is not None and lending.lend is not None:
-        heard = [(f"tunnel[{i}].listen", tunnel.listen) for i, tunnel in tunnels.items()]
-        for key, other in (("metrics.address", address), *heard):
+        for key, other in (("metrics.address", address), *bound.items()):
             if other == lending.lend:
                 yield source.mistake(key, f"{other} is keyd.lend, too")
 

@@ -144,6 +144,15 @@ def test_a_backend_that_is_the_listener_itself(tmp_path: Path) -> None:
     assert "would come back here" in mistake.reason
 
 
+@pytest.mark.parametrize("setting", ["socket", "lend"])
+def test_where_keyd_listens_nobody_else_does(tmp_path: Path, setting: str) -> None:
+    kind = "" if setting == "socket" else "unix:"
+    keyd = f'[keyd]\n{setting} = "{kind}{tmp_path}/https.sock"\n'
+    mistakes = on_unix(tmp_path, vhost=keyd).mistakes
+    reasons = [one.reason for one in mistakes if one.key == "listen[0].address"]
+    assert any(f"is keyd.{setting}" in reason for reason in reasons)
+
+
 def test_how_a_backend_is_told(tmp_path: Path) -> None:
     for how in ("v1", "v2", "v2-tls"):
         configuration = loaded(tmp_path, vhost=f'send_proxy = "{how}"').configuration
