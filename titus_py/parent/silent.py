@@ -36,7 +36,8 @@ class _Silent:
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
-        #: Whether it is on a unix socket, where epoll(7) does not heed SO_RCVLOWAT.
+        #: Whether it is on a unix socket. There, epoll(7) does not heed SO_RCVLOWAT, and what
+        #: nobody has read fills the sender's buffer: a few hundred pieces, however small.
         self.unix = arrival.client.family == socket.AF_UNIX
         #: How many octets have to be there for the next look.
         self.needs = 1
