@@ -56,6 +56,7 @@ def _fill_pools() -> None:
             is_first = place % _POOL_OCTETS < _HEADER_OCTETS + _FIRST * size
             row = row + 1 if is_first and place > before else 0
             before = place
+    del kept[at:]
 
 
 def _new(size: int, number: int) -> object:
