@@ -153,6 +153,7 @@ def test_the_guides_are_written_as_they_are_read(tmp_path: Path) -> None:
 def test_every_file_that_a_page_names_is_there(page: str) -> None:
     """By the end of its path: within a table, the folder is said above it."""
     named = re.findall(r"`([\w/.-]+\.(?:py|c|h))`", (_REPOSITORY / "docs" / page).read_text())
-    there = [str(file) for top in ("titus_py", "keyd") for file in (_REPOSITORY / top).rglob("*.*")]
+    tops = ("titus_py", "keyd", "tests")
+    there = [str(file) for top in tops for file in (_REPOSITORY / top).rglob("*.*")]
     assert named
     assert [one for one in named if not any(file.endswith(f"/{one}") for file in there)] == []
