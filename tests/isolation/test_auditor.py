@@ -5,6 +5,7 @@ What takes a process of the instance over may wait for the auditor, who is root.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 from integration.instance import TITUS_PY, Process, descendants, eventually
 
-from titus_py.audit import probe
+from titus_py.audit import descriptors, probe
+from titus_py.audit.finding import Verdict
 from titus_py.audit.instance import Role, instance_processes, namespaces, status
+from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe, Unanswered
 from titus_py.audit.target import find_target
 from titus_py.audit.throwaway import TitusInstance
@@ -65,6 +68,29 @@ def test_who_takes_over_the_audits_client_can_do_nothing_with_it(
     assert outcome(instance, monkeypatch, attempt, "no filter") == without_filter
     # The control.
     assert outcome(instance, monkeypatch, attempt, "none") == "done"
+
+
+def test_a_socket_that_was_closed_meanwhile_is_not_held_against_a_process(
+    instance: TitusInstance,
+) -> None:
+    """Of what a parent holds under load, some is gone when the kernel's tables are read."""
+    scene = Scene(find_target(instance.pid))
+    parent = scene.newest(Role.PARENT)
+    assert parent is not None
+    (check,) = (
+        one for one in descriptors.CHECKS if one.name == "descriptors" if Role.PARENT in one.roles
+    )
+    ours = parent.process._replace(pid=os.getpid())
+    # Before it is connected, it is in no table.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as unknown:
+        what = f"socket:[{os.fstat(unknown.fileno()).st_ino}]"
+        seen = parent._replace(process=ours, descriptors={**parent.descriptors, 999: what})
+        found = check.find(seen, scene)
+        assert (found.verdict, found.seen) == (
+            Verdict.BROKEN,
+            f"more than it may hold: 999: {what}",
+        )
+    assert check.find(seen, scene).verdict is Verdict.HOLDS
 
 
 def words(process: Process) -> bytes:
