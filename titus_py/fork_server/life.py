@@ -49,6 +49,7 @@ from titus_py.fork_server.confinement import (
     worker_calls,
 )
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
+from titus_py.fork_server.gathering import gather_code
 from titus_py.fork_server.holes import fill_holes
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
@@ -100,17 +101,22 @@ def main() -> int:
         _proxy_header_reader(plan),
         _conduits(plan),
     )
+    gather_code(lambda: _practise(plan, terms))
+    _practise(plan, terms)
+    give_code_back()
+    worker_filter = Program(bytes.fromhex(plan.worker_filter))
+    confine_fork_server(plan.chroot, given["--parent-fd"])
+    parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
+    return _serve(parent, plan, terms, worker_filter, command_line)
+
+
+def _practise(plan: Plan, terms: Terms) -> None:
     rehearse(terms)
     if plan.tunnels:
         # Others do not need it in their memory.
         from titus_py.fork_server.tunnel_rehearsal import rehearse_tunnel
 
         rehearse_tunnel(terms)
-    give_code_back()
-    worker_filter = Program(bytes.fromhex(plan.worker_filter))
-    confine_fork_server(plan.chroot, given["--parent-fd"])
-    parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    return _serve(parent, plan, terms, worker_filter, command_line)
 
 
 def _proxy_header_reader(plan: Plan) -> "Callable[[], ProxyHeaderReader] | None":

@@ -50,6 +50,7 @@ FOR_WORKERS = {
     "titus_py.fork_server",
     "titus_py.fork_server.confinement",
     "titus_py.fork_server.forking",
+    "titus_py.fork_server.gathering",
     "titus_py.fork_server.holes",
     "titus_py.fork_server.immortal",
     "titus_py.fork_server.immortality",

@@ -1,0 +1,41 @@
+"""The code that connections run, in one place of what workers inherit.
+
+Run by the fork server, as root, before it confines itself. Python writes to the code that it runs:
+it counts, and notes which way a branch went. So a worker copies each page with code that it runs,
+and functions lie wherever there was room when they were loaded.
+"""
+
+import gc
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType, FunctionType
+
+from titus_py.fork_server.holes import fill_holes
+
+__all__ = ["gather_code"]
+
+
+def gather_code(run: Callable[[], None]) -> None:
+    """Give each function that this calls a copy of its code, one beside the other.
+
+    A copy is as if it had never run: practice comes afterwards.
+    """
+    ran: dict[int, CodeType] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            ran[id(frame.f_code)] = frame.f_code
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    functions = [
+        one for one in gc.get_objects() if isinstance(one, FunctionType) and id(one.__code__) in ran
+    ]
+    gc.collect()
+    fill_holes()
+    copies = {place: code.replace() for place, code in ran.items()}
+    for function in functions:
+        function.__code__ = copies[id(function.__code__)]
