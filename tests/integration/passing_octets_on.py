@@ -30,6 +30,7 @@ from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
 from titus_py.worker import flow
+from titus_py.worker.pump import Pump
 
 MUCH = random.Random(1).randbytes(3 << 20)
 _NAMES = {
@@ -59,11 +60,26 @@ def number() -> memoryview:
     return memoryview(bytearray(8)).cast("Q")
 
 
+def _tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """With buffers that hold little."""
+    ours = socket.socket()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for one in (ours, server):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        ours.connect(server.getsockname())
+        return ours, server.accept()[0]
+
+
 class Between:
     """A TLS client and a backend in a child, and what passes on between them here."""
 
-    def __init__(self, play: Callable[[SSL.Connection, socket.socket], object]) -> None:
-        client, theirs_client = _tcp_pair()
+    def __init__(
+        self,
+        play: Callable[[SSL.Connection, socket.socket], object],
+        client_pair: Callable[[], tuple[socket.socket, socket.socket]] = _tcp_pair,
+    ) -> None:
+        client, theirs_client = client_pair()
         self.backend, theirs_backend = _tcp_pair()
         self._said, saying = os.pipe()
         waiting, self._over = os.pipe()
@@ -85,16 +101,14 @@ class Between:
             one.close()
         os.close(saying)
         self.client = client
-        self._tls = SSL.Connection(context(SSL.TLS_SERVER_METHOD), client)
-        self._tls.set_accept_state()
-        self._tls.do_handshake()
+        self.tls = SSL.Connection(context(SSL.TLS_SERVER_METHOD), client)
+        self.tls.set_accept_state()
+        self.tls.do_handshake()
         for side in (client, self.backend):
             side.setblocking(False)
         bios = [lib.BIO_new(lib.BIO_s_mem()) for _ in range(2)]
-        lib.SSL_set_bio(self._tls._ssl, *bios)
-        self._in_memory = tuple(
-            int(ffi.cast("uintptr_t", each)) for each in (self._tls._ssl, *bios)
-        )
+        lib.SSL_set_bio(self.tls._ssl, *bios)
+        self._in_memory = tuple(int(ffi.cast("uintptr_t", each)) for each in (self.tls._ssl, *bios))
         #: To the backend, to the client, encrypted.
         self.buffers = [memoryview(bytearray(size)) for size in (1 << 18, 1 << 18, 132 << 10)]
         self.counts = [number() for _ in range(3)]
@@ -120,10 +134,20 @@ class Between:
     def why(self) -> str:
         """The exception that pyOpenSSL makes of the call that failed."""
         try:
-            self._tls._raise_ssl_error(self._tls._ssl, self.result)
+            self.tls._raise_ssl_error(self.tls._ssl, self.result)
         except SSL.Error as error:
             return type(error).__name__
         return "none"
+
+    def fill_another_backend(self) -> socket.socket:
+        """A backend in this process, by a unix socket, that takes nothing."""
+        self.backend.close()
+        self.backend, theirs = socket.socketpair()
+        self.backend.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self.backend.send(MUCH)
+        return theirs
 
     def heard(self) -> object:
         said = json.loads(os.read(self._said, 65536))
@@ -134,17 +158,6 @@ class Between:
     def counted(self) -> list[int]:
         """From the client, to it, and what is encrypted and not sent."""
         return [count[0] for count in self.counts]
-
-
-def _tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """With buffers that hold little."""
-    ours = socket.socket()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        for one in (ours, server):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        ours.connect(server.getsockname())
-        return ours, server.accept()[0]
 
 
 def _receive(side: socket.socket | SSL.Connection, count: int) -> bytes:
@@ -229,6 +242,46 @@ def a_client_that_hangs_up() -> list[object]:
     found = between.run()
     between.states[0] = flow.ENDING
     return [found, between.run(), between.heard(), between.counted()]
+
+
+def nothing_but_a_hang_up() -> list[object]:
+    """It keeps nobody waiting longer, although poll(2) tells it whenever it is asked."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> None:
+        client.send(b"the last")
+        client.shutdown()
+        client.sock_shutdown(socket.SHUT_WR)
+
+    between = Between(play)
+    takes_nothing = between.fill_another_backend()
+    between.client.shutdown(socket.SHUT_WR)
+    between.states[1] = flow.OVER
+    found = between.run()
+    hung_up = select.poll()
+    hung_up.register(between.client, 0)
+    hung_up.poll(10_000)
+    between.states[0] = flow.ENDING
+    again = [between.run(1), between.run(1)]
+    takes_nothing.close()
+    return [found, *again]
+
+
+def a_client_that_is_gone_before_it_is_told_the_end() -> list[object]:
+    """By a unix socket. Nothing is lost by that: it is the backend that takes nothing."""
+
+    def play(client: SSL.Connection, backend: socket.socket) -> None:
+        client.send(b"the last")
+        client.shutdown()
+        client._socket.close()
+
+    between = Between(play, socket.socketpair)
+    between.heard()
+    backend = between.fill_another_backend()
+    backend.shutdown(socket.SHUT_WR)
+    counts = number(), number()
+    pump = Pump(between.tls, between.client, between.backend, counts, 10, 1, True)
+    end, _ = pump.run()
+    return [end.name, counts[0][0]]
 
 
 def a_damaged_record() -> list[object]:

@@ -22,6 +22,11 @@ EXPECTED: dict[str, list[object]] = {
         "the last",
         [8, 0, 0],
     ],
+    "nothing_but_a_hang_up": [
+        ["CLIENT_ENDED", True, 8, 0, 0],
+        *[["STOOD_STILL", False, 8, 0, 0]] * 2,
+    ],
+    "a_client_that_is_gone_before_it_is_told_the_end": ["HALF_CLOSED", 8],
     # What came before it is there, and an alert.
     "a_damaged_record": [["NOT_DECRYPTED", True, 0, 0, 57], "Error", None, [5, 0, 0]],
     "a_backends_end_of_file": [

@@ -18,10 +18,12 @@ from OpenSSL import SSL
 
 from .conftest import Serve
 from .instance import Instance
-from .peers import Listener, connect, reset
-from .test_pump import MUCH, tcp_queues, until_it_stands
+from .peers import Listener, connect, receive_all, reset
+from .test_pump import MUCH, processor_ticks, tcp_queues, the_busy_worker, until_it_stands
 
+ALERT, HANDSHAKE, DATA = 21, 22, 23
 UPDATE_REQUESTED, UPDATE = b"\x18\0\0\1\1", b"\x18\0\0\1\0"
+CLOSE_NOTIFY = b"\1\0"
 #: Of one of them, as a record.
 RECORD_OCTETS = 27
 
@@ -42,12 +44,11 @@ class Writing:
         info = struct.pack("!HB", length, 6 + len(label)) + b"tls13 " + label + b"\0"
         return HKDFExpand(hashes.SHA256(), length, info).derive(self._secret)
 
-    def record(self, content: bytes) -> bytes:
-        """A record of the handshake."""
+    def record(self, content: bytes, kind: int = HANDSHAKE) -> bytes:
         head = struct.pack("!BHH", 23, 0x0303, len(content) + 1 + 16)
         nonce = (self._iv ^ self._number).to_bytes(12)
         self._number += 1
-        return head + self._key.encrypt(nonce, content + b"\x16", head)
+        return head + self._key.encrypt(nonce, content + bytes((kind,)), head)
 
     def update(self) -> None:
         self._use(self._derived(b"traffic upd", 32))
@@ -65,8 +66,8 @@ def instance(serve_all: Serve, listener: Listener) -> Instance:
 
 
 @contextmanager
-def flooded(instance: Instance, listener: Listener) -> Iterator[tuple[SSL.Connection, Writing]]:
-    """A client for which a write waits."""
+def established(instance: Instance) -> Iterator[tuple[SSL.Connection, Writing]]:
+    """A client that reads little at a time."""
     secrets: dict[str, bytes] = {}
 
     def keep(_: object, line: bytes) -> None:
@@ -81,13 +82,21 @@ def flooded(instance: Instance, listener: Listener) -> Iterator[tuple[SSL.Connec
         client = SSL.Connection(context, plain)
         client.set_connect_state()
         client.do_handshake()
-        with listener.accept() as connection:
-            feeder = threading.Thread(target=feed, args=[connection])
-            feeder.start()
-            until_it_stands(lambda: tcp_queues(instance.port, plain.getsockname()[1]))
-            yield client, Writing(secrets["CLIENT_TRAFFIC_SECRET_0"])
-            reset(plain)
-            feeder.join()
+        yield client, Writing(secrets["CLIENT_TRAFFIC_SECRET_0"])
+
+
+@contextmanager
+def flooded(instance: Instance, listener: Listener) -> Iterator[tuple[SSL.Connection, Writing]]:
+    """A client for which a write waits."""
+    with established(instance) as (client, writing), listener.accept() as connection:
+        plain = client._socket
+        assert plain is not None
+        feeder = threading.Thread(target=feed, args=[connection])
+        feeder.start()
+        until_it_stands(lambda: tcp_queues(instance.port, plain.getsockname()[1]))
+        yield client, writing
+        reset(plain)
+        feeder.join()
 
 
 def feed(connection: socket.socket) -> None:
@@ -142,3 +151,31 @@ def test_those_whose_answers_are_not_read_are_not_heard_without_end(
         until_it_stands(lambda: (tcp_queues(port, instance.port), tcp_queues(instance.port, port)))
         waiting = tcp_queues(port, instance.port)[0] + tcp_queues(instance.port, port)[1]
         assert waiting + len(said) - sent > 1000 * RECORD_OCTETS
+
+
+@pytest.mark.parametrize("with_its_end", [False, True], ids=["alone", "with its end"])
+def test_a_backend_may_end_in_the_middle_of_one(
+    instance: Instance, listener: Listener, with_its_end: bool
+) -> None:
+    """OpenSSL makes no close_notify then. The client gets one once it has said the rest."""
+    with established(instance) as (client, writing), listener.accept() as connection:
+        plain = client._socket
+        assert plain is not None
+        plain.sendall(writing.record(b"before", DATA) + writing.record(UPDATE[:4]))
+        assert connection.recv(100) == b"before"
+        worker = the_busy_worker(instance)
+        connection.shutdown(socket.SHUT_WR)
+        until_it_stands(lambda: processor_ticks(worker.pid))
+        rest = writing.record(UPDATE[4:])
+        writing.update()
+        rest += writing.record(b"after", DATA)
+        end = writing.record(CLOSE_NOTIFY, ALERT)
+        plain.sendall(rest + end if with_its_end else rest)
+        with pytest.raises(SSL.ZeroReturnError):
+            client.recv(100)
+        if not with_its_end:
+            plain.sendall(end)
+        assert receive_all(connection) == b"after"
+        host, port = plain.getsockname()
+        event = instance.wait_for_event("connection_ended", client=f"{host}:{port}")
+        assert event["end"] == "clean"

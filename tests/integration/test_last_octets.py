@@ -146,6 +146,31 @@ def test_an_answer_arrives_whose_client_had_truncated_its_stream(
             assert was_reset(backend)
 
 
+def test_a_truncated_request_reaches_a_backend_that_reads_once_it_has_written(
+    instance: Instance, listener: Listener
+) -> None:
+    """Most of what it writes is for nobody, and is taken: it would never read otherwise."""
+
+    def read() -> None:
+        with suppress(ConnectionResetError):
+            while client.receive():
+                pass
+
+    with TlsClient(instance.port) as client:
+        client.handshake()
+        with listener.accept() as backend:
+            client.send(MUCH[:400_000])
+            eventually(lambda: not unacknowledged(client.socket), "all is with the worker")
+            client.socket.shutdown(socket.SHUT_WR)
+            # What had come by the time of its end is for the client.
+            reader = threading.Thread(target=read)
+            reader.start()
+            backend.sendall(MUCH)
+            assert receive_exactly(backend, 400_000) == MUCH[:400_000]
+            assert was_reset(backend)
+            reader.join()
+
+
 def test_a_truncated_stream_may_be_a_clean_end(serve: Serve, backend: Listener) -> None:
     instance = serve(vhost=[{"backend": backend.address, "truncated": "end"}])
     with TlsClient(instance.port) as client:

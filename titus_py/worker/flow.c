@@ -116,10 +116,11 @@ static int send_to_client(struct flow *flow, const struct openssl *openssl)
 		uint64_t plain = least((size_t)sent, *flow->encrypted_count);
 		*flow->encrypted_count -= plain;
 		*flow->to_client_count += plain;
-		if (!waiting(out)) {
-			collect(flow, openssl);
-			done = encrypt(flow, openssl);
-		}
+		/* It takes no more for now. */
+		if (waiting(out))
+			return GO_ON;
+		collect(flow, openssl);
+		done = encrypt(flow, openssl);
 	}
 	return done;
 }
@@ -142,6 +143,7 @@ static int receive_from_client(struct flow *flow, const struct openssl *openssl)
 	/* Room for a record's beginning that OpenSSL has already. */
 	size_t room = least(up->size - RECORD_ROOM, RECEIVE_OCTETS);
 	ssize_t octets = recv(flow->client, up->octets, room, 0);
+	bool blocked = waiting(&flow->encrypted);
 	int decrypted, done, error;
 
 	if (octets < 0)
@@ -162,7 +164,10 @@ static int receive_from_client(struct flow *flow, const struct openssl *openssl)
 	if (error != WANT_READ)
 		return failed(flow, NOT_DECRYPTED, decrypted, 0);
 	done = waiting(up) ? send_to_backend(flow) : GO_ON;
-	return done == GO_ON ? send_to_client(flow, openssl) : done;
+	/* The message may be whole that writing has waited for, or have an answer. */
+	if (done == GO_ON && !blocked)
+		done = send_to_client(flow, openssl);
+	return done == GO_ON && flow->down == HELD_UP ? (int)CLIENT_SPOKE : done;
 }
 
 static int receive_from_backend(struct flow *flow, const struct openssl *openssl)
@@ -213,7 +218,9 @@ enum happened pass_on(struct flow *flow, const struct openssl *openssl, int pati
 			return STOOD_STILL;
 		if (ready < 0)
 			return INTERRUPTED;
-		flow->woken = true;
+		/* A hang-up alone is told whenever it is asked for. */
+		if (client->events || backend->revents)
+			flow->woken = true;
 		/* Before anything is sent to it: what it sent must still reach the backend. */
 		if (client->revents & POLLERR)
 			return CLIENT_FAILED;

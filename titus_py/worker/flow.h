@@ -13,6 +13,8 @@ enum happened {
 	CLIENT_ENDED,
 	CLIENT_TRUNCATED,
 	BACKEND_ENDED,
+	/* The client has said something, and the end that is held up may be made now. */
+	CLIENT_SPOKE,
 	/* All that came before such an end has been passed on. */
 	ALL_TO_BACKEND,
 	ALL_TO_CLIENT,
@@ -31,6 +33,8 @@ enum happened {
 enum state {
 	/* More may come. */
 	OPEN,
+	/* No more comes; the end cannot be made before the client has said the rest of a message. */
+	HELD_UP,
 	/* No more comes; what has come is still to be passed on. */
 	ENDING,
 	/* Nothing is passed on any more. */

@@ -204,6 +204,8 @@ class Pump:
             self._client_has_ended(happened)
         elif happened == flow.BACKEND_ENDED:
             self._backend_has_ended()
+        elif happened == flow.CLIENT_SPOKE:
+            self._make_the_end()
         elif happened == flow.ALL_TO_BACKEND:
             self._end_to_backend()
         elif happened == flow.ALL_TO_CLIENT:
@@ -221,19 +223,24 @@ class Pump:
             self._remark = "the client sent no close_notify"
         self._up = flow.ENDING
         self._half_closed()
+        if self._down == flow.HELD_UP:
+            self._make_the_end()
 
     def _backend_has_ended(self) -> None:
         if self._backend_error_lost:
             self._down = flow.OVER
             return
-        self._down = flow.ENDING
         self._half_closed()
+        self._make_the_end()
+
+    def _make_the_end(self) -> None:
+        """Have OpenSSL make a close_notify: it does not in the middle of a client's message."""
         try:
             self._client.shutdown()
-        except SSL.Error as error:
-            # The client is in the middle of a message.
-            self._up = flow.OVER
-            raise client_failure(error) from None
+        except SSL.Error:
+            self._down = flow.HELD_UP
+        else:
+            self._down = flow.ENDING
 
     def _half_closed(self) -> None:
         """One direction has ended: from now on, wait less long for the other one."""
@@ -271,6 +278,7 @@ class Pump:
             self._up = flow.OVER
         elif self._down == flow.ENDING and self._up != flow.OPEN and not self._encrypted_count[0]:
             # It is gone, and cannot receive the close_notify. Nothing is lost by that.
+            self._encrypted = self._from_tls[:0]
             self._down = flow.OVER
             return
         raise Ended(End.CLIENT_RESET, reason(number))
@@ -348,9 +356,12 @@ class Pump:
         full = len(self._encrypted) > _ENCRYPTED_OCTETS // 2
         return self._up == flow.OPEN and not self._to_backend and not full
 
+    def _passes_down(self) -> bool:
+        """Whether what the backend still sends is passed on."""
+        return self._down == flow.OPEN and self._allowance > 0
+
     def _reads_backend(self) -> bool:
-        goes_on = self._down == flow.OPEN and self._allowance > 0
-        return goes_on and not self._to_client and not self._encrypted
+        return self._passes_down() and not self._to_client and not self._encrypted
 
     def _is_busy(self) -> bool:
         """Whether there is anything left to pass on, or to wait for."""
@@ -364,7 +375,7 @@ class Pump:
         sides = {side.fileno(): side for side in (self._client_socket, self._backend)}
         for side, reads, ended, writes in (
             (self._client_socket, self._reads_client(), self._up != flow.OPEN, self._encrypted),
-            (self._backend, self._reads_backend(), self._down != flow.OPEN, self._to_backend),
+            (self._backend, self._reads_backend(), not self._passes_down(), self._to_backend),
         ):
             events = select.POLLOUT if writes else 0
             if reads or (ended and side in thrown_away):
@@ -381,7 +392,8 @@ class Pump:
     ) -> None:
         """Read and discard what comes from a side that is no longer passed on, until it ends."""
         for side in ready:
-            if (self._up if side is self._client_socket else self._down) == flow.OPEN:
+            is_client = side is self._client_socket
+            if self._up == flow.OPEN if is_client else self._passes_down():
                 continue
             try:
                 if not side.recv(_PIECE_OCTETS):
