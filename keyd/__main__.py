@@ -47,6 +47,7 @@ from keyd.powers import ALL_POWERS
 from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal
 from keyd.provider import openssl_configuration
 from keyd.serve import THREADS, leave, serve
+from keyd.standard_error import StandardError
 from keyd.status_page import StatusPage
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
@@ -253,8 +254,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
         renewal.on_hangup(keyd)
         for listener in doors:
             keyd.hear_listener(listener, accepted)
-        _leave_when_told(keyd)
-        keyd.serve(THREADS, program, notify.ready)
+        _serve(keyd, program, notify)
 
 
 def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
@@ -298,8 +298,19 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         renewal.on_hangup(keyd)
         for listener in doors:
             keyd.hear_listener(listener, accepted)
-        _leave_when_told(keyd)
-        keyd.serve(THREADS, program, notify.ready)
+        _serve(keyd, program, notify)
+
+
+def _serve(keyd: Keyd, program: bytes, notify: Notifier) -> None:
+    """Serve until told to leave. Whoever reads standard error is waited for no more."""
+    standard_error = StandardError()
+
+    def ready() -> None:
+        standard_error.take_over()
+        notify.ready()
+
+    _leave_when_told(keyd)
+    keyd.serve(THREADS, program, ready, beside=standard_error.write_all)
 
 
 def _tick(notify: Notifier, tokens: States, page: StatusPage) -> None:

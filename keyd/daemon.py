@@ -85,6 +85,7 @@ def _die(
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
     say(f"{kind.__name__}: {error} at {where}")
+    sys.stderr.flush()
     os._exit(1)
 
 
@@ -127,11 +128,17 @@ class Keyd:
         self._shortage_told = -_SHORTAGE_INTERVAL
         self._stopped = threading.Event()
 
-    def serve(self, threads: int, program: bytes, ready: Callable[[], None]) -> None:
+    def serve(
+        self,
+        threads: int,
+        program: bytes,
+        ready: Callable[[], None],
+        beside: Callable[[], None] | None = None,
+    ) -> None:
         """Serve until ``stop``, behind this filter.
 
-        ``threads`` threads take part, this one included. ``ready`` is called when all is set
-        up. Raises OSError where the filter cannot be installed.
+        ``threads`` threads take part, this one included, and one more runs ``beside``. ``ready``
+        is called when all is set up. Raises OSError where the filter cannot be installed.
         """
         sys.excepthook = _die
         threading.excepthook = lambda failed: _die(
@@ -148,6 +155,8 @@ class Keyd:
         helpers = [threading.Thread(target=help_out) for _ in range(threads - 1)]
         for helper in helpers:
             helper.start()
+        if beside is not None:
+            threading.Thread(target=beside, daemon=True).start()
         seccomp.install(seccomp.Program(program), seccomp.Flag.ALL_THREADS)
         ready()
         door.wait()

@@ -1,8 +1,9 @@
-"""What keyd has to say to people, as events of its own instead of lines on standard error.
+"""What keyd has to say to people: whole lines, each of which is told.
 
-Run by a keyd that titus-py has started, before it hears a worker. Its standard error is the log
-itself, which the whole instance shares: an attacker who controls keyd could write lines there that
-pass for another process's.
+A keyd that titus-py has started tells them as events of its own, before it hears a worker. Its
+standard error is the log itself, which the whole instance shares: an attacker who controls keyd
+could write lines there that pass for another process's. A keyd of its own has
+``standard_error.StandardError``.
 """
 
 import io
@@ -43,7 +44,7 @@ def leave_standard_error(tell: Callable[[str], None]) -> None:
 def say(line: str) -> None:
     """To standard error, as keyd says everything.
 
-    In one piece, newline and all: another thread may say something at the same time.
+    In one piece, newline and all: another thread may say something at the same time. Python
+    flushes each line by itself.
     """
     sys.stderr.write(f"keyd: {line}\n")
-    sys.stderr.flush()

@@ -74,9 +74,9 @@ def make_key(path: Path) -> None:
 
 
 class Listening:
-    """``keyd listen`` with one key, for the group www-data."""
+    """``keyd listen`` with one key, for the group www-data. Its log is a file, or ``log``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, log: int | None = None) -> None:
         self.socket = directory / "www.sock"
         self.key = directory / "www.key"
         make_key(self.key)
@@ -90,7 +90,7 @@ class Listening:
                 *(KEYD, "listen", f"--socket={self.socket}", f"--key={self.key}"),
                 *("--user=daemon", "--group=www-data", f"--chroot={directory / 'root'}"),
             ],
-            stderr=self._log,
+            stderr=self._log if log is None else log,
         )
         eventually(self.socket.is_socket, "keyd listens")
 

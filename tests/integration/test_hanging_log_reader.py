@@ -1,0 +1,90 @@
+"""A keyd of its own whose log nobody reads: it signs, and says later what it has lost."""
+
+import fcntl
+import os
+import re
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from keyd.protocol import Status
+from keyd.standard_error import QUEUE_LINES
+
+from .service import PATIENCE
+from .test_keyd_status import Listening
+
+
+class Unread:
+    """``keyd listen``, whose log is a pipe that is full."""
+
+    def __init__(self, directory: Path) -> None:
+        self.end, write_end = os.pipe()
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
+        self.keyd = Listening(directory, log=write_end)
+        # It has left what it says at the start, and says something only if it refuses.
+        assert self.keyd.ask() is Status.DONE
+        # Of this process only: keyd has what it was given, with nothing that makes it not wait.
+        again = os.open(f"/proc/self/fd/{write_end}", os.O_WRONLY | os.O_NONBLOCK)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(again, b"\n")
+        os.close(again)
+        os.close(write_end)
+
+    def refuse(self) -> None:
+        assert self.keyd.ask(b"no TLS") is not Status.DONE
+
+    def read_until(self, words: bytes) -> bytes:
+        read = b""
+        while words not in read:
+            assert select.select([self.end], [], [], PATIENCE)[0], read
+            octets = os.read(self.end, 1 << 16)
+            assert octets, read
+            read += octets
+        return read
+
+    def close(self) -> None:
+        self.keyd.close()
+        with suppress(OSError):
+            os.close(self.end)
+
+
+@pytest.fixture
+def unread(tmp_path: Path) -> Iterator[Unread]:
+    tmp_path.chmod(0o755)
+    made = Unread(tmp_path)
+    yield made
+    made.close()
+
+
+def test_keyd_signs_and_says_later_how_many_lines_were_lost(unread: Unread) -> None:
+    asked = QUEUE_LINES + 20
+    for _ in range(asked):
+        unread.refuse()
+    assert unread.keyd.ask() is Status.DONE
+    read = unread.read_until(b" lines are lost: no room for them\n")
+    (lost,) = re.findall(rb"\nkeyd: ([0-9]+) lines are lost", read)
+    while read.count(b"keyd: refused, NOT_TLS: ") < asked - int(lost):
+        read += unread.read_until(b"\n")
+    # The only ones that are not told are those that were counted.
+    assert 10 < int(lost) <= 20
+    unread.refuse()
+    read += unread.read_until(b"keyd: refused, NOT_TLS: ")
+    assert read.count(b"lost") == 1
+
+
+def test_keyd_outlives_who_reads_its_log(unread: Unread) -> None:
+    os.close(unread.end)
+    for _ in range(3):
+        unread.refuse()
+    assert unread.keyd.ask() is Status.DONE
+
+
+def test_keyd_leaves_when_told_whoever_reads(unread: Unread) -> None:
+    unread.refuse()
+    unread.keyd.process.send_signal(signal.SIGTERM)
+    assert unread.keyd.process.wait(PATIENCE) == 0
