@@ -45,7 +45,8 @@ NAME = "keyd-status"
 VERSION = 2
 OCTETS = 256 * 1024
 HEAD = struct.Struct("!II")
-#: How many have a line of their own: so many fit into the page, whatever is in them.
+#: How many have a line of their own. All of them fit into the page, whatever is in them, except for
+#: the keys: of these, fewer are told of where many have long names that are not ASCII.
 _KEYS, _REFUSALS, _SOCKETS, _TOKENS = 128, 16, 32, 32
 TEXT_CHARACTERS = 200
 
@@ -153,9 +154,16 @@ class StatusPage:
                 tokens=self._tokens,
                 **(news or self._tally.totals()),
             )
-            text = json.dumps({"version": VERSION, **report._asdict()}).encode()
+            text = _text(report)
+            while len(text) > OCTETS - HEAD.size and report.keys:
+                report = report._replace(keys=report.keys[: len(report.keys) // 2])
+                text = _text(report)
             head = HEAD.pack(zlib.crc32(text), len(text))
             self._memory[: len(head) + len(text)] = head + text
+
+
+def _text(report: Report) -> bytes:
+    return json.dumps({"version": VERSION, **report._asdict()}).encode()
 
 
 def _name(path: str, key: Key) -> str:

@@ -54,22 +54,24 @@ def test_what_is_written_is_read() -> None:
     assert (last.status, last.detail, last.process) == ("not_tls", "x" * 200, 77)
 
 
-def test_any_number_of_keys_and_refusals_fits() -> None:
+@pytest.mark.parametrize(("character", "told"), [("x", 128), ("\u202e", 128), ("\U0001f511", 32)])
+def test_any_number_of_keys_and_refusals_fits(character: str, told: int) -> None:
+    """Whatever JSON makes of a character: up to twelve octets."""
     key = ec.generate_private_key(ec.SECP256R1())
     keys = {number.to_bytes(32, "big"): key for number in range(20_000)}
     page = StatusPage("control")
     for _ in range(100):
-        page.refused(Refusal(0, Status.NOT_GRANTED, "\u202e" * 1000), 1)
+        page.refused(Refusal(0, Status.NOT_GRANTED, character * 1000), 1)
     page.tell_of(
         keys,
-        lambda: dict.fromkeys(keys, "\u202e" * 1000),
-        ["\u202e" * 108] * 50,
+        lambda: dict.fromkeys(keys, character * 1000),
+        [character * 108] * 50,
         Tally(),
-        tokens("\u202e" * 300, 64),
+        tokens(character * 300, 64),
     )
     report = read(own_page())
     assert report.keys_in_all == 20_000
-    assert report.keys
+    assert len(report.keys) == told
     assert report.tokens
 
 
