@@ -61,6 +61,26 @@ def change(tmp_path: Path) -> Iterator[Change]:
         yield change
 
 
+# --- what workers inherit --------------------------------------------------------------
+
+
+def huge_pages(process: Process) -> int:
+    """Octets (proc_pid_smaps(5))."""
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    (kib,) = (line.split()[1] for line in rollup.splitlines() if line.startswith("AnonHugePages:"))
+    return int(kib) * 1024
+
+
+def test_it_stays_on_huge_pages(serve: Serve, echoing: Listener) -> None:
+    """A fork server that wrote to them would split them, and its forks would cost more again."""
+    instance = serve(echoing.address)
+    before = huge_pages(instance.fork_server())
+    assert before > 0
+    for _ in range(20):
+        assert serves(instance)
+    assert huge_pages(instance.fork_server()) == before
+
+
 # --- killed ----------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ if sys.version_info >= (3, 13):
 import gc
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ from titus_py.fork_server.confinement import (
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.gathering import gather_code
 from titus_py.fork_server.holes import fill_holes
+from titus_py.fork_server.huge_pages import heaps, use_huge_pages
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
 from titus_py.fork_server.rehearsal import rehearse
@@ -105,9 +106,10 @@ def main() -> int:
     _practise(plan, terms)
     give_code_back()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
+    places = heaps()
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    return _serve(parent, plan, terms, worker_filter, command_line)
+    return _serve(parent, plan, terms, worker_filter, command_line, places)
 
 
 def _practise(plan: Plan, terms: Terms) -> None:
@@ -185,6 +187,7 @@ def _serve(
     terms: Terms,
     worker_filter: Program,
     command_line: CommandLine,
+    places: Sequence[range],
 ) -> int:
     """Fork as ordered, until the parent hangs up. A worker does not return."""
     try:
@@ -199,6 +202,7 @@ def _serve(
         gc.freeze()
         fill_holes()
         give_heap_back()
+        use_huge_pages(places)
         parent.send(Ready().encode())
         worker = fork_as_ordered(
             parent.fileno(),
