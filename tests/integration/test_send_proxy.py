@@ -2,8 +2,8 @@
 
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -15,9 +15,8 @@ from proxyprotocol.v2 import ProxyProtocolV2
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
 from .instance import Instance, free_port
-from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset, was_reset
+from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset
 from .proxy_peers import Server, haproxy_server, nginx_server
-from .service import FAILS
 
 
 @pytest.fixture(scope="module", params=["nginx", "haproxy"])
@@ -187,9 +186,13 @@ def test_servers_see_the_certificates_name(
     assert not tls or all(text.encode() in tls for text in (version, cipher, "alice"))
 
 
-def test_a_certificate_that_is_too_long_to_be_told_reaches_no_backend(
-    serve: Serve, listener: Listener, authority: ClientAuthority
+@pytest.mark.parametrize(
+    "long", [{"padding": 17_000}, {"dns": [f"{number:0200}.example.org" for number in range(50)]}]
+)
+def test_who_has_a_certificate_that_is_too_long_to_be_told_is_refused(
+    serve: Serve, listener: Listener, authority: ClientAuthority, long: dict[str, Any]
 ) -> None:
+    """As a client with a certificate that is not accepted; the backend is not to blame."""
     vhost = {
         "send_proxy": "v2-tls-cert",
         "client_certificates": "required",
@@ -197,16 +200,15 @@ def test_a_certificate_that_is_too_long_to_be_told_reaches_no_backend(
         "client_allow": "all",
     }
     instance = serve(listener.address, vhost=[vhost])
-    long = authority.issue("alice", padding=17_000)
     with TlsClient(instance.port) as client:
-        show(client, long)
-        with suppress(*FAILS):
-            client.handshake()
-            assert not client.receive_all()
-    event = instance.wait_for_event("backend_unavailable")
-    assert event["reason"] == "PROXY header: the client's certificate is too long"
-    with listener.accept() as connection:
-        assert was_reset(connection)
+        show(client, authority.issue("alice", **long))
+        client.handshake()
+        with pytest.raises(SSL.Error, match="bad certificate"):
+            client.receive_all()
+    event = instance.wait_for_event("handshake_failed")
+    assert event["end"] == "client_certificate"
+    assert event["detail"].startswith("too_long: ")
+    assert not instance.events_named("backend_unavailable")
 
 
 def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(

@@ -102,6 +102,12 @@ class Identity(NamedTuple):
     #: The index of the client, in ``ClientTerms.known``.
     known: int | None = None
 
+    @property
+    def fits(self) -> bool:
+        """Whether a message holds all of it."""
+        held = Identity.decode(self.encode())
+        return held.complete and bool(held.certificate)
+
     def encode(self) -> bytes:
         """The message; what does not fit into it is left out."""
         facts, complete = self.facts, self.complete

@@ -136,6 +136,11 @@ class VirtualHost(NamedTuple):
         """Whether the backend is told what a worker says of its client's TLS."""
         return self.send_proxy in ("v2-tls", "v2-tls-cert")
 
+    @property
+    def passes_certificate(self) -> bool:
+        """Whether the backend is told which certificate its client has shown."""
+        return self.send_proxy == "v2-tls-cert"
+
     def check(self, backend: str) -> Check | None:
         """How one of its backends is checked, if it is."""
         return self.health and Check(backend, self.health, self.send_proxy)

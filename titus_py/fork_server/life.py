@@ -155,19 +155,21 @@ def _site(vhost: VirtualHost) -> Site:
         vhost.passes_tls_facts,
         tuple(name.encode() for name in vhost.tls.alpn or ()),
         vhost.tls.alpn_required,
-        _verifier(vhost.clients, context),
+        _verifier(vhost.clients, vhost.passes_certificate, context),
         index,
     )
 
 
-def _verifier(terms: "ClientTerms | None", context: "SSL.Context") -> "Verifier | None":
+def _verifier(
+    terms: "ClientTerms | None", passed_on: bool, context: "SSL.Context"
+) -> "Verifier | None":
     """Who judges the certificates of a context's clients, where it asks for any."""
     if terms is None:
         return None
     # Other workers do not need it in their memory.
     from titus_py.worker.client_certificate import Verifier
 
-    verifier = Verifier(terms)
+    verifier = Verifier(terms, passed_on)
     verifier.demand(context)
     return verifier
 

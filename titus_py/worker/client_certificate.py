@@ -25,6 +25,7 @@ from titus_py.worker.peer_certificate import (
     UNREADABLE,
     Shown,
     finding_of,
+    own_of,
     read_own,
     trust,
 )
@@ -41,11 +42,19 @@ _WITHOUT_VERDICT = {
 }
 
 
-class Verifier:
-    """What one virtual host asks of client certificates; in a worker, of the one that was shown."""
+#: The parent could not pass it on. That is for the client to mend, and no fault of a backend.
+_TOO_LONG = "too_long: the certificate, or its names, cannot be passed on to the backend"
 
-    def __init__(self, terms: ClientTerms) -> None:
+
+class Verifier:
+    """What one virtual host asks of client certificates; in a worker, of the one that was shown.
+
+    ``passed_on``: the backend is told which certificate it was.
+    """
+
+    def __init__(self, terms: ClientTerms, passed_on: bool = False) -> None:
         self._terms = terms
+        self._passed_on = passed_on
         self._allow = terms.allowed
         #: Without authorities, the keys that are listed are all that counts.
         self._keys_only = not terms.authorities
@@ -122,6 +131,8 @@ class Verifier:
         if self._keys_only:
             if not allows(self._allow, facts):
                 return self._refuse(store_context, "unknown_key", BAD_CERTIFICATE)
+            if not self._can_be_passed_on(store_context, facts):
+                return self._refuse(store_context, _TOO_LONG, BAD_CERTIFICATE)
             lib.X509_STORE_CTX_set_error(store_context, lib.X509_V_OK)
             self._accepted = True
             return True
@@ -131,8 +142,17 @@ class Verifier:
         if not depth:
             if not allows(self._allow, facts):
                 return self._refuse(store_context, "not_allowed", BAD_CERTIFICATE)
+            if not self._can_be_passed_on(store_context, facts):
+                return self._refuse(store_context, _TOO_LONG, BAD_CERTIFICATE)
             self._accepted = True
         return True
+
+    def _can_be_passed_on(self, store_context: object, facts: Facts) -> bool:
+        """Whether it is short enough, if that is to be. Few links there are in any case."""
+        if not self._passed_on:
+            return True
+        certificate = crypto.dump_certificate(crypto.FILETYPE_ASN1, own_of(store_context))
+        return Identity(facts, (), certificate).fits
 
     def _refuse(self, store_context: object, reason: str, alert: int | None) -> bool:
         self._refused = self._refused or reason

@@ -27,6 +27,7 @@ __all__ = [
     "UNREADABLE",
     "Shown",
     "finding_of",
+    "own_of",
     "read_own",
     "trust",
 ]
@@ -112,9 +113,14 @@ def finding_of(store_context: object) -> tuple[str, int | None]:
 
 def read_own(store_context: object) -> Shown:
     """The peer's own certificate. Raises one of UNREADABLE."""
+    return _read(own_of(store_context))
+
+
+def own_of(store_context: object) -> crypto.X509:
+    """The peer's own certificate, unread."""
     own = lib.X509_STORE_CTX_get0_cert(store_context)
     lib.X509_up_ref(own)
-    return _read(crypto.X509._from_raw_x509_ptr(own))
+    return crypto.X509._from_raw_x509_ptr(own)
 
 
 @cache
