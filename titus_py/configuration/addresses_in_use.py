@@ -72,14 +72,17 @@ def metrics_warnings(tables: dict[str, Any], source: Source) -> Iterator[Mistake
 
 def _overlaps(bound: Mapping[str, Bindable], source: Source) -> Iterator[Mistake]:
     """``bound`` is by the keys of the settings."""
-    before: dict[str, Bindable] = {}
+    # By port, or path: there may be thousands, and only those that share one overlap.
+    before: dict[int | str, dict[str, Bindable]] = {}
     for key, address in bound.items():
-        for other, earlier in before.items():
+        place = address.path if isinstance(address, UnixAddress) else address.port
+        alike = before.setdefault(place, {})
+        for other, earlier in alike.items():
             if earlier.covers(address) or address.covers(earlier):
                 where = f"{source.reference(other)}, {earlier}"
                 yield source.mistake(key, f"{address} overlaps {where}: only one can be bound")
                 break
-        before[key] = address
+        alike[key] = address
 
 
 def _shared_metrics(

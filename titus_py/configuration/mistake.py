@@ -20,6 +20,10 @@ __all__ = [
 ]
 
 
+#: Of a key or a reason. Those that quote no long value are shorter.
+_MOST_CHARACTERS = 1000
+
+
 class Mistake(NamedTuple):
     """One thing that is wrong (in a warning, doubtful), and where the operator finds it.
 
@@ -36,7 +40,16 @@ class Mistake(NamedTuple):
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file and self.line else self.file
-        return printable(": ".join(filter(None, (place, self.name or self.key, self.reason))))
+        said = _shortened(self.name or self.key), _shortened(self.reason)
+        return printable(": ".join(filter(None, (place, *said))))
+
+
+def _shortened(text: str) -> str:
+    """Without the middle, if it is long: that is a value, and what to do about it comes last."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half]}…{text[-half:]}"
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from titus_py.configuration.address import Bindable, IPAddress
 from titus_py.configuration.loading import Loaded, load
 
 PAIR = 'certificate = "site.crt"\n'
@@ -107,3 +108,21 @@ def test_load_balancers_that_no_connection_can_come_from(
         ((key, reason),) = found
         assert key == "listen[0].accept_proxy_from"
         assert wrong in reason
+
+
+def test_thousands_of_listeners_are_not_each_held_against_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = 0
+    covers = IPAddress.covers
+
+    def counted(self: IPAddress, other: Bindable) -> bool:
+        nonlocal compared
+        compared += 1
+        return covers(self, other)
+
+    monkeypatch.setattr(IPAddress, "covers", counted)
+    count = 1000
+    more = "\n[[listen]]\n".join(f'address = "127.0.0.1:{1000 + n}"' for n in range(count))
+    assert not told(loaded(tmp_path, more, '"127.0.0.1:80"'))
+    assert compared <= 5 * count
