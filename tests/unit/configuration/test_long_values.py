@@ -10,7 +10,7 @@ from titus_py.configuration.loading import load
 @pytest.mark.parametrize(
     ("content", "begins", "ends"),
     [
-        ('[[listen]]\naddress = "LONG"', '2: listen "xy\\x1b', "or unix:/run/app.sock"),
+        ('[[listen]]\naddress = "LONG"', '2: listen "xy\\u001b', "or unix:/run/app.sock"),
         ('[[vhost]]\nbackend = "LONG:http"', "2: vhost for any name: backend: 'xy\\x1b", "'http'"),
         ('[worker]\nuids = "LONG"', "2: worker.uids: expected a range of uids", '…"'),
         ('"LONG" = 1', '1: "xy\\u001b', ", listen, vhost, tunnel"),
