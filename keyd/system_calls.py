@@ -137,12 +137,19 @@ _KEPT_IN = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 #: Others are the machine's: vsock(7), for one, leads from any namespace to a virtual machine's
 #: host.
 _MOST_FAMILIES = 64
+#: A pid that is not 0, the caller's own: one of its bits is set. Landlock keeps no process from the
+#: limits of another that has the same uid, as another token's has.
+_OF_OTHERS = tuple((Only(0, 1 << bit, 1 << bit),) for bit in range(32))
 
 
 def unknown_to_modules(network: bool) -> Rules:
     """Calls that fail, as if the kernel did not know them; fewer with a network."""
-    # Its flags are in memory, where a filter cannot see them. libc then takes clone(2) for threads.
-    calls: Rules = {"clone3": _ANYHOW}
+    calls: Rules = {
+        # Its flags are in memory, where a filter cannot see them. libc then takes clone(2) for
+        # threads.
+        "clone3": _ANYHOW,
+        "prlimit64": _OF_OTHERS,
+    }
     if network:
         return calls
     others = [family for family in range(_MOST_FAMILIES) if family not in _KEPT_IN]

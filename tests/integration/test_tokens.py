@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from OpenSSL import SSL
 
 from keyd.inspection.key_search import needles, search_all
+from keyd.linux import landlock
 from keyd.powers import PrivateKey
 from keyd.protocol import MAX_REPLY_OCTETS, Reply, SignatureScheme, Status
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
@@ -200,19 +201,32 @@ def test_a_mechanism_that_is_missing_is_named_and_costs_one_handshake(served: Se
 
 def test_the_module_can_do_nothing_but_sign(served: Served) -> None:
     attempts = served.hsm.directory / "attempts"
+    # Of another token, with the same uid.
+    (other, *_) = (
+        pid
+        for pid in served.keyd.token_processes()
+        if "softhsm" in (maps := Path(f"/proc/{pid}/maps").read_text()) and "shim" not in maps
+    )
+    attempts.with_suffix(".pid").write_text(str(other))
+    attempts.with_suffix(".pid").chmod(0o644)
     served.behave("attempts")
     assert served.keyd.ask(served.shaky, ECDSA).status is Status.DONE
     served.behave("")
-    confined = attempts.read_text().splitlines()[-4:]
+    confined = attempts.read_text().splitlines()[-7:]
     attempts.unlink()
     # The control: the same user, in a process that is not confined.
     attempt_unconfined(served.directory / "shim.so", attempts)
-    *files, host = zip(confined, attempts.read_text().splitlines(), strict=True)
-    assert files == [
+    *most, by_signal, host = zip(confined, attempts.read_text().splitlines(), strict=True)
+    assert most == [
         ("read: Permission denied", "read: done"),
         ("write: Permission denied", "write: done"),
         ("connect: Permission denied", "connect: Connection refused"),
+        ("limits: Function not implemented", "limits: done"),
+        ("own limits: done", "own limits: done"),
     ]
+    assert by_signal[1] == "signal: done"
+    if landlock.version() >= 6:
+        assert by_signal[0] == "signal: Operation not permitted"
     # Not every kernel has these sockets, which no network namespace keeps in.
     assert host[0] == "the host: Function not implemented"
     assert host[1] in ("the host: done", "the host: Address family not supported by protocol")

@@ -2,7 +2,8 @@
  * A PKCS #11 module that is SoftHSM, but for what the file SHIM_BEHAVIOUR says it is to do when it
  * signs: a token that is pulled, hangs, crashes, or tries what no module needs.
  *
- * SHIM_LOGINS gets a line for each C_Login, SHIM_ATTEMPTS one for each attempt.
+ * SHIM_LOGINS gets a line for each C_Login, SHIM_ATTEMPTS one for each attempt. The process that is
+ * attempted on is named in SHIM_ATTEMPTS with ".pid" after it.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -47,17 +49,38 @@ static void attempt(const char *name, int result)
     append("SHIM_ATTEMPTS", line);
 }
 
+static pid_t other(void)
+{
+    char path[4096];
+    int pid = -1;
+    FILE *file;
+
+    snprintf(path, sizeof path, "%s.pid", getenv("SHIM_ATTEMPTS"));
+    file = fopen(path, "r");
+    if (file == NULL || fscanf(file, "%d", &pid) != 1)
+        abort();
+    fclose(file);
+    return pid;
+}
+
 /* Also called by the control, in a process that is not confined. */
 void attempt_all(void)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(1)};
     int fd = socket(AF_INET, SOCK_STREAM, 0);
+    struct rlimit theirs, own;
+    pid_t pid = other();
 
     inet_pton(AF_INET, "127.0.0.1", &address.sin_addr);
     attempt("read", open("/etc/hostname", O_RDONLY));
     attempt("write", open("/tmp/keyd-shim-was-here", O_CREAT | O_WRONLY, 0600));
     unlink("/tmp/keyd-shim-was-here");
     attempt("connect", connect(fd, (struct sockaddr *)&address, sizeof address));
+    attempt("limits", prlimit(pid, RLIMIT_NOFILE, NULL, &theirs) < 0
+                          ? -1
+                          : prlimit(pid, RLIMIT_NOFILE, &theirs, NULL));
+    attempt("own limits", prlimit(0, RLIMIT_NOFILE, NULL, &own));
+    attempt("signal", kill(pid, 0));
     attempt("the host", socket(AF_VSOCK, SOCK_STREAM, 0));
 }
 

@@ -226,5 +226,6 @@ def attempt_unconfined(shim: Path, attempts: Path) -> None:
         ["/usr/bin/python3", "-I", "-c", code],
         check=True,
         user=USER,
+        group=pwd.getpwnam(USER).pw_gid,
         env={"SHIM_ATTEMPTS": str(attempts)},
     )
