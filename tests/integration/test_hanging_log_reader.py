@@ -5,6 +5,8 @@ import os
 import re
 import select
 import signal
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +14,21 @@ from pathlib import Path
 import pytest
 
 from keyd.protocol import Status
+from keyd.serve import THREADS
 from keyd.standard_error import QUEUE_LINES
 
 from .service import PATIENCE
-from .test_keyd_status import Listening
+from .test_keyd_status import KEYD, Listening, make_key
+
+
+def fill(write_end: int) -> None:
+    """Write to a pipe until it is full."""
+    # Of this process only: keyd has what it was given, with nothing that makes it not wait.
+    again = os.open(f"/proc/self/fd/{write_end}", os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(again, b"\n")
+    os.close(again)
 
 
 class Unread:
@@ -25,14 +38,10 @@ class Unread:
         self.end, write_end = os.pipe()
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
         self.keyd = Listening(directory, log=write_end)
-        # It has left what it says at the start, and says something only if it refuses.
+        # It listens before it says anything, and after that, it says something only if it refuses.
+        assert select.select([self.end], [], [], PATIENCE)[0]
         assert self.keyd.ask() is Status.DONE
-        # Of this process only: keyd has what it was given, with nothing that makes it not wait.
-        again = os.open(f"/proc/self/fd/{write_end}", os.O_WRONLY | os.O_NONBLOCK)
-        with suppress(BlockingIOError):
-            while True:
-                os.write(again, b"\n")
-        os.close(again)
+        fill(write_end)
         os.close(write_end)
 
     def refuse(self) -> None:
@@ -88,3 +97,43 @@ def test_keyd_leaves_when_told_whoever_reads(unread: Unread) -> None:
     unread.refuse()
     unread.keyd.process.send_signal(signal.SIGTERM)
     assert unread.keyd.process.wait(PATIENCE) == 0
+
+
+def test_a_keyd_for_a_proxy_goes_on_and_leaves_as_well(tmp_path: Path) -> None:
+    end, write_end = os.pipe()
+    path = tmp_path / "control.sock"
+    make_key(tmp_path / "www.key")
+    process = subprocess.Popen(
+        [
+            *(KEYD, "control", f"--socket={path}", f"--key={tmp_path / 'www.key'}"),
+            *("--user=daemon", f"--chroot={tmp_path / 'root'}"),
+        ],
+        stderr=write_end,
+    )
+
+    def keys(then: bytes = b"") -> bytes:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as parent:
+            parent.settimeout(PATIENCE)
+            parent.connect(str(path))
+            told = parent.recv(1000)
+            if then:
+                parent.send(then)
+                # keyd closes it, once it has said why.
+                assert not parent.recv(1000)
+            return told
+
+    try:
+        # It listens before it says anything.
+        assert select.select([end], [], [], PATIENCE)[0]
+        told = keys()
+        fill(write_end)
+        # More often than keyd has threads.
+        for _ in range(2 * THREADS):
+            assert keys(b"what no parent says") == told
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(end)
+        os.close(write_end)
