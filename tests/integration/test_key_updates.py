@@ -24,6 +24,8 @@ from .test_pump import MUCH, processor_ticks, tcp_queues, the_busy_worker, until
 ALERT, HANDSHAKE, DATA = 21, 22, 23
 UPDATE_REQUESTED, UPDATE = b"\x18\0\0\1\1", b"\x18\0\0\1\0"
 CLOSE_NOTIFY = b"\1\0"
+#: Whether the rest of a message comes along with the client's close_notify.
+with_its_end = pytest.mark.parametrize("with_its_end", [False, True], ids=["alone", "with its end"])
 #: Of one of them, as a record.
 RECORD_OCTETS = 27
 
@@ -105,7 +107,10 @@ def feed(connection: socket.socket) -> None:
         connection.sendall(MUCH)
 
 
-def test_a_key_update_in_two_parts(instance: Instance, listener: Listener) -> None:
+@with_its_end
+def test_a_key_update_in_two_parts(
+    instance: Instance, listener: Listener, with_its_end: bool
+) -> None:
     """The write is tried again between the parts. Nothing may be sent twice."""
     with flooded(instance, listener) as (client, writing):
         plain = client._socket
@@ -114,7 +119,11 @@ def test_a_key_update_in_two_parts(instance: Instance, listener: Listener) -> No
         plain.sendall(writing.record(UPDATE[:4]))
         received = all_there_is(client, plain)
         assert len(received) < len(MUCH)
-        plain.sendall(writing.record(UPDATE[4:]))
+        rest = writing.record(UPDATE[4:])
+        writing.update()
+        if with_its_end:
+            rest += writing.record(CLOSE_NOTIFY, ALERT)
+        plain.sendall(rest)
         plain.setblocking(True)
         while len(received) < len(MUCH):
             received += client.recv(1 << 16)
@@ -153,7 +162,7 @@ def test_those_whose_answers_are_not_read_are_not_heard_without_end(
         assert waiting + len(said) - sent > 1000 * RECORD_OCTETS
 
 
-@pytest.mark.parametrize("with_its_end", [False, True], ids=["alone", "with its end"])
+@with_its_end
 def test_a_backend_may_end_in_the_middle_of_one(
     instance: Instance, listener: Listener, with_its_end: bool
 ) -> None:

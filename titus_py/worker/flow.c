@@ -197,9 +197,11 @@ enum happened pass_on(struct flow *flow, const struct openssl *openssl, int pati
 	struct pollfd sides[2];
 	struct pollfd *client = &sides[0], *backend = &sides[1];
 	bool hung_up = false;
-	int done = GO_ON;
+	int done;
 
 	collect(flow, openssl);
+	/* The client's end, which was told last, may have come with what writing has waited for. */
+	done = encrypt(flow, openssl);
 	while (done == GO_ON) {
 		if (flow->up == ENDING && !waiting(&flow->to_backend))
 			return ALL_TO_BACKEND;
