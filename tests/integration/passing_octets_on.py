@@ -256,10 +256,11 @@ def nothing_but_a_hang_up() -> list[object]:
     takes_nothing = between.fill_another_backend()
     between.client.shutdown(socket.SHUT_WR)
     between.states[1] = flow.OVER
-    found = between.run()
+    # All of it is there.
     hung_up = select.poll()
     hung_up.register(between.client, 0)
     hung_up.poll(10_000)
+    found = between.run()
     between.states[0] = flow.ENDING
     again = [between.run(1), between.run(1)]
     takes_nothing.close()
