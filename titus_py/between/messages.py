@@ -270,7 +270,8 @@ class Leaving(NamedTuple):
     why: str
 
     def encode(self) -> bytes:
-        return b"L" + self.why.encode("ascii", "replace")[:_MAX_WHY_OCTETS]
+        why = "".join(one if one.isprintable() else "?" for one in self.why)
+        return b"L" + why.encode("ascii", "replace")[:_MAX_WHY_OCTETS]
 
 
 def decode_from_fork_server(message: bytes) -> Forked | Leaving:

@@ -160,6 +160,10 @@ def test_a_reason_that_is_too_long_is_cut_off() -> None:
     assert isinstance(decode_from_fork_server(FORKED.pack(b"P", 1, 1)), Forked)
 
 
+def test_a_reason_with_control_characters_arrives_without_them() -> None:
+    assert decode_from_fork_server(Leaving("no\nway\t\x1b").encode()) == Leaving("no?way??")
+
+
 @pytest.mark.parametrize(
     "octets",
     [
