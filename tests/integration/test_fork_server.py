@@ -18,7 +18,7 @@ from titus_py.between.messages import Fork
 from .conftest import Serve
 from .instance import Instance, Process, eventually, zombies
 from .peers import Listener, TlsClient
-from .service import reload, serves, talk
+from .service import reload, serves, status, talk
 from .test_forged_events import mouth
 from .test_supervision import CLIENTS, Load
 
@@ -76,6 +76,8 @@ def test_it_stays_on_huge_pages(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     before = huge_pages(instance.fork_server())
     assert before > 0
+    (generation,) = status(instance)["generations"]
+    assert generation["huge_pages"] * (2 << 20) == before
     for _ in range(20):
         assert serves(instance)
     assert huge_pages(instance.fork_server()) == before

@@ -22,7 +22,8 @@ parent: tunnel       'T' tunnel(2) keyed(1), with the channel to keyd where ther
 parent: backend      'B', with the connected socket; or 'F' and why there is none
 parent: fork         'W' uid(4), with the descriptor of the new worker's report and
                      its end of its socket
-fork server: ready   'R'                    confined; may be asked for workers
+fork server: ready   'R' huge_pages(4)      confined; may be asked for workers, which share so
+                     many huge pages
 fork server: forked  'P' uid(4) pid(4), with the worker's pidfd
 fork server: failed  'E' uid(4) errno(4)
 fork server: leaving 'L' why                its last message
@@ -44,6 +45,7 @@ __all__ = [
     "Forked",
     "Leaving",
     "Malformed",
+    "Prepared",
     "Proxied",
     "Ready",
     "TlsFacts",
@@ -66,6 +68,7 @@ _FACTS_OCTETS = (16, 64, 255)
 #: These have a uid as a system call takes it: 8 octets in this machine's order.
 _FORK = struct.Struct("=cq")
 _FORKED = struct.Struct("=cqI")
+_PREPARED = struct.Struct("!cI")
 _CLIENT = struct.Struct("!cI")
 _TUNNEL = struct.Struct("!cH?")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
@@ -91,7 +94,7 @@ class Malformed(ValueError):
 
 
 class Ready(NamedTuple):
-    """The worker, or the fork server, is confined."""
+    """The worker is confined."""
 
     def encode(self) -> bytes:
         return b"R"
@@ -232,6 +235,15 @@ class Tunnel(NamedTuple):
         return cls(number, keyed)
 
 
+class Prepared(NamedTuple):
+    """The fork server is confined; what workers inherit is on so many huge pages."""
+
+    huge_pages: int
+
+    def encode(self) -> bytes:
+        return _PREPARED.pack(b"R", self.huge_pages)
+
+
 class Fork(NamedTuple):
     """An order to the fork server: a worker with this uid. ``orders.c`` takes it."""
 
@@ -274,8 +286,10 @@ class Leaving(NamedTuple):
         return b"L" + why.encode("ascii", "replace")[:_MAX_WHY_OCTETS]
 
 
-def decode_from_fork_server(message: bytes) -> Forked | Leaving:
+def decode_from_fork_server(message: bytes) -> Prepared | Forked | Leaving:
     """For the parent; raises Malformed."""
+    if len(message) == _PREPARED.size and message[:1] == b"R":
+        return Prepared(_PREPARED.unpack(message)[1])
     if message[:1] != b"L":
         return Forked.decode(message)
     why = message[1:].decode("ascii", "replace")

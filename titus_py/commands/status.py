@@ -6,7 +6,7 @@ answer is trusted. Names and certificates are shown as text that cannot steer a 
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         *_upstreams(answer.get("upstreams", ())),
         *_lending(answer.get("lending", ()), answer["counts"]),
         _counts(answer["counts"], answer["generations"]),
-        _forking(answer),
+        *_forking(answer),
         Text(),
     )
 
@@ -336,11 +336,22 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     return table
 
 
-def _forking(answer: Mapping[str, Any]) -> Text:
+def _forking(answer: Mapping[str, Any]) -> Iterator[Text]:
     """What makes a fork cheaper, and may be missing."""
     if answer.get("immortal_objects"):
-        return Text("workers share immortal objects")
-    return Text("workers share no immortal objects, which Python 3.12 and 3.13 have", style="dim")
+        yield Text("workers share immortal objects")
+    else:
+        missing = "workers share no immortal objects, which Python 3.12 and 3.13 have"
+        yield Text(missing, style="dim")
+    for generation in answer["generations"]:
+        pages = generation.get("huge_pages")
+        if generation["state"] != "serving" or pages is None:
+            continue
+        if pages:
+            yield Text(f"workers share {pages} huge page{'s' if pages > 1 else ''}")
+        else:
+            missing = "workers share no huge pages: the kernel made none (Linux 6.1 and later can)"
+            yield Text(missing, style="dim")
 
 
 def _table(*headings: str) -> Table:

@@ -37,7 +37,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
-from titus_py.between.messages import Leaving, Ready
+from titus_py.between.messages import Leaving, Prepared
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
@@ -204,8 +204,7 @@ def _serve(
         gc.freeze()
         fill_holes()
         give_heap_back()
-        use_huge_pages(places)
-        parent.send(Ready().encode())
+        parent.send(Prepared(use_huge_pages(places)).encode())
         worker = fork_as_ordered(
             parent.fileno(),
             plan.first_uid,

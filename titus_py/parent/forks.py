@@ -21,7 +21,7 @@ from titus_py.between.messages import (
     Forked,
     Leaving,
     Malformed,
-    Ready,
+    Prepared,
     decode_from_fork_server,
 )
 from titus_py.fork_server.confinement import MAX_ORDERS
@@ -70,6 +70,8 @@ class Forks:
             for descriptor in given.values():
                 os.close(descriptor)
         self._pidfd = os.pidfd_open(self._process.pid)
+        #: How many huge pages its workers share.
+        self.huge_pages = 0
         self._orders = 0
         self._finishing = False
         #: Why it ends, where it has said so.
@@ -79,12 +81,12 @@ class Forks:
 
     def wait_until_ready(self) -> None:
         """Wait, before there is any client. Raises OSError if the fork server failed to start."""
-        message = self._socket.recv(FORK_SERVER_OCTETS)
-        if message == Ready().encode():
-            return
         why = "see above"
         with suppress(Malformed):
-            said = decode_from_fork_server(message)
+            said = decode_from_fork_server(self._socket.recv(FORK_SERVER_OCTETS))
+            if isinstance(said, Prepared):
+                self.huge_pages = said.huge_pages
+                return
             why = said.why if isinstance(said, Leaving) else why
         raise OSError(f"the fork server did not start: {why}")
 

@@ -207,6 +207,7 @@ class Status:
                     "keyd": generation.keyd and generation.keyd.pid,
                     "connections": len(generation.connections),
                     "spares": generation.spares,
+                    "huge_pages": generation.huge_pages,
                 }
                 for generation in self._generations
             ],

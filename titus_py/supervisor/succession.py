@@ -96,6 +96,7 @@ class LeftGeneration(_Left):
     connections: dict[int, dict[str, Any]]
     ended: list[dict[str, Any]]
     spares: int
+    huge_pages: int | None = None
     started: datetime
     begun: float
     uids: tuple[int, int]
@@ -196,6 +197,7 @@ def leave(generation: Generation) -> LeftGeneration:
         connections=generation.connections,
         ended=list(generation.ended),
         spares=generation.spares,
+        huge_pages=generation.huge_pages,
         started=generation.started,
         begun=generation.begun,
         uids=(generation.uids.start, generation.uids.stop),
@@ -367,6 +369,7 @@ def inherit(
     generation.connections = left.connections
     generation.ended.extend(left.ended)
     generation.spares = left.spares
+    generation.huge_pages = left.huge_pages
     generation.started = left.started
     generation.begun = left.begun
     generation.uids = range(*left.uids)

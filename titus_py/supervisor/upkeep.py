@@ -200,6 +200,8 @@ class Upkeep:
             child.patience.cancel()
         if child is generation.keyd:
             generation.lent = []
+        else:
+            generation.huge_pages = event["huge_pages"]
         keys = event.pop("keys", None)
         self._event(
             f"{child.name}_started",

@@ -20,6 +20,7 @@ from titus_py.between.messages import (
     Forked,
     Leaving,
     Malformed,
+    Prepared,
     Proxied,
     Ready,
     TlsFacts,
@@ -164,10 +165,18 @@ def test_a_reason_with_control_characters_arrives_without_them() -> None:
     assert decode_from_fork_server(Leaving("no\nway\t\x1b").encode()) == Leaving("no?way??")
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_what_a_fork_server_has_prepared_comes_back(pages: int) -> None:
+    assert decode_from_fork_server(Prepared(pages).encode()) == Prepared(pages)
+
+
 @pytest.mark.parametrize(
     "octets",
     [
         b"",
+        # A worker's: "ready" alone, and one with too much.
+        b"R",
+        b"R" + bytes(5),
         b"P" + bytes(7),
         # No such process, no such error, neither of the two.
         b"P" + bytes(8),
@@ -177,6 +186,6 @@ def test_a_reason_with_control_characters_arrives_without_them() -> None:
         b"R" + bytes(4) + b"\0\0\0\1",
     ],
 )
-def test_a_fork_server_has_two_answers(octets: bytes) -> None:
+def test_nothing_else_is_an_answer_of_a_fork_server(octets: bytes) -> None:
     with pytest.raises(Malformed):
-        Forked.decode(octets)
+        decode_from_fork_server(octets)

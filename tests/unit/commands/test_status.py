@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,6 +62,7 @@ def make_status() -> dict[str, Any]:
                 "parent": 30,
                 "keyd": None,
                 "connections": 1,
+                "huge_pages": 3,
             },
         ],
         "processes": [
@@ -212,9 +214,30 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "metrics ",
         r"waits\x1b",
         "workers share immortal objects",
+        "workers share 3 huge pages",
     ):
         assert part in text, text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("pages", "line"),
+    [(1, "workers share 1 huge page\n"), (0, "workers share no huge pages: the kernel made none")],
+)
+def test_what_the_kernel_has_made(start: Start, tmp_path: Path, pages: int, line: str) -> None:
+    answer = make_status()
+    answer["generations"][1]["huge_pages"] = pages
+    start(17, answer)
+    assert line in re.sub(" *\n", "\n", shown(tmp_path)[1])
+
+
+def test_before_the_fork_server_has_told_nothing_is_said_of_its_pages(
+    start: Start, tmp_path: Path
+) -> None:
+    answer = make_status()
+    answer["generations"][1]["huge_pages"] = None
+    start(17, answer)
+    assert "huge page" not in shown(tmp_path)[1]
 
 
 def test_as_json(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,7 @@ def generation_of(configuration: Configuration) -> Generation:
     checked = Checked(configuration, [], [], {CREDENTIAL: FACTS}, FileWatch([]))
     generation = Generation(7, checked, {})
     generation.announced = True
+    generation.huge_pages = 3
     generation.keyds_keys = {"00" * 32}
     generation.connections = {1 << 50: {"connection": 1 << 50, "client": "[::1]:5", "uid": 9}}
     generation.ended.append({"connection": 5})
@@ -103,7 +104,16 @@ def test_a_generation_is_what_it_was(configuration: Configuration) -> None:
     found = inherit(LeftGeneration.model_validate_json(octets), {})
     assert found.configuration == configuration
     assert found.certificates == generation.certificates
-    for name in ("number", "connections", "ended", "uids", "keyds_keys", "announced", "started"):
+    for name in (
+        "number",
+        "connections",
+        "ended",
+        "uids",
+        "keyds_keys",
+        "announced",
+        "huge_pages",
+        "started",
+    ):
         assert getattr(found, name) == getattr(generation, name)
     assert found.state == generation.state
 
