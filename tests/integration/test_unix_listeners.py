@@ -1,6 +1,7 @@
 """TLS clients that come by a unix socket: themselves, or through a load balancer."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -14,10 +15,11 @@ from titus_py.audit.run import audit
 from titus_py.audit.target import find_target
 
 from .conftest import Certificates, Nginx, Serve
-from .instance import Instance, free_port
-from .peers import TIMEOUT, Listener, TlsClient, receive_exactly
+from .instance import Instance, eventually, free_port
+from .peers import TIMEOUT, Listener, TlsClient, receive_all, receive_exactly
 from .proxy_peers import haproxy_in_front, nginx_in_front
 from .service import FAILS, edit, reload, status, talk
+from .test_pump import established_sockets
 
 ME = f"unix:uid={os.geteuid()},pid={os.getpid()}"
 LINE = b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\n"
@@ -60,6 +62,15 @@ def client_of(path: Path, first: bytes = b"") -> TlsClient:
     tls = TlsClient(0, source=connect(path))
     tls.socket.sendall(first)
     return tls
+
+
+def takes(tls: TlsClient, octets: bytes) -> bool:
+    """Whether they can still be sent to whoever is at the other end."""
+    try:
+        tls.send(octets)
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
 
 
 def through(port: int, source: str) -> TlsClient:
@@ -161,6 +172,30 @@ def test_descriptors_of_a_client_are_nobodys(shared: Instance, balanced: Path) -
             with pytest.raises(FAILS):
                 tls.handshake()
     shared.wait_for_event("handshake_failed", since=since, client=ME, end="proxy_timeout")
+
+
+def test_a_client_that_hears_nothing_more_has_reset_its_connection(
+    serve: Serve, backend: Listener, shared_directory: Path
+) -> None:
+    """Although it goes on sending: else each octet would hold the worker for longer."""
+    path = shared_directory / "deaf"
+    instance = serve(backend.address, listen=[{"address": f"unix:{path}"}])
+    with client_of(path) as tls:
+        tls.handshake()
+        with backend.accept() as connection:
+            (worker,) = [one for one in instance.workers() if established_sockets(one.pid) == 1]
+            worker.kill(signal.SIGSTOP)
+            before = os.urandom(40_000)
+            tls.send(before)
+            tls.socket.shutdown(socket.SHUT_RD)
+            connection.sendall(b"not to be heard")
+            worker.kill(signal.SIGCONT)
+            eventually(lambda: not takes(tls, b"and this"), "no more is taken")
+            # What it had sent by then has arrived.
+            assert receive_exactly(connection, len(before)) == before
+            with pytest.raises(ConnectionResetError):
+                receive_all(connection)
+    assert instance.wait_for_event("connection_ended", client=ME)["end"] == "client_reset"
 
 
 # --- with others -----------------------------------------------------------------------------

@@ -343,6 +343,10 @@ class Pump:
             self._to_client, self._encrypted = self._from_backend[:0], self._from_tls[:0]
             self._down = flow.OVER
             receivers.discard(self._client_socket)
+            # By a unix socket, it may have ended its receiving half alone, and go on sending. What
+            # it has sent can still be read, and no more can come.
+            with suppress(OSError):
+                self._client_socket.shutdown(socket.SHUT_RD)
         elif end is End.CLIENT_PROTOCOL_ERROR:
             # OpenSSL has made an alert, which follows what is encrypted already.
             self._to_client = self._from_backend[:0]
