@@ -154,10 +154,15 @@ def _log_in(wanted: Wanted, pin: str | None) -> tuple[Any, list[tuple[Any, bytes
 
 def _find_token(module: Any, wanted: Wanted) -> Any:
     found = []
+    failed = None
     for slot in module.get_slots(token_present=True):
         try:
             token = slot.get_token()
         except (pkcs11.TokenNotPresent, pkcs11.TokenNotRecognised):
+            continue
+        except pkcs11.exceptions.PKCS11Error as error:
+            # Another's may fail as it likes. If it is this one, it is said what with.
+            failed = error
             continue
         has = token.label, token.manufacturer_id, token.model, token.serial
         asked = wanted[1:5]
@@ -165,7 +170,7 @@ def _find_token(module: Any, wanted: Wanted) -> Any:
         if all(one is None or one == two.strip() for one, two in zip(asked, said, strict=True)):
             found.append(token)
     if not found:
-        raise _Unusable("there is no such token")
+        raise failed or _Unusable("there is no such token")
     if len(found) > 1:
         raise _Unusable(f"there are {len(found)} such tokens: add serial= to the URI")
     return found[0]

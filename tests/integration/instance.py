@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,18 @@ def descendants(pid: int) -> list[Process]:
             found.append(process)
     for process in found:
         found += children.get(process.pid, [])
+    return found
+
+
+def of_each(processes: Iterable[Process], file: str) -> dict[Process, bytes]:
+    """This file in /proc/PID of each of them, but of those that have ended since they were listed.
+
+    Who reads it asks for those by name that have to be there.
+    """
+    found = {}
+    for process in processes:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found[process] = Path(f"/proc/{process.pid}/{file}").read_bytes()
     return found
 
 

@@ -19,7 +19,7 @@ from keyd.powers import PrivateKey
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 from .conftest import Serve
-from .instance import UIDS, descendants, eventually
+from .instance import UIDS, all_processes, descendants, eventually
 from .peers import Listener
 from .tokens import PIN, USER, TokenKeyd, nginx_asking, s_client, scratch
 
@@ -133,12 +133,12 @@ def test_nginx_serves_with_keys_of_a_tpm(tpm: Tpm) -> None:
             for kind in KINDS:
                 for version in ("-tls1_2", "-tls1_3"):
                     s_client(nginx.port, directory / "authority.pem", kind, version)
-            pids = [one.pid for one in descendants(nginx.pid)]
-            assert nothing_found(tpm, [keyd.process.pid, *keyd.token_processes(), *pids])
+            searched = [*descendants(keyd.process.pid), *descendants(nginx.pid)]
+            assert nothing_found(tpm, [one.pid for one in searched])
     finally:
         modules = keyd.token_processes()
         keyd.close()
-        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in modules), "its end")
+        eventually(lambda: not {*modules} & {*all_processes()}, "its end")
 
 
 def test_titus_py_serves_with_keys_of_a_tpm(tpm: Tpm, serve: Serve, echoing: Listener) -> None:

@@ -1,8 +1,9 @@
 /*
  * A PKCS #11 module that is SoftHSM, but for what the file SHIM_BEHAVIOUR says it is to do when it
- * signs: a token that is pulled, hangs, crashes, or tries what no module needs.
+ * signs: a token that is pulled, hangs, crashes, or tries what no module needs. Another behaviour is
+ * that no token but "shaky" says what it is.
  *
- * SHIM_LOGINS gets a line for each C_Login, SHIM_ATTEMPTS one for each attempt. The process that is
+ * SHIM_LOGINS gets a line for each C_Login, with what came of it, SHIM_ATTEMPTS one for each attempt. The process that is
  * attempted on is named in SHIM_ATTEMPTS with ".pid" after it.
  */
 #define _GNU_SOURCE
@@ -18,6 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#define TOKEN_INFO 6
 #define LOGIN 18
 #define SIGN_INIT 42
 #define SIGN 43
@@ -132,8 +134,24 @@ static unsigned long sign(void *session, void *a, void *b, void *c, void *d)
 
 static unsigned long login(void *session, void *a, void *b, void *c)
 {
-    append("SHIM_LOGINS", "login");
-    return softhsm->call[LOGIN](session, a, b, c);
+    unsigned long result = softhsm->call[LOGIN](session, a, b, c);
+    char line[20];
+
+    snprintf(line, sizeof line, "%#lx", result);
+    append("SHIM_LOGINS", line);
+    return result;
+}
+
+static unsigned long token_info(void *slot, unsigned char *info)
+{
+    unsigned long result = softhsm->call[TOKEN_INFO](slot, info);
+    char name[32];
+
+    behaviour(name, sizeof name);
+    /* What it has first is its label. */
+    if (strcmp(name, "others fail") == 0 && memcmp(info, "shaky ", 6) != 0)
+        return 5; /* CKR_GENERAL_ERROR */
+    return result;
 }
 
 unsigned long C_GetFunctionList(struct functions **list)
@@ -147,6 +165,7 @@ unsigned long C_GetFunctionList(struct functions **list)
     if (get(&softhsm) != 0)
         return 5;
     ours = *softhsm;
+    ours.call[TOKEN_INFO] = (function)token_info;
     ours.call[LOGIN] = (function)login;
     ours.call[SIGN_INIT] = (function)sign_init;
     ours.call[SIGN] = (function)sign;

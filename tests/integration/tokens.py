@@ -21,7 +21,7 @@ from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, Signature
 from keyd.provider import openssl_configuration
 from keyd.reference import key_id, reference_pem
 
-from .instance import TITUS_PY, eventually, free_port
+from .instance import TITUS_PY, Process, descendants, eventually, free_port
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 #: Whom the tokens' processes run as: a user that needs no other right than to the tokens.
@@ -123,14 +123,12 @@ class TokenKeyd:
         with self.asking(key, scheme) as channel:
             return Reply.decode(channel.recv(MAX_REPLY_OCTETS))
 
-    def token_processes(self) -> list[int]:
-        """Their pids: of each token the one that watches, and the one with the module."""
-        found, asked = [], [self.process.pid]
-        for pid in asked:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            asked += map(int, children)
-            found += map(int, children)
-        return found
+    def token_processes(self) -> list[Process]:
+        """Of each token the one that watches, and then of each the one with the module.
+
+        Of a token that cannot be used, the second comes and goes.
+        """
+        return descendants(self.process.pid)[1:]
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGKILL)
