@@ -25,6 +25,7 @@ from keyd.powers import KeyElsewhere, Told, Whole
 from keyd.protocol import SignatureScheme, Status
 from keyd.pss import PSSPublicKey
 from keyd.reference import id_and_key_of
+from keyd.upstream.awake import Awake
 from keyd.upstream.connection import Connection, Loop
 from keyd.upstream.connector import CONNECTED, FAILED, LOST, MAX_MESSAGE_OCTETS
 from keyd.upstream.messages import HEARD, MAX_IN_FLIGHT, Answer, Ask, Greeting
@@ -173,6 +174,7 @@ class Broker:
         self._kept: deque[_Asked] = deque()
         self._kept_octets = 0
         self._told: list[UpstreamState] = []
+        self._awake = Awake(time.monotonic())
         #: The process that connects has ended.
         self._orphaned = False
 
@@ -404,12 +406,15 @@ class Broker:
 
     def _look_at_clock(self, now: float) -> list[Callable[[], None]]:
         then = self._ask_kept()
+        self._awake.look(now)
+        since = self._awake.since
         for upstream in self._upstreams:
             if upstream.connection is not None:
                 asked_at = upstream.asked_at if upstream.asks else None
-                upstream.connection.look_at_clock(asked_at)
+                upstream.connection.look_at_clock(asked_at, since)
             for asked in list(upstream.asks.values()):
-                if now > asked.deadline + _OVERDUE_SECONDS and upstream.connection is not None:
+                overdue = now > max(asked.deadline, since) + _OVERDUE_SECONDS
+                if overdue and upstream.connection is not None:
                     upstream.connection.end("it leaves asks unanswered")
                 if asked.over:
                     continue

@@ -132,19 +132,21 @@ class Connection:
         self._busy = False
         self.flush()
 
-    def look_at_clock(self, asked: float | None) -> None:
+    def look_at_clock(self, asked: float | None, awake_since: float) -> None:
         """About once a second: end a connection at whose other end nobody seems to be.
 
         ``asked`` is since when it has always had something to answer; None: it has nothing.
+        ``awake_since`` is when this process last went on after it had been stopped.
         """
         self._greetings = 0
         now = time.monotonic()
-        silent = now - self._heard
+        heard = max(self._heard, awake_since)
+        silent = now - heard
         if not self._greeted and silent > _GREETING_SECONDS:
             self.end(f"it has not said within {_GREETING_SECONDS:g} s which keys it has")
         elif silent > SILENCE_SECONDS:
             self.end(f"it has said nothing for {SILENCE_SECONDS:g} s")
-        elif asked is not None and now - max(asked, self._heard) > _MUTE_SECONDS:
+        elif asked is not None and now - max(asked, heard) > _MUTE_SECONDS:
             self.end(f"it leaves asks unanswered, and has said nothing for {_MUTE_SECONDS:g} s")
 
     def end(self, why: str) -> None:

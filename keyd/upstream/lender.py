@@ -8,6 +8,7 @@ and says which one it is (``introduction``). Nobody else is heard. What a client
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from keyd.daemon import Keyd
 from keyd.linux.unix_socket import peer_of
 from keyd.powers import Key
 from keyd.protocol import Operation, Status
+from keyd.upstream.awake import Awake
 from keyd.upstream.borrower import Borrower, Counts
 from keyd.upstream.messages import MAX_STRANGERS
 from keyd.upstream.stream import Stream, Streams
@@ -54,6 +56,7 @@ class Lender(Streams):
         #: By name, how often a client was refused that no [[keyd.client]] is for; "" is all others.
         self._strangers: Counter[str] = Counter()
         self._told: list[Counts] = []
+        self._awake = Awake(time.monotonic())
         self._lends = True
         #: The supervisor's, each with the descriptors that come with it.
         self.orders: Mapping[str, Callable[[list[int]], None]] = {
@@ -152,8 +155,9 @@ class Lender(Streams):
 
         To be called about once a second.
         """
+        self._awake.look(time.monotonic())
         for stream in self._now():
-            stream.tick()
+            stream.tick(self._awake.since)
         with self._lock:
             refusals, self._refusals = self._refusals, Counter()
             last, self._last_refused = self._last_refused, {}

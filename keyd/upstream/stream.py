@@ -151,10 +151,11 @@ class Stream:
             self._close()
         return None
 
-    def tick(self) -> None:
+    def tick(self, awake_since: float) -> None:
         """About once a second: end it if there is no header in time, or nobody at its other end.
 
-        Greet, if it is quiet. And read on, if it has rested.
+        Greet, if it is quiet. And read on, if it has rested. ``awake_since`` is when this process
+        last went on after it had been stopped.
         """
         now, gone = time.monotonic(), False
         with self._lock:
@@ -166,9 +167,9 @@ class Stream:
             if not (self._unsent or self._leaves):
                 self._resume()
             if self.borrower is None:
-                if now - self._begun > _HEADER_SECONDS:
+                if now - max(self._begun, awake_since) > _HEADER_SECONDS:
                     self._end()
-            elif now - self._heard > SILENCE_SECONDS:
+            elif now - max(self._heard, awake_since) > SILENCE_SECONDS:
                 gone = not self._ended
                 self._end()
             elif not self._unsent:

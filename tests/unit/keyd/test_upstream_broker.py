@@ -39,6 +39,7 @@ from keyd.reference import key_id, reference_pem
 from keyd.sites import Sites
 from keyd.upstream import broker as broker_module
 from keyd.upstream import connection as connection_module
+from keyd.upstream.awake import Awake
 from keyd.upstream.broker import Broker
 from keyd.upstream.connector import CONNECTED, FAILED, LOST
 from keyd.upstream.messages import (
@@ -151,6 +152,17 @@ class Host:
         self.turn()
         now = time.monotonic()
         return [one.state([ID], now).state for one in self.broker._upstreams]
+
+    def seconds_pass(self, seconds: float, stopped: bool = False) -> list[str]:
+        """Since anything was heard and asked. ``stopped``: this process is stopped meanwhile."""
+        for upstream in self.broker._upstreams:
+            assert upstream.connection is not None
+            upstream.connection._heard -= seconds
+            upstream.asked_at -= seconds
+            for asked in upstream.asks.values():
+                asked.deadline -= seconds
+        self.broker._awake = Awake(time.monotonic() - (seconds if stopped else 0.0))
+        return self.look_at_clock()
 
     def lost(self) -> bytes:
         return self.connector.recv(100)
@@ -493,26 +505,37 @@ def test_one_that_has_something_to_answer_and_says_nothing_is_given_up(host: Hos
     second.lend()
     host.turn()
 
-    def four_seconds_pass() -> list[str]:
-        for upstream in host.broker._upstreams:
-            assert upstream.connection is not None
-            upstream.connection._heard -= 4.0
-            upstream.asked_at -= 4.0
-        return host.look_at_clock()
-
     # It has nothing to say.
-    assert four_seconds_pass() == [READY, READY]
+    assert host.seconds_pass(4.0) == [READY, READY]
     worker = host.request()
     assert host.look_at_clock() == [READY, READY]
     # It is slow, and there.
     first.lend()
     host.turn()
     assert host.look_at_clock() == [READY, READY]
-    silent, other = four_seconds_pass()
+    silent, other = host.seconds_pass(4.0)
     assert (silent, other) == ("it leaves asks unanswered, and has said nothing for 4 s", READY)
     assert host.lost() == LOST + b"\0\1"
     second.sign(*second.asked())
     host.signed(worker)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 60.0])
+def test_one_that_was_not_heard_by_a_keyd_that_was_stopped_is_not_given_up(
+    host: Host, seconds: float
+) -> None:
+    """What it has answered is there. It is read after the clock was looked at."""
+    first, second = host.connect(0), host.connect(1)
+    for lender in (first, second):
+        lender.lend()
+    host.turn()
+    worker = host.request()
+    (ask,) = first.asked()
+    first.sign(ask)
+    assert host.seconds_pass(seconds, stopped=True) == [READY, READY]
+    # Too late for whoever has asked, after a minute.
+    assert host.answer(worker).status is (Status.DONE if seconds < 6.0 else Status.FAILED)
+    assert not any(upstream.asks for upstream in host.broker._upstreams)
 
 
 @pytest.mark.usefixtures("hopeless")

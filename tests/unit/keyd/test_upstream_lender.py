@@ -30,6 +30,7 @@ from keyd.protocol import (
 )
 from keyd.reference import key_id
 from keyd.upstream import stream as stream_module
+from keyd.upstream.awake import Awake
 from keyd.upstream.lender import Lender
 from keyd.upstream.messages import (
     HEARD,
@@ -171,6 +172,14 @@ class Lending:
                 (one["client_name"], one["status"], one["count"]) for one in self.lender.tick()
             ]
         return found
+
+    def half_a_minute_passes(self, stopped: bool = False) -> None:
+        """For all streams. ``stopped``: this process as well."""
+        for stream in list(self.keyd.streams.values()):
+            stream._heard -= stream_module.SILENCE_SECONDS
+        looked = time.monotonic() - (stream_module.SILENCE_SECONDS if stopped else 0.0)
+        self.lender._awake = Awake(looked)
+        assert list(self.lender.tick()) == []
 
     def close(self) -> None:
         self.keyd.stop()
@@ -460,18 +469,13 @@ def test_one_that_says_nothing_loses_its_place(
     hosts = [lending.host() for _ in range(8)]
     streams = lending.keyd.streams
 
-    def half_a_minute_passes() -> None:
-        for stream in list(streams.values()):
-            stream._heard -= stream_module.SILENCE_SECONDS
-        assert list(lending.lender.tick()) == []
-
     # All have said who they are.
     assert list(lending.lender.tick()) == []
     hosts[0].socket.sendall(HEARD)
     hosts[1].socket.sendall(ask().encode())
     assert hosts[1].answers(1)[1].status is Status.DONE
     until(lambda: sum(stream._spoke for stream in streams.values()) == 2)
-    half_a_minute_passes()
+    lending.half_a_minute_passes()
     assert [host.hear() for host in hosts[2:]] == [None] * 6
     until(lambda: len(streams) == 2)
     said = "keyd: a stream of proxy-a is ended: it has said nothing for 30 s\n"
@@ -490,9 +494,24 @@ def test_one_that_takes_no_answers_and_says_nothing_loses_its_place(lending: Len
     (stream,) = lending.keyd.streams.values()
     until(lambda: stream._unsent and not stream._in_flight)
     list(lending.lender.tick())
-    stream._heard -= stream_module.SILENCE_SECONDS
-    list(lending.lender.tick())
+    lending.half_a_minute_passes()
     until(lambda: not lending.keyd.streams)
+
+
+def test_one_that_was_not_heard_by_a_keyd_that_was_stopped_keeps_its_place(
+    tmp_path: Path,
+) -> None:
+    """What it has said is there. It is read after the clock was looked at."""
+    with contextlib.closing(Lending(tmp_path, threads=0)) as lending:
+        host = Host(lending.path, "proxy-a")
+        for _ in range(2):
+            lending.keyd._take_turn(PATIENCE)
+        assert isinstance(host.hear(), Greeting)
+        assert list(lending.lender.tick()) == []
+        host.socket.sendall(ask().encode())
+        lending.half_a_minute_passes(stopped=True)
+        lending.keyd._take_turn(PATIENCE)
+        assert host.answers(1)[1].status is Status.DONE
 
 
 def test_who_does_not_take_answers_is_not_heard_and_holds_up_nobody(lending: Lending) -> None:
