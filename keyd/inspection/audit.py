@@ -175,6 +175,9 @@ def _memory(
             continue
         for hit in found.hits:
             holders[_key_of(hit.needle)].add(pid)
+        if found.unread:
+            text = f"not all could be read: {found.why_unread}"
+            yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
     for path, key in keys.items():
         identity = key_id(key.public_key()).hex()
         own = {

@@ -9,7 +9,6 @@ import base64
 import errno
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from keyd import mldsa
 from keyd.inspection.occurrences import occurrences
+from keyd.inspection.pages_in_use import PAGE, in_use
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
 
@@ -38,13 +38,8 @@ _PIECE_OCTETS = 512 * 1024
 #: A search ends after so many hits, whatever the process has filled its memory with.
 _MAX_HITS = 10_000
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-#: /proc/PID/pagemap: 8 octets a page. In the last octet, 0x80 is "present", 0x40 is "swapped",
-#: and 0x04 is "guard": a page that is there so that nobody can read it.
-_PAGEMAP_ENTRY = 8
-_PAGEMAP_BLOCK = 64 * 1024 * _PAGEMAP_ENTRY
-_IN_USE = bytes(bool(entry & 0xC0) and not entry & 0x04 for entry in range(256))
-_IN_USE_RUN = re.compile(b"\x01+")
+#: As /proc/PID/maps names them.
+_KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
 
 
@@ -92,6 +87,15 @@ class Search(NamedTuple):
     skipped: list[Skipped]
     octets: int
     ended: bool
+
+    @property
+    def unread(self) -> list[Skipped]:
+        """What was skipped, but for the kernel's own pages: no process can write those."""
+        return [part for part in self.skipped if part.mapping not in _KERNELS]
+
+    @property
+    def why_unread(self) -> str:
+        return ", ".join(f"{part.mapping} ({part.reason})" for part in self.unread[:3])
 
 
 class _Span(NamedTuple):
@@ -252,7 +256,7 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         skipped = []
         try:
             for span, shared in mappings:
-                for part in _in_use(span, shared, pagemap):
+                for part in _worth_reading(span, shared, pagemap):
                     reader.read(part)
             if reader.skipped:
                 # What the process has unmapped since is not its memory any more.
@@ -283,23 +287,14 @@ def _is_mapped(part: Skipped, mappings: Iterable[_Span]) -> bool:
     return any(span.start < end and part.address < span.end for span in mappings)
 
 
-def _in_use(mapping: _Span, shared: bool, pagemap: int | None) -> Iterator[_Span]:
+def _worth_reading(mapping: _Span, shared: bool, pagemap: int | None) -> Iterator[_Span]:
     """The parts of a mapping that are worth reading."""
     # Beyond 2^63 ([vsyscall]) no memory is a process's own, and pagemap has no entries.
     if pagemap is None or shared or mapping.start >= 1 << 63:
         yield mapping
         return
-    entry = mapping.start // _PAGE * _PAGEMAP_ENTRY
-    last = mapping.end // _PAGE * _PAGEMAP_ENTRY
-    while entry < last:
-        entries = os.pread(pagemap, min(_PAGEMAP_BLOCK, last - entry), entry)
-        if not entries:
-            raise ProcessLookupError(errno.ESRCH, "ended")
-        first = entry // _PAGEMAP_ENTRY
-        for run in _IN_USE_RUN.finditer(entries[7::8].translate(_IN_USE)):
-            start, end = run.span()
-            yield _Span((first + start) * _PAGE, (first + end) * _PAGE, mapping.mapping)
-        entry += len(entries)
+    for start, end in in_use(pagemap, mapping.start, mapping.end):
+        yield _Span(start, end, mapping.mapping)
 
 
 class _Enough(Exception):
@@ -380,7 +375,7 @@ class _Reader:
                 address,
                 reason,
             ):
-                self.skipped[-1] = last._replace(octets=last.octets + _PAGE)
-                return address + _PAGE
-        self.skipped.append(Skipped(span.mapping, address, _PAGE, reason))
-        return address + _PAGE
+                self.skipped[-1] = last._replace(octets=last.octets + PAGE)
+                return address + PAGE
+        self.skipped.append(Skipped(span.mapping, address, PAGE, reason))
+        return address + PAGE

@@ -414,6 +414,7 @@ def test_says_what_it_could_not_read_and_goes_on(rsa_key: rsa.RSAPrivateKey) -> 
         assert names_at(found, held.address, PAGE) == {"d, big-endian"}
         [cut] = [part for part in found.skipped if "memfd:cut" in part.mapping]
         assert (cut.octets, cut.reason) == (2 * PAGE, "Input/output error")
+        assert found.unread == [cut]
         [hit] = [hit for hit in found.hits if "memfd:cut" in hit.mapping]
         assert cut.address - PAGE <= hit.address < cut.address
         others = {part.mapping for part in found.skipped} - {cut.mapping}

@@ -179,15 +179,9 @@ def _nothing(found: Search) -> Seen:
     if found.hits:
         first, *others = found.hits
         return broken(f"{first}" + (f", and {len(others)} more" if others else ""))
-    # The kernel's own pages may be unreadable; no process can write them.
-    unread = [skipped for skipped in found.skipped if skipped.mapping not in _KERNELS]
-    if unread:
-        what = ", ".join(f"{skipped.mapping} ({skipped.reason})" for skipped in unread[:3])
-        return not_available(f"not all could be read: {what}")
+    if found.unread:
+        return not_available(f"not all could be read: {found.why_unread}")
     return holds(f"{found.octets >> 20} MiB read, none found")
-
-
-_KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 
 
 #: In VmFlags (proc_pid_smaps(5)): locked; and droppable, which is the C library's memory for

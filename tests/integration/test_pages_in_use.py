@@ -1,0 +1,209 @@
+"""Which pages of a process are looked at: all that have anything, and none of what is empty."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from keyd.inspection import pages_in_use
+from keyd.inspection.key_search import Needle, Search, search
+from keyd.inspection.pages_in_use import PAGE, in_use
+
+#: Memory of many kinds, each with what is sought. Where the kernel lacks one, nothing is printed.
+PROGRAM = """
+import ctypes, mmap, os, sys
+PAGE, HUGE, TERABYTE = mmap.PAGESIZE, 2 << 20, 1 << 40
+PRIVATE, HOLE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 8 * TERABYTE
+NORESERVE, HUGE_TLB = 0x4000, 0x40000
+PAGEOUT, COLLAPSE, GUARD = 21, 25, 102
+libc = ctypes.CDLL(None, use_errno=True)
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+sought = bytes.fromhex(sys.stdin.readline())
+kept = []
+
+def at(memory):
+    kept.append(memory)
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+def put(memory, offset, kind):
+    memory[offset : offset + len(sought)] = sought
+    print(kind, at(memory) + offset)
+
+# As AddressSanitizer has it: a page here and there.
+memory = mmap.mmap(-1, HOLE, PRIVATE | NORESERVE)
+for offset in (0, 3 * PAGE - 8, TERABYTE + 77 * PAGE, 5 * TERABYTE - PAGE, HOLE - len(sought)):
+    put(memory, offset, "sparse")
+memory = mmap.mmap(-1, 3 * PAGE, PRIVATE)
+put(memory, PAGE, "closed")
+assert libc.mprotect(at(memory), 3 * PAGE, 0) == 0
+memory = mmap.mmap(-1, 3 * PAGE, PRIVATE)
+put(memory, 2 * PAGE, "guarded")
+libc.madvise(at(memory), 2 * PAGE, GUARD)
+memory = mmap.mmap(-1, 4 * HUGE, PRIVATE)
+memory[:] = b"x" * len(memory)
+put(memory, 2 * HUGE + 5, "huge")
+libc.madvise(at(memory), len(memory), COLLAPSE)
+memory = mmap.mmap(-1, 4 * PAGE, PRIVATE)
+put(memory, PAGE, "swapped")
+libc.madvise(at(memory), len(memory), PAGEOUT)
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 8 * PAGE)
+memory = mmap.mmap(file, 8 * PAGE, mmap.MAP_PRIVATE)
+put(memory, 4 * PAGE, "file")
+memory = mmap.mmap(-1, 4 * PAGE)
+put(memory, 3 * PAGE, "shared")
+memory = mmap.mmap(-1, 4 * PAGE, PRIVATE)
+put(memory, 0, "forked")
+child = os.fork()
+if not child:
+    sys.stdin.read()
+    os._exit(0)
+try:
+    memory = mmap.mmap(-1, HUGE, PRIVATE | HUGE_TLB)
+    put(memory, PAGE, "hugetlb")
+except OSError:
+    pass
+del sought
+print(flush=True)
+sys.stdin.read()
+"""
+SOUGHT = b"\1to be found wherever it is\2" * 2
+#: No kernel knows it: what it answers is what one without PAGEMAP_SCAN answers.
+OTHER_CALL = 0xC06066FF
+
+
+class Kinds(NamedTuple):
+    pid: int
+    #: Each place that has what is sought, and its kind.
+    places: dict[int, str]
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> Iterator[Kinds]:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", PROGRAM, tmp_path / "file"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(SOUGHT.hex() + "\n")
+        process.stdin.flush()
+        lines = iter(process.stdout.readline, "\n")
+        yield Kinds(process.pid, {int(at): kind for kind, at in map(str.split, lines)})
+        process.stdin.close()
+
+
+def mappings(pid: int) -> Iterator[tuple[int, int]]:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start < 1 << 63:
+            yield start, end
+
+
+def joined(parts: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for start, end in parts:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
+
+
+def of_all(pid: int, largest: int) -> list[tuple[int, int]]:
+    """What is in use of each mapping that is no larger."""
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    try:
+        return [
+            part
+            for start, end in mappings(pid)
+            if end - start <= largest
+            for part in joined(in_use(pagemap, start, end))
+        ]
+    finally:
+        os.close(pagemap)
+
+
+def read_by_this_process() -> int:
+    """How many octets, with read(2) and the like (proc_pid_io(5))."""
+    return int(Path("/proc/thread-self/io").read_text().split()[1])
+
+
+def found_at(found: Search) -> set[int]:
+    return {hit.address for hit in found.hits}
+
+
+def scans() -> bool:
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        return pages_in_use._next_in_use(pagemap.fileno(), 0, 1 << 40) is not None
+
+
+def test_it_is_found_in_memory_of_every_kind(kinds: Kinds) -> None:
+    expected = {"sparse", "closed", "guarded", "huge", "swapped", "file", "shared", "forked"}
+    assert expected <= set(kinds.places.values())
+    before = read_by_this_process()
+    found = search(kinds.pid, [Needle("it", SOUGHT)])
+    assert not found.ended
+    missing = {kind for at, kind in kinds.places.items() if at not in found_at(found)}
+    assert not missing
+    # Of 8 TiB, the entries of each page would be 16 GiB.
+    if scans():
+        assert read_by_this_process() - before < found.octets + (16 << 20)
+
+
+def test_a_kernel_that_skips_nothing_tells_the_same(
+    kinds: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipping = of_all(kinds.pid, 1 << 30)
+    with monkeypatch.context() as older:
+        older.setattr(pages_in_use, "_PAGEMAP_SCAN", OTHER_CALL)
+        assert not scans()
+        everything = of_all(kinds.pid, 1 << 30)
+    assert skipping == everything
+    places = [at for at, kind in kinds.places.items() if kind not in ("sparse", "shared")]
+    assert all(any(start <= at < end for start, end in skipping) for at in places)
+
+
+def test_a_process_that_has_ended_is_not_one_with_nothing_in_use() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        pagemap = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY)
+        try:
+            first, *_ = mappings(process.pid)
+            assert list(in_use(pagemap, *first))
+            process.kill()
+            process.wait()
+            with pytest.raises(ProcessLookupError):
+                list(in_use(pagemap, *first))
+        finally:
+            os.close(pagemap)
+
+
+@pytest.mark.parametrize("empty", [0, 1 << 55], ids=["clean", "soft-dirty"])
+def test_entries_are_read_as_the_kernel_documents_them(tmp_path: Path, empty: int) -> None:
+    """A file in the place of pagemap: the kernel skips nothing of it, either."""
+    count = 3 * pages_in_use._BLOCK_PAGES + 17
+    present, swapped, guard = 1 << 63, 1 << 62, 1 << 62 | 1 << 58
+    entries = {
+        0: present,
+        5: swapped,
+        6: guard,
+        7: present,
+        pages_in_use._BLOCK_PAGES - 1: present,
+        pages_in_use._BLOCK_PAGES: swapped | 1 << 55,
+        count - 1: present,
+    }
+    file = tmp_path / "pagemap"
+    file.write_bytes(
+        b"".join(entries.get(page, empty).to_bytes(8, sys.byteorder) for page in range(count))
+    )
+    with file.open("rb") as pagemap:
+        found = joined(in_use(pagemap.fileno(), 0, count * PAGE))
+    block = pages_in_use._BLOCK_PAGES
+    pages = [(0, 1), (5, 6), (7, 8), (block - 1, block + 1), (count - 1, count)]
+    assert found == [(first * PAGE, end * PAGE) for first, end in pages]
