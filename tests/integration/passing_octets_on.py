@@ -280,8 +280,9 @@ def a_client_that_is_gone_before_it_is_told_the_end() -> list[object]:
     backend = between.fill_another_backend()
     backend.shutdown(socket.SHUT_WR)
     counts = number(), number()
-    pump = Pump(between.tls, between.client, between.backend, counts, 10, 1, True)
-    end, _ = pump.run()
+    pump = Pump(10, 1)
+    pump.begin(between.tls, between.client, counts, True)
+    end, _ = pump.run(between.backend)
     return [end.name, counts[0][0]]
 
 

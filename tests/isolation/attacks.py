@@ -742,7 +742,12 @@ def grow_report(place: Place) -> None:
 def extend_report(place: Place) -> None:
     """Beyond its page, where the file that it is of might go on."""
     moved = call("mremap", place.report, PAGE, 2 * PAGE, 1)  # MAYMOVE
-    call("getrandom", moved + PAGE, 1, 0)
+    try:
+        call("getrandom", moved + PAGE, 1, 0)
+    finally:
+        if moved != place.report:
+            # Back to where the worker writes to it: FIXED, too.
+            call("mremap", moved, 2 * PAGE, PAGE, 3, place.report)
 
 
 def copy_report(place: Place) -> None:

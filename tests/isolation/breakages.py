@@ -221,8 +221,8 @@ def worker_outlives_its_connection(_: str) -> None:
     fork_server.rehearse = nothing
     real = Pump.run
 
-    def run(self: Pump) -> Any:
-        result = real(self)
+    def run(self: Pump, backend: Any) -> Any:
+        result = real(self, backend)
         select.poll().poll(8000)
         return result
 

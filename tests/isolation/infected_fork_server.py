@@ -463,12 +463,15 @@ def _infect() -> None:
         # To the client, or to whom it is connected now: so into the record, too.
         raise worker._Over(End.HANDSHAKE_FAILED, f"taken over: {result}", result.encode())
 
-    def instead_of_pump(self: worker.Pump) -> tuple[End, str]:  # type: ignore[name-defined]
+    def instead_of_pump(
+        self: worker.Pump,  # type: ignore[name-defined]
+        backend: socket.socket,
+    ) -> tuple[End, str]:
         words = _ordered((self._client.get_servername() or b"").decode(), "e")
         if words is None:
-            return run(self)
+            return run(self, backend)
         client = self._client_socket.fileno()
-        place = Place(PARENT_FD, KEYD_FD, client, self._backend.fileno(), report=_report.address)
+        place = Place(PARENT_FD, KEYD_FD, client, backend.fileno(), report=_report.address)
 
         def send(octets: bytes) -> None:
             _send(self._client, client, octets)
@@ -477,7 +480,7 @@ def _infect() -> None:
         result = _obey(words, Taken(place, send, lambda: self._client.recv(65536), context))
         send(result.encode())
         self._client.shutdown()
-        for side in (self._client_socket, self._backend):
+        for side in (self._client_socket, backend):
             stop_resetting(side)
             side.close()
         return End.CLEAN, f"taken over: {result}"
@@ -505,6 +508,7 @@ def _infect_tunnels() -> None:
 
             def instead(
                 terms: Any,
+                pump: Any,
                 parent: socket.socket,
                 keyed: bool,
                 client: socket.socket,
@@ -514,7 +518,7 @@ def _infect_tunnels() -> None:
                 _wait(client.fileno(), select.POLLIN)
                 words = _ordered(client.recv(256, socket.MSG_PEEK).decode(errors="replace"), "t")
                 if words is None:
-                    return serve(terms, parent, keyed, client, server)
+                    return serve(terms, pump, parent, keyed, client, server)
                 # Who takes it over is at the other end.
                 keyd = KEYD_FD if keyed else -1
                 place = Place(PARENT_FD, keyd, server.fileno(), client.fileno(), _report.address)

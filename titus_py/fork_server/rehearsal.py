@@ -24,6 +24,7 @@ from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next, touch
+from titus_py.worker.pump import Pump
 from titus_py.worker.tls import negotiate_protocol, reseed
 
 __all__ = ["MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
@@ -83,8 +84,9 @@ def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket],
         for _ in range(_CONNECTIONS):
             reseed()
             now = terms()
-            touch(now, parent)
-            end = serve_next(now, parent)
+            pump = Pump(now.idle_timeout, now.half_closed_timeout)
+            touch(now, parent, pump)
+            end = serve_next(now, parent, pump)
             if end != (End.CLEAN, ""):
                 raise RuntimeError(f"a connection for practice ended with {end}")
     except BlockingIOError:

@@ -107,7 +107,10 @@ static int send_to_client(struct flow *flow, const struct openssl *openssl)
 	int done = encrypt(flow, openssl);
 
 	while (done == GO_ON && waiting(out)) {
-		ssize_t sent = send(flow->client, out->octets + out->begin, waiting(out), 0);
+		/* The last of it goes with the FIN, which follows at once (ALL_TO_CLIENT). */
+		bool is_last = flow->down == ENDING && !waiting(&flow->to_client);
+		ssize_t sent = send(flow->client, out->octets + out->begin, waiting(out),
+				    is_last ? MSG_MORE : 0);
 
 		if (sent < 0)
 			return errno == EAGAIN ? GO_ON : failed(flow, NOT_TO_CLIENT, 0, errno);

@@ -136,7 +136,10 @@ def live(terms: Terms, failed: str) -> NoReturn:
         parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
         report.set(state=State.WAITING)
         parent.send(Ready().encode())
-        serve_next(terms, parent)
+        # Made before a client waits for it, and kept: to unmap its memory would take longer than
+        # to end with it.
+        pump = Pump(terms.idle_timeout, terms.half_closed_timeout)
+        serve_next(terms, parent, pump)
         code = 0
     finally:
         error = sys.exception()
@@ -145,22 +148,23 @@ def live(terms: Terms, failed: str) -> NoReturn:
         os._exit(code)
 
 
-def serve_next(terms: Terms, parent: SocketType) -> tuple[End, str] | None:
+def serve_next(terms: Terms, parent: SocketType, pump: Pump) -> tuple[End, str] | None:
     """Wait for a client and serve it; returns how it ended, None if there was none."""
-    assigned = _wait_for_client(terms, parent)
+    assigned = _wait_for_client(terms, parent, pump)
     if assigned is None:
         return None
     message, sockets = assigned
     if message[:1] == messages.TUNNEL:
         tunnel = Tunnel.decode(message)
-        end, detail = terms.conduits[tunnel.number].serve(terms, parent, tunnel.keyed, *sockets)
+        conduit = terms.conduits[tunnel.number]
+        end, detail = conduit.serve(terms, pump, parent, tunnel.keyed, *sockets)
     else:
-        end, detail = _serve(terms, terms.report, parent, Client.decode(message), *sockets)
+        end, detail = _serve(terms, pump, parent, Client.decode(message), *sockets)
     terms.report.set(state=State.ENDED, end=end, detail=detail)
     return end, detail
 
 
-def touch(terms: Terms, parent: SocketType) -> None:
+def touch(terms: Terms, parent: SocketType, pump: Pump) -> None:
     """Write, while no client waits, to the pages that a handshake will write to.
 
     A page is copied when this process first writes to it, and one of a program's is mapped when it
@@ -170,7 +174,7 @@ def touch(terms: Terms, parent: SocketType) -> None:
         terms.conduits[0].touch()
         return
     # What comes before a handshake and after it, as far as it needs nobody else.
-    SocketType(fileno=parent.fileno()).detach()
+    _stream(parent.fileno()).detach()
     with suppress(BlockingIOError):
         parent.recv(_PIECE_OCTETS, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     terms.report.set(server_name="")
@@ -193,11 +197,13 @@ def touch(terms: Terms, parent: SocketType) -> None:
     connection.get_cipher_name()
     group_name(connection)
     Dial(0, None).encode()
-    counts = terms.report.from_client, terms.report.to_client
-    Pump(connection, parent, parent, counts, None, 0, False).touch()
+    pump.begin(connection, parent, (terms.report.from_client, terms.report.to_client), False)
+    pump.touch(parent)
 
 
-def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[SocketType]] | None:
+def _wait_for_client(
+    terms: Terms, parent: SocketType, pump: Pump
+) -> tuple[bytes, list[SocketType]] | None:
     """Be a spare until a client comes; returns the message, and the sockets that are to be served.
 
     Returns None if the parent hangs up instead.
@@ -206,7 +212,7 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[Sock
     poll.register(parent, select.POLLIN)
     # A spare that is needed at once has no time for this, and others need the processor more.
     if not poll.poll(_IDLE_MS):
-        touch(terms, parent)
+        touch(terms, parent, pump)
     message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, _MOST_SOCKETS)
     if not message:
         return None
@@ -216,17 +222,23 @@ def _wait_for_client(terms: Terms, parent: SocketType) -> tuple[bytes, list[Sock
         if descriptors[0] != KEYD_FD:
             raise RuntimeError(f"keyd's channel came as descriptor {descriptors[0]}")
         transcript.begin()
-    return message, [SocketType(fileno=one) for one in descriptors[-count:]]
+    return message, [_stream(one) for one in descriptors[-count:]]
+
+
+def _stream(descriptor: int) -> SocketType:
+    """A stream socket, by IP or not: what is left unsaid, the kernel is asked for."""
+    return SocketType(type=socket.SOCK_STREAM, proto=0, fileno=descriptor)
 
 
 def _serve(
-    terms: Terms, report: ReportWriter, parent: SocketType, client: Client, peer: SocketType
+    terms: Terms, pump: Pump, parent: SocketType, client: Client, peer: SocketType
 ) -> tuple[End, str]:
     """Serve one connection; returns how it ended and a detail for the record.
 
     ``peer`` does not block: the parent has made it so.
     """
     deadline = time.monotonic() + terms.handshake_timeout
+    report = terms.report
     report.set(state=State.HANDSHAKE)
     try:
         if client.proxy_timeout and terms.proxy_header_reader is not None:
@@ -265,27 +277,21 @@ def _serve(
         identity = site.verifier.identity(connection) if site.verifier is not None else None
         if identity is not None:
             parent.send(identity.encode())
-        # The parent connects to the backend. Meanwhile, end the channel to keyd.
+        # The parent connects to the backend. Meanwhile, end the channel to keyd, and prepare.
         facts = None
         if site.passes_tls_facts:
             facts = TlsFacts(version, cipher_suite, server_name)
         number = site.alpn.index(protocol) if protocol else None
         parent.send(Dial(vhost, number, facts).encode())
         make(terms.parting)
+        counts = report.from_client, report.to_client
+        pump.begin(connection, peer, counts, site.truncated_is_reset)
         backend = _take_backend(parent)
     except _Over as over:
         if over.farewell is not None:
             part(peer, over.farewell)
         return over.end, over.detail
-    return Pump(
-        connection,
-        peer,
-        backend,
-        (report.from_client, report.to_client),
-        terms.idle_timeout,
-        terms.half_closed_timeout,
-        site.truncated_is_reset,
-    ).run()
+    return pump.run(backend)
 
 
 def _read_proxy_header(peer: SocketType, reader: "ProxyHeaderReader", seconds: float) -> None:
@@ -450,7 +456,7 @@ def _take_backend(parent: SocketType) -> SocketType:
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
-    return SocketType(fileno=descriptors[0])
+    return _stream(descriptors[0])
 
 
 def _where(error: BaseException) -> str:

@@ -64,39 +64,23 @@ flow.use(
 
 
 class Pump:
-    """One connection. Both sockets are non-blocking.
+    """One connection, which comes later. Both sockets are non-blocking.
 
-    ``counts``: where the octets from and to the client are counted. A connection that stands
-    still for ``idle_timeout`` seconds is ended. Once a direction has ended,
-    ``half_closed_timeout`` holds instead, if it is shorter. A TLS stream that ends without
-    close_notify is passed on to the backend as a reset if ``truncated_is_reset``, otherwise as
-    a clean end.
+    A connection that stands still for ``idle_timeout`` seconds is ended. Once a direction has
+    ended, ``half_closed_timeout`` holds instead, if it is shorter.
     """
 
-    def __init__(
-        self,
-        client: SSL.Connection,
-        client_socket: SocketType,
-        backend: SocketType,
-        counts: tuple[memoryview, memoryview],
-        idle_timeout: float | None,
-        half_closed_timeout: float,
-        truncated_is_reset: bool,
-    ) -> None:
-        self._client = client
-        self._client_socket = client_socket
-        self._backend = backend
-        self._octets_from_client, self._octets_to_client = counts
-        self._truncated_is_reset = truncated_is_reset
+    def __init__(self, idle_timeout: float | None, half_closed_timeout: float) -> None:
         self._half_closed_timeout = half_closed_timeout
         #: How long it may stand still (-1: without end), and the end that is recorded after that.
         self._patience_ms = -1 if idle_timeout is None else round(idle_timeout * 1000)
         self._stood_still = End.IDLE
         # Mapped, and not a bytearray: what is never written to takes no memory.
-        self._from_client, self._from_backend, self._from_tls = (
-            memoryview(mmap.mmap(-1, octets, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            for octets in (_BUFFER_OCTETS, _BUFFER_OCTETS, _ENCRYPTED_OCTETS)
-        )
+        octets = 2 * _BUFFER_OCTETS + _ENCRYPTED_OCTETS
+        room = memoryview(mmap.mmap(-1, octets, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._from_client = room[:_BUFFER_OCTETS]
+        self._from_backend = room[_BUFFER_OCTETS : 2 * _BUFFER_OCTETS]
+        self._from_tls = room[2 * _BUFFER_OCTETS :]
         #: The part of each buffer that is still to be passed on.
         self._to_backend = self._from_client[:0]
         self._to_client = self._from_backend[:0]
@@ -112,9 +96,28 @@ class Pump:
         #: The detail of a clean end.
         self._remark = ""
 
-    def run(self) -> tuple[End, str]:
-        """Pump until the end; returns how it ended and, where there is one, a detail."""
+    def begin(
+        self,
+        client: SSL.Connection,
+        client_socket: SocketType,
+        counts: tuple[memoryview, memoryview],
+        truncated_is_reset: bool,
+    ) -> None:
+        """Take the client, whose handshake is done.
+
+        ``counts``: where the octets from and to the client are counted. A TLS stream that ends
+        without close_notify is passed on to the backend as a reset if ``truncated_is_reset``,
+        otherwise as a clean end.
+        """
+        self._client = client
+        self._client_socket = client_socket
+        self._octets_from_client, self._octets_to_client = counts
+        self._truncated_is_reset = truncated_is_reset
         self._tls = self._in_memory()
+
+    def run(self, backend: SocketType) -> tuple[End, str]:
+        """Pump until the end; returns how it ended and, where there is one, a detail."""
+        self._backend = backend
         try:
             self._pump()
         except Ended as ended:
@@ -130,11 +133,12 @@ class Pump:
             side.close()
         return End.CLEAN, self._remark
 
-    def touch(self) -> None:
+    def touch(self, backend: SocketType) -> None:
         """Go through what a connection goes through, with nothing to pass on."""
-        self._tls = self._in_memory()
+        self._backend = backend
         self._up = self._down = flow.OVER
         self._pass_on(0)
+        self._up = self._down = flow.OPEN
 
     def _in_memory(self) -> tuple[int, int, int]:
         """Take the client's socket from OpenSSL; returns an SSL, and what goes in and comes out.

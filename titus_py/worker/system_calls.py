@@ -35,7 +35,8 @@ LOCK = tuple((Only(1, _ALL & ~_FUTEX_OPTIONS, operation),) for operation in (0, 
 _PLAIN_RECEIVE = (Only(3, _ALL & ~(socket.MSG_PEEK | socket.MSG_DONTWAIT), 0),)
 _WITH_DESCRIPTORS = (Only(2, _ALL & ~(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT), 0),)
 #: No urgent octets, for which the kernel has code of its own, also in unix sockets.
-_PLAIN_SEND = Only(3, _ALL & ~(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL), 0)
+_SEND_MAY = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_MORE
+_PLAIN_SEND = Only(3, _ALL & ~_SEND_MAY, 0)
 #: sendto(2) used as send(2): to the connected peer only. With an address and MSG_FASTOPEN it
 #: is a connect(2), on a socket that belongs to the host's network. For that, the backend would
 #: only have to reset the connection.
@@ -62,12 +63,9 @@ WORKER: Rules = {
     "ppoll": _ANYHOW,
     "shutdown": _ANYHOW,
     "close": _ANYHOW,
-    # Python asks a received socket what it is; the pump asks why the client's has ended.
+    # Python asks a received socket for its family; the pump asks why the client's has ended.
     "getsockname": _ANYHOW,
-    "getsockopt": tuple(
-        _option(socket.SOL_SOCKET, option)
-        for option in (socket.SO_TYPE, socket.SO_PROTOCOL, socket.SO_DOMAIN, socket.SO_ERROR)
-    ),
+    "getsockopt": (_option(socket.SOL_SOCKET, socket.SO_ERROR),),
     "setsockopt": (
         _option(socket.SOL_SOCKET, socket.SO_LINGER),
         # The client's last message of the handshake is acknowledged at once.

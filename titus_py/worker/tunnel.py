@@ -63,7 +63,13 @@ class Conduit:
             self._begin(None).do_handshake()
 
     def serve(
-        self, terms: Terms, parent: SocketType, keyed: bool, client: SocketType, server: SocketType
+        self,
+        terms: Terms,
+        pump: Pump,
+        parent: SocketType,
+        keyed: bool,
+        client: SocketType,
+        server: SocketType,
     ) -> tuple[End, str]:
         """Serve one connection; returns how it ended and a detail for the record.
 
@@ -99,15 +105,9 @@ class Conduit:
         except SSL.Error as error:
             return End.SERVER_PROTOCOL_ERROR, describe(error)
         report.from_client[0] = early
-        end, detail = Pump(
-            connection,
-            server,
-            client,
-            (report.to_client, report.from_client),
-            terms.idle_timeout,
-            terms.half_closed_timeout,
-            truncated_is_reset=True,
-        ).run()
+        counts = report.to_client, report.from_client
+        pump.begin(connection, server, counts, truncated_is_reset=True)
+        end, detail = pump.run(client)
         return _CHANGED_ROUND.get(end, end), detail
 
     def _ask_for_tls(self, server: SocketType, deadline: float) -> tuple[End, str] | None:

@@ -11,9 +11,11 @@ from titus_py.between.messages import Client
 from titus_py.between.report import ReportWriter
 from titus_py.worker import life as worker
 from titus_py.worker.life import Site, Terms, serve_next, touch
+from titus_py.worker.pump import Pump
 from titus_py.worker.tls import client_hello
 
 TERMS = Terms(1.0, None, 1.0, [], b"", ReportWriter(), b"")
+PUMP = Pump(TERMS.idle_timeout, TERMS.half_closed_timeout)
 
 
 @pytest.mark.parametrize("seconds", [0, 1.0])
@@ -25,7 +27,7 @@ def test_only_a_spare_that_nobody_needs_yet_touches_its_pages(seconds: float) ->
         leave.start()
         if not seconds:
             leave.join()
-        assert serve_next(TERMS, socket.SocketType(fileno=end.detach())) is None
+        assert serve_next(TERMS, socket.SocketType(fileno=end.detach()), PUMP) is None
         leave.join()
     assert touch.called == bool(seconds)
 
@@ -37,7 +39,7 @@ def test_a_spare_that_touches_its_pages_leaves_its_parents_message_where_it_is()
     message = Client((0,)).encode()
     with parent, end:
         parent.send(message)
-        touch(TERMS._replace(sites=[site], hello=client_hello()), end)
+        touch(TERMS._replace(sites=[site], hello=client_hello()), end, PUMP)
         assert end.recv(len(message) + 1, socket.MSG_DONTWAIT) == message
         with pytest.raises(BlockingIOError):
             parent.recv(1, socket.MSG_DONTWAIT)
