@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import read_all, sealed_file
 from keyd.linux.title import set_title
+from keyd.linux.unix_socket import refuse_descriptors
 
 __all__ = ["add_command", "start"]
 
@@ -30,12 +31,15 @@ def start(
     environment: Mapping[str, str] = {},
     *,
     may_speak: bool = False,
+    gives: bool = False,
 ) -> socket.socket:
     """Start ``keyd COMMAND``; returns keyd's end of the socket to it. Raises OSError.
 
-    ``may_speak``: its standard error is the caller's.
+    ``may_speak``: its standard error is the caller's. ``gives``: it sends descriptors.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not gives:
+        refuse_descriptors(ours)
     settings = sealed_file(f"{command}-settings", json.dumps(told).encode())
     options = [f"--settings-fd={settings}", f"--keyd-fd={theirs.fileno()}"]
     try:

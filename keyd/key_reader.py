@@ -35,6 +35,7 @@ from keyd.linux.credentials import hide_memory, keep_capabilities, lock_memory_m
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended
 from keyd.linux.title import set_title
+from keyd.linux.unix_socket import refuse_descriptors
 
 __all__ = ["MAX_MESSAGE_OCTETS", "ORDER", "start"]
 
@@ -50,6 +51,7 @@ def start(sources: KeySources) -> socket.socket:
     To be called before keyd has threads, keys or anything to give up.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    refuse_descriptors(ours)
     sys.stderr.flush()
     if os.fork():
         theirs.close()

@@ -9,6 +9,7 @@ import mmap
 import socket
 
 from keyd.linux.seccomp import Only, Rules
+from keyd.linux.unix_socket import SO_PASSRIGHTS
 
 __all__ = [
     "ASKING_TOKENS",
@@ -92,6 +93,7 @@ ASKING_TOKENS: Rules = {"poll": _ANYHOW, "recvfrom": _ANYHOW, "sendto": _ANYHOW}
 #: The process that connects to upstreams: to unix sockets, and to nothing else.
 CONNECTING: Rules = {
     "socket": ((Only(0, 0xFFFF_FFFF, socket.AF_UNIX),),),
+    "setsockopt": ((Only(1, 0xFFFF_FFFF, socket.SOL_SOCKET), Only(2, 0xFFFF_FFFF, SO_PASSRIGHTS)),),
     "connect": _ANYHOW,
     # keyd: connections, and what became of them.
     "sendmsg": _ANYHOW,

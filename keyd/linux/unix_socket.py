@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 __all__ = [
+    "SO_PASSRIGHTS",
     "File",
     "Peer",
     "bind",
@@ -27,7 +28,7 @@ __all__ = [
 #: inode's number may soon be another file's.
 File = tuple[int, int, int]
 #: <asm-generic/socket.h>; Python does not know it.
-_SO_PASSRIGHTS = 83
+SO_PASSRIGHTS = 83
 #: struct ucred (unix(7)): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
 
@@ -87,14 +88,15 @@ def file_of(seen: os.stat_result) -> File:
     return seen.st_dev, seen.st_ino, seen.st_mtime_ns
 
 
-def refuse_descriptors(listener: socket.socket) -> None:
-    """Let no client of it send descriptors, where the kernel can refuse them (Linux 6.16).
+def refuse_descriptors(receiver: socket.socket) -> None:
+    """Let nobody send it descriptors, where the kernel can refuse them (Linux 6.16).
 
-    One that nobody takes is closed by whoever reads what it came with, and closing may wait: a TCP
-    socket's last holder, for as long as its SO_LINGER says.
+    Of a listener, all that it accepts inherit this. A descriptor that nobody takes is closed by
+    whoever reads what it came with, and closing may wait: a TCP socket's last holder, for as long
+    as its SO_LINGER says, also with MSG_DONTWAIT.
     """
     with suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+        receiver.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 class Peer(NamedTuple):

@@ -36,6 +36,7 @@ from keyd.linux.credentials import (
 from keyd.linux.descriptors import send_descriptors
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
+from keyd.linux.unix_socket import refuse_descriptors
 
 __all__ = ["CONNECTED", "FAILED", "LOST", "MAX_MESSAGE_OCTETS", "connect"]
 
@@ -95,6 +96,8 @@ def connect(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
 
 def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+        # Whoever accepts might send keyd what it has to wait for in closing it.
+        refuse_descriptors(connection)
         try:
             connection.connect(upstream.path)
             twice = [connection.fileno()] * 2

@@ -21,4 +21,5 @@ def start_told(told: dict[str, Any]) -> Broker:
     """
     # What judging requests takes is loaded now: in keyd's empty root, there is nothing to load.
     rehearse(ec.derive_private_key(1, ec.SECP256R1()))
-    return Broker(helper.start("connect", told), told["paths"], told["references"])
+    connector = helper.start("connect", told, gives=True)
+    return Broker(connector, told["paths"], told["references"])

@@ -186,6 +186,12 @@ def lingering() -> tuple[socket.socket, socket.socket]:
     return side, peer
 
 
+def end_the_wait(peer: socket.socket) -> None:
+    """Of whoever closes it: by a reset."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    peer.close()
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[str]:
     """The address of a port that nothing listens on, and that nobody else gets meanwhile."""

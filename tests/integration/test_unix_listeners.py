@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from keyd.linux.unix_socket import SO_PASSRIGHTS
 from titus_py.audit.run import audit
 from titus_py.audit.target import find_target
 
@@ -19,7 +20,7 @@ from .instance import Instance, eventually, free_port
 from .peers import TIMEOUT, Listener, TlsClient, receive_all, receive_exactly
 from .proxy_peers import haproxy_in_front, nginx_in_front
 from .service import FAILS, edit, reload, status, talk
-from .test_pump import established_sockets
+from .test_pump import established_sockets, sockets_of
 
 ME = f"unix:uid={os.geteuid()},pid={os.getpid()}"
 LINE = b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\n"
@@ -159,7 +160,10 @@ def test_what_is_no_header(shared: Instance, balanced: Path, octets: bytes, end:
 
 
 def test_descriptors_of_a_client_are_nobodys(shared: Instance, balanced: Path) -> None:
-    """With the ClientHello they are thrown away. Within the header, they hide what is behind."""
+    """Before Linux 6.16, which refuses them. With the ClientHello they are thrown away. Within the
+    header, they hide what is behind.
+    """
+    take_descriptors(shared, balanced)
     since = len(shared.events())
     with open("/dev/null") as null:
         with client_of(balanced, LINE) as tls:
@@ -196,6 +200,14 @@ def test_a_client_that_hears_nothing_more_has_reset_its_connection(
             with pytest.raises(ConnectionResetError):
                 receive_all(connection)
     assert instance.wait_for_event("connection_ended", client=ME)["end"] == "client_reset"
+
+
+def take_descriptors(instance: Instance, path: Path) -> None:
+    """Have this listener do so, as before Linux 6.16."""
+    for one in sockets_of(instance.pid):
+        if one.family == socket.AF_UNIX and one.getsockname() == str(path):
+            with suppress(OSError):
+                one.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 1)
 
 
 # --- with others -----------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .peers import (
     reset,
 )
 from .service import PATIENCE, edit, problems, reload, status
+from .test_unix_listeners import take_descriptors
 from .tls_server import echo_to_the_end, server_context, tls_server
 
 ME = f"unix:uid={os.geteuid()},pid={os.getpid()}"
@@ -194,8 +195,12 @@ def test_a_client_whose_server_is_not_there_is_ended(
 def test_what_a_client_leaves_in_its_socket_holds_nobody_up(
     shared: Instance, shared_directory: Path
 ) -> None:
-    """A descriptor that makes its last holder wait for ten minutes, for who turns it away."""
+    """A descriptor that makes its last holder wait for ten minutes, for who turns it away.
+
+    Since Linux 6.16, it is refused.
+    """
     parent, path = shared.parent(), shared_directory / "unreachable"
+    take_descriptors(shared, path)
     side, peer = lingering()
     with side:
         # What was sent is there before the parent has accepted.

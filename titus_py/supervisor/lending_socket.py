@@ -7,7 +7,7 @@ import socket
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from keyd.linux.unix_socket import File
+from keyd.linux.unix_socket import File, refuse_descriptors
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
 from titus_py.supervisor import socket_files
@@ -72,7 +72,10 @@ class LendingSocket:
     def adopt(self, left: Iterable[Left]) -> None:
         """Keep what the previous program has left."""
         for address, descriptor, file in left:
-            self._sockets[address] = socket.socket(fileno=descriptor), file
+            listener = socket.socket(fileno=descriptor)
+            # A program of before may not have known of it.
+            refuse_descriptors(listener)
+            self._sockets[address] = listener, file
 
     def lend(self, generation: Generation) -> None:
         """Have its keyd hear what comes, if it is to lend keys. It serves from now on."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from keyd.linux.unix_socket import File
+from keyd.linux.unix_socket import File, refuse_descriptors
 from titus_py.between.closing import without_waiting
 from titus_py.configuration import Configuration
 from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
@@ -87,7 +87,10 @@ class Listeners:
             if isinstance(address, IPAddress):
                 keep_alive(listener, wishes.keepalive)
                 _set_transparent(listener, address, wishes.transparent)
-            elif address in self.files:
+                continue
+            # Also one that was passed, or that the previous program has made.
+            refuse_descriptors(listener)
+            if address in self.files:
                 try:
                     socket_files.update(address, self.files[address], wishes.access[address])
                 except (FileNotFoundError, FileExistsError):

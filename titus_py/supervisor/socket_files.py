@@ -11,7 +11,7 @@ import socket
 import stat
 from contextlib import suppress
 
-from keyd.linux.unix_socket import File, bind, file_of, set_access
+from keyd.linux.unix_socket import File, bind, file_of, refuse_descriptors, set_access
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
 
@@ -24,6 +24,7 @@ def listen_at(
     """A socket that listens, and its file. Raises OSError, whose ``strerror`` is for people."""
     _make_room(address.path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    refuse_descriptors(listener)
     try:
         # Before it listens, nobody can connect, whatever the file's group is at first.
         bind(listener, address.path, access.mode)
