@@ -6,12 +6,17 @@ Run by the supervisor, and by a keyd on its own. Without systemd, nothing happen
 import os
 import socket
 import time
+from collections import deque
 from contextlib import suppress
 
 __all__ = ["Notifier", "close_inherited", "passed_sockets"]
 
 _FIRST_DESCRIPTOR = 3
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+#: What is said once. All else is said again and again.
+_STATES = {"ready", "reloading", "stopping"}
+#: So many of these are kept for a manager that does not listen: the last ones count.
+_MOST_KEPT = 8
 
 
 class Notifier:
@@ -29,6 +34,9 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             with suppress(OSError):
                 self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
+        #: What there was no room for, in order.
+        self._kept: deque[str] = deque(maxlen=_MOST_KEPT)
+        self._last_word_said = False
         #: How often to notify the watchdog, in seconds; None if there is no watchdog.
         self.watchdog: float | None = None
         watched_pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
@@ -38,12 +46,37 @@ class Notifier:
             self.watchdog = int(microseconds) / 2_000_000
 
     def __call__(self, **fields: object) -> None:
-        """Send variables such as READY=1; their names are given in lower case."""
+        """Send variables such as READY=1; their names are given in lower case.
+
+        A manager that is busy has a full queue, and must not hold us up. What it has to know is
+        sent with the next call.
+        """
+        text = "\n".join(f"{name.upper()}={value}" for name, value in fields.items())
+        if self._send_kept() and self._send(text):
+            return
+        if fields.keys() & _STATES:
+            self._kept.append(text)
+
+    def _send_kept(self) -> bool:
+        """Whether nothing is kept any more."""
+        while self._kept:
+            if not self._send(self._kept[0]):
+                return False
+            self._kept.popleft()
+        if self._last_word_said:
+            self._close()
+        return True
+
+    def _send(self, text: str) -> bool:
+        """Whether there was room for it, or nobody to send it to."""
         if self._socket is not None:
-            text = "\n".join(f"{name.upper()}={value}" for name, value in fields.items())
-            # A manager that does not listen must not hold us up.
-            with suppress(OSError):
+            try:
                 self._socket.send(text.encode())
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+        return True
 
     def ready(self) -> None:
         """Send READY=1 and, without a watchdog, close the socket. For a service without reload.
@@ -51,7 +84,11 @@ class Notifier:
         An attacker who controls the process then has one way less to process 1.
         """
         self(ready=1)
-        if self.watchdog is None and self._socket is not None:
+        self._last_word_said = self.watchdog is None
+        self._send_kept()
+
+    def _close(self) -> None:
+        if self._socket is not None:
             self._socket.close()
             self._socket = None
 

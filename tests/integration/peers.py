@@ -167,6 +167,15 @@ def connect(port: int, host: str = "127.0.0.1", receive_buffer: int | None = Non
     return client
 
 
+def unaccepted(port: int) -> int:
+    """How many who have connected to this port of IPv4 wait for an accept(2) (proc_net(5))."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, queues, *_ = line.split()
+        if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+            return int(queues.partition(":")[2], 16)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
 def reset(side: socket.socket) -> None:
     """Close with an RST."""
     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

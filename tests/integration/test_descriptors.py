@@ -16,7 +16,7 @@ from keyd.protocol import Reply, Status
 from titus_py.parent.descriptors import descriptors_needed
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Process, eventually
+from .instance import PATIENCE, TITUS_PY, Process, eventually
 from .peers import Listener, TlsClient, connect
 from .service import serves, talk
 
@@ -102,10 +102,11 @@ def test_as_many_connections_as_the_limit_allows_are_served_and_others_wait(
     warning = instance.wait_for_event("configuration", level="warning")["problem"]
     assert f"here {limit} are allowed: beyond 10 connections" in warning
     with ExitStack() as stack:
-        clients = [stack.enter_context(TlsClient(instance.port)) for _ in range(60)]
-        # Who says nothing while others wait would have to go.
-        for client in clients:
-            client.socket.sendall(client.first_flight())
+        clients = []
+        for _ in range(60):
+            clients.append(stack.enter_context(TlsClient(instance.port)))
+            # Who says nothing while others wait would have to go.
+            clients[-1].socket.sendall(clients[-1].first_flight())
         for client in clients[:10]:
             assert talk(client.handshake())
         assert instance.wait_for_event("full")["max"] == 10
@@ -173,7 +174,7 @@ def test_a_keyd_on_its_own_goes_on(certificates: Certificates, tmp_path: Path) -
 
 def answers(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         if client.connect_ex(str(path)):
             return False
         client.send(b"nonsense")

@@ -130,7 +130,7 @@ def test_fork_servers_that_end_again_and_again_are_the_end(serve: Serve, echoing
         instance.wait_for_events(number + 1, "fork_server_died")
         if number < 2:
             instance.wait_for_events(number + 1, "reloaded")
-    assert instance.wait(10) == 1
+    assert instance.wait() == 1
     instance.wait_for_event("giving_up")
     assert instance.events_named("stop")[-1]["code"] == 1
     instance.assert_nothing_is_left()
@@ -153,7 +153,7 @@ def test_one_that_is_killed_during_a_reload_is_replaced(
     change: Change, serve: Serve, echoing: Listener, tmp_path: Path, outcome: str
 ) -> None:
     """By what the reload brings, or else by another of the same; connections go on."""
-    slow = tmp_path / "slow"
+    slow, killed_meanwhile = tmp_path / "slow", tmp_path / "killed"
     change(f"""
         import time
         from pathlib import Path
@@ -161,7 +161,8 @@ def test_one_that_is_killed_during_a_reload_is_replaced(
         slow = Path({str(slow)!r})
         if slow.exists():
             slow.unlink()
-            time.sleep(3)
+            while not Path({str(killed_meanwhile)!r}).exists():
+                time.sleep(0.01)
             if {outcome == "reload_failed"}:
                 sys.exit("no luck")
         """)
@@ -176,6 +177,7 @@ def test_one_that_is_killed_during_a_reload_is_replaced(
         killed.kill()
         instance.wait_for_event("fork_server_died")
         assert not instance.events_named(outcome)
+        killed_meanwhile.touch()
         instance.wait_for_event(outcome)
         instance.wait_for_event("reloaded", generation=2)
         assert all(serves(instance) for _ in range(12))
@@ -305,7 +307,7 @@ def test_the_parent_goes_on_when_it_cannot_take_a_worker(serve: Serve, echoing: 
 
 def ended(instance: Instance) -> str:
     """All that was said by an instance that came to nothing."""
-    assert instance.wait(30) not in (0, None)
+    assert instance.wait() not in (0, None)
     instance.assert_nothing_is_left()
     return instance.log()
 

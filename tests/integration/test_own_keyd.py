@@ -94,7 +94,7 @@ class OwnKeyd:
 
     def wait(self) -> int:
         assert self._process is not None
-        return self._process.wait(10)
+        return self._process.wait(PATIENCE)
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -246,11 +246,11 @@ def test_nonsense_from_root_does_not_end_keyd(
     process = keyd.process
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
         client.connect(str(keyd.socket))
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         assert client.recv(4096)
         client.send(octets)
         assert client.recv(4096) == b""
-    assert keyd.listens()
+    eventually(keyd.listens, "it listens")
     assert keyd.process == process
 
 

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from titus_py.supervisor.control import control_path
 
 from .conftest import Serve
 from .instance import Instance, Process, all_processes, eventually
-from .peers import Listener, TlsClient, Truncated, connect, receive_exactly
+from .peers import TIMEOUT, Listener, TlsClient, Truncated, connect, receive_exactly, unaccepted
 from .service import reload, status
 
 FAILS = (SSL.Error, Truncated, ConnectionResetError)
@@ -36,15 +37,13 @@ def await_end_of(process: Process) -> None:
     eventually(lambda: process not in all_processes(), f"the end of {process}")
 
 
-def kill_and_await(instance: Instance, process: Process, name: str) -> float:
-    """Kill it; how long it takes until the next one of its kind has started."""
+def kill_and_await(instance: Instance, process: Process, name: str) -> None:
+    """Kill it, and wait until the next one of its kind has started."""
     since = len(instance.events())
-    started = time.monotonic()
     process.kill()
     died = instance.wait_for_event(f"{name}_died", since=since)
     assert (died["pid"], died["how"]) == (process.pid, "killed by SIGKILL")
     instance.wait_for_event(f"{name}_started", since=since)
-    return time.monotonic() - started
 
 
 # --- keyd ------------------------------------------------------------------------------
@@ -58,7 +57,7 @@ def test_a_killed_keyd_is_replaced_and_established_connections_go_on(
     before = instance.settled_counts()
     with TlsClient(instance.port) as client:
         talk(client.handshake())
-        assert kill_and_await(instance, instance.keyd(), "keyd") < 3
+        kill_and_await(instance, instance.keyd(), "keyd")
         assert talk(client)
         assert serves(instance)
         assert talk(client)
@@ -155,9 +154,27 @@ def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
     assert instance.settled_counts() == before
 
 
+def with_a_long_memory(directory: Path) -> Path:
+    """Failures within a minute count, instead of within ten seconds."""
+    script, program = directory / "driver.py", directory / "titus-py"
+    script.write_text(
+        "import sys\n"
+        "from titus_py.supervisor import starting\n"
+        "from titus_py.__main__ import main\n"
+        "starting._FAILURES_SECONDS = 60.0\n"
+        "sys.exit(main())\n"
+    )
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {script} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
 @pytest.mark.parametrize("which", ["keyd", "parent"])
-def test_three_failures_in_a_row_are_the_end(serve: Serve, echoing: Listener, which: str) -> None:
-    instance = serve(echoing.address)
+def test_three_failures_in_a_row_are_the_end(
+    serve: Serve, echoing: Listener, tmp_path: Path, which: str
+) -> None:
+    """On a busy machine each new start takes seconds."""
+    instance = serve(echoing.address, program=with_a_long_memory(tmp_path))
     instance.expected_alarms |= {"keyd_died", "parent_died", "giving_up"}
     instance.expected_alarms.add("connection_ended")
     with TlsClient(instance.port) as client:
@@ -190,7 +207,7 @@ def test_a_killed_parent_is_replaced_and_takes_its_workers_along(
     with TlsClient(instance.port) as client:
         client.handshake()
         workers = instance.confined_workers(4)
-        assert kill_and_await(instance, instance.parent(), "parent") < 3
+        kill_and_await(instance, instance.parent(), "parent")
         with pytest.raises(ConnectionResetError):
             client.receive()
         assert serves(instance)
@@ -260,7 +277,7 @@ def test_more_clients_than_max_wait_and_are_served_later(serve: Serve, echoing: 
         third.socket.settimeout(0.5)
         with pytest.raises(TimeoutError):
             third.handshake()
-        third.socket.settimeout(10)
+        third.socket.settimeout(TIMEOUT)
         assert talk(first)
         assert talk(second)
         assert len(instance.events_named("full")) == 1
@@ -363,7 +380,7 @@ def waiting_for_a_worker(instance: Instance) -> Iterator[TlsClient]:
         instance.wait_for_event("fork_failed")
         with TlsClient(instance.port) as third:
             third.socket.sendall(third.first_flight())
-            time.sleep(0.2)
+            eventually(lambda: not unaccepted(instance.port), "it is accepted")
             yield third
 
 
@@ -378,7 +395,7 @@ def test_who_waits_for_a_worker_gets_one_after_a_reload(serve: Serve, echoing: L
         with pytest.raises(TimeoutError):
             client.handshake()
         lift()
-        client.socket.settimeout(10)
+        client.socket.settimeout(TIMEOUT)
         assert talk(client.handshake())
     eventually(lambda: len(status(instance)["generations"]) == 1, "one generation")
     assert instance.settled_counts(spare=2) == before

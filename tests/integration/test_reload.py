@@ -366,6 +366,8 @@ def refused(port: int, host: str = "127.0.0.1") -> bool:
         connect(port, host).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        return False
     return False
 
 

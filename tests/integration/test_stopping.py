@@ -80,6 +80,9 @@ def refuses(port: int) -> bool:
         connect(port).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:
+        # It was in the queue that has just been closed.
+        return False
     return False
 
 

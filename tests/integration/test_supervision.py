@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import pytest
@@ -58,7 +60,6 @@ class Load:
         while not self._over.is_set():
             try:
                 with TlsClient(self._port) as client:
-                    client.socket.settimeout(5)
                     client.handshake()
                     for _ in range(3):
                         assert talk(client)
@@ -330,8 +331,16 @@ class Manager:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path))
-        self.socket.settimeout(20)
+        self.socket.settimeout(PATIENCE)
         self.messages: list[tuple[float, dict[str, str]]] = []
+
+    def fill(self, path: Path) -> None:
+        """Until there is no room for any message."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    other.sendto(b"X_OTHER=1", str(path))
 
     def next(self) -> dict[str, str]:
         message = self.socket.recv(4096).decode()
@@ -340,8 +349,9 @@ class Manager:
 
     def until(self, **wanted: str) -> dict[str, str]:
         """The next message with these variables."""
+        deadline = time.monotonic() + PATIENCE
         while not wanted.items() <= (message := self.next()).items():
-            continue
+            assert time.monotonic() < deadline, f"no {wanted}"
         return message
 
     def names(self, since: int = 0) -> list[str]:
@@ -409,11 +419,12 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_asks_for(
 ) -> None:
     instance = serve(echoing.address)
     manager.until(READY="1")
-    started = time.monotonic()
-    while time.monotonic() < started + 4:
-        manager.next()
-    fed = [at for at, message in manager.messages if "WATCHDOG" in message and at > started]
-    assert 5 <= len(fed) <= 9
+    fed: list[float] = []
+    while len(fed) < 10:
+        if "WATCHDOG" in manager.next():
+            fed.append(manager.messages[-1][0])
+    # On a busy machine one may come late, and the next one soon after it.
+    assert 0.4 < median(later - at for at, later in pairwise(fed)) < 0.9
     # A supervisor that hangs does not feed it.
     instance.signal(signal.SIGSTOP)
     time.sleep(0.2)
@@ -424,6 +435,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_it_asks_for(
     manager.socket.settimeout(2)
     with pytest.raises(TimeoutError):
         manager.next()
+    manager.socket.settimeout(PATIENCE)
     instance.signal(signal.SIGCONT)
     assert manager.until(WATCHDOG="1")
 
@@ -438,6 +450,20 @@ def test_a_service_manager_that_does_not_listen_holds_nobody_up(
     manager.socket.close()
     assert serves(instance)
     assert reload(instance)["reloaded"]
+
+
+def test_a_service_manager_that_was_too_busy_is_told_later(
+    manager: Manager, serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    """For want of one message it would take a start, or a reload, for one that goes on."""
+    manager.fill(tmp_path / "notify")
+    instance = serve(echoing.address)
+    assert manager.until(READY="1")
+    since = len(manager.messages)
+    manager.fill(tmp_path / "notify")
+    assert reload(instance)["reloaded"]
+    assert manager.until(READY="1")
+    assert manager.names(since) == ["RELOADING", "READY"]
 
 
 def test_a_socket_that_was_passed_is_listened_on(
@@ -491,7 +517,7 @@ def started_by_shell(configuration: Path, port: int, redirected: str) -> Iterato
         eventually(listens, "it listens")
         yield process.pid
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()
