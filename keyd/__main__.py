@@ -13,12 +13,12 @@ import json
 import os
 import pwd
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from keyd import helper, key_reader
+from keyd.clients import Clients
 from keyd.confinement import (
     CannotLock,
     Confinement,
@@ -40,11 +40,11 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import peer_of, refuse_descriptors
+from keyd.linux.unix_socket import refuse_descriptors
 from keyd.listeners import listeners, owner_of, paths_of
 from keyd.loading import load
 from keyd.powers import ALL_POWERS
-from keyd.protocol import Done, Keys, Malformed, Open, Power, Refusal
+from keyd.protocol import Keys, Malformed, Power, Refusal
 from keyd.provider import openssl_configuration
 from keyd.serve import THREADS, leave, serve
 from keyd.standard_error import StandardError
@@ -244,7 +244,8 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
-        def accepted(parent: socket.socket) -> None:
+        def accepted(descriptor: int) -> None:
+            parent = socket.socket(fileno=descriptor)
             parent.setblocking(False)
             with suppress(OSError):
                 parent.send(Keys.of(ring.keys).encode())
@@ -278,26 +279,25 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         for door in doors:
             refuse_descriptors(door)
         program = _withdraw(arguments, guards)
-        terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
         states = States(tokens)
-        keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
+
+        def refused(report: Refusal, process: int) -> None:
+            page.refused(report, process)
+            say(f"refused, {report.status.name}: {report.detail} (process {process})")
+
+        def tick() -> None:
+            _tick(notify, states, page)
+            clients.tick()
+
+        keyd = Keyd(ring.keys, tick)
+        clients = Clients(keyd, ring.keys, ring.grants, refused)
         renewal = Renewal(reader, of_files, ring.take, ring.drop, lambda: None)
         page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally, states)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
-
-        def accepted(client: socket.socket) -> Callable[[], None] | None:
-            def record(report: Refusal | Done) -> None:
-                if isinstance(report, Refusal):
-                    process = peer_of(client).pid
-                    page.refused(report, process)
-                    say(f"refused, {report.status.name}: {report.detail} (process {process})")
-
-            return keyd.open_once(terms, ring.grants, client, record)
-
         renewal.on_hangup(keyd)
-        for listener in doors:
-            keyd.hear_listener(listener, accepted)
+        for door in doors:
+            keyd.hear_listener(door, clients.accepted)
         _serve(keyd, program, notify)
 
 

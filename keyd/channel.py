@@ -40,7 +40,7 @@ from keyd.protocol import (
 from keyd.sites import Sites
 from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
 
-__all__ = ["Channel", "Refused", "fulfil", "reply", "witness"]
+__all__ = ["Channel", "Refused", "fulfil", "granted_by", "reply", "witness"]
 
 _NO_POWERS = frozenset[Power]()
 
@@ -70,7 +70,6 @@ class Channel:
         "_operations",
         "connection",
         "most_octets",
-        "once",
         "record",
         "socket",
     )
@@ -81,12 +80,9 @@ class Channel:
         grants: Sites | Grants,
         endpoint: socket.socket,
         record: Callable[[Refusal | Done], None],
-        once: bool,
         judged_again: Collection[bytes] = (),
     ) -> None:
         self.socket = endpoint
-        #: Whether it is closed once a request has been answered.
-        self.once = once
         self.record = record
         self.connection = terms.connection
         self._deadline = time.monotonic() + terms.lifetime_ms / 1000
@@ -121,24 +117,27 @@ class Channel:
         if self._operations == 0:
             raise Refused(Status.EXHAUSTED, f"{_word(request)} beyond the channel's operations")
         self._operations -= 1
-        granted = self._granted(request)
-        client = self._client if isinstance(self._client, Witnessed) else None
-        whole = Whole(request, granted, self._client_hello, self._deadline)
-        return request.operation, fulfil(keys, whole, client)
-
-    def _granted(self, request: Request) -> frozenset[Power]:
-        """What may be done with the key for this client. Raises Refused for nothing."""
         client = self._client
         if isinstance(client, tuple):
             status, reason = client
             raise Refused(status, f"{_word(request)} for {reason}")
-        granted = self._grants.get(request.key, _NO_POWERS)
-        if not may_ask(request.operation, granted):
-            detail = f"{_word(request)} with key {request.key.hex()}"
-            if client is not None:
-                detail += f" for a client that asks for {client.hello.server_name or 'no name'}"
-            raise Refused(Status.NOT_GRANTED, detail)
-        return granted
+        granted = granted_by(self._grants, request, client)
+        whole = Whole(request, granted, self._client_hello, self._deadline)
+        return request.operation, fulfil(keys, whole, client)
+
+
+def granted_by(grants: Grants, request: Request, client: Witnessed | None) -> frozenset[Power]:
+    """What may be done with the key, for this client or for one that nobody has seen.
+
+    Raises Refused for nothing.
+    """
+    granted = grants.get(request.key, _NO_POWERS)
+    if not may_ask(request.operation, granted):
+        detail = f"{_word(request)} with key {request.key.hex()}"
+        if client is not None:
+            detail += f" for a client that asks for {client.hello.server_name or 'no name'}"
+        raise Refused(Status.NOT_GRANTED, detail)
+    return granted
 
 
 def fulfil(keys: Mapping[bytes, Key], whole: Whole, witnessed: Witnessed | None) -> bytes | Later:

@@ -23,19 +23,15 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric import rsa
-
 from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
 from keyd.linux.descriptors import receive_if_any
 from keyd.linux.heap import share_one_heap
-from keyd.linux.unix_socket import has_ended
+from keyd.linux.unix_socket import accept_from, has_ended
 from keyd.powers import Key
 from keyd.protocol import (
-    KEY_ID_OCTETS,
     MAX_CONTROL_OCTETS,
-    MAX_REQUEST_OCTETS,
     Done,
     Grants,
     GrantSet,
@@ -47,7 +43,6 @@ from keyd.protocol import (
     Status,
     decode_control,
 )
-from keyd.pss import PSSPrivateKey
 from keyd.sites import Sites
 from keyd.tally import Tally
 from keyd.words import say
@@ -64,10 +59,6 @@ _SWEEP_INTERVAL = 1.0
 _ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
 #: How many new connections one thread serves before it looks at anything else.
 _ACCEPTED_AT_ONCE = 16
-#: Where a request has the key's id (``protocol``).
-_KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
-#: Kinds of keys that take milliseconds, without Python's lock.
-_SLOW = (rsa.RSAPrivateKey, PSSPrivateKey)
 #: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -119,8 +110,10 @@ class Keyd:
         #: Those that are registered with ``epoll``, by whoever puts them here.
         self.streams: dict[int, Stream] = {}
         self._parents: set[socket.socket] = set()
-        #: Listeners of which a connection may have been accepted that is no channel or parent yet.
-        self._accepting: set[int] = set()
+        #: What has to end before keyd leaves, and is no channel or parent: the descriptors of
+        #: listeners of which a connection may have been accepted that is neither yet, and of
+        #: clients that are answered without a channel.
+        self.underway: set[int] = set()
         #: Once keyd has been told to leave: the latest time for it, and what to call then.
         self._leaves_at: float | None = None
         self._left: Callable[[], object] = self.stop
@@ -181,8 +174,14 @@ class Keyd:
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
-        if self._leaves_at is not None and not (self._parents or self._channels or self._accepting):
+        if self._leaves_at is not None and not (self._parents or self._channels or self.underway):
             self._left()
+
+    def ended(self, descriptor: int) -> None:
+        """What was under way with this descriptor is done."""
+        self.underway.discard(descriptor)
+        if self._leaves_at is not None:
+            self._leave_if_done()
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
         """Open channels as this parent asks, tell it what came of them, until it is ``gone``."""
@@ -266,17 +265,21 @@ class Keyd:
         del self._sources[connection.fileno()]
         self.epoll.unregister(connection)
 
-    def unhear_listener(self, listener: socket.socket) -> None:
-        """Accept from it no more. Others may have it, too."""
-        if self._sources.pop(listener.fileno(), None) is not None:
-            self.epoll.unregister(listener)
+    def hear_client(self, client: socket.SocketType, hear: Callable[[], None]) -> None:
+        """Call ``hear`` whenever this client has said something, until it is unheard."""
+        self._arm_source(client, hear)
+
+    def unhear(self, source: socket.SocketType) -> None:
+        """Of a listener, accept no more. Others may have it, too."""
+        if self._sources.pop(source.fileno(), None) is not None:
+            self.epoll.unregister(source)
 
     def hear_listener(
         self,
         listener: socket.socket,
-        accepted: Callable[[socket.socket], Callable[[], None] | None],
+        accepted: Callable[[int], Callable[[], None] | None],
     ) -> None:
-        """Call ``accepted`` with each connection to this listener.
+        """Call ``accepted`` with the descriptor of each connection to this listener.
 
         It returns what takes long, to be done once another thread can hear the listener; or None.
         """
@@ -286,10 +289,11 @@ class Keyd:
 
         def hear() -> Callable[[], None] | None:
             # A signal may tell keyd to leave at any time from here on.
-            self._accepting.add(descriptor)
+            self.underway.add(descriptor)
             slow = accept()
-            self._accepting.discard(descriptor)
-            self._leave_if_done()
+            self.underway.discard(descriptor)
+            if self._leaves_at is not None:
+                self._leave_if_done()
             return slow
 
         def accept() -> Callable[[], None] | None:
@@ -300,7 +304,7 @@ class Keyd:
                     del self._sources[descriptor]
                     return None
                 try:
-                    client = listener.accept()[0]
+                    client = accept_from(listener)
                 except (BlockingIOError, ConnectionAbortedError):
                     return None
                 except OSError as error:
@@ -329,38 +333,8 @@ class Keyd:
         """
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = Channel(
-            terms, grants, endpoint, record, once=False, judged_again=self._judged_again
-        )
+        self._channels[descriptor] = Channel(terms, grants, endpoint, record, self._judged_again)
         self.epoll.register(descriptor, _READABLE_ONCE)
-
-    def open_once(
-        self,
-        terms: Open,
-        grants: Grants,
-        endpoint: socket.socket,
-        record: Callable[[Refusal | Done], None],
-    ) -> Callable[[], None] | None:
-        """Answer one request on this channel, whose client has sent it already if it is quick.
-
-        That spares two rounds of epoll(7). What takes long is returned, to be called: a request
-        for an RSA key, during which other threads can run (it is without Python's lock).
-        """
-        descriptor = endpoint.fileno()
-        channel = Channel(terms, grants, endpoint, record, once=True)
-        self._channels[descriptor] = channel
-        try:
-            message = endpoint.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            endpoint.setblocking(False)
-            self.epoll.register(descriptor, _READABLE_ONCE)
-        except ConnectionResetError:
-            self._close(descriptor, channel)
-        else:
-            if isinstance(self._keys.get(message[_KEY_IN_REQUEST]), _SLOW):
-                return lambda: self._answer_to(message, descriptor, channel)
-            self._answer_to(message, descriptor, channel)
-        return None
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
         """Log it, at most once a second."""
@@ -371,7 +345,7 @@ class Keyd:
 
     def _arm_source(
         self,
-        source: socket.socket | select.epoll,
+        source: socket.SocketType | select.epoll,
         hear: Callable[[], Callable[[], None] | None],
         events: int = select.EPOLLIN,
     ) -> None:
@@ -451,10 +425,7 @@ class Keyd:
         reply(channel, Reply(Status.DONE, result))
         # After the reply, so that the worker does not wait for the tally.
         self.tally.done(operation, time.monotonic() - started)
-        if channel.once:
-            self._close(descriptor, channel)
-        else:
-            self.epoll.modify(descriptor, _READABLE_ONCE)
+        self.epoll.modify(descriptor, _READABLE_ONCE)
 
     def _close(self, descriptor: int, channel: Channel) -> None:
         # Forget the channel before closing it: another one may get its number at once.

@@ -8,7 +8,6 @@ Padding is chosen here, never by the worker.
 
 import hmac
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from functools import cache, partial
 from typing import NamedTuple
@@ -38,6 +37,7 @@ __all__ = [
     "may_ask",
     "perform",
     "rehearse",
+    "takes_milliseconds",
 ]
 
 #: Keys as the library has them.
@@ -61,16 +61,20 @@ class Whole(NamedTuple):
     deadline: float
 
 
-class KeyElsewhere(ABC):
-    """A key that another process has, which signs with it for keyd. It never decrypts."""
+class KeyElsewhere:
+    """A key that another process has, which signs with it for keyd. It never decrypts.
 
-    @abstractmethod
+    No abstract class: each request is asked whether it is for such a key, and a look at those takes
+    long.
+    """
+
     def public_key(self) -> PublicKeyTypes | PSSPublicKey:
         """The public part; raises LookupError while it is not known."""
+        raise NotImplementedError
 
-    @abstractmethod
     def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
         """Have octets signed that have been checked. Never blocks."""
+        raise NotImplementedError
 
     def within(self, whole: Whole) -> "KeyElsewhere":
         """The key for this request alone, where whoever has it judges the request again."""
@@ -100,6 +104,7 @@ class NotGranted(ValueError):
     """Octets that some TLS server or client would use this key for, and this one does not."""
 
 
+@cache
 def may_ask(operation: Operation, granted: Set[Power]) -> bool:
     """Whether there is anything that this operation may be asked for."""
     return not _POWERS_OF[operation].isdisjoint(granted)
@@ -124,6 +129,12 @@ def perform(
     if Power.DECRYPT not in granted:
         raise NotGranted("for TLS 1.2's RSA key exchange")
     return _decrypt(key, parameter, payload)
+
+
+def takes_milliseconds(key: Key | None) -> bool:
+    """Whether others should be heard before this key signs; it does so without Python's lock."""
+    kind: type = type(key)
+    return kind is PSSPrivateKey or _is_of(rsa.RSAPrivateKey, kind)
 
 
 def rehearse(key: PrivateKey) -> None:
@@ -283,19 +294,24 @@ def _sign(
     kind: type = type(known)
     if not _is_of(scheme.key_type, kind):
         raise NotTLS(f"{name.name} with a key of another kind")
-    if isinstance(known, PSSPrivateKey | PSSPublicKey) and known.binding.digest not in (
-        None,
-        scheme.digest,
+    # Schemes that name a digest or a curve are for no other kinds of keys than these.
+    if (
+        scheme.digest is not None
+        and isinstance(known, PSSPrivateKey | PSSPublicKey)
+        and known.binding.digest not in (None, scheme.digest)
     ):
         raise NotTLS(f"{name.name} with a key that is bound to {known.binding.digest}")
     as_client = Power.SIGN_TLS13_CLIENT in granted and octets.startswith(_TLS13_CLIENT)
     if as_client or octets.startswith(_TLS13_SERVER):
-        _check_certificate_verify(octets)
+        length = len(octets) - len(_TLS13_SERVER)
+        if length not in _TRANSCRIPT_HASH_OCTETS:
+            raise NotTLS(f"a transcript hash of {length} octets")
         # TLS 1.3 ties the scheme to the curve, TLS 1.2 does not.
         if not scheme.tls13:
             raise NotTLS(f"{name.name} in TLS 1.3")
         if (
-            isinstance(known, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey)
+            scheme.curve is not None
+            and isinstance(known, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey)
             and known.curve.name != scheme.curve
         ):
             raise NotTLS(f"{name.name} in TLS 1.3 with a key on {known.curve.name}")
@@ -321,12 +337,6 @@ def _is_of(key_type: type, kind: type) -> bool:
     Asked once for each: the library's types are abstract, and a look at them takes long.
     """
     return issubclass(kind, (key_type, _PUBLIC.get(key_type, key_type)))
-
-
-def _check_certificate_verify(octets: bytes) -> None:
-    length = len(octets) - len(_TLS13_SERVER)
-    if length not in _TRANSCRIPT_HASH_OCTETS:
-        raise NotTLS(f"a transcript hash of {length} octets")
 
 
 def _check_client_of_certificate_verify(octets: bytes, client: Client) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "SO_PASSRIGHTS",
     "File",
     "Peer",
+    "accept_from",
     "bind",
     "file_of",
     "has_ended",
@@ -107,12 +108,21 @@ class Peer(NamedTuple):
     gid: int
 
 
-def peer_of(connection: socket.socket) -> Peer:
+def accept_from(listener: socket.SocketType) -> int:
+    """accept(2): the descriptor, close-on-exec. Raises OSError.
+
+    Python makes a socket of it in a dozen calls, and asks enumerations about it, which its users
+    know.
+    """
+    return listener._accept()[0]  # type: ignore[attr-defined,no-any-return]
+
+
+def peer_of(connection: socket.SocketType) -> Peer:
     octets = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return Peer(*_CREDENTIALS.unpack(octets))
 
 
-def has_ended(packets: socket.socket) -> bool:
+def has_ended(packets: socket.SocketType) -> bool:
     """Whether no octets from a SOCK_SEQPACKET socket are the end of file, and not an empty packet.
 
     An empty packet that is followed by another, or by the end of file, passes for the end.

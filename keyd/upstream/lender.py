@@ -81,11 +81,12 @@ class Lender(Streams):
         self._lends = False
         if self._listener is not None:
             # It stays open: another thread may be about to accept.
-            self._keyd.unhear_listener(self._listener)
+            self._keyd.unhear(self._listener)
         for stream in self._now():
             stream.leave()
 
-    def _accepted(self, endpoint: socket.socket) -> None:
+    def _accepted(self, descriptor: int) -> None:
+        endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
         endpoint.setblocking(False)
         uid = peer_of(endpoint).uid
         if uid not in self._uids:

@@ -15,12 +15,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from cryptography.hazmat.primitives.asymmetric import rsa
-
 from keyd.channel import Refused, fulfil, witness
-from keyd.powers import Key, Whole, may_ask
+from keyd.powers import Key, Whole, may_ask, takes_milliseconds
 from keyd.protocol import MAX_REPLY_OCTETS, Malformed, Operation, Power, Reply, Status
-from keyd.pss import PSSPrivateKey
 from keyd.transcript import Witnessed
 from keyd.upstream.borrower import Borrower
 from keyd.upstream.introduction import client_name, missing_octets
@@ -50,8 +47,6 @@ _AT_ONCE = 32
 _PIECE_OCTETS = 65536
 #: Answers that the kernel does not take: more than there are for all asks in flight.
 _MOST_UNSENT_OCTETS = 2 * MAX_IN_FLIGHT * MAX_REPLY_OCTETS
-#: Kinds of keys that take milliseconds, without Python's lock.
-_SLOW = (rsa.RSAPrivateKey, PSSPrivateKey)
 
 
 class Streams(ABC):
@@ -233,7 +228,7 @@ class Stream:
         came = time.monotonic()
         with self._lock:
             self._in_flight += 1
-        if isinstance(self._streams.keys.get(ask.request.key), _SLOW):
+        if takes_milliseconds(self._streams.keys.get(ask.request.key)):
             return partial(self._perform, ask, came)
         self._perform(ask, came)
         return None

@@ -3,8 +3,6 @@
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Self
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -149,80 +147,6 @@ def test_a_parent_that_sends_an_empty_packet_is_named(capsys: pytest.CaptureFixt
         assert gone
         assert parent.recv(100) == b""
     assert "closing the connection to a parent: " in capsys.readouterr().err
-
-
-# --- a listener of its own ------------------------------------------------------------------
-
-
-class OfItsOwn:
-    """A keyd with one key and a listener, which hears its clients when it is told to."""
-
-    def __init__(self, path: Path, accepting: Callable[[], None]) -> None:
-        self.key = ed25519.Ed25519PrivateKey.generate()
-        self.keyd = Keyd({ONE: self.key})
-        self.refusals: list[Refusal | Done] = []
-        self._path = str(path)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(self._path)
-        self._listener.listen()
-        self._accepting = accepting
-        self.keyd.hear_listener(self._listener, self._accepted)
-        self.hear = self.keyd._sources[self._listener.fileno()].hear
-
-    def _accepted(self, client: socket.socket) -> Callable[[], None] | None:
-        self._accepting()
-        terms = Open(0, lifetime_ms=60_000, operations=1, grants=0)
-        return self.keyd.open_once(terms, {ONE: SIGN}, client, self.refusals.append)
-
-    def client(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(self._path)
-        return connection
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-
-def test_a_client_that_was_accepted_is_answered_before_keyd_leaves(tmp_path: Path) -> None:
-    """keyd is told to leave when it has accepted a client, and has not yet taken it in."""
-    left: list[None] = []
-    with OfItsOwn(
-        tmp_path / "socket", lambda: one.keyd.leave(60, lambda: left.append(None))
-    ) as one:
-        with one.client() as client:
-            one.hear()
-            assert not left
-            request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, TO_SIGN)
-            client.send(request.encode())
-            refuse_all(one.keyd)
-            assert Reply.decode(client.recv(200)).status is Status.DONE
-        assert left
-
-
-def test_without_a_client_keyd_leaves_at_once(tmp_path: Path) -> None:
-    left: list[None] = []
-    with OfItsOwn(tmp_path / "socket", lambda: None) as one:
-        one.hear()
-        one.keyd.leave(60, lambda: left.append(None))
-        assert left
-
-
-def test_a_client_that_sends_an_empty_packet_is_refused(tmp_path: Path) -> None:
-    with OfItsOwn(tmp_path / "socket", lambda: None) as one:
-        with one.client() as client:
-            client.send(b"")
-            one.hear()
-            assert [report.status for report in one.refusals if isinstance(report, Refusal)] == [
-                Status.MALFORMED
-            ]
-        with one.client():
-            pass
-        one.hear()
-        assert len(one.refusals) == 1
-        assert not one.keyd._channels
 
 
 # --- what a parent grants ----------------------------------------------------------------

@@ -1,0 +1,275 @@
+"""Clients of ``keyd listen``: each is answered once, at once; no slow key holds up the others."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+import keyd.clients as clients_module
+from keyd.clients import Clients
+from keyd.daemon import Keyd
+from keyd.powers import ALL_POWERS, Key, KeyElsewhere, Told
+from keyd.protocol import Operation, Refusal, Reply, Request, SignatureScheme, Status
+from keyd.pss import Binding, PSSPrivateKey
+from keyd.reference import key_id
+
+CONTENT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
+RSA, EC = rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256R1())
+#: id-RSASSA-PSS without parameters (RFC 4055 §3.1).
+PSS = PSSPrivateKey(RSA, Binding(bytes.fromhex("300b06092a864886f70d01010a"), None))
+SCHEMES = {
+    PSS: SignatureScheme.rsa_pss_pss_sha256,
+    RSA: SignatureScheme.rsa_pss_rsae_sha256,
+    EC: SignatureScheme.ecdsa_secp256r1_sha256,
+}
+
+
+def request(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | PSSPrivateKey) -> bytes:
+    return Request(Operation.SIGN, SCHEMES[key], key_id(key.public_key()), CONTENT).encode()
+
+
+class InToken(KeyElsewhere):
+    """The RSA key, of which a signature comes when it is told."""
+
+    def __init__(self) -> None:
+        self.asked: list[Told] = []
+
+    def public_key(self) -> rsa.RSAPublicKey:
+        return RSA.public_key()
+
+    def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
+        assert (scheme, octets) == (SCHEMES[RSA], CONTENT)
+        self.asked.append(told)
+
+
+class Listening:
+    """A keyd that hears a listener only when it is told to."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.keys: dict[bytes, Key] = {key_id(EC.public_key()): EC}
+        self.keyd = Keyd(self.keys)
+        # As on SIGHUP.
+        self.keys |= {key_id(key.public_key()): key for key in (RSA, PSS)}
+        self.refusals: list[tuple[Status, int]] = []
+        self.left: list[None] = []
+        self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        self._stack = stack
+        self._listener.bind("")
+        self._listener.listen()
+        grants = dict.fromkeys(self.keys, ALL_POWERS)
+        self.clients = Clients(self.keyd, self.keys, grants, self._refused)
+        self.keyd.hear_listener(self._listener, self._accepted)
+        self.hear: Callable[[], Callable[[], None] | None] = self.keyd._sources[
+            self._listener.fileno()
+        ].hear
+        #: Called when a client has been accepted, and not yet been taken in.
+        self.accepting: Callable[[], None] = lambda: None
+
+    def _accepted(self, descriptor: int) -> Callable[[], None] | None:
+        self.accepting()
+        return self.clients.accepted(descriptor)
+
+    def _refused(self, refusal: Refusal, process: int) -> None:
+        self.refusals.append((refusal.status, process))
+
+    def client(self) -> socket.socket:
+        made = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        made.settimeout(10)
+        made.connect(self._listener.getsockname())
+        return made
+
+    def hear_those_that_were_silent(self) -> None:
+        for _ in list(self.clients._silent):
+            self.keyd._take_turn(0)
+
+    def leave(self) -> None:
+        self.keyd.leave(60, lambda: self.left.append(None))
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.keyd.underway or self.clients._silent)
+
+
+@pytest.fixture
+def listening() -> Iterator[Listening]:
+    with ExitStack() as stack:
+        yield Listening(stack)
+
+
+def is_answered(client: socket.socket, status: Status = Status.DONE) -> bool:
+    """And nothing comes after that but the end."""
+    return Reply.decode(client.recv(2000)).status is status and client.recv(1) == b""
+
+
+def test_all_that_have_asked_are_answered_at_once(listening: Listening) -> None:
+    clients = [listening.client() for _ in range(3)]
+    for client in clients:
+        client.send(request(EC))
+    assert listening.hear() is None
+    assert all(is_answered(client) for client in clients)
+    assert listening.keyd.tally.totals()["signed"] == 3
+    assert listening.is_idle
+
+
+def test_who_asks_later_is_answered_then(listening: Listening) -> None:
+    late, quick = listening.client(), listening.client()
+    quick.send(request(EC))
+    assert listening.hear() is None
+    assert is_answered(quick)
+    late.send(request(RSA))
+    listening.hear_those_that_were_silent()
+    assert is_answered(late)
+    assert listening.is_idle
+
+
+@pytest.mark.parametrize("key", [RSA, PSS], ids=["RSA", "bound to PSS"])
+def test_others_are_heard_before_a_slow_key_signs(
+    listening: Listening, key: rsa.RSAPrivateKey | PSSPrivateKey
+) -> None:
+    """Also one that has come since keyd was started."""
+    slow, quick = listening.client(), listening.client()
+    slow.send(request(key))
+    quick.send(request(EC))
+    sign = listening.hear()
+    assert sign is not None
+    assert listening.hear() is None
+    assert is_answered(quick)
+    sign()
+    assert is_answered(slow)
+
+
+def test_one_request_is_all(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    client.send(request(EC))
+    assert listening.hear() is None
+    # Of what it was sent twice, keyd has read one: that is a reset, and the provider never does it.
+    with pytest.raises(ConnectionResetError):
+        client.recv(2000)
+    assert listening.keyd.tally.totals()["signed"] == 1
+
+
+def test_what_no_server_signs_is_refused(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC)[:-1])
+    assert listening.hear() is None
+    assert is_answered(client, Status.NOT_TLS)
+    assert listening.refusals == [(Status.NOT_TLS, os.getpid())]
+    assert listening.keyd.tally.totals()["refused"] == {"not_tls": 1}
+
+
+def test_a_client_that_has_left_takes_nothing_with_it(listening: Listening) -> None:
+    listening.client().close()
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    assert is_answered(client)
+    assert listening.is_idle
+
+
+def test_a_client_that_leaves_later_takes_nothing_with_it(listening: Listening) -> None:
+    client = listening.client()
+    assert listening.hear() is None
+    assert not listening.is_idle
+    client.close()
+    listening.hear_those_that_were_silent()
+    assert listening.is_idle
+    assert not listening.refusals
+
+
+def test_an_empty_packet_is_refused(listening: Listening) -> None:
+    client = listening.client()
+    client.send(b"")
+    assert listening.hear() is None
+    assert is_answered(client, Status.MALFORMED)
+    assert listening.refusals == [(Status.MALFORMED, os.getpid())]
+    assert listening.is_idle
+
+
+def test_a_key_that_keyd_has_not_is_refused(listening: Listening) -> None:
+    client = listening.client()
+    client.send(Request(Operation.SIGN, SCHEMES[EC], bytes(32), CONTENT).encode())
+    assert listening.hear() is None
+    assert is_answered(client, Status.NOT_GRANTED)
+    assert listening.is_idle
+
+
+def test_a_silent_client_is_left_after_a_while(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = listening.client()
+    assert listening.hear() is None
+    monkeypatch.setattr(clients_module, "_PATIENCE_SECONDS", -1.0)
+    silent, late = listening.client(), listening.client()
+    assert listening.hear() is None
+    late.send(request(EC))
+    listening.hear_those_that_were_silent()
+    assert is_answered(late, Status.EXPIRED)
+    listening.clients.tick()
+    listening.hear_those_that_were_silent()
+    assert silent.recv(1) == b""
+    patient.send(request(EC))
+    listening.hear_those_that_were_silent()
+    assert is_answered(patient)
+    assert listening.is_idle
+
+
+# --- keys that are elsewhere -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["at once", "later"])
+def test_a_key_elsewhere_answers_when_it_has(listening: Listening, quick: bool) -> None:
+    token = listening.keys[key_id(RSA.public_key())] = InToken()
+    done, failed = listening.client(), listening.client()
+    for client in (done, failed):
+        if quick:
+            client.send(request(RSA))
+    assert listening.hear() is None
+    if not quick:
+        for client in (done, failed):
+            client.send(request(RSA))
+        listening.hear_those_that_were_silent()
+    listening.leave()
+    assert not listening.left
+    token.asked[0](b"a signature")
+    assert Reply.decode(done.recv(2000)) == Reply(Status.DONE, b"a signature")
+    token.asked[1]("no")
+    assert is_answered(failed, Status.FAILED)
+    assert listening.left
+    assert listening.is_idle
+
+
+# --- keyd leaves -----------------------------------------------------------------------------
+
+
+def test_a_client_that_was_accepted_is_answered_before_keyd_leaves(listening: Listening) -> None:
+    """keyd is told to leave when it has accepted a client, and has not yet taken it in."""
+    listening.accepting = listening.leave
+    client = listening.client()
+    listening.hear()
+    assert not listening.left
+    client.send(request(EC))
+    listening.hear_those_that_were_silent()
+    assert is_answered(client)
+    assert listening.left
+
+
+def test_a_slow_key_signs_before_keyd_leaves(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(RSA))
+    sign = listening.hear()
+    assert sign is not None
+    listening.leave()
+    assert not listening.left
+    sign()
+    assert is_answered(client)
+    assert listening.left
+
+
+def test_without_a_client_keyd_leaves_at_once(listening: Listening) -> None:
+    listening.hear()
+    listening.leave()
+    assert listening.left
