@@ -177,7 +177,9 @@ class Silent:
     def _said(self, silent: _Silent, octets: bytes) -> FirstFlight:
         """What can be said of these octets; a client that asks for TLS is answered."""
         arrival = silent.arrival
-        if self._before_tls is None or not arrival.starttls:
+        # Nothing is taken out of a unix socket, whatever the configuration says: a descriptor may
+        # come with it, and closing that waits for as long as the client likes.
+        if self._before_tls is None or not arrival.starttls or silent.unix:
             return look(octets, arrival.proxy_timeout > 0)
         flight, may_ask = self._before_tls(arrival.client, octets)
         silent.arrival = arrival._replace(starttls=may_ask)

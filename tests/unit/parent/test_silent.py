@@ -15,10 +15,12 @@ from integration.hellos import client_hello, records
 from integration.namespaces import ip, new_namespace, within
 
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.postgresql import SSL_REQUEST
 from titus_py.parent import first_flight, silent
 from titus_py.parent.arrival import Arrival
 from titus_py.parent.first_flight import FirstFlight
 from titus_py.parent.silent import Silent
+from titus_py.parent.starttls import look_before_tls
 
 #: In TCP's header.
 SYN = 0x02
@@ -28,14 +30,22 @@ SYN_RECEIVED = 3
 class Heard:
     """What ``Silent`` finds out about one client."""
 
-    def __init__(self, accepted: socket.socket, proxy_timeout: int = 0) -> None:
+    def __init__(
+        self, accepted: socket.socket, proxy_timeout: int = 0, starttls: bool = False
+    ) -> None:
         self.found: list[str] = []
         self.client_hello = b""
         self._loop = EventLoop()
-        self._silent = Silent(self._loop, 60, self._spoke, lambda _, end: self.found.append(end))
+        self._silent = Silent(
+            self._loop,
+            60,
+            self._spoke,
+            lambda _, end: self.found.append(end),
+            look_before_tls if starttls else None,
+        )
         accepted.setblocking(False)
         arrival = Arrival(accepted, "192.0.2.9", 1, "192.0.2.1", 2, time.monotonic(), proxy_timeout)
-        self._silent.add(arrival)
+        self._silent.add(arrival._replace(starttls=starttls))
 
     def _spoke(self, arrival: Arrival) -> None:
         self.found.append("spoke")
@@ -241,3 +251,15 @@ def checksum(octets: bytes) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
+
+
+def test_nothing_is_taken_out_of_a_unix_socket() -> None:
+    """What may come with it could make the parent wait, whatever the configuration says."""
+    with on_unix() as (client, server):
+        client.sendall(SSL_REQUEST)
+        assert Heard(server, starttls=True).wait() == ["spoke"]
+        assert server.recv(100) == SSL_REQUEST
+    with connection() as (client, server):
+        client.sendall(SSL_REQUEST)
+        assert Heard(server, starttls=True).waits
+        assert client.recv(100) == b"S"
