@@ -45,7 +45,7 @@ from keyd.listeners import listeners, owner_of, paths_of
 from keyd.loading import load
 from keyd.powers import ALL_POWERS
 from keyd.protocol import Keys, Malformed, Power, Refusal
-from keyd.provider import openssl_configuration
+from keyd.provider import lasting_path, openssl_configuration
 from keyd.serve import THREADS, leave, serve
 from keyd.standard_error import StandardError
 from keyd.status_page import StatusPage
@@ -372,7 +372,8 @@ def _reference(arguments: argparse.Namespace) -> int:
 
 
 def _openssl_conf(arguments: argparse.Namespace) -> int:
-    sys.stdout.write(openssl_configuration(f"socket = {arguments.socket}"))
+    channel = f"socket = {arguments.socket}"
+    sys.stdout.write(openssl_configuration(channel, module=lasting_path()))
     return 0
 
 

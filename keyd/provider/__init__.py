@@ -1,9 +1,10 @@
 """The OpenSSL provider (C, beside this file) and the configuration that loads it."""
 
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-__all__ = ["openssl_configuration", "provider_path"]
+__all__ = ["lasting_path", "openssl_configuration", "provider_path"]
 
 _DIRECTORY = Path(__file__).parent
 
@@ -17,11 +18,22 @@ def provider_path() -> Path:
     raise FileNotFoundError(f"no provider in {_DIRECTORY}: install the package to build it")
 
 
-def openssl_configuration(channel: str, tls_commands: str = "") -> str:
+def lasting_path() -> Path:
+    """What an administrator's configuration names the provider by.
+
+    The link that packaging/install makes stays the same where Python's version, which is part of
+    the file's path, does not. An installation by other means has none.
+    """
+    link = Path(sys.prefix, "keyd_provider.so")
+    return link if link.exists() else provider_path()
+
+
+def openssl_configuration(channel: str, tls_commands: str = "", module: Path | None = None) -> str:
     """An OpenSSL configuration (config(5)) that loads the provider beside ``default``.
 
     ``channel`` says how keyd is reached: ``socket = PATH`` or ``channel_fd = N``, one
-    setting a line. ``tls_commands`` are SSL_CONF_cmd(3) settings for every context.
+    setting a line. ``tls_commands`` are SSL_CONF_cmd(3) settings for every context. ``module`` is
+    the provider's file, by default the package's own.
     """
     return f"""\
 openssl_conf = openssl_init
@@ -38,7 +50,7 @@ keyd = keyd_provider
 activate = 1
 
 [keyd_provider]
-module = {provider_path()}
+module = {module or provider_path()}
 activate = 1
 {channel}
 

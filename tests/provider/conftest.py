@@ -141,10 +141,12 @@ def start_harness(
 ) -> StartHarness:
     """Start harness.c with these settings of the provider."""
 
-    def start(*settings: str, pass_fds: tuple[int, ...] = ()) -> AbstractContextManager[Harness]:
+    def start(
+        *settings: str, pass_fds: tuple[int, ...] = (), run_by: tuple[str, ...] = ()
+    ) -> AbstractContextManager[Harness]:
         configuration = configure(tmp_path / "openssl.cnf", sanitized_provider_path, *settings)
         report = tmp_path / "harness.txt"
-        command = [str(harness_path)]
+        command = [*run_by, str(harness_path)]
         return harness(command, configuration, report, pass_fds, **LEAKS_LOOKED_FOR)
 
     return start

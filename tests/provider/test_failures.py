@@ -298,7 +298,25 @@ def test_no_keyd(
         harness.load(sites["rsa"].reference.read_bytes())
         outcome = harness.sign("SHA256")
 
-    assert outcome.startswith("failed [keyd|keyd cannot be reached|")
+    assert outcome.startswith("failed [keyd|keyd cannot be reached: no such socket|")
+    assert str(path) in outcome
+
+
+def test_keyd_is_not_for_this_user(
+    start_harness: StartHarness, sites: dict[str, Site], tmp_path: Path
+) -> None:
+    path = tmp_path / "others.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0)
+        # Root as well is somebody to whom a file's mode applies.
+        without_override = ("setpriv", "--bounding-set=-dac_override")
+        with start_harness(f"socket = {path}", run_by=without_override) as harness:
+            harness.load(sites["rsa"].reference.read_bytes())
+            outcome = harness.sign("SHA256")
+
+    assert outcome.startswith("failed [keyd|keyd cannot be reached: permission denied|")
     assert str(path) in outcome
 
 

@@ -119,7 +119,7 @@ def _stunnel(site: Site) -> list[str]:
             "/etc/stunnel/www.reference": site.key,
         },
     )
-    head = "foreground = yes\nsyslog = no\npid =\n"
+    head = "syslog = no\npid =\n"
     return ["stunnel4", _write(site, "stunnel.conf", head + text)]
 
 
@@ -188,7 +188,7 @@ PROGRAMS = (
         one_file=True,
         has_root_of_its_own=True,
     ),
-    Program("stunnel", "stunnel4", _stunnel),
+    Program("stunnel", "stunnel4", _stunnel, unprivileged=True),
     Program("apache", "www-data", _apache, reload_signal=signal.SIGUSR1),
     Program("postgresql", "postgres", _postgresql, unprivileged=True),
 )

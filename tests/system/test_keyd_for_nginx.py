@@ -35,8 +35,8 @@ def _blocks(heading: str, indent: int, guide: str = _GUIDE) -> list[str]:
     return [textwrap.dedent(block).rstrip() for block in blocks]
 
 
-def _nginxs_file() -> str:
-    found = re.search(r"^ *```nginx\n(.*?)^ *```$", _GUIDE, re.DOTALL | re.MULTILINE)
+def _file(language: str) -> str:
+    found = re.search(rf"^ *```{language}\n(.*?)^ *```$", _GUIDE, re.DOTALL | re.MULTILINE)
     assert found
     return textwrap.dedent(found[1])
 
@@ -75,7 +75,9 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     gives_key, says_who, writes_reference, looks = _blocks("nginx in five minutes", 8)
     for typed in (gives_key, says_who, writes_reference):
         admin.types(typed)
-    admin.writes("/etc/nginx/sites-enabled/www", _nginxs_file())
+    # It stays right when the release's Python is another one.
+    admin.types("grep 'module = /usr/lib/titus-py/keyd_provider.so$' /etc/nginx/openssl-keyd.cnf")
+    admin.writes("/etc/nginx/sites-enabled/www", _file("nginx"))
     admin.types("systemctl restart nginx")
     curl, status, audit = looks.splitlines()
     assert "It works." in admin.types(curl)
@@ -94,6 +96,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     _is_asked_by_others(admin)
     _is_another_user_than_the_next_one(admin)
     _is_renewed(admin)
+    _serves_stunnel_as_well(admin)
     _has_its_key_in_a_token(admin)
     _is_exposed_as_documented(admin)
     _is_removed(admin)
@@ -179,6 +182,27 @@ def _is_renewed(admin: Administrator) -> None:
     _requests(admin)
     assert "left out: " in admin.types(f"journalctl --quiet --unit {_UNIT}")
     admin.types("rm /etc/titus-keyd/nginx/new.crt new.crt new.key")
+
+
+def _serves_stunnel_as_well(admin: Administrator) -> None:
+    """On a port that takes a privilege, which it has after a reload as well."""
+    (drop_in,) = re.findall(r"^### stunnel$.*?((?:^ {4}.*\n)+)", _GUIDE, re.DOTALL | re.MULTILINE)
+    admin.types("systemctl stop nginx; cp -r /etc/titus-keyd/nginx /etc/titus-keyd/stunnel")
+    admin.types("cp /etc/nginx/www.crt /etc/nginx/www.reference /etc/stunnel/")
+    socket = "/run/titus-keyd/stunnel.sock"
+    admin.types(f"keyd openssl-conf --socket {socket} > /etc/stunnel/openssl-keyd.cnf")
+    drop_ins = "/etc/systemd/system"
+    admin.writes(f"{drop_ins}/keyd@stunnel.socket.d/x.conf", "[Socket]\nSocketGroup=stunnel4\n")
+    admin.writes(f"{drop_ins}/stunnel@www.service.d/x.conf", textwrap.dedent(drop_in))
+    admin.writes("/etc/stunnel/www.conf", _file("ini"))
+    admin.types("systemctl daemon-reload && systemctl start keyd@stunnel.socket stunnel@www")
+    admin.has_a_backend()
+    _requests(admin)
+    admin.types("systemctl reload stunnel@www")
+    _requests(admin)
+    admin.types(
+        "systemctl stop stunnel@www keyd@stunnel.socket keyd@stunnel; systemctl start nginx"
+    )
 
 
 def _has_its_key_in_a_token(admin: Administrator) -> None:

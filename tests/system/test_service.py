@@ -80,6 +80,7 @@ def _installs(admin: Administrator) -> None:
     assert "titus-keyd" in admin.types("getent passwd titus-keyd")
     units = (
         "titus-py.service titus-py@x.service titus-py.socket titus-keyd.service titus-keyd.socket"
+        " titus-keyd.timer"
     )
     assert not admin.types(f"systemd-analyze verify {units}").strip()
     for words in ("titus-py --version", "keyd --version"):
@@ -387,6 +388,10 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
     assert admin.property("titus-keyd", "MainPID") == keyd
     proxy = admin.property("titus-py", "MainPID")
     admin.types("systemctl restart titus-keyd")
+    admin.requests()
+    assert admin.property("titus-py", "MainPID") == proxy
+    # Killed, it is started again as soon as titus-py asks for it.
+    admin.types("systemctl kill --signal=KILL titus-keyd")
     admin.requests()
     assert admin.property("titus-py", "MainPID") == proxy
     admin.types(f"cat /proc/{keyd}/environ > /dev/null", fails=True)

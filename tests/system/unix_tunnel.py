@@ -39,8 +39,10 @@ def is_made_and_kept(admin: Administrator, configuration: str) -> None:
     admin.types("systemctl reload titus-py")
     assert admin.types(f"stat --format %i {_SOCKET}") == before
     # What a crash has left is replaced.
+    killed = admin.property("titus-py", "MainPID")
     admin.types(f"systemctl kill --signal=KILL titus-py; test -S {_SOCKET}")
-    admin.types("until systemctl --quiet is-active titus-py; do sleep 0.1; done")
+    other = f'test "$(systemctl show --property=MainPID --value titus-py)" != {killed}'
+    admin.types(f"until {other} && systemctl --quiet is-active titus-py; do sleep 0.1; done")
     _serves(admin)
     _belongs_to_another_user(admin, configuration)
     _is_made_by_systemd(admin, configuration)
