@@ -66,7 +66,8 @@ class Report(NamedTuple):
     command: str
     started: float
     sockets: list[str]
-    #: Some of the keys: the file or URI, the kind, and the SHA-256 of the public key.
+    #: Some of the keys: the file's path or ``TokenKey.full_name``, the kind, and the SHA-256 of the
+    #: public key.
     keys: list[list[str]]
     keys_in_all: int
     signed: int
@@ -167,7 +168,7 @@ def _text(report: Report) -> bytes:
 
 
 def _name(path: str, key: Key) -> str:
-    name = path or (key.name if isinstance(key, TokenKey) else "")
+    name = path or (key.full_name if isinstance(key, TokenKey) else "")
     return name[:TEXT_CHARACTERS]
 
 

@@ -78,7 +78,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     if not keyds and not arguments.key:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
         return 2
-    findings = [*_askers(keyds), *_refusals(keyds)]
+    findings = [*_askers(keyds), *_refusals(keyds), *_tokens(keyds)]
     keys: dict[str, PrivateKey] = {}
     findings += _load(keyds, arguments, keys)
     sought = [
@@ -127,6 +127,13 @@ def _refusals(keyds: Sequence[Running]) -> Iterator[_Finding]:
             yield _Finding("refused", keyd.title, text, _HOLDS)
 
 
+def _tokens(keyds: Sequence[Running]) -> Iterator[_Finding]:
+    """Shown as well: the keys of one that cannot be used are not known, and in it all the same."""
+    for keyd in keyds:
+        for name, state, _ in keyd.report.tokens if keyd.report is not None else ():
+            yield _Finding("token", keyd.title, f"{name}: {state}", _HOLDS)
+
+
 # --- where the keys are -----------------------------------------------------------
 
 
@@ -140,7 +147,7 @@ def _load(
             wanted[path] = identity
     known: set[bytes] = set()
     for path, identity in wanted.items():
-        if path.startswith("pkcs11:"):
+        if identity and _is_in_a_token(path):
             yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
             continue
         try:
@@ -183,7 +190,8 @@ def _memory(
         own = {
             keyd.pid
             for keyd in keyds
-            if keyd.report is not None and any(one[2] == identity for one in keyd.report.keys)
+            if keyd.report is not None
+            and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
         }
         # The control: not to find it elsewhere means nothing unless it is found in keyd.
         for pid in sorted(own - holders[path]):
@@ -195,6 +203,11 @@ def _memory(
             yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
         if not others:
             yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
+
+
+def _is_in_a_token(name: str) -> bool:
+    """Whether keyd names a key in a token so, and not a file."""
+    return name.startswith("token ")
 
 
 def _search(pid: int, sought: Sequence[Needle]) -> Search | None:

@@ -81,6 +81,11 @@ class TokenKey(KeyElsewhere):
         self.public = public
         self.unusable = ""
 
+    @property
+    def full_name(self) -> str:
+        """With its token's: no path of a file, which begins with ``/``."""
+        return f"{self._token.name}: {self.name}"
+
     def public_key(self) -> PublicKey:
         if self.public is None:
             raise LookupError(f"the public key of {self.name} is not known yet")
@@ -89,7 +94,7 @@ class TokenKey(KeyElsewhere):
     def ask(self, scheme: SignatureScheme, octets: bytes, told: Told) -> None:
         told = self._token.counting(told)
         if self.unusable:
-            told(f"{self._token.name}: {self.name} {self.unusable}")
+            told(f"{self.full_name} {self.unusable}")
         else:
             self._ask(scheme, octets, told, _DEADLINE_SECONDS)
 

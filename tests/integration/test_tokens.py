@@ -457,6 +457,37 @@ def test_the_metrics_have_what_each_token_did(
             assert seen[name] > then.get(name, 0)
 
 
+def test_keyds_audit_knows_keys_in_tokens(served: Served, tmp_path: Path) -> None:
+    """It does not look for a file that has the key's name; a token that is gone is shown, too."""
+
+    def of_shaky() -> set[tuple[str, str, str]]:
+        command = [TITUS_PY.with_name("keyd"), "audit", "--json", f"--directory={tmp_path}"]
+        audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        found = [
+            (one["check"], one["subject"], one["seen"], one["verdict"])
+            for one in json.loads(audit.stdout)
+        ]
+        return {
+            (check, seen, verdict)
+            for check, subject, seen, verdict in found
+            if subject == "token shaky: key" or seen.startswith("shaky: ")
+        }
+
+    in_it = ("key", "is in a token, and not looked for", "holds")
+    eventually(lambda: {in_it, ("token", "shaky: ready", "holds")} <= of_shaky(), "ready", PATIENCE)
+    served.behave("pulled")
+    assert served.keyd.ask(served.shaky, ECDSA).status is Status.FAILED
+    eventually(
+        lambda: any(seen.startswith("shaky: cannot be used: ") for _, seen, _ in of_shaky()),
+        "it is down",
+        PATIENCE,
+    )
+    assert in_it in of_shaky()
+    ready = served.keyd.log().count("token shaky: key is ready")
+    served.behave("")
+    served.keyd.wait_for("token shaky: key is ready", ready + 1)
+
+
 def test_the_audit_knows_tokens_processes(site: Instance) -> None:
     command = [TITUS_PY, "audit", f"--pid={site.pid}", "--json"]
     audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
