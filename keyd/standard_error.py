@@ -29,8 +29,9 @@ class StandardError(Words):
         super().__init__(self._put)
         # Of lines; and of locks, each of which is released when what was before it is written.
         self._waiting: SimpleQueue[bytes | threading.Lock] = SimpleQueue()
-        #: Of ``_lost``. What waits for anything does not hold it.
-        self._counting = threading.Lock()
+        #: Of ``_lost``. What waits for anything does not hold it. Where the main thread has it, a
+        #: signal's handler may say something: it would wait for itself.
+        self._counting = threading.RLock()
         self._lost = 0
         self._within_a_line = False
 

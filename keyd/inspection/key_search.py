@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from keyd import mldsa
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.pages_in_use import PAGE, in_use
+from keyd.inspection.shared_memory import filled
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
 
@@ -40,6 +41,8 @@ _MAX_HITS = 10_000
 
 #: As /proc/PID/maps names them.
 _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
+#: So much of a shared mapping is read where nothing tells what of it is filled.
+_MOST_UNTOLD = 1 << 30
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
 
 
@@ -102,6 +105,14 @@ class _Span(NamedTuple):
     start: int
     end: int
     mapping: str
+
+
+class _Mapping(NamedTuple):
+    """A line of /proc/PID/maps; ``offset`` is where it begins in its file."""
+
+    span: _Span
+    shared: bool
+    offset: int
 
 
 # --- What to look for -----------------------------------------------------------------------
@@ -233,8 +244,8 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
     The search reads the pages that the process has in use (present or swapped, whatever
-    their protection) and all shared mappings. It skips pages that the process never
-    touched: they hold zeros or their file's content, and reading would bring them in.
+    their protection), and of shared mappings all that their files have. It skips pages that
+    nobody ever touched: they hold zeros or their file's content, and reading would bring them in.
     Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
     """
     if not all(needle.octets for needle in sought):
@@ -255,12 +266,12 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         ended = not mappings
         skipped = []
         try:
-            for span, shared in mappings:
-                for part in _worth_reading(span, shared, pagemap):
+            for mapping in mappings:
+                for part in _worth_reading(pid, mapping, pagemap, reader.skipped):
                     reader.read(part)
             if reader.skipped:
                 # What the process has unmapped since is not its memory any more.
-                left = [span for span, _ in _mappings(pid)]
+                left = [mapping.span for mapping in _mappings(pid)]
                 skipped = [part for part in reader.skipped if _is_mapped(part, left)]
         except _Enough:
             skipped = reader.skipped
@@ -269,16 +280,16 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         return Search(pid, reader.hits, skipped, reader.octets, ended)
 
 
-def _mappings(pid: int) -> list[tuple[_Span, bool]]:
-    """/proc/PID/maps, in ascending order: each mapping, and whether it is shared."""
+def _mappings(pid: int) -> list[_Mapping]:
+    """/proc/PID/maps, in ascending order."""
     found = []
     # A file's name may have what str.splitlines takes for the end of a line.
     text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
     for line in text.split("\n")[:-1]:
-        addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
+        addresses, permissions, offset, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         span = _Span(start, end, name[0].rstrip() if name else "[anonymous]")
-        found.append((span, permissions[3] == "s"))
+        found.append(_Mapping(span, permissions[3] == "s", int(offset, 16)))
     return found
 
 
@@ -287,14 +298,28 @@ def _is_mapped(part: Skipped, mappings: Iterable[_Span]) -> bool:
     return any(span.start < end and part.address < span.end for span in mappings)
 
 
-def _worth_reading(mapping: _Span, shared: bool, pagemap: int | None) -> Iterator[_Span]:
-    """The parts of a mapping that are worth reading."""
+def _worth_reading(
+    pid: int, mapping: _Mapping, pagemap: int | None, skipped: list[Skipped]
+) -> Iterator[_Span]:
+    """The parts of a mapping that are worth reading; adds to ``skipped`` what is too large."""
+    start, end, name = mapping.span
     # Beyond 2^63 ([vsyscall]) no memory is a process's own, and pagemap has no entries.
-    if pagemap is None or shared or mapping.start >= 1 << 63:
-        yield mapping
+    if pagemap is None or start >= 1 << 63:
+        yield mapping.span
         return
-    for start, end in in_use(pagemap, mapping.start, mapping.end):
-        yield _Span(start, end, mapping.mapping)
+    if mapping.shared:
+        try:
+            for part in filled(pid, start, end, mapping.offset):
+                yield _Span(*part, name)
+            return
+        except OSError:
+            if end - start <= _MOST_UNTOLD:
+                yield mapping.span
+                return
+            reason = "too large for all of it to be read, and what of it is filled cannot be told"
+            skipped.append(Skipped(name, start, end - start, reason))
+    for part in in_use(pagemap, start, end):
+        yield _Span(*part, name)
 
 
 class _Enough(Exception):

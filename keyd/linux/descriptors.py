@@ -5,6 +5,7 @@ kernel: with them, a process that must not block would block. And its socketpair
 two sockets twice.
 """
 
+import errno
 import struct
 from _socket import socketpair
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from socket import (
 
 __all__ = ["packet_pair", "receive_descriptors", "receive_if_any", "send_descriptors"]
 
+#: Errors that say nothing of the other end: what it said is still there.
+_PASSING = errno.ENOMEM, errno.ENOBUFS, errno.EINTR
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
 _CLOSE_ON_EXEC = int(MSG_CMSG_CLOEXEC)
@@ -54,7 +57,10 @@ def receive_descriptors(
 
 
 def receive_if_any(giver: SocketType, octets: int, count: int) -> tuple[bytes, list[int]] | None:
-    """The same without waiting; None if there is nothing yet. An error is end of file as well."""
+    """The same without waiting; None if there is nothing yet, or no memory to receive it in.
+
+    Any other error is end of file as well.
+    """
     for _ in range(2):
         try:
             return receive_descriptors(giver, octets, count, MSG_DONTWAIT)
@@ -64,6 +70,8 @@ def receive_if_any(giver: SocketType, octets: int, count: int) -> tuple[bytes, l
             # Told once, where the other end was closed with something unread. What had come from
             # there is still to be read.
             continue
-        except OSError:
+        except OSError as error:
+            if error.errno in _PASSING:
+                return None
             break
     return b"", []

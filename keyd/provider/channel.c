@@ -2,8 +2,9 @@
  * Sends one request to keyd and receives one reply, within a time limit (the format: protocol.py).
  *
  * Runs in the worker. Its system calls are poll, sendto, recvmsg and clock_gettime, on failure
- * shutdown, and with `socket` also socket, setsockopt, connect and close. It checks the form of
- * keyd's reply, and that the reply is no longer than the caller allows.
+ * shutdown; with `socket` also socket, setsockopt, connect and close, and poll only where sending
+ * has to wait. It checks the form of keyd's reply, and that the reply is no longer than the caller
+ * allows.
  */
 #include "keyd_provider.h"
 
@@ -63,6 +64,19 @@ static int wait_for(const struct provider *provider, int fd, short event, int64_
     }
 }
 
+/* Limit how long a call blocks that sends (SO_SNDTIMEO) or receives (SO_RCVTIMEO). */
+static int limit(const struct provider *provider, int fd, int option, int64_t deadline)
+{
+    int64_t left = deadline - now_ms();
+    struct timeval time = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
+
+    if (left <= 0)
+        return too_slow(provider);
+    if (setsockopt(fd, SOL_SOCKET, option, &time, sizeof time) < 0)
+        return gone(provider, strerror(errno));
+    return 1;
+}
+
 /* What an administrator can mend is told apart: some servers log nothing but the reason. */
 static enum reason why_not(int error)
 {
@@ -73,7 +87,7 @@ static enum reason why_not(int error)
 
 /*
  * connect(2) to a Unix socket blocks while the listener's backlog is full, and poll(2) cannot
- * wait for that. SO_SNDTIMEO limits how long it blocks.
+ * wait for that.
  */
 static int connect_to_keyd(const struct provider *provider, int64_t deadline)
 {
@@ -83,17 +97,8 @@ static int connect_to_keyd(const struct provider *provider, int64_t deadline)
         RAISE(provider, REASON_UNREACHABLE, "keyd: no socket: %s", strerror(errno));
         return -1;
     }
-    for (;;) {
-        int64_t left = deadline - now_ms();
-        struct timeval limit = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
-
-        if (left <= 0) {
-            too_slow(provider);
-            break;
-        }
-        if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) == 0
-            && connect(fd, (const struct sockaddr *)&provider->address,
-                       sizeof provider->address) == 0)
+    while (limit(provider, fd, SO_SNDTIMEO, deadline)) {
+        if (connect(fd, (const struct sockaddr *)&provider->address, sizeof provider->address) == 0)
             return fd;
         if (errno != EINTR && errno != EAGAIN) {
             RAISE(provider, why_not(errno), "keyd: cannot be reached at %s: %s",
@@ -120,13 +125,17 @@ static int send_request(const struct provider *provider, int fd, const uint8_t *
     }
 }
 
+/* A socket of our own waits in recvmsg(2): that is cheaper than to wait in poll(2) before it. */
 static int receive_reply(const struct provider *provider, int fd, struct msghdr *reply,
                          ssize_t *length, int64_t deadline)
 {
+    int own = fd != provider->channel_fd;
+
     for (;;) {
-        if (!wait_for(provider, fd, POLLIN, deadline))
+        if (own ? !limit(provider, fd, SO_RCVTIMEO, deadline)
+                : !wait_for(provider, fd, POLLIN, deadline))
             return 0;
-        *length = recvmsg(fd, reply, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        *length = recvmsg(fd, reply, (own ? 0 : MSG_DONTWAIT) | MSG_CMSG_CLOEXEC);
         if (*length > 0)
             return 1;
         if (*length == 0)

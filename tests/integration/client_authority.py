@@ -1,6 +1,7 @@
 """An authority for client certificates, with which everything can be wrong."""
 
 import datetime
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +115,20 @@ class ClientAuthority:
             between.write_bytes(_pem(chain[1:]))
         files.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return files
+
+    def issue_numbered(self, serial: int) -> ClientCertificate:
+        """One with any serial number: the library's have at most 20 octets (RFC 5280 §4.1.2.2)."""
+        stem = self._directory / f"numbered-{serial.bit_length()}"
+        key, chain, own = map(stem.with_suffix, (".key", ".crt", ".authority"))
+        own.write_bytes(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+             "-noenc", "-subj", "/CN=alice", "-set_serial", str(serial), "-days", "30",
+             "-CA", self.file, "-CAkey", own, "-keyout", key, "-out", chain],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        made = x509.load_pem_x509_certificate(chain.read_bytes())
+        return ClientCertificate(chain, key, made, None)
 
     def crl(
         self,

@@ -3,6 +3,9 @@
 It speaks the format by itself, so that it can say what no keyd of ours would.
 """
 
+import os
+import select
+import subprocess
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +13,7 @@ from OpenSSL import SSL
 
 from keyd.protocol import Operation, Power, Reply, Request, SignatureScheme
 from keyd.upstream.messages import (
+    HEARD,
     MAX_FROM_LENDER_OCTETS,
     Answer,
     Ask,
@@ -69,6 +73,16 @@ class Borrowing:
             continue
         assert said is not None
         return said
+
+    def stay_until_it_ends(self, program: "subprocess.Popen[str]") -> None:
+        """Say of each greeting that it was heard: a lender ends the stream of a silent borrower."""
+        ended = os.pidfd_open(program.pid)
+        try:
+            while ended not in select.select([self.client.socket, ended], [], [])[0]:
+                assert isinstance(self.hear(), Greeting)
+                self.client.send(HEARD)
+        finally:
+            os.close(ended)
 
     def ends(self) -> bool:
         """Whether it ends, in one way or another, with nothing more than greetings before."""

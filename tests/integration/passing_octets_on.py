@@ -32,6 +32,8 @@ from OpenSSL._util import ffi, lib
 from titus_py.worker import flow
 from titus_py.worker.pump import Pump
 
+#: <linux/tcp.h>: with it, close(2) says nothing to the other end.
+_TCP_REPAIR = 19
 MUCH = random.Random(1).randbytes(3 << 20)
 _NAMES = {
     getattr(flow, name): name
@@ -332,6 +334,74 @@ def a_client_that_is_gone() -> list[object]:
     error = between.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     between.backend.close()
     return [found, error]
+
+
+def _vanish(client: SSL.Connection, backend: socket.socket) -> None:
+    """As if its machine had been turned off and on: a reset is its only answer."""
+    client.send(b"the last")
+    client._socket.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    client._socket.close()
+
+
+def _end_and_close(client: SSL.Connection, backend: socket.socket) -> None:
+    client.send(b"the last")
+    client.shutdown()
+    client._socket.close()
+
+
+def _with_an_answer(between: Between) -> socket.socket:
+    """A backend whose answer takes more than one send(2), once its client has played."""
+    select.select([between._said], [], [])
+    between.backend.close()
+    between.backend, theirs = socket.socketpair()
+    between.backend.setblocking(False)
+    theirs.sendall(MUCH[:100_000])
+    return theirs
+
+
+def a_client_that_is_gone_while_it_is_sent_to() -> list[object]:
+    """The first send(2) is answered by a reset, and the second one fails."""
+    # Where the kernel is busy, the answer may come later: then poll(2) tells.
+    found = ["CLIENT_FAILED"]
+    while found[0] == "CLIENT_FAILED":
+        between = Between(_vanish)
+        theirs = _with_an_answer(between)
+        found = between.run()
+    from_client, to_client, _ = between.counted()
+    sent = 0 < to_client < 100_000
+    return [found[:2], between.number, theirs.recv(100).decode(), from_client, sent]
+
+
+def the_same_after_its_end() -> list[object]:
+    """It reads nothing any more: EPIPE."""
+    found: list[object] = ["CLIENT_FAILED"]
+    while found[0] == "CLIENT_FAILED":
+        between = Between(_end_and_close)
+        theirs = _with_an_answer(between)
+        ended = between.run()
+        between.states[0] = flow.ENDING
+        found = between.run()
+    return [ended[0], found[:2], between.number, theirs.recv(100).decode()]
+
+
+def one_that_hears_nothing_any_more() -> list[object]:
+    """By a unix socket, of which poll(2) tells nothing then."""
+    between = Between(
+        lambda client, backend: client.sock_shutdown(socket.SHUT_RD), socket.socketpair
+    )
+    with _with_an_answer(between):
+        return [between.run()[:2], between.number, between.counted()[:2]]
+
+
+def what_becomes_of_a_connection_whose_client_is_gone() -> list[object]:
+    """What it had sent arrives."""
+    between = Between(_vanish)
+    theirs = _with_an_answer(between)
+    counts = number(), number()
+    pump = Pump(10, 1)
+    pump.begin(between.tls, between.client, counts, True)
+    end, detail = pump.run(between.backend)
+    return [end.name, detail, theirs.recv(100).decode(), counts[0][0]]
 
 
 def a_backends_reset() -> list[object]:

@@ -68,7 +68,7 @@ def counting() -> Iterator[CountingListener]:
 
 @pytest.fixture(scope="module")
 def proxied(serve_all: Serve, counting: CountingListener) -> Instance:
-    return serve_all(counting.address, listen=behind(proxy_timeout="1s"))
+    return serve_all(counting.address, listen=behind(proxy_timeout="3s"))
 
 
 def name_of(side: socket.socket) -> str:

@@ -20,7 +20,8 @@ from titus_py.audit.target import find_target
 
 from .conftest import Serve
 from .instance import Instance, free_port
-from .peers import Listener, TlsClient, reset
+from .peers import TIMEOUT, Listener, TlsClient, reset
+from .test_pump import until_it_stands
 
 
 def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
@@ -70,7 +71,7 @@ def full_backlog(listener: Listener) -> Iterator[None]:
                 listener.socket.accept()[0].close()
         except BlockingIOError:
             pass
-        listener.socket.settimeout(10)
+        listener.socket.settimeout(TIMEOUT)
 
 
 def test_a_backend_that_refuses_is_tried_afresh_with_the_next_connection(serve: Serve) -> None:
@@ -193,8 +194,12 @@ def test_a_backend_that_cannot_be_handed_over_ends_the_connection(
     with TlsClient(instance.port, groups=["X25519", "X25519MLKEM768"]) as client:
         client.socket.sendall(client.first_flight())
         instance.wait_for_event("connection_begun")
-        time.sleep(0.5)  # for what was handed over to be closed
-        used = {int(number) for number in os.listdir(f"/proc/{parent.pid}/fd")}
+
+        def descriptors() -> set[int]:
+            return {int(number) for number in os.listdir(f"/proc/{parent.pid}/fd")}
+
+        until_it_stands(descriptors)  # what was handed over is closed
+        used = descriptors()
         free = next(number for number in itertools.count() if number not in used)
         parent.limit_descriptors(free + 1)
         try:

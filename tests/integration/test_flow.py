@@ -1,5 +1,6 @@
 """Octets passed on in C, between OpenSSL and a socket: as installed, and under sanitizers."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -37,6 +38,21 @@ EXPECTED: dict[str, list[object]] = {
     ],
     "what_a_backend_may_still_say": ["STOOD_STILL", "the last", 0, 10],
     "a_client_that_is_gone": [["CLIENT_FAILED", True, 0, 0, 0], 104],
+    "a_client_that_is_gone_while_it_is_sent_to": [
+        ["NOT_TO_CLIENT", True],
+        errno.ECONNRESET,
+        "the last",
+        8,
+        True,
+    ],
+    "the_same_after_its_end": [
+        "CLIENT_ENDED",
+        ["NOT_TO_CLIENT", True],
+        errno.EPIPE,
+        "the last",
+    ],
+    "one_that_hears_nothing_any_more": [["NOT_TO_CLIENT", True], errno.EPIPE, [0, 0]],
+    "what_becomes_of_a_connection_whose_client_is_gone": ["CLIENT_RESET", "", "the last", 8],
     "a_backends_reset": [["NOT_FROM_BACKEND", True, 0, 0, 0], 104],
     "nobody_says_anything": [["STOOD_STILL", True, 0, 0, 0], ["STOOD_STILL", False, 0, 0, 0]],
     "a_direction_that_has_ended": ["STOOD_STILL", "answer", [0, 6, 0]],

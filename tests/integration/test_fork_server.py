@@ -64,23 +64,29 @@ def change(tmp_path: Path) -> Iterator[Change]:
 # --- what workers inherit --------------------------------------------------------------
 
 
-def huge_pages(process: Process) -> int:
+def memory(process: Process, of_which: str) -> int:
     """Octets (proc_pid_smaps(5))."""
     rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    (kib,) = (line.split()[1] for line in rollup.splitlines() if line.startswith("AnonHugePages:"))
+    (kib,) = (line.split()[1] for line in rollup.splitlines() if line.startswith(f"{of_which}:"))
     return int(kib) * 1024
+
+
+def test_nearly_all_is_on_huge_pages(serve: Serve, echoing: Listener) -> None:
+    """Each other page costs every fork, and the end of every worker."""
+    server = serve(echoing.address).fork_server()
+    assert memory(server, "AnonHugePages") > 0.8 * memory(server, "Anonymous")
 
 
 def test_it_stays_on_huge_pages(serve: Serve, echoing: Listener) -> None:
     """A fork server that wrote to them would split them, and its forks would cost more again."""
     instance = serve(echoing.address)
-    before = huge_pages(instance.fork_server())
+    before = memory(instance.fork_server(), "AnonHugePages")
     assert before > 0
     (generation,) = status(instance)["generations"]
     assert generation["huge_pages"] * (2 << 20) == before
     for _ in range(20):
         assert serves(instance)
-    assert huge_pages(instance.fork_server()) == before
+    assert memory(instance.fork_server(), "AnonHugePages") == before
 
 
 # --- killed ----------------------------------------------------------------------------

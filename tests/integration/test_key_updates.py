@@ -172,7 +172,7 @@ def test_a_backend_may_end_in_the_middle_of_one(
         assert plain is not None
         plain.sendall(writing.record(b"before", DATA) + writing.record(UPDATE[:4]))
         assert connection.recv(100) == b"before"
-        worker = the_busy_worker(instance)
+        worker = the_busy_worker(instance, "{}:{}".format(*plain.getsockname()))
         connection.shutdown(socket.SHUT_WR)
         until_it_stands(lambda: processor_ticks(worker.pid))
         rest = writing.record(UPDATE[4:])

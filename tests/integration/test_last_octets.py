@@ -224,7 +224,7 @@ def test_a_request_with_its_end_arrives_before_its_clients_reset(pair: Pair) -> 
 
 def test_the_last_request_arrives_while_its_clients_socket_takes_no_answer(pair: Pair) -> None:
     """Both have come before the worker looks: what it passes on first must cost nothing."""
-    worker = the_busy_worker(pair.instance)
+    worker = the_busy_worker(pair.instance, pair.client.name)
     worker.kill(signal.SIGSTOP)
     pair.client.send(MUCH[:1000])
     pair.client.close_notify()
@@ -299,7 +299,7 @@ def test_clients_that_keep_their_sockets_after_the_end_keep_nobody_out(
 def test_what_goes_on_in_the_other_direction_keeps_a_half_closed_connection(
     serve: Serve, backend: Listener
 ) -> None:
-    instance = serve(backend.address, limits={"half_closed_timeout": "1s"})
+    instance = serve(backend.address, limits={"half_closed_timeout": "3s"})
     with TlsClient(instance.port) as client:
         client.handshake()
         with backend.accept() as accepted:
@@ -308,7 +308,7 @@ def test_what_goes_on_in_the_other_direction_keeps_a_half_closed_connection(
             for _ in range(8):
                 client.send(b"x")
                 assert receive_exactly(accepted, 1) == b"x"
-                time.sleep(0.2)
+                time.sleep(0.5)
             client.close_notify()
             assert receive_all(accepted) == b""
 

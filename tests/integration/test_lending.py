@@ -281,13 +281,15 @@ def test_nor_do_the_groups_that_backends_have(serve: Serve, certificates: Certif
 def test_the_audit_finds_nothing_amiss(lender: Lender) -> None:
     with borrowing(lender, "proxy-a") as host:
         host.begin()
-        audit = subprocess.run(
+        with subprocess.Popen(
             [TITUS_PY, "audit", "--quiet", f"--pid={lender.instance.pid}"],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
-        )
-        assert audit.returncode == 0, audit.stdout + audit.stderr
+        ) as audit:
+            host.stay_until_it_ends(audit)
+            said, _ = audit.communicate()
+        assert audit.returncode == 0, said
         assert host.ask(signing(lender.keys["own"])).status is Status.DONE
 
 

@@ -1,5 +1,6 @@
-"""Which pages of a process are looked at: all that have anything, and none of what is empty."""
+"""Which memory of a process is looked at: all that has anything, and none of what is empty."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from keyd.inspection import pages_in_use
-from keyd.inspection.key_search import Needle, Search, search
+from keyd.inspection.key_search import Hit, Needle, Search, Skipped, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 
 #: Memory of many kinds, each with what is sought. Where the kernel lacks one, nothing is printed.
@@ -57,6 +58,16 @@ memory = mmap.mmap(file, 8 * PAGE, mmap.MAP_PRIVATE)
 put(memory, 4 * PAGE, "file")
 memory = mmap.mmap(-1, 4 * PAGE)
 put(memory, 3 * PAGE, "shared")
+# A database's, say: most of it is not filled, and most of that is beyond the file's end.
+file = os.memfd_create("database")
+os.ftruncate(file, TERABYTE)
+memory = mmap.mmap(file, TERABYTE)
+os.ftruncate(file, 64 << 30)
+put(memory, 33 << 30, "shared")
+put(memory, (64 << 30) - len(sought), "shared")
+# Another process's doing: here, the page is not in use.
+os.pwrite(file, sought, (5 << 30) + 9)
+print("others", at(memory) + (5 << 30) + 9)
 memory = mmap.mmap(-1, 4 * PAGE, PRIVATE)
 put(memory, 0, "forked")
 child = os.fork()
@@ -135,6 +146,13 @@ def read_by_this_process() -> int:
     return int(Path("/proc/thread-self/io").read_text().split()[1])
 
 
+def database_octets(pid: int) -> int:
+    """How much memory is behind the large shared mapping."""
+    descriptors = Path(f"/proc/{pid}/fd").iterdir()
+    file, *_ = (one for one in descriptors if os.readlink(one) == "/memfd:database (deleted)")
+    return file.stat().st_blocks * 512
+
+
 def found_at(found: Search) -> set[int]:
     return {hit.address for hit in found.hits}
 
@@ -145,16 +163,48 @@ def scans() -> bool:
 
 
 def test_it_is_found_in_memory_of_every_kind(kinds: Kinds) -> None:
-    expected = {"sparse", "closed", "guarded", "huge", "swapped", "file", "shared", "forked"}
+    expected = {"sparse", "closed", "guarded", "huge", "swapped", "file", "shared", "others"}
     assert expected <= set(kinds.places.values())
-    before = read_by_this_process()
+    filled, before = database_octets(kinds.pid), read_by_this_process()
     found = search(kinds.pid, [Needle("it", SOUGHT)])
     assert not found.ended
+    assert not found.unread
     missing = {kind for at, kind in kinds.places.items() if at not in found_at(found)}
     assert not missing
     # Of 8 TiB, the entries of each page would be 16 GiB.
+    assert database_octets(kinds.pid) == filled
     if scans():
         assert read_by_this_process() - before < found.octets + (16 << 20)
+
+
+#: Searches as a process without the capability that opens what others have mapped.
+WITHOUT_CAPABILITY = """
+import json, sys
+import prctl
+from keyd.inspection.key_search import Needle, search
+from keyd.linux.credentials import keep_capabilities
+keep_capabilities({prctl.CAP_SYS_PTRACE, prctl.CAP_DAC_OVERRIDE})
+json.dump(search(int(sys.argv[1]), [Needle("it", bytes.fromhex(sys.argv[2]))]), sys.stdout)
+"""
+
+
+def test_what_of_a_large_mapping_is_filled_has_to_be_known(kinds: Kinds) -> None:
+    """Else what the process has in use is read, and the rest is said not to have been."""
+    filled = database_octets(kinds.pid)
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CAPABILITY, str(kinds.pid), SOUGHT.hex()],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    pid, hits, skipped, octets, ended = json.loads(said.stdout)
+    found = Search(
+        pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended
+    )
+    missing = {kind for at, kind in kinds.places.items() if at not in found_at(found)}
+    assert missing == {"others"}
+    (unread,) = found.unread
+    assert (unread.mapping, unread.octets) == ("/memfd:database (deleted)", 1 << 40)
+    assert database_octets(kinds.pid) == filled
 
 
 def test_a_kernel_that_skips_nothing_tells_the_same(
@@ -166,7 +216,7 @@ def test_a_kernel_that_skips_nothing_tells_the_same(
         assert not scans()
         everything = of_all(kinds.pid, 1 << 30)
     assert skipping == everything
-    places = [at for at, kind in kinds.places.items() if kind not in ("sparse", "shared")]
+    places = [at for at, kind in kinds.places.items() if kind not in ("sparse", "shared", "others")]
     assert all(any(start <= at < end for start, end in skipping) for at in places)
 
 

@@ -211,6 +211,28 @@ def test_who_has_a_certificate_that_is_too_long_to_be_told_is_refused(
     assert not instance.events_named("backend_unavailable")
 
 
+@pytest.mark.parametrize("octets", [20, 21, 200])
+def test_a_long_serial_number_is_no_reason_to_refuse_anybody(
+    serve: Serve, listener: Listener, authority: ClientAuthority, octets: int
+) -> None:
+    """No authority is to use more than 20 octets (RFC 5280 §4.1.2.2). The header has none of it."""
+    vhost = {
+        "send_proxy": "v2-tls-cert",
+        "client_certificates": "required",
+        "client_ca": authority.file,
+        "client_allow": "all",
+    }
+    instance = serve(listener.address, vhost=[vhost])
+    certificate = authority.issue_numbered((1 << 8 * octets - 1) - 1)
+    with TlsClient(instance.port) as client:
+        show(client, certificate)
+        client.handshake()
+        result, _ = first_words(listener, client)
+    der = certificate.certificate.public_bytes(Encoding.DER)
+    assert (result.tlv.ssl.cn, result.tlv.ssl.get(0x28)) == ("alice", der)
+    assert not instance.events_named("backend_unavailable")
+
+
 def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(
     serve: Serve, listener: Listener
 ) -> None:

@@ -19,7 +19,7 @@ from OpenSSL import SSL
 
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, free_port
-from .peers import Listener, TlsClient, Truncated
+from .peers import TIMEOUT, Listener, TlsClient, Truncated
 from .test_backend_failures import full_backlog, is_reset_with_event
 
 #: <asm-generic/socket.h>
@@ -93,7 +93,7 @@ def vhost(backends: list[Named], **settings: Any) -> list[dict[str, Any]]:
 @contextmanager
 def client(instance: Instance, source: str = "127.0.0.1") -> Iterator[tuple[TlsClient, int]]:
     """A client, and the number of the backend that it has got."""
-    connection = socket.create_connection(("127.0.0.1", instance.port), 10, (source, 0))
+    connection = socket.create_connection(("127.0.0.1", instance.port), TIMEOUT, (source, 0))
     with TlsClient(instance.port, source=connection) as connected:
         yield connected, int(connected.handshake().receive_exactly(1))
 
@@ -164,12 +164,16 @@ def under_load(instance: Instance, act: Callable[[], None]) -> list[int]:
     threads = [threading.Thread(target=come, args=(f"127.0.1.{n}",)) for n in range(1, 5)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 120
-    for enough in (10, 40):
+
+    def wait_for(enough: int) -> None:
+        deadline = time.monotonic() + 120
         while len(numbers) < enough and not failures and time.monotonic() < deadline:
             time.sleep(0.01)
-        if enough == 10:
-            act()
+
+    wait_for(10)
+    act()
+    # They have gone on coming while it was done.
+    wait_for(len(numbers) + 30)
     over.set()
     for thread in threads:
         thread.join()

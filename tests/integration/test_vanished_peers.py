@@ -102,7 +102,7 @@ def test_both_sides_are_asked_whether_they_are_there(
                     side.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
                     *(side.getsockopt(socket.IPPROTO_TCP, name) for name in names),
                 )
-                for side in sockets_of(the_busy_worker(instance).pid)
+                for side in sockets_of(the_busy_worker(instance, client.name).pid)
                 if side.family == socket.AF_INET
             ]
     assert len(seen) == 2
@@ -122,6 +122,6 @@ def test_a_reload_changes_it_for_those_who_come_later(serve: Serve, backend: Lis
         with backend.accept():
             assert {
                 side.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
-                for side in sockets_of(the_busy_worker(instance).pid)
+                for side in sockets_of(the_busy_worker(instance, client.name).pid)
                 if side.family == socket.AF_INET
             } == {7}

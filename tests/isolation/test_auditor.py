@@ -19,7 +19,7 @@ from titus_py.audit.finding import Verdict
 from titus_py.audit.instance import Role, instance_processes, namespaces, status
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe, Unanswered
-from titus_py.audit.target import find_target
+from titus_py.audit.target import Target, find_target
 from titus_py.audit.throwaway import TitusInstance
 
 from . import infected_client
@@ -68,6 +68,30 @@ def test_who_takes_over_the_audits_client_can_do_nothing_with_it(
     assert outcome(instance, monkeypatch, attempt, "no filter") == without_filter
     # The control.
     assert outcome(instance, monkeypatch, attempt, "none") == "done"
+
+
+def test_nobody_is_connected_before_the_audits_client_can_speak(
+    instance: TitusInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine its start takes longer than a client may be silent."""
+    begun = []
+
+    class Client(probe._Client):
+        def __init__(self, target: Target, peer: socket.socket) -> None:
+            super().__init__(target, peer)
+            self._peer = peer
+
+        def wait_until_confined(self) -> None:
+            super().wait_until_confined()
+            with pytest.raises(OSError, match="not connected"):
+                self._peer.getpeername()
+            begun.append(self)
+
+    monkeypatch.setattr(probe, "_Client", Client)
+    with Probe(find_target(instance.pid)) as made:
+        assert made.find_worker().verdict is Verdict.HOLDS
+        assert made.shake_hands().verdict is Verdict.HOLDS
+    assert begun
 
 
 def test_a_socket_that_was_closed_meanwhile_is_not_held_against_a_process(

@@ -1,8 +1,8 @@
 """The audit's TLS client: a process of its own, without a key and without privileges.
 
-Started as root by ``titus-py audit``, with one connected socket. It confines itself before it
-reads from that socket: its peer is the worker that the audit doubts. The audit does not trust
-it either, and decodes its answers strictly (``probe``).
+Started as root by ``titus-py audit``, with one socket, which the audit connects once this process
+is confined: its peer is the worker that the audit doubts. The audit does not trust it either, and
+decodes its answers strictly (``probe``).
 """
 
 import json

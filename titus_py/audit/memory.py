@@ -36,7 +36,13 @@ _SEARCH_SECONDS = 600.0
 #: How many keys of a ``certificate_dir`` are looked for.
 _KEYS_OF_A_DIRECTORY = 8
 _ENVIRONMENT = re.compile(
-    rb"OPENSSL_CONF=/proc/self/fd/\d+|LD_BIND_NOW=1|GLIBC_TUNABLES=" + re.escape(MALLOC.encode())
+    "|".join(
+        (
+            r"OPENSSL_CONF=/proc/self/fd/\d+",
+            "LD_BIND_NOW=1",
+            *(re.escape(f"{name}={value}") for name, value in MALLOC.items()),
+        )
+    ).encode()
 )
 
 

@@ -64,7 +64,7 @@ class _Place(NamedTuple):
 
 
 class _Client:
-    """The process that talks TLS to the instance. Raises CannotAudit, OSError."""
+    """The process that talks TLS to the instance, on this socket. Raises CannotAudit, OSError."""
 
     def __init__(self, target: Target, peer: socket.socket) -> None:
         chroot = f"/proc/{target.supervisor.pid}/root{target.configuration.worker.chroot}"
@@ -126,18 +126,15 @@ class Probe:
     def __init__(self, target: Target) -> None:
         self._target = target
         self.place = _place(target)
-        try:
-            self._socket = _connected(self.place.address, target)
-            if self.place.proxied:
-                self._socket.sendall(b"PROXY UNKNOWN\r\n")
-        except OSError as error:
-            raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
         self.worker: Process | None = None
         #: The configured certificate, once the server has shown the same.
         self.certificate: x509.Certificate | None = None
+        self._socket = _socket(self.place.address)
         self._client = _Client(target, self._socket)
         try:
             self._client.wait_until_confined()
+            # Not before: on a busy machine its start takes longer than a client may be silent.
+            self._connect()
             self._begin()
         except (CannotAudit, Unanswered):
             self.close()
@@ -163,6 +160,14 @@ class Probe:
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             self._socket.close()
+
+    def _connect(self) -> None:
+        try:
+            self._socket.connect(_reachable(self.place.address, self._target))
+            if self.place.proxied:
+                self._socket.sendall(b"PROXY UNKNOWN\r\n")
+        except OSError as error:
+            raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
 
     def _begin(self) -> None:
         order = {"do": "begin", "name": self.place.name, "alpn": self.place.vhost.alpn}
@@ -288,19 +293,19 @@ class Probe:
         return Subject.of(self.worker, stage)
 
 
-def _connected(address: Bindable, target: Target) -> socket.socket:
-    """Raises OSError."""
-    if isinstance(address, IPAddress):
-        return socket.create_connection(address, _SECONDS)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        made.settimeout(_SECONDS)
-        # The instance may have another root directory.
-        made.connect(f"/proc/{target.supervisor.pid}/root{address.path}")
-    except OSError:
-        made.close()
-        raise
+def _socket(address: Bindable) -> socket.socket:
+    family = socket.AF_UNIX if isinstance(address, UnixAddress) else address.family
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.settimeout(_SECONDS)
     return made
+
+
+def _reachable(address: Bindable, target: Target) -> str | tuple[str | int, ...]:
+    """What ``connect`` takes. Raises OSError."""
+    if isinstance(address, UnixAddress):
+        # The instance may have another root directory.
+        return f"/proc/{target.supervisor.pid}/root{address.path}"
+    return address.sockaddr()
 
 
 def _named(ours: socket.socket) -> str:

@@ -126,8 +126,8 @@ def _mistakes_of_vhosts(
     leading = False
     certificates = dict(each_valid(ClientCertificates, tables, "vhost", source))
     for i, vhost in each_valid(Backend, tables, "vhost", source):
-        settings = [key for key, backend in vhost.all_backends if _leads(backend, lending.lend)]
-        if not settings:
+        setting = _leading(vhost, lending.lend)
+        if setting is None:
             continue
         leading = True
         names |= {client.name for client in vhost.client}
@@ -135,7 +135,7 @@ def _mistakes_of_vhosts(
         if vhost.send_proxy != "v2-tls-cert":
             yield source.mistake(
                 f"{where}.send_proxy",
-                f'has to be "v2-tls-cert": {where}.{settings[0]} is keyd.lend, and keyd learns by '
+                f'has to be "v2-tls-cert": {where}.{setting} is keyd.lend, and keyd learns by '
                 "it which client has come",
             )
         asked = certificates.get(i)
@@ -143,7 +143,7 @@ def _mistakes_of_vhosts(
             yield source.mistake(
                 f"{where}.client_certificates",
                 f'has to be "required", with a [[vhost.client]] for each host: '
-                f"{where}.{settings[0]} is keyd.lend",
+                f"{where}.{setting} is keyd.lend",
             )
     if not leading:
         yield source.mistake("keyd.lend", f"{lending.lend}: is the backend of no [[vhost]]")
@@ -177,10 +177,7 @@ def lending_in_company(configuration: Configuration, source: Source) -> Iterator
     Which host has come is its worker's word, and a worker may serve what its local address allows.
     """
     lend = configuration.keyd.lend
-    leads = {
-        i: any(_leads(backend, lend) for _, backend in vhost.all_backends)
-        for i, vhost in enumerate(configuration.vhost)
-    }
+    leads = {i: _leading(vhost, lend) is not None for i, vhost in enumerate(configuration.vhost)}
     for i, vhost in enumerate(configuration.vhost):
         company = [
             f"vhost[{j}]"
@@ -202,17 +199,21 @@ def _leads(backend: Address, lend: UnixAddress | None) -> bool:
     return isinstance(backend, UnixAddress) and lend is not None and backend.leads_to(lend)
 
 
+def _leading(vhost: Backend, lend: UnixAddress | None) -> str | None:
+    """Which setting of this virtual host leads to keyd.lend: the first, if any does."""
+    return next((key for key, backend in vhost.all_backends if _leads(backend, lend)), None)
+
+
 def lending_to_more(configuration: Configuration, source: Source) -> Iterator[Mistake]:
     """Warnings of what lets more come to keyd.lend than the hosts that keys are lent to.
 
     Such a host shows a certificate of its own, by a tunnel, which keyd signs for in TLS 1.3 alone.
     """
     for i, vhost in enumerate(configuration.vhost):
-        lend = configuration.keyd.lend
-        settings = [key for key, backend in vhost.all_backends if _leads(backend, lend)]
-        if not settings:
+        setting = _leading(vhost, configuration.keyd.lend)
+        if setting is None:
             continue
-        leads = f"{source.reference(f'vhost[{i}].{settings[0]}')} is keyd.lend"
+        leads = f"{source.reference(f'vhost[{i}].{setting}')} is keyd.lend"
         if vhost.min_version != "TLSv1.3":
             yield source.mistake(
                 f"vhost[{i}].min_version",
@@ -252,7 +253,7 @@ def lent_with_its_own(
     own = {
         key_id: f"vhost[{i}]"
         for i, vhost in enumerate(configuration.vhost)
-        if any(_leads(backend, configuration.keyd.lend) for _, backend in vhost.all_backends)
+        if _leading(vhost, configuration.keyd.lend) is not None
         for key_id in key_ids(vhost)
     }
     for i, client in enumerate(configuration.keyd.client):

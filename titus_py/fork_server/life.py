@@ -9,6 +9,10 @@ other users, and no way to a file or a network. The workers are the parent's chi
 
 import sys
 
+from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages, use_one_heap
+
+use_one_heap()
+
 # Python's hashlib would load the system's OpenSSL beside the one of pyOpenSSL: megabytes and
 # mappings for each worker, and code that no worker needs. hashlib also has implementations
 # without OpenSSL.
@@ -24,7 +28,7 @@ if sys.version_info >= (3, 13):
 import gc
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -51,7 +55,6 @@ from titus_py.fork_server.confinement import (
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.gathering import gather_code
 from titus_py.fork_server.holes import fill_holes
-from titus_py.fork_server.huge_pages import heaps, use_huge_pages
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
 from titus_py.fork_server.rehearsal import rehearse
@@ -106,10 +109,10 @@ def main() -> int:
     _practise(plan, terms)
     give_code_back()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
-    places = heaps()
+    place = heap()
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    return _serve(parent, plan, terms, worker_filter, command_line, places)
+    return _serve(parent, plan, terms, worker_filter, command_line, place)
 
 
 def _practise(plan: Plan, terms: Terms) -> None:
@@ -189,7 +192,7 @@ def _serve(
     terms: Terms,
     worker_filter: Program,
     command_line: CommandLine,
-    places: Sequence[range],
+    place: range,
 ) -> int:
     """Fork as ordered, until the parent hangs up. A worker does not return."""
     try:
@@ -202,9 +205,10 @@ def _serve(
         # references to it, and its garbage collector does not touch it.
         make_all_immortal()
         gc.freeze()
+        in_use = fill_up(place)
         fill_holes()
         give_heap_back()
-        parent.send(Prepared(use_huge_pages(places)).encode())
+        parent.send(Prepared(use_huge_pages(in_use)).encode())
         worker = fork_as_ordered(
             parent.fileno(),
             plan.first_uid,

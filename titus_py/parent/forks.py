@@ -28,11 +28,15 @@ from titus_py.fork_server.confinement import MAX_ORDERS
 
 __all__ = ["Forks"]
 
-#: Python's arguments for the fork server.
-_PROGRAM = ("-m", "titus_py.fork_server.life")
-#: For the C library's malloc, in the fork server and its workers: it keeps nothing that is freed
-#: where it is, for the next one of its size. So what a worker allocates lies together (``holes``).
-MALLOC = "glibc.malloc.tcache_count=0"
+#: Python's arguments for the fork server: isolated (-I), but for its environment, which is ours.
+_PROGRAM = ("-P", "-s", "-m", "titus_py.fork_server.life")
+#: What the fork server and its workers allocate is in one piece, to be on huge pages. So Python
+#: takes it from the C library's malloc (``huge_pages``). That keeps nothing that is freed where it
+#: is, for the next one of its size: what a worker allocates lies together (``holes``).
+MALLOC = {
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    "PYTHONMALLOC": "malloc",
+}
 #: How long the fork server may answer no order before the parent takes it to hang.
 _QUIET_SECONDS = 5.0
 
@@ -55,14 +59,14 @@ class Forks:
         arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", *_PROGRAM, *arguments],
+                [sys.executable, *_PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={
                     "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
                     # A symbol that is not bound at the start is bound anew by every worker.
                     "LD_BIND_NOW": "1",
-                    "GLIBC_TUNABLES": MALLOC,
+                    **MALLOC,
                 },
                 pass_fds=(*given.values(), *indexes),
             )

@@ -99,8 +99,8 @@ def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
         return _SSL_HEAD.pack(_CLIENT_SSL, _NOT_VERIFIED) + about
     if not identity.certificate:
         raise CannotEncode("the client's certificate is too long")
-    if not identity.complete:
-        raise CannotEncode("the client's certificate has too many names, or its chain is too long")
+    # Its worker has refused one with too many names. Nothing here is of the other links, which may
+    # be incomplete: with a serial number of more than 20 octets, for one.
     # Of several common names, the first one. There may be none.
     for name in identity.facts.cn[:1]:
         about += _tlv(_SSL_CN, name.encode())

@@ -36,7 +36,7 @@ print(json.dumps([
 def test_code_that_was_run_lies_together() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        env={"GLIBC_TUNABLES": forks.MALLOC},
+        env=forks.MALLOC,
         check=True,
         capture_output=True,
         text=True,

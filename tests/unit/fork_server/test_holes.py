@@ -34,7 +34,7 @@ def _octets(*arguments: str) -> tuple[int, int]:
     """From the first to the last of the blocks, and of the objects."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *arguments],
-        env={"GLIBC_TUNABLES": forks.MALLOC},
+        env=forks.MALLOC,
         check=True,
         capture_output=True,
         text=True,
@@ -43,12 +43,18 @@ def _octets(*arguments: str) -> tuple[int, int]:
     return blocks, objects
 
 
+#: Between two blocks may be what Python makes meanwhile: the number that is a place, and such.
+_BETWEEN = 2 * 48
+
+
 def test_what_is_new_lies_together() -> None:
-    assert _octets("fill") == (49 * 224, 49 * 112)
+    blocks, objects = _octets("fill")
+    assert blocks <= 49 * (224 + _BETWEEN)
+    assert objects <= 49 * (112 + _BETWEEN)
 
 
 def test_otherwise_it_lies_in_the_holes() -> None:
     """The control."""
     blocks, objects = _octets()
-    assert blocks > 2 * 49 * 224 - 224
-    assert objects > 49 * 112
+    assert blocks > 49 * (224 + _BETWEEN)
+    assert objects > 49 * (112 + _BETWEEN)

@@ -1,19 +1,47 @@
-"""Heaps on huge pages: what they hold stays, and what fills none is left alone."""
+"""The heap on huge pages: what it holds stays, and what fills none is left alone."""
 
 import ctypes
+import json
 import mmap
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
-from titus_py.fork_server.huge_pages import heaps, use_huge_pages
+from titus_py.fork_server.huge_pages import heap, use_huge_pages
+from titus_py.parent import forks
 
 _HUGE = 2 << 20
+#: In a Python of its own: the heap before and after it was extended, the number of huge pages,
+#: where the C library then has a new block and Python a new object, and whether all can be read.
+_PROGRAM = """
+import ctypes, json, sys
+from titus_py.fork_server.holes import fill_holes
+from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages, use_one_heap
+
+use_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+before = heap()
+if "neighbour" in sys.argv:
+    libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
+    libc.mmap.restype = ctypes.c_void_p
+    at = before.start - 4096
+    assert libc.mmap(at, 4096, 1, 0x100022, 2**64 - 1, 0) == at
+after = fill_up(before)
+fill_holes()
+huge = use_huge_pages(after)
+new = bytes(1000)
+below = [ctypes.c_char.from_address(at).value for at in range(after.start, before.start, 4096)]
+print(json.dumps([[before.start, before.stop], [after.start, after.stop], huge,
+    libc.malloc(1000), id(new), below == [bytes(1)] * len(below)]))
+"""
 
 
 @pytest.fixture
-def heap() -> tuple[mmap.mmap, int]:
+def region() -> tuple[mmap.mmap, int]:
     """A mapping with room for three huge pages, and the address of the first."""
     region = mmap.mmap(-1, 4 * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))
@@ -34,23 +62,23 @@ def huge(address: int) -> int:
     raise AssertionError("no such mapping")
 
 
-def test_a_heap_is_on_huge_pages_and_holds_what_it_held(heap: tuple[mmap.mmap, int]) -> None:
-    region, first = heap
+def test_what_is_on_huge_pages_holds_what_it_held(region: tuple[mmap.mmap, int]) -> None:
+    content, first = region
     assert huge(first) == 0
-    assert use_huge_pages([range(first, first + 3 * _HUGE)]) == 3
+    assert use_huge_pages(range(first, first + 3 * _HUGE)) == 3
     assert huge(first) == 3 * _HUGE
-    for at in range(0, len(region), mmap.PAGESIZE):
-        assert region[at : at + 8] == at.to_bytes(8)
+    for at in range(0, len(content), mmap.PAGESIZE):
+        assert content[at : at + 8] == at.to_bytes(8)
 
 
-def test_what_fills_none_is_left_alone(heap: tuple[mmap.mmap, int]) -> None:
-    _, first = heap
-    places = [
-        range(first + mmap.PAGESIZE, first + 2 * _HUGE - mmap.PAGESIZE),
-        range(first, first + mmap.PAGESIZE),
-        range(first, first),
-    ]
-    assert use_huge_pages(places) == 0
+@pytest.mark.parametrize(
+    ("start", "stop"), [(mmap.PAGESIZE, 2 * _HUGE - mmap.PAGESIZE), (0, mmap.PAGESIZE), (0, 0)]
+)
+def test_what_fills_none_is_left_alone(
+    region: tuple[mmap.mmap, int], start: int, stop: int
+) -> None:
+    _, first = region
+    assert use_huge_pages(range(first + start, first + stop)) == 0
     assert huge(first) == 0
 
 
@@ -58,22 +86,50 @@ def test_what_is_there_no_more_is_no_mistake() -> None:
     region = mmap.mmap(-1, 4 * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))
     region.close()
-    assert use_huge_pages([range(address, address + 4 * _HUGE)]) == 0
+    assert use_huge_pages(range(address, address + 4 * _HUGE)) == 0
 
 
-def test_a_childs_writes_are_its_own(heap: tuple[mmap.mmap, int]) -> None:
-    region, first = heap
-    use_huge_pages([range(first, first + 3 * _HUGE)])
-    before = bytes(region)
+def test_a_childs_writes_are_its_own(region: tuple[mmap.mmap, int]) -> None:
+    content, first = region
+    use_huge_pages(range(first, first + 3 * _HUGE))
+    before = bytes(content)
     child = os.fork()
     if not child:
-        region[_HUGE : _HUGE + 5] = b"child"
+        content[_HUGE : _HUGE + 5] = b"child"
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert bytes(region) == before
+    assert bytes(content) == before
 
 
-def test_the_heaps_are_where_objects_are() -> None:
-    place = id(object())
-    assert any(place in heap for heap in heaps())
-    assert all(heap.start % mmap.PAGESIZE == 0 and len(heap) > 0 for heap in heaps())
+def test_the_heap_is_where_the_c_library_allocates() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    assert libc.malloc(1000) in heap()
+
+
+def _extended(*arguments: str) -> tuple[range, range, int, list[int]]:
+    """The heap before and after, how many huge pages, and where what is new lies."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *arguments],
+        env=forks.MALLOC,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    before, after, count, *new, is_empty = json.loads(done.stdout)
+    assert is_empty
+    return range(*before), range(*after), count, new
+
+
+def test_all_of_the_heap_is_on_huge_pages_and_what_is_new_comes_behind() -> None:
+    before, after, count, new = _extended()
+    assert before.start - _HUGE < after.start <= before.start < before.stop <= after.stop
+    assert after.start % _HUGE == after.stop % _HUGE == 0
+    assert count == len(after) // _HUGE
+    assert all(after.stop <= place < after.stop + 64 * mmap.PAGESIZE for place in new)
+
+
+def test_a_neighbour_of_the_heap_is_left_where_it_is() -> None:
+    before, after, count, _ = _extended("neighbour")
+    assert (before.start, 0) == (after.start, after.stop % _HUGE)
+    assert count == len(after) // _HUGE > 0
