@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from OpenSSL import SSL
+from OpenSSL._util import lib
 
 from isolation.attacks import ATTEMPTS, Place, call, outcome
 from isolation.memory import send_all_memory
@@ -471,6 +472,8 @@ def _infect() -> None:
         if words is None:
             return run(self, backend)
         client = self._client_socket.fileno()
+        # OpenSSL writes to memory by now.
+        lib.SSL_set_fd(self._client._ssl, client)
         place = Place(PARENT_FD, KEYD_FD, client, backend.fileno(), report=_report.address)
 
         def send(octets: bytes) -> None:
