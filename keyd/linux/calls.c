@@ -54,6 +54,7 @@ static const struct {
 	{"close_range", SYS_close_range},
 	{"dup3", SYS_dup3},
 	{"landlock_restrict_self", SYS_landlock_restrict_self},
+	{"madvise", SYS_madvise},
 	{"mmap", SYS_mmap},
 	{"prctl", SYS_prctl},
 	{"prlimit64", SYS_prlimit64},

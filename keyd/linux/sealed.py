@@ -9,7 +9,7 @@ import os
 __all__ = ["read_all", "sealed_file"]
 
 
-def sealed_file(name: str, content: bytes) -> int:
+def sealed_file(name: str, content: bytes | memoryview) -> int:
     """A descriptor of a memory file with this content, close-on-exec, to be read from its start.
 
     ``name`` shows in /proc/PID/fd and serves no other purpose.

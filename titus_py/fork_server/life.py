@@ -55,6 +55,7 @@ from titus_py.fork_server.confinement import (
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.gathering import gather_code
 from titus_py.fork_server.holes import fill_holes
+from titus_py.fork_server.huge_code import use_huge_pages_for_code
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
 from titus_py.fork_server.rehearsal import rehearse
@@ -108,6 +109,7 @@ def main() -> int:
     gather_code(lambda: _practise(plan, terms))
     _practise(plan, terms)
     give_code_back()
+    use_huge_pages_for_code()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     place = heap()
     confine_fork_server(plan.chroot, given["--parent-fd"])

@@ -8,9 +8,9 @@ server has less memory than a worker with a client: it gives back the code that 
 
 import ctypes
 import os
-from collections.abc import Iterator
 
 from keyd.linux.process import Call, encode, make
+from titus_py.fork_server.files import unchanged
 
 __all__ = ["FILE", "OutOfMemory", "give_code_back", "give_heap_back"]
 
@@ -50,9 +50,9 @@ def give_code_back() -> None:
 
     Raises OSError.
     """
-    for start, end in list(_code()):
-        length = ctypes.c_size_t(end - start)
-        if _libc.madvise(ctypes.c_void_p(start), length, _MADV_DONTNEED):
+    for place in [one.place for one in unchanged() if one.permissions == "r-xp"]:
+        length = ctypes.c_size_t(len(place))
+        if _libc.madvise(ctypes.c_void_p(place.start), length, _MADV_DONTNEED):
             error = ctypes.get_errno()
             raise OSError(error, f"madvise: {os.strerror(error)}")
 
@@ -64,16 +64,3 @@ def give_heap_back() -> None:
     """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
-
-
-def _code() -> Iterator[tuple[int, int]]:
-    """What is executable, a file's, and not changed since it was mapped (proc_pid_smaps(5))."""
-    place = None
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
-        for line in file:
-            name, *rest = line.split()
-            if not name.endswith(":"):
-                place = name if rest[0] == "r-xp" and rest[-1].startswith("/") else None
-            elif place and name == "Anonymous:" and rest[0] == "0":
-                start, end = (int(address, 16) for address in place.split("-"))
-                yield start, end

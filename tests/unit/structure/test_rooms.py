@@ -52,6 +52,8 @@ FOR_WORKERS = {
     "titus_py.fork_server.forking",
     "titus_py.fork_server.gathering",
     "titus_py.fork_server.holes",
+    "titus_py.fork_server.files",
+    "titus_py.fork_server.huge_code",
     "titus_py.fork_server.huge_pages",
     "titus_py.fork_server.immortal",
     "titus_py.fork_server.immortality",

@@ -1,0 +1,99 @@
+"""Code on huge pages: it stays what it was, and is still nobody's to change.
+
+In a process of its own for each test: what is replaced is what runs.
+"""
+
+import subprocess
+import sys
+
+BEFORE = """
+import ctypes, mmap, os, re, resource
+from pathlib import Path
+from OpenSSL import SSL
+from titus_py.fork_server.huge_code import use_huge_pages_for_code
+
+def code():
+    "The mappings of code: where, of what file, and how much of it is on huge pages."
+    found = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) r.xp", line):
+            here = range(*(int(address, 16) for address in place.groups()))
+            found[here] = [line.split()[-2 if line.endswith("(deleted)") else -1], 0]
+        elif line.startswith("ShmemPmdMapped:") and found:
+            found[here][1] = found[here][1] or int(line.split()[1]) * 1024
+        elif re.match("[0-9a-f]+-", line):
+            here = range(0)
+            found[here] = ["", 0]
+    return {here: one for here, one in found.items() if here}
+
+def octets(place):
+    return (ctypes.c_char * len(place)).from_address(place.start).raw
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE + program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_code_is_what_it_was_and_runs() -> None:
+    run("""
+before = {place: octets(place) for place in code()}
+count = use_huge_pages_for_code()
+assert count > 0
+ours = {place: one for place, one in code().items() if one[0] == "/memfd:code"}
+assert sum(map(len, ours)) == count << 21
+for place, was in before.items():
+    assert octets(place) == was
+for place in ours:
+    assert octets(place)
+    assert code()[place][1] == len(place), code()
+SSL.Connection(SSL.Context(SSL.TLS_METHOD)).get_cipher_list()
+""")
+
+
+def test_a_child_has_it_on_huge_pages_too() -> None:
+    run("""
+use_huge_pages_for_code()
+child = os.fork()
+if not child:
+    octets(next(place for place, one in code().items() if one[0] == "/memfd:code"))
+    os._exit(0 if any(on_huge_pages for _, on_huge_pages in code().values()) else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+def test_nobody_can_change_it() -> None:
+    """Not even root, by the file; and what is made one's own to write to runs no more."""
+    run("""
+use_huge_pages_for_code()
+place = next(place for place, one in code().items() if one[0] == "/memfd:code")
+way = f"/proc/self/map_files/{place.start:x}-{place.stop:x}"
+for flags in (os.O_RDWR, os.O_RDWR | os.O_TRUNC):
+    try:
+        file = os.open(way, flags)
+        os.write(file, bytes(1))
+    except PermissionError:
+        pass
+    else:
+        raise AssertionError("written to")
+try:
+    mmap.mmap(os.open(way, os.O_RDWR), 4096, mmap.MAP_SHARED, mmap.PROT_WRITE)
+except PermissionError:
+    pass
+else:
+    raise AssertionError("mapped to be written to")
+""")
+
+
+def test_where_it_is_not_possible_all_stays_as_it_is() -> None:
+    """Here, as files may not be that long."""
+    run("""
+before = code()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+assert use_huge_pages_for_code() == 0
+assert list(code()) == list(before)
+""")

@@ -1,0 +1,99 @@
+"""The program's code on huge pages, where the kernel can do that at once (Linux 6.1 and later).
+
+Run by the fork server, before it confines itself. A worker has a page fault for each 64 KiB of code
+that it comes to, and its end clears an entry for each page of that. For 2 MiB of a huge page, it is
+one of each. The kernel has files on huge pages only where they are in memory: so the code is copied
+to such a file, which is mapped in the old one's place. Nobody can write to it, nor map it to be
+written to, root included: it is sealed (memfd_create(2)). A worker's code is no more its own than
+before.
+
+What fills a huge page only with the constants beside it has these in its mapping, too.
+"""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from keyd.linux.process import Call, encode, make
+from keyd.linux.sealed import sealed_file
+from titus_py.fork_server.files import Mapped, unchanged
+
+__all__ = ["use_huge_pages_for_code"]
+
+_OCTETS = 2 << 20
+_MADV_COLLAPSE = 25
+_MAP_FIXED = 0x10
+
+
+def use_huge_pages_for_code() -> int:
+    """Put code on huge pages, as far as it fills any; returns how many there are.
+
+    Where the kernel cannot, all stays as it is.
+    """
+    count = 0
+    for place in list(_fillable()):
+        with suppress(OSError):
+            _replace(place)
+            count += len(place) // _OCTETS
+    return count
+
+
+def _fillable() -> Iterator[range]:
+    """Where there is code, and nothing but one file's code and constants."""
+    for parts in _files():
+        code = [one.place for one in parts if "x" in one.permissions]
+        if not code:
+            continue
+        first = max(_up(parts[0].place.start), _down(code[0].start))
+        end = min(_down(parts[-1].place.stop), _up(code[-1].stop))
+        if first < end:
+            yield range(first, end)
+
+
+def _files() -> Iterator[list[Mapped]]:
+    """The mappings of each file that follow each other, and cannot be written to."""
+    parts: list[Mapped] = []
+    for one in unchanged():
+        if "w" in one.permissions:
+            continue
+        follows = parts and (parts[-1].file, parts[-1].place.stop) == (one.file, one.place.start)
+        if parts and not follows:
+            yield parts
+            parts = []
+        parts.append(one)
+    if parts:
+        yield parts
+
+
+def _replace(place: range) -> None:
+    """Map a copy of what is there in its place. Raises OSError before anything is changed."""
+    there = (ctypes.c_char * len(place)).from_address(place.start)
+    copy = sealed_file("code", memoryview(there))
+    try:
+        _collapse(copy, len(place))
+        protection, flags = mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE | _MAP_FIXED
+        make(encode([Call("mmap", (place.start, len(place), protection, flags, copy, 0))]))
+    finally:
+        os.close(copy)
+
+
+def _collapse(file: int, octets: int) -> None:
+    """Have all of a memory file on huge pages. Raises OSError."""
+    with mmap.mmap(-1, octets + _OCTETS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
+        start = _up(ctypes.addressof(ctypes.c_char.from_buffer(room)))
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        calls = [
+            Call("mmap", (start, octets, mmap.PROT_READ, flags, file, 0)),
+            Call("madvise", (start, octets, _MADV_COLLAPSE)),
+        ]
+        make(encode(calls))
+
+
+def _down(address: int) -> int:
+    return address // _OCTETS * _OCTETS
+
+
+def _up(address: int) -> int:
+    return _down(address + _OCTETS - 1)
