@@ -496,7 +496,7 @@ class Instance:
             if process in self._seen or process.uid in self.uids
         ]
 
-    def assert_nothing_is_left(self, seconds: float = 30.0) -> None:
+    def assert_nothing_is_left(self, seconds: float = PATIENCE) -> None:
         eventually(
             lambda: not self.left_behind(), f"no process left of {self.left_behind()}", seconds
         )

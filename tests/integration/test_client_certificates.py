@@ -269,7 +269,7 @@ def test_refusals_are_counted_by_reason(instance: Instance) -> None:
     connect(instance, "1.3")
 
     def failed() -> dict[str, int]:
-        return cast(dict[str, int], ask(instance.pid, {"do": "status"}, 10)["counts"]["failed"])
+        return cast(dict[str, int], ask(instance.pid, {"do": "status"}, 60)["counts"]["failed"])
 
     eventually(lambda: failed().get("client_certificate", 0) >= 1, "the refusal is counted")
 

@@ -54,7 +54,7 @@ def path(instance: Instance) -> Path:
 def connected(instance: Instance) -> socket.socket:
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     client.connect(str(path(instance)))
-    client.settimeout(20)
+    client.settimeout(60)
     return client
 
 

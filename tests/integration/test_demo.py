@@ -110,7 +110,7 @@ def test_on_a_terminal(temporary: Path) -> None:
         except OSError:  # EIO: nobody has the other end any more
             break
     os.close(ours)
-    assert demo.process.wait(10) == 0
+    assert demo.process.wait(60) == 0
     text = STYLE.sub("", output.decode())
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "found in keyd and nowhere else" in text

@@ -194,7 +194,7 @@ def test_what_ends_keyd_is_said_in_a_line(tmp_path: Path) -> None:
         "keyd.serve(2, seccomp.build(SERVING), lambda: None)\n"
     )
     ended = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=30
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=60
     )
     assert ended.returncode == 1
     assert ended.stderr.startswith("keyd: ZeroDivisionError: ")

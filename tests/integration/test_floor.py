@@ -24,7 +24,7 @@ from bench.stage import QUICK, Proxy, Stage
 from titus_py.worker.system_calls import WORKER
 
 BENCH = Path(__file__).parents[2] / "bench"
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 60
 SPARES = 16
 
 

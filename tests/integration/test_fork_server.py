@@ -199,7 +199,7 @@ def test_a_fork_server_that_hangs_is_ended_and_replaced(serve: Serve, echoing: L
         # More than the spares that there are: the last of them wait, and are turned away.
         for _ in range(8):
             with suppress(ConnectionResetError), TlsClient(instance.port) as client:
-                client.socket.settimeout(30)
+                client.socket.settimeout(60)
                 client.handshake()
         assert instance.wait_for_event("fork_server_died")["how"] == "killed by SIGKILL"
         eventually(lambda: serves(instance), "served by another generation")

@@ -71,7 +71,7 @@ class KeyFiles:
 
     def connect(self) -> socket.socket:
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        channel.settimeout(30)
+        channel.settimeout(60)
         channel.connect(str(self.socket))
         return channel
 

@@ -157,13 +157,13 @@ def test_whoever_is_none_of_them_is_refused(
 
 
 def counted(instance: Instance, what: str) -> dict[str, int]:
-    counts = ask(instance.pid, {"do": "status"}, 10)["counts"]
+    counts = ask(instance.pid, {"do": "status"}, 60)["counts"]
     return cast(dict[str, int], counts[what])
 
 
 def live(instance: Instance, name: str) -> int:
     """How many connections the status has for a client."""
-    vhosts = ask(instance.pid, {"do": "status"}, 10)["vhosts"]
+    vhosts = ask(instance.pid, {"do": "status"}, 60)["vhosts"]
     (found,) = (one["live"] for vhost in vhosts for one in vhost["clients"] if one["name"] == name)
     return cast(int, found)
 
@@ -207,7 +207,7 @@ def test_no_faster_than_so_many(instance: Instance, clients: dict[str, ClientCer
     ).stdout
     assert "client slow" in shown
     assert "refused: 2 too fast" in shown
-    vhost = ask(instance.pid, {"do": "status"}, 10)["vhosts"][0]
+    vhost = ask(instance.pid, {"do": "status"}, 60)["vhosts"][0]
     assert vhost["clients"][2] == {
         "name": "slow",
         "backend": "",

@@ -244,7 +244,7 @@ def test_nobody_else_connects(lender: Lender) -> None:
         anybodys.listen()
         assert attempt(beside) == ""
     with socket.socket(socket.AF_UNIX) as root:
-        root.settimeout(30)
+        root.settimeout(60)
         root.connect(str(lender.socket))
         assert root.recv(1) == b""
     what = f"a connection from uid {os.getuid()}"
@@ -349,7 +349,7 @@ def test_after_a_keyd_that_died_another_one_lends_and_a_stop_waits_for_no_host(
             return host.ask(signing(lender.keys["own"])).status is Status.DONE
         return False
 
-    eventually(lends_again, "the next keyd lends", 30)
+    eventually(lends_again, "the next keyd lends")
     with borrowing(lender, "proxy-a") as host:
         host.begin()
         lender.instance.signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from .instance import TITUS_PY, Instance, eventually, free_port
 from .peers import Listener, TlsClient
 from .service import status, talk
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 def serving(instance: Instance) -> list[Process]:

@@ -132,7 +132,7 @@ def test_a_client_that_comes_while_keyd_is_gone_is_served_by_the_next(
 def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
     serve: Serve, echoing: Listener
 ) -> None:
-    instance = serve(echoing.address, worker={"handshake_timeout": "1s"})
+    instance = serve(echoing.address, worker={"handshake_timeout": "2s"})
     # What it had been asked for, it finds when it wakes up: too late then.
     instance.expected_alarms.add("keyd_refused")
     before = instance.settled_counts()
@@ -144,7 +144,7 @@ def test_a_stopped_keyd_fails_handshakes_within_their_timeout(
                 started = time.monotonic()
                 with pytest.raises(FAILS):
                     client.handshake()
-                assert 0.5 < time.monotonic() - started < 30
+                assert 1.5 < time.monotonic() - started < 40
                 host, port = client.socket.getsockname()
             event = instance.wait_for_event("handshake_failed", client=f"{host}:{port}")
             assert event["end"] in ("handshake_failed", "handshake_timeout")
@@ -413,7 +413,7 @@ def test_who_waits_for_a_worker_is_reset_at_the_end(serve: Serve, echoing: Liste
 def test_who_waits_for_a_worker_does_so_for_the_handshake_timeout(
     serve: Serve, echoing: Listener
 ) -> None:
-    instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "1s"})
+    instance = serve(echoing.address, worker={"spare": 2, "handshake_timeout": "3s"})
     instance.settled_counts(spare=2)
     with a_limit_on_processes(instance.fork_server(), 1), waiting_for_a_worker(instance) as client:
         started = time.monotonic()

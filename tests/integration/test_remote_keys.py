@@ -93,7 +93,7 @@ def hosts(serve_all: Serve, certificates: Certificates, echoing: Listener) -> It
             keyd={"user": str(uids[0]), "upstream": [borrow], "upstream_user": str(uids[1])},
         )
         found = Hosts(site, proxy, keys)
-        eventually(found.is_ready, "the proxy has reached the keys", 30)
+        eventually(found.is_ready, "the proxy has reached the keys")
         yield found
     UIDS.give_back(uids)
 
@@ -180,7 +180,7 @@ def test_no_client_that_tries_again_notices_a_reload_of_the_other_host(hosts: Ho
 def test_too_many_are_refused_by_name(hosts: Hosts) -> None:
     """Each client is told by an alert, and both hosts' logs say why. The other host is unharmed."""
     change(hosts.keys, _RATE, '"3/h"')
-    eventually(hosts.is_ready, "the proxy has connected again", 30)
+    eventually(hosts.is_ready, "the proxy has connected again")
 
     def outcome() -> str:
         try:
@@ -196,7 +196,7 @@ def test_too_many_are_refused_by_name(hosts: Hosts) -> None:
     refused = hosts.proxy.wait_for_event("keyd_refused", status="failed")
     assert "exhausted" in refused["attempted"].lower(), refused
     change(hosts.keys, '"3/h"', _RATE)
-    eventually(hosts.is_ready, "the proxy has connected again", 30)
+    eventually(hosts.is_ready, "the proxy has connected again")
     hosts.shake_hands()
 
 

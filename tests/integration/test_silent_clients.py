@@ -198,7 +198,7 @@ def test_who_was_silent_during_a_reload_is_served_by_the_generation_that_accepte
 def test_a_stop_waits_for_silent_ones_no_longer_than_they_may_be(
     serve: Serve, echoing: Listener
 ) -> None:
-    instance = serve(echoing.address, worker={"handshake_timeout": "1s", "drain": "60s"})
+    instance = serve(echoing.address, worker={"handshake_timeout": "3s", "drain": "60s"})
     with connect(instance.port) as silent:
         assert serves(instance)
         started = time.monotonic()

@@ -161,7 +161,7 @@ def test_titus_py_serves_with_keys_of_a_tpm(tpm: Tpm, serve: Serve, echoing: Lis
         ],
     )
     # The one that checked the keys may have left the TPM just now.
-    instance.wait_for_event("token_ready", seconds=30)
+    instance.wait_for_event("token_ready")
     for kind in KINDS:
         for version in ("-tls1_2", "-tls1_3"):
             s_client(instance.port, directory / "authority.pem", kind, version)

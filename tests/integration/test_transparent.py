@@ -122,7 +122,7 @@ def web(machines: Machines, tmp_path: Path) -> Iterator[Path]:
         yield log
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def capabilities(pid: int) -> set[int]:

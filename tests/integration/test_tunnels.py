@@ -255,7 +255,7 @@ def test_a_server_that_speaks_no_tls(serve: Serve, servers: Servers) -> None:
             "handshake_timeout, asked": tunnel(silent.address, **by_ca, starttls="postgresql"),
         }
         instance = serve(
-            listen=[], vhost=[], tunnel=list(ends.values()), worker={"handshake_timeout": "1s"}
+            listen=[], vhost=[], tunnel=list(ends.values()), worker={"handshake_timeout": "3s"}
         )
         for end, table in ends.items():
             assert resets(port_of(table))
@@ -470,7 +470,7 @@ def test_status_and_metrics(serve: Serve, servers: Servers, tmp_path: Path) -> N
     with connect(port_of(bad)) as client:
         assert was_reset(client)
         end_of(instance, client, "tunnel_failed")
-    answer = ask(instance.pid, {"do": "status"}, 10)
+    answer = ask(instance.pid, {"do": "status"}, 60)
     assert [one["listen"] for one in answer["tunnels"]] == [good["listen"], bad["listen"]]
     assert answer["tunnels"][0]["addresses"] == [servers.addresses["good"]]
     assert answer["counts"]["tunnel_failures"] == {"pin_mismatch": 1}

@@ -44,7 +44,7 @@ def shared(serve_all: Serve, echoing: Listener, direct: Path, balanced: Path) ->
         echoing.address,
         listen=[
             {"address": f"unix:{direct}", "socket_mode": "0666"},
-            {"address": f"unix:{balanced}", **PROXIED, "proxy_timeout": "1s"},
+            {"address": f"unix:{balanced}", **PROXIED, "proxy_timeout": "3s"},
         ],
     )
 

@@ -65,7 +65,7 @@ def test_a_peer_that_vanished_is_noticed(serve: Serve, lan: Lan, backend: Listen
             limits={"keepalive": "1s"},
         )
         there = lan.on_the_other_machine(
-            lambda: socket.create_connection((lan.here, instance.port), 10)
+            lambda: socket.create_connection((lan.here, instance.port), 60)
         )
         with (
             TlsClient(instance.port, "far.example", host=lan.here) as client,

@@ -104,7 +104,7 @@ class TokenKeyd:
     def wait_for(self, text: str, times: int = 1) -> None:
         """Wait until a text has been logged so often."""
         try:
-            eventually(lambda: self.log().count(text) >= times, text, 30)
+            eventually(lambda: self.log().count(text) >= times, text)
         except AssertionError as error:
             raise AssertionError(f"{error} in:\n{self.log()}") from None
 
@@ -114,7 +114,7 @@ class TokenKeyd:
         identity = key_id(key.public_key())
         request = Request(Operation.SIGN, scheme, identity, _CERTIFICATE_VERIFY)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
-            channel.settimeout(30)
+            channel.settimeout(60)
             channel.connect(str(self.socket))
             channel.send(request.encode())
             yield channel

@@ -70,7 +70,7 @@ def accepting(listener: socket.socket) -> Iterator[None]:
         yield
     finally:
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +168,12 @@ def readelf(*words: str) -> str:
 
 def alarms(instance: TitusInstance) -> dict[str, int]:
     """As ``titus-py status`` has them, and the metrics."""
-    counted: dict[str, int] = ask(instance.pid, {"do": "status"}, 10)["counts"]["alarms"]
+    counted: dict[str, int] = ask(instance.pid, {"do": "status"}, PATIENCE)["counts"]["alarms"]
     return counted
 
 
 def await_alarm(instance: TitusInstance, connection: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not any(
         (event["connection"], event["level"]) == (connection, "alarm")
         for event in instance.events("keyd_refused")
@@ -188,7 +188,7 @@ def test_it_rings_no_alarm(instance: TitusInstance) -> None:
     assert audit(find_target(instance.pid)).holds
     (announced,) = instance.events("audit_announced")[since:]
     statuses = {"exhausted", "not_tls", "not_granted", "malformed", "expired", "unwitnessed"}
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     refusals: list[dict[str, Any]] = []
     # keyd tells the parent, and that the supervisor.
     while {event["status"] for event in refusals} != statuses:
@@ -213,7 +213,7 @@ def test_what_is_not_its_own_is_an_alarm_meanwhile(instance: TitusInstance) -> N
         assert all(one.verdict is not Verdict.BROKEN for one in found)
 
     target = find_target(instance.pid)
-    own = ask(instance.pid, {"do": "audit"}, 10)["connection"]
+    own = ask(instance.pid, {"do": "audit"}, PATIENCE)["connection"]
     before = alarms(instance).get("keyd_refused", 0)
     refusals(own)
     assert alarms(instance).get("keyd_refused", 0) == before
@@ -258,7 +258,7 @@ def test_all_holds_in_a_pid_namespace_of_its_own(instance: TitusInstance, tmp_pa
     configuration, port = another(instance, tmp_path)
     script = f"""
         {TITUS_PY} serve --config {configuration} 2> {tmp_path}/log &
-        for i in $(seq 100); do grep -q '"listening"' {tmp_path}/log && break; sleep 0.1; done
+        until grep -q '"listening"' {tmp_path}/log; do kill -0 $! || exit 9; sleep 0.1; done
         {TITUS_PY} audit --json
     """
     answer = subprocess.run(
@@ -297,7 +297,7 @@ def test_all_holds_with_a_keyd_that_is_a_service_and_a_backend_on_a_unix_socket(
             subprocess.Popen(titus_py, stderr=log) as supervisor,
         ):
             try:
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + PATIENCE
                 while b'"listening"' not in (tmp_path / "log").read_bytes():
                     assert time.monotonic() < deadline
                     time.sleep(0.05)
@@ -319,7 +319,7 @@ def beside(configuration: Path, *around: str) -> Iterator[int]:
             [*around, TITUS_PY, "serve", "--config", configuration], stderr=file
         )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while b'"listening"' not in log.read_bytes():
             assert started.poll() is None, log.read_text()
             assert time.monotonic() < deadline
@@ -327,7 +327,7 @@ def beside(configuration: Path, *around: str) -> Iterator[int]:
         yield started.pid
     finally:
         started.terminate()
-        started.wait(30)
+        started.wait(PATIENCE)
 
 
 def test_what_lives_elsewhere_is_passed_over_for_those_that_do_not(

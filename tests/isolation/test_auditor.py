@@ -43,7 +43,7 @@ def outcome(instance: TitusInstance, monkeypatch: pytest.MonkeyPatch, *arguments
         with pytest.raises(Unanswered) as answer:
             made.shake_hands()
         if "has ended" in str(answer.value):
-            return signal.Signals(-made._client._process.wait(10)).name
+            return signal.Signals(-made._client._process.wait(60)).name
     return str(answer.value).rpartition(": ")[2]
 
 

@@ -160,7 +160,8 @@ def _median_milliseconds(instance: Instance, count: int = 40) -> float:
 def test_others_are_not_slowed_down(instance: Instance, deed: str) -> None:
     """One that floods, or stalls, all the time: the ratio of medians, in one run."""
     ratios = []
-    for _ in range(3):
+    # What else the machine does changes from one to the other; that a flood costs others does not.
+    for _ in range(6):
         stop = threading.Event()
 
         def attack(stop: threading.Event = stop) -> None:

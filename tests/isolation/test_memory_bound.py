@@ -78,7 +78,8 @@ class MemoryGroup:
     def take(self, instance: Instance, room: int) -> None:
         """The whole instance; from now on, it may take so many octets."""
         for process in instance.processes():
-            (self._directory / "cgroup.procs").write_text(str(process.pid))
+            with suppress(ProcessLookupError):
+                (self._directory / "cgroup.procs").write_text(str(process.pid))
         usage = int((self._directory / self._usage).read_text())
         (self._directory / self._limit).write_text(str(usage + room))
 

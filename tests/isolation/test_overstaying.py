@@ -14,7 +14,7 @@ from .harness import infected, one_more_connection
 
 #: A worker that stays is ended after five times half_closed_timeout, which is 1 s here, or at the
 #: next look.
-ANSWER_SECONDS = 8.0
+ANSWER_SECONDS = 14.0
 
 
 def answer_for_long(connection: socket.socket) -> None:

@@ -135,7 +135,7 @@ def unfinished_of(instance: Instance) -> list[Event]:
 def are_counted(instance: Instance, metrics: int, count: int) -> None:
     """So many, in the status and in the metrics, whose text may be a moment old."""
     listener = f"127.0.0.1:{instance.port}"
-    counts = ask(instance.pid, {"do": "status"}, 10)["counts"]
+    counts = ask(instance.pid, {"do": "status"}, 60)["counts"]
     assert counts["unfinished"] == {listener: count}
     line = f'titus_signed_unfinished_total{{listener="{listener}"}} {count}\n'
 

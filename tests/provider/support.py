@@ -29,7 +29,7 @@ SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 LEAKS_LOOKED_FOR = {"ASAN_OPTIONS": "detect_leaks=1"}
 LEAKS_IGNORED = {"ASAN_OPTIONS": "detect_leaks=0"}
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 TLS13_SERVER = b"\x20" * 64 + b"TLS 1.3, server CertificateVerify\x00"
 #: What a server signs in TLS 1.3, and in TLS 1.2 with ECDHE on X25519.

@@ -45,7 +45,7 @@ DIGEST = {"rsa": "SHA256", "p256": "SHA256", "p384": "SHA384", "p521": "SHA512",
 CIPHERTEXT = bytes(range(256))
 TIMEOUT = 0.2
 #: Far from any timeout, and far from never.
-SOON = 5.0
+SOON = 20.0
 
 
 def _always(reply: bytes | None, _: bytes) -> bytes | None:
@@ -502,7 +502,7 @@ def test_a_late_answer_is_not_taken_for_the_next(
         ) as harness:
             harness.load(sites["rsa"].reference.read_bytes())
             assert "keyd: no answer in 200 ms" in harness.sign("SHA256")
-            theirs.settimeout(5)
+            theirs.settimeout(60)
             assert theirs.recv(2000)
             with pytest.raises(BrokenPipeError):
                 theirs.send(Reply(Status.DONE, bytes(256)).encode())
@@ -546,7 +546,7 @@ def failing_server(
     sites: dict[str, Site],
     tmp_path: Path,
 ) -> Iterator[Servers]:
-    channel = f"socket = {bad_keyd.path}", "timeout_ms = 1000"
+    channel = f"socket = {bad_keyd.path}", "timeout_ms = 3000"
     configuration = configure(tmp_path / "openssl.cnf", sanitized_provider_path, *channel)
     with servers(
         "pyopenssl", [sites["rsa"]], configuration, tmp_path / "log.txt", **sanitizer_preloaded

@@ -18,7 +18,7 @@ class Client:
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
-        self.socket = socket.create_connection(("127.0.0.1", 443), 20)
+        self.socket = socket.create_connection(("127.0.0.1", 443), 60)
 
     def handshakes(self) -> "Client":
         context = ssl.create_default_context(cafile="/etc/titus-py/www.crt")
@@ -52,7 +52,8 @@ def main(offset: Path, seconds: int, timeout: float) -> None:
     for client, what in ((quiet, "handshake"), (idle, "octets")):
         lived = client.is_ended_after()
         print(f"who sent no {what} was ended after {lived:.1f} s")
-        assert timeout - 0.5 < lived < 2 * timeout
+        # Not a day later; on a busy machine, this is looked at a little later.
+        assert timeout - 0.5 < lived < timeout + 60
 
 
 if __name__ == "__main__":

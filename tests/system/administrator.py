@@ -97,7 +97,7 @@ class Administrator:
     def requests(self) -> None:
         """A request, by a client that trusts the certificate that is there now."""
         seen = self.types(
-            "curl --silent --show-error --max-time 20 --resolve www.example.org:443:127.0.0.1"
+            "curl --silent --show-error --max-time 60 --resolve www.example.org:443:127.0.0.1"
             f" --cacert /etc/titus-py/www.crt {_URL}"
         )
         assert seen.strip() == "It works."

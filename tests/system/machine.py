@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-_BOOT_SECONDS = 60.0
+_BOOT_SECONDS = 180.0
 
 
 class Machine:
