@@ -61,8 +61,12 @@ static bool may_receive(const struct flow *flow)
 	       && flow->allowance > 0;
 }
 
-/* Take what OpenSSL has to send. Once the client's direction is over, nothing may follow. */
-static void collect(struct flow *flow, const struct openssl *openssl)
+/*
+ * Take what OpenSSL has to send, unless the client's direction is further than that. Nothing may
+ * follow a close_notify (RFC 8446 §6.1), which may wait for the client's socket: not the answer to a
+ * KeyUpdate, and not an alert.
+ */
+static void collect(struct flow *flow, const struct openssl *openssl, enum state furthest)
 {
 	struct buffer *out = &flow->encrypted;
 	int octets;
@@ -76,7 +80,7 @@ static void collect(struct flow *flow, const struct openssl *openssl)
 	       && (octets = openssl->bio_read(flow->from_ssl, out->octets + out->end,
 					      (int)(out->size - out->end)))
 			  > 0)
-		if (flow->down != OVER)
+		if (flow->down <= furthest)
 			out->end += (size_t)octets;
 }
 
@@ -95,7 +99,7 @@ static int encrypt(struct flow *flow, const struct openssl *openssl)
 				       : failed(flow, NOT_ENCRYPTED, written, 0);
 		in->begin += (size_t)written;
 		*flow->encrypted_count += (uint64_t)written;
-		collect(flow, openssl);
+		collect(flow, openssl, HELD_UP);
 	}
 	return GO_ON;
 }
@@ -122,7 +126,7 @@ static int send_to_client(struct flow *flow, const struct openssl *openssl)
 		/* It takes no more for now. */
 		if (waiting(out))
 			return GO_ON;
-		collect(flow, openssl);
+		collect(flow, openssl, HELD_UP);
 		done = encrypt(flow, openssl);
 	}
 	return done;
@@ -161,7 +165,7 @@ static int receive_from_client(struct flow *flow, const struct openssl *openssl)
 		up->end += (size_t)decrypted;
 	error = openssl->get_error(flow->ssl, decrypted);
 	*flow->from_client_count += up->end;
-	collect(flow, openssl);
+	collect(flow, openssl, HELD_UP);
 	if (error == ZERO_RETURN)
 		return CLIENT_ENDED;
 	if (error != WANT_READ)
@@ -202,7 +206,8 @@ enum happened pass_on(struct flow *flow, const struct openssl *openssl, int pati
 	bool hung_up = false;
 	int done;
 
-	collect(flow, openssl);
+	/* The end itself is made before this. */
+	collect(flow, openssl, ENDING);
 	/* The client's end, which was told last, may have come with what writing has waited for. */
 	done = encrypt(flow, openssl);
 	while (done == GO_ON) {
