@@ -53,6 +53,7 @@ _PART = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
 _KEY = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
 _HEAD = re.compile(rf"[ \t]*(?:(\[\[?)[ \t]*({_KEY})|({_KEY})[ \t]*=)")
 _PARTS = re.compile(_PART)
+_MOST_PARTS = 32
 #: Strings of all four kinds, comments, brackets, the end of a line, and what is between them.
 _TOKEN = re.compile(
     r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|\'\'\'.*?(?:'{3,5}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?'''
@@ -69,8 +70,10 @@ def read(content: bytes) -> Document:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise NotTOML("is not UTF-8 text: save the file as UTF-8", line) from None
+    # Before tomllib: with a key of very many parts, that takes minutes.
+    lines = lines_of(text)
     try:
-        return Document(tomllib.loads(text), lines_of(text))
+        return Document(tomllib.loads(text), lines)
     except tomllib.TOMLDecodeError as error:
         raise _explained(str(error), text) from None
     except ValueError:  # int(), of thousands of digits
@@ -105,7 +108,10 @@ def _line_of_open_string(text: str) -> int | None:
 
 
 def lines_of(text: str) -> dict[str, int]:
-    """The lines of the tables and keys in a TOML document (https://toml.io/en/v1.0.0)."""
+    """The lines of the tables and keys in a TOML document (https://toml.io/en/v1.0.0).
+
+    Raises NotTOML for a key of more parts than any that there is.
+    """
     lines: dict[str, int] = {}
     #: How many tables of each array there were so far.
     counts: dict[str, int] = {}
@@ -113,7 +119,10 @@ def lines_of(text: str) -> dict[str, int]:
     while at < len(text):
         if head := _HEAD.match(text, at):
             brackets, heading, key = head.groups()
-            path = ".".join(part.strip("\"'") for part in _PARTS.findall(heading or key))
+            parts = _PARTS.findall(heading or key)
+            if len(parts) > _MOST_PARTS:
+                raise NotTOML(f"a key of {len(parts)} parts: no setting has so many", line)
+            path = ".".join(part.strip("\"'") for part in parts)
             if brackets:
                 path = table = _indexed(path, brackets == "[[", counts)
             elif table:

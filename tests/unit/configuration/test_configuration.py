@@ -529,6 +529,8 @@ def test_a_list_of_variables_is_no_table(load_text: Load) -> None:
         ("a = 1".encode("utf-16"), ":1: is not UTF-8 text"),
         (b"a = " + b"9" * 5000, ": not valid TOML: an integer too long to read"),
         (b"a = " + b"[" * 100_000, ": not valid TOML: arrays or tables nested too deeply"),
+        (b"\n" + b"a." * 100_000 + b"a = 1", ":2: a key of 100001 parts: no setting has so many"),
+        (b"[" + b"a." * 32 + b"a]\n", ":1: a key of 33 parts"),
         (b"#" * 4_194_305, ": is longer than 4194304 octets"),
     ],
 )
