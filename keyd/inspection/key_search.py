@@ -39,6 +39,8 @@ _PIECE_OCTETS = 512 * 1024
 #: A search ends after so many hits, whatever the process has filled its memory with.
 _MAX_HITS = 10_000
 
+#: So many programs are searched that a process executes meanwhile (execve(2)).
+_PROGRAMS = 3
 #: As /proc/PID/maps names them.
 _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
 #: So much of a shared mapping is read where nothing tells what of it is filled.
@@ -250,6 +252,18 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
     """
     if not all(needle.octets for needle in sought):
         raise ValueError("an empty needle is everywhere")
+    hits: list[Hit] = []
+    for _ in range(_PROGRAMS):
+        found = _search_program(pid, sought, piece)
+        hits += found.hits
+        if not (found.ended and _runs(pid)):
+            return found._replace(hits=hits)
+    another = Skipped("[all]", 0, 0, "it executed one program after the other")
+    return found._replace(hits=hits, skipped=[*found.skipped, another], ended=False)
+
+
+def _search_program(pid: int, sought: Sequence[Needle], piece: int) -> Search:
+    """``ended`` is True, too, where the process executes another program: that has other memory."""
     with ExitStack() as stack:
         try:
             memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -278,6 +292,13 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         except (FileNotFoundError, ProcessLookupError):
             ended = True
         return Search(pid, reader.hits, skipped, reader.octets, ended)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(_mappings(pid))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _mappings(pid: int) -> list[_Mapping]:

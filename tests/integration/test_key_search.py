@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from keyd.inspection.key_search import Needle, Search, needles, search, search_all
+from keyd.inspection.pages_in_use import in_use
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
 from titus_py.audit.throwaway_authority import KEY_TYPES
@@ -500,6 +501,59 @@ def test_copes_with_a_process_that_is_gone(rsa_key: rsa.RSAPrivateKey) -> None:
     assert search(process.pid, sought) == Search(process.pid, [], [], 0, ended=True)
     process.wait()
     assert search(process.pid, sought) == Search(process.pid, [], [], 0, ended=True)
+
+
+def test_another_program_that_is_executed_meanwhile_is_searched_as_well(
+    rsa_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sought = needles(rsa_key)
+    octets = octets_of(rsa_key.private_numbers().d)
+    words = ["sh", "-c", 'read -r _; exec "$@"', "sh", sys.executable, "-I", "-c", HOLDER, "0"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        lines = []
+
+        def after_execution(*arguments: int) -> Iterator[tuple[int, int]]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            if not lines:
+                process.stdin.write(b"go on\n")
+                process.stdin.flush()
+                process.stdin.write(octets.hex().encode() + b"\n")
+                process.stdin.flush()
+                lines.append(process.stdout.readline())
+            return in_use(*arguments)
+
+        monkeypatch.setattr("keyd.inspection.key_search.in_use", after_execution)
+        found = search(process.pid, sought)
+        process.communicate()
+    assert names_at(found, int(lines[0]), len(octets)) == {"d, big-endian"}
+    assert not found.ended
+
+
+def test_a_process_that_always_executes_another_program_has_not_ended(
+    rsa_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what it has had, and the search says so."""
+    again = 'echo; read -r _; exec sh -c "$0" "$0"'
+    with subprocess.Popen(
+        ["sh", "-c", again, again], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+
+        def after_execution(*arguments: int) -> Iterator[tuple[int, int]]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"go on\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            return in_use(*arguments)
+
+        assert process.stdout is not None
+        process.stdout.readline()
+        monkeypatch.setattr("keyd.inspection.key_search.in_use", after_execution)
+        found = search(process.pid, needles(rsa_key))
+        process.kill()
+    assert not found.ended
+    assert [part.reason for part in found.unread] == ["it executed one program after the other"]
 
 
 def test_copes_with_processes_that_end_meanwhile(rsa_key: rsa.RSAPrivateKey) -> None:
