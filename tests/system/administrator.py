@@ -102,6 +102,20 @@ class Administrator:
         )
         assert seen.strip() == "It works."
 
+    def starts_in_vain(self, reason: str) -> None:
+        """titus-py does not start; its status says why, from one attempt until the next."""
+        self.types("systemctl start titus-py", fails=True)
+        self.types(
+            f"until systemctl status titus-py | grep --fixed-strings '{reason}'; do sleep 0.1; done"
+        )
+
+    def sees_it_start_anew(self, before: str) -> None:
+        """The main process's number tells: for a moment, systemd calls a dead one active."""
+        self.types(
+            f"until test {before} != $(systemctl show --property=MainPID --value titus-py)"
+            " && systemctl --quiet is-active titus-py; do sleep 0.1; done"
+        )
+
     def property(self, unit: str, name: str) -> str:
         return self.machine.run(f"systemctl show --property={name} --value {unit}").strip()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from . import remote_keys, unix_tunnel
+from . import remote_keys, unix_listener, unix_tunnel
 from .administrator import Administrator, package
 from .clock import SteppedClock
 from .machine import Machine
@@ -63,6 +63,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _upgrades(admin)
     _is_removed_and_comes_back(admin)
     unix_tunnel.is_made_and_kept(admin, _CONFIGURATION)
+    unix_listener.is_behind_a_balancer(admin, _CONFIGURATION)
     _activates_by_socket(admin)
     _encrypts_the_key(admin)
     _runs_keyd_as_a_unit(admin)
@@ -157,9 +158,7 @@ def _finds_its_address_in_use(admin: Administrator) -> None:
     admin.types("systemctl stop titus-py")
     admin.types("systemd-run --unit=squatter python3 -m http.server 443")
     admin.types("until ss --listening --numeric --tcp | grep :443; do sleep 0.1; done")
-    admin.types("systemctl start titus-py", fails=True)
-    seen = admin.types("systemctl status titus-py", fails=True)
-    assert 'Status: "not started: cannot listen on [::]:443: Address already in use' in seen
+    admin.starts_in_vain('Status: "not started: cannot listen on [::]:443: Address already in use')
     admin.types("systemctl stop squatter")
     admin.types("until systemctl --quiet is-active titus-py; do sleep 0.1; done")
     admin.requests()
@@ -168,16 +167,8 @@ def _finds_its_address_in_use(admin: Administrator) -> None:
 def _is_killed(admin: Administrator) -> None:
     before = admin.property("titus-py", "MainPID")
     admin.types("systemctl kill --kill-whom=main --signal=KILL titus-py")
-    _is_started_anew(admin, before)
+    admin.sees_it_start_anew(before)
     admin.requests()
-
-
-def _is_started_anew(admin: Administrator, before: str) -> None:
-    """The main process's number tells: for a moment, systemd calls a dead one active."""
-    admin.types(
-        f"until test {before} != $(systemctl show --property=MainPID --value titus-py)"
-        " && systemctl --quiet is-active titus-py; do sleep 0.1; done"
-    )
 
 
 def _loses_a_process_and_the_journal(admin: Administrator) -> None:
@@ -224,7 +215,7 @@ def _hangs(admin: Administrator) -> None:
     admin.types("systemctl daemon-reload && systemctl restart titus-py")
     before = admin.property("titus-py", "MainPID")
     admin.types("systemctl kill --kill-whom=main --signal=STOP titus-py")
-    _is_started_anew(admin, before)
+    admin.sees_it_start_anew(before)
     admin.requests()
     assert "watchdog" in admin.types("journalctl --unit titus-py --quiet --lines 400").lower()
     admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart titus-py")

@@ -27,8 +27,7 @@ def is_made_and_kept(admin: Administrator, configuration: str) -> None:
     """titus-py is stopped at first, and at the end, and has its configuration again."""
     admin.writes(_CONFIGURATION, configuration + _TUNNEL)
     assert f"there is no directory {_DIRECTORY}" in admin.types("titus-py check")
-    admin.types("systemctl start titus-py", fails=True)
-    assert "name it in the unit (RuntimeDirectory=)" in admin.property("titus-py", "StatusText")
+    admin.starts_in_vain("name it in the unit (RuntimeDirectory=)")
     found = re.search(r"`(RuntimeDirectory=\S+)`", _GUIDE)
     assert found
     admin.writes(f"{_DROP_INS[0]}/directory.conf", f"[Service]\n{found[1]}\n")
@@ -41,8 +40,7 @@ def is_made_and_kept(admin: Administrator, configuration: str) -> None:
     # What a crash has left is replaced.
     killed = admin.property("titus-py", "MainPID")
     admin.types(f"systemctl kill --signal=KILL titus-py; test -S {_SOCKET}")
-    other = f'test "$(systemctl show --property=MainPID --value titus-py)" != {killed}'
-    admin.types(f"until {other} && systemctl --quiet is-active titus-py; do sleep 0.1; done")
+    admin.sees_it_start_anew(killed)
     _serves(admin)
     _belongs_to_another_user(admin, configuration)
     _is_made_by_systemd(admin, configuration)
