@@ -214,7 +214,9 @@ def test_a_flood(lender: Lender) -> None:
         eventually(counted, "each is counted")
 
     def told() -> list[Event]:
-        return lender.instance.events_named("lending_refused", client_name="proxy-b")
+        return lender.instance.events_named(
+            "lending_refused", client_name="proxy-b", status="exhausted"
+        )
 
     eventually(lambda: sum(event["count"] for event in told()) == 195, "each is logged")
     assert all(event["level"] == "warning" for event in told())
@@ -310,9 +312,9 @@ def test_a_reload_that_fails_leaves_the_socket_where_it_was(lender: Lender) -> N
 
 
 def test_another_program_takes_a_host_out_and_lends_elsewhere(lender: Lender) -> None:
-    """One that stays has its stream ended, to connect to what serves now. The last test but one."""
+    """One that stays has its stream ended, to connect to what serves now."""
     configuration = lender.instance.directory / "titus.toml"
-    text = configuration.read_text()
+    before = text = configuration.read_text()
     with borrowing(lender, "proxy-a") as host, borrowing(lender, "proxy-b") as out:
         host.begin()
         out.begin()
@@ -334,11 +336,23 @@ def test_another_program_takes_a_host_out_and_lends_elsewhere(lender: Lender) ->
         out.client.handshake()
         assert out.ends()
     lender.instance.wait_for_event("lending_refused", client_name="proxy-b", status="stranger")
+    # The other tests may come in any order.
+    configuration.write_text(before)
+    assert reload(lender.instance)["reloaded"]
+    assert lender.socket.is_socket()
+
+
+@pytest.fixture
+def another_lender(serve: Serve, certificates: Certificates) -> Iterator[Lender]:
+    """For a test to end."""
+    with scratch() as directory:
+        yield _lender(serve, certificates, directory)
 
 
 def test_after_a_keyd_that_died_another_one_lends_and_a_stop_waits_for_no_host(
-    lender: Lender,
+    another_lender: Lender,
 ) -> None:
+    lender = another_lender
     lender.instance.expected_alarms.add("keyd_died")
     lender.instance.keyd().kill()
     lender.instance.wait_for_event("keyd_died")
@@ -357,4 +371,4 @@ def test_after_a_keyd_that_died_another_one_lends_and_a_stop_waits_for_no_host(
         host.client.socket.close()
         # worker.drain is longer than this is waited for.
         assert lender.instance.wait() == 0
-    assert not lender.socket.with_name("elsewhere.sock").exists()
+    assert not lender.socket.exists()
