@@ -170,6 +170,7 @@ class Probe:
             raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
 
     def _begin(self) -> None:
+        self._begun = time.monotonic()
         order = {"do": "begin", "name": self.place.name, "alpn": self.place.vhost.alpn}
         if reason := self._client.ask(order).get("error"):
             raise Unanswered(f"no connection to {self.place.address}: {_plain(reason)}")
@@ -217,11 +218,19 @@ class Probe:
         ]
 
     def shake_hands(self) -> Finding:
-        """Make the handshake, and compare the certificate. Raises Unanswered."""
+        """Make the handshake, and compare the certificate. Raises Unanswered, CannotAudit."""
+        late = time.monotonic() - self._begun
         answer = self._client.ask({"do": "handshake"})
         version = answer.get("version")
         if version not in _VERSIONS and self.is_refused:
             return self._certificate_finding(not_available(NO_CERTIFICATE))
+        timeout = self._target.configuration.worker.handshake_timeout
+        if version not in _VERSIONS and late > timeout:
+            # What was seen of its worker may have been no more than its end.
+            problem = (
+                f"on this machine it takes longer than worker.handshake_timeout, {timeout:g} s"
+            )
+            raise CannotAudit(problem)
         if version not in _VERSIONS:
             reason = _plain(answer.get("error", "the audit's client has ended"))
             raise Unanswered(f"no handshake with {self.place.address}: {reason}")
