@@ -20,7 +20,7 @@ def extension(name: str, *sources: str) -> Extension:
             "-fstack-protector-strong",
             "-D_FORTIFY_SOURCE=2",
         ],
-        extra_link_args=["-Wl,-z,relro,-z,now,-z,noexecstack"],
+        extra_link_args=["-Wl,-z,relro,-z,now,-z,noexecstack,-z,noseparate-code"],
     )
 
 
