@@ -40,10 +40,13 @@ def listeners(
     if arguments.socket is None:
         raise LookupError("no --socket, and none was passed by systemd")
     path = Path(arguments.socket)
-    if path.is_socket():
-        path.unlink()
     listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-    bind(listener, str(path), mode, owner() if os.geteuid() == 0 else None)
+    try:
+        if path.is_socket():
+            path.unlink()
+        bind(listener, str(path), mode, owner() if os.geteuid() == 0 else None)
+    except OSError as error:
+        raise LookupError(f"cannot listen at {path}: {error.strerror or error}") from None
     listener.listen(_BACKLOG)
     return [listener]
 

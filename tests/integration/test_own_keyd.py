@@ -645,7 +645,7 @@ def test_it_has_no_key_of_another_host(command: str, key: str) -> None:
         (["--key={}/www.key", "--socket={}/s"], "no --user to become"),
         (["--key={}/www.key", "--user=nobody"], "no --socket"),
         (["--key={}/www.key", "--user=no-such-user", "--socket={}/s"], "no-such-user"),
-        (["--key={}/www.key", "--user=nobody", "--socket={}/none/s"], "No such file"),
+        (["--key={}/www.key", "--user=nobody", "--socket={}/none/s"], "/none/s: No such file"),
     ],
     ids=["key", "user", "socket", "unknown user", "directory"],
 )

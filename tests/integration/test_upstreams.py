@@ -98,6 +98,16 @@ def test_it_starts_without_its_upstreams_and_serves_the_others(served: Served) -
     served.shake_hands("own.example")
 
 
+def test_the_audit_says_once_that_a_site_is_not_served(served: Served) -> None:
+    """Its worker has ended before anybody can look at it, and that breaks no promise."""
+    command = [TITUS_PY, "audit", f"--pid={served.instance.pid}", "--json"]
+    audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (report,) = json.loads(audit.stdout)
+    (only,) = [one for one in report["findings"] if one["verdict"] == "broken"]
+    assert only["promised"] == "a client that comes is served"
+    assert "internal error" in only["seen"]
+
+
 @pytest.fixture(scope="module")
 def lent(served: Served) -> Iterator[Lender]:
     """By the second upstream: the first is away."""

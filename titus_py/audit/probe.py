@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from select import POLLRDHUP, poll
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -195,14 +196,28 @@ class Probe:
         self.worker = workers[0] if workers else None
         named = ", ".join(f"{process.role} {process.pid}" for process in holding) or "no process"
         text = f"the connection from {_named(self._socket)} is held by {named}"
+        if seen:
+            verdict = holds(text).verdict
+        elif not holding and self._has_been_ended():
+            # A worker that cannot get a signature does so. The handshake's finding says that.
+            text = "the connection had been ended before it was looked at"
+            verdict = not_available(text).verdict
+        else:
+            verdict = broken(text).verdict
         return Finding(
             "connection",
             self._subject("before its handshake"),
             "each connection is one worker's, and nobody else of the instance holds it",
             f"a connection to {self.place.address}; its socket in everybody's /proc/PID/fd",
             text,
-            (holds(text) if seen else broken(text)).verdict,
+            verdict,
         )
+
+    def _has_been_ended(self) -> bool:
+        """Whether the other end has shut it down; nothing is read."""
+        waiting = poll()
+        waiting.register(self._socket, POLLRDHUP)
+        return bool(waiting.poll(0))
 
     def _at_the_other_end(self) -> list[Process]:
         """The processes of the instance that hold it."""
