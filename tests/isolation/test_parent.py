@@ -238,14 +238,15 @@ def test_it_is_killed_for_each_attempt_but_for_looking_for_a_file(
                 "connect to everybody's socket",
                 "connect to a group's socket",
                 "connect to root's socket",
+                "set a timer",
             },
         ),
         # In a group, without the capability: what is the group's.
         (
             ((), True, False, (GID,)),
-            {"connect to everybody's socket", "connect to a group's socket"},
+            {"connect to everybody's socket", "connect to a group's socket", "set a timer"},
         ),
-        (((), True, False, ()), {"connect to everybody's socket"}),
+        (((), True, False, ()), {"connect to everybody's socket", "set a timer"}),
         # With the capability, it is for addresses: not for packets.
         (((prctl.CAP_NET_RAW,), False, True, ()), {"bind", "take another's address"}),
     ],
@@ -260,7 +261,7 @@ def test_where_the_configuration_takes_it_the_parent_can_do_more(
 
 
 def test_whom_it_asks_where_clients_are_on_a_unix_socket() -> None:
-    """And a timer ends what closing one may wait for."""
+    """And a timer ends what closing one may wait for, as where a backend is on one."""
     _, found = attempted(prctl.CAP_KILL, unix_clients=True)
     assert succeeded(found) == USUAL | {"ask who has connected", "set a timer"}
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from keyd.linux.unix_socket import refuse_descriptors
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop, Timer
 from titus_py.between.plan import ResolvedAddress, SocketAddress, address_text
 from titus_py.parent.keepalive import keep_alive
@@ -115,6 +116,9 @@ class Dialer:
             self._failures.append(f"{address_text(address)}: {problem}")
             return errno.EADDRNOTAVAIL
         attempt.setblocking(False)
+        if family == socket.AF_UNIX:
+            # What a backend sends with its octets, whoever closes it last may have to wait for.
+            refuse_descriptors(attempt)
         try:
             outcome = attempt.connect_ex(address)
         except OSError as error:

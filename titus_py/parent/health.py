@@ -8,7 +8,7 @@ them but compare them: nothing that a backend sends is parsed or kept here.
 import socket
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from titus_py.between.event_loop import EventLoop, Timer
@@ -67,6 +67,7 @@ class _Checking:
         self._dialer: Dialer | None = None
         self._connected: socket.socket | None = None
         self._timer: Timer | None = None
+        self._without_waiting = _closing(backend)
 
     def begin_after(self, seconds: float) -> None:
         self._timer = self._loop.after(seconds, self._begin)
@@ -117,7 +118,8 @@ class _Checking:
         if self._connected is None:
             return
         try:
-            octets = self._connected.recv(len(self._expected) - len(self._answer))
+            with self._without_waiting():
+                octets = self._connected.recv(len(self._expected) - len(self._answer))
         except BlockingIOError:
             return
         except OSError as error:
@@ -150,7 +152,8 @@ class _Checking:
         if self._connected is not None:
             with suppress(KeyError):
                 self._loop.unwatch(self._connected.fileno())
-            self._connected.close()
+            with self._without_waiting():
+                self._connected.close()
             self._connected = None
 
     def _next(self) -> None:
@@ -199,6 +202,16 @@ class _Teller:
             self._tell("backend_up", level="warning", **fields)
         else:
             self._tell("backend_down", level="error", reason=state.reason, **fields)
+
+
+def _closing(backend: Backend) -> Callable[[], AbstractContextManager[None]]:
+    """For what a backend on a unix socket may have sent: before Linux 6.16, descriptors, too."""
+    if all(family != socket.AF_UNIX for family, _ in backend.addresses):
+        return nullcontext
+    # Others do not need it in their memory.
+    from titus_py.between.closing import without_waiting
+
+    return without_waiting
 
 
 def _header(send_proxy: str | None) -> bytes:

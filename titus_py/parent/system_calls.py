@@ -10,6 +10,7 @@ import socket
 import termios
 
 from keyd.linux.seccomp import Only, Rules
+from keyd.linux.unix_socket import SO_PASSRIGHTS
 from titus_py.worker.system_calls import LOCK, NOT_EXECUTABLE, OWN_MEMORY
 
 __all__ = ["FAILING", "parent_calls"]
@@ -144,13 +145,17 @@ def parent_calls(
 ) -> Rules:
     """What a parent may call, which only connects to unix sockets, or binds, where it has to."""
     calls = dict(_ALWAYS)
+    options = [*_OPTIONS]
     if to_unix_sockets:
         calls["socket"] = (*_SOCKETS, _stream(socket.AF_UNIX))
+        options.append(_option(socket.SOL_SOCKET, SO_PASSRIGHTS))
     if from_unix_clients:
-        # Which user has connected; and closing without a wait (``between.closing``).
+        # Which user has connected.
         calls["getsockopt"] = (*_QUESTIONS, _option(socket.SOL_SOCKET, socket.SO_PEERCRED))
+    if to_unix_sockets or from_unix_clients:
+        # Closing without a wait (``between.closing``).
         calls["setitimer"] = ((Only(0, _ALL, _ITIMER_REAL),),)
     if from_clients_addresses:
         calls["bind"] = _ANYHOW
-        calls["setsockopt"] = (*_OPTIONS, *_TRANSPARENT_OPTIONS)
-    return calls
+        options += _TRANSPARENT_OPTIONS
+    return {**calls, "setsockopt": tuple(options)}

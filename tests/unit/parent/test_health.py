@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.peers import end_the_wait, lingering
 
 from titus_py.between.event_loop import EventLoop
-from titus_py.between.plan import Check, Health, State
+from titus_py.between.plan import Check, Health, SocketAddress, State
+from titus_py.parent import dialer
 from titus_py.parent.backend import Backend
 from titus_py.parent.health import Checks
 
@@ -35,10 +38,15 @@ def hangs(connection: socket.socket) -> None:
 class Peer:
     """A backend in a thread; ``checks`` counts who came."""
 
-    def __init__(self, talk: Talk = lambda _: None) -> None:
+    def __init__(self, talk: Talk = lambda _: None, path: str | None = None) -> None:
         self.talk = talk
         self.checks = 0
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        if path is None:
+            self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        else:
+            self.listener = socket.socket(socket.AF_UNIX)
+            self.listener.bind(path)
+            self.listener.listen()
         self.address = self.listener.getsockname()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -68,7 +76,7 @@ class Checked:
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: SocketAddress,
         health: Health,
         state: State | None = None,
         send_proxy: str | None = None,
@@ -76,7 +84,8 @@ class Checked:
         self.loop = EventLoop()
         self.told: list[tuple[float, str, dict[str, Any]]] = []
         check = Check("the backend", health, send_proxy)
-        self.backend = Backend("the backend", ((socket.AF_INET, address),), check, state)
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.backend = Backend("the backend", ((family, address),), check, state)
         self.checks = Checks(self.loop, [self.backend], self._tell)
 
     def _tell(self, event: str, report: int | None = None, **fields: Any) -> None:
@@ -227,3 +236,51 @@ def test_stopped_they_check_no_more(stack: ExitStack) -> None:
     checks = there.checks
     checked.run(lambda: False, seconds=0.2)
     assert there.checks - checks <= 1
+
+
+@pytest.mark.parametrize("expect", ["yes", None], ids=["in its answer", "unasked"])
+@pytest.mark.parametrize("kernel", ["since Linux 6.16", "before"])
+def test_a_descriptor_that_a_backend_sends_makes_nobody_wait(
+    stack: ExitStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    expect: str | None,
+) -> None:
+    """Whoever closes it would, for ten minutes."""
+    if kernel == "before":
+        monkeypatch.setattr(dialer, "refuse_descriptors", lambda _: None)
+    peers: list[socket.socket] = []
+    done, waited = threading.Event(), threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        side, peer = lingering()
+        peers.append(peer)
+        try:
+            socket.send_fds(connection, [b"yes"], [side.fileno()])
+        except PermissionError:
+            connection.sendall(b"yes")
+            end_the_wait(peers.pop())
+        side.close()
+        connection.recv(100)
+
+    there = Peer(talk, str(tmp_path / "backend"))
+    stack.callback(there.close)
+    health = QUICK._replace(send="?" if expect else None, expect=expect)
+    checked = Checked(there.address, health, State(False, 0.0, ""))
+
+    def wait_no_longer() -> None:
+        if not done.wait(10):
+            waited.set()
+            for peer in peers:
+                end_the_wait(peer)
+
+    guard = threading.Thread(target=wait_no_longer)
+    guard.start()
+    checked.run(lambda: checked.backend.up)
+    checked.checks.stop()
+    done.set()
+    guard.join()
+    assert not waited.is_set()
+    for peer in peers:
+        peer.close()
