@@ -118,8 +118,10 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
 
 
 def keyd(*words: object) -> "subprocess.CompletedProcess[str]":
+    """An audit looks through all memory that the machine has in use, other tests' as well."""
+    command = [str(KEYD), *map(str, words)]
     return subprocess.run(
-        [str(KEYD), *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, capture_output=True, text=True, timeout=4 * PATIENCE, check=False
     )
 
 
