@@ -25,6 +25,8 @@ __all__ = ["use_huge_pages_for_code"]
 _OCTETS = 2 << 20
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
+#: Of constants and of code. Between these and its data, a library may have a gap that nobody reads.
+_PERMISSIONS = "r--p", "r-xp"
 
 
 def use_huge_pages_for_code() -> int:
@@ -53,10 +55,10 @@ def _fillable() -> Iterator[range]:
 
 
 def _files() -> Iterator[list[Mapped]]:
-    """The mappings of each file that follow each other, and cannot be written to."""
+    """The mappings of each file that follow each other, and can be read and not written to."""
     parts: list[Mapped] = []
     for one in unchanged():
-        if "w" in one.permissions:
+        if one.permissions not in _PERMISSIONS:
             continue
         follows = parts and (parts[-1].file, parts[-1].place.stop) == (one.file, one.place.start)
         if parts and not follows:

@@ -92,8 +92,29 @@ else:
 def test_where_it_is_not_possible_all_stays_as_it_is() -> None:
     """Here, as files may not be that long."""
     run("""
-before = code()
+before, open_before = code(), os.listdir("/proc/self/fd")
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 assert use_huge_pages_for_code() == 0
 assert list(code()) == list(before)
+assert os.listdir("/proc/self/fd") == open_before
+""")
+
+
+def test_what_may_not_be_read_stays_as_it_is() -> None:
+    """The gap between code and data in many libraries: it is mapped, to be in nobody's way."""
+    run("""
+import tempfile
+map_memory = ctypes.CDLL(None).mmap
+map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+map_memory.restype = ctypes.c_void_p
+private, fixed, anonymous, page, huge = 2, 0x10, 0x20, 4096, 2 << 20
+with tempfile.NamedTemporaryFile() as library:
+    library.truncate(2 * huge)
+    place = map_memory(None, 3 * huge, 0, private | anonymous, -1, 0)
+    place += -place % huge
+    for start, octets, protection in ((0, huge - page, 5), (huge - page, 2 * page, 0)):
+        way = protection, private | fixed, library.fileno()
+        assert map_memory(place + start, octets, *way, start) == place + start
+    use_huge_pages_for_code()
+    assert code()[range(place, place + huge - page)] == [library.name, 0]
 """)
