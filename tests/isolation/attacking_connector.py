@@ -42,6 +42,11 @@ def _fork() -> None:
         os._exit(0)
 
 
+def _linger() -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+
+
 def _listen() -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("")
@@ -55,6 +60,7 @@ def attempts(settings: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "connect to a unix socket": lambda: _connect(socket.AF_UNIX, settings["socket"]),
         "connect to an abstract one": lambda: _connect(socket.AF_UNIX, settings["abstract"]),
         "connect by TCP": lambda: _connect(socket.AF_INET, ("127.0.0.1", settings["port"])),
+        "have a socket's last holder wait": _linger,
         "use netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close(),
         "read a file": lambda: _read(settings["file"]),
         "list a directory": lambda: os.listdir("/"),

@@ -93,7 +93,7 @@ class Arrivals:
         self._close: Callable[[socket.socket], None] = socket.socket.close
         #: Listeners whose clients have no address, by descriptor.
         self._unix = {one.descriptor for one in plan.listeners if one.unix}
-        if self._unix:
+        if self._unix or (plan.tunnels and plan.connects_to_unix_sockets):
             # Others do not need it in their memory.
             from titus_py.parent.unix_clients import close_at_once, unix_ends
 
@@ -341,7 +341,7 @@ class Arrivals:
         """Reset a connection that has no worker yet."""
         self._close(arrival.client)
         if arrival.server is not None:
-            arrival.server.close()
+            self._close(arrival.server)
         if not arrival.proxy_timeout:
             self._admission.leave(arrival.address)
 

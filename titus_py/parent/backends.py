@@ -6,6 +6,8 @@ host its client asked for, and which of that host's protocols it negotiated.
 
 import errno
 import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from titus_py.between import messages
@@ -56,6 +58,13 @@ class Backends:
             from titus_py.parent.introduction import introduce
 
             self._introduce = introduce
+        #: For the end of a backend that cannot be given away.
+        self._without_waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        if plan.connects_to_unix_sockets:
+            # Others do not need it in their memory.
+            from titus_py.between.closing import without_waiting
+
+            self._without_waiting = without_waiting
         if plan.binds_clients_addresses:
             from titus_py.parent.source import from_address
 
@@ -97,7 +106,8 @@ class Backends:
                     vhost.name_of(worker.known),
                 )
                 if reason:
-                    connected.close()
+                    with self._without_waiting():
+                        connected.close()
                     connected = None
             if connected is not None and backend is not None:
                 self.assign(worker, connected, backend)
@@ -153,7 +163,8 @@ class Backends:
                 why = reason.encode(errors="replace")[:255]
                 worker.socket.send(messages.BACKEND_FAILED + why)
             else:
-                give(worker.socket, messages.BACKEND, [connected])
+                with self._without_waiting():
+                    give(worker.socket, messages.BACKEND, [connected])
         except OSError as error:
             # The worker may have ended meanwhile. Its end is recorded when its pidfd tells of it.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF):

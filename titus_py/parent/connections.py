@@ -435,8 +435,8 @@ def _negotiated(protocol: str | None) -> dict[str, str]:
 
 
 def _closing(plan: Plan) -> Callable[[], AbstractContextManager[None]]:
-    """For the end of a client that cannot be given away."""
-    if not plan.has_unix_clients:
+    """For the end of a client that cannot be given away, or of a tunnel's server."""
+    if not (plan.has_unix_clients or plan.connects_to_unix_sockets):
         return nullcontext
     # Others do not need it in their memory.
     from titus_py.between.closing import without_waiting

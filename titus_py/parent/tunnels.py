@@ -143,8 +143,7 @@ class Tunnels:
         if server is not None and tunnel.send_proxy is not None:
             reason = self._introduce(server, tunnel.send_proxy, arrival.ends, None, None, None)
             if reason:
-                server.close()
-                server = None
+                arrival, server = arrival._replace(server=server), None
         if server is not None:
             now = time.monotonic()
             self._connected(arrival._replace(server=server, backend=backend, since=now))
