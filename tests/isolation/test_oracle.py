@@ -337,7 +337,8 @@ def relay_at(instance: Instance, listener: int, *versions: bytes) -> Relay:
 
     It offers these versions, or both.
     """
-    addresses = [event["address"] for event in instance.events_named("listening")]
+    listening = instance.wait_for_events(listener + 1, "listening")
+    addresses = [event["address"] for event in listening]
     port, instance.port = instance.port, int(addresses[listener].rpartition(":")[2])
     try:
         return Relay(instance, hello={"versions": versions or (VERSION_13, VERSION_12)})
