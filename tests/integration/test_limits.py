@@ -324,20 +324,27 @@ def half_open(port: int, sources: list[str]) -> Iterator[threading.Thread]:
 class Waits(list[float]):
     """How long clients took to be served who try again when they are turned away."""
 
-    def __init__(self) -> None:
+    _QUIET = 5
+
+    def __init__(self, port: int) -> None:
         super().__init__()
         self.attempts = 0
+        #: What it takes here while nobody else comes: on a busy machine, that is long.
+        self.quiet = median(self._once(port) for _ in range(self._QUIET))
         #: How long they have been coming.
         self.seconds = 0.0
         self._began = time.monotonic()
 
     def come(self, port: int) -> None:
+        self.append(self._once(port))
+        self.seconds = time.monotonic() - self._began
+        time.sleep(0.05)
+
+    def _once(self, port: int) -> float:
         started = time.monotonic()
         while not self._served(port):
             time.sleep(0.05)
-        self.append(time.monotonic() - started)
-        self.seconds = time.monotonic() - self._began
-        time.sleep(0.05)
+        return time.monotonic() - started
 
     def _served(self, port: int) -> bool:
         self.attempts += 1
@@ -352,10 +359,11 @@ class Waits(list[float]):
         """
         print(
             f"\n{len(self)} served in {self.attempts} attempts, while the others came for "
-            f"{self.seconds:.1f} s: median {median(self):.3f} s, slowest {max(self):.3f} s"
+            f"{self.seconds:.1f} s: median {median(self):.3f} s, slowest {max(self):.3f} s; "
+            f"{self.quiet:.3f} s before"
         )
-        assert median(self) < self.seconds / 10
-        assert self.attempts < 2 * len(self)
+        assert median(self) < max(self.seconds / 10, 5 * self.quiet)
+        assert self.attempts - self._QUIET < 2 * len(self)
 
 
 def test_half_open_clients_from_one_address_leave_the_others_served(
@@ -364,7 +372,7 @@ def test_half_open_clients_from_one_address_leave_the_others_served(
     worker = {"max": 1000, "handshake_timeout": "60s"}
     instance = serve(echoing.address, worker=worker, limits={"connections_per_address": 50})
     before = instance.settled_counts()
-    waits = Waits()
+    waits = Waits(instance.port)
     with half_open(instance.port, ["127.9.9.9"] * HALF_OPEN) as flood:
         started = time.monotonic()
         while time.monotonic() < started + 3 or flood.is_alive():
@@ -382,7 +390,7 @@ def test_half_open_clients_from_many_addresses_leave_the_others_served(
     instance = serve(echoing.address, worker=worker, limits={"handshakes": 100})
     before = instance.settled_counts()
     served_before = len(instance.events_named("connection_begun"))
-    waits = Waits()
+    waits = Waits(instance.port)
     with half_open(instance.port, many_addresses(HALF_OPEN)) as flood:
         started = time.monotonic()
         while time.monotonic() < started + 3 or flood.is_alive():
