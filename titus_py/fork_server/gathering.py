@@ -7,7 +7,7 @@ and functions lie wherever there was room when they were loaded.
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType, FunctionType
 
 from titus_py.fork_server.holes import fill_holes
@@ -15,12 +15,14 @@ from titus_py.fork_server.holes import fill_holes
 __all__ = ["gather_code"]
 
 
-def gather_code(run: Callable[[], None]) -> None:
-    """Give each function that this calls a copy of its code, one beside the other.
+def gather_code(run: Callable[[], None], others: Iterable[Callable[..., object]] = ()) -> None:
+    """Give each function that this calls, and the others, a copy of its code, side by side.
 
     A copy is as if it had never run: practice comes afterwards.
     """
     ran: dict[int, CodeType] = {}
+    for other in others:
+        ran[id(other.__code__)] = other.__code__
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call":
@@ -36,6 +38,12 @@ def gather_code(run: Callable[[], None]) -> None:
     ]
     gc.collect()
     fill_holes()
-    copies = {place: code.replace() for place, code in ran.items()}
+    copies = {place: _copy(code, ran) for place, code in ran.items()}
     for function in functions:
         function.__code__ = copies[id(function.__code__)]
+
+
+def _copy(code: CodeType, ran: dict[int, CodeType]) -> CodeType:
+    """With copies of the code that is within it, and was run: of generators, for example."""
+    parts = tuple(_copy(one, ran) if id(one) in ran else one for one in code.co_consts)
+    return code.replace(co_consts=parts)

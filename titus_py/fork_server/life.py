@@ -41,7 +41,7 @@ from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
 from titus_py.between.hand_over import PARENT_FD
-from titus_py.between.messages import Leaving, Prepared
+from titus_py.between.messages import Leaving, Prepared, Ready
 from titus_py.between.plan import Plan, VirtualHost
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server.confinement import (
@@ -88,6 +88,10 @@ def main() -> int:
     prctl.set_name("titus-forks")
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
+    # Most of what is there by now, workers only look at. To what is made from here on, they write:
+    # it begins with a huge page of its own.
+    fill_up(heap())
+    fill_holes()
     plan = Plan.decode(read_all(given["--plan-fd"]))
     # For a warning, of a certificate for example, Python reads source files: a worker that
     # tried that would be killed.
@@ -106,7 +110,7 @@ def main() -> int:
         _proxy_header_reader(plan),
         _conduits(plan),
     )
-    gather_code(lambda: _practise(plan, terms))
+    gather_code(lambda: _practise(plan, terms), (_serve, live))
     _practise(plan, terms)
     give_code_back()
     use_huge_pages_for_code()
@@ -118,6 +122,9 @@ def main() -> int:
 
 
 def _practise(plan: Plan, terms: Terms) -> None:
+    # What a worker does before it waits for a client.
+    why_failed((), -1, 0)
+    Ready().encode()
     rehearse(terms)
     if plan.tunnels:
         # Others do not need it in their memory.
@@ -207,6 +214,8 @@ def _serve(
         # references to it, and its garbage collector does not touch it.
         make_all_immortal()
         gc.freeze()
+        # This gives back what Python keeps of freed objects, to use it again, wherever they lie.
+        gc.collect()
         in_use = fill_up(place)
         fill_holes()
         give_heap_back()
