@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from . import remote_keys, unix_listener, unix_tunnel
+from . import changed_example, remote_keys, unix_listener, unix_tunnel
 from .administrator import Administrator, package
 from .clock import SteppedClock
 from .machine import Machine
@@ -62,6 +62,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _has_its_clock_stepped(admin)
     _upgrades(admin)
     _is_removed_and_comes_back(admin)
+    changed_example.is_asked_about(admin, _CONFIGURATION)
     unix_tunnel.is_made_and_kept(admin, _CONFIGURATION)
     unix_listener.is_behind_a_balancer(admin, _CONFIGURATION)
     _activates_by_socket(admin)
@@ -382,13 +383,12 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
     admin.requests()
     assert admin.property("titus-keyd", "MainPID") == keyd
     proxy = admin.property("titus-py", "MainPID")
-    admin.types("systemctl restart titus-keyd")
-    admin.requests()
-    assert admin.property("titus-py", "MainPID") == proxy
-    # Killed, it is started again as soon as titus-py asks for it.
-    admin.types("systemctl kill --signal=KILL titus-keyd")
-    admin.requests()
-    assert admin.property("titus-py", "MainPID") == proxy
+    for interruption in ("restart", "kill --signal=KILL"):
+        admin.types(f"systemctl {interruption} titus-keyd")
+        admin.requests()
+        assert admin.property("titus-py", "MainPID") == proxy
+    # It was titus-py who had it started, and not a restart after a pause.
+    assert admin.property("titus-keyd", "NRestarts") == "0"
     admin.types(f"cat /proc/{keyd}/environ > /dev/null", fails=True)
     admin.types("titus-py audit")
     assert not admin.types(f"journalctl --quiet --priority=alert _PID={proxy}").strip()
