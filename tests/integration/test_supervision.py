@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import signal
 import socket
@@ -34,6 +35,7 @@ from .instance import (
 )
 from .peers import Listener, TlsClient, Truncated, connect
 from .service import edit, launcher, reload, serves, talk, without_end
+from .test_pump import until_it_stands
 from .test_stopping import write_configuration
 
 FAILS = (SSL.Error, OSError, Truncated, AssertionError)
@@ -224,6 +226,13 @@ def kill_worker(instance: Instance, uid: int) -> bool:
     return True
 
 
+def times_it_waited(process: Process) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)$", status, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
 def test_all_that_a_killed_parent_said_is_on_record(serve: Serve, echoing: Listener) -> None:
     """The supervisor comes to hear it when the parent is gone already."""
     instance = serve(echoing.address)
@@ -239,7 +248,8 @@ def test_all_that_a_killed_parent_said_is_on_record(serve: Serve, echoing: Liste
                 client.handshake()
         eventually(lambda: len(instance.workers()) <= 5, "the others' ends")
         eventually(lambda: not zombies(parent.pid), "taken note of")
-        time.sleep(0.5)
+        # It has said so, too, once it only waits.
+        until_it_stands(lambda: times_it_waited(parent))
         parent.kill()
         eventually(lambda: parent not in all_processes(), "the parent's end")
         supervisor.kill(signal.SIGCONT)
