@@ -3,6 +3,7 @@
 import errno
 import itertools
 import resource
+import select
 import socket
 import struct
 import threading
@@ -38,15 +39,10 @@ def hangs(connection: socket.socket) -> None:
 class Peer:
     """A backend in a thread; ``checks`` counts who came."""
 
-    def __init__(self, talk: Talk = lambda _: None, path: str | None = None) -> None:
+    def __init__(self, talk: Talk = lambda _: None) -> None:
         self.talk = talk
         self.checks = 0
-        if path is None:
-            self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
-        else:
-            self.listener = socket.socket(socket.AF_UNIX)
-            self.listener.bind(path)
-            self.listener.listen()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.address = self.listener.getsockname()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -238,50 +234,45 @@ def test_stopped_they_check_no_more(stack: ExitStack) -> None:
     assert there.checks - checks <= 1
 
 
-@pytest.mark.parametrize("expect", ["yes", None], ids=["in its answer", "unasked"])
+@pytest.mark.parametrize("behind", [False, True], ids=["with its answer", "behind it"])
 @pytest.mark.parametrize("kernel", ["since Linux 6.16", "before"])
 def test_a_descriptor_that_a_backend_sends_makes_nobody_wait(
-    stack: ExitStack,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kernel: str,
-    expect: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, behind: bool
 ) -> None:
-    """Whoever closes it would, for ten minutes."""
+    """Whoever closes it would, for ten minutes: in receiving the answer, or in hanging up."""
     if kernel == "before":
         monkeypatch.setattr(dialer, "refuse_descriptors", lambda _: None)
-    peers: list[socket.socket] = []
+    health = QUICK._replace(every=60.0, fall=1, rise=1, send="?", expect="yes")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "backend"))
+        listener.listen()
+        checked = Checked(listener.getsockname(), health, State(behind, 0.0, ""))
+        accepted = select.poll()
+        accepted.register(listener, select.POLLIN)
+        checked.run(lambda: accepted.poll(0))
+        connection = listener.accept()[0]
+    side, peer = lingering()
+    if behind:
+        connection.sendall(b"no")
+    try:
+        socket.send_fds(connection, [b"yes"], [side.fileno()])
+    except PermissionError:
+        connection.sendall(b"yes")
+        end_the_wait(peer)
+    side.close()
     done, waited = threading.Event(), threading.Event()
-
-    def talk(connection: socket.socket) -> None:
-        side, peer = lingering()
-        peers.append(peer)
-        try:
-            socket.send_fds(connection, [b"yes"], [side.fileno()])
-        except PermissionError:
-            connection.sendall(b"yes")
-            end_the_wait(peers.pop())
-        # Whoever closes it last would wait: this one, perhaps.
-        threading.Thread(target=side.close, daemon=True).start()
-        connection.recv(100)
-
-    there = Peer(talk, str(tmp_path / "backend"))
-    stack.callback(there.close)
-    health = QUICK._replace(send="?" if expect else None, expect=expect)
-    checked = Checked(there.address, health, State(False, 0.0, ""))
 
     def wait_no_longer() -> None:
         if not done.wait(10):
             waited.set()
-            for peer in peers:
-                end_the_wait(peer)
+            end_the_wait(peer)
 
     guard = threading.Thread(target=wait_no_longer)
     guard.start()
-    checked.run(lambda: checked.backend.up)
-    checked.checks.stop()
+    checked.run(lambda: checked.backend.up is not behind)
     done.set()
     guard.join()
+    checked.checks.stop()
     assert not waited.is_set()
-    for peer in peers:
-        end_the_wait(peer)
+    connection.close()
+    peer.close()
