@@ -91,6 +91,7 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     for file in ("/etc/nginx/www.key", "/etc/titus-keyd/nginx/www.key"):
         assert f"in {file} (rw-------, uid 0, gid 0)" in seen
     admin.types("rm /etc/nginx/www.key")
+    _is_measured(admin)
     _is_restarted(admin)
     _cannot_start(admin)
     _is_asked_by_others(admin)
@@ -100,6 +101,14 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     _has_its_key_in_a_token(admin)
     _is_exposed_as_documented(admin)
     _is_removed(admin)
+
+
+def _is_measured(admin: Administrator) -> None:
+    """By cron, which looks for programs in fewer directories than a shell does (crontab(5))."""
+    (line,) = re.findall(r"^ {4}\* \* \* \* \* root (.*)$", _GUIDE, re.MULTILINE)
+    admin.types("mkdir -p /var/lib/prometheus/node-exporter")
+    admin.types(f"env -i PATH=/usr/bin:/bin sh -c '{line}'")
+    assert "keyd_keys{" in admin.types("cat /var/lib/prometheus/node-exporter/keyd.prom")
 
 
 def _is_restarted(admin: Administrator) -> None:
