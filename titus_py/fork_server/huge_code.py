@@ -1,4 +1,4 @@
-"""The program's code on huge pages, where the kernel can do that at once (Linux 6.1 and later).
+"""Code and constants on huge pages, where the kernel can do that at once (Linux 6.1 and later).
 
 Run by the fork server, before it confines itself. A worker has a page fault for each 64 KiB of code
 that it comes to, and its end clears an entry for each page of that. For 2 MiB of a huge page, it is
@@ -7,13 +7,13 @@ to such a file, which is mapped in the old one's place. Nobody can write to it, 
 written to, root included: it is sealed (memfd_create(2)). A worker's code is no more its own than
 before.
 
-What fills a huge page only with the constants beside it has these in its mapping, too.
+Constants on a huge page with code become executable, too; those that fill one do not.
 """
 
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from keyd.linux.process import Call, encode, make
@@ -35,23 +35,14 @@ def use_huge_pages_for_code() -> int:
     Where the kernel cannot, all stays as it is.
     """
     count = 0
-    for place in list(_fillable()):
-        with suppress(OSError):
-            _replace(place)
-            count += len(place) // _OCTETS
-    return count
-
-
-def _fillable() -> Iterator[range]:
-    """Where there is code, and nothing but one file's code and constants."""
-    for parts in _files():
+    for parts in list(_files()):
         code = [one.place for one in parts if "x" in one.permissions]
-        if not code:
-            continue
-        first = max(_up(parts[0].place.start), _down(code[0].start))
-        end = min(_down(parts[-1].place.stop), _up(code[-1].stop))
-        if first < end:
-            yield range(first, end)
+        place = range(_up(parts[0].place.start), _down(parts[-1].place.stop))
+        if code and place:
+            with suppress(OSError):
+                _replace(place, code)
+                count += len(place) // _OCTETS
+    return count
 
 
 def _files() -> Iterator[list[Mapped]]:
@@ -69,14 +60,17 @@ def _files() -> Iterator[list[Mapped]]:
         yield parts
 
 
-def _replace(place: range) -> None:
-    """Map a copy of what is there in its place. Raises OSError before anything is changed."""
+def _replace(place: range, code: Sequence[range]) -> None:
+    """Map a copy of what is there in its place. Raises OSError; all that is mapped is the same."""
     there = (ctypes.c_char * len(place)).from_address(place.start)
     copy = sealed_file("code", memoryview(there))
     try:
         _collapse(copy, len(place))
-        protection, flags = mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE | _MAP_FIXED
-        make(encode([Call("mmap", (place.start, len(place), protection, flags, copy, 0))]))
+        for at in range(place.start, place.stop, _OCTETS):
+            runs = any(one.start < at + _OCTETS and at < one.stop for one in code)
+            protection = mmap.PROT_READ | (mmap.PROT_EXEC if runs else 0)
+            flags, offset = mmap.MAP_PRIVATE | _MAP_FIXED, at - place.start
+            make(encode([Call("mmap", (at, _OCTETS, protection, flags, copy, offset))]))
     finally:
         os.close(copy)
 

@@ -12,19 +12,17 @@ from pathlib import Path
 from OpenSSL import SSL
 from titus_py.fork_server.huge_code import use_huge_pages_for_code
 
-def code():
+def code(kind="r-xp"):
     "The mappings of code: where, of what file, and how much of it is on huge pages."
     found = {}
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if place := re.match("([0-9a-f]+)-([0-9a-f]+) r.xp", line):
-            here = range(*(int(address, 16) for address in place.groups()))
-            found[here] = [line.split()[-2 if line.endswith("(deleted)") else -1], 0]
-        elif line.startswith("ShmemPmdMapped:") and found:
-            found[here][1] = found[here][1] or int(line.split()[1]) * 1024
-        elif re.match("[0-9a-f]+-", line):
-            here = range(0)
-            found[here] = ["", 0]
-    return {here: one for here, one in found.items() if here}
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) (....)", line):
+            here = range(*(int(address, 16) for address in place.groups()[:2]))
+            file = line.split()[-2 if line.endswith("(deleted)") else -1]
+            found[here] = [file, 0, place[3]]
+        elif line.startswith("ShmemPmdMapped:"):
+            found[here][1] = int(line.split()[1]) * 1024
+    return {here: one[:2] for here, one in found.items() if one[2] == kind}
 
 def octets(place):
     return (ctypes.c_char * len(place)).from_address(place.start).raw
@@ -42,15 +40,21 @@ def run(program: str) -> str:
 def test_code_is_what_it_was_and_runs() -> None:
     run("""
 before = {place: octets(place) for place in code()}
+files = {file for file, _ in code().values()}
+constants = {place: octets(place) for place, one in code("r--p").items() if one[0] in files}
 count = use_huge_pages_for_code()
 assert count > 0
-ours = {place: one for place, one in code().items() if one[0] == "/memfd:code"}
+both = code() | code("r--p")
+ours = [place for place, one in both.items() if one[0] == "/memfd:code"]
 assert sum(map(len, ours)) == count << 21
-for place, was in before.items():
+for place, was in (before | constants).items():
     assert octets(place) == was
 for place in ours:
     assert octets(place)
-    assert code()[place][1] == len(place), code()
+    assert (code() | code("r--p"))[place][1] == len(place)
+for place in code():
+    # Where there was none, there is none, but for constants on a huge page with code.
+    assert any(one.start < place.stop and place.start < one.stop for one in before)
 SSL.Connection(SSL.Context(SSL.TLS_METHOD)).get_cipher_list()
 """)
 
