@@ -57,11 +57,14 @@ def fill_up(place: range) -> range:
     # Until there is no other hole of this size.
     while (last := malloc(_LARGE)) is not None and last + _LARGE <= end:
         pass
-    if last is None:
-        return place
     free(last)
+    # Where something else lies behind the heap, the C library goes on elsewhere.
+    if last is None or last >= sbrk(0):
+        return place
     length = _LARGE + -(last + _LARGE) % _OCTETS
-    malloc(length)
+    if (extended := malloc(length)) != last:
+        free(extended)
+        return place
     below = place.start % _OCTETS
     flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
     start = place.start - below
