@@ -123,7 +123,7 @@ def test_when_it_runs_out_workers_are_ended(
         workers = instance.confined_workers()
         smallest = min(kibibytes(worker, "VmRSS", "VmPTE") for worker in workers)
         difference = largest - smallest
-        assert difference > 4 * MEBIBYTE
+        assert difference > MEBIBYTE
         group.take(instance, 6 * difference)
 
         def ended() -> int:

@@ -8,7 +8,7 @@ to where huge pages begin. What workers allocate comes from behind the last of t
 
 import ctypes
 import re
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
 from pathlib import Path
 
 __all__ = ["fill_up", "heap", "use_huge_pages", "use_one_heap"]
@@ -62,7 +62,8 @@ def fill_up(place: range) -> range:
     if last is None or last >= sbrk(0):
         return place
     length = _LARGE + -(last + _LARGE) % _OCTETS
-    if (extended := malloc(length)) != last:
+    # What Python allocates meanwhile may lie between.
+    if (extended := malloc(length)) is None or not last <= extended < last + PAGESIZE:
         free(extended)
         return place
     below = place.start % _OCTETS
