@@ -137,6 +137,23 @@ def mappings(taken: Taken) -> str:
     return _mappings
 
 
+def overwrite(taken: Taken) -> str:
+    """All code on huge pages, as far as it can be made to be written to: a page of each mapping.
+
+    It stays so until the client says something, or leaves.
+    """
+    count = 0
+    for line in _mappings.splitlines():
+        if "/memfd:code" in line:
+            page = int(line.split()[0].split("-")[1], 16) - mmap.PAGESIZE
+            call("mprotect", page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+            ctypes.memset(page, 0xCC, mmap.PAGESIZE)
+            count += 1
+    taken.send(b"%d;" % count)
+    _wait(taken.place.client, select.POLLIN)
+    return "overwritten"
+
+
 def crash(taken: Taken) -> str:
     ctypes.string_at(8)
     return "alive"
@@ -243,6 +260,7 @@ DEEDS: dict[str, Callable[..., str]] = {
     "ask": ask_and_stall,
     "memory": memory,
     "mappings": mappings,
+    "overwrite": overwrite,
     "crash": crash,
     "leave": leave_silently,
     "useup": use_up_memory,
