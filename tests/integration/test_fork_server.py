@@ -71,6 +71,13 @@ def memory(process: Process, of_which: str) -> int:
     return int(kib) * 1024
 
 
+def copied_code(process: Process) -> int:
+    """How many octets of it are mapped. A huge page of it is there once it has been run."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    ends = [line.split()[0].split("-") for line in maps if "/memfd:code" in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in ends)
+
+
 def test_nearly_all_is_on_huge_pages(serve: Serve, echoing: Listener) -> None:
     """Each other page costs every fork, and the end of every worker."""
     server = serve(echoing.address).fork_server()
@@ -84,6 +91,7 @@ def test_it_stays_on_huge_pages(serve: Serve, echoing: Listener) -> None:
     assert before > 0
     (generation,) = status(instance)["generations"]
     assert generation["huge_pages"] * (2 << 20) == before
+    assert generation["huge_pages_of_code"] * (2 << 20) == copied_code(instance.fork_server()) > 0
     for _ in range(20):
         assert serves(instance)
     assert memory(instance.fork_server(), "AnonHugePages") == before

@@ -23,7 +23,7 @@ parent: backend      'B', with the connected socket; or 'F' and why there is non
 parent: fork         'W' uid(4), with the descriptor of the new worker's report and
                      its end of its socket
 fork server: ready   'R' huge_pages(4)      confined; may be asked for workers, which share so
-                     many huge pages
+                     huge_pages_of_code(4)  many huge pages
 fork server: forked  'P' uid(4) pid(4), with the worker's pidfd
 fork server: failed  'E' uid(4) errno(4)
 fork server: leaving 'L' why                its last message
@@ -68,7 +68,7 @@ _FACTS_OCTETS = (16, 64, 255)
 #: These have a uid as a system call takes it: 8 octets in this machine's order.
 _FORK = struct.Struct("=cq")
 _FORKED = struct.Struct("=cqI")
-_PREPARED = struct.Struct("!cI")
+_PREPARED = struct.Struct("!cII")
 _CLIENT = struct.Struct("!cI")
 _TUNNEL = struct.Struct("!cH?")
 #: How many protocols a virtual host may have: a dial has one octet to name one, or none.
@@ -236,12 +236,13 @@ class Tunnel(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The fork server is confined; what workers inherit is on so many huge pages."""
+    """The fork server is confined; what workers inherit is on so many huge pages, and code."""
 
     huge_pages: int
+    huge_pages_of_code: int
 
     def encode(self) -> bytes:
-        return _PREPARED.pack(b"R", self.huge_pages)
+        return _PREPARED.pack(b"R", *self)
 
 
 class Fork(NamedTuple):
@@ -289,7 +290,7 @@ class Leaving(NamedTuple):
 def decode_from_fork_server(message: bytes) -> Prepared | Forked | Leaving:
     """For the parent; raises Malformed."""
     if len(message) == _PREPARED.size and message[:1] == b"R":
-        return Prepared(_PREPARED.unpack(message)[1])
+        return Prepared(*_PREPARED.unpack(message)[1:])
     if message[:1] != b"L":
         return Forked.decode(message)
     why = message[1:].decode("ascii", "replace")

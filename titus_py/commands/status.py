@@ -344,14 +344,15 @@ def _forking(answer: Mapping[str, Any]) -> Iterator[Text]:
         missing = "workers share no immortal objects, which Python 3.12 and 3.13 have"
         yield Text(missing, style="dim")
     for generation in answer["generations"]:
-        pages = generation.get("huge_pages")
-        if generation["state"] != "serving" or pages is None:
-            continue
-        if pages:
-            yield Text(f"workers share {pages} huge page{'s' if pages > 1 else ''}")
-        else:
-            missing = "workers share no huge pages: the kernel made none (Linux 6.1 and later can)"
-            yield Text(missing, style="dim")
+        for key, of in ("huge_pages", "memory"), ("huge_pages_of_code", "code"):
+            pages = generation.get(key)
+            if generation["state"] != "serving" or pages is None:
+                continue
+            if pages:
+                yield Text(f"workers share {pages} huge page{'s' if pages > 1 else ''} of {of}")
+            else:
+                missing = f"workers share no huge pages of {of}: the kernel made none"
+                yield Text(f"{missing} (Linux 6.1 and later can)", style="dim")
 
 
 def _table(*headings: str) -> Table:

@@ -113,12 +113,12 @@ def main() -> int:
     gather_code(lambda: _practise(plan, terms), (_serve, live))
     _practise(plan, terms)
     give_code_back()
-    use_huge_pages_for_code()
+    code_pages = use_huge_pages_for_code()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
     place = heap()
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    return _serve(parent, plan, terms, worker_filter, command_line, place)
+    return _serve(parent, plan, terms, worker_filter, command_line, place, code_pages)
 
 
 def _practise(plan: Plan, terms: Terms) -> None:
@@ -202,6 +202,7 @@ def _serve(
     worker_filter: Program,
     command_line: CommandLine,
     place: range,
+    code_pages: int,
 ) -> int:
     """Fork as ordered, until the parent hangs up. A worker does not return."""
     try:
@@ -219,7 +220,7 @@ def _serve(
         in_use = fill_up(place)
         fill_holes()
         give_heap_back()
-        parent.send(Prepared(use_huge_pages(in_use)).encode())
+        parent.send(Prepared(use_huge_pages(in_use), code_pages).encode())
         worker = fork_as_ordered(
             parent.fileno(),
             plan.first_uid,

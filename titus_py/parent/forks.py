@@ -74,8 +74,8 @@ class Forks:
             for descriptor in given.values():
                 os.close(descriptor)
         self._pidfd = os.pidfd_open(self._process.pid)
-        #: How many huge pages its workers share.
-        self.huge_pages = 0
+        #: What it said when it was ready.
+        self.prepared = Prepared(0, 0)
         self._orders = 0
         self._finishing = False
         #: Why it ends, where it has said so.
@@ -89,7 +89,7 @@ class Forks:
         with suppress(Malformed):
             said = decode_from_fork_server(self._socket.recv(FORK_SERVER_OCTETS))
             if isinstance(said, Prepared):
-                self.huge_pages = said.huge_pages
+                self.prepared = said
                 return
             why = said.why if isinstance(said, Leaving) else why
         raise OSError(f"the fork server did not start: {why}")

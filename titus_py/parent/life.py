@@ -122,7 +122,7 @@ class Parent:
         """Serve until told to stop and every connection has ended."""
         self._loop.watch(self._supervisor.fileno(), self._hear_supervisor)
         self._forks.watch(self._loop, self._pool.forked, self._cannot_fork)
-        self._tell("ready", vhosts=len(self._plan.vhosts), huge_pages=self._forks.huge_pages)
+        self._tell("ready", vhosts=len(self._plan.vhosts), **self._forks.prepared._asdict())
         self._say_alive()
         while not self._draining or len(self._pool) or self._somebody_waits():
             self._pool.look_at_spares()

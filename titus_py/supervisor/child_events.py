@@ -224,7 +224,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         },
     },
     "parent": {
-        "ready": {"vhosts": _COUNT, "huge_pages": _COUNT},
+        "ready": {"vhosts": _COUNT, "huge_pages": _COUNT, "huge_pages_of_code": _COUNT},
         "alive": {"spares": _COUNT},
         "retired": {},
         "not_available": {"level": _LEVEL, "feature": _TEXT},

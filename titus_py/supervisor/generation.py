@@ -92,8 +92,9 @@ class Generation:
         #: The listeners that were opened for it.
         self.added: dict[Bindable, socket.socket] = {}
         self.spares = 0
-        #: On how many huge pages its workers have what they inherit; None: not known yet.
+        #: On how many huge pages its workers have what they inherit, and code; None: not known yet.
         self.huge_pages: int | None = None
+        self.huge_pages_of_code: int | None = None
         self.started, self.begun = datetime.now(UTC), time.monotonic()
         #: The uids that its parent may give to workers.
         self.uids = range(0)

@@ -208,6 +208,7 @@ class Status:
                     "connections": len(generation.connections),
                     "spares": generation.spares,
                     "huge_pages": generation.huge_pages,
+                    "huge_pages_of_code": generation.huge_pages_of_code,
                 }
                 for generation in self._generations
             ],

@@ -97,6 +97,7 @@ class LeftGeneration(_Left):
     ended: list[dict[str, Any]]
     spares: int
     huge_pages: int | None = None
+    huge_pages_of_code: int | None = None
     started: datetime
     begun: float
     uids: tuple[int, int]
@@ -198,6 +199,7 @@ def leave(generation: Generation) -> LeftGeneration:
         ended=list(generation.ended),
         spares=generation.spares,
         huge_pages=generation.huge_pages,
+        huge_pages_of_code=generation.huge_pages_of_code,
         started=generation.started,
         begun=generation.begun,
         uids=(generation.uids.start, generation.uids.stop),
@@ -370,6 +372,7 @@ def inherit(
     generation.ended.extend(left.ended)
     generation.spares = left.spares
     generation.huge_pages = left.huge_pages
+    generation.huge_pages_of_code = left.huge_pages_of_code
     generation.started = left.started
     generation.begun = left.begun
     generation.uids = range(*left.uids)

@@ -188,7 +188,7 @@ class Takeover:
         elif child is generation.parent:
             generation.parent = None
             generation.crippled = False
-            generation.huge_pages = None
+            generation.huge_pages = generation.huge_pages_of_code = None
             self._record_lost(generation)
             self._uids.give_back(generation)
         return self._children.let_go(child)

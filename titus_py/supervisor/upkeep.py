@@ -202,6 +202,7 @@ class Upkeep:
             generation.lent = []
         else:
             generation.huge_pages = event["huge_pages"]
+            generation.huge_pages_of_code = event["huge_pages_of_code"]
         keys = event.pop("keys", None)
         self._event(
             f"{child.name}_started",

@@ -165,9 +165,10 @@ def test_a_reason_with_control_characters_arrives_without_them() -> None:
     assert decode_from_fork_server(Leaving("no\nway\t\x1b").encode()) == Leaving("no?way??")
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_what_a_fork_server_has_prepared_comes_back(pages: int) -> None:
-    assert decode_from_fork_server(Prepared(pages).encode()) == Prepared(pages)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_what_a_fork_server_has_prepared_comes_back(pages: int, of_code: int) -> None:
+    prepared = Prepared(pages, of_code)
+    assert decode_from_fork_server(prepared.encode()) == prepared
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,8 @@ def test_what_a_fork_server_has_prepared_comes_back(pages: int) -> None:
         b"P" + bytes(4) + b"\xff" * 4,
         b"E" + bytes(8),
         b"E" + bytes(4) + b"\0\0\x10\0",
-        b"R" + bytes(4) + b"\0\0\0\1",
+        b"R" + bytes(4),
+        b"R" + bytes(9),
     ],
 )
 def test_nothing_else_is_an_answer_of_a_fork_server(octets: bytes) -> None:

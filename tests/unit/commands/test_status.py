@@ -63,6 +63,7 @@ def make_status() -> dict[str, Any]:
                 "keyd": None,
                 "connections": 1,
                 "huge_pages": 3,
+                "huge_pages_of_code": 1,
             },
         ],
         "processes": [
@@ -214,7 +215,8 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
         "metrics ",
         r"waits\x1b",
         "workers share immortal objects",
-        "workers share 3 huge pages",
+        "workers share 3 huge pages of memory",
+        "workers share 1 huge page of code",
     ):
         assert part in text, text
     assert "\x1b" not in text
@@ -222,20 +224,24 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pages", "line"),
-    [(1, "workers share 1 huge page\n"), (0, "workers share no huge pages: the kernel made none")],
+    [(2, "workers share 2 huge pages of {}\n"), (0, "workers share no huge pages of {}: the ")],
 )
-def test_what_the_kernel_has_made(start: Start, tmp_path: Path, pages: int, line: str) -> None:
+@pytest.mark.parametrize(("key", "of"), [("huge_pages", "memory"), ("huge_pages_of_code", "code")])
+def test_what_the_kernel_has_made(
+    start: Start, tmp_path: Path, key: str, of: str, pages: int, line: str
+) -> None:
     answer = make_status()
-    answer["generations"][1]["huge_pages"] = pages
+    answer["generations"][1][key] = pages
     start(17, answer)
-    assert line in re.sub(" *\n", "\n", shown(tmp_path)[1])
+    assert line.format(of) in re.sub(" *\n", "\n", shown(tmp_path)[1])
 
 
 def test_before_the_fork_server_has_told_nothing_is_said_of_its_pages(
     start: Start, tmp_path: Path
 ) -> None:
     answer = make_status()
-    answer["generations"][1]["huge_pages"] = None
+    generation = answer["generations"][1]
+    generation["huge_pages"] = generation["huge_pages_of_code"] = None
     start(17, answer)
     assert "huge page" not in shown(tmp_path)[1]
 

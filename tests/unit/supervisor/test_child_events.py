@@ -57,7 +57,7 @@ SAID = {
         OPERATIONS,
     ],
     "parent": [
-        {"event": "ready", "vhosts": 1, "huge_pages": 4},
+        {"event": "ready", "vhosts": 1, "huge_pages": 4, "huge_pages_of_code": 7},
         {"event": "retired"},
         {"event": "alive", "spares": 4},
         {"event": "limited", "level": "warning", "limit": "full", "count": 1, "last_client": "::1"},

@@ -101,7 +101,7 @@ def ears() -> Iterator[Callable[[str], Ear]]:
         ("keyd", {"event": "ready", "keys": "0" * 64, "all_memory_locked": True, "guards": ""}),
         ("keyd", OVER),
         ("parent", b"no JSON"),
-        ("parent", {"event": "ready", "vhosts": 1, "huge_pages": 0}),
+        ("parent", {"event": "ready", "vhosts": 1, "huge_pages": 0, "huge_pages_of_code": 0}),
     ],
 )
 def test_it_is_ended_with_one_alarm_and_heard_no_more(

@@ -90,7 +90,7 @@ def generation_of(configuration: Configuration) -> Generation:
     checked = Checked(configuration, [], [], {CREDENTIAL: FACTS}, FileWatch([]))
     generation = Generation(7, checked, {})
     generation.announced = True
-    generation.huge_pages = 3
+    generation.huge_pages, generation.huge_pages_of_code = 3, 7
     generation.keyds_keys = {"00" * 32}
     generation.connections = {1 << 50: {"connection": 1 << 50, "client": "[::1]:5", "uid": 9}}
     generation.ended.append({"connection": 5})
@@ -112,6 +112,7 @@ def test_a_generation_is_what_it_was(configuration: Configuration) -> None:
         "keyds_keys",
         "announced",
         "huge_pages",
+        "huge_pages_of_code",
         "started",
     ):
         assert getattr(found, name) == getattr(generation, name)
