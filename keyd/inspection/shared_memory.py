@@ -44,5 +44,9 @@ def filled(pid: int, start: int, end: int, offset: int) -> Iterator[tuple[int, i
             first = start + (data - offset) // PAGE * PAGE
             if first >= end:
                 return
-            at = min(end, start - (offset - hole) // PAGE * PAGE)
+            after = min(end, start - (offset - hole) // PAGE * PAGE)
+            # A file system that is a program of somebody's (FUSE) may say anything.
+            if not at <= first < after:
+                raise OSError(errno.EIO, "no such part")
+            at = after
             yield first, at

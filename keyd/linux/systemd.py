@@ -59,19 +59,22 @@ class Notifier:
 
     def _send_kept(self) -> bool:
         """Whether nothing is kept any more."""
-        while self._kept:
-            if not self._send(self._kept[0]):
-                return False
-            self._kept.popleft()
+        # Another thread of keyd's may be sending them as well.
+        with suppress(IndexError):
+            while self._kept:
+                if not self._send(self._kept[0]):
+                    return False
+                self._kept.popleft()
         if self._last_word_said:
             self._close()
         return True
 
     def _send(self, text: str) -> bool:
         """Whether there was room for it, or nobody to send it to."""
-        if self._socket is not None:
+        manager = self._socket
+        if manager is not None:
             try:
-                self._socket.send(text.encode())
+                manager.send(text.encode())
             except BlockingIOError:
                 return False
             except OSError:
@@ -88,9 +91,9 @@ class Notifier:
         self._send_kept()
 
     def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        manager, self._socket = self._socket, None
+        if manager is not None:
+            manager.close()
 
     def reloading(self) -> None:
         """Send RELOADING=1, with the time that Type=notify-reload asks for."""

@@ -14,6 +14,8 @@ from keyd.inspection import pages_in_use
 from keyd.inspection.key_search import Hit, Needle, Search, Skipped, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 
+from .instance import eventually
+
 #: Memory of many kinds, each with what is sought. Where the kernel lacks one, nothing is printed.
 PROGRAM = """
 import ctypes, mmap, os, sys
@@ -225,7 +227,7 @@ def test_a_process_that_has_ended_is_not_one_with_nothing_in_use() -> None:
         pagemap = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY)
         try:
             first, *_ = mappings(process.pid)
-            assert list(in_use(pagemap, *first))
+            eventually(lambda: list(in_use(pagemap, *first)), "the program looks at its own header")
             process.kill()
             process.wait()
             with pytest.raises(ProcessLookupError):
