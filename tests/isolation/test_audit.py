@@ -28,7 +28,7 @@ from integration.peers import TlsClient
 
 from keyd.linux.namespaces import enter_network_namespace
 from titus_py.audit import throwaway
-from titus_py.audit.finding import Verdict
+from titus_py.audit.finding import Finding, Verdict
 from titus_py.audit.instance import Process, Role, instance_processes
 from titus_py.audit.observation import Scene
 from titus_py.audit.probe import Probe
@@ -554,6 +554,37 @@ def test_of_a_handshake_that_took_too_long_nothing_is_said(
         time.sleep(2)
         with pytest.raises(CannotAudit, match=r"longer than worker\.handshake_timeout, 1 s"):
             made.shake_hands()
+
+
+class Hasty(TitusInstance):
+    def _configuration(self, directory: Path, backend: str) -> str:
+        text = super()._configuration(directory, backend)
+        return text.replace("[worker]\n", '[worker]\nhandshake_timeout = "1s"\n')
+
+
+def test_what_is_broken_is_told_although_the_handshake_took_too_long(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Probe.find_worker
+
+    def find_slowly(self: Probe) -> Finding:
+        found = real(self)
+        time.sleep(2)
+        return found
+
+    monkeypatch.setattr(Probe, "find_worker", find_slowly)
+    driver = (sys.executable, "-I", breakages.__file__, "supervisor", "parent_dumpable")
+    monkeypatch.setattr(throwaway, "PROGRAM", (*driver, str(tmp_path / "site.key")))
+    found = Hasty(tmp_path, backend, "P-256", ["localhost"])
+    found.wait_until_listening()
+    try:
+        made = audit(find_target(found.pid))
+    finally:
+        found.stop()
+    (broken,) = made.having(Verdict.BROKEN)
+    assert (broken.check, broken.subject.role) == (BREAKAGES["parent_dumpable"].check, "parent")
+    assert made.findings[-1].verdict is Verdict.NOT_AVAILABLE
+    assert "longer than worker.handshake_timeout, 1 s" in made.findings[-1].seen
 
 
 def test_without_a_backend_nothing_is_said_of_what_comes_after(

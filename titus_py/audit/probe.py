@@ -34,7 +34,7 @@ from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, can
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
 
-__all__ = ["NO_CERTIFICATE", "Probe", "Unanswered"]
+__all__ = ["NO_CERTIFICATE", "Probe", "TooSlow", "Unanswered"]
 
 _SECONDS = 5.0
 #: How long a worker may take to end after its connection; and the pause between two looks.
@@ -52,6 +52,10 @@ NO_CERTIFICATE = "it requires a client certificate, and the audit has none"
 
 class Unanswered(Exception):
     """There was no connection, or no handshake; the text says why."""
+
+
+class TooSlow(CannotAudit):
+    """The audit took longer with its handshake than the instance waits for one."""
 
 
 class _Place(NamedTuple):
@@ -233,7 +237,7 @@ class Probe:
         ]
 
     def shake_hands(self) -> Finding:
-        """Make the handshake, and compare the certificate. Raises Unanswered, CannotAudit."""
+        """Make the handshake, and compare the certificate. Raises Unanswered, TooSlow."""
         late = time.monotonic() - self._begun
         answer = self._client.ask({"do": "handshake"})
         version = answer.get("version")
@@ -245,7 +249,7 @@ class Probe:
             problem = (
                 f"on this machine it takes longer than worker.handshake_timeout, {timeout:g} s"
             )
-            raise CannotAudit(problem)
+            raise TooSlow(problem)
         if version not in _VERSIONS:
             reason = _plain(answer.get("error", "the audit's client has ended"))
             raise Unanswered(f"no handshake with {self.place.address}: {reason}")

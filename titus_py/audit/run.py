@@ -21,7 +21,7 @@ from titus_py.audit.finding import (
 )
 from titus_py.audit.instance import Process, Role
 from titus_py.audit.observation import Scene, Stage, has_backend
-from titus_py.audit.probe import NO_CERTIFICATE, Probe, Unanswered
+from titus_py.audit.probe import NO_CERTIFICATE, Probe, TooSlow, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
 
@@ -85,9 +85,17 @@ class Audit(NamedTuple):
 
 
 def audit(target: Target) -> Audit:
-    """Make all checks. Raises CannotAudit if the instance ends meanwhile."""
+    """Make all checks. Raises CannotAudit: the instance has ended, or this takes too long."""
     at, start = datetime.now(UTC), time.monotonic()
-    findings = list(_findings(target))
+    findings: list[Finding] = []
+    try:
+        for finding in _findings(target):
+            findings.append(finding)
+    except TooSlow as error:
+        # Too little was looked at. But what was found broken is so all the same.
+        if not _any_broken(findings):
+            raise
+        findings.append(_of_the_connection(not_available(str(error))))
     uname = platform.uname()
     return Audit(
         target.supervisor.pid,
