@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,9 +254,9 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
         raise ValueError("an empty needle is everywhere")
     hits: list[Hit] = []
     for _ in range(_PROGRAMS):
-        found = _search_program(pid, sought, piece)
+        found = _search_program(_with_memory(pid), sought, piece)._replace(pid=pid)
         hits += found.hits
-        if not (found.ended and _runs(pid)):
+        if not (found.ended and _runs(_with_memory(pid))):
             return found._replace(hits=hits)
     another = Skipped("[all]", 0, 0, "it executed one program after the other")
     return found._replace(hits=hits, skipped=[*found.skipped, another], ended=False)
@@ -292,6 +292,19 @@ def _search_program(pid: int, sought: Sequence[Needle], piece: int) -> Search:
         except (FileNotFoundError, ProcessLookupError):
             ended = True
         return Search(pid, reader.hits, skipped, reader.octets, ended)
+
+
+def _with_memory(pid: int) -> int:
+    """A thread that still has the process's memory; its first one may have ended (pthread_exit(3)).
+
+    Without any, the process itself.
+    """
+    if not _runs(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+                if _runs(thread):
+                    return thread
+    return pid
 
 
 def _runs(pid: int) -> bool:

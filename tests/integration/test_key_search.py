@@ -530,6 +530,31 @@ def test_another_program_that_is_executed_meanwhile_is_searched_as_well(
     assert not found.ended
 
 
+#: Its first thread ends, and another one goes on with the secret.
+HEADLESS = """
+import ctypes, os, sys, threading
+secret = bytes.fromhex(sys.stdin.readline())
+threading.Thread(target=sys.stdin.read).start()
+exit_this_thread = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+ctypes.CDLL(None).syscall(exit_this_thread, 0)
+"""
+
+
+def test_a_process_whose_first_thread_has_ended_is_searched() -> None:
+    secret = os.urandom(32)
+    command = [sys.executable, "-I", "-c", HEADLESS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write(secret.hex() + "\n")
+        process.stdin.flush()
+        maps = Path(f"/proc/{process.pid}/maps")
+        eventually(lambda: maps.read_bytes() == b"", "its first thread has ended")
+        found = search(process.pid, [Needle("secret", secret)])
+        process.kill()
+    assert found.hits
+    assert (found.pid, found.ended) == (process.pid, False)
+
+
 def test_a_process_that_always_executes_another_program_has_not_ended(
     rsa_key: rsa.RSAPrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

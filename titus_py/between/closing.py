@@ -1,9 +1,10 @@
-"""Closing unix sockets that nobody has read: without waiting for what a client has put there.
+"""Closing unix sockets that nobody has read: without waiting for what has been put there.
 
-Used by the parent and the supervisor where clients connect to a unix socket. They may send
-descriptors (SCM_RIGHTS, unix(7)). Whoever closes such a socket last closes these, too. A TCP socket
-among them makes its own last holder wait for as long as its SO_LINGER says (socket(7)): for hours,
-if the client likes. A signal ends that wait.
+Used by the parent and the supervisor where clients, or backends, are on unix sockets. They may send
+descriptors (SCM_RIGHTS, unix(7)), unless the kernel refuses these (Linux 6.16). Whoever closes such
+a socket last, or reads it, closes these, too. A TCP socket among them makes its own last holder
+wait for as long as its SO_LINGER says (socket(7)): for hours, if the other end likes. A signal ends
+that wait.
 """
 
 import signal
