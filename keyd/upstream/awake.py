@@ -2,6 +2,7 @@
 
 Used where keys are lent, and where they are borrowed. A process that was stopped (SIGSTOP, a paused
 virtual machine) finds that the clock has gone on, and unread what the other end has said meanwhile.
+Where it never has its time on a processor, nobody is ever silent for too long.
 """
 
 __all__ = ["Awake"]

@@ -25,7 +25,12 @@ KEYD_FD = 5
 
 def give(to: SocketType, message: bytes, sockets: Sequence[SocketType]) -> None:
     """Send a message and these sockets, which are closed in any case. Raises OSError."""
-    ours, theirs = packet_pair()
+    try:
+        ours, theirs = packet_pair()
+    except OSError:
+        for one in sockets:
+            one.close()
+        raise
     try:
         try:
             send_descriptors(ours, b"\0", [one.fileno() for one in sockets])
