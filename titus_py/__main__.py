@@ -242,21 +242,23 @@ def _serve(arguments: argparse.Namespace) -> int:
             helper.dismiss()
         print(f"the new program cannot take over: {error}", file=sys.stderr)
         return 2
-    if legacy is not None:
+    if legacy is not None or (tried_out is not None and tried_out.urgent):
         for helper in helpers:
             helper.dismiss()
+        if legacy is None:
+            return 0
         return take_over(legacy, lambda before: check(read(), running=True, before=before))
     loaded = read()
     if lacks(loaded):
         for helper in helpers:
             helper.dismiss()
         return 2
-    checked = check(loaded, *helpers, running=tried_out)
+    checked = check(loaded, *helpers, running=tried_out is not None)
     if checked.mistakes:
         report(checked)
         Notifier()(status=f"not started: {checked.mistakes[0]}")
         return 2
-    if tried_out:
+    if tried_out is not None:
         return 0
     return serve(checked, lambda before: check(read(), running=True, before=before))
 

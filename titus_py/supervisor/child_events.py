@@ -6,7 +6,8 @@ what is another process's to say. So each child has its own events; each event h
 with types and bounds; and everything else is refused. The parent may say several in one message.
 
 A field that is new, or left out, is a change of the version in ``succession``: a supervisor hears
-children of the program before.
+children of the program before. Where nobody needs to know, it is optional. That one has started is
+heard also without the rest: the files may be another version's by then.
 """
 
 import itertools
@@ -200,8 +201,8 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
     "keyd": {
         "ready": {
             "keys": _Field(_is_fingerprint),
-            "all_memory_locked": _FLAG,
-            "guards": _TEXT,
+            "all_memory_locked": _optional(_FLAG),
+            "guards": _optional(_TEXT),
         },
         "alive": {},
         "keyd_said": {"text": _TEXT},
@@ -224,7 +225,11 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         },
     },
     "parent": {
-        "ready": {"vhosts": _COUNT, "huge_pages": _COUNT, "huge_pages_of_code": _COUNT},
+        "ready": {
+            "vhosts": _optional(_COUNT),
+            "huge_pages": _optional(_COUNT),
+            "huge_pages_of_code": _optional(_COUNT),
+        },
         "alive": {"spares": _COUNT},
         "retired": {},
         "not_available": {"level": _LEVEL, "feature": _TEXT},

@@ -37,7 +37,7 @@ from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.child import ALIVE_SECONDS
-from titus_py.supervisor.children import Children
+from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.control import Answer, Control
 from titus_py.supervisor.crippled_keyd import CrippledKeyd
 from titus_py.supervisor.cut import Cut
@@ -225,6 +225,7 @@ class _Supervisor:
             backends,
             cut,
             self._reload.for_keys,
+            self._reload.lost,
             self._reload.renew,
             Renewals(loop, record, self._reload.replace).worker_ended,
             CrippledKeyd(loop, self._reload.replace).replace,
@@ -236,6 +237,8 @@ class _Supervisor:
             lambda: exposition(record.metrics, self._status.all()),
         )
         processes = [resolver, self._metrics.process]
+        for process in processes:
+            process.lost = self._reload.lost
         self._status = Status(
             record, service, generations, listeners, backends, keyd_service, processes
         )
@@ -396,6 +399,7 @@ class _Supervisor:
             later_answers=succession.who_waits(self._reload.later_answers),
             asked_again=self._reload.asked_again,
             program_asked=self._reload.program_asked,
+            urgent=self._reload.urgent,
             metrics=None if metrics is None else metrics.fileno(),
             metrics_address=self._metrics.address,
             lending=self._lending.left,
@@ -415,8 +419,9 @@ class _Supervisor:
         """Try out the installed program, and then become it."""
         # Without the service manager's variables: they are for the program that serves.
         legacy, environment = self._legacy(), dict(os.environ)
+        seconds = START_SECONDS if legacy.urgent else READ_SECONDS
         self._reload.aside(
-            lambda: succession.try_out(legacy, environment, READ_SECONDS), self._take_program
+            lambda: succession.try_out(legacy, environment, seconds), self._take_program
         )
 
     def _take_program(self, problems: list[str]) -> None:

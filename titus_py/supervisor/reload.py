@@ -89,6 +89,8 @@ class Reload:
         self.asked_again = False
         #: The next reload begins by changing the program.
         self.program_asked = False
+        #: What starts processes that are lost, if no other program does it instead.
+        self._starts: list[Callable[[], None]] = []
         #: This reload, or the next one, ends connections that it no longer allows.
         self._cuts = False
         self._cut_asked = False
@@ -136,6 +138,24 @@ class Reload:
         serving = self._generations.serving
         served = Served(serving.certificates, not serving.lacks_keys)
         self.aside(lambda: self._read_again(served), self._take)
+
+    def lost(self, start: Callable[[], None]) -> None:
+        """A process is lost, and ``start`` starts it again, as this program would have it.
+
+        If another program is installed, the process would be of that one, and might not understand
+        this one. So that one takes over, and starts it. It does also if the configuration has a
+        mistake by now: it serves what was served. ``start`` is called only if it cannot take over.
+        """
+        if not self._is_outdated():
+            start()
+            return
+        self._starts.append(start)
+        self.begin()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a process is lost, and another program is to start it."""
+        return bool(self._starts)
 
     def for_keys(self) -> None:
         """keyd was started again with other keys: reload, the certificates may be others too."""
@@ -264,6 +284,9 @@ class Reload:
             self.asked_again = False
             self.begin()
         else:
+            starts, self._starts = self._starts, []
+            for start in starts:
+                start()
             self._keyd_service.use_after_all(serving)
 
     # --- another fork server -----------------------------------------------
@@ -294,16 +317,21 @@ class Reload:
         started anew. A reload in progress may replace it too; if not, the renewal follows
         (``_ended``).
         """
-        if not generation.crippled or generation.retired or self._service.stops:
+        if not self._may_renew(generation):
             return
-        if not self._service.reloading and self._is_outdated():
-            self.begin()
-        if not self._service.reloading:
-            self._service.reloading = self._renewing = True
-            self._take(generation.checked)
-        else:
+        if self._service.reloading:
             parent = generation.parent
             self._loop.after(START_SECONDS, lambda: self._end_crippled(generation, parent))
+        else:
+            self.lost(lambda: self._renew(generation))
+
+    def _renew(self, generation: Generation) -> None:
+        if self._may_renew(generation) and not self._service.reloading:
+            self._service.reloading = self._renewing = True
+            self._take(generation.checked)
+
+    def _may_renew(self, generation: Generation) -> bool:
+        return generation.crippled and not (generation.retired or self._service.stops)
 
     def _is_outdated(self) -> bool:
         """Whether another version was installed since this program was started."""

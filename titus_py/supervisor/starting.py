@@ -135,7 +135,9 @@ class Starting:
         if generation.parent is None:
             self.start(generation)
         elif not external and generation.keyd is None:
-            self.start_keyd_again(generation)
+            # Its parent is of the program before, and might not understand a keyd of this one. So
+            # it is as without a fork server: what it has goes on, and another generation follows.
+            generation.crippled = True
         elif external and generation.without_keyd:
             self._keyd_service.connect(generation)
         elif generation.ready:

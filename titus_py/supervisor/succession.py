@@ -136,6 +136,8 @@ class Legacy(_Left):
     later_answers: list[int]
     asked_again: bool
     program_asked: bool
+    #: A process is lost, and the next program is to start it: whatever the configuration says now.
+    urgent: bool = False
     metrics: int | None
     metrics_address: Bindable | None
     #: Where keys are lent to other hosts.
@@ -300,17 +302,16 @@ def inherited() -> Legacy | None:
     return legacy
 
 
-def rehearse() -> bool:
-    """Whether this program is only tried out. If so, it has understood the legacy.
+def rehearse() -> Legacy | None:
+    """The legacy, which this program has understood, if it is only tried out.
 
     Raises CannotTakeOver.
     """
     legacy = _legacy(_REHEARSAL)
-    if legacy is None:
-        return False
-    for left in legacy.generations:
-        inherit(left, {}, tried_out=True)
-    return True
+    if legacy is not None:
+        for left in legacy.generations:
+            inherit(left, {}, tried_out=True)
+    return legacy
 
 
 def _legacy(variable: str) -> Legacy | None:

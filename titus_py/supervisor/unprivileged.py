@@ -46,6 +46,7 @@ class UnprivilegedProcess:
 
     Set ``heard``, which is called with each message and raises Malformed, and ``changed``, which is
     called when the process has become ready, and when it has died and what it was asked is lost.
+    Set ``lost`` to have another program start one that has died, and not what it is given.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class UnprivilegedProcess:
         self._descriptors = descriptors
         self.heard: Callable[[bytes], None] = lambda _: None
         self.changed: Callable[[], None] = lambda: None
+        self.lost: Callable[[Callable[[], None]], None] = lambda start: start()
         self.ready = False
         self._wanted = False
         #: The one that runs was told to end.
@@ -226,12 +228,14 @@ class UnprivilegedProcess:
             self._event(f"{self._name}_died", level="alarm", pid=pid, how=how)
             if time.monotonic() - self._started > _PAUSE_SECONDS[1]:
                 self._pause = _PAUSE_SECONDS[0]
-            self._start_later()
+            self.lost(self._start_later)
             self.changed()
         elif self._wanted:
             self.start()
 
     def _start_later(self) -> None:
+        if not self._wanted or self._again is not None:
+            return
         pause, self._pause = self._pause, min(2 * self._pause, _PAUSE_SECONDS[1])
         self._again = self._loop.after(pause, self._start_again)
 

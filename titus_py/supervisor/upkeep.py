@@ -35,7 +35,8 @@ _ENDS = frozenset({"connection_ended", "handshake_failed", "tunnel_failed"})
 
 
 class Upkeep:
-    """``reload_for_keys`` asks for a reload because keyd's keys have changed. ``renew`` replaces a
+    """``reload_for_keys`` asks for a reload because keyd's keys have changed. ``lost`` has a lost
+    process started again, by what it is given or by another program. ``renew`` replaces a
     generation whose fork server has ended. ``worker_ended`` is told how each worker ended that had
     a client, in the generation that serves; and ``keyd_crippled`` if its keyd has lost a process
     that it cannot start again.
@@ -55,6 +56,7 @@ class Upkeep:
         backends: Backends,
         cut: Cut,
         reload_for_keys: Callable[[], None],
+        lost: Callable[[Callable[[], None]], None],
         renew: Callable[[Generation], None],
         worker_ended: Callable[[str, int], None],
         keyd_crippled: Callable[[int], None],
@@ -71,6 +73,7 @@ class Upkeep:
         self._backends = backends
         self._cut = cut
         self._reload_for_keys = reload_for_keys
+        self._lost = lost
         self._renew = renew
         self._worker_ended = worker_ended
         self._keyd_crippled = keyd_crippled
@@ -201,8 +204,8 @@ class Upkeep:
         if child is generation.keyd:
             generation.lent = []
         else:
-            generation.huge_pages = event["huge_pages"]
-            generation.huge_pages_of_code = event["huge_pages_of_code"]
+            generation.huge_pages = event.get("huge_pages")
+            generation.huge_pages_of_code = event.get("huge_pages_of_code")
         keys = event.pop("keys", None)
         self._event(
             f"{child.name}_started",
@@ -251,7 +254,7 @@ class Upkeep:
         elif self._takeover.awaits(generation):
             self._takeover.abandon(generation)
         elif hung_up:
-            self._loop.after(_RETRY_SECONDS, lambda: self._starting.start_keyd_again(generation))
+            self._loop.after(_RETRY_SECONDS, lambda: self._start_keyd_again(generation))
         else:
             self._restart(generation, child, how)
 
@@ -260,13 +263,17 @@ class Upkeep:
         if self._service.exit_code is not None:
             return
         if child.name == "keyd":
-            self._starting.start_keyd_again(generation)
+            self._start_keyd_again(generation)
             return
         # A new parent starts with a new keyd.
         for keyd in generation.children:
             keyd.kill()
             self._takeover.let_go(generation, keyd)
-        self._starting.start(generation)
+        self._lost(lambda: self._starting.start(generation))
+
+    def _start_keyd_again(self, generation: Generation) -> None:
+        if generation.parent is not None:
+            self._lost(lambda: self._starting.start_keyd_again(generation))
 
     def _fork_server_died(self, generation: Generation) -> None:
         if generation.crippled and not generation.retired and not self._service.stops:

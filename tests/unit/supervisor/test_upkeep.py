@@ -34,7 +34,7 @@ def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
         event,
         *[nothing] * 6,
         AnnouncedAudits(),
-        *[nothing] * 6,
+        *[nothing] * 7,
     )
 
 

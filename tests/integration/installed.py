@@ -1,0 +1,52 @@
+"""A program of a test's own with all that it starts: a copy that another version can replace."""
+
+import sys
+import sysconfig
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+_CHECKOUT = Path(__file__).parents[2]
+_PACKAGES = "titus_py", "keyd"
+_LAUNCHER = """\
+#!{python} -I
+import sys
+from titus_py.__main__ import main
+
+sys.exit(main())
+"""
+
+
+class Installed:
+    """Below this directory, as a package has it: a virtual environment, and what is in it."""
+
+    def __init__(self, directory: Path) -> None:
+        python = directory / "bin/python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(Path(sys.executable).resolve())
+        settings = f"home = {python.resolve().parent}\ninclude-system-site-packages = false\n"
+        (directory / "pyvenv.cfg").write_text(settings)
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        self._site = directory / "lib" / version / "site-packages"
+        self._site.mkdir(parents=True)
+        for theirs in Path(sysconfig.get_path("purelib")).iterdir():
+            if theirs.suffix != ".pth" and not theirs.name.startswith("titus_py-"):
+                (self._site / theirs.name).symlink_to(theirs)
+        for name in _PACKAGES:
+            without = ignore_patterns("__pycache__")
+            copytree(_CHECKOUT / name, self._site / name, ignore=without)
+        self._metadata = self._site / "titus_py.dist-info/METADATA"
+        self._metadata.parent.mkdir()
+        self.is_version("1.0")
+        self.launcher = directory / "titus-py"
+        self.launcher.write_text(_LAUNCHER.format(python=python))
+        self.launcher.chmod(0o755)
+
+    def is_version(self, version: str) -> None:
+        self._metadata.write_text(f"Metadata-Version: 2.1\nName: titus-py\nVersion: {version}\n")
+
+    def has(self, file: str, before: str, after: str) -> None:
+        """Another version has this in the place of that."""
+        path = self._site / file
+        text = path.read_text()
+        assert before in text, (file, before)
+        path.write_text(text.replace(before, after))

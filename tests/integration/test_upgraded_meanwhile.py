@@ -1,0 +1,127 @@
+"""Another version is installed, the one before still runs, and loses a process.
+
+As between the unpacking of a package and what its script does then, or for as long as an
+administrator puts that off. What the process is started from is the other version by then, and
+what that says or expects is not what the supervisor's own version does.
+"""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Serve
+from .installed import Installed
+from .instance import Instance, eventually, free_port
+from .peers import TlsClient
+from .service import edit, reload, serves, status, talk
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    return Installed(tmp_path / "installed")
+
+
+def upgrade(installed: Installed) -> None:
+    """To a version whose processes speak otherwise, to each other and to the supervisor."""
+    for file, before, after in (
+        ("titus_py/parent/life.py", '"ready", vhosts=', '"ready", sites='),
+        ("titus_py/supervisor/child_events.py", '"vhosts":', '"sites":'),
+        ("titus_py/between/unprivileged.py", 'READY = b"R"', 'READY = b"r"'),
+        ("keyd/protocol.py", "CONTROL_VERSION = ", "CONTROL_VERSION = 100 + "),
+    ):
+        installed.has(file, before, after)
+    installed.is_version("2.0")
+
+
+def told(instance: Instance, process: str) -> Any:
+    """What the status says of this process."""
+    return next(one for one in status(instance)["processes"] if one["process"] == process)
+
+
+def state(instance: Instance, process: str) -> str:
+    return str(told(instance, process)["state"])
+
+
+def is_mistaken(instance: Instance) -> None:
+    """The configuration, by now, so that the other version cannot serve it."""
+    edit(instance, lambda tables: tables["worker"].update(drain="long"))
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["", "mistaken"])
+def test_the_parent_is_started_by_the_version_that_it_is_of(
+    serve: Serve, patient: str, installed: Installed, mistaken: bool
+) -> None:
+    instance = serve(patient, program=installed.launcher)
+    instance.expected_alarms |= {"parent_died"}
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        assert reload(instance)["reloaded"]
+        upgrade(installed)
+        if mistaken:
+            is_mistaken(instance)
+        instance.parent().kill()
+        assert serves(instance)
+        assert instance.wait_for_event("program_changed", pid=instance.pid)["version"] == "2.0"
+        assert talk(client), "the generation before goes on"
+    assert status(instance)["pid"] == instance.pid
+
+
+@pytest.mark.parametrize("mistaken", [False, True], ids=["", "mistaken"])
+@pytest.mark.parametrize("lost", ["keyd", "fork_server"])
+def test_what_a_parent_cannot_go_on_without_comes_with_another_one(
+    serve: Serve, patient: str, installed: Installed, lost: str, mistaken: bool
+) -> None:
+    """The connections of the parent that has lost it go on."""
+    instance = serve(patient, program=installed.launcher)
+    instance.expected_alarms |= {f"{lost}_died"}
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        upgrade(installed)
+        if mistaken:
+            is_mistaken(instance)
+        process = instance.keyd() if lost == "keyd" else instance.fork_server()
+        process.kill()
+        # From now on, clients wait.
+        instance.wait_for_event("keyd_lost" if lost == "keyd" else "fork_server_died")
+        assert serves(instance)
+        assert instance.wait_for_event("program_changed", pid=instance.pid)["version"] == "2.0"
+        assert talk(client)
+    assert not instance.events_named("keyd_incomprehensible")
+    # Of what is mistaken, the administrator is told.
+    assert bool(instance.events_named("reload_failed")) == mistaken
+
+
+@pytest.mark.parametrize("lost", ["resolver", "metrics"])
+def test_a_process_without_privilege_is_started_by_the_version_that_it_is_of(
+    serve: Serve, installed: Installed, lost: str
+) -> None:
+    instance = serve(
+        f"localhost:{free_port()}",
+        program=installed.launcher,
+        metrics={"address": f"127.0.0.1:{free_port()}"},
+    )
+    instance.expected_alarms |= {f"{lost}_died"}
+    eventually(lambda: state(instance, lost) == "ready", "a process to lose")
+    upgrade(installed)
+    is_mistaken(instance)
+    os.kill(told(instance, lost)["pid"], signal.SIGKILL)
+    instance.wait_for_event("program_changed")
+    eventually(lambda: state(instance, lost) == "ready", "its successor")
+
+
+def test_one_that_cannot_take_over_is_tried_and_its_processes_after_it(
+    serve: Serve, patient: str, installed: Installed
+) -> None:
+    instance = serve(patient, program=installed.launcher)
+    instance.expected_alarms |= {"parent_died", "keyd_died"}
+    installed.has("titus_py/supervisor/succession.py", "Literal[4] = 4", "Literal[5] = 5")
+    installed.is_version("2.0")
+    for process, heard in ((instance.keyd, "keyd_lost"), (instance.parent, "parent_died")):
+        process().kill()
+        instance.wait_for_event(heard)
+        assert serves(instance)
+        assert "only a restart" in instance.events_named("reload_failed")[-1]["problem"]
+    assert not instance.events_named("program_changed")
