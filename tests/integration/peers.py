@@ -202,6 +202,26 @@ def end_the_wait(peer: socket.socket) -> None:
 
 
 @contextlib.contextmanager
+def nobody_waits_for(peer: socket.socket) -> Iterator[None]:
+    """Fail if somebody here waits meanwhile in closing the other end, which is a lingering one."""
+    done, waited = threading.Event(), threading.Event()
+
+    def wait_no_longer() -> None:
+        if not done.wait(TIMEOUT / 2):
+            waited.set()
+            end_the_wait(peer)
+
+    guard = threading.Thread(target=wait_no_longer)
+    guard.start()
+    try:
+        yield
+    finally:
+        done.set()
+        guard.join()
+    assert not waited.is_set(), "whoever closed it waited"
+
+
+@contextlib.contextmanager
 def refusing() -> Iterator[str]:
     """The address of a port that nothing listens on, and that nobody else gets meanwhile."""
     with socket.socket() as bound:

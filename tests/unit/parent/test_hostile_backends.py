@@ -1,12 +1,11 @@
 """What a backend on a unix socket leaves in it, where its connection cannot be given away."""
 
 import socket
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from integration.peers import end_the_wait, lingering
+from integration.peers import lingering, nobody_waits_for
 
 from keyd.linux.descriptors import packet_pair
 from titus_py.between.event_loop import EventLoop
@@ -31,20 +30,9 @@ def test_its_worker_has_ended_and_nobody_waits() -> None:
     side, peer = lingering()
     socket.send_fds(backend, [b"x"], [side.fileno()])
     side.close()
-    done, waited = threading.Event(), threading.Event()
-
-    def wait_no_longer() -> None:
-        if not done.wait(10):
-            waited.set()
-            end_the_wait(peer)
-
-    guard = threading.Thread(target=wait_no_longer)
-    guard.start()
     worker: Any = SimpleNamespace(socket=ours)
-    Backends(EventLoop(), PLAN, lambda *_, **__: None)._answer(worker, connected, "")
-    done.set()
-    guard.join()
-    assert not waited.is_set()
+    with nobody_waits_for(peer):
+        Backends(EventLoop(), PLAN, lambda *_, **__: None)._answer(worker, connected, "")
     # It has been closed, with something unread.
     with pytest.raises(ConnectionResetError):
         backend.recv(1)
