@@ -80,12 +80,17 @@ def backend() -> Iterator[str]:
 
 
 class Patient(TitusInstance):
-    """On a busy machine, an audit takes longer with a handshake than others may."""
+    """On a busy machine, an audit takes longer with a handshake, and a worker to its backend.
+
+    With the time for the handshake, a worker's channel to keyd ends, too: one that is kept for
+    longer is not seen any more.
+    """
 
     def _configuration(self, directory: Path, backend: str) -> str:
         text = super()._configuration(directory, backend)
         assert text.count("[worker]\n") == 1
-        return text.replace("[worker]\n", '[worker]\nhandshake_timeout = "60s"\n')
+        times = 'handshake_timeout = "300s"\nconnect_timeout = "60s"\n'
+        return text.replace("[worker]\n", f"[worker]\n{times}")
 
 
 class WithMetrics(Patient):
