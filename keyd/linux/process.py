@@ -4,6 +4,7 @@ Run by the fork server, which is root and has one thread. Programs that an admin
 or a service manager starts run parts of it as they start.
 """
 
+import gc
 import os
 import select
 import signal
@@ -114,6 +115,8 @@ def run_for_reader(run: Callable[[], int]) -> int:
             # sys.stdout is None if its descriptor was closed at the start.
             if sys.stdout is not None:
                 sys.stdout.flush()
+            # What is left need not be searched for cycles as the interpreter ends.
+            gc.freeze()
     except BrokenPipeError:
         if not any(map(_is_unread, (1, 2))):
             raise
