@@ -54,10 +54,12 @@ _KEY = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
 _HEAD = re.compile(rf"[ \t]*(?:(\[\[?)[ \t]*({_KEY})|({_KEY})[ \t]*=)")
 _PARTS = re.compile(_PART)
 _MOST_PARTS = 32
-#: Strings of all four kinds, comments, brackets, the end of a line, and what is between them.
+#: Strings of several lines; what may be a key, as strings of one line may; such strings without
+#: an end; comments, brackets, the end of a line, and what is between them.
 _TOKEN = re.compile(
-    r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|\'\'\'.*?(?:'{3,5}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?'''
-    r"""|#[^\n]*|[\[\]{}\n]|[^"'#\[\]{}\n]+""",
+    r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|\'\'\'.*?(?:'{3,5}|\Z)'''
+    rf"""|(?P<key>{_KEY})|"(?:\\.|[^"\\\n])*|'[^'\n]*"""
+    r"""|#[^\n]*|[\[\]{}\n]|[^"'#\[\]{}\nA-Za-z0-9_-]+""",
     re.DOTALL,
 )
 
@@ -100,7 +102,8 @@ def _explained(said: str, text: str) -> NotTOML:
 
 def _line_of_open_string(text: str) -> int | None:
     for token in _TOKEN.finditer(text):
-        if quote := re.match("\"\"\"|'''|[\"']", token[0]):
+        # What may be a key is closed, and may end otherwise than it begins.
+        if token["key"] is None and (quote := re.match("\"\"\"|'''|[\"']", token[0])):
             closed = token[0].endswith(quote[0]) and len(token[0]) >= 2 * len(quote[0])
             if not closed:
                 return text.count("\n", 0, token.start()) + 1
@@ -117,18 +120,15 @@ def lines_of(text: str) -> dict[str, int]:
     counts: dict[str, int] = {}
     table, line, at = "", 1, 0
     while at < len(text):
+        end = _end_of_statement(text, at, line)
         if head := _HEAD.match(text, at):
             brackets, heading, key = head.groups()
-            parts = _PARTS.findall(heading or key)
-            if len(parts) > _MOST_PARTS:
-                raise NotTOML(f"a key of {len(parts)} parts: no setting has so many", line)
-            path = ".".join(part.strip("\"'") for part in parts)
+            path = ".".join(part.strip("\"'") for part in _PARTS.findall(heading or key))
             if brackets:
                 path = table = _indexed(path, brackets == "[[", counts)
             elif table:
                 path = f"{table}.{path}"
             lines.setdefault(path, line)
-        end = _end_of_statement(text, at)
         line += text.count("\n", at, end)
         at = end
     return lines
@@ -149,11 +149,19 @@ def _indexed(heading: str, is_array: bool, counts: dict[str, int]) -> str:
     return f"{path}[{counts[path] - 1}]" if path in counts else path
 
 
-def _end_of_statement(text: str, at: int) -> int:
-    """The offset of the line after the statement that begins at ``at``: lists may take several."""
+def _end_of_statement(text: str, at: int, line: int) -> int:
+    """The offset of the line after the statement that begins at ``at``: lists may take several.
+
+    It begins on ``line``. Raises NotTOML for a key of too many parts, also within braces.
+    """
     depth = 0
     for token in _TOKEN.finditer(text, at):
-        if token[0] in "[{":
+        if (key := token["key"]) is not None:
+            parts = len(_PARTS.findall(key))
+            if parts > _MOST_PARTS:
+                line += text.count("\n", at, token.start())
+                raise NotTOML(f"a key of {parts} parts: no setting has so many", line)
+        elif token[0] in "[{":
             depth += 1
         elif token[0] in "]}":
             depth -= 1

@@ -531,6 +531,9 @@ def test_a_list_of_variables_is_no_table(load_text: Load) -> None:
         (b"a = " + b"[" * 100_000, ": not valid TOML: arrays or tables nested too deeply"),
         (b"\n" + b"a." * 100_000 + b"a = 1", ":2: a key of 100001 parts: no setting has so many"),
         (b"[" + b"a." * 32 + b"a]\n", ":1: a key of 33 parts"),
+        (b"a = {" + b"a." * 100_000 + b"a = 1}", ":1: a key of 100001 parts"),
+        (b"a = [\n{ b = 1, " + b"'a' . \"a\".a. " * 11 + b"a = 1}]", ":2: a key of 34 parts"),
+        (b'"a".b = 1\nb = "x', ":2: not valid TOML: a string has no closing quote"),
         (b"#" * 4_194_305, ": is longer than 4194304 octets"),
     ],
 )
