@@ -8,6 +8,7 @@ processes say. It only reads, and disturbs none of them.
 import base64
 import errno
 import hashlib
+import heapq
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -246,7 +247,7 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
     The search reads the pages that the process has in use (present or swapped, whatever
-    their protection), and of shared mappings all that their files have. It skips pages that
+    their protection), and of shared mappings all that their files have as well. It skips pages that
     nobody ever touched: they hold zeros or their file's content, and reading would bring them in.
     Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
     """
@@ -343,7 +344,9 @@ def _worth_reading(
         return
     if mapping.shared:
         try:
-            for part in filled(pid, start, end, mapping.offset):
+            # A file system that is a program of somebody's (FUSE) may call a hole what is in use.
+            parts = filled(pid, start, end, mapping.offset), in_use(pagemap, start, end)
+            for part in _united(*parts):
                 yield _Span(*part, name)
             return
         except OSError:
@@ -354,6 +357,15 @@ def _worth_reading(
             skipped.append(Skipped(name, start, end - start, reason))
     for part in in_use(pagemap, start, end):
         yield _Span(*part, name)
+
+
+def _united(*kinds: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The parts of several kinds, each of which come in ascending order; nothing comes twice."""
+    done = 0
+    for start, end in heapq.merge(*kinds):
+        if end > done:
+            yield max(start, done), end
+            done = end
 
 
 class _Enough(Exception):

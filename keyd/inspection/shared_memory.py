@@ -3,9 +3,11 @@
 Run by what looks for keys in memory, as root. What is in a shared mapping need not be among the
 pages that one process has in use. To read all of it would make memory of each page that is not
 there yet: of a database's that has room for a terabyte, a terabyte. Of files, the kernel says where
-they have data, also if it is swapped out (SEEK_DATA, lseek(2)). It trusts the kernel.
+they have data, also if it is swapped out (SEEK_DATA, lseek(2)). Those in huge pages are looked at.
+It trusts the kernel.
 """
 
+import ctypes
 import errno
 import os
 import stat
@@ -15,6 +17,11 @@ from contextlib import ExitStack
 from keyd.inspection.pages_in_use import PAGE
 
 __all__ = ["filled"]
+
+#: The type of a file system, as statfs(2) has it in its first field.
+_HUGETLBFS = 0x958458F6
+_ZEROS = bytes(2 * 1024 * 1024)
+_libc = ctypes.CDLL(None)
 
 
 def filled(pid: int, start: int, end: int, offset: int) -> Iterator[tuple[int, int]]:
@@ -31,22 +38,46 @@ def filled(pid: int, start: int, end: int, offset: int) -> Iterator[tuple[int, i
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(f"/proc/self/fd/{named}", flags)
         stack.callback(os.close, file)
-        at = start
-        while at < end:
-            try:
-                data = os.lseek(file, offset + at - start, os.SEEK_DATA)
-                hole = os.lseek(file, data, os.SEEK_HOLE)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    # There is none up to the file's end.
-                    return
-                raise
-            first = start + (data - offset) // PAGE * PAGE
-            if first >= end:
+        parts = _not_empty if _is_of_huge_pages(file) else _with_data
+        for first, after in parts(file, offset, offset + end - start):
+            yield first - offset + start, after - offset + start
+
+
+def _with_data(file: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    while at < end:
+        try:
+            data = os.lseek(file, at, os.SEEK_DATA)
+            hole = os.lseek(file, data, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                # There is none up to the file's end.
                 return
-            after = min(end, start - (offset - hole) // PAGE * PAGE)
-            # A file system that is a program of somebody's (FUSE) may say anything.
-            if not at <= first < after:
-                raise OSError(errno.EIO, "no such part")
-            at = after
-            yield first, at
+            raise
+        first = data // PAGE * PAGE
+        if first >= end:
+            return
+        after = min(end, -(-hole // PAGE) * PAGE)
+        # A file system that is a program of somebody's (FUSE) may say anything.
+        if not at <= first < after:
+            raise OSError(errno.EIO, "no such part")
+        at = after
+        yield first, at
+
+
+def _not_empty(file: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """Of a file in huge pages, for which the kernel does not say where it has data.
+
+    To read the file makes no page of it, unlike to read the mapping.
+    """
+    if end - at > os.sysconf("SC_PHYS_PAGES") * PAGE:
+        raise OSError(errno.EFBIG, "more than there can be")
+    while octets := os.pread(file, min(len(_ZEROS), end - at), at):
+        if octets != _ZEROS[: len(octets)]:
+            yield at, at + len(octets)
+        at += len(octets)
+
+
+def _is_of_huge_pages(file: int) -> bool:
+    """Whether it is on hugetlbfs, as those of memfd_create(2), mmap(2) and shmget(2) are, too."""
+    found = (ctypes.c_long * 32)()
+    return _libc.fstatfs(file, found) == 0 and found[0] == _HUGETLBFS

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,6 +189,111 @@ from keyd.linux.credentials import keep_capabilities
 keep_capabilities({prctl.CAP_SYS_PTRACE, prctl.CAP_DAC_OVERRIDE})
 json.dump(search(int(sys.argv[1]), [Needle("it", bytes.fromhex(sys.argv[2]))]), sys.stdout)
 """
+
+
+#: Maps a file, and writes to it through the mapping alone.
+WRITES_TO_ITS_MAPPING = """
+import ctypes, mmap, os, sys
+file = os.open(sys.argv[1], os.O_RDWR)
+memory = mmap.mmap(file, 8 * mmap.PAGESIZE)
+sought = bytes.fromhex(sys.argv[2])
+memory[5 * mmap.PAGESIZE : 5 * mmap.PAGESIZE + len(sought)] = sought
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 5 * mmap.PAGESIZE, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def mapped_hole(directory: Path) -> Iterator[Kinds]:
+    """A process, and where it has what is sought: in a hole, as its file system says."""
+    program = Path(__file__).with_name("file_system_of_holes.py")
+    with subprocess.Popen(
+        [sys.executable, "-I", program, directory], stdout=subprocess.PIPE, text=True
+    ) as served:
+        assert served.stdout is not None
+        if not served.stdout.readline():
+            pytest.skip("no FUSE here")
+        try:
+            with subprocess.Popen(
+                [sys.executable, "-I", "-c", WRITES_TO_ITS_MAPPING, directory / "f", SOUGHT.hex()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as process:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                yield Kinds(process.pid, {int(process.stdout.readline()): "a hole"})
+                process.stdin.close()
+        finally:
+            # Whatever still uses it: the program that serves it ends.
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def test_what_a_file_system_calls_a_hole_is_read_where_it_is_in_use(tmp_path: Path) -> None:
+    with mapped_hole(tmp_path) as held:
+        found = search(held.pid, [Needle("it", SOUGHT)])
+    assert set(held.places) <= found_at(found)
+    assert not found.unread
+
+
+#: A file in four huge pages, as a database's: one is filled, the others are holes.
+IN_HUGE_PAGES = """
+import ctypes, mmap, os, sys
+HUGE = 2 << 20
+file = os.memfd_create("huge", os.MFD_HUGETLB)
+os.ftruncate(file, 4 * HUGE)
+memory = mmap.mmap(file, 4 * HUGE)
+sought = bytes.fromhex(sys.argv[1])
+child = os.fork()
+if not child:
+    # Here, the page is in use; in the process that is searched, it is not.
+    memory[3 * HUGE + 5 : 3 * HUGE + 5 + len(sought)] = sought
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 3 * HUGE + 5, flush=True)
+sys.stdin.read()
+"""
+_ROOM_FOR_HUGE_PAGES = Path("/proc/sys/vm/nr_overcommit_hugepages")
+
+
+@pytest.fixture
+def room_for_huge_pages() -> Iterator[None]:
+    """For four; as many as are there already stay."""
+    before = _ROOM_FOR_HUGE_PAGES.read_text()
+    try:
+        _ROOM_FOR_HUGE_PAGES.write_text(str(int(before) + 4))
+    except OSError:
+        pytest.skip("no room for huge pages")
+    try:
+        yield
+    finally:
+        _ROOM_FOR_HUGE_PAGES.write_text(before)
+
+
+@pytest.mark.usefixtures("room_for_huge_pages")
+def test_of_a_file_in_huge_pages_what_is_empty_is_not_filled() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", IN_HUGE_PAGES, SOUGHT.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if not (said := process.stdout.readline()):
+            pytest.skip("no huge pages here")
+        file, *_ = (
+            one
+            for one in Path(f"/proc/{process.pid}/fd").iterdir()
+            if os.readlink(one) == "/memfd:huge (deleted)"
+        )
+        filled = file.stat().st_blocks
+        found = search(process.pid, [Needle("it", SOUGHT)])
+        assert int(said) in found_at(found)
+        assert not found.unread
+        assert filled > 0
+        assert file.stat().st_blocks == filled
+        process.stdin.close()
 
 
 def test_what_of_a_large_mapping_is_filled_has_to_be_known(kinds: Kinds) -> None:
