@@ -269,19 +269,22 @@ class Keyd:
         """Call ``hear`` whenever this client has said something, until it is unheard."""
         self._arm_source(client, hear)
 
-    def unhear(self, source: socket.SocketType) -> None:
-        """Of a listener, accept no more. Others may have it, too."""
-        if self._sources.pop(source.fileno(), None) is not None:
-            self.epoll.unregister(source)
+    def unhear(self, client: socket.SocketType) -> None:
+        """By the thread that hears it: another one may be about to arm it again."""
+        del self._sources[client.fileno()]
+        self.epoll.unregister(client)
 
     def hear_listener(
         self,
         listener: socket.socket,
         accepted: Callable[[int], Callable[[], None] | None],
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         """Call ``accepted`` with the descriptor of each connection to this listener.
 
         It returns what takes long, to be done once another thread can hear the listener; or None.
+        Once this has ``ended``, by any thread, the next connection is the first that is not
+        accepted: others may have this listener, too.
         """
         listener.setblocking(False)
 
@@ -299,7 +302,7 @@ class Keyd:
         def accept() -> Callable[[], None] | None:
             # Several, while nothing takes long: threads that take turns cost more than they gain.
             for _ in range(_ACCEPTED_AT_ONCE):
-                if self._leaves_at is not None:
+                if self._leaves_at is not None or ended():
                     # Not armed again: new connections are for the next keyd.
                     del self._sources[descriptor]
                     return None

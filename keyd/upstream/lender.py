@@ -71,17 +71,15 @@ class Lender(Streams):
             listener = socket.socket(*kind, fileno=descriptor)
             if self._listener is None:
                 self._listener = listener
-                self._keyd.hear_listener(listener, self._accepted)
+                self._keyd.hear_listener(listener, self._accepted, lambda: not self._lends)
             else:
                 listener.close()
 
     def _lend_no_more(self, descriptors: list[int]) -> None:
         """Another keyd accepts from now on. What was asked is answered."""
         del descriptors
+        # The listener stays open: another thread may be about to accept.
         self._lends = False
-        if self._listener is not None:
-            # It stays open: another thread may be about to accept.
-            self._keyd.unhear(self._listener)
         for stream in self._now():
             stream.leave()
 

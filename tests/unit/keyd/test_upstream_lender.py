@@ -5,18 +5,23 @@ the other host.
 """
 
 import contextlib
+import itertools
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from integration.hellos import TLS12, certificate_verify, client_hello, flight
 
+from keyd import daemon
 from keyd.daemon import Keyd
 from keyd.powers import ALL_POWERS, KeyElsewhere, Told
 from keyd.protocol import (
@@ -488,11 +493,13 @@ def test_one_that_says_nothing_loses_its_place(
 def test_one_that_takes_no_answers_and_says_nothing_loses_its_place(lending: Lending) -> None:
     host = lending.host()
     host.socket.settimeout(0.5)
-    with contextlib.suppress(TimeoutError):
-        for number in range(900):
-            host.socket.sendall(ask(number).encode())
+    asks = b"".join(ask(number).encode() for number in range(900))
     (stream,) = lending.keyd.streams.values()
-    until(lambda: stream._unsent and not stream._in_flight)
+    # It may take no more for now because its threads wait for a processor.
+    while not stream._unsent:
+        with contextlib.suppress(TimeoutError):
+            asks = asks[host.socket.send(asks) :]
+    until(lambda: not stream._in_flight)
     list(lending.lender.tick())
     lending.half_a_minute_passes()
     until(lambda: not lending.keyd.streams)
@@ -552,6 +559,52 @@ def test_another_keyd_lends_from_now_on(lending: Lending) -> None:
     Host(lending.path, "proxy-a")
     lending._listener.settimeout(PATIENCE)
     lending._listener.accept()[0].close()
+
+
+def turn_with_an_order_at_line(lending: Lending, number: int) -> bool:
+    """A thread takes its turn; at so many lines of it, another one orders it to lend no more.
+
+    Returns whether there are so many.
+    """
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal passed
+        if frame.f_code.co_filename != daemon.__file__:
+            return None
+        if event == "line":
+            passed += 1
+            if passed == number:
+                another = threading.Thread(target=lending.order, args=("lend no more", []))
+                another.start()
+                another.join()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        lending.keyd._take_turn(0)
+    finally:
+        sys.settrace(before)
+    return passed >= number
+
+
+def test_lends_no_more_whatever_another_thread_does_meanwhile(tmp_path: Path) -> None:
+    for line in itertools.count(1):
+        directory = tmp_path / str(line)
+        directory.mkdir()
+        with contextlib.closing(Lending(directory, threads=0)) as lending:
+            Host(lending.path, "proxy-a")
+            if not turn_with_an_order_at_line(lending, line):
+                assert line > 10
+                return
+            for _ in range(3):
+                lending.keyd._take_turn(0)
+            Host(lending.path, "proxy-b")
+            lending.keyd._take_turn(0)
+            # It is for the other keyd.
+            lending._listener.settimeout(PATIENCE)
+            lending._listener.accept()[0].close()
 
 
 def test_a_second_order_to_lend_changes_nothing(lending: Lending) -> None:
