@@ -42,7 +42,6 @@ from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
 from keyd.linux.unix_socket import refuse_descriptors
 from keyd.listeners import listeners, owner_of, paths_of
-from keyd.loading import load
 from keyd.powers import ALL_POWERS
 from keyd.protocol import Keys, Malformed, Power, Refusal
 from keyd.provider import lasting_path, openssl_configuration
@@ -229,9 +228,8 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
     # What parents grant, they say themselves.
     ring = KeyRing(frozenset(), page.keys_changed)
     tokens = token_options.start(arguments, ring.take)
-    of_files = sources.load_all(needed=not tokens)
-    for key in load(of_files.values()).values():
-        ring.take(key)
+    renewal = Renewal(reader, ring.take, ring.drop)
+    renewal.begin(sources, needed=not tokens)
     hear_first(tokens)
     # A client of this socket states the terms, so only root may connect.
     with ExitStack() as stack:
@@ -239,7 +237,6 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
         program = _withdraw(arguments, guards)
         states = States(tokens)
         keyd = Keyd(ring.keys, tick=lambda: _tick(notify, states, page))
-        renewal = Renewal(reader, of_files, ring.take, ring.drop, keyd.part)
         page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally, states)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
@@ -252,7 +249,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
             keyd.hear_parent(parent, gone=lambda: None)
 
         # Parents connect again, and are told which keys there are now.
-        renewal.on_hangup(keyd)
+        renewal.on_hangup(keyd, keyd.part)
         for listener in doors:
             keyd.hear_listener(listener, accepted)
         _serve(keyd, program, notify)
@@ -270,9 +267,8 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
     page = StatusPage("listen")
     ring = KeyRing(granted, page.keys_changed)
     tokens = token_options.start(arguments, ring.take)
-    of_files = sources.load_all(needed=not tokens)
-    for key in load(of_files.values()).values():
-        ring.take(key)
+    renewal = Renewal(reader, ring.take, ring.drop)
+    renewal.begin(sources, needed=not tokens)
     hear_first(tokens)
     with ExitStack() as stack:
         doors = listeners(arguments, stack, lambda: owner_of(arguments), mode=0o660)
@@ -291,11 +287,10 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
 
         keyd = Keyd(ring.keys, tick)
         clients = Clients(keyd, ring.keys, ring.grants, refused)
-        renewal = Renewal(reader, of_files, ring.take, ring.drop, lambda: None)
         page.tell_of(ring.keys, renewal.paths, paths_of(doors), keyd.tally, states)
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
-        renewal.on_hangup(keyd)
+        renewal.on_hangup(keyd, lambda: None)
         for door in doors:
             keyd.hear_listener(door, clients.accepted)
         _serve(keyd, program, notify)

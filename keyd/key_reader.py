@@ -1,4 +1,4 @@
-"""Reads the key files again, for a keyd that is confined and cannot open them any more.
+"""Reads the key files for a keyd of its own: at its start, and again once that is confined.
 
 It is forked from a keyd of its own before that has read a key, with what reading takes: keyd's
 uid, or root with the one capability to read files of others. For each order, which is one octet, it
@@ -71,7 +71,11 @@ def _serve(sources: KeySources, keyd: socket.socket) -> NoReturn:
     os.closerange(4, 1 << 20)
     keyd = socket.socket(fileno=descriptor)
     set_title("keyd-reader", "keyd: reads keys again")
-    _confine(sources)
+    try:
+        _confine(sources)
+    except OSError as error:
+        _fail(keyd, f"the process for that cannot be confined: {error}")
+        os._exit(1)
     while keyd.recv(len(ORDER)):
         child = os.fork()
         if child == 0:
@@ -81,8 +85,7 @@ def _serve(sources: KeySources, keyd: socket.socket) -> NoReturn:
             _read(sources, keyd)
             os._exit(0)
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            with suppress(OSError):
-                keyd.send(b"F" + f"the process for that {how_ended(code)}".encode())
+            _fail(keyd, f"the process for that {how_ended(code)}")
     os._exit(0)
 
 
@@ -100,8 +103,12 @@ def _read(sources: KeySources, keyd: socket.socket) -> None:
         keyd.send(b"E")
     except OSError as error:
         # The directory is gone. Or keyd is, and hears nothing.
-        with suppress(OSError):
-            keyd.send(b"F" + str(error).encode())
+        _fail(keyd, str(error))
+
+
+def _fail(keyd: socket.socket, why: str) -> None:
+    with suppress(OSError):
+        keyd.send(b"F" + why.encode())
 
 
 def _confine(sources: KeySources) -> None:

@@ -49,13 +49,13 @@ def test_a_reading_that_was_killed_is_named_and_forgotten(
     reader: socket.socket, capsys: pytest.CaptureFixture[str]
 ) -> None:
     taken: list[PrivateKey] = []
-    renewal = Renewal(reader, {}, taken.append, lambda _: None, lambda: None)
+    renewal = Renewal(reader, taken.append, lambda _: None)
     for messages in (2, 2):
         reader.send(ORDER)
         for _ in range(messages):
             # A message that is awaited.
             reader.recv(1, socket.MSG_PEEK)
-            assert not renewal._hear(reader)
+            assert not renewal._hear(reader, lambda: None)
     assert [key.public_key() for key in taken] == [STAYS.public_key()]
     said = "keys cannot be read again: the process for that killed by SIGKILL"
     assert said in capsys.readouterr().err
