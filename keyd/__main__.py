@@ -223,7 +223,8 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
     """Serve parents that connect, on the terms that each states."""
     guards = _protect(arguments)
     sources = _sources(arguments)
-    reader = key_reader.start(sources) if sources.any else None
+    must_lock = arguments.lock_memory == "required"
+    reader = key_reader.start(sources, must_lock) if sources.any else None
     page = StatusPage("control")
     # What parents grant, they say themselves.
     ring = KeyRing(frozenset(), page.keys_changed)
@@ -263,7 +264,8 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
     if arguments.as_client:
         granted = frozenset({Power.SIGN_TLS13_CLIENT})
     sources = _sources(arguments)
-    reader = key_reader.start(sources) if sources.any else None
+    must_lock = arguments.lock_memory == "required"
+    reader = key_reader.start(sources, must_lock) if sources.any else None
     page = StatusPage("listen")
     ring = KeyRing(granted, page.keys_changed)
     tokens = token_options.start(arguments, ring.take)

@@ -28,10 +28,11 @@ from typing import NoReturn
 import prctl
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from keyd.confinement import CannotLock, lock_before_keys
 from keyd.key_files import KeySources
 from keyd.keys import UnusableKey
 from keyd.linux import landlock
-from keyd.linux.credentials import hide_memory, keep_capabilities, lock_memory_meanwhile
+from keyd.linux.credentials import hide_memory, keep_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended
 from keyd.linux.title import set_title
@@ -45,8 +46,10 @@ MAX_MESSAGE_OCTETS = 16 * 1024
 _LENGTH = struct.Struct("!H")
 
 
-def start(sources: KeySources) -> socket.socket:
+def start(sources: KeySources, must_lock: bool) -> socket.socket:
     """Start the process; returns keyd's end of the socket to it. Raises OSError.
+
+    If it ``must_lock`` its memory and cannot, it reads no key.
 
     To be called before keyd has threads, keys or anything to give up.
     """
@@ -57,13 +60,13 @@ def start(sources: KeySources) -> socket.socket:
         theirs.close()
         return ours
     try:
-        _serve(sources, theirs)
+        _serve(sources, theirs, must_lock)
     finally:
         # Not back into keyd's code, whatever has happened.
         os._exit(1)
 
 
-def _serve(sources: KeySources, keyd: socket.socket) -> NoReturn:
+def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         # For keyd. This process ends with it.
         signal.signal(number, signal.SIG_IGN)
@@ -80,9 +83,11 @@ def _serve(sources: KeySources, keyd: socket.socket) -> NoReturn:
         child = os.fork()
         if child == 0:
             prctl.set_pdeathsig(signal.SIGKILL)
-            with suppress(OSError):
-                lock_memory_meanwhile()
-            _read(sources, keyd)
+            try:
+                lock_before_keys(must_lock)
+                _read(sources, keyd)
+            except CannotLock as error:
+                _fail(keyd, str(error))
             os._exit(0)
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             _fail(keyd, f"the process for that {how_ended(code)}")

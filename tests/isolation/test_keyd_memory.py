@@ -27,8 +27,8 @@ UNPROTECTED: Keyd = [
     sys.executable,
     "-I",
     "-c",
-    "import sys; from keyd import __main__ as keyd, serve\n"
-    "for one in keyd, serve:\n"
+    "import sys; from keyd import __main__ as keyd, key_reader, serve\n"
+    "for one in keyd, key_reader, serve:\n"
     "    one.lock_memory_meanwhile = one.lock_before_keys = lambda *_: None\n"
     "    one.guard = list\n"
     "sys.exit(keyd.main())",
@@ -80,13 +80,17 @@ SERVING: list[Start] = [as_the_supervisor_starts_it, as_a_service]
 
 @contextmanager
 def about_to_read_a_key(start: Start, keyd: Keyd, directory: Path) -> Iterator[int]:
-    """A keyd that is about to open its key file, and is held there; yields its pid."""
+    """A keyd that is about to open its key file, and is held there; yields its pid.
+
+    As a service, that is a process that it has forked.
+    """
     key = directory / "key"
     key.touch(mode=0o600)
     with held(key) as file, start(keyd, key) as started:
         try:
-            assert eventually(file.opener, "keyd opens the key") == started.pid
-            yield started.pid
+            opener = eventually(file.opener, "keyd opens the key")
+            assert (opener == started.pid) == (start is not as_a_service)
+            yield opener
         finally:
             started.kill()
             file.let_go()

@@ -38,7 +38,7 @@ class Interrupted(KeySources):
 def reader() -> Iterator[socket.socket]:
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     before = set(children.read_text().split())
-    with key_reader.start(Interrupted((), None, None)) as ours:
+    with key_reader.start(Interrupted((), None, None), must_lock=False) as ours:
         ours.settimeout(30)
         (child,) = set(children.read_text().split()) - before
         yield ours

@@ -100,7 +100,7 @@ def test_by_a_listener_of_the_supervisors(tmp_path: Path) -> None:
     "start",
     [
         lambda directory: helper.start("token", {}),
-        lambda directory: key_reader.start(KeySources((), str(directory), None)),
+        lambda directory: key_reader.start(KeySources((), str(directory), None), must_lock=False),
     ],
     ids=["a token's process", "the process that reads keys again"],
 )
