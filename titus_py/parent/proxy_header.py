@@ -82,8 +82,7 @@ def version_2(
         body += _tlv(_SSL, _about_tls(facts, identity))
     if client_name is not None:
         body += _tlv(_CLIENT_NAME, client_name.encode())
-    if len(body) > _MAX_LENGTH:
-        raise CannotEncode(f"a header of {len(body)} octets, of which {_MAX_LENGTH} are possible")
+    _check_length("a header", body)
     return _HEAD.pack(_SIGNATURE, _PROXY, kind, len(body)) + body
 
 
@@ -109,7 +108,14 @@ def _about_tls(facts: TlsFacts, identity: "Identity | None") -> bytes:
 
 
 def _tlv(kind: int, value: bytes) -> bytes:
+    _check_length("a field", value)
     return _TLV.pack(kind, len(value)) + value
+
+
+def _check_length(what: str, octets: bytes) -> None:
+    """Raises CannotEncode for more than a length in the header can say."""
+    if len(octets) > _MAX_LENGTH:
+        raise CannotEncode(f"{what} of {len(octets)} octets, of which {_MAX_LENGTH} are possible")
 
 
 def _on_unix(ends: Ends) -> bool:

@@ -102,6 +102,20 @@ def test_a_certificate_that_is_not_there_as_a_whole_is_not_told() -> None:
         version_2(ENDS_HERE, FACTS_HERE, None, IDENTITY._replace(certificate=b""))
 
 
+def test_what_no_length_in_a_header_can_say_is_not_told() -> None:
+    """The whole header has no room for it, or the field of TLS, or the certificate's own."""
+    fits = []
+    for octets in (*range(65_400, 65_540), 1 << 20):
+        certificate = bytes(octets)
+        with suppress(CannotEncode):
+            whole = IDENTITY._replace(certificate=certificate)
+            told = version_2(ENDS_HERE, FACTS_HERE, None, whole)
+            assert ProxyProtocolV2().unpack(told).tlv.ssl[0x28] == certificate
+            fits.append(octets)
+    assert fits == list(range(65_400, fits[-1] + 1))
+    assert fits[-1] < 65_500
+
+
 def test_a_chain_that_is_not_whole_is_of_no_interest() -> None:
     told = version_2(ENDS_HERE, FACTS_HERE, None, IDENTITY._replace(links=(), complete=False))
     assert told == version_2(ENDS_HERE, FACTS_HERE, None, IDENTITY)
