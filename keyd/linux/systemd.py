@@ -5,6 +5,7 @@ Run by the supervisor, and by a keyd on its own. Without systemd, nothing happen
 
 import os
 import socket
+import threading
 import time
 from collections import deque
 from contextlib import suppress
@@ -20,7 +21,7 @@ _MOST_KEPT = 8
 
 
 class Notifier:
-    """A socket to the service manager, where there is one. Never blocks.
+    """A socket to the service manager, where there is one. Never blocks; for any thread.
 
     It is connected at once: from an empty root, the manager's socket could not be found.
     """
@@ -34,6 +35,8 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             with suppress(OSError):
                 self._socket.connect("\0" + address[1:] if address[0] == "@" else address)
+        #: Held while anything is sent: nothing in that waits.
+        self._lock = threading.Lock()
         #: What there was no room for, in order.
         self._kept: deque[str] = deque(maxlen=_MOST_KEPT)
         self._last_word_said = False
@@ -52,19 +55,17 @@ class Notifier:
         sent with the next call.
         """
         text = "\n".join(f"{name.upper()}={value}" for name, value in fields.items())
-        if self._send_kept() and self._send(text):
-            return
-        if fields.keys() & _STATES:
-            self._kept.append(text)
+        with self._lock:
+            sent = self._send_kept() and self._send(text)
+            if not sent and fields.keys() & _STATES:
+                self._kept.append(text)
 
     def _send_kept(self) -> bool:
-        """Whether nothing is kept any more."""
-        # Another thread of keyd's may be sending them as well.
-        with suppress(IndexError):
-            while self._kept:
-                if not self._send(self._kept[0]):
-                    return False
-                self._kept.popleft()
+        """Whether nothing is kept any more. Holds the lock."""
+        while self._kept:
+            if not self._send(self._kept[0]):
+                return False
+            self._kept.popleft()
         if self._last_word_said:
             self._close()
         return True
@@ -87,8 +88,9 @@ class Notifier:
         An attacker who controls the process then has one way less to process 1.
         """
         self(ready=1)
-        self._last_word_said = self.watchdog is None
-        self._send_kept()
+        with self._lock:
+            self._last_word_said = self.watchdog is None
+            self._send_kept()
 
     def _close(self) -> None:
         manager, self._socket = self._socket, None

@@ -1,12 +1,18 @@
 """What the service manager is told, where its queue is full."""
 
+import itertools
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from keyd.linux import systemd
 from keyd.linux.systemd import Notifier
 
 
@@ -85,3 +91,49 @@ def test_a_manager_that_is_gone_is_told_nothing(manager: Manager) -> None:
     manager.socket.close()
     notify(ready=1)
     notify(stopping=1)
+
+
+def test_threads_that_notify_at_once_lose_no_state(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each line of one's call, another one's begins."""
+    for line in itertools.count(1):
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.path)
+        notify = Notifier()
+        manager.fill()
+        notify(ready=1)
+        notify(stopping=1)
+        assert manager.heard() == []
+        if not call_with_another_at_line(notify, line):
+            assert line > 5
+            return
+        states = [said for said in manager.heard() if said != "WATCHDOG=1"]
+        assert states == ["READY=1", "STOPPING=1"]
+
+
+def call_with_another_at_line(notify: Notifier, number: int) -> bool:
+    """Whether the call has so many lines."""
+    passed, another = 0, threading.Thread(target=notify, kwargs={"watchdog": 1})
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        nonlocal passed
+        if frame.f_code.co_filename != systemd.__file__:
+            return None
+        if event == "line":
+            passed += 1
+            if passed == number:
+                another.start()
+                # It ends, or waits for this one.
+                another.join(0.1)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        notify(watchdog=1)
+    finally:
+        sys.settrace(before)
+    if passed < number:
+        return False
+    another.join()
+    return True
