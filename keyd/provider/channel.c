@@ -80,9 +80,16 @@ static int limit(const struct provider *provider, int fd, int option, int64_t de
 /* What an administrator can mend is told apart: some servers log nothing but the reason. */
 static enum reason why_not(int error)
 {
-    if (error == EACCES)
+    switch (error) {
+    case ENOENT:
+        return REASON_ABSENT;
+    case ECONNREFUSED:
+        return REASON_UNHEARD;
+    case EACCES:
         return REASON_DENIED;
-    return error == ENOENT || error == ECONNREFUSED ? REASON_ABSENT : REASON_UNREACHABLE;
+    default:
+        return REASON_UNREACHABLE;
+    }
 }
 
 /*

@@ -27,6 +27,7 @@ static const OSSL_ITEM reasons[] = {
     {REASON_NO_CHANNEL, "no channel to keyd configured"},
     {REASON_UNREACHABLE, "keyd cannot be reached"},
     {REASON_ABSENT, "keyd cannot be reached: no such socket"},
+    {REASON_UNHEARD, "keyd cannot be reached: connection refused"},
     {REASON_DENIED, "keyd cannot be reached: permission denied"},
     {REASON_GONE, "keyd is gone"},
     {REASON_SLOW, "no answer in time"},
