@@ -41,6 +41,7 @@ struct provider {
     OSSL_FUNC_BIO_read_ex_fn *bio_read_ex;
     OSSL_FUNC_BIO_gets_fn *bio_gets;
     int channel_fd;             /* -1: connect to `address` for each operation */
+    int next_channel_fd;        /* where another channel comes if keyd ends; -1: none does */
     struct sockaddr_un address; /* an empty sun_path: none configured */
     int timeout_ms;             /* for one operation, from connecting to the answer */
     const char *mistake;        /* in the configuration; NULL: none */

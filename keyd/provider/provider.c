@@ -83,15 +83,16 @@ static int decimal(const char *text, int least, int most)
 /* Returns NULL, or the mistake. */
 static const char *configure(struct provider *provider, OSSL_FUNC_core_get_params_fn *get_params)
 {
-    char *fd = NULL, *path = NULL, *timeout = NULL;
+    char *fd = NULL, *next = NULL, *path = NULL, *timeout = NULL;
     OSSL_PARAM wanted[] = {
         OSSL_PARAM_utf8_ptr("channel_fd", &fd, 0),
+        OSSL_PARAM_utf8_ptr("next_channel_fd", &next, 0),
         OSSL_PARAM_utf8_ptr("socket", &path, 0),
         OSSL_PARAM_utf8_ptr("timeout_ms", &timeout, 0),
         OSSL_PARAM_END,
     };
 
-    provider->channel_fd = -1;
+    provider->channel_fd = provider->next_channel_fd = -1;
     provider->address.sun_family = AF_UNIX;
     provider->timeout_ms = DEFAULT_TIMEOUT_MS;
     if (!get_params(provider->core, wanted))
@@ -100,6 +101,8 @@ static const char *configure(struct provider *provider, OSSL_FUNC_core_get_param
         return "channel_fd and socket are both set";
     if (fd != NULL && (provider->channel_fd = decimal(fd, 0, INT_MAX)) < 0)
         return "channel_fd is no file descriptor";
+    if (next != NULL && (provider->next_channel_fd = decimal(next, 0, INT_MAX)) < 0)
+        return "next_channel_fd is no file descriptor";
     if (path != NULL) {
         size_t length = strlen(path);
 

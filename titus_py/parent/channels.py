@@ -4,6 +4,7 @@ Run by the parent, which trusts keyd and never waits for it.
 """
 
 import errno
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ _HEAR_AT_ONCE = 1000
 class Channels:
     """The control socket to keyd, while there is one.
 
-    ``refused`` is called with each refusal that keyd reports, ``done`` with each operation done.
+    ``refused`` is called with each refusal that keyd reports, ``done`` with each operation done,
+    and ``ended`` after the last of them, if keyd has ended and had not said that it would.
     """
 
     def __init__(
@@ -37,17 +39,21 @@ class Channels:
         tell: Tell,
         refused: Callable[[Refusal], None],
         done: Callable[[Done], None],
+        ended: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._tell = tell
         self._refused = refused
         self._operation_done = done
+        self._ended = ended
         self._keyd: socket.socket | None = None
         #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
         self._announced: set[int] = set()
         self._announcing: deque[bytes] = deque()
         #: Whether keyd has shut down its side for writing: it is about to leave.
         self.leaves = False
+        #: Whether keyd has ended at once.
+        self._killed = False
 
     @property
     def there(self) -> bool:
@@ -65,6 +71,8 @@ class Channels:
         ``descriptors`` is empty if this process had no descriptor free to receive it. The kernel
         has then closed the connection to keyd, and another one will come.
         """
+        # The one before may have ended just now.
+        self.catch_up()
         self._lose()
         if not descriptors:
             self._loop.after(_LOST_SECONDS, self._tell_lost)
@@ -145,6 +153,9 @@ class Channels:
             self.leaves = False
             self._announced.clear()
             self._announcing.clear()
+            if self._killed:
+                self._killed = False
+                self._ended()
 
     def _gone(self) -> None:
         self._lose()
@@ -154,7 +165,7 @@ class Channels:
         self._hear_one()
 
     def _hear_one(self) -> bool:
-        """Hear one message; returns whether there was one."""
+        """Hear one message; returns whether there may be another one."""
         if self._keyd is None or self.leaves:
             return False
         try:
@@ -163,11 +174,12 @@ class Channels:
             return False
         except ConnectionResetError:
             # keyd ended with orders unread. What it had sent is still there to be heard.
-            return False
+            return True
         if not message:
             # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.
             self.leaves = True
+            self._killed = _hung_up(self._keyd)
             self._loop.unwatch(self._keyd.fileno())
             self._loop.watch(self._keyd.fileno(), self._gone, 0)
             return False
@@ -182,6 +194,13 @@ class Channels:
         else:
             self._refused(report)
         return True
+
+
+def _hung_up(keyd: socket.socket) -> bool:
+    """Whether keyd has closed its socket, and not only said that it will."""
+    poll = select.poll()
+    poll.register(keyd, 0)
+    return bool(poll.poll(0))
 
 
 def _send(keyd: socket.socket, terms: Open, endpoint: SocketType) -> None:

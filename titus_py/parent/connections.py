@@ -122,6 +122,7 @@ class Connections:
         worker.client = _text(arrival.address, arrival.port)
         worker.local = _text(arrival.local_address, arrival.local_port)
         worker.offer = offer
+        worker.client_hello = arrival.client_hello
         worker.tunnel = arrival.tunnel
         if arrival.server is not None and arrival.backend is not None:
             self._backends.assign(worker, arrival.server, arrival.backend)
@@ -358,6 +359,7 @@ class Connections:
 
     def _past_handshake(self, worker: Worker) -> None:
         self.handshaking.pop(worker.uid, None)
+        worker.client_hello = b""
         if worker.deadline is not None:
             worker.deadline.cancel()
         if self._plan.limits.lifetime is not None:

@@ -47,6 +47,7 @@ from titus_py.parent.connections import Connections
 from titus_py.parent.descriptors import connections_within
 from titus_py.parent.dialer import MAX_ATTEMPTS
 from titus_py.parent.forks import Forks
+from titus_py.parent.orphans import Orphans
 from titus_py.parent.outbox import Outbox
 from titus_py.parent.overstays import Overstays
 from titus_py.parent.pool import Pool
@@ -89,7 +90,10 @@ class Parent:
             self._limits_hit,
             tell,
         )
-        self._channels = Channels(loop, tell, self._connections.refused, self._connections.signed)
+        self._orphans = Orphans(plan, self._connections.handshaking)
+        self._channels = Channels(
+            loop, tell, self._connections.refused, self._connections.signed, self._orphans.collect
+        )
         self._pool = Pool(loop, plan, forks, self._waiting, tell, self._hear_worker, self._ended)
         self._overstays = Overstays(loop, plan, self._connections, tell)
         self._may_accept = False
@@ -144,6 +148,7 @@ class Parent:
         tries again. Serving the first one as well keeps it from waiting for as long as others
         come. Without a surge there is a spare for every client.
         """
+        self._orphans.serve(self._channels)
         while self._pool.spares and self._waiting:
             served = -1 if self._last_first else 0
             if not self._hand_over(self._waiting[served]):

@@ -35,6 +35,7 @@ class Worker:
         "backend_ends",
         "balancer",
         "client",
+        "client_hello",
         "connection",
         "counted",
         "deadline",
@@ -47,6 +48,7 @@ class Worker:
         "killed_for",
         "local",
         "offer",
+        "orphaned",
         "pidfd",
         "protocol",
         "ready",
@@ -69,6 +71,10 @@ class Worker:
         self.ready = False
         #: Whether keyd has done an operation for it.
         self.signed = False
+        #: Whether the keyd that was to do it has ended.
+        self.orphaned = False
+        #: As keyd was told of it; kept until the handshake is done.
+        self.client_hello = b""
         self.connection = 0
         self.address = ""
         #: Whether ``Admission`` has counted that address.

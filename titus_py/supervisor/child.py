@@ -21,7 +21,7 @@ from keyd.linux.process import how_ended, signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py.between.event_loop import Timer
-from titus_py.between.hand_over import KEYD_FD
+from titus_py.between.hand_over import KEYD_FD, PARENT_FD
 from titus_py.between.plan import Plan
 
 __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
@@ -119,7 +119,7 @@ def start_keyd(
 def start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     """Start the parent with this plan. It gets the socket ``keyd``. Raises OSError."""
     milliseconds = int(plan.handshake_timeout * 1000)
-    channel = f"channel_fd = {KEYD_FD}\ntimeout_ms = {milliseconds}"
+    channel = f"channel_fd = {KEYD_FD}\nnext_channel_fd = {PARENT_FD}\ntimeout_ms = {milliseconds}"
     openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
     given = {
         "plan-fd": sealed_file("plan", plan.encode()),

@@ -1,0 +1,132 @@
+"""keyd ends while clients are in their handshake: the next keyd answers for it, once."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from OpenSSL import SSL
+
+from .client_authority import ClientAuthority
+from .conftest import Certificates, Serve
+from .instance import PATIENCE, Instance, free_port
+from .peers import Listener, TlsClient, connect, receive_exactly
+from .service import FAILS, serves, talk
+
+#: A first ClientHello without a key for the group that is taken: it is answered with a
+#: HelloRetryRequest, and nothing is signed for it.
+_TWO_HELLOS = ["X25519", "X25519MLKEM768"]
+
+
+def begin(instance: Instance, client: TlsClient) -> None:
+    """Have a client say its first message, and a worker and keyd hear of it."""
+    since = len(instance.events())
+    client.socket.sendall(client.first_flight())
+    instance.wait_for_event("connection_begun", since=since)
+
+
+@pytest.mark.parametrize(
+    ("version", "groups"),
+    [
+        (SSL.TLS1_3_VERSION, None),
+        (SSL.TLS1_3_VERSION, _TWO_HELLOS),
+        (SSL.TLS1_2_VERSION, None),
+    ],
+    ids=["1.3", "1.3, two hellos", "1.2"],
+)
+def test_a_client_that_keyd_did_not_come_to_is_served_by_the_next(
+    serve: Serve, echoing: Listener, version: int, groups: Sequence[str] | None
+) -> None:
+    instance = serve(echoing.address, worker={"handshake_timeout": f"{PATIENCE:g}s"})
+    instance.expected_alarms.add("keyd_died")
+    keyd = instance.keyd()
+    # From here on, it takes nothing out of its sockets.
+    keyd.kill(signal.SIGSTOP)
+    with (
+        TlsClient(instance.port, versions=(version, version), groups=groups) as client,
+        TlsClient(instance.port, versions=(version, version), groups=groups) as another,
+    ):
+        for one in (client, another):
+            begin(instance, one)
+        keyd.kill()
+        for one in (client, another):
+            assert talk(one.handshake())
+    assert not instance.events_named("handshake_failed")
+
+
+def test_a_request_that_keyd_had_not_answered_is_answered_by_the_next(
+    serve: Serve, echoing: Listener
+) -> None:
+    """Its channel was open."""
+    instance = serve(echoing.address, worker={"handshake_timeout": f"{PATIENCE:g}s"})
+    instance.expected_alarms.add("keyd_died")
+    keyd = instance.keyd()
+    with TlsClient(instance.port, groups=_TWO_HELLOS) as client:
+        begin(instance, client)
+        # A channel that was opened after this one has been used: keyd takes them in turn.
+        assert serves(instance)
+        keyd.kill(signal.SIGSTOP)
+        client.received += client.socket.recv(65536)
+        client.tls.bio_write(client.received)
+        with pytest.raises(SSL.WantReadError):
+            client.tls.do_handshake()
+        client.socket.sendall(client.tls.bio_read(65536))
+        keyd.kill()
+        assert talk(client.handshake())
+
+
+def test_who_has_lost_a_second_keyd_fails(serve: Serve, echoing: Listener) -> None:
+    """It may be what ends them."""
+    instance = serve(echoing.address, worker={"handshake_timeout": f"{PATIENCE:g}s"})
+    instance.expected_alarms.add("keyd_died")
+    with TlsClient(instance.port, groups=_TWO_HELLOS) as client:
+        begin(instance, client)
+        for _ in range(2):
+            since = len(instance.events())
+            instance.keyd().kill()
+            instance.wait_for_event("keyd_started", since=since)
+            assert serves(instance)
+        with pytest.raises(FAILS):
+            client.handshake()
+    ended = instance.wait_for_event("handshake_failed")
+    assert ended["detail"].startswith("keyd is gone")
+
+
+def test_a_tunnel_shows_its_certificate_by_the_next_keyd(
+    serve: Serve, echoing: Listener, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Its server is the same instance's, and waits as well."""
+    site = certificates("P-256", "site.test")
+    known = ClientAuthority(tmp_path).issue(self_signed=True)
+    at, port = f"127.0.0.1:{free_port()}", free_port()
+    instance = serve(
+        echoing.address,
+        listen=[{"address": at}],
+        vhost=[
+            {
+                "certificate": site.certificate,
+                "key": site.key,
+                "client_certificates": "required",
+                "client_allow": {"spki": [known.spki]},
+            }
+        ],
+        tunnel=[
+            {
+                "listen": f"127.0.0.1:{port}",
+                "connect": at,
+                "ca": site.authority,
+                "server_name": "site.test",
+                "certificate": known.chain,
+                "key": known.key,
+            }
+        ],
+        worker={"handshake_timeout": f"{PATIENCE:g}s"},
+    )
+    instance.expected_alarms.add("keyd_died")
+    keyd = instance.keyd()
+    keyd.kill(signal.SIGSTOP)
+    with connect(port) as client:
+        instance.wait_for_event("connection_begun")
+        keyd.kill()
+        client.sendall(b"ping")
+        assert receive_exactly(client, 4) == b"ping"

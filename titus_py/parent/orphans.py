@@ -1,0 +1,52 @@
+"""Clients whose keyd has ended before it signed for them: each gets a channel to the next one.
+
+Run by the parent. keyd says what it has done before it answers. So, when all that it said has been
+heard, the parent knows for whom it has done nothing: for these, another channel allows nothing that
+the first one did not.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+
+from titus_py.between import messages
+from titus_py.between.hand_over import give
+from titus_py.between.plan import Plan
+from titus_py.parent.channels import Channels
+from titus_py.parent.worker import Offer, Worker
+
+__all__ = ["Orphans"]
+
+
+class Orphans:
+    """The workers of these clients. ``handshaking`` are those whose handshake is not done."""
+
+    def __init__(self, plan: Plan, handshaking: Mapping[int, Worker]) -> None:
+        self._plan = plan
+        self._handshaking = handshaking
+        #: Those that wait for the next keyd.
+        self._orphans: deque[tuple[Worker, Offer]] = deque()
+
+    def collect(self) -> None:
+        """keyd has ended. Whoever has lost one before may be why: it gets no third channel."""
+        for worker in self._handshaking.values():
+            if worker.offer is None or not worker.offer.grants.grants:
+                continue
+            if not (worker.signed or worker.orphaned):
+                worker.orphaned = True
+                self._orphans.append((worker, worker.offer))
+
+    def serve(self, channels: Channels) -> None:
+        """Give channels to those that still wait, as far as that is possible now."""
+        while self._orphans:
+            worker, offer = self._orphans[0]
+            left = worker.started + self._plan.handshake_timeout - time.monotonic()
+            if self._handshaking.get(worker.uid) is worker and left > 0:
+                channel = channels.open(worker.connection, offer, left, worker.client_hello)
+                if channel is None:
+                    return
+                # The worker may have ended meanwhile.
+                with suppress(OSError):
+                    give(worker.socket, messages.CHANNEL, [channel])
+            self._orphans.popleft()
