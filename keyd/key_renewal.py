@@ -20,6 +20,7 @@ from keyd.key_files import KeySources
 from keyd.key_reader import MAX_MESSAGE_OCTETS, ORDER
 from keyd.keys import as_bound
 from keyd.linux import residue
+from keyd.linux.descriptors import if_any
 from keyd.loading import load
 from keyd.powers import PrivateKey
 from keyd.reference import key_id
@@ -113,16 +114,13 @@ class Renewal:
             # What a part of a reading has found, the next one is to find again.
             self._found = {}
             say(f"keys cannot be read again: {error}: the former ones stay")
-        except BlockingIOError:
-            pass
         return False
 
     def _read(self, reader: socket.socket, flags: int = 0) -> bool:
         """Take the next message; returns whether that was all. Raises _NotRead, and EOFError."""
-        try:
-            length = reader.recv_into(self._buffer, 0, flags)
-        except ConnectionError:
-            length = 0
+        length = if_any(lambda: reader.recv_into(self._buffer, 0, flags), 0)
+        if length is None:
+            return False
         if not length:
             raise EOFError("the process for that has ended")
         message = memoryview(self._buffer)[:length]

@@ -1,4 +1,4 @@
-"""Sending and receiving file descriptors with a message (unix(7), SCM_RIGHTS).
+"""Sending and receiving file descriptors with a message (unix(7), SCM_RIGHTS); what ends a socket.
 
 Python's own socket.send_fds and socket.recv_fds take flags, and do not pass them on to the
 kernel: with them, a process that must not block would block. And its socketpair makes each of the
@@ -8,7 +8,7 @@ two sockets twice.
 import errno
 import struct
 from _socket import socketpair
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from socket import (
     AF_UNIX,
     CMSG_LEN,
@@ -19,11 +19,13 @@ from socket import (
     SOL_SOCKET,
     SocketType,
 )
+from typing import TypeVar
 
-__all__ = ["packet_pair", "receive_descriptors", "receive_if_any", "send_descriptors"]
+__all__ = ["if_any", "packet_pair", "receive_descriptors", "receive_if_any", "send_descriptors"]
 
 #: Errors that say nothing of the other end: what it said is still there.
 _PASSING = errno.ENOMEM, errno.ENOBUFS, errno.EINTR
+_Received = TypeVar("_Received")
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
 _CLOSE_ON_EXEC = int(MSG_CMSG_CLOEXEC)
@@ -61,9 +63,18 @@ def receive_if_any(giver: SocketType, octets: int, count: int) -> tuple[bytes, l
 
     Any other error is end of file as well.
     """
+    end: tuple[bytes, list[int]] = b"", []
+    return if_any(lambda: receive_descriptors(giver, octets, count, MSG_DONTWAIT), end)
+
+
+def if_any(receive: Callable[[], _Received], end: _Received) -> _Received | None:
+    """What there is to ``receive`` from a socket; ``end`` once nothing more will come.
+
+    None if there is nothing yet, or no memory to receive it in.
+    """
     for _ in range(2):
         try:
-            return receive_descriptors(giver, octets, count, MSG_DONTWAIT)
+            return receive()
         except BlockingIOError:
             return None
         except ConnectionResetError:
@@ -74,4 +85,4 @@ def receive_if_any(giver: SocketType, octets: int, count: int) -> tuple[bytes, l
             if error.errno in _PASSING:
                 return None
             break
-    return b"", []
+    return end

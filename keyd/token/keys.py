@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from keyd.linux.descriptors import if_any
 from keyd.linux.unix_socket import has_ended
 from keyd.powers import KeyElsewhere, Told
 from keyd.protocol import SignatureScheme
@@ -193,12 +194,9 @@ class Token:
         """
         if self._unasked > _MOST_UNASKED:
             return True
-        try:
-            message = self.socket.recv(MAX_MESSAGE_OCTETS + 1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        message = if_any(lambda: self.socket.recv(MAX_MESSAGE_OCTETS + 1, socket.MSG_DONTWAIT), b"")
+        if message is None:
             return False
-        except OSError:
-            message = b""
         if not message and has_ended(self.socket):
             if not self.lasting:
                 # Otherwise a PIN that was not taken would be tried again.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from keyd.linux.descriptors import if_any
 from keyd.protocol import Malformed
 from keyd.upstream.messages import (
     BUSY_SECONDS,
@@ -68,12 +69,9 @@ class Connection:
 
     def hear(self) -> list[Greeting | Answer]:
         """What has come. Nothing more will once ``ended_for`` says why."""
-        try:
-            piece = self.reader.recv(_PIECE_OCTETS, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        piece = if_any(lambda: self.reader.recv(_PIECE_OCTETS, socket.MSG_DONTWAIT), b"")
+        if piece is None:
             return []
-        except OSError:
-            piece = b""
         if not piece or self.ended_for:
             self.ended_for = self.ended_for or "the connection was closed at its other end"
             return []

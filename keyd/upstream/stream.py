@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import partial
 
 from keyd.channel import Refused, fulfil, witness
+from keyd.linux.descriptors import if_any
 from keyd.powers import Key, Whole, may_ask, takes_milliseconds
 from keyd.protocol import MAX_REPLY_OCTETS, Malformed, Operation, Power, Reply, Status
 from keyd.transcript import Witnessed
@@ -193,12 +194,9 @@ class Stream:
     def _receive(self) -> bool:
         """Read a piece; returns False if there is no more to read now."""
         missing = missing_octets(self._header) if self.borrower is None else 0
-        try:
-            octets = self._socket.recv(missing or _PIECE_OCTETS)
-        except BlockingIOError:
+        octets = if_any(lambda: self._socket.recv(missing or _PIECE_OCTETS), b"")
+        if octets is None:
             return False
-        except OSError:
-            octets = b""
         if not octets:
             self._close()
             return False

@@ -1,5 +1,6 @@
 """A reading of the key files that ends half-way: what it has found is not taken for the whole."""
 
+import errno
 import mmap
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -43,6 +45,31 @@ def reader() -> Iterator[socket.socket]:
         (child,) = set(children.read_text().split()) - before
         yield ours
     os.waitpid(int(child), 0)
+
+
+class Scarce(socket.socket):
+    """One that cannot receive, for once: no test has the kernel run out of memory."""
+
+    error = 0
+
+    def recv_into(self, *arguments: Any) -> int:
+        error, self.error = self.error, 0
+        if error:
+            raise OSError(error, os.strerror(error))
+        return super().recv_into(*arguments)
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOBUFS])
+def test_a_machine_that_is_short_of_memory_ends_no_reader(error: int) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with other, Scarce(fileno=one.detach()) as reader:
+        renewal = Renewal(reader, lambda _: None, lambda _: None)
+        reader.error = error
+        other.send(b"F" + b"said")
+        assert not renewal._hear(reader, lambda: None)
+        assert not renewal._hear(reader, lambda: None)
+        other.close()
+        assert renewal._hear(reader, lambda: None)
 
 
 def test_a_reading_that_was_killed_is_named_and_forgotten(

@@ -3,6 +3,8 @@
 The test is the process.
 """
 
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -40,6 +42,11 @@ class Process:
     def say(self, message: bytes) -> None:
         self.socket.send(message)
         assert not self.token.hear()
+
+    def say_last(self, message: bytes) -> None:
+        """And end, whatever is unread."""
+        self.socket.send(message)
+        self.socket.close()
 
     def question(self) -> Question:
         return Question.decode(self.socket.recv(1000))
@@ -193,6 +200,43 @@ def test_a_pin_that_was_not_taken_stays_the_reason(process: Process) -> None:
     process.socket.close()
     assert process.token.hear()
     assert process.token.state == "cannot be used: its PIN was not taken"
+
+
+def test_the_reason_is_heard_of_one_that_ends_with_a_question_unread(process: Process) -> None:
+    process.log_in()
+    told = process.ask()
+    process.say_last(Down(True, "its PIN was not taken").encode())
+    assert not process.token.hear()
+    assert process.token.hear()
+    assert told == ["token web: its PIN was not taken"]
+    assert process.said[-1].startswith("token web cannot be used: its PIN was not taken; ")
+
+
+class Scarce(socket.socket):
+    """One that cannot receive, for once: no test has the kernel run out of memory."""
+
+    error = 0
+
+    def recv(self, *arguments: int) -> bytes:
+        error, self.error = self.error, 0
+        if error:
+            raise OSError(error, os.strerror(error))
+        return super().recv(*arguments)
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOBUFS])
+def test_a_machine_that_is_short_of_memory_ends_no_token(process: Process, error: int) -> None:
+    ours = process.token.socket
+    process.token.socket = scarce = Scarce(fileno=ours.detach())
+    process.log_in()
+    told = process.ask()
+    process.socket.send(Failure(process.question().number, "said").encode())
+    scarce.error = error
+    assert not process.token.hear()
+    assert not told
+    assert not process.token.hear()
+    assert told == ["token web: said"]
+    assert process.said == ["token web: site is ready"]
 
 
 @pytest.mark.parametrize(

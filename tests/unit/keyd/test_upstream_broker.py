@@ -3,6 +3,7 @@
 The test is the other host, and the process that connects to it. keyd's own loop is run by hand.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -308,6 +309,34 @@ def test_the_second_is_asked_where_the_first_closes(host: Host) -> None:
     host.signed(worker)
     # It had served, so that it is connected to again at once.
     assert host.lost() == LOST + b"\0\1"
+
+
+class Scarce(socket.socket):
+    """One that cannot receive, for once: no test has the kernel run out of memory."""
+
+    error = 0
+
+    def recv(self, *arguments: int) -> bytes:
+        error, self.error = self.error, 0
+        if error:
+            raise OSError(error, os.strerror(error))
+        return super().recv(*arguments)
+
+
+def test_a_machine_that_is_short_of_memory_ends_no_connection(host: Host) -> None:
+    first = host.connect(0)
+    first.lend()
+    host.turn()
+    connection = host.broker._upstreams[0].connection
+    assert connection is not None
+    connection.reader = scarce = Scarce(fileno=os.dup(connection.reader.fileno()))
+    host.opened.append(scarce)
+    worker = host.request()
+    scarce.error = errno.ENOMEM
+    first.sign(*first.asked())
+    host.signed(worker)
+    assert not scarce.error
+    assert not connection.ended_for
 
 
 def test_one_that_closes_in_the_middle_of_an_answer_has_not_answered(host: Host) -> None:
