@@ -1,8 +1,8 @@
 """Private keys, read from files.
 
-Runs in keyd, before it gives its privileges up, and in the short-lived ``keyd check``, so
-that no other program needs to open a key to judge it. The files are the
-administrator's: they are trusted, but mistakes in them have to be named.
+Runs in titus-py's keyd, before it gives its privileges up, and in short-lived processes, so that no
+other program needs to open a key: in the one that reads for a keyd of its own, and in ``keyd
+check``. The files are the administrator's: they are trusted, but mistakes in them have to be named.
 """
 
 import base64
