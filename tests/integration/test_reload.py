@@ -1,6 +1,7 @@
 """A new configuration, or a new certificate, without anybody noticing who is being served."""
 
 import asyncio
+import os
 import random
 import re
 import signal
@@ -424,15 +425,16 @@ def test_a_reload_that_is_asked_for_during_another_one_follows_it(
     serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
 ) -> None:
     site = install(certificates("P-256", "before.test"), tmp_path)
+    after = certificates("P-256", "after.test")
     instance = serve(echoing.address, vhost=[{"certificate": site.certificate, "key": site.key}])
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as impatient:
         impatient.connect(f"/run/titus-py/{instance.pid}.control")
         impatient.send(b'{"do": "reload"}')
         instance.wait_for_event("reloading")
         # Its certificate may have been read already.
-        install(certificates("P-256", "after.test"), tmp_path)
+        install(after, tmp_path)
         for _ in range(5):
-            instance.signal(signal.SIGHUP)
+            os.kill(instance.pid, signal.SIGHUP)
         impatient.settimeout(PATIENCE)
         assert b'"reloaded": true' in impatient.recv(4096)
     eventually(lambda: len(instance.events_named("reloaded")) == 2, "two reloads")

@@ -16,7 +16,7 @@ UPSTREAM = 'upstream = ["unix:/run/titus-py/keys.sock"]'
 USER = 'upstream_user = "2099999998"\n'
 KEYD = USER + UPSTREAM
 #: Beside those of an instance on this machine that may have the default ones.
-_FIRST_UID = 3_100_000_000 + os.getpid() % 10_000 * 4_000
+_FIRST_UID = 2_010_000_000 + os.getpid() % 20_000 * 4000
 WORKER = f'[worker]\nuids = "{_FIRST_UID}-{_FIRST_UID + 3998}"\n'
 Load = Callable[..., Loaded]
 

@@ -32,7 +32,7 @@ KEYS: dict[str, Key] = {
     "Ed25519": ed25519.Ed25519PrivateKey.generate(),
 }
 #: Which no instance has that runs on this machine.
-_FIRST_UID = 1_000_000_000 + os.getpid() % 100_000 * 4000
+_FIRST_UID = 2_010_000_000 + os.getpid() % 20_000 * 4000
 UIDS = f'[worker]\nuids = "{_FIRST_UID}-{_FIRST_UID + 3998}"\n[keyd]\nuser = {_FIRST_UID + 3999}\n'
 #: https://ssl-config.mozilla.org, "intermediate", version 5.7.
 MOZILLA = (
