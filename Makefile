@@ -47,11 +47,12 @@ LOCKED_INSTALL = $(PIP_INSTALL) --require-hashes --no-build-isolation --use-pep5
 demo: $(VENV)/built $(VENV)/demo-packages
 	$(BIN)/titus-py demo
 
-# PYTEST_ARGUMENTS=--full: the long ones as often as was once promised. What Python has compiled is
-# kept, whatever the environment says: a program that is started a thousand times is compiled once.
+# PYTEST_ARGUMENTS=--full: the long ones as often as was once promised. Many tests wait for something
+# most of the time: six at a time keep two processors busy. What Python has compiled is kept, whatever
+# the environment says: a program that is started a thousand times is compiled once.
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/built $(VENV)/test-packages
-	$(BIN)/python -m pytest -n 4 --dist worksteal $(PYTEST_ARGUMENTS)
+	$(BIN)/python -m pytest -n 6 --dist worksteal $(PYTEST_ARGUMENTS)
 
 bench: peers $(VENV)/pictures build/load build/floor build/sign build/echo
 	$(BIN)/python -m bench $(BENCH_ARGUMENTS)
