@@ -168,8 +168,8 @@ def _word(request: Request) -> str:
 
 
 def reply(channel: Channel, answer: Reply) -> None:
-    """Send a reply. It is lost if the worker does not read it, or is gone."""
-    with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+    """Send a reply. It is lost if the worker does not read it or is gone, or memory is short."""
+    with suppress(OSError):
         channel.socket.send(answer.encode(), socket.MSG_DONTWAIT)
 
 

@@ -139,11 +139,9 @@ class Clients:
         self._leave(client)
 
     def _reply(self, client: socket.SocketType, answer: Reply) -> None:
-        """It is lost if the client is gone."""
-        try:
+        """It is lost if the client is gone, or memory is short."""
+        with suppress(OSError):
             client.send(answer.encode(), socket.MSG_DONTWAIT)
-        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-            return
 
     def _leave(self, client: socket.SocketType) -> None:
         descriptor = client.fileno()

@@ -1,5 +1,7 @@
 """keyd and its parents: what was said before an end is heard, and what is refused is recorded."""
 
+import errno
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -106,6 +108,28 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
         refuse_all(keyd)
         assert Refusal.decode(parent.recv(1000)).status is Status.MALFORMED
     assert not capsys.readouterr().err
+
+
+class Scarce(socket.socket):
+    """One that cannot send: no test has the kernel run out of memory."""
+
+    def send(self, *_: object) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
+def test_where_no_answer_can_be_sent_the_others_go_on() -> None:
+    keyd = Keyd({})
+    parent, hear, _ = connected(keyd)
+    with parent, open_channel(parent) as worker:
+        hear()
+        hear()
+        ((descriptor, channel),) = keyd._channels.items()
+        with channel.socket:
+            channel.socket = Scarce(fileno=os.dup(descriptor))
+        worker.send(b"nonsense")
+        keyd._answer(descriptor, channel)
+        assert worker.recv(100) == b""
+    assert not keyd._channels
 
 
 # --- empty packets, which recv(2) does not tell from the end ---------------------------------
