@@ -32,6 +32,9 @@ __all__ = ["Clients"]
 
 #: How long a client may take to ask.
 _PATIENCE_SECONDS = 60.0
+#: How many may be silent at once. An honest one asks as soon as it has connected. One who connects
+#: and says nothing takes the places of its like, and not keyd's descriptors.
+_MOST_SILENT = 1000
 #: Where a request has the key's id (``protocol``).
 _KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
 _KIND = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
@@ -66,6 +69,8 @@ class Clients:
         except BlockingIOError:
             self._silent[client] = time.monotonic() + _PATIENCE_SECONDS
             self._keyd.hear_client(client, partial(self._hear, client))
+            if len(self._silent) > _MOST_SILENT:
+                self._hurry_the_first()
         except ConnectionResetError:
             self._leave(client)
         else:
@@ -85,6 +90,14 @@ class Clients:
                 with suppress(OSError):
                     client.shutdown(socket.SHUT_RDWR)
 
+    def _hurry_the_first(self) -> None:
+        """Have whoever serves it answer it now, if it has asked, and close it in any case."""
+        # In a copy: another thread may hear one of them meanwhile, also the first.
+        for client in list(self._silent)[:1]:
+            if self._silent.pop(client, None) is not None:
+                with suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)
+
     def _hear(self, client: socket.SocketType) -> None:
         """What a client says that had not asked when it was accepted."""
         try:
@@ -94,7 +107,7 @@ class Clients:
         except ConnectionResetError:
             message = b""
         self._keyd.unhear(client)
-        expired = time.monotonic() > self._silent.pop(client)
+        expired = time.monotonic() > self._silent.pop(client, inf)
         if expired and message:
             self._refuse(client, Refused(Status.EXPIRED, "a request after the client's time"))
         else:

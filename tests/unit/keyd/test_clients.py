@@ -82,7 +82,7 @@ class Listening:
         return made
 
     def hear_those_that_were_silent(self) -> None:
-        for _ in list(self.clients._silent):
+        for _ in range(len(self.keyd._sources)):
             self.keyd._take_turn(0)
 
     def leave(self) -> None:
@@ -215,6 +215,29 @@ def test_a_silent_client_is_left_after_a_while(
     listening.hear_those_that_were_silent()
     assert is_answered(patient)
     assert listening.is_idle
+
+
+def test_of_many_silent_clients_the_first_are_left(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients_module, "_MOST_SILENT", 2)
+    silent = []
+    for _ in range(3):
+        silent.append(listening.client())
+        listening.hear()
+    listening.hear_those_that_were_silent()
+    assert silent[0].recv(1) == b""
+    # This one has asked meanwhile.
+    silent[1].send(request(EC))
+    silent.append(listening.client())
+    listening.hear()
+    listening.hear_those_that_were_silent()
+    for client in silent[2:]:
+        client.send(request(EC))
+    listening.hear_those_that_were_silent()
+    assert all(map(is_answered, silent[1:]))
+    assert listening.is_idle
+    assert not listening.refusals
 
 
 # --- keys that are elsewhere -----------------------------------------------------------------
