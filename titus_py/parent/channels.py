@@ -30,7 +30,8 @@ class Channels:
     """The control socket to keyd, while there is one.
 
     ``refused`` is called with each refusal that keyd reports, ``done`` with each operation done,
-    and ``ended`` after the last of them, if keyd has ended and had not said that it would.
+    and ``lost`` after the last of them: whether keyd has ended, and had not said that it would. If
+    not, it may still serve its channels.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class Channels:
         tell: Tell,
         refused: Callable[[Refusal], None],
         done: Callable[[Done], None],
-        ended: Callable[[], None],
+        lost: Callable[[bool], None],
     ) -> None:
         self._loop = loop
         self._tell = tell
         self._refused = refused
         self._operation_done = done
-        self._ended = ended
+        self._lost = lost
         self._keyd: socket.socket | None = None
         #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
         self._announced: set[int] = set()
@@ -153,9 +154,8 @@ class Channels:
             self.leaves = False
             self._announced.clear()
             self._announcing.clear()
-            if self._killed:
-                self._killed = False
-                self._ended()
+            killed, self._killed = self._killed, False
+            self._lost(killed)
 
     def _gone(self) -> None:
         self._lose()

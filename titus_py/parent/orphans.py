@@ -2,7 +2,8 @@
 
 Run by the parent. keyd says what it has done before it answers. So, when all that it said has been
 heard, the parent knows for whom it has done nothing: for these, another channel allows nothing that
-the first one did not.
+the first one did not. A keyd that the parent has hung up on still serves the channels that it has,
+and nobody hears of that: those who have one there get no other.
 """
 
 import time
@@ -28,14 +29,17 @@ class Orphans:
         #: Those that wait for the next keyd.
         self._orphans: deque[tuple[Worker, Offer]] = deque()
 
-    def collect(self) -> None:
-        """keyd has ended. Whoever has lost one before may be why: it gets no third channel."""
+    def keyd_lost(self, ended: bool) -> None:
+        """keyd has ended, or serves what it has and is heard no more.
+
+        Whoever has lost one before may be why: it gets no third channel.
+        """
         for worker in self._handshaking.values():
             if worker.offer is None or not worker.offer.grants.grants:
                 continue
-            if not (worker.signed or worker.orphaned):
-                worker.orphaned = True
+            if ended and not (worker.signed or worker.orphaned):
                 self._orphans.append((worker, worker.offer))
+            worker.orphaned = True
 
     def serve(self, channels: Channels) -> None:
         """Give channels to those that still wait, as far as that is possible now."""

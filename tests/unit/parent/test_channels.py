@@ -26,7 +26,7 @@ def test_refusals_are_heard_of_a_keyd_that_ended_with_orders_unread() -> None:
     told: list[str] = []
     loop = EventLoop()
     channels = Channels(
-        loop, lambda event, *_, **__: told.append(event), heard.append, heard.append, lambda: None
+        loop, lambda event, *_, **__: told.append(event), heard.append, heard.append, lambda _: None
     )
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.send(b"an order that is never read")
@@ -45,7 +45,7 @@ def test_what_keyd_has_said_so_far_is_heard_when_it_is_asked_for() -> None:
     """Before a connection's end is judged: without another turn of the loop."""
     heard: list[Refusal | Done] = []
     channels = Channels(
-        EventLoop(), lambda *_, **__: None, heard.append, heard.append, lambda: None
+        EventLoop(), lambda *_, **__: None, heard.append, heard.append, lambda _: None
     )
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channels.take([ours.detach()])
@@ -63,7 +63,7 @@ def test_what_keyd_has_said_so_far_is_heard_when_it_is_asked_for() -> None:
 def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> None:
     """One of 131,400 octets nearly fills it: others' channels do not wait for a timer."""
     loop = EventLoop()
-    channels = Channels(loop, lambda *_, **__: None, lambda _: None, lambda _: None, lambda: None)
+    channels = Channels(loop, lambda *_, **__: None, lambda _: None, lambda _: None, lambda _: None)
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channels.take([ours.detach()])
     offer = Offer((0,), GrantSet(0, ()))
@@ -98,7 +98,7 @@ def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> No
 def test_a_hello_that_no_message_has_room_for_keeps_nobody_waiting() -> None:
     """A queue can be smaller than the longest (net.core.wmem_default)."""
     channels = Channels(
-        EventLoop(), lambda *_, **__: None, lambda _: None, lambda _: None, lambda: None
+        EventLoop(), lambda *_, **__: None, lambda _: None, lambda _: None, lambda _: None
     )
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
@@ -123,7 +123,7 @@ def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:
         if len(heard) < 10_000:
             keyds.send(said.encode())
 
-    channels = Channels(EventLoop(), lambda *_, **__: None, hear, hear, lambda: None)
+    channels = Channels(EventLoop(), lambda *_, **__: None, hear, hear, lambda _: None)
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with keyds:
         channels.take([ours.detach()])

@@ -48,7 +48,7 @@ class Parent:
         self.loop = EventLoop()
         self.orphans = Orphans(_PLAN, self.workers)
         self.channels = Channels(
-            self.loop, lambda *_, **__: None, lambda _: None, self._done, self.orphans.collect
+            self.loop, lambda *_, **__: None, lambda _: None, self._done, self.orphans.keyd_lost
         )
 
     def _done(self, done: Done) -> None:
@@ -144,6 +144,21 @@ def test_a_keyd_that_says_that_it_leaves_still_has_its_channels(parent: Parent) 
     parent.channels.done()
     with keyd, parent.gets_a_keyd() as following:
         assert not parent.opened_at(following)
+
+
+def test_a_keyd_that_was_hung_up_on_still_has_its_channels_when_the_next_one_ends(
+    parent: Parent,
+) -> None:
+    """What it signs, nobody hears any more."""
+    keyd = parent.gets_a_keyd()
+    keyd.shutdown(socket.SHUT_WR)
+    while parent.channels.there:
+        parent.loop.run_once()
+    parent.channels.done()
+    with keyd:
+        parent.loses_keyd(parent.gets_a_keyd())
+        with parent.gets_a_keyd() as third:
+            assert not parent.opened_at(third)
 
 
 def test_who_is_over_meanwhile_gets_none(parent: Parent) -> None:
