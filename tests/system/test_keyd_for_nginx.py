@@ -131,6 +131,13 @@ def _cannot_start(admin: Administrator) -> None:
     admin.types(f"systemctl stop {_UNIT}.service 2>&1")
     _fails_visibly(admin, "not started: no private key in /run/credentials/keyd@nginx.service")
     assert admin.property(f"{_UNIT}.timer", "ActiveState") == "active"
+    # Whichever is stopped, nothing starts it again.
+    for unit in ("service", "socket"):
+        admin.types(f"systemctl stop {_UNIT}.{unit}")
+        assert admin.property(f"{_UNIT}.timer", "ActiveState") == "inactive"
+        admin.types(f"systemctl start {_UNIT}.socket")
+        _fails_visibly(admin, "not started: no private key in /run/credentials/keyd@nginx.service")
+        assert admin.property(f"{_UNIT}.timer", "ActiveState") == "active"
     # It comes back by itself once there is a key.
     admin.types(f"rm -r {keys} && mv away {keys}")
     admin.types(f"until systemctl is-active {_UNIT}; do sleep 0.2; done")
@@ -139,6 +146,11 @@ def _cannot_start(admin: Administrator) -> None:
     # Mistaken options are as bad, and one command has it tried at once when they are mended.
     admin.writes(drop_in, "[Service]\nEnvironment=OPTIONS=--mistaken\n")
     admin.types(f"systemctl daemon-reload && systemctl restart {_UNIT}", fails=True)
+    _fails_visibly(admin, "status=2/INVALIDARGUMENT")
+    # The package leaves, and comes back: what waited to be tried again is tried again.
+    admin.types("apt-get remove --quiet --quiet --yes titus-py")
+    assert admin.property(f"{_UNIT}.timer", "ActiveState") == "inactive"
+    admin.types("apt-get install --quiet --quiet --yes /root/titus-py.deb")
     _fails_visibly(admin, "status=2/INVALIDARGUMENT")
     admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl restart {_UNIT}")
     _requests(admin)

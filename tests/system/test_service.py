@@ -7,6 +7,7 @@ One test, in the order in which it is done; it prints what was typed and what wa
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -284,12 +285,26 @@ class Crowd:
         return found
 
 
+@contextmanager
+def _a_reload_that_takes_long(admin: Administrator) -> Iterator[None]:
+    """For whatever else the administrator has done then. It fails, too."""
+    drop_in = "/etc/systemd/system/titus-py.service.d/reload.conf"
+    admin.writes(drop_in, "[Service]\nExecReload=\nExecReload=sleep infinity\n")
+    admin.types("systemctl daemon-reload && systemctl reload --no-block titus-py")
+    assert admin.property("titus-py", "ActiveState") == "reloading"
+    yield
+    assert admin.property("titus-py", "ActiveState") == "reloading"
+    admin.types("systemctl kill --kill-whom=control titus-py")
+    admin.types(f"rm {drop_in} && systemctl daemon-reload")
+
+
 def _upgrades(admin: Administrator) -> None:
     """Nobody is refused, and who is there stays; whatever was mistaken meanwhile."""
     before = admin.property("titus-py", "MainPID")
     crowd = Crowd(admin)
     admin.types("sed -i 's/^backend/backed/' /etc/titus-py/titus.toml")
-    seen = admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
+    with _a_reload_that_takes_long(admin):
+        seen = admin.types("apt-get install --quiet --quiet --yes /root/titus-py-2.deb")
     assert "did you mean backend?" in seen
     assert "titus-py.service goes on serving as before" in seen
     admin.types("sed -i 's/^backed/backend/' /etc/titus-py/titus.toml")
@@ -387,12 +402,26 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
         admin.types(f"systemctl {interruption} titus-keyd")
         admin.requests()
         assert admin.property("titus-py", "MainPID") == proxy
+    _stops_a_keyd_that_cannot_start(admin)
     # It was titus-py who had it started, and not a restart after a pause.
     assert admin.property("titus-keyd", "NRestarts") == "0"
     admin.types(f"cat /proc/{keyd}/environ > /dev/null", fails=True)
     admin.types("titus-py audit")
     assert not admin.types(f"journalctl --quiet --priority=alert _PID={proxy}").strip()
     _loosens_keyds_unit(admin)
+
+
+def _stops_a_keyd_that_cannot_start(admin: Administrator) -> None:
+    """It is not tried again then."""
+    drop_in = "/etc/systemd/system/titus-keyd.service.d/mistaken.conf"
+    admin.writes(drop_in, '[Service]\nEnvironment="KEYS=--mistaken"\n')
+    admin.types("systemctl daemon-reload && systemctl stop titus-keyd 2>&1")
+    admin.types("until systemctl is-failed titus-keyd.socket; do sleep 0.2; done")
+    assert admin.property("titus-keyd.timer", "ActiveState") == "active"
+    admin.types("systemctl stop titus-keyd")
+    assert admin.property("titus-keyd.timer", "ActiveState") == "inactive"
+    admin.types(f"rm {drop_in} && systemctl daemon-reload && systemctl start titus-keyd")
+    admin.requests()
 
 
 def _loosens_keyds_unit(admin: Administrator) -> None:
