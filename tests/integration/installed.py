@@ -10,7 +10,7 @@ _PACKAGES = "titus_py", "keyd"
 _LAUNCHER = """\
 #!{python} -I
 import sys
-from titus_py.__main__ import main
+from {package}.__main__ import main
 
 sys.exit(main())
 """
@@ -37,9 +37,10 @@ class Installed:
         self._metadata = self._site / "titus_py.dist-info/METADATA"
         self._metadata.parent.mkdir()
         self.is_version("1.0")
-        self.launcher = directory / "titus-py"
-        self.launcher.write_text(_LAUNCHER.format(python=python))
-        self.launcher.chmod(0o755)
+        self.titus_py, self.keyd = directory / "titus-py", directory / "keyd"
+        for launcher, package in ((self.titus_py, "titus_py"), (self.keyd, "keyd")):
+            launcher.write_text(_LAUNCHER.format(python=python, package=package))
+            launcher.chmod(0o755)
 
     def is_version(self, version: str) -> None:
         self._metadata.write_text(f"Metadata-Version: 2.1\nName: titus-py\nVersion: {version}\n")
@@ -49,4 +50,7 @@ class Installed:
         path = self._site / file
         text = path.read_text()
         assert before in text, (file, before)
-        path.write_text(text.replace(before, after))
+        # As dpkg does it.
+        new = path.with_suffix(".dpkg-new")
+        new.write_text(text.replace(before, after))
+        new.replace(path)

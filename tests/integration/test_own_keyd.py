@@ -49,7 +49,8 @@ KEYD = TITUS_PY.with_name("keyd")
 class OwnKeyd:
     """``keyd control``, which a test may end and start again."""
 
-    def __init__(self, directory: Path, options: Sequence[str]) -> None:
+    def __init__(self, directory: Path, options: Sequence[str], program: Path = KEYD) -> None:
+        self._program = program
         self.socket = directory / "keyd.control"
         self._options = [f"--socket={self.socket}", *options]
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,7 +59,7 @@ class OwnKeyd:
     def start(self, prepare: Callable[[], None] | None = None) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [KEYD, "control", *self._options],
+                [self._program, "control", *self._options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

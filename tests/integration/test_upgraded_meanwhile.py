@@ -7,16 +7,18 @@ what that says or expects is not what the supervisor's own version does.
 
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import Serve
+from .conftest import Certificates, Serve
 from .installed import Installed
 from .instance import Instance, eventually, free_port
 from .peers import TlsClient
-from .service import edit, reload, serves, status, talk
+from .service import clients_meanwhile, edit, reload, serves, status, talk
+from .test_own_keyd import OwnKeyd
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def installed(tmp_path: Path) -> Installed:
     return Installed(tmp_path / "installed")
 
 
-def upgrade(installed: Installed) -> None:
+def upgrade(installed: Installed, version: str = "2.0") -> None:
     """To a version whose processes speak otherwise, to each other and to the supervisor."""
     for file, before, after in (
         ("titus_py/parent/life.py", '"ready", vhosts=', '"ready", sites='),
@@ -33,7 +35,8 @@ def upgrade(installed: Installed) -> None:
         ("keyd/protocol.py", "CONTROL_VERSION = ", "CONTROL_VERSION = 100 + "),
     ):
         installed.has(file, before, after)
-    installed.is_version("2.0")
+    installed.has("titus_py/__init__.py", "", "")
+    installed.is_version(version)
 
 
 def told(instance: Instance, process: str) -> Any:
@@ -50,21 +53,25 @@ def is_mistaken(instance: Instance) -> None:
     edit(instance, lambda tables: tables["worker"].update(drain="long"))
 
 
-@pytest.mark.parametrize("mistaken", [False, True], ids=["", "mistaken"])
+@pytest.mark.parametrize(
+    ("version", "mistaken"),
+    [("2.0", False), ("2.0", True), ("1.0", False)],
+    ids=["", "mistaken", "another build of the same version"],
+)
 def test_the_parent_is_started_by_the_version_that_it_is_of(
-    serve: Serve, patient: str, installed: Installed, mistaken: bool
+    serve: Serve, patient: str, installed: Installed, version: str, mistaken: bool
 ) -> None:
-    instance = serve(patient, program=installed.launcher)
+    instance = serve(patient, program=installed.titus_py)
     instance.expected_alarms |= {"parent_died"}
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         assert reload(instance)["reloaded"]
-        upgrade(installed)
+        upgrade(installed, version)
         if mistaken:
             is_mistaken(instance)
         instance.parent().kill()
         assert serves(instance)
-        assert instance.wait_for_event("program_changed", pid=instance.pid)["version"] == "2.0"
+        assert instance.wait_for_event("program_changed", pid=instance.pid)["version"] == version
         assert talk(client), "the generation before goes on"
     assert status(instance)["pid"] == instance.pid
 
@@ -75,7 +82,7 @@ def test_what_a_parent_cannot_go_on_without_comes_with_another_one(
     serve: Serve, patient: str, installed: Installed, lost: str, mistaken: bool
 ) -> None:
     """The connections of the parent that has lost it go on."""
-    instance = serve(patient, program=installed.launcher)
+    instance = serve(patient, program=installed.titus_py)
     instance.expected_alarms |= {f"{lost}_died"}
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
@@ -100,7 +107,7 @@ def test_a_process_without_privilege_is_started_by_the_version_that_it_is_of(
 ) -> None:
     instance = serve(
         f"localhost:{free_port()}",
-        program=installed.launcher,
+        program=installed.titus_py,
         metrics={"address": f"127.0.0.1:{free_port()}"},
     )
     instance.expected_alarms |= {f"{lost}_died"}
@@ -112,10 +119,45 @@ def test_a_process_without_privilege_is_started_by_the_version_that_it_is_of(
     eventually(lambda: state(instance, lost) == "ready", "its successor")
 
 
+@pytest.mark.parametrize("mistaken", [False, True], ids=["", "mistaken"])
+def test_keyd_as_a_unit_of_its_own_is_of_the_other_version_first(
+    serve: Serve,
+    patient: str,
+    installed: Installed,
+    certificates: Certificates,
+    tmp_path: Path,
+    mistaken: bool,
+) -> None:
+    """Clients wait until that version has taken over, and none meets a keyd that refuses it."""
+    site = certificates("P-256", "www.test")
+    options = [f"--key={site.key}", f"--chroot={tmp_path / 'root'}", "--user=nobody"]
+    with closing(OwnKeyd(tmp_path, options, installed.keyd)) as keyd:
+        keyd.start()
+        instance = serve(
+            patient,
+            program=installed.titus_py,
+            vhost=[{"certificates": [{"certificate": site.certificate}]}],
+            keyd={"socket": keyd.socket},
+        )
+        with TlsClient(instance.port) as client:
+            assert talk(client.handshake())
+            upgrade(installed)
+            if mistaken:
+                is_mistaken(instance)
+            keyd.end(signal.SIGTERM)
+            instance.wait_for_event("keyd_lost")
+            keyd.start()
+            with clients_meanwhile(instance, 2) as some_more:
+                instance.wait_for_event("program_changed")
+                some_more()
+            assert talk(client)
+            assert len(instance.events_named("keyd_lost")) == 1
+
+
 def test_one_that_cannot_take_over_is_tried_and_its_processes_after_it(
     serve: Serve, patient: str, installed: Installed
 ) -> None:
-    instance = serve(patient, program=installed.launcher)
+    instance = serve(patient, program=installed.titus_py)
     instance.expected_alarms |= {"parent_died", "keyd_died"}
     installed.has("titus_py/supervisor/succession.py", "Literal[4] = 4", "Literal[5] = 5")
     installed.is_version("2.0")

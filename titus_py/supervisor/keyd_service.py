@@ -25,6 +25,7 @@ _MAX_PAUSE_SECONDS = 2.0
 #: The same after one that was connected and is gone: it may be about to go each time, and each time
 #: with other keys, which asks for a reload. One that has been there for so long counts as reliable.
 _MAX_LOST_PAUSE_SECONDS, _RELIABLE_SECONDS = 30.0, 10.0
+_NOT_UNDERSTOOD = "it does not speak keyd's protocol"
 #: How long keyd may take to say which keys it has.
 _PATIENCE_SECONDS = 15.0
 
@@ -54,7 +55,9 @@ class _Reliability:
 
 
 class KeydService:
-    """``reload_for_keys`` asks for a reload because the keys have changed."""
+    """``reload_for_keys`` asks for a reload because the keys have changed. ``not_understood`` is
+    called when a keyd is there that this program does not understand: another program may.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class KeydService:
         children: Children,
         takeover: Takeover,
         reload_for_keys: Callable[[], None],
+        not_understood: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loop = loop
@@ -74,6 +78,7 @@ class KeydService:
         self._children = children
         self._takeover = takeover
         self._reload_for_keys = reload_for_keys
+        self._not_understood = not_understood
         self._clock = clock
         self._reliability: dict[Path | None, _Reliability] = defaultdict(_Reliability)
 
@@ -187,6 +192,8 @@ class KeydService:
             if not before:
                 self._event("keyd_unreachable", level="error", socket=str(path), reason=reason)
             self._service.tell_status()
+            if reason.startswith(_NOT_UNDERSTOOD):
+                self._not_understood()
         longer = min(2 * pause, _MAX_PAUSE_SECONDS)
         self._loop.after(pause, lambda: self.connect(generation, longer))
 
@@ -217,4 +224,4 @@ def _hear_keys(control: socket.socket) -> tuple[set[str] | None, str]:
     except OSError as error:
         return None, error.strerror or str(error)
     except Malformed as error:
-        return None, f"it does not speak keyd's protocol: {error}"
+        return None, f"{_NOT_UNDERSTOOD}: {error}"

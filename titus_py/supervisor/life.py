@@ -181,6 +181,7 @@ class _Supervisor:
             children,
             takeover,
             lambda: self._reload.for_keys(),
+            lambda: self._reload.lost(lambda: None),
         )
         self._starting = Starting(
             loop,

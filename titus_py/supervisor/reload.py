@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
+import titus_py
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.checking import Checked, Served
 from titus_py.configuration.held_uids import Held
@@ -78,7 +79,7 @@ class Reload:
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
-        self._version = _installed_version()
+        self._program = _installed()
         #: This is a renewal and no reload: a generation is replaced by one with the same
         #: configuration.
         self._renewing = False
@@ -334,9 +335,9 @@ class Reload:
         return generation.crippled and not (generation.retired or self._service.stops)
 
     def _is_outdated(self) -> bool:
-        """Whether another version was installed since this program was started."""
+        """Whether another program was installed since this one was started."""
         try:
-            return _installed_version() != self._version
+            return _installed() != self._program
         except OSError:
             # No descriptor is left, perhaps: the reload itself says so.
             return False
@@ -350,9 +351,14 @@ class Reload:
             parent.kill()
 
 
-def _installed_version() -> str:
-    """Of the files that a process would load now; empty while they are being replaced."""
+def _installed() -> tuple[str, int, int]:
+    """What tells the files that a process would load now from others.
+
+    Not the version alone: between two releases, each build has the same. Raises OSError.
+    """
     try:
-        return version("titus-py")
-    except PackageNotFoundError:
-        return ""
+        file = os.stat(titus_py.__file__)
+        return version("titus-py"), file.st_ino, file.st_mtime_ns
+    except (PackageNotFoundError, FileNotFoundError):
+        # They are being replaced.
+        return "", 0, 0

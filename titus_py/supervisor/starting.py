@@ -134,12 +134,10 @@ class Starting:
         external = generation.configuration.keyd.socket is not None
         if generation.parent is None:
             self.start(generation)
-        elif not external and generation.keyd is None:
+        elif generation.without_keyd if external else generation.keyd is None:
             # Its parent is of the program before, and might not understand a keyd of this one. So
             # it is as without a fork server: what it has goes on, and another generation follows.
             generation.crippled = True
-        elif external and generation.without_keyd:
-            self._keyd_service.connect(generation)
         elif generation.ready:
             self._takeover.ready(generation)
 

@@ -32,7 +32,7 @@ def test_it_is_asked_ever_more_seldom_and_that_is_said_once(tmp_path: Path) -> N
         said.append({"event": name, **fields})
 
     service: Any = SimpleNamespace(stops=0, tell_status=lambda: None)
-    keyd = KeydService(loop, event, service, *[nothing] * 4)
+    keyd = KeydService(loop, event, service, *[nothing] * 5)
     generation = cast(
         Generation,
         SimpleNamespace(
@@ -83,6 +83,7 @@ class ShortLived:
             generations,
             self.children,
             takeover,
+            nothing,
             nothing,
             clock=lambda: self.now,
         )
