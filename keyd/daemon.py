@@ -38,6 +38,7 @@ from keyd.protocol import (
     Malformed,
     Open,
     Operation,
+    Parting,
     Refusal,
     Reply,
     Status,
@@ -211,6 +212,7 @@ class Keyd:
             except Malformed as error:
                 # Perhaps it has another version than ours. keyd goes on, for other parents.
                 say(f"closing the connection to a parent: {error}")
+                _say_no_more(control)
                 order = None
             if order is None:
                 for descriptor in descriptors:
@@ -460,5 +462,8 @@ def _print_refusal(refusal: Refusal) -> None:
 
 
 def _say_no_more(parent: socket.socket) -> None:
+    with suppress(OSError):
+        # The end of file alone can be taken for keyd's own end.
+        parent.send(Parting().encode(), socket.MSG_DONTWAIT)
     with suppress(OSError):
         parent.shutdown(socket.SHUT_WR)

@@ -18,6 +18,7 @@ open       version(1) 'O'(1) connection(8) lifetime_ms(4) operations(2) set(4)
            client_hello(0..131400), the channel by SCM_RIGHTS
 refusal    version(1) 'R'(1) connection(8) status(1) detail(0..200, UTF-8)
 done       version(1) 'D'(1) connection(8) operation(1)
+parting    version(1) 'P'(1): the last report, of a keyd that goes on
 keys       version(1) 'K'(1) n x the first 8 octets of a key: the first message to each
            client of ``keyd control``
 =========  =======================================================================
@@ -64,6 +65,7 @@ __all__ = [
     "Malformed",
     "Open",
     "Operation",
+    "Parting",
     "Power",
     "Refusal",
     "Reply",
@@ -411,8 +413,20 @@ class Done(NamedTuple):
             raise Malformed(f"operation {operation} done") from None
 
 
-def decode_report(message: bytes) -> Refusal | Done:
+class Parting(NamedTuple):
+    """From keyd to the parent, before it shuts its side down or closes it.
+
+    It still serves the channels that it has, and can report nothing of that.
+    """
+
+    def encode(self) -> bytes:
+        return bytes((CONTROL_VERSION,)) + b"P"
+
+
+def decode_report(message: bytes) -> Refusal | Done | Parting:
     """A message of keyd's to a parent. Raise Malformed, saying what is wrong with it."""
+    if message == Parting().encode():
+        return Parting()
     return Done.decode(message) if message[1:2] == b"D" else Refusal.decode(message)
 
 

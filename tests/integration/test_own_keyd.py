@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from keyd.protocol import Parting, decode_report
+
 from .certificates import Certificate
 from .conftest import Certificates, Serve
 from .instance import (
@@ -250,6 +252,7 @@ def test_nonsense_from_root_does_not_end_keyd(
         client.settimeout(PATIENCE)
         assert client.recv(4096)
         client.send(octets)
+        assert decode_report(client.recv(4096)) == Parting()
         assert client.recv(4096) == b""
     eventually(keyd.listens, "it listens")
     assert keyd.process == process

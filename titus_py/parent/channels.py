@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from socket import SocketType
 
 from keyd.linux.descriptors import packet_pair, send_descriptors
-from keyd.protocol import MAX_REFUSAL_OCTETS, Done, Malformed, Open, Refusal, decode_report
+from keyd.protocol import (
+    MAX_REFUSAL_OCTETS,
+    Done,
+    Malformed,
+    Open,
+    Parting,
+    Refusal,
+    decode_report,
+)
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer
@@ -53,8 +61,8 @@ class Channels:
         self._announcing: deque[bytes] = deque()
         #: Whether keyd has shut down its side for writing: it is about to leave.
         self.leaves = False
-        #: Whether keyd has ended at once.
-        self._killed = False
+        #: Whether keyd has said that it is about to, or else has ended at once.
+        self._parts = self._killed = False
 
     @property
     def there(self) -> bool:
@@ -151,7 +159,7 @@ class Channels:
             self._loop.unwatch(self._keyd.fileno())
             self._keyd.close()
             self._keyd = None
-            self.leaves = False
+            self.leaves = self._parts = False
             self._announced.clear()
             self._announcing.clear()
             killed, self._killed = self._killed, False
@@ -179,7 +187,7 @@ class Channels:
             # keyd still serves the clients that have been accepted. When it ends, epoll(7) reports
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.
             self.leaves = True
-            self._killed = _hung_up(self._keyd)
+            self._killed = not self._parts and _hung_up(self._keyd)
             self._loop.unwatch(self._keyd.fileno())
             self._loop.watch(self._keyd.fileno(), self._gone, 0)
             return False
@@ -191,6 +199,8 @@ class Channels:
             return False
         if isinstance(report, Done):
             self._operation_done(report)
+        elif isinstance(report, Parting):
+            self._parts = True
         else:
             self._refused(report)
         return True

@@ -20,6 +20,7 @@ from keyd.protocol import (
     GrantSet,
     Open,
     Operation,
+    Parting,
     Power,
     Refusal,
     Reply,
@@ -89,6 +90,7 @@ def test_what_is_refused_while_keyd_leaves_is_recorded(capsys: pytest.CaptureFix
         hear()
         hear()
         keyd.leave(60, lambda: left.append(time.monotonic()))
+        assert decode_report(parent.recv(100)) == Parting()
         assert parent.recv(100) == b""
         worker.send(b"nonsense")
         refuse_all(keyd)
@@ -169,6 +171,8 @@ def test_a_parent_that_sends_an_empty_packet_is_named(capsys: pytest.CaptureFixt
         parent.send(b"")
         hear()
         assert gone
+        # Channels that it has opened are still served.
+        assert decode_report(parent.recv(100)) == Parting()
         assert parent.recv(100) == b""
     assert "closing the connection to a parent: " in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from keyd.protocol import (
     GrantSet,
     Open,
     Operation,
+    Parting,
     Power,
     decode_control,
 )
@@ -143,6 +144,15 @@ def test_a_keyd_that_says_that_it_leaves_still_has_its_channels(parent: Parent) 
         parent.loop.run_once()
     parent.channels.done()
     with keyd, parent.gets_a_keyd() as following:
+        assert not parent.opened_at(following)
+
+
+def test_a_keyd_that_said_that_it_leaves_and_is_gone_may_have_signed(parent: Parent) -> None:
+    """It could say no more of that."""
+    keyd = parent.gets_a_keyd()
+    keyd.send(Parting().encode())
+    parent.loses_keyd(keyd)
+    with parent.gets_a_keyd() as following:
         assert not parent.opened_at(following)
 
 
