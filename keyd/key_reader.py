@@ -79,6 +79,8 @@ def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoRetur
     except OSError as error:
         _fail(keyd, f"the process for that cannot be confined: {error}")
         os._exit(1)
+    # Also while it waits for a reading: a file may take for ever.
+    prctl.set_pdeathsig(signal.SIGKILL)
     while keyd.recv(len(ORDER)):
         child = os.fork()
         if child == 0:
@@ -101,7 +103,8 @@ def _read(sources: KeySources, keyd: socket.socket) -> None:
             named = os.fsencode(path)
             head = _LENGTH.pack(len(named)) + named
             if isinstance(found, UnusableKey):
-                keyd.send(b"B" + head + found.reason.encode())
+                # It names the file, which may be named in anything.
+                keyd.send(b"B" + head + os.fsencode(found.reason))
             else:
                 octets = found.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
                 keyd.send(b"K" + head + octets)

@@ -64,7 +64,9 @@ class Renewal:
         ``needed``.
         """
         if self._reader is not None:
-            self._reader.send(ORDER)
+            with suppress(OSError):
+                # If it has ended, it has said why.
+                self._reader.send(ORDER)
             try:
                 while not self._read(self._reader):
                     pass
@@ -133,7 +135,7 @@ class Renewal:
         if message[0] == ord("K"):
             self._found[path] = _taken_in(path, content)
         else:
-            self._found[path] = bytes(content).decode(errors="replace")
+            self._found[path] = bytes(content).decode(errors="backslashreplace")
         # A key's octets are not left behind, but for what the library makes of them.
         message[:] = bytes(length)
         return False

@@ -3,10 +3,12 @@
 import errno
 import mmap
 import os
+import select
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from keyd.powers import PrivateKey
 
 #: Shared with the process that reads.
 BEGUN = mmap.mmap(-1, 1)
+PATIENCE = 30
 STAYS, GOES = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
 
 
@@ -86,3 +89,58 @@ def test_a_reading_that_was_killed_is_named_and_forgotten(
     assert [key.public_key() for key in taken] == [STAYS.public_key()]
     said = "keys cannot be read again: the process for that killed by SIGKILL"
     assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_has_ended_before_it_is_asked_has_said_why() -> None:
+    ours, readers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    readers.send(b"F" + b"it cannot be confined")
+    readers.close()
+    with ours, pytest.raises(LookupError, match="it cannot be confined"):
+        Renewal(ours, lambda _: None, lambda _: None).begin(KeySources((), None, None), False)
+
+
+def test_a_bad_file_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / os.fsdecode(b"not UTF-8: \xff")).write_text("no key")
+    sources = KeySources((), str(tmp_path), None)
+    with key_reader.start(sources, must_lock=False) as ours:
+        Renewal(ours, lambda _: None, lambda _: None).begin(sources, needed=False)
+    os.wait()
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+class Endless(KeySources):
+    """A file takes for ever, as one of another host may."""
+
+    def load(self) -> Iterator[tuple[str, PrivateKey | UnusableKey]]:
+        BEGUN[0] = 2
+        while True:
+            signal.pause()
+        yield
+
+
+def test_a_reader_whose_reading_does_not_end_ends_with_keyd() -> None:
+    """systemd would wait for it for a minute and a half."""
+    ours, theirs = socket.socketpair()
+    keyd = os.fork()
+    if keyd == 0:
+        reader = key_reader.start(Endless((), None, None), must_lock=False)
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+        theirs.send(children.read_bytes())
+        reader.send(ORDER)
+        signal.pause()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        reader_pid = int(ours.recv(100))
+    while BEGUN[0] != 2:
+        os.sched_yield()
+    pidfd = os.pidfd_open(reader_pid)
+    os.kill(keyd, signal.SIGKILL)
+    os.waitpid(keyd, 0)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    try:
+        assert poll.poll(1000 * PATIENCE)
+    finally:
+        os.close(pidfd)
+        with suppress(ProcessLookupError):
+            os.kill(reader_pid, signal.SIGKILL)
