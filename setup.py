@@ -35,6 +35,7 @@ setup(
         ),
         extension("keyd.inspection.occurrences", "keyd/inspection/occurrences.c"),
         extension("keyd.linux.residue", "keyd/linux/residue.c"),
+        extension("titus_py.fork_server.heap", "titus_py/fork_server/heap.c"),
         extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
         extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
         extension(

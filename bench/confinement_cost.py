@@ -21,10 +21,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import prctl
-
 from bench.forking import fork_once
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWUTS, Call, encode
 from titus_py.between.report import ReportWriter
 from titus_py.fork_server import confinement

@@ -7,8 +7,7 @@ user that a service manager chose. Nobody is trusted yet: no request has been re
 import sys
 from typing import NamedTuple
 
-import prctl
-
+from keyd.linux import prctl
 from keyd.linux.credentials import (
     allow_many_descriptors,
     become,

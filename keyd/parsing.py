@@ -10,9 +10,7 @@ import errno
 import time
 from collections.abc import Iterable
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.credentials import forbid_core_dumps, give_up_capabilities, hide_memory
 from keyd.linux.seccomp import Rules
 from keyd.system_calls import PARSING

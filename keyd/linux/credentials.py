@@ -4,12 +4,20 @@ Run by each process as it gives up what it does not need. Every function either 
 what it says or raises OSError; then the caller must not go on.
 """
 
-import ctypes
 import os
-import resource
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 
-import prctl
+from keyd.linux import prctl
+from keyd.linux.calls import address, call
+from keyd.linux.limits import (
+    RLIM_INFINITY,
+    RLIMIT_CORE,
+    RLIMIT_MEMLOCK,
+    RLIMIT_NOFILE,
+    get_limit,
+    set_limit,
+)
 
 __all__ = [
     "allow_many_descriptors",
@@ -29,19 +37,10 @@ __all__ = [
     "stop_speculation",
 ]
 
-# python-prctl does not know capabilities and securebits that are newer than itself.
-_PR_SET_SECUREBITS = 28
-_PR_CAPBSET_READ = 23
-_PR_CAPBSET_DROP = 24
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_SECBIT_NO_CAP_AMBIENT_RAISE = 1 << 6
-_SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED = 1 << 7
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 #: capset(2): version 3, this process; effective, permitted, inheritable, low halves first.
-_CAPABILITY_VERSION_3 = 0x2008_0522
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_HEADER = struct.pack("=Ii", 0x2008_0522, 0)
+_SETS = struct.Struct("=6I")
 
 
 def enter_empty_root(directory: str) -> None:
@@ -62,38 +61,40 @@ def keep_capabilities(kept: Iterable[int]) -> None:
     """
     kept = set(kept)
     capability = 0
-    while _libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:  # up to the kernel's last
+    while prctl.is_known(capability):  # up to the kernel's last
         if capability not in kept:
-            _prctl(_PR_CAPBSET_DROP, capability)
+            prctl.drop_bounding(capability)
         capability += 1
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl.clear_ambient()
     _set_capabilities(kept)
 
 
 def give_up_capabilities(kept: Iterable[int]) -> None:
     """Give up all capabilities but these (by number), whoever this process runs as."""
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    prctl.clear_ambient()
     _set_capabilities(kept)
 
 
 def _set_capabilities(kept: Iterable[int]) -> None:
     """Those of the permitted set that are among these become permitted and effective; no others."""
     wanted = sum(1 << capability for capability in set(kept))
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()
-    _check(_libc.capget(header, sets), "capget")
-    low, high = sets[1] & wanted & 0xFFFF_FFFF, sets[4] & wanted >> 32
-    sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
-    _check(_libc.capset(header, sets), "capset")
+    _, permitted_low, _, _, permitted_high, _ = _capabilities()
+    low, high = permitted_low & wanted & 0xFFFF_FFFF, permitted_high & wanted >> 32
+    sets = _SETS.pack(low, low, 0, high, high, 0)
+    call("capset", address(_HEADER), address(sets))
 
 
 def permitted_capabilities() -> set[int]:
     """The capabilities, by number, that this process has or can have at any time (capget(2))."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()
-    _check(_libc.capget(header, sets), "capget")
-    permitted = sets[1] | sets[4] << 32
+    _, permitted_low, _, _, permitted_high, _ = _capabilities()
+    permitted = permitted_low | permitted_high << 32
     return {number for number in range(64) if permitted >> number & 1}
+
+
+def _capabilities() -> tuple[int, ...]:
+    found = bytearray(_SETS.size)
+    call("capget", address(_HEADER), address(found))
+    return _SETS.unpack(found)
 
 
 def forbid_regaining(bounding: Iterable[int], keep_caps: bool = False) -> None:
@@ -105,17 +106,16 @@ def forbid_regaining(bounding: Iterable[int], keep_caps: bool = False) -> None:
     (capabilities(7), "The securebits flags"). Needs CAP_SETPCAP.
     """
     for capability in bounding:
-        _prctl(_PR_CAPBSET_DROP, capability)
-    _prctl(
-        _PR_SET_SECUREBITS,
+        prctl.drop_bounding(capability)
+    prctl.set_securebits(
         prctl.SECBIT_NOROOT
         | prctl.SECBIT_NOROOT_LOCKED
         # Locked while it is off: so a change of uid still drops capabilities.
         | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
         | (prctl.SECBIT_KEEP_CAPS if keep_caps else 0)
         | prctl.SECBIT_KEEP_CAPS_LOCKED
-        | _SECBIT_NO_CAP_AMBIENT_RAISE
-        | _SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
+        | prctl.SECBIT_NO_CAP_AMBIENT_RAISE
+        | prctl.SECBIT_NO_CAP_AMBIENT_RAISE_LOCKED,
     )
 
 
@@ -161,11 +161,11 @@ def lock_memory() -> bool:
     """
     flags = _MCL_CURRENT | _MCL_ONFAULT
     try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+        set_limit(RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
         flags |= _MCL_FUTURE
-    except (ValueError, OSError):
+    except OSError:
         pass
-    _check(_libc.mlockall(flags), "mlockall")
+    call("mlockall", flags)
     return bool(flags & _MCL_FUTURE)
 
 
@@ -178,28 +178,28 @@ def lock_memory_meanwhile() -> None:
     flags = _MCL_CURRENT | _MCL_ONFAULT
     if (
         prctl.CAP_IPC_LOCK in permitted_capabilities()
-        or resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+        or get_limit(RLIMIT_MEMLOCK)[0] == RLIM_INFINITY
     ):
         flags |= _MCL_FUTURE
-    _check(_libc.mlockall(flags), "mlockall")
+    call("mlockall", flags)
 
 
 def forbid_core_dumps() -> None:
     """Set RLIMIT_CORE to zero, soft and hard."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    set_limit(RLIMIT_CORE, 0, 0)
 
 
 def allow_many_descriptors() -> int:
     """Raise RLIMIT_NOFILE as far as it goes; returns how far."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _, hard = get_limit(RLIMIT_NOFILE)
+    set_limit(RLIMIT_NOFILE, hard, hard)
     return hard
 
 
 def limit(limits: Mapping[int, int]) -> None:
     """Set resource limits, soft and hard."""
-    for resource_number, value in limits.items():
-        resource.setrlimit(resource_number, (value, value))
+    for resource, value in limits.items():
+        set_limit(resource, value, value)
 
 
 def controllable_speculation() -> tuple[int, ...]:
@@ -218,13 +218,3 @@ def stop_speculation(features: Iterable[int]) -> None:
     """Turn these features off for good (PR_SPEC_FORCE_DISABLE)."""
     for feature in features:
         prctl.set_speculation_ctrl(feature, prctl.SPEC_FORCE_DISABLE)
-
-
-def _prctl(option: int, argument: int) -> None:
-    _check(_libc.prctl(option, argument, 0, 0, 0), f"prctl({option}, {argument})")
-
-
-def _check(result: int, call: str) -> None:
-    if result:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{call}: {os.strerror(error)}")

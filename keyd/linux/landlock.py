@@ -4,17 +4,15 @@ Where there is an empty root and a system call filter, they deny these rights al
 second barrier.
 """
 
-import ctypes
 import os
 import stat
 import struct
 from functools import cache
 
+from keyd.linux.calls import address, call
+
 __all__ = ["allow_reading", "allow_using", "make_ruleset", "restrict_self", "version"]
 
-_SYS_CREATE_RULESET = 444
-_SYS_ADD_RULE = 445
-_SYS_RESTRICT_SELF = 446
 _CREATE_RULESET_VERSION = 1
 #: struct landlock_ruleset_attr: handled_access_fs, handled_access_net, scoped.
 _RULESET_ATTR = struct.Struct("=QQQ")
@@ -37,14 +35,14 @@ _RIGHTS = {
     5: (16, 2, 0, 16), 6: (16, 2, 2, 24),
 }  # fmt: skip
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 @cache
 def version() -> int:
     """The version of the kernel's Landlock interface, 0 where it has none or it is off."""
-    found: int = _libc.syscall(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
-    return max(0, found)
+    try:
+        return call("landlock_create_ruleset", 0, 0, _CREATE_RULESET_VERSION)
+    except OSError:
+        return 0
 
 
 def make_ruleset(network: bool = True) -> int:
@@ -55,11 +53,7 @@ def make_ruleset(network: bool = True) -> int:
     rights, network_rights, scopes, octets = _RIGHTS[min(version(), max(_RIGHTS))]
     handled = network_rights if network else 0
     attr = _RULESET_ATTR.pack((1 << rights) - 1, (1 << handled) - 1, (1 << scopes) - 1)
-    descriptor: int = _libc.syscall(_SYS_CREATE_RULESET, attr, octets, 0)
-    if descriptor < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"landlock_create_ruleset: {os.strerror(error)}")
-    return descriptor
+    return call("landlock_create_ruleset", address(attr), octets, 0)
 
 
 def allow_reading(ruleset: int, directory: str) -> None:
@@ -82,9 +76,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _OF_FILES
         attr = _PATH_BENEATH_ATTR.pack(rights, descriptor)
-        if _libc.syscall(_SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, attr, 0):
-            error = ctypes.get_errno()
-            raise OSError(error, f"landlock_add_rule: {os.strerror(error)}")
+        call("landlock_add_rule", ruleset, _RULE_PATH_BENEATH, address(attr), 0)
     finally:
         os.close(descriptor)
 
@@ -94,6 +86,4 @@ def restrict_self(ruleset: int) -> None:
 
     Needs no_new_privs.
     """
-    if _libc.syscall(_SYS_RESTRICT_SELF, ruleset, 0):
-        error = ctypes.get_errno()
-        raise OSError(error, f"landlock_restrict_self: {os.strerror(error)}")
+    call("landlock_restrict_self", ruleset, 0)

@@ -5,12 +5,14 @@ uses libseccomp, which knows every architecture's numbers. A process that is giv
 filter only runs ``install``, and does not load libseccomp.
 """
 
-import ctypes
 import errno
 import os
+import struct
 from collections.abc import Callable, Mapping
 from enum import IntFlag
 from typing import Any, NamedTuple
+
+from keyd.linux.calls import address, call
 
 __all__ = [
     "SET_MODE_FILTER",
@@ -27,7 +29,8 @@ SET_MODE_FILTER = 1
 #: seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE.
 _AS_A_TREE = 2
 _SONAMES = {"c": "libc.so.6", "seccomp": "libseccomp.so.2"}
-_SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
+#: struct sock_fprog: how many instructions, and where.
+_SOCK_FPROG = struct.Struct("@HP")
 
 
 class Only(NamedTuple):
@@ -129,27 +132,17 @@ def build_forbidding(rules: Rules, failing: Rules) -> bytes:
     return _exported(program)
 
 
-class _SockFprog(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-
 class Program:
     """A filter as the kernel takes it; ``address`` is the address of its struct sock_fprog."""
 
     def __init__(self, bpf: bytes) -> None:
-        self._fprog = _SockFprog(len(bpf) // 8, bpf)
-        self.address = ctypes.addressof(self._fprog)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
+        self._instructions = bpf
+        self._fprog = _SOCK_FPROG.pack(len(bpf) // 8, address(bpf))
+        self.address = address(self._fprog)
 
 
 def install(program: Program, flag: Flag = Flag.ONE_THREAD) -> None:
     """Install a filter for good; filters add up. Needs no_new_privs. Raises OSError."""
-    result = _libc.syscall(
-        _SYS_SECCOMP, SET_MODE_FILTER, int(flag), ctypes.c_void_p(program.address)
-    )
-    if result:
-        # With TSYNC, a positive result is the id of a thread that cannot have the filter.
-        error = ctypes.get_errno()
-        raise OSError(error, f"seccomp: {os.strerror(error)} ({result})")
+    # With TSYNC, a positive result is the id of a thread that cannot have the filter.
+    if thread := call("seccomp", SET_MODE_FILTER, int(flag), program.address):
+        raise OSError(errno.ECANCELED, f"seccomp: thread {thread} cannot have the filter")

@@ -7,8 +7,7 @@ and some take a boot option: each is put in force where it can be.
 import ctypes
 from pathlib import Path
 
-import prctl
-
+from keyd.linux import prctl
 from keyd.linux.credentials import controllable_speculation, stop_speculation
 
 __all__ = ["guard"]
@@ -18,7 +17,7 @@ _NAMES = {
     prctl.SPEC_STORE_BYPASS: "store_bypass",
     prctl.SPEC_INDIRECT_BRANCH: "indirect_branch",
 }
-# Linux 5.15 and 5.14; python-prctl is older than these.
+# Linux 5.15 and 5.14.
 _PR_GET_SPECULATION_CTRL, _PR_SET_SPECULATION_CTRL = 52, 53
 _PR_SPEC_L1D_FLUSH = 2
 _PR_SPEC_PRCTL, _PR_SPEC_ENABLE = 1 << 0, 1 << 1

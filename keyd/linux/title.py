@@ -3,12 +3,12 @@
 Run by each process as it starts. The name is for people, and gives no rights.
 """
 
-import ctypes
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-import prctl
+from keyd.linux import prctl
+from keyd.linux.calls import memory
 
 __all__ = ["NAME_OCTETS", "PR_SET_NAME", "CommandLine", "set_title"]
 
@@ -31,8 +31,8 @@ class CommandLine:
 
     def write(self, words: Iterable[str]) -> None:
         """Replace the command line by these words; if they do not fit, it stays as it is."""
-        address, content = self.place(words)
-        ctypes.memmove(address, content, len(content))
+        place, content = self.place(words)
+        memory(place, len(content))[:] = content
 
     def place(self, words: Iterable[str]) -> tuple[int, bytes]:
         """The address, and the octets to write there: none if the words do not fit."""

@@ -23,9 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.credentials import (
     become,
     forbid_regaining,

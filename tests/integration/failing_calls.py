@@ -10,9 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.descriptors import receive_descriptors, send_descriptors
 from keyd.linux.process import Call, encode, why_failed
 from titus_py.between.messages import FORKED_OCTETS, Fork

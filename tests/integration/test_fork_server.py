@@ -275,9 +275,9 @@ def test_one_that_does_not_start_says_why(
     change(f"""
         import os
         if os.path.exists({str(unlucky)!r}):
-            def give_heap_back():
+            def give_back():
                 raise OSError("no luck")
-            fork_server.give_heap_back = give_heap_back
+            fork_server.give_back = give_back
         """)
     instance = serve(echoing.address)
     instance.expected_alarms |= {"parent_died", "?"}
@@ -380,11 +380,11 @@ def test_a_fork_server_that_cannot_be_confined_is_the_end(
 #: What is changed, and what of a worker's calls then fails.
 CHANGES = {
     "without CAP_SETUID": (
-        "import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETUID)",
+        "from keyd.linux import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETUID)",
         "setresuid: Operation not permitted",
     ),
     "without CAP_SETGID": (
-        "import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETGID)",
+        "from keyd.linux import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SETGID)",
         "setgroups: Operation not permitted",
     ),
     "no such filter": (
@@ -416,7 +416,10 @@ def test_a_worker_that_is_not_confined_never_serves(
 def test_without_the_privilege_for_namespaces_nobody_is_forked(
     change: Change, serve: Serve, echoing: Listener
 ) -> None:
-    change("import prctl; confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SYS_ADMIN)\n")
+    change("""
+        from keyd.linux import prctl
+        confinement.FORK_SERVER_CAPABILITIES.pop(prctl.CAP_SYS_ADMIN)
+        """)
     instance = serve(echoing.address)
     event = instance.wait_for_event("fork_failed")
     assert event["reason"] == "Operation not permitted"

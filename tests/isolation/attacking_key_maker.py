@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import prctl
+from keyd.linux import prctl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -85,13 +85,12 @@ def worker_groups(_: str) -> None:
 @breaks("capabilities", "worker", within="fork_server")
 def worker_capabilities(_: str) -> None:
     """It keeps them beyond its change of uid."""
-    import prctl
-
+    from keyd.linux import prctl
     from titus_py.fork_server import confinement
 
     def forbid_regaining(bounding: Any) -> None:
         for capability in bounding:
-            prctl.capbset_drop(capability)
+            prctl.drop_bounding(capability)
         prctl.set_securebits(prctl.SECBIT_NO_SETUID_FIXUP)
 
     confinement.forbid_regaining = forbid_regaining
@@ -240,8 +239,7 @@ def fork_server_groups(_: str) -> None:
 
 @breaks("capabilities", "fork server", within="fork_server")
 def fork_server_capabilities(_: str) -> None:
-    import prctl
-
+    from keyd.linux import prctl
     from titus_py.fork_server import confinement
 
     real = confinement.keep_capabilities
@@ -258,7 +256,7 @@ def fork_server_bounding_set(_: str) -> None:
 @breaks("no_new_privs", "supervisor", "fork server", within="fork_server")
 def fork_server_no_new_privs(_: str) -> None:
     """What it leaves out, its workers do. It would have it from the supervisor (``main``)."""
-    import prctl
+    from keyd.linux import prctl
 
     prctl.set_no_new_privs = nothing
     change_calls(lambda calls: [prctl_of(PR_SET_NO_NEW_PRIVS, 1), *calls])
@@ -267,8 +265,7 @@ def fork_server_no_new_privs(_: str) -> None:
 @breaks("no_new_privs", "supervisor", "fork server", "worker", within="fork_server")
 def worker_no_new_privs(_: str) -> None:
     """The filter goes on while it is still root, and so does without no_new_privs."""
-    import prctl
-
+    from keyd.linux import prctl
     from titus_py.fork_server import life as fork_server
     from titus_py.worker import life as worker
 
@@ -425,8 +422,7 @@ def parent_keeps_the_client(_: str) -> None:
 
 @breaks("capabilities", "parent", within="parent")
 def parent_capabilities(_: str) -> None:
-    import prctl
-
+    from keyd.linux import prctl
     from titus_py.parent import confinement
 
     real = confinement.become_with
@@ -454,8 +450,7 @@ def parent_filter(_: str) -> None:
 
 @breaks("hidden", "parent", within="parent")
 def parent_dumpable(_: str) -> None:
-    import prctl
-
+    from keyd.linux import prctl
     from titus_py.parent import confinement
 
     confinement.hide_memory = lambda: prctl.set_dumpable(True)
@@ -599,9 +594,8 @@ def keyd_bounding_set(_: str) -> None:
 
 @breaks("hidden", "keyd", within="keyd")
 def keyd_dumpable(_: str) -> None:
-    import prctl
-
     from keyd import confinement
+    from keyd.linux import prctl
 
     confinement.hide_memory = lambda: prctl.set_dumpable(True)
 
@@ -843,7 +837,7 @@ def main() -> int:
     processes = {breakage.process for breakage in taken_out}
     if role == "supervisor":
         if any(breakage.check == "no_new_privs" for breakage in taken_out):
-            import prctl
+            from keyd.linux import prctl
 
             prctl.set_no_new_privs = nothing
         from titus_py.__main__ import main as serve

@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import prctl
-
-from keyd.linux import seccomp
+from keyd.linux import prctl, seccomp
 from keyd.linux.credentials import (
     become,
     controllable_speculation,

@@ -11,8 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable
 
-import prctl
-
+from keyd.linux import prctl
 from titus_py.audit.finding import Check, Seen, broken, holds
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene
@@ -27,7 +26,6 @@ from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 __all__ = ["CHECKS"]
 
 _SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
-_NAMES_OF_SETS = ("CAP_EFFECTIVE", "CAP_PERMITTED", "CAP_INHERITABLE")
 _CAP_SYS_PTRACE = 19
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
@@ -138,9 +136,7 @@ def _at_most(seen: Observation, allowed: int, bounding: int) -> Seen:
 
 def _names(mask: int) -> str:
     known = {
-        number: name.lower()
-        for name, number in vars(prctl).items()
-        if name.startswith("CAP_") and name not in _NAMES_OF_SETS
+        number: name.lower() for name, number in vars(prctl).items() if name.startswith("CAP_")
     }
     numbers = [number for number in range(mask.bit_length()) if mask >> number & 1]
     if len(numbers) > 10:

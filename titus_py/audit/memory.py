@@ -40,6 +40,7 @@ _ENVIRONMENT = re.compile(
         (
             r"OPENSSL_CONF=/proc/self/fd/\d+",
             "LD_BIND_NOW=1",
+            "PYTHONCOERCECLOCALE=0",
             *(re.escape(f"{name}={value}") for name, value in MALLOC.items()),
         )
     ).encode()

@@ -7,13 +7,14 @@ the page when the worker has ended. It is for the record, and the supervisor tru
 The parent, which knows of all connections, does not read what a client's worker wrote.
 """
 
-import ctypes
 import fcntl
-import mmap
 import os
 import struct
 from enum import IntEnum
 from typing import Any, NamedTuple
+
+from keyd.linux.calls import memory
+from keyd.linux.memory import PAGE_OCTETS, map_private
 
 __all__ = [
     "End",
@@ -122,10 +123,10 @@ class ReportWriter:
 
     def __init__(self) -> None:
         """Made by the fork server, over a page of its own. In a worker, the report is there."""
-        self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         #: Where that page is.
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        counts = memoryview(self._page)[_COUNTS].cast("Q")
+        self.address = map_private(PAGE_OCTETS)
+        self._page = memory(self.address, PAGE_OCTETS)
+        counts = self._page[_COUNTS].cast("Q")
         #: How many octets have passed so far, from the client and to it: a number each.
         self.from_client, self.to_client = counts[:1], counts[1:]
 

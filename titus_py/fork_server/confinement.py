@@ -6,19 +6,16 @@ forked (``worker_calls``), before any Python and before it has a client. If any 
 that process does not serve.
 """
 
-import ctypes
 import fcntl
-import mmap
 import os
-import resource
 import signal
 import socket
+import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, limits, prctl, seccomp
+from keyd.linux.calls import address
 from keyd.linux.credentials import (
     controllable_speculation,
     enter_empty_root,
@@ -27,6 +24,7 @@ from keyd.linux.credentials import (
     limit,
     stop_speculation,
 )
+from keyd.linux.memory import MAP_FIXED, MAP_SHARED, PAGE_OCTETS, PROT_READ, PROT_WRITE
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS, Call
 from keyd.linux.title import PR_SET_NAME
@@ -103,11 +101,10 @@ MEMORY_OCTETS = 60 * 1024 * 1024
 _LAST_DESCRIPTOR = 0xFFFF_FFFF
 # prctl(2)
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
-_MAP_FIXED = 0x10
-_NAME = ctypes.create_string_buffer(b"titus-worker")
+_NAME = b"titus-worker\0"
 #: Each a struct rlimit: soft and hard.
-_NONE = (ctypes.c_uint64 * 2)(0, 0)
-_FEW = (ctypes.c_uint64 * 2)(_MAX_DESCRIPTORS, _MAX_DESCRIPTORS)
+_NONE = struct.pack("=QQ", 0, 0)
+_FEW = struct.pack("=QQ", _MAX_DESCRIPTORS, _MAX_DESCRIPTORS)
 
 #: Features that not every kernel has.
 LANDLOCK = "landlock"
@@ -145,15 +142,15 @@ def confine_fork_server(chroot: str, parent: int) -> None:
     keep_only({PARENT_FD: parent, RULESET_FD: ruleset, SCORE_FD: score})
     limit(
         {
-            resource.RLIMIT_AS: memory,
-            resource.RLIMIT_NOFILE: _FORK_SERVER_DESCRIPTORS,
-            resource.RLIMIT_FSIZE: 0,
-            resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_MEMLOCK: 0,
-            resource.RLIMIT_MSGQUEUE: 0,
-            resource.RLIMIT_SIGPENDING: 0,
-            resource.RLIMIT_NICE: 0,
-            resource.RLIMIT_RTPRIO: 0,
+            limits.RLIMIT_AS: memory,
+            limits.RLIMIT_NOFILE: _FORK_SERVER_DESCRIPTORS,
+            limits.RLIMIT_FSIZE: 0,
+            limits.RLIMIT_CORE: 0,
+            limits.RLIMIT_MEMLOCK: 0,
+            limits.RLIMIT_MSGQUEUE: 0,
+            limits.RLIMIT_SIGPENDING: 0,
+            limits.RLIMIT_NICE: 0,
+            limits.RLIMIT_RTPRIO: 0,
         }
     )
 
@@ -167,19 +164,18 @@ def worker_calls(worker_filter: seccomp.Program, page: int, given: Given) -> lis
     # Each worker has a Landlock domain of its own, within the fork server's. Landlock keeps
     # processes from signalling and tracing each other between domains, but not within one.
     own_domain = [Call("landlock_restrict_self", (RULESET_FD, 0))] if landlock.version() else []
-    shared, fixed = mmap.MAP_SHARED, _MAP_FIXED
-    writable = mmap.PROT_READ | mmap.PROT_WRITE
+    writable, shared = PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED
     uid = given.uid
     return [
-        Call("mmap", (page, mmap.PAGESIZE, writable, shared | fixed, given.report, 0)),
+        Call("mmap", (page, PAGE_OCTETS, writable, shared, given.report, 0)),
         *own_domain,
         # Descriptor 0 is /dev/null. Whatever the C library has to say on standard error must
         # not reach a client, nor fill a log.
         Call("dup3", (0, 2, 0)),
         Call("dup3", (given.parent, PARENT_FD, os.O_CLOEXEC)),
         Call("close_range", (PARENT_FD + 1, _LAST_DESCRIPTOR, 0)),
-        Call("prlimit64", (0, resource.RLIMIT_NOFILE, ctypes.addressof(_FEW), 0)),
-        Call("prlimit64", (0, resource.RLIMIT_NPROC, ctypes.addressof(_NONE), 0)),
+        Call("prlimit64", (0, limits.RLIMIT_NOFILE, address(_FEW), 0)),
+        Call("prlimit64", (0, limits.RLIMIT_NPROC, address(_NONE), 0)),
         Call("setgroups", (0, 0)),
         Call("setresgid", (uid, uid, uid)),
         # Leaving uid 0 drops all capabilities (capabilities(7), "Effect of user ID changes").
@@ -187,7 +183,7 @@ def worker_calls(worker_filter: seccomp.Program, page: int, given: Given) -> lis
         # These two come after the change of uid, which would undo them.
         Call("prctl", (_PR_SET_DUMPABLE, 0)),
         Call("prctl", (_PR_SET_PDEATHSIG, signal.SIGKILL)),
-        Call("prctl", (PR_SET_NAME, ctypes.addressof(_NAME))),
+        Call("prctl", (PR_SET_NAME, address(_NAME))),
         Call("seccomp", (seccomp.SET_MODE_FILTER, 0, worker_filter.address)),
     ]
 
@@ -222,7 +218,7 @@ def _memory_in_use() -> int:
     """Address space, in octets."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[0])
-    return pages * resource.getpagesize()
+    return pages * PAGE_OCTETS
 
 
 def missing_features(landlock_version: int, speculation: Sequence[int]) -> list[str]:

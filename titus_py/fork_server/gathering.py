@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable, Iterable
 from types import CodeType, FrameType, FunctionType
 
-from titus_py.fork_server.holes import fill_holes
+from titus_py.fork_server.heap import fill_holes
 
 __all__ = ["gather_code"]
 
 
-def gather_code(run: Callable[[], None], others: Iterable[Callable[..., object]] = ()) -> None:
+def gather_code(
+    room: range, run: Callable[[], None], others: Iterable[Callable[..., object]] = ()
+) -> None:
     """Give each function that this calls, and the others, a copy of its code, side by side.
 
-    A copy is as if it had never run: practice comes afterwards.
+    They are where there is ``room``, or else at the end of the heap. A copy is as if it had never
+    run: practice comes afterwards.
     """
     ran: dict[int, CodeType] = {}
     for other in others:
@@ -36,8 +39,7 @@ def gather_code(run: Callable[[], None], others: Iterable[Callable[..., object]]
     functions = [
         one for one in gc.get_objects() if isinstance(one, FunctionType) and id(one.__code__) in ran
     ]
-    gc.collect()
-    fill_holes()
+    fill_holes(room.start, room.stop)
     copies = {place: _copy(code, ran) for place, code in ran.items()}
     for function in functions:
         function.__code__ = copies[id(function.__code__)]

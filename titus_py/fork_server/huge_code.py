@@ -10,13 +10,12 @@ before.
 Constants on a huge page with code become executable, too; those that fill one do not.
 """
 
-import ctypes
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from keyd.linux.process import Call, encode, make
+from keyd.linux.calls import call, memory
+from keyd.linux.memory import MAP_FIXED, MAP_PRIVATE, PROT_EXEC, PROT_READ, map_private
 from keyd.linux.sealed import sealed_file
 from titus_py.fork_server.files import Mapped, unchanged
 
@@ -24,7 +23,6 @@ __all__ = ["use_huge_pages_for_code"]
 
 _OCTETS = 2 << 20
 _MADV_COLLAPSE = 25
-_MAP_FIXED = 0x10
 #: Of constants and of code. Between these and its data, a library may have a gap that nobody reads.
 _PERMISSIONS = "r--p", "r-xp"
 
@@ -62,29 +60,27 @@ def _files() -> Iterator[list[Mapped]]:
 
 def _replace(place: range, code: Sequence[range]) -> None:
     """Map a copy of what is there in its place. Raises OSError; all that is mapped is the same."""
-    there = (ctypes.c_char * len(place)).from_address(place.start)
-    copy = sealed_file("code", memoryview(there))
+    copy = sealed_file("code", memory(place.start, len(place)))
     try:
         _collapse(copy, len(place))
         for at in range(place.start, place.stop, _OCTETS):
             runs = any(one.start < at + _OCTETS and at < one.stop for one in code)
-            protection = mmap.PROT_READ | (mmap.PROT_EXEC if runs else 0)
-            flags, offset = mmap.MAP_PRIVATE | _MAP_FIXED, at - place.start
-            make(encode([Call("mmap", (at, _OCTETS, protection, flags, copy, offset))]))
+            protection = PROT_READ | (PROT_EXEC if runs else 0)
+            flags, offset = MAP_PRIVATE | MAP_FIXED, at - place.start
+            call("mmap", at, _OCTETS, protection, flags, copy, offset)
     finally:
         os.close(copy)
 
 
 def _collapse(file: int, octets: int) -> None:
     """Have all of a memory file on huge pages. Raises OSError."""
-    with mmap.mmap(-1, octets + _OCTETS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
-        start = _up(ctypes.addressof(ctypes.c_char.from_buffer(room)))
-        flags = mmap.MAP_PRIVATE | _MAP_FIXED
-        calls = [
-            Call("mmap", (start, octets, mmap.PROT_READ, flags, file, 0)),
-            Call("madvise", (start, octets, _MADV_COLLAPSE)),
-        ]
-        make(encode(calls))
+    room = map_private(octets + _OCTETS)
+    start = _up(room)
+    try:
+        call("mmap", start, octets, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0)
+        call("madvise", start, octets, _MADV_COLLAPSE)
+    finally:
+        call("munmap", room, octets + _OCTETS)
 
 
 def _down(address: int) -> int:

@@ -6,30 +6,29 @@ What is inherited is in one heap, the C library's (``titus_py/parent/forks.py``)
 to where huge pages begin. What workers allocate comes from behind the last of these.
 """
 
-import ctypes
 import re
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["fill_up", "heap", "use_huge_pages", "use_one_heap"]
+from keyd.linux.calls import call
+from keyd.linux.memory import (
+    MAP_ANONYMOUS,
+    MAP_FIXED_NOREPLACE,
+    MAP_PRIVATE,
+    PROT_READ,
+    PROT_WRITE,
+)
+from titus_py.fork_server.heap import extend, give_room
+
+__all__ = ["Filled", "fill_up", "heap", "open_up", "use_huge_pages"]
 
 _OCTETS = 2 << 20
-#: <malloc.h>
-_M_MMAP_MAX = -4
 #: madvise(2). It does so whatever /sys/kernel/mm/transparent_hugepage/enabled says.
 _MADV_COLLAPSE = 25
-#: mmap(2): there and nowhere else, unless something is there.
-_MAP_FIXED_NOREPLACE = 0x100000
 _HEAP = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p .*\[heap\]$", re.MULTILINE)
-#: Of blocks that are allocated until one comes from the end of the heap.
-_LARGE = 64 * 1024
-_libc = ctypes.CDLL(None)
-
-
-def use_one_heap() -> None:
-    """Have no mapping made for a large block, from now on: all comes from the heap."""
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_M_MMAP_MAX, 0)
+#: The least that is allocated to have the heap end where a huge page does.
+_LEAST = 64 * 1024
 
 
 def heap() -> range:
@@ -39,39 +38,36 @@ def heap() -> range:
     return range(int(found[1], 16), int(found[2], 16)) if found else range(0)
 
 
-def fill_up(place: range) -> range:
-    """Extend the heap, which was there, so that it begins, and is free, where huge pages begin.
+class Filled(NamedTuple):
+    """A heap that was extended: what is in use of it, and what of that is kept free."""
 
-    Returns what is in use of it. Where it cannot be extended, it stays as it is. Holes that this
-    leaves are for ``fill_holes``.
+    place: range
+    room: range
+
+
+def fill_up(place: range, room: int = _LEAST) -> Filled:
+    """Extend the heap, which was there, so that it begins and ends where huge pages begin.
+
+    At its end, at least ``room`` octets are kept free. Where it cannot be extended, it stays as it
+    is. Holes that this leaves are for ``fill_holes``.
     """
-    malloc, free, sbrk, map_memory = _libc.malloc, _libc.free, _libc.sbrk, _libc.mmap
-    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    free.argtypes, free.restype = [ctypes.c_void_p], None
-    sbrk.argtypes, sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
-    map_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    map_memory.restype = ctypes.c_void_p
-    if not place:
-        return place
-    end = sbrk(0)
-    # Until there is no other hole of this size.
-    while (last := malloc(_LARGE)) is not None and last + _LARGE <= end:
-        pass
-    free(last)
-    # Where something else lies behind the heap, the C library goes on elsewhere.
-    if last is None or last >= sbrk(0):
-        return place
-    length = _LARGE + -(last + _LARGE) % _OCTETS
-    # What Python allocates meanwhile may lie between.
-    if (extended := malloc(length)) is None or not last <= extended < last + PAGESIZE:
-        free(extended)
-        return place
-    below = place.start % _OCTETS
-    flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE
-    start = place.start - below
-    if map_memory(start, below, PROT_READ | PROT_WRITE, flags, -1, 0) != start:
-        start = place.start
-    return range(start, last + length)
+    first, last = extend(room, _OCTETS) if place else (0, 0)
+    if not first:
+        return Filled(place, range(0))
+    start = place.start
+    below = start % _OCTETS
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    # Where something is there, it begins where it did.
+    with suppress(OSError):
+        if below:
+            start = call("mmap", start - below, below, PROT_READ | PROT_WRITE, flags, -1, 0)
+    return Filled(range(start, last), range(first, last))
+
+
+def open_up(filled: Filled) -> range:
+    """Have what is allocated next come from what was kept free; returns where that is."""
+    give_room(filled.room.start)
+    return filled.room
 
 
 def use_huge_pages(place: range) -> int:
@@ -79,11 +75,17 @@ def use_huge_pages(place: range) -> int:
 
     Where the kernel cannot, all stays as it is.
     """
-    madvise = _libc.madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     first = -(-place.start // _OCTETS) * _OCTETS
     pages = range(first, place.stop - _OCTETS + 1, _OCTETS)
     # Each call waits for all processors, however much it collapses.
-    if madvise(first, len(pages) * _OCTETS, _MADV_COLLAPSE) == 0:
+    if _collapse(first, len(pages) * _OCTETS):
         return len(pages)
-    return sum(madvise(at, _OCTETS, _MADV_COLLAPSE) == 0 for at in pages)
+    return sum(_collapse(at, _OCTETS) for at in pages)
+
+
+def _collapse(start: int, octets: int) -> bool:
+    try:
+        call("madvise", start, octets, _MADV_COLLAPSE)
+    except OSError:
+        return False
+    return True

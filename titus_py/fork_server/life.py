@@ -9,9 +9,12 @@ other users, and no way to a file or a network. The workers are the parent's chi
 
 import sys
 
-from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages, use_one_heap
+from titus_py.fork_server.heap import fill_holes, give_back, use_one_heap
+from titus_py.fork_server.huge_pages import fill_up, heap, open_up, use_huge_pages
 
 use_one_heap()
+#: For contexts, the code that connections run, and what else is made before the first fork.
+_ROOM_OCTETS = 1 << 20
 
 # Python's hashlib would load the system's OpenSSL beside the one of pyOpenSSL: megabytes and
 # mappings for each worker, and code that no worker needs. hashlib also has implementations
@@ -25,16 +28,26 @@ import warnings
 if sys.version_info >= (3, 13):
     warnings.deprecated = lambda *_, **__: lambda decorated: decorated
 
+# Most of what is loaded, workers only look at. They write to what OpenSSL makes for itself, first,
+# and to most of what is made once all is loaded. Both are on the same huge page, or two: there is
+# room behind the first.
+fill_up(heap())
+from cryptography.hazmat.bindings import _rust
+
+_rust._openssl.lib.SSL_CTX_free(_rust._openssl.lib.SSL_CTX_new(_rust._openssl.lib.TLS_method()))
+_FILLED = fill_up(heap(), _ROOM_OCTETS)
+
 import gc
 import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-import prctl
 from OpenSSL import SSL
 
+from keyd.linux import prctl
 from keyd.linux.credentials import hide_memory
 from keyd.linux.process import CLONE_PARENT, encode, why_failed
 from keyd.linux.sealed import read_all
@@ -54,11 +67,10 @@ from titus_py.fork_server.confinement import (
 )
 from titus_py.fork_server.forking import ORDERED, fork_as_ordered
 from titus_py.fork_server.gathering import gather_code
-from titus_py.fork_server.holes import fill_holes
 from titus_py.fork_server.huge_code import use_huge_pages_for_code
 from titus_py.fork_server.immortality import make_all_immortal
-from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back, give_heap_back
-from titus_py.fork_server.rehearsal import rehearse
+from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
+from titus_py.fork_server.rehearsal import CONNECTIONS, rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
 
@@ -88,14 +100,17 @@ def main() -> int:
     prctl.set_name("titus-forks")
     prctl.set_pdeathsig(signal.SIGKILL)
     hide_memory()
-    # Most of what is there by now, workers only look at. To what is made from here on, they write:
-    # it begins with a huge page of its own.
-    fill_up(heap())
-    fill_holes()
     plan = Plan.decode(read_all(given["--plan-fd"]))
     # For a warning, of a certificate for example, Python reads source files: a worker that
     # tried that would be killed.
     warnings.simplefilter("ignore")
+    fill_holes()
+    room = open_up(_FILLED)
+    # Workers write to these two, which were made earlier: the connections that pyOpenSSL knows, and
+    # the slice that Python keeps for the next one.
+    SSL.Connection._reverse_mapping = WeakValueDictionary()
+    kept = slice(0)
+    fill_holes(room.start, room.stop)
     sites = [_site(vhost) for vhost in plan.vhosts]
     practice = [_practice_context(*each) for each in zip(sites, plan.vhosts, strict=True)]
     terms = Terms(
@@ -110,7 +125,9 @@ def main() -> int:
         _proxy_header_reader(plan),
         _conduits(plan),
     )
-    gather_code(lambda: _practise(plan, terms), (_serve, live))
+    gather_code(room, lambda: _practise(plan, terms), (_serve, live))
+    # Where the code was before.
+    fill_holes(room.start, room.stop)
     _practise(plan, terms)
     give_code_back()
     code_pages = use_huge_pages_for_code()
@@ -118,13 +135,16 @@ def main() -> int:
     place = heap()
     confine_fork_server(plan.chroot, given["--parent-fd"])
     parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=PARENT_FD)
-    return _serve(parent, plan, terms, worker_filter, command_line, place, code_pages)
+    code = _serve(parent, plan, terms, worker_filter, command_line, place, code_pages)
+    del kept
+    return code
 
 
 def _practise(plan: Plan, terms: Terms) -> None:
     # What a worker does before it waits for a client.
-    why_failed((), -1, 0)
-    Ready().encode()
+    for _ in range(CONNECTIONS):
+        why_failed((), -1, 0)
+        Ready().encode()
     rehearse(terms)
     if plan.tunnels:
         # Others do not need it in their memory.
@@ -217,9 +237,10 @@ def _serve(
         gc.freeze()
         # This gives back what Python keeps of freed objects, to use it again, wherever they lie.
         gc.collect()
-        in_use = fill_up(place)
+        in_use = fill_up(place).place
         fill_holes()
-        give_heap_back()
+        # Each fork copies the entries of what is mapped, and each worker's end clears them.
+        give_back()
         parent.send(Prepared(use_huge_pages(in_use), code_pages).encode())
         worker = fork_as_ordered(
             parent.fileno(),

@@ -6,20 +6,19 @@ has no path to it once it is confined (proc_pid_oom_score_adj(5)). For that mome
 server has less memory than a worker with a client: it gives back the code that it ran only once.
 """
 
-import ctypes
 import os
 
+from keyd.linux.calls import address, call
 from keyd.linux.process import Call, encode, make
 from titus_py.fork_server.files import unchanged
 
-__all__ = ["FILE", "OutOfMemory", "give_code_back", "give_heap_back"]
+__all__ = ["FILE", "OutOfMemory", "give_code_back"]
 
 #: In thousandths of the machine's memory: as if the process had so much more. Less than what a
 #: program has that eats up the machine.
 _FORK_SERVERS, _WORKERS = 100, 200
 _MOST = 1000
 _MADV_DONTNEED = 4
-_libc = ctypes.CDLL(None, use_errno=True)
 FILE = "/proc/self/oom_score_adj"
 
 
@@ -32,7 +31,7 @@ class OutOfMemory:
     def __init__(self, descriptor: int) -> None:
         before = int(os.pread(descriptor, 8, 0))
         #: What the calls point to.
-        self._texts: list[ctypes.Array[ctypes.c_char]] = []
+        self._texts: list[bytes] = []
         self.as_workers, self.as_fork_server = (
             self._call(descriptor, str(min(before + more, _MOST)))
             for more in (_WORKERS, _FORK_SERVERS)
@@ -40,9 +39,9 @@ class OutOfMemory:
         make(self.as_fork_server)
 
     def _call(self, descriptor: int, score: str) -> bytes:
-        text = ctypes.create_string_buffer(score.encode(), len(score))
+        text = score.encode()
         self._texts.append(text)
-        return encode([Call("pwrite64", (descriptor, ctypes.addressof(text), len(score), 0))])
+        return encode([Call("pwrite64", (descriptor, address(text), len(text), 0))])
 
 
 def give_code_back() -> None:
@@ -51,16 +50,4 @@ def give_code_back() -> None:
     Raises OSError.
     """
     for place in [one.place for one in unchanged() if one.permissions == "r-xp"]:
-        length = ctypes.c_size_t(len(place))
-        if _libc.madvise(ctypes.c_void_p(place.start), length, _MADV_DONTNEED):
-            error = ctypes.get_errno()
-            raise OSError(error, f"madvise: {os.strerror(error)}")
-
-
-def give_heap_back() -> None:
-    """Unmap what is free of the C library's heap, where the library can do that (malloc_trim(3)).
-
-    Each fork copies the entries of what is mapped, and each worker's end clears them.
-    """
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+        call("madvise", place.start, len(place), _MADV_DONTNEED)

@@ -16,21 +16,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-import prctl
 from OpenSSL import SSL
 
+from keyd.linux import prctl
+from keyd.linux.calls import call, memory
+from keyd.linux.memory import map_private
 from titus_py.between import messages
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import End, ReportWriter
 from titus_py.worker.life import Site, Terms, serve_next, touch
-from titus_py.worker.pump import Pump
+from titus_py.worker.pump import ROOM_OCTETS, Pump
 from titus_py.worker.tls import negotiate_protocol, reseed
 
-__all__ = ["MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
+__all__ = ["CONNECTIONS", "MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
 
 #: Python begins to adapt a function after eight runs.
-_CONNECTIONS = 12
+CONNECTIONS = 12
 _SERVER_NAME = "localhost"
 MESSAGE_OCTETS = 1024
 #: How long a step may take. All of practice takes milliseconds.
@@ -80,11 +82,13 @@ def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket],
     theirs.close()
     # Of the same type as a worker's.
     parent = socket.SocketType(fileno=ours.detach())
+    place = map_private(ROOM_OCTETS)
     try:
-        for _ in range(_CONNECTIONS):
+        for _ in range(CONNECTIONS):
             reseed()
             now = terms()
-            pump = Pump(now.idle_timeout, now.half_closed_timeout)
+            room = memory(place, ROOM_OCTETS)
+            pump = Pump(now.idle_timeout, now.half_closed_timeout, room)
             touch(now, parent, pump)
             end = serve_next(now, parent, pump)
             if end != (End.CLEAN, ""):
@@ -95,6 +99,7 @@ def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket],
             " unless this machine was overloaded, please report it"
         ) from None
     finally:
+        call("munmap", place, ROOM_OCTETS)
         parent.close()
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -114,7 +119,7 @@ def _play_everybody_else(
     """Play the parent, the clients and the servers; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        for _ in range(_CONNECTIONS):
+        for _ in range(CONNECTIONS):
             connect_once(worker)
     finally:
         error = sys.exception()

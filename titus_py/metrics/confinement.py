@@ -4,9 +4,7 @@ import os
 import resource
 import signal
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.credentials import (
     become,
     controllable_speculation,

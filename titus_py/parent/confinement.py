@@ -3,9 +3,7 @@
 import signal
 from collections.abc import Iterable, Sequence
 
-import prctl
-
-from keyd.linux import seccomp
+from keyd.linux import prctl, seccomp
 from keyd.linux.credentials import become_with, hide_memory
 
 __all__ = ["confine"]

@@ -66,6 +66,8 @@ class Forks:
                     "OPENSSL_CONF": f"/proc/self/fd/{openssl_conf_fd}",
                     # A symbol that is not bound at the start is bound anew by every worker.
                     "LD_BIND_NOW": "1",
+                    # The locale's files would be two more mappings for each fork to copy.
+                    "PYTHONCOERCECLOCALE": "0",
                     **MALLOC,
                 },
                 pass_fds=(*given.values(), *indexes),

@@ -17,9 +17,7 @@ import socket
 import sys
 from collections import deque
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.credentials import (
     allow_many_descriptors,
     controllable_speculation,

@@ -3,9 +3,7 @@
 import os
 import resource
 
-import prctl
-
-from keyd.linux import landlock, seccomp
+from keyd.linux import landlock, prctl, seccomp
 from keyd.linux.credentials import (
     become,
     controllable_speculation,

@@ -14,9 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-import prctl
-
-from keyd.linux import seccomp
+from keyd.linux import prctl, seccomp
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.lookups import MAX_OCTETS, Answer, Question

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
-import prctl
-
+from keyd.linux import prctl
 from keyd.linux.credentials import (
     allow_many_descriptors,
     forbid_core_dumps,

@@ -12,8 +12,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import prctl
-
+from keyd.linux import prctl
 from keyd.linux.credentials import lock_memory, permitted_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS
@@ -45,10 +44,7 @@ SUPERVISOR_CAPABILITIES = {
     **_GIVING_AWAY,
 }
 
-# Not whatever begins with CAP_: prctl calls the sets so, too (CAP_EFFECTIVE).
-_NAMES = {
-    getattr(prctl, name): name for name in (f"CAP_{one.upper()}" for one in prctl.ALL_CAP_NAMES)
-}
+_NAMES = {number: name for name, number in vars(prctl).items() if name.startswith("CAP_")}
 
 
 def lacking(configuration: Configuration | None) -> list[str]:

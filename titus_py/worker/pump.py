@@ -19,7 +19,6 @@ directions have ended cleanly, and off the client's socket after an alert to it 
 """
 
 import errno
-import mmap
 import select
 import socket
 import sys
@@ -31,17 +30,20 @@ from cryptography.hazmat.bindings import _rust
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
+from keyd.linux.calls import memory
+from keyd.linux.memory import map_private
 from titus_py.between.report import End
 from titus_py.worker import flow
 from titus_py.worker.ends import Ended, backend_failure, client_failure, reason
 from titus_py.worker.farewell import part, stop_resetting, unacknowledged, unread
 
-__all__ = ["Pump"]
+__all__ = ["ROOM_OCTETS", "Pump"]
 
 #: The most that is held for a direction, beside a part of one TLS record within OpenSSL.
 _BUFFER_OCTETS = 256 * 1024
 #: Half of it is for data: four records. The other half is for answers to KeyUpdates.
 _ENCRYPTED_OCTETS = 2 * 4 * (16 * 1024 + 512)
+ROOM_OCTETS = 2 * _BUFFER_OCTETS + _ENCRYPTED_OCTETS
 #: What is thrown away at once.
 _PIECE_OCTETS = 16 * 1024
 #: More than any backend can send.
@@ -67,17 +69,23 @@ class Pump:
     """One connection, which comes later. Both sockets are non-blocking.
 
     A connection that stands still for ``idle_timeout`` seconds is ended. Once a direction has
-    ended, ``half_closed_timeout`` holds instead, if it is shorter.
+    ended, ``half_closed_timeout`` holds instead, if it is shorter. Its buffers are in ``room``
+    (ROOM_OCTETS), or in a mapping that ends with the process.
     """
 
-    def __init__(self, idle_timeout: float | None, half_closed_timeout: float) -> None:
+    def __init__(
+        self,
+        idle_timeout: float | None,
+        half_closed_timeout: float,
+        room: memoryview | None = None,
+    ) -> None:
         self._half_closed_timeout = half_closed_timeout
         #: How long it may stand still (-1: without end), and the end that is recorded after that.
         self._patience_ms = -1 if idle_timeout is None else round(idle_timeout * 1000)
         self._stood_still = End.IDLE
-        # Mapped, and not a bytearray: what is never written to takes no memory.
-        octets = 2 * _BUFFER_OCTETS + _ENCRYPTED_OCTETS
-        room = memoryview(mmap.mmap(-1, octets, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        if room is None:
+            # Not a bytearray: what is never written to takes no memory.
+            room = memory(map_private(ROOM_OCTETS), ROOM_OCTETS)
         self._from_client = room[:_BUFFER_OCTETS]
         self._from_backend = room[_BUFFER_OCTETS : 2 * _BUFFER_OCTETS]
         self._from_tls = room[2 * _BUFFER_OCTETS :]

@@ -9,7 +9,7 @@ from titus_py.parent import forks
 #: Blocks with holes between them, of the C library's and of Python's; then more of the same.
 _PROGRAM = """
 import ctypes, json, sys
-from titus_py.fork_server.holes import fill_holes
+from titus_py.fork_server.heap import fill_holes
 
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p

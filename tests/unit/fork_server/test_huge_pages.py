@@ -18,8 +18,8 @@ _HUGE = 2 << 20
 #: where the C library then has a new block and Python a new object, and whether all can be read.
 _PROGRAM = """
 import ctypes, json, sys
-from titus_py.fork_server.holes import fill_holes
-from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages, use_one_heap
+from titus_py.fork_server.heap import fill_holes, use_one_heap
+from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages
 
 use_one_heap()
 libc = ctypes.CDLL(None)
@@ -30,7 +30,7 @@ for at in [neighbours[word] for word in sys.argv[1:]]:
     libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
     libc.mmap.restype = ctypes.c_void_p
     assert libc.mmap(at, 4096, 1, 0x100022, 2**64 - 1, 0) == at
-after = fill_up(before)
+after = fill_up(before).place
 fill_holes()
 huge = use_huge_pages(after)
 new = bytes(1000)

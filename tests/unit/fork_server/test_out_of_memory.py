@@ -6,7 +6,7 @@ import sys
 #: 16 MiB, in pieces that are of the C library's heap. The last of them stays, and holds all others
 #: in their places.
 _PROGRAM = """
-from titus_py.fork_server.out_of_memory import give_heap_back
+from titus_py.fork_server.heap import give_back
 
 def kibibytes():
     with open("/proc/self/status") as file:
@@ -16,7 +16,7 @@ pieces = [bytearray(8192) for _ in range(2048)]
 last = pieces[-1]
 del pieces
 freed = kibibytes()
-give_heap_back()
+give_back()
 print(freed - kibibytes(), sum(last))
 """
 
