@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
 from keyd.linux import seccomp
-from keyd.linux.descriptors import receive_if_any
+from keyd.linux.descriptors import if_any, receive_if_any
 from keyd.linux.heap import share_one_heap
 from keyd.linux.unix_socket import accept_from, has_ended
 from keyd.powers import Key
@@ -234,7 +234,14 @@ class Keyd:
                 self._say_short_of_descriptors(os.strerror(errno.EMFILE))
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
-            self.open(order, grants, socket.socket(*kind, fileno=descriptors[0]), record)
+            try:
+                endpoint = socket.socket(*kind, fileno=descriptors[0])
+            except OSError as error:
+                # Perhaps the parent was taken over. keyd goes on, for other parents.
+                say(f"no channel for connection {order.connection}: {error.strerror}")
+                os.close(descriptors[0])
+                return
+            self.open(order, grants, endpoint, record)
 
         self._parents.add(control)
         if self._leaves_at is not None:
@@ -338,8 +345,14 @@ class Keyd:
         """
         endpoint.setblocking(False)
         descriptor = endpoint.fileno()
-        self._channels[descriptor] = Channel(terms, grants, endpoint, record, self._judged_again)
-        self.epoll.register(descriptor, _READABLE_ONCE)
+        channel = Channel(terms, grants, endpoint, record, self._judged_again)
+        self._channels[descriptor] = channel
+        try:
+            self.epoll.register(descriptor, _READABLE_ONCE)
+        except OSError as error:
+            # ENOMEM, ENOSPC: that client's handshake fails.
+            say(f"no channel for connection {terms.connection}: {error.strerror}")
+            self._close(descriptor, channel)
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
         """Log it, at most once a second."""
@@ -381,16 +394,10 @@ class Keyd:
                 self._answer(descriptor, self._channels[descriptor])
 
     def _answer(self, descriptor: int, channel: Channel) -> None:
-        try:
-            message = channel.socket.recv(channel.most_octets)
-        except BlockingIOError:
+        message = if_any(lambda: channel.socket.recv(channel.most_octets), b"")
+        if message is None:
             self.epoll.modify(descriptor, _READABLE_ONCE)
             return
-        except ConnectionResetError:
-            message = b""
-        self._answer_to(message, descriptor, channel)
-
-    def _answer_to(self, message: bytes, descriptor: int, channel: Channel) -> None:
         if not message and has_ended(channel.socket):
             self._close(descriptor, channel)
             return

@@ -12,6 +12,8 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
+from keyd.linux.descriptors import if_any
+
 __all__ = [
     "SO_PASSRIGHTS",
     "File",
@@ -127,9 +129,4 @@ def has_ended(packets: socket.SocketType) -> bool:
 
     An empty packet that is followed by another, or by the end of file, passes for the end.
     """
-    try:
-        return not packets.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
+    return if_any(lambda: packets.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT), b"") == b""

@@ -5,6 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -110,6 +112,69 @@ def test_a_refusal_goes_to_the_parent(capsys: pytest.CaptureFixture[str]) -> Non
         refuse_all(keyd)
         assert Refusal.decode(parent.recv(1000)).status is Status.MALFORMED
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["a file", "a pipe", "a stream that ends", "events"])
+def test_what_is_no_channel_ends_no_keyd(kind: str, tmp_path: Path) -> None:
+    keyd = Keyd({})
+    parent, hear, gone = connected(keyd)
+    with parent, ExitStack() as stack:
+        if kind == "a file":
+            sent = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        elif kind == "a pipe":
+            sent, other = os.pipe()
+            os.write(other, b"octets")
+            stack.callback(os.close, other)
+        elif kind == "events":
+            sent = os.eventfd(1)
+        else:
+            ours, theirs = socket.socketpair()
+            sent = ours.detach()
+            theirs.close()
+        stack.callback(os.close, sent)
+        (announcement,) = grants(bytes(32)).encode()
+        parent.send(announcement)
+        terms = Open(connection=7, lifetime_ms=60_000, operations=1, grants=0)
+        send_descriptors(parent, terms.encode(), [sent])
+        hear()
+        hear()
+        for _ in range(3):
+            keyd._take_turn(0)
+        assert not keyd._channels
+        with open_channel(parent) as worker:
+            hear()
+            hear()
+            worker.send(b"nonsense")
+            refuse_all(keyd)
+            assert worker.recv(100)
+    assert not gone
+
+
+def test_a_channel_that_cannot_be_watched_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the user of keyd has all watches that epoll(7) gives one (max_user_watches)."""
+
+    class Full:
+        def register(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    keyd = Keyd({})
+    parent, hear, gone = connected(keyd)
+    with parent:
+        hears_again = keyd.epoll
+        monkeypatch.setattr(keyd, "epoll", Full())
+        with open_channel(parent) as worker:
+            hear()
+            hear()
+            assert worker.recv(1) == b""
+        monkeypatch.setattr(keyd, "epoll", hears_again)
+        with open_channel(parent):
+            hear()
+            hear()
+            assert keyd._channels
+    assert not gone
+    assert "no channel for connection 7: No space left on device" in capsys.readouterr().err
 
 
 class Scarce(socket.socket):
