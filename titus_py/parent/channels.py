@@ -32,14 +32,16 @@ _PAUSE_SECONDS = 0.05
 _LOST_SECONDS = 1.0
 #: How many messages to hear in a row: more than a socket's buffer has room for.
 _HEAR_AT_ONCE = 1000
+#: So many of the longest may have filled it. keyd does not wait for room: others may be lost.
+_MAY_BE_FULL = 100
 
 
 class Channels:
     """The control socket to keyd, while there is one.
 
     ``refused`` is called with each refusal that keyd reports, ``done`` with each operation done,
-    and ``lost`` after the last of them: whether keyd has ended, and had not said that it would. If
-    not, it may still serve its channels.
+    and ``lost`` after the last of them, with whether keyd has ended and all that it did is known.
+    If not, it may still serve its channels, or has done what it could not report.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Channels:
         keyd = socket.socket(fileno=descriptors[0])
         keyd.setblocking(False)
         self._keyd = keyd
-        self._loop.watch(keyd.fileno(), self._hear)
+        self._loop.watch(keyd.fileno(), self.catch_up)
 
     def open(
         self, connection: int, offer: Offer, lifetime: float, client_hello: bytes
@@ -141,14 +143,20 @@ class Channels:
         """keyd has said something, or there is room again for whoever waits for a channel."""
         if self._keyd is not None:
             self._loop.unwatch(self._keyd.fileno())
-            self._loop.watch(self._keyd.fileno(), self._hear)
-            self._hear()
+            self._loop.watch(self._keyd.fileno(), self.catch_up)
+            self.catch_up()
 
     def catch_up(self) -> None:
-        """Hear now what keyd has said so far."""
-        for _ in range(_HEAR_AT_ONCE):
-            if not self._hear_one():
-                return
+        """Hear now what keyd has said so far.
+
+        All of it, in each turn of the loop: a turn may be long, and there is not room for many
+        reports. keyd does not wait for it.
+        """
+        heard = 0
+        while heard < _HEAR_AT_ONCE and self._hear_one():
+            heard += 1
+        if heard >= _MAY_BE_FULL:
+            self._lost(False)
 
     def _tell_lost(self) -> None:
         if self._keyd is None:
@@ -168,9 +176,6 @@ class Channels:
     def _gone(self) -> None:
         self._lose()
         self._tell_lost()
-
-    def _hear(self) -> None:
-        self._hear_one()
 
     def _hear_one(self) -> bool:
         """Hear one message; returns whether there may be another one."""

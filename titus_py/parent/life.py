@@ -90,7 +90,7 @@ class Parent:
         )
         self._orphans = Orphans(plan, self._connections.handshaking)
         self._channels = Channels(
-            loop, tell, self._connections.refused, self._connections.signed, self._orphans.keyd_lost
+            loop, tell, self._connections.refused, self._connections.signed, self._orphans.lost
         )
         self._pool = Pool(loop, plan, forks, self._waiting, tell, self._hear_worker, self._ended)
         self._overstays = Overstays(loop, plan, self._connections, tell)

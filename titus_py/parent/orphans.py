@@ -29,15 +29,15 @@ class Orphans:
         #: Those that wait for the next keyd.
         self._orphans: deque[tuple[Worker, Offer]] = deque()
 
-    def keyd_lost(self, ended: bool) -> None:
-        """keyd has ended, or serves what it has and is heard no more.
+    def lost(self, known: bool) -> None:
+        """keyd has ended, and what it did is ``known``; or it is not, of those that there are now.
 
         Whoever has lost one before may be why: it gets no third channel.
         """
         for worker in self._handshaking.values():
             if worker.offer is None or not worker.offer.grants.grants:
                 continue
-            if ended and not (worker.signed or worker.orphaned):
+            if known and not (worker.signed or worker.orphaned):
                 self._orphans.append((worker, worker.offer))
             worker.orphaned = True
 

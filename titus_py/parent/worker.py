@@ -71,7 +71,7 @@ class Worker:
         self.ready = False
         #: Whether keyd has done an operation for it.
         self.signed = False
-        #: Whether the keyd that it has a channel to is lost.
+        #: Whether the keyd that it has a channel to is lost, or may have done more than is known.
         self.orphaned = False
         #: As keyd was told of it; kept until the handshake is done.
         self.client_hello = b""

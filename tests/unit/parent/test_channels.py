@@ -60,6 +60,21 @@ def test_what_keyd_has_said_so_far_is_heard_when_it_is_asked_for() -> None:
     assert heard == said
 
 
+def test_one_turn_of_the_loop_hears_all() -> None:
+    """In a turn, many clients may come: their reports come no slower than they are heard."""
+    heard: list[Refusal | Done] = []
+    loop = EventLoop()
+    channels = Channels(loop, lambda *_, **__: None, heard.append, heard.append, lambda _: None)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with keyds:
+        channels.take([ours.detach()])
+        said = [Done(number, Operation.SIGN) for number in range(200)]
+        for message in said:
+            keyds.send(message.encode())
+        loop.run_once()
+    assert heard == said
+
+
 def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> None:
     """One of 131,400 octets nearly fills it: others' channels do not wait for a timer."""
     loop = EventLoop()

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from keyd.linux.descriptors import receive_descriptors
 from keyd.protocol import (
     ANY_NAME,
     MAX_CONTROL_OCTETS,
+    MAX_REFUSAL_OCTETS,
     Done,
     Grant,
     GrantSet,
@@ -20,6 +22,8 @@ from keyd.protocol import (
     Operation,
     Parting,
     Power,
+    Refusal,
+    Status,
     decode_control,
 )
 from titus_py.between import messages
@@ -49,7 +53,7 @@ class Parent:
         self.loop = EventLoop()
         self.orphans = Orphans(_PLAN, self.workers)
         self.channels = Channels(
-            self.loop, lambda *_, **__: None, lambda _: None, self._done, self.orphans.keyd_lost
+            self.loop, lambda *_, **__: None, lambda _: None, self._done, self.orphans.lost
         )
 
     def _done(self, done: Done) -> None:
@@ -126,6 +130,19 @@ def test_the_last_words_of_a_keyd_with_unread_orders_count(parent: Parent) -> No
     keyd.close()
     with parent.gets_a_keyd() as following:
         assert parent.opened_at(following) == {2: b"hello 2"}
+
+
+def test_where_reports_may_be_lost_nobody_gets_another_channel(parent: Parent) -> None:
+    """There was no room for them."""
+    keyd = parent.gets_a_keyd()
+    longest = Refusal(3, Status.NOT_TLS, "x" * 200).encode()
+    assert len(longest) == MAX_REFUSAL_OCTETS
+    with suppress(BlockingIOError):
+        while keyd.send(longest):
+            pass
+    parent.loses_keyd(keyd)
+    with parent.gets_a_keyd() as following:
+        assert not parent.opened_at(following)
 
 
 def test_nobody_gets_a_third_channel(parent: Parent) -> None:
