@@ -107,12 +107,13 @@ def test_a_disk_that_was_full_for_a_while(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands in for the disk: a line is cut off, the next ones are not written."""
     path = tmp_path / "log"
     program = """
-import resource, signal
+import os, resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log("before"); time.sleep(0.5)
+log("before")
+while not os.fstat(2).st_size: time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 for number in range(10): log("meanwhile", padding="x" * 50)
-time.sleep(0.5)
+while log.lost < 10: time.sleep(0.01)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log("after"); log("and_on"); log.close(); print(log.lost)
 """
