@@ -114,7 +114,12 @@ def _tree(root: int) -> list[tuple[int, list[str]]]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                stat = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                stat = (
+                    Path(f"/proc/{name}/stat")
+                    .read_text(errors="replace")
+                    .rpartition(")")[2]
+                    .split()
+                )
             except (FileNotFoundError, ProcessLookupError):
                 continue
             below.setdefault(int(stat[1]), []).append((int(name), stat))

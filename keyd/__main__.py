@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -196,12 +197,13 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     token_options.add(parser)
 
 
-def _leave_when_told(keyd: Keyd) -> None:
+def _leave_when_told(keyd: Keyd, leaving: Callable[[], None]) -> None:
     """At the first SIGTERM, finish what has begun, then end; at the second, end at once."""
 
     def finish(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         keyd.leave(_LEAVE_SECONDS, leave)
+        leaving()
 
     signal.signal(signal.SIGTERM, finish)
 
@@ -257,7 +259,7 @@ def _control(arguments: argparse.Namespace, notify: Notifier) -> None:
 
 
 def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
-    """Serve the clients of a socket of our own, one operation for each connection."""
+    """Serve the clients of a socket of our own."""
     guards = _protect(arguments)
     # Which versions and groups its clients speak, they do not say.
     granted = ALL_POWERS if arguments.rsa_key_exchange else ALL_POWERS - {Power.DECRYPT}
@@ -295,18 +297,23 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         renewal.on_hangup(keyd, lambda: None)
         for door in doors:
             keyd.hear_listener(door, clients.accepted)
-        _serve(keyd, program, notify)
+        _serve(keyd, program, notify, clients.leave)
 
 
-def _serve(keyd: Keyd, program: bytes, notify: Notifier) -> None:
-    """Serve until told to leave. Whoever reads standard error is waited for no more."""
+def _serve(
+    keyd: Keyd, program: bytes, notify: Notifier, leaving: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until told to leave, and call ``leaving`` then, too.
+
+    Whoever reads standard error is waited for no more.
+    """
     standard_error = StandardError()
 
     def ready() -> None:
         standard_error.take_over()
         notify.ready()
 
-    _leave_when_told(keyd)
+    _leave_when_told(keyd, leaving)
     keyd.serve(THREADS, program, ready, beside=standard_error.write_all)
 
 

@@ -1,10 +1,17 @@
-"""The clients of ``keyd listen``: each connects, asks once, is answered, and is left.
+"""The clients of ``keyd listen``: each connects, asks, is answered, and may ask again for a while.
 
 Run by keyd's threads. A client is trusted with nothing but what the socket's mode says: it may
 connect. Nobody has seen whose handshake it asks for. Most have asked by the time they are
-accepted, and are answered there and then: with no channel, and without being told to epoll(7).
+accepted, and are answered there and then. The process of a server that has many handshakes keeps
+its connection, and keyd waits once for each of them: nobody is accepted, nothing is closed.
+
+keyd never needs to keep a connection: a provider whose connection has ended makes another one, and
+asks again. So those that wait for a next request are ended first, where there is anything to save.
+They end by being shut down for reading: what has been sent before is answered, and no more can be
+sent.
 """
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -30,11 +37,13 @@ from keyd.protocol import (
 
 __all__ = ["Clients"]
 
-#: How long a client may take to ask.
-_PATIENCE_SECONDS = 60.0
+#: How long a client may take to ask, and ask again: whether it may connect is seen anew then.
+_LIFETIME_SECONDS = 60.0
 #: How many may be silent at once. An honest one asks as soon as it has connected. One who connects
 #: and says nothing takes the places of its like, and not keyd's descriptors.
 _MOST_SILENT = 1000
+#: How many may be idle. There are fewer processes that have many handshakes.
+_MOST_KEPT = 256
 #: Where a request has the key's id (``protocol``).
 _KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
 _KIND = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
@@ -54,6 +63,13 @@ class Clients:
         self._refused = refused
         #: Those that have not asked yet, and until when they may.
         self._silent: dict[socket.SocketType, float] = {}
+        #: Those that have been answered, and until when they may ask again: the one that has been
+        #: idle for longest is first.
+        self._kept: dict[socket.SocketType, float] = {}
+        #: Those that epoll(7) has.
+        self._heard: set[socket.SocketType] = set()
+        self._most_kept = min(_MOST_KEPT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._leaving = False
 
     def accepted(self, descriptor: int) -> Callable[[], None] | None:
         """Answer this client, if it has asked.
@@ -67,10 +83,9 @@ class Clients:
         try:
             message = client.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            self._silent[client] = time.monotonic() + _PATIENCE_SECONDS
-            self._keyd.hear_client(client, partial(self._hear, client))
-            if len(self._silent) > _MOST_SILENT:
-                self._hurry_the_first()
+            self._silent[client] = time.monotonic() + _LIFETIME_SECONDS
+            self._begin_to_hear(client)
+            _end_first(self._silent, _MOST_SILENT)
         except ConnectionResetError:
             self._leave(client)
         else:
@@ -85,35 +100,43 @@ class Clients:
         To be called about once a second.
         """
         now = time.monotonic()
-        for client, deadline in list(self._silent.items()):
-            if now > deadline:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
+        for clients in (self._silent, self._kept):
+            for client, deadline in list(clients.items()):
+                if now > deadline:
+                    _end(client)
 
-    def _hurry_the_first(self) -> None:
-        """Have whoever serves it answer it now, if it has asked, and close it in any case."""
-        # In a copy: another thread may hear one of them meanwhile, also the first.
-        for client in list(self._silent)[:1]:
-            if self._silent.pop(client, None) is not None:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)
+    def leave(self) -> None:
+        """End what waits for a next request, now that keyd leaves. Others are still answered."""
+        self._leaving = True
+        for client in list(self._kept):
+            _end(client)
+
+    def _begin_to_hear(self, client: socket.SocketType) -> None:
+        self._heard.add(client)
+        self._keyd.hear_client(client, partial(self._hear, client))
+
+    def _unhear(self, client: socket.SocketType) -> None:
+        """By the thread that serves it."""
+        if client in self._heard:
+            self._heard.discard(client)
+            self._keyd.unhear(client)
 
     def _hear(self, client: socket.SocketType) -> None:
-        """What a client says that had not asked when it was accepted."""
+        """What a client says that epoll(7) has been told of. It is armed again after this."""
         try:
             message = client.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except ConnectionResetError:
             message = b""
-        self._keyd.unhear(client)
-        expired = time.monotonic() > self._silent.pop(client, inf)
-        if expired and message:
-            self._refuse(client, Refused(Status.EXPIRED, "a request after the client's time"))
-        else:
-            self._answer(client, message)
+        # One that is nowhere has been ended, to make room.
+        deadline = self._silent.pop(client, None) or self._kept.pop(client, 0.0)
+        self._answer(client, message, deadline)
 
-    def _answer(self, client: socket.SocketType, message: bytes) -> None:
+    def _answer(
+        self, client: socket.SocketType, message: bytes, deadline: float | None = None
+    ) -> None:
+        """Answer a client, which may ask again until this time: one that epoll(7) has."""
         if not message and has_ended(client):
             self._leave(client)
             return
@@ -128,22 +151,46 @@ class Clients:
             self._refuse(client, refused)
         else:
             if isinstance(result, bytes):
-                self._told(client, request.operation, started, result)
+                if self._done(client, request.operation, started, result):
+                    self._keep(client, deadline)
+                else:
+                    self._leave(client)
             else:
+                # Whoever hears of it next is the one who is told.
+                self._unhear(client)
                 result(partial(self._told, client, request.operation, started))
 
     def _told(
         self, client: socket.SocketType, operation: Operation, started: float, result: bytes | str
     ) -> None:
-        """Answer a request with its result, or with why there is none."""
+        """Answer a request with its result that took a while, or with why there is none."""
         if isinstance(result, str):
             failed = Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
             self._refuse(client, failed)
             return
-        self._reply(client, Reply(Status.DONE, result))
+        self._done(client, operation, started, result)
+        self._leave(client)
+
+    def _done(
+        self, client: socket.SocketType, operation: Operation, started: float, result: bytes
+    ) -> bool:
+        """Answer a request with its result; returns whether the answer was sent."""
+        sent = self._reply(client, Reply(Status.DONE, result))
         # After the reply, so that the client does not wait for the tally.
         self._keyd.tally.done(operation, time.monotonic() - started)
-        self._leave(client)
+        return sent
+
+    def _keep(self, client: socket.SocketType, deadline: float | None) -> None:
+        """Wait for its next request, until this time. If it has none, epoll(7) does not have it."""
+        if deadline is not None:
+            self._kept[client] = deadline
+        else:
+            self._kept[client] = time.monotonic() + _LIFETIME_SECONDS
+            self._begin_to_hear(client)
+        _end_first(self._kept, self._most_kept)
+        if self._leaving:
+            # Perhaps it is here only since then.
+            _end(client)
 
     def _refuse(self, client: socket.SocketType, refused: Refused) -> None:
         self._keyd.tally.refused(refused.status)
@@ -151,13 +198,33 @@ class Clients:
         self._reply(client, Reply(refused.status))
         self._leave(client)
 
-    def _reply(self, client: socket.SocketType, answer: Reply) -> None:
-        """It is lost if the client is gone, or memory is short."""
-        with suppress(OSError):
+    def _reply(self, client: socket.SocketType, answer: Reply) -> bool:
+        """Whether it could be sent. It is lost if the client is gone, or memory is short."""
+        try:
             client.send(answer.encode(), socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return True
 
     def _leave(self, client: socket.SocketType) -> None:
+        self._unhear(client)
         descriptor = client.fileno()
         # Before it is closed: another one may get its number at once.
         self._keyd.ended(descriptor)
         client.close()
+
+
+def _end(client: socket.SocketType) -> None:
+    """Let it ask no more. Whoever serves it answers what it has asked, and reads the end."""
+    with suppress(OSError):
+        client.shutdown(socket.SHUT_RD)
+
+
+def _end_first(clients: dict[socket.SocketType, float], most: int) -> None:
+    """End those of them that came first, if there are more than so many."""
+    too_many = len(clients) - most
+    if too_many > 0:
+        # In a copy: another thread may hear one of them meanwhile, also the first.
+        for client in list(clients)[:too_many]:
+            if clients.pop(client, None) is not None:
+                _end(client)

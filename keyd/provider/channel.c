@@ -2,9 +2,9 @@
  * Sends one request to keyd and receives one reply, within a time limit (the format: protocol.py).
  *
  * Runs in the worker. Its system calls are poll, sendto, recvmsg and clock_gettime, on failure
- * shutdown and close; with `socket` also socket, setsockopt, connect and close, and poll only where
- * sending has to wait. It checks the form of keyd's reply, and that the reply is no longer than the
- * caller allows.
+ * shutdown and close; with `socket` setsockopt, those of connection.c, and poll only where sending
+ * has to wait. It checks the form of keyd's reply, and that the reply is no longer than the caller
+ * allows.
  *
  * Where keyd ends before it has answered, the next keyd is asked the same. It is asked once: a
  * request that ends keyd is not to end one after the other.
@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define PROTOCOL_VERSION 1
@@ -33,24 +32,33 @@ void keyd_take_messages_from(take_messages *from)
     take = from;
 }
 
-static int64_t now_ms(void)
-{
-    struct timespec now;
+/* One request, and what is known of it. */
+struct exchange {
+    const struct provider *provider;
+    int fd;
+    int64_t deadline;
+    const char *how; /* keyd was lost */
+};
 
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+/*
+ * FAILED: an error is raised. Else none is. LOST: keyd is gone, and has answered nothing. UNREAD: it
+ * has not even read the request.
+ */
+enum outcome { FAILED, LOST, UNREAD, DONE };
+
+static enum outcome gone(const struct exchange *exchange, const char *how)
+{
+    RAISE(exchange->provider, REASON_GONE, "keyd: gone: %s", how);
+    return FAILED;
 }
 
-static int too_slow(const struct provider *provider)
+/* A socket's end with what was sent in it unread is a reset. */
+static enum outcome failed(struct exchange *exchange)
 {
-    RAISE(provider, REASON_SLOW, "keyd: no answer in %d ms", provider->timeout_ms);
-    return 0;
-}
-
-static int gone(const struct provider *provider, const char *how)
-{
-    RAISE(provider, REASON_GONE, "keyd: gone: %s", how);
-    return 0;
+    if (errno != EPIPE && errno != ECONNRESET)
+        return gone(exchange, strerror(errno));
+    exchange->how = strerror(errno);
+    return UNREAD;
 }
 
 /* Positive once the descriptor is ready, or has failed: the next call says so. 0: not in time. */
@@ -66,66 +74,121 @@ static int await(int fd, short event, int64_t deadline)
     }
 }
 
-static int wait_for(const struct provider *provider, int fd, short event, int64_t deadline)
+static int wait_for(const struct exchange *exchange, short event)
 {
-    int ready = await(fd, event, deadline);
+    int ready = await(exchange->fd, event, exchange->deadline);
 
     if (ready == 0)
-        return too_slow(provider);
-    return ready > 0 || gone(provider, strerror(errno));
+        return too_slow(exchange->provider);
+    return ready > 0 || gone(exchange, strerror(errno)) != FAILED;
 }
 
-/* Limit how long a call blocks that sends (SO_SNDTIMEO) or receives (SO_RCVTIMEO). */
-static int limit(const struct provider *provider, int fd, int option, int64_t deadline)
+/* Does not depend on whether the descriptor is blocking: MSG_DONTWAIT, and poll(2) to wait. */
+static enum outcome send_request(struct exchange *exchange, const uint8_t *request, size_t length)
 {
-    int64_t left = deadline - now_ms();
-    struct timeval time = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
-
-    if (left <= 0)
-        return too_slow(provider);
-    if (setsockopt(fd, SOL_SOCKET, option, &time, sizeof time) < 0)
-        return gone(provider, strerror(errno));
-    return 1;
-}
-
-/* What an administrator can mend is told apart: some servers log nothing but the reason. */
-static enum reason why_not(int error)
-{
-    switch (error) {
-    case ENOENT:
-        return REASON_ABSENT;
-    case ECONNREFUSED:
-        return REASON_UNHEARD;
-    case EACCES:
-        return REASON_DENIED;
-    default:
-        return REASON_UNREACHABLE;
+    for (;;) {
+        /* Not sendmsg(2), which could send descriptors: a worker's filter does not allow it. */
+        if (send(exchange->fd, request, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+            return DONE;
+        if (errno != EINTR && errno != EAGAIN)
+            return failed(exchange);
+        if (!wait_for(exchange, POLLOUT))
+            return FAILED;
     }
+}
+
+/* A socket of our own waits in recvmsg(2): that is cheaper than to wait in poll(2) before it. */
+static enum outcome receive_reply(struct exchange *exchange, struct msghdr *reply, ssize_t *length)
+{
+    const struct provider *provider = exchange->provider;
+    int own = exchange->fd != provider->channel_fd;
+
+    for (;;) {
+        if (own ? !limit(provider, exchange->fd, SO_RCVTIMEO, exchange->deadline)
+                : !wait_for(exchange, POLLIN))
+            return FAILED;
+        *length = recvmsg(exchange->fd, reply, (own ? 0 : MSG_DONTWAIT) | MSG_CMSG_CLOEXEC);
+        if (*length > 0)
+            return DONE;
+        if (*length == 0) {
+            exchange->how = "it closed the channel";
+            return LOST;
+        }
+        if (errno != EINTR && errno != EAGAIN)
+            return failed(exchange);
+    }
+}
+
+static enum outcome converse(struct exchange *exchange, const uint8_t *request,
+                             size_t request_length, uint8_t *answer, size_t answer_size,
+                             ssize_t *answer_length)
+{
+    const struct provider *provider = exchange->provider;
+    uint8_t head[REPLY_HEAD_OCTETS];
+    struct iovec parts[] = {{head, sizeof head}, {answer, answer_size}};
+    struct msghdr reply = {.msg_iov = parts, .msg_iovlen = 2};
+    enum outcome outcome;
+    ssize_t length;
+
+    outcome = send_request(exchange, request, request_length);
+    if (outcome == DONE)
+        outcome = receive_reply(exchange, &reply, &length);
+    if (outcome != DONE)
+        return outcome;
+    if (reply.msg_flags & MSG_TRUNC) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: an answer of more than %zu octets",
+              answer_size);
+        return FAILED;
+    }
+    if (length < REPLY_HEAD_OCTETS) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of %zd octets", length);
+        return FAILED;
+    }
+    if (head[0] != PROTOCOL_VERSION || head[1] > LAST_STATUS) {
+        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of version %d, status %d",
+              head[0], head[1]);
+        return FAILED;
+    }
+    if (head[1] != 0) {
+        RAISE(provider, REASON_REFUSED + head[1], "keyd: %s", refusal(head[1]));
+        return FAILED;
+    }
+    *answer_length = length - REPLY_HEAD_OCTETS;
+    return DONE;
 }
 
 /*
- * connect(2) to a Unix socket blocks while the listener's backlog is full, and poll(2) cannot
- * wait for that.
+ * keyd may have ended a connection that was kept, which is no sign of anything. So it is asked on a
+ * new one, as if there had been none.
  */
-static int connect_to_keyd(const struct provider *provider, int64_t deadline)
+static enum outcome converse_by_socket(struct exchange *exchange, const uint8_t *request,
+                                       size_t request_length, uint8_t *answer, size_t answer_size,
+                                       ssize_t *answer_length)
 {
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    const struct provider *provider = exchange->provider;
+    struct connection *connection = take_connection(provider);
+    int was_kept = connection != NULL, asked_again = 0;
 
-    if (fd < 0) {
-        RAISE(provider, REASON_UNREACHABLE, "keyd: no socket: %s", strerror(errno));
-        return -1;
+    for (;;) {
+        enum outcome outcome;
+
+        if (connection == NULL)
+            connection = make_connection(provider, exchange->deadline);
+        if (connection == NULL)
+            return FAILED;
+        exchange->fd = connection->fd;
+        outcome = converse(exchange, request, request_length, answer, answer_size, answer_length);
+        if (outcome == DONE)
+            keep_connection(provider, connection);
+        else
+            /* A late answer must not be taken for the answer to the next request. */
+            end_connection(connection);
+        if (outcome == DONE || outcome == FAILED || asked_again)
+            return outcome;
+        asked_again = !(was_kept && outcome == UNREAD);
+        was_kept = 0;
+        connection = NULL;
     }
-    while (limit(provider, fd, SO_SNDTIMEO, deadline)) {
-        if (connect(fd, (const struct sockaddr *)&provider->address, sizeof provider->address) == 0)
-            return fd;
-        if (errno != EINTR && errno != EAGAIN) {
-            RAISE(provider, why_not(errno), "keyd: cannot be reached at %s: %s",
-                  provider->address.sun_path, strerror(errno));
-            break;
-        }
-    }
-    close(fd);
-    return -1;
 }
 
 /* A descriptor that comes with one octet; -1 if none does. */
@@ -155,116 +218,44 @@ static int receive_descriptor(int from, uint8_t *octet)
 
 /*
  * The channel to the next keyd, at the number of the one before: it comes by a socket of its own, so
- * that this number is the first that is free. -1, with no error raised, if none comes in time.
+ * that this number is the first that is free. Returns 0, with no error raised, if none comes in time.
  */
-static int take_next_channel(const struct provider *provider, int64_t deadline)
+static int take_next_channel(const struct exchange *exchange)
 {
+    const struct provider *provider = exchange->provider;
     uint8_t octet;
     int carrier, fd;
 
-    if (await(provider->next_channel_fd, POLLIN, deadline) <= 0)
-        return -1;
+    if (provider->next_channel_fd < 0
+        || await(provider->next_channel_fd, POLLIN, exchange->deadline) <= 0)
+        return 0;
     carrier = receive_descriptor(provider->next_channel_fd, &octet);
     if (carrier < 0)
-        return -1;
+        return 0;
     close(provider->channel_fd);
     fd = octet == NEXT_CHANNEL ? receive_descriptor(carrier, &octet) : -1;
     close(carrier);
-    if (fd >= 0 && fd != provider->channel_fd) {
+    if (fd >= 0 && fd != provider->channel_fd)
         close(fd);
-        fd = -1;
-    }
-    return fd;
+    return fd == provider->channel_fd;
 }
 
-/* A way to the keyd after the one that has ended like this; -1 with an error raised. */
-static int next_channel(const struct provider *provider, int fd, const char *ended,
-                        int64_t deadline)
+static enum outcome converse_by_channel(struct exchange *exchange, const uint8_t *request,
+                                        size_t request_length, uint8_t *answer,
+                                        size_t answer_size, ssize_t *answer_length)
 {
-    if (provider->channel_fd < 0) {
-        close(fd);
-        return connect_to_keyd(provider, deadline);
-    }
-    fd = provider->next_channel_fd < 0 ? -1 : take_next_channel(provider, deadline);
-    if (fd < 0)
-        gone(provider, ended);
-    return fd;
-}
+    enum outcome outcome;
 
-/* Does not depend on whether the descriptor is blocking: MSG_DONTWAIT, and poll(2) to wait. */
-static int send_request(const struct provider *provider, int fd, const uint8_t *request,
-                        size_t length, int64_t deadline, const char **ended)
-{
-    for (;;) {
-        /* Not sendmsg(2), which could send descriptors: a worker's filter does not allow it. */
-        if (send(fd, request, length, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
-            return 1;
-        if (errno == EPIPE || errno == ECONNRESET) {
-            *ended = strerror(errno);
-            return 0;
-        }
-        if (errno != EINTR && errno != EAGAIN)
-            return gone(provider, strerror(errno));
-        if (!wait_for(provider, fd, POLLOUT, deadline))
-            return 0;
+    outcome = converse(exchange, request, request_length, answer, answer_size, answer_length);
+    if (outcome == LOST || outcome == UNREAD) {
+        if (!take_next_channel(exchange))
+            return outcome;
+        outcome = converse(exchange, request, request_length, answer, answer_size, answer_length);
     }
-}
-
-/* A socket of our own waits in recvmsg(2): that is cheaper than to wait in poll(2) before it. */
-static int receive_reply(const struct provider *provider, int fd, struct msghdr *reply,
-                         ssize_t *length, int64_t deadline, const char **ended)
-{
-    int own = fd != provider->channel_fd;
-
-    for (;;) {
-        if (own ? !limit(provider, fd, SO_RCVTIMEO, deadline)
-                : !wait_for(provider, fd, POLLIN, deadline))
-            return 0;
-        *length = recvmsg(fd, reply, (own ? 0 : MSG_DONTWAIT) | MSG_CMSG_CLOEXEC);
-        if (*length > 0)
-            return 1;
-        if (*length == 0 || errno == ECONNRESET) {
-            *ended = *length == 0 ? "it closed the channel" : strerror(errno);
-            return 0;
-        }
-        if (errno != EINTR && errno != EAGAIN)
-            return gone(provider, strerror(errno));
-    }
-}
-
-/* Returns -1 with an error raised, or with how keyd has ended. */
-static ssize_t converse(const struct provider *provider, int fd, const uint8_t *request,
-                        size_t request_length, uint8_t *answer, size_t answer_size,
-                        int64_t deadline, const char **ended)
-{
-    uint8_t head[REPLY_HEAD_OCTETS];
-    struct iovec parts[] = {{head, sizeof head}, {answer, answer_size}};
-    struct msghdr reply = {.msg_iov = parts, .msg_iovlen = 2};
-    ssize_t length;
-
-    *ended = NULL;
-    if (!send_request(provider, fd, request, request_length, deadline, ended)
-        || !receive_reply(provider, fd, &reply, &length, deadline, ended))
-        return -1;
-    if (reply.msg_flags & MSG_TRUNC) {
-        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: an answer of more than %zu octets",
-              answer_size);
-        return -1;
-    }
-    if (length < REPLY_HEAD_OCTETS) {
-        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of %zd octets", length);
-        return -1;
-    }
-    if (head[0] != PROTOCOL_VERSION || head[1] > LAST_STATUS) {
-        RAISE(provider, REASON_NONSENSE, "keyd: nonsense: a reply of version %d, status %d",
-              head[0], head[1]);
-        return -1;
-    }
-    if (head[1] != 0) {
-        RAISE(provider, REASON_REFUSED + head[1], "keyd: %s", refusal(head[1]));
-        return -1;
-    }
-    return length - REPLY_HEAD_OCTETS;
+    if (outcome != DONE)
+        /* As above. The descriptor is not ours to close. */
+        shutdown(exchange->fd, SHUT_RDWR);
+    return outcome;
 }
 
 /*
@@ -291,9 +282,12 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
                  const uint8_t *key_id, const uint8_t *payload, size_t payload_length,
                  uint8_t *answer, size_t answer_size)
 {
-    /* 1 ms more, since now_ms() rounds down: the limit is never shorter than what was set. */
-    int64_t deadline = now_ms() + provider->timeout_ms + 1;
-    int fd = provider->channel_fd;
+    struct exchange exchange = {
+        .provider = provider,
+        .fd = provider->channel_fd,
+        /* 1 ms more, since now_ms() rounds down: the limit is never shorter than what was set. */
+        .deadline = now_ms() + provider->timeout_ms + 1,
+    };
     uint8_t request[REQUEST_HEAD_OCTETS + MAX_PAYLOAD_OCTETS] = {
         PROTOCOL_VERSION,
         (uint8_t)operation,
@@ -302,7 +296,7 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
     };
     size_t request_length = REQUEST_HEAD_OCTETS + payload_length, octets;
     uint8_t *packet = request, *messages;
-    const char *ended;
+    enum outcome outcome;
     ssize_t length;
 
     memcpy(request + 4, key_id, KEY_ID_OCTETS);
@@ -311,29 +305,16 @@ ssize_t ask_keyd(const struct provider *provider, enum operation operation, uint
         return -1;
     }
     memcpy(request + REQUEST_HEAD_OCTETS, payload, payload_length);
-    if (fd < 0 && provider->address.sun_path[0] == '\0') {
+    if (exchange.fd < 0 && provider->address.sun_path[0] == '\0') {
         RAISE(provider, REASON_NO_CHANNEL, "keyd: neither channel_fd nor socket is set");
         return -1;
     }
-    if (fd < 0 && (fd = connect_to_keyd(provider, deadline)) < 0)
-        return -1;
     messages = operation == OPERATION_SIGN && take != NULL ? take(&octets) : NULL;
     if (messages != NULL)
         packet = put_together(request, request_length, messages, octets, &request_length);
-    length = converse(provider, fd, packet, request_length, answer, answer_size, deadline, &ended);
-    if (ended != NULL) {
-        fd = next_channel(provider, fd, ended, deadline);
-        if (fd < 0)
-            return -1;
-        length =
-            converse(provider, fd, packet, request_length, answer, answer_size, deadline, &ended);
-        if (ended != NULL)
-            gone(provider, ended);
-    }
-    if (fd != provider->channel_fd)
-        close(fd);
-    else if (length < 0)
-        /* A late answer must not be taken for the answer to the next request. */
-        shutdown(fd, SHUT_RDWR);
-    return length;
+    outcome = (exchange.fd < 0 ? converse_by_socket : converse_by_channel)(
+        &exchange, packet, request_length, answer, answer_size, &length);
+    if (outcome == LOST || outcome == UNREAD)
+        gone(&exchange, exchange.how);
+    return outcome == DONE ? length : -1;
 }

@@ -8,8 +8,9 @@
  *
  * One shared object may serve two copies of libcrypto in one process. So nothing here links against
  * libcrypto, nothing is global and mutable, and every upcall goes through the provider's context.
- * Nothing changes after loading: forks and threads may share it. The exception is `channel_fd`,
- * which carries one request at a time: only one thread may use it.
+ * Nothing changes after loading: forks and threads may share it. There are two exceptions. One is
+ * `channel_fd`, which carries one request at a time: only one thread may use it. The other is the
+ * connection that is kept for the next request, which threads exchange (connection.c).
  */
 #ifndef KEYD_PROVIDER_H
 #define KEYD_PROVIDER_H
@@ -40,11 +41,12 @@ struct provider {
     OSSL_FUNC_core_vset_error_fn *vset_error;
     OSSL_FUNC_BIO_read_ex_fn *bio_read_ex;
     OSSL_FUNC_BIO_gets_fn *bio_gets;
-    int channel_fd;             /* -1: connect to `address` for each operation */
-    int next_channel_fd;        /* where another channel comes if keyd ends; -1: none does */
-    struct sockaddr_un address; /* an empty sun_path: none configured */
-    int timeout_ms;             /* for one operation, from connecting to the answer */
-    const char *mistake;        /* in the configuration; NULL: none */
+    int channel_fd;                   /* -1: connect to `address` */
+    int next_channel_fd;              /* where another channel comes if keyd ends; -1: none does */
+    struct sockaddr_un address;       /* an empty sun_path: none configured */
+    struct connection *_Atomic *kept; /* to `address`, for the next request; may be NULL */
+    int timeout_ms;                   /* for one operation, from connecting to the answer */
+    const char *mistake;              /* in the configuration; NULL: none */
 };
 
 enum reason {
@@ -73,6 +75,38 @@ __attribute__((format(printf, 5, 6))) void raise_at(const struct provider *provi
 
 /* The text of the reason that stands for keyd's status. */
 const char *refusal(int status);
+
+/* connection.c: connections to keyd's socket */
+
+/* With how it is known again. */
+struct connection {
+    int fd;
+    dev_t device;
+    ino_t inode;
+    pid_t process;
+    uid_t user;
+    gid_t group;
+};
+
+int64_t now_ms(void);
+
+/* Raises an error; returns 0. */
+int too_slow(const struct provider *provider);
+
+/* Limit how long a call blocks that sends (SO_SNDTIMEO) or receives (SO_RCVTIMEO). Returns 0 with an
+ * error raised. */
+int limit(const struct provider *provider, int fd, int option, int64_t deadline);
+
+/* NULL with an error raised. */
+struct connection *make_connection(const struct provider *provider, int64_t deadline);
+
+/* The one that was kept, if there is one that this process may use; or NULL. */
+struct connection *take_connection(const struct provider *provider);
+
+/* For the next request; it is ended if another thread has kept one meanwhile. */
+void keep_connection(const struct provider *provider, struct connection *connection);
+
+void end_connection(struct connection *connection);
 
 /* channel.c: one request, one reply */
 

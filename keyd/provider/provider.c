@@ -115,8 +115,14 @@ static const char *configure(struct provider *provider, OSSL_FUNC_core_get_param
     return NULL;
 }
 
-static void teardown(void *provider)
+static void teardown(void *context)
 {
+    struct provider *provider = context;
+    struct connection *kept = take_connection(provider);
+
+    if (kept != NULL)
+        end_connection(kept);
+    free(provider->kept);
     free(provider);
 }
 
@@ -198,6 +204,10 @@ __attribute__((visibility("default"))) int OSSL_provider_init(const OSSL_CORE_HA
 
     if (provider == NULL)
         return 0;
+    if ((provider->kept = calloc(1, sizeof *provider->kept)) == NULL) {
+        free(provider);
+        return 0;
+    }
     provider->core = core;
     for (; upcalls->function_id != 0; upcalls++) {
         switch (upcalls->function_id) {
@@ -224,7 +234,7 @@ __attribute__((visibility("default"))) int OSSL_provider_init(const OSSL_CORE_HA
     if (core_get_params == NULL || provider->new_error == NULL || provider->set_error_debug == NULL
         || provider->vset_error == NULL || provider->bio_read_ex == NULL
         || provider->bio_gets == NULL) {
-        free(provider);
+        teardown(provider);
         return 0;
     }
     provider->mistake = configure(provider, core_get_params);

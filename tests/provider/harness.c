@@ -10,14 +10,26 @@
  *   room                            ask for parameters with too little room, and enough
  *   copy                            go on with a copy of the key
  *   private                         try to get the private part out
+ *   replace FD                      have another socket there, as a program may that does not know
+ *                                   whose it is
+ *   become UID                      become this user
+ *   fork                            go on as a child; the parent goes on when that has ended
+ *   end                             end
+ *   threads COUNT TIMES             sign so often, in so many threads: each wants the answer to
+ *                                   its own message, which is that message's SHA-256, repeated
  */
 #define _GNU_SOURCE
 #define OPENSSL_SUPPRESS_DEPRECATED /* EVP_PKEY_get0_RSA: one more way out to try */
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <openssl/core_names.h>
 #include <openssl/decoder.h>
@@ -27,6 +39,7 @@
 #include <openssl/params.h>
 #include <openssl/pem.h>
 #include <openssl/rsa.h>
+#include <openssl/sha.h>
 #include <openssl/store.h>
 
 static void fail(void)
@@ -301,6 +314,79 @@ static void try_private(EVP_PKEY *key)
     ERR_clear_error();
 }
 
+static void replace(int fd)
+{
+    int other = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+
+    printf(dup2(other, fd) == fd ? "ok\n" : "failed\n");
+    close(other);
+}
+
+static void become(uid_t user)
+{
+    printf(seteuid(user) == 0 ? "ok\n" : "failed\n");
+    /* So that leaks can be looked for in the end. */
+    prctl(PR_SET_DUMPABLE, 1);
+}
+
+static void go_on_as_a_child(void)
+{
+    int status;
+    pid_t child = fork();
+
+    if (child == 0) {
+        printf("ok %d\n", getpid());
+        return;
+    }
+    while (waitpid(child, &status, 0) < 0)
+        ;
+    printf(status == 0 ? "ok\n" : "failed %d\n", status);
+}
+
+struct series {
+    pthread_t thread;
+    EVP_PKEY *key;
+    int number, times, right;
+};
+
+static void *sign_often(void *argument)
+{
+    struct series *series = argument;
+
+    for (int i = 0; i < series->times; i++) {
+        unsigned char message[64] = {(unsigned char)series->number, (unsigned char)i};
+        unsigned char digest[SHA256_DIGEST_LENGTH], signature[512];
+        size_t length = sizeof signature;
+        EVP_MD_CTX *context = EVP_MD_CTX_new();
+
+        SHA256(message, sizeof message, digest);
+        if (EVP_DigestSignInit_ex(context, NULL, "SHA256", NULL, NULL, series->key, NULL) == 1
+            && EVP_DigestSign(context, signature, &length, message, sizeof message) == 1)
+            series->right += memcmp(signature, digest, sizeof digest) == 0;
+        EVP_MD_CTX_free(context);
+    }
+    return NULL;
+}
+
+static void sign_in_threads(EVP_PKEY *key, char **save)
+{
+    int count = atoi(strtok_r(NULL, " ", save)), times = atoi(strtok_r(NULL, " ", save));
+    int right = 0;
+    struct series *all = calloc((size_t)count, sizeof *all);
+
+    for (int i = 0; i < count; i++) {
+        all[i] = (struct series){.key = key, .number = i, .times = times};
+        if (pthread_create(&all[i].thread, NULL, sign_often, &all[i]) != 0)
+            abort();
+    }
+    for (int i = 0; i < count; i++) {
+        pthread_join(all[i].thread, NULL);
+        right += all[i].right;
+    }
+    printf("ok %d\n", right);
+    free(all);
+}
+
 static void interrupted(int signal)
 {
     (void)signal;
@@ -333,8 +419,18 @@ int main(void)
             key = load(*command == 's', strtok_r(NULL, " ", &save));
         } else if (strcmp(command, "content") == 0)
             decode_content(&save);
+        else if (strcmp(command, "replace") == 0)
+            replace(atoi(strtok_r(NULL, " ", &save)));
+        else if (strcmp(command, "become") == 0)
+            become((uid_t)atoi(strtok_r(NULL, " ", &save)));
+        else if (strcmp(command, "fork") == 0)
+            go_on_as_a_child();
+        else if (strcmp(command, "end") == 0)
+            break;
         else if (key == NULL)
             printf("failed no key\n");
+        else if (strcmp(command, "threads") == 0)
+            sign_in_threads(key, &save);
         else if (strcmp(command, "sign") == 0)
             sign(key, &save);
         else if (strcmp(command, "decrypt") == 0)

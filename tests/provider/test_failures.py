@@ -385,9 +385,10 @@ def test_sending_is_waited_for_only_so_long(
 def test_no_descriptor_is_left_open(
     impatient: Harness, bad_keyd: Keyd, sites: dict[str, Site]
 ) -> None:
+    """A connection is kept only while all is well (test_connection.py)."""
     impatient.load(sites["rsa"].reference.read_bytes())
-    replies = [None, b"", b"nonsense", Reply(Status.FAILED).encode()]
-    replies += [Reply(Status.DONE, bytes(256)).encode()]
+    replies = [None, b"", Reply(Status.DONE, bytes(256)).encode(), b"nonsense"]
+    replies += [Reply(Status.DONE, bytes(256)).encode(), Reply(Status.FAILED).encode()]
     before = os.listdir(f"/proc/{impatient.process.pid}/fd")
 
     for reply in replies:

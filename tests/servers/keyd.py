@@ -13,6 +13,7 @@ from integration.instance import TITUS_PY, eventually
 
 KEYD = TITUS_PY.with_name("keyd")
 PATIENCE = 60.0
+_CONNECTED = "03"
 #: What systemd does between fork and exec (sd_listen_fds(3)): descriptors from 3 on, and their
 #: variables.
 _LAUNCH = """
@@ -85,6 +86,13 @@ class ListeningKeyd:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    def connections(self) -> int:
+        """How many clients it has accepted that are there (proc_net(5))."""
+        listed = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+        ours = [words for words in listed if words[-1] in map(str, self.paths)]
+        # One that waits to be accepted has no inode yet.
+        return sum(words[5] == _CONNECTED and words[6] != "0" for words in ours)
 
     def log(self) -> str:
         return self._log.read_text() if self._log.exists() else ""

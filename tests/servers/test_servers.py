@@ -203,6 +203,7 @@ def test_a_server_whose_key_is_in_keyd(
                 with server.connect(version) as client:
                     assert client.version() == name
             _is_served_by_its_own_client(server)
+            _keeps_a_connection_for_each_process(server, keyd)
             assert server.shows(old)
             assert not server.found(old.key)
             _is_renewed(server, keyd, old, new)
@@ -226,6 +227,19 @@ def _is_served_by_its_own_client(server: Running) -> None:
         expected = {"200", "403", "404"}
     seen = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert seen.stdout.strip() in expected, seen.stderr + server.log()
+
+
+def _keeps_a_connection_for_each_process(server: Running, keyd: ListeningKeyd) -> None:
+    """And not for each handshake, or for each thread."""
+    with _clients(server) as failures:
+        pass
+    assert not failures
+
+    def kept() -> bool:
+        with server.connect():
+            return 0 < keyd.connections() <= len(descendants(server.process.pid))
+
+    eventually(kept, "each process keeps one connection", PATIENCE)
 
 
 def _is_renewed(server: Running, keyd: ListeningKeyd, old: Certificate, new: Certificate) -> None:

@@ -1,4 +1,4 @@
-"""Clients of ``keyd listen``: each is answered once, at once; no slow key holds up the others."""
+"""Clients of ``keyd listen``: each is answered at once, and again; none holds up the others."""
 
 import os
 import socket
@@ -87,10 +87,21 @@ class Listening:
 
     def leave(self) -> None:
         self.keyd.leave(60, lambda: self.left.append(None))
+        self.clients.leave()
+
+    def turn(self) -> None:
+        """What one thread does: for one that has been accepted, if any has said something."""
+        self.keyd._take_turn(0)
+
+    @property
+    def kept(self) -> int:
+        return len(self.clients._kept)
 
     @property
     def is_idle(self) -> bool:
-        return not (self.keyd.underway or self.clients._silent)
+        """Whether nobody is waited for but for those that may ask again."""
+        kept = {client.fileno() for client in self.clients._kept}
+        return self.keyd.underway == kept and not self.clients._silent
 
 
 @pytest.fixture
@@ -100,8 +111,13 @@ def listening() -> Iterator[Listening]:
 
 
 def is_answered(client: socket.socket, status: Status = Status.DONE) -> bool:
-    """And nothing comes after that but the end."""
-    return Reply.decode(client.recv(2000)).status is status and client.recv(1) == b""
+    """And nothing comes after a refusal but the end."""
+    answered = Reply.decode(client.recv(2000)).status is status
+    return answered and (status is Status.DONE or is_left(client))
+
+
+def is_left(client: socket.socket) -> bool:
+    return client.recv(1) == b""
 
 
 def test_all_that_have_asked_are_answered_at_once(listening: Listening) -> None:
@@ -141,15 +157,152 @@ def test_others_are_heard_before_a_slow_key_signs(
     assert is_answered(slow)
 
 
-def test_one_request_is_all(listening: Listening) -> None:
+def test_a_client_may_ask_again(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    assert is_answered(client)
+    for key in (RSA, EC):
+        client.send(request(key))
+        listening.turn()
+        assert is_answered(client)
+    assert listening.keyd.tally.totals()["signed"] == 3
+    assert listening.kept == 1
+    client.close()
+    listening.turn()
+    assert listening.is_idle
+    assert not listening.kept
+
+
+def test_what_is_asked_at_once_is_answered_in_turn(listening: Listening) -> None:
     client = listening.client()
     client.send(request(EC))
     client.send(request(EC))
     assert listening.hear() is None
-    # Of what it was sent twice, keyd has read one: that is a reset, and the provider never does it.
-    with pytest.raises(ConnectionResetError):
-        client.recv(2000)
     assert listening.keyd.tally.totals()["signed"] == 1
+    listening.turn()
+    assert is_answered(client)
+    assert is_answered(client)
+
+
+def test_whose_answer_is_lost_does_not_wait_for_it(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    # It does not read: there is no room for another answer in the end.
+    for _ in range(10_000):
+        try:
+            client.send(request(EC))
+        except BrokenPipeError:
+            break
+        listening.turn()
+    answers = 0
+    while client.recv(2000):
+        answers += 1
+    assert answers == listening.keyd.tally.totals()["signed"] - 1
+    assert listening.is_idle
+    assert not listening.kept
+
+
+def test_who_asks_again_for_what_no_server_signs_is_refused(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    assert is_answered(client)
+    client.send(request(EC)[:-1])
+    listening.turn()
+    assert is_answered(client, Status.NOT_TLS)
+    assert listening.refusals == [(Status.NOT_TLS, os.getpid())]
+    assert not listening.kept
+    assert listening.is_idle
+
+
+def test_a_key_that_has_gone_is_refused_to_who_asks_again(listening: Listening) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    assert is_answered(client)
+    # As on SIGHUP.
+    del listening.keys[key_id(EC.public_key())]
+    client.send(request(EC))
+    listening.turn()
+    assert is_answered(client, Status.UNKNOWN_KEY)
+
+
+def test_a_client_may_ask_again_for_a_while(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has sent before the end is answered."""
+    monkeypatch.setattr(clients_module, "_LIFETIME_SECONDS", -1.0)
+    client, quiet = listening.client(), listening.client()
+    for one in (client, quiet):
+        one.send(request(EC))
+    assert listening.hear() is None
+    for one in (client, quiet):
+        assert is_answered(one)
+    client.send(request(EC))
+    listening.clients.tick()
+    with pytest.raises(BrokenPipeError):
+        client.send(request(EC))
+    for _ in range(3):
+        listening.turn()
+    assert is_answered(client)
+    assert is_left(client)
+    assert is_left(quiet)
+    assert listening.is_idle
+    assert not listening.kept
+
+
+def test_who_asks_again_has_no_more_time_for_that(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    assert listening.hear() is None
+    [deadline] = listening.clients._kept.values()
+    client.send(request(EC))
+    listening.turn()
+    assert list(listening.clients._kept.values()) == [deadline]
+
+
+def test_of_many_the_one_that_was_idle_for_longest_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clients_module, "_MOST_KEPT", 2)
+    with ExitStack() as stack:
+        listening = Listening(stack)
+        active, idle = listening.client(), listening.client()
+        for one in (active, idle):
+            one.send(request(EC))
+        assert listening.hear() is None
+        active.send(request(EC))
+        listening.turn()
+        newcomer = listening.client()
+        newcomer.send(request(EC))
+        assert listening.hear() is None
+        listening.turn()
+        assert is_answered(idle)
+        assert is_left(idle)
+        assert listening.kept == 2
+        for one in (active, newcomer):
+            one.send(request(EC))
+            listening.turn()
+            assert is_answered(one)
+        assert is_answered(active)
+        assert is_answered(newcomer)
+
+
+def test_few_are_kept_where_descriptors_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients_module.resource, "getrlimit", lambda _: (4, 4))
+    with ExitStack() as stack:
+        listening = Listening(stack)
+        clients = [listening.client() for _ in range(3)]
+        for client in clients:
+            client.send(request(EC))
+        assert listening.hear() is None
+        for _ in clients:
+            listening.turn()
+        assert listening.kept == 1
 
 
 def test_what_no_server_signs_is_refused(listening: Listening) -> None:
@@ -202,15 +355,16 @@ def test_a_silent_client_is_left_after_a_while(
 ) -> None:
     patient = listening.client()
     assert listening.hear() is None
-    monkeypatch.setattr(clients_module, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(clients_module, "_LIFETIME_SECONDS", -1.0)
     silent, late = listening.client(), listening.client()
     assert listening.hear() is None
     late.send(request(EC))
-    listening.hear_those_that_were_silent()
-    assert is_answered(late, Status.EXPIRED)
     listening.clients.tick()
-    listening.hear_those_that_were_silent()
-    assert silent.recv(1) == b""
+    for _ in range(3):
+        listening.turn()
+    assert is_answered(late)
+    assert is_left(late)
+    assert is_left(silent)
     patient.send(request(EC))
     listening.hear_those_that_were_silent()
     assert is_answered(patient)
@@ -243,25 +397,46 @@ def test_of_many_silent_clients_the_first_are_left(
 # --- keys that are elsewhere -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quick", [True, False], ids=["at once", "later"])
-def test_a_key_elsewhere_answers_when_it_has(listening: Listening, quick: bool) -> None:
+@pytest.mark.parametrize("when", ["at once", "later", "again"])
+def test_a_key_elsewhere_answers_when_it_has(listening: Listening, when: str) -> None:
     token = listening.keys[key_id(RSA.public_key())] = InToken()
     done, failed = listening.client(), listening.client()
     for client in (done, failed):
-        if quick:
-            client.send(request(RSA))
+        if when != "later":
+            client.send(request(RSA if when == "at once" else EC))
     assert listening.hear() is None
-    if not quick:
-        for client in (done, failed):
+    for client in (done, failed):
+        if when == "again":
+            assert is_answered(client)
+        if when != "at once":
             client.send(request(RSA))
-        listening.hear_those_that_were_silent()
+            listening.turn()
     listening.leave()
     assert not listening.left
     token.asked[0](b"a signature")
     assert Reply.decode(done.recv(2000)) == Reply(Status.DONE, b"a signature")
+    assert is_left(done)
     token.asked[1]("no")
     assert is_answered(failed, Status.FAILED)
     assert listening.left
+    assert listening.is_idle
+
+
+@pytest.mark.parametrize("first", [None, EC], ids=["first", "again"])
+def test_nobody_is_heard_who_has_not_been_answered(
+    listening: Listening, first: ec.EllipticCurvePrivateKey | None
+) -> None:
+    token = listening.keys[key_id(RSA.public_key())] = InToken()
+    client = listening.client()
+    if first is not None:
+        client.send(request(first))
+    assert listening.hear() is None
+    for _ in range(2):
+        client.send(request(RSA))
+    for _ in range(2):
+        listening.turn()
+    assert len(token.asked) == 1
+    token.asked[0]("no")
     assert listening.is_idle
 
 
@@ -277,6 +452,27 @@ def test_a_client_that_was_accepted_is_answered_before_keyd_leaves(listening: Li
     client.send(request(EC))
     listening.hear_those_that_were_silent()
     assert is_answered(client)
+    listening.turn()
+    assert is_left(client)
+    assert listening.left
+
+
+def test_who_may_ask_again_does_not_hold_up_keyd(listening: Listening) -> None:
+    """What it has asked is answered: with a new keyd, it would ask again."""
+    idle, client = listening.client(), listening.client()
+    for one in (idle, client):
+        one.send(request(EC))
+    assert listening.hear() is None
+    for one in (idle, client):
+        assert is_answered(one)
+    client.send(request(EC))
+    listening.leave()
+    assert not listening.left
+    for _ in range(3):
+        listening.turn()
+    assert is_left(idle)
+    assert is_answered(client)
+    assert is_left(client)
     assert listening.left
 
 
@@ -289,6 +485,7 @@ def test_a_slow_key_signs_before_keyd_leaves(listening: Listening) -> None:
     assert not listening.left
     sign()
     assert is_answered(client)
+    listening.turn()
     assert listening.left
 
 
