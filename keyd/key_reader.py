@@ -16,6 +16,7 @@ failed  'F' why: the reading has ended before that
 """
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -78,8 +79,6 @@ def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoRetur
     except OSError as error:
         _fail(keyd, f"the process for that cannot be confined: {error}")
         os._exit(1)
-    # Also while it waits for a reading: a file may take for ever.
-    prctl.set_pdeathsig(signal.SIGKILL)
     while keyd.recv(len(ORDER)):
         child = os.fork()
         if child == 0:
@@ -90,9 +89,22 @@ def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoRetur
             except CannotLock as error:
                 _fail(keyd, str(error))
             os._exit(0)
+        _await_end(child, keyd)
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             _fail(keyd, f"the process for that {how_ended(code)}")
     os._exit(0)
+
+
+def _await_end(child: int, keyd: socket.socket) -> None:
+    """Wait until the reading has ended. End with keyd, also if a file takes for ever."""
+    pidfd = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    # For its end alone (POLLHUP): it may say that it wants another reading.
+    poll.register(keyd, 0)
+    if keyd.fileno() in dict(poll.poll()):
+        os._exit(0)
+    os.close(pidfd)
 
 
 def _read(sources: KeySources, keyd: socket.socket) -> None:

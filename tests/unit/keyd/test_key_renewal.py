@@ -118,16 +118,22 @@ class Endless(KeySources):
         yield
 
 
-def test_a_reader_whose_reading_does_not_end_ends_with_keyd() -> None:
-    """systemd would wait for it for a minute and a half."""
+@pytest.mark.parametrize("uid", {os.geteuid(), os.geteuid() or 65534})
+def test_a_reader_whose_reading_does_not_end_ends_with_keyd(uid: int) -> None:
+    """systemd would wait for it for a minute and a half. keyd may have another uid by then."""
+    BEGUN[0] = 0
     ours, theirs = socket.socketpair()
     keyd = os.fork()
     if keyd == 0:
-        reader = key_reader.start(Endless((), None, None), must_lock=False)
-        children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
-        theirs.send(children.read_bytes())
-        reader.send(ORDER)
-        signal.pause()
+        try:
+            reader = key_reader.start(Endless((), None, None), must_lock=False)
+            children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+            theirs.send(children.read_bytes())
+            reader.send(ORDER)
+            os.setresuid(uid, uid, uid)
+            signal.pause()
+        finally:
+            os._exit(1)
     with ours, theirs:
         ours.settimeout(PATIENCE)
         reader_pid = int(ours.recv(100))
