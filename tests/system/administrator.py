@@ -14,7 +14,10 @@ from conftest import alone_with
 from .machine import Machine
 
 _REPOSITORY = Path(__file__).parents[2]
-_URL = "https://www.example.org/"
+REQUEST = (
+    "curl --silent --show-error --max-time 60 --resolve www.example.org:443:127.0.0.1"
+    " --cacert /etc/titus-py/www.crt https://www.example.org/"
+)
 
 
 def package(revision: int) -> Path:
@@ -93,14 +96,19 @@ class Administrator:
         self.types(
             "systemd-run --unit=backend -p WorkingDirectory=/srv/www python3 -m http.server 8080"
         )
+        self.types("until ss --listening --numeric --tcp | grep :8080; do sleep 0.1; done")
 
     def requests(self) -> None:
         """A request, by a client that trusts the certificate that is there now."""
-        seen = self.types(
-            "curl --silent --show-error --max-time 60 --resolve www.example.org:443:127.0.0.1"
-            f" --cacert /etc/titus-py/www.crt {_URL}"
-        )
-        assert seen.strip() == "It works."
+        assert self.types(REQUEST).strip() == "It works."
+
+    def journal(self, options: str) -> str:
+        """What the journal has, with all that was said before: it is written a moment later."""
+        return self.types(f"journalctl --sync && journalctl --quiet {options}")
+
+    def status(self, unit: str, fails: bool = False) -> str:
+        """With the unit's last lines in the journal. It fails for a unit that is not active."""
+        return self.types(f"journalctl --sync; systemctl status {unit}", fails)
 
     def starts_in_vain(self, reason: str) -> None:
         """titus-py does not start; its status says why, from one attempt until the next."""
@@ -115,6 +123,11 @@ class Administrator:
             f"until test {before} != $(systemctl show --property=MainPID --value titus-py)"
             " && systemctl --quiet is-active titus-py; do sleep 0.1; done"
         )
+
+    def sees_it_become(self, unit: str, state: str, seconds: int = 60) -> None:
+        """As the job that is under way makes it: nobody waits for a job of another unit's."""
+        shown = f"systemctl show --property=ActiveState --value {unit}"
+        self.types(f"timeout {seconds} sh -c 'until test $({shown}) = {state}; do sleep 0.1; done'")
 
     def property(self, unit: str, name: str) -> str:
         return self.machine.run(f"systemctl show --property={name} --value {unit}").strip()

@@ -46,7 +46,7 @@ def _haproxy(admin: Administrator, configuration: str, section: str) -> None:
     haproxys = admin.types("id --user haproxy").strip()
     # The worker has ended a moment after its client has.
     seen = admin.types(
-        "until journalctl --unit titus-py --output cat --boot --lines 1 | grep connection_ended;"
+        "until journalctl --unit titus-py --output cat --boot | grep 'connection_ended.*balancer=';"
         " do sleep 0.1; done"
     )
     assert f'balancer="unix:uid={haproxys},pid=' in seen

@@ -61,7 +61,7 @@ def _belongs_to_another_user(admin: Administrator, configuration: str) -> None:
     tunnel = _TUNNEL.replace("socket_group", 'socket_user = "nobody"\nsocket_group')
     admin.writes(_CONFIGURATION, configuration + tunnel)
     admin.types("systemctl reload titus-py", fails=True)
-    assert "socket_user takes CAP_CHOWN" in admin.types("systemctl status titus-py")
+    assert "socket_user takes CAP_CHOWN" in admin.status("titus-py")
     _serves(admin)
     admin.writes(f"{_DROP_INS[0]}/chown.conf", "[Service]\nCapabilityBoundingSet=CAP_CHOWN\n")
     admin.types("systemctl daemon-reload && systemctl restart titus-py")
