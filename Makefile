@@ -97,7 +97,7 @@ lock: $(VENV)/built
 	packaging/lock $(BIN)/uv
 
 clean:
-	rm -rf $(VENV) build *.egg-info keyd/provider/*.so keyd/linux/*.so titus_py/*/*.so
+	rm -rf $(VENV) build *.egg-info keyd/*/*.so titus_py/*.so titus_py/*/*.so
 
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)
@@ -118,7 +118,7 @@ $(VENV)/test-packages: $(VENV)/build-packages
 
 # The checkout itself, as a path (compat): otherwise it is found by a module of setuptools', whose
 # import is half of what it takes to start a Python, and tests start thousands.
-$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard packaging/locked/*.txt keyd/*/*.[ch] titus_py/*/*.[ch])
+$(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard packaging/locked/*.txt keyd/*/*.[ch] titus_py/*.c titus_py/*/*.[ch])
 	$(PIP_INSTALL) --require-hashes --requirement packaging/locked/build.txt
 	$(LOCKED_INSTALL) packaging/locked/test.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .

@@ -28,20 +28,16 @@ setup(
     ext_modules=[
         extension("keyd.provider.keyd_provider", *glob("keyd/provider/*.c")),
         extension("keyd.linux.calls", "keyd/linux/calls.c"),
-        extension(
-            "titus_py.fork_server.forking",
-            "titus_py/fork_server/forking.c",
-            "titus_py/fork_server/orders.c",
-        ),
         extension("keyd.inspection.occurrences", "keyd/inspection/occurrences.c"),
         extension("keyd.linux.residue", "keyd/linux/residue.c"),
-        extension("titus_py.fork_server.heap", "titus_py/fork_server/heap.c"),
-        extension("titus_py.fork_server.immortal", "titus_py/fork_server/immortal.c"),
-        extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
         extension(
-            "titus_py.worker.flow", "titus_py/worker/flow.c", "titus_py/worker/flow_module.c"
+            "titus_py.native",
+            "titus_py/native.c",
+            *glob("titus_py/fork_server/*.c"),
+            *glob("titus_py/worker/flow*.c"),
+            "titus_py/worker/transcript.c",
         ),
-        extension("titus_py.worker.transcript", "titus_py/worker/transcript.c"),
+        extension("titus_py.worker.alpn", "titus_py/worker/alpn.c"),
         extension("titus_py.worker.verification", "titus_py/worker/verification.c"),
     ]
 )

@@ -6,8 +6,6 @@ installed. It prints what came of each thing, as JSON.
 
 import ctypes
 import gc
-import importlib.machinery
-import importlib.util
 import json
 import os
 import resource
@@ -16,13 +14,10 @@ import weakref
 from collections.abc import Callable
 from types import CodeType
 
+from builds import use_build
+
 if len(sys.argv) > 1:
-    name = "titus_py.fork_server.immortal"
-    loader = importlib.machinery.ExtensionFileLoader(name, sys.argv[1])
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    loader.exec_module(sys.modules[name])
+    use_build("titus_py.fork_server.immortal", sys.argv[1])
 
 from titus_py.fork_server.immortal import AVAILABLE, immortalize
 from titus_py.fork_server.immortality import make_all_immortal

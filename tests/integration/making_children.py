@@ -7,8 +7,6 @@ it, as JSON.
 
 import ctypes
 import fcntl
-import importlib.machinery
-import importlib.util
 import json
 import mmap
 import os
@@ -20,15 +18,11 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 
+from builds import use_build
+
 if len(sys.argv) > 2:
-    for name, build in zip(
-        ("keyd.linux.calls", "titus_py.fork_server.forking"), sys.argv[2:], strict=True
-    ):
-        loader = importlib.machinery.ExtensionFileLoader(name, build)
-        spec = importlib.util.spec_from_loader(name, loader)
-        assert spec is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        loader.exec_module(sys.modules[name])
+    use_build("keyd.linux.calls", sys.argv[2])
+    use_build("titus_py.fork_server.forking", sys.argv[3])
 
 from bench.forking import Child, fork_once
 from keyd.linux.descriptors import receive_descriptors, send_descriptors

@@ -5,8 +5,6 @@ the names of what to do. It prints what came of each, as JSON. A child process p
 says in the end what they heard.
 """
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import random
@@ -18,12 +16,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from builds import use_build
+
 if sys.argv[1]:
-    loader = importlib.machinery.ExtensionFileLoader("titus_py.worker.flow", sys.argv[1])
-    spec = importlib.util.spec_from_loader("titus_py.worker.flow", loader)
-    assert spec is not None
-    sys.modules["titus_py.worker.flow"] = importlib.util.module_from_spec(spec)
-    loader.exec_module(sys.modules["titus_py.worker.flow"])
+    use_build("titus_py.worker.flow", sys.argv[1])
 
 from cryptography.hazmat.bindings import _rust
 from OpenSSL import SSL
@@ -31,6 +27,8 @@ from OpenSSL._util import ffi, lib
 
 from titus_py.worker import flow
 from titus_py.worker.pump import Pump
+
+assert not sys.argv[1] or flow.__file__ == sys.argv[1]
 
 #: <linux/tcp.h>: with it, close(2) says nothing to the other end.
 _TCP_REPAIR = 19

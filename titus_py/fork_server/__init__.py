@@ -2,3 +2,8 @@
 
 Root without files or network. Hears the parent.
 """
+
+# In C: one library for all.
+from titus_py.native import forking, heap, immortal
+
+__all__ = ["forking", "heap", "immortal"]

@@ -236,7 +236,7 @@ def _serve(
         make_all_immortal()
         gc.freeze()
         # This gives back what Python keeps of freed objects, to use it again, wherever they lie.
-        gc.collect()
+        fill_holes()
         in_use = fill_up(place).place
         fill_holes()
         # Each fork copies the entries of what is mapped, and each worker's end clears them.

@@ -2,3 +2,8 @@
 
 A uid of its own, no capability, no file. Hears one client and one backend, both hostile.
 """
+
+# In C: one library for all.
+from titus_py.native import flow, transcript
+
+__all__ = ["flow", "transcript"]

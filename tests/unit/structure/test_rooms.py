@@ -50,6 +50,7 @@ FOR_WORKERS = {
     "titus_py.between.plan",
     "titus_py.between.report",
     "titus_py.between.virtual_host",
+    "titus_py.native",
     "titus_py.fork_server",
     "titus_py.fork_server.confinement",
     "titus_py.fork_server.forking",
