@@ -101,22 +101,45 @@ def test_what_a_parent_cannot_go_on_without_comes_with_another_one(
     assert bool(instance.events_named("reload_failed")) == mistaken
 
 
+def test_a_parent_that_would_understand_another_keyd_gets_one(
+    serve: Serve, patient: str, installed: Installed
+) -> None:
+    instance = serve(patient, program=installed.titus_py)
+    instance.expected_alarms |= {"keyd_died"}
+    upgrade(installed)
+    installed.has("keyd/protocol.py", "CONTROL_VERSION = 100 + ", "CONTROL_VERSION = ")
+    is_mistaken(instance)
+    instance.keyd().kill()
+    instance.wait_for_event("keyd_lost")
+    assert serves(instance)
+    assert instance.events_named("program_changed")
+    assert len(instance.events_named("parent_started")) == 1
+
+
 @pytest.mark.parametrize("lost", ["resolver", "metrics"])
 def test_a_process_without_privilege_is_started_by_the_version_that_it_is_of(
-    serve: Serve, installed: Installed, lost: str
+    serve: Serve, patient: str, installed: Installed, lost: str
 ) -> None:
     instance = serve(
-        f"localhost:{free_port()}",
+        patient.replace("127.0.0.1", "localhost"),
         program=installed.titus_py,
         metrics={"address": f"127.0.0.1:{free_port()}"},
     )
-    instance.expected_alarms |= {f"{lost}_died"}
+    instance.expected_alarms |= {f"{lost}_died", "keyd_died"}
     eventually(lambda: state(instance, lost) == "ready", "a process to lose")
     upgrade(installed)
     is_mistaken(instance)
     os.kill(told(instance, lost)["pid"], signal.SIGKILL)
     instance.wait_for_event("program_changed")
     eventually(lambda: state(instance, lost) == "ready", "its successor")
+    # The parent is still of the version before, and serves; until it loses keyd, too.
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        instance.keyd().kill()
+        instance.wait_for_event("keyd_lost")
+        assert serves(instance)
+        assert talk(client)
+    assert not instance.events_named("keyd_incomprehensible")
 
 
 @pytest.mark.parametrize("mistaken", [False, True], ids=["", "mistaken"])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from keyd.protocol import CONTROL_VERSION, VERSION
 from keyd.upstream.state import UpstreamState
 from titus_py.between.plan import Check, ResolvedAddress, State
 from titus_py.configuration import tokens, upstreams
@@ -21,6 +22,9 @@ from titus_py.supervisor.listeners import Wishes
 from titus_py.supervisor.planning import plan_of
 
 __all__ = ["Generation"]
+
+#: What this program's parents and workers, and its keyd, speak with each other.
+_KEYD_VERSIONS = CONTROL_VERSION, VERSION
 
 
 class Generation:
@@ -53,6 +57,8 @@ class Generation:
         self.files = checked.files
         self.keyd: Child | None = None
         self.parent: Child | None = None
+        #: Its parent's, which may be of a program before.
+        self.keyd_versions = _KEYD_VERSIONS
         #: keyd is a service of its own, and is not connected yet.
         self.waits_for_keyd = self.configuration.keyd.socket is not None
         #: The parent has no connection to that keyd: not yet, or not any more. ``keyd_missed`` is
@@ -120,6 +126,11 @@ class Generation:
     def ready(self) -> bool:
         """Whether both processes serve, and no backend's name is waited for."""
         return not (self.starting or self.waits_for_keyd or self.unresolved)
+
+    @property
+    def understands_keyd(self) -> bool:
+        """Whether its parent and workers would understand a keyd that is started now."""
+        return self.keyd_versions == _KEYD_VERSIONS
 
     @property
     def children(self) -> list[Child]:
@@ -210,6 +221,7 @@ class Generation:
             self._filters["worker"],
         )
         self.parent = start_parent(plan, control)
+        self.keyd_versions = _KEYD_VERSIONS
         self.starting.add(self.parent)
 
     def adopt(self, name: str, pid: int, descriptor: int, starting: bool) -> None:

@@ -135,9 +135,13 @@ class Starting:
         if generation.parent is None:
             self.start(generation)
         elif generation.without_keyd if external else generation.keyd is None:
-            # Its parent is of the program before, and might not understand a keyd of this one. So
-            # it is as without a fork server: what it has goes on, and another generation follows.
-            generation.crippled = True
+            if not generation.understands_keyd:
+                # As without a fork server: what it has goes on, and another generation follows.
+                generation.crippled = True
+            elif external:
+                self._keyd_service.connect(generation)
+            else:
+                self.start_keyd_again(generation)
         elif generation.ready:
             self._takeover.ready(generation)
 

@@ -86,6 +86,7 @@ class LeftGeneration(_Left):
     lent: list[tuple[LentKey, LentFacts]] = []
     keyd: LeftChild | None
     parent: LeftChild | None
+    keyd_versions: tuple[int, int] = (0, 0)
     waits_for_keyd: bool
     without_keyd: bool
     keyds_keys: set[str] | None
@@ -190,6 +191,7 @@ def leave(generation: Generation) -> LeftGeneration:
         lent=list(generation.checked.lent.items()),
         keyd=left(generation.keyd),
         parent=left(generation.parent),
+        keyd_versions=generation.keyd_versions,
         waits_for_keyd=generation.waits_for_keyd,
         without_keyd=generation.without_keyd,
         keyds_keys=generation.keyds_keys,
@@ -362,6 +364,7 @@ def inherit(
         configuration, [], [], certificates, files, authorities=authorities, lent=lent
     )
     generation = Generation(left.number, checked, filters)
+    generation.keyd_versions = left.keyd_versions
     generation.waits_for_keyd = left.waits_for_keyd
     generation.without_keyd = left.without_keyd
     generation.keyds_keys = left.keyds_keys

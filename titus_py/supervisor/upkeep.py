@@ -272,8 +272,15 @@ class Upkeep:
         self._lost(lambda: self._starting.start(generation))
 
     def _start_keyd_again(self, generation: Generation) -> None:
-        if generation.parent is not None:
+        if generation.parent is None:
+            return
+        if generation.understands_keyd:
             self._lost(lambda: self._starting.start_keyd_again(generation))
+        else:
+            # Its parent is of a program before. As without a fork server: what it has goes on, and
+            # another generation follows.
+            generation.crippled = True
+            self._renew(generation)
 
     def _fork_server_died(self, generation: Generation) -> None:
         if generation.crippled and not generation.retired and not self._service.stops:
