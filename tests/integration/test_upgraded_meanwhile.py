@@ -17,7 +17,7 @@ from .conftest import Certificates, Serve
 from .installed import Installed
 from .instance import Instance, eventually, free_port
 from .peers import TlsClient
-from .service import clients_meanwhile, edit, reload, serves, status, talk
+from .service import FAILS, clients_meanwhile, edit, reload, serves, status, talk
 from .test_own_keyd import OwnKeyd
 
 
@@ -99,6 +99,40 @@ def test_what_a_parent_cannot_go_on_without_comes_with_another_one(
     assert not instance.events_named("keyd_incomprehensible")
     # Of what is mistaken, the administrator is told.
     assert bool(instance.events_named("reload_failed")) == mistaken
+
+
+def test_workers_that_crash_are_a_reason_as_good(
+    serve: Serve, patient: str, installed: Installed
+) -> None:
+    """An attacker who learns the fork server's layout does not get all the time in the world."""
+    begins = "        report.set(server_name=server_name)\n"
+    installed.has(
+        "titus_py/worker/life.py",
+        begins,
+        f'{begins}        if server_name == "crash.test":\n            os.abort()\n',
+    )
+    instance = serve(patient, program=installed.titus_py)
+    instance.expected_alarms |= {"handshake_failed"}
+    upgrade(installed)
+    is_mistaken(instance)
+    with TlsClient(instance.port) as client:
+        assert talk(client.handshake())
+        three_workers_crash(instance)
+        instance.wait_for_event("program_changed")
+        instance.wait_for_event("reload_failed")
+        three_workers_crash(instance)
+        instance.wait_for_event("fork_server_replaced")
+        assert talk(client)
+        assert serves(instance)
+
+
+def three_workers_crash(instance: Instance) -> None:
+    for _ in range(3):
+        with TlsClient(instance.port, server_name="crash.test") as client:
+            with pytest.raises(FAILS):
+                client.handshake()
+            ended = instance.wait_for_event("handshake_failed", client=client.name)
+            assert ended["end"].startswith("killed by SIG")
 
 
 def test_a_parent_that_would_understand_another_keyd_gets_one(

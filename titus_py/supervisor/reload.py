@@ -300,7 +300,8 @@ class Reload:
         elif urgently is not None and serving.number != urgently:
             return
         elif self._is_outdated():
-            self.begin()
+            # It is the new program's to replace. That does not wait for a better configuration.
+            self.lost(lambda: None)
             over(False)
         elif not self._room.is_there(serving):
             if urgently is not None:

@@ -24,8 +24,9 @@ _ENDS = frozenset(f"killed by {signal}" for signal in _SIGNALS)
 #: How long to wait, at least, from one to the next; and after how long without one to begin anew.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _QUIET_SECONDS = 15.0, 300.0, 3600.0
 _DAY_SECONDS = 86_400.0
-#: How soon to try the daily renewal again, if a reload, for one, did not allow it.
-_RETRY_SECONDS = 60.0
+#: How soon to try the daily renewal again, if a reload, for one, did not allow it. The pause
+#: doubles with each attempt.
+_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 60.0, 3600.0
 #: The same while workers crash. The pause doubles with each attempt: each has processes started.
 _URGENT_RETRY_SECONDS, _LONGEST_URGENT_RETRY_SECONDS = 2.0, 300.0
 
@@ -83,11 +84,14 @@ class Renewals:
         reason = f"{_DEATHS} workers within a minute, the last one {end}"
         self._loop.after(0, partial(self._after_deaths, reason, generation))
 
-    def _daily(self) -> None:
+    def _daily(self, pause: float = _RETRY_SECONDS) -> None:
         def over(replaced: bool) -> None:
             if replaced:
                 self._event("fork_server_replaced", level="info", reason="once a day")
-            self._loop.after(_DAY_SECONDS if replaced else _RETRY_SECONDS, self._daily)
+                self._loop.after(_DAY_SECONDS, self._daily)
+            else:
+                longer = min(2 * pause, _LONGEST_RETRY_SECONDS)
+                self._loop.after(pause, partial(self._daily, longer))
 
         self._replace(over)
 

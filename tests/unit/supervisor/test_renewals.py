@@ -150,4 +150,9 @@ def test_once_a_day() -> None:
     ]
     found.possible = False
     found.timers.pop()[1]()
-    assert found.timers[-1][0] < DAY, "it is tried again soon"
+    # It is tried again soon, and then ever more seldom: there may be no uids left for days.
+    pauses = [found.timer() for _ in range(8)]
+    assert pauses == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    found.possible = True
+    assert found.timer() == 3600
+    assert found.timers[-1][0] == DAY
