@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from keyd.linux import prctl
+import prctl
 
 __all__ = ["Failed", "cpu_seconds", "free_port", "kernel_octets", "pss_octets", "running"]
 

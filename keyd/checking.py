@@ -9,9 +9,10 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
+import prctl
+
 from keyd.certificates import Findings, KeyFiles, Problem, examine
 from keyd.keys import read_ahead
-from keyd.linux import prctl
 from keyd.parsing import confine_parser
 from keyd.reference import key_id, public_key_of, reference_pem
 from keyd.system_calls import ASKING_TOKENS

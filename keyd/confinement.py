@@ -7,7 +7,8 @@ user that a service manager chose. Nobody is trusted yet: no request has been re
 import sys
 from typing import NamedTuple
 
-from keyd.linux import prctl
+import prctl
+
 from keyd.linux.credentials import (
     allow_many_descriptors,
     become,

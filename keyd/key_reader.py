@@ -26,12 +26,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import prctl
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from keyd.confinement import CannotLock, lock_before_keys
 from keyd.key_files import KeySources
 from keyd.keys import UnusableKey
-from keyd.linux import landlock, prctl
+from keyd.linux import landlock
 from keyd.linux.credentials import hide_memory, keep_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended

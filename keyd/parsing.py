@@ -10,7 +10,9 @@ import errno
 import time
 from collections.abc import Iterable
 
-from keyd.linux import landlock, prctl, seccomp
+import prctl
+
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import forbid_core_dumps, give_up_capabilities, hide_memory
 from keyd.linux.seccomp import Rules
 from keyd.system_calls import PARSING

@@ -13,9 +13,10 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+import prctl
+
 from keyd.confinement import Confinement, confine, lock_before_keys
 from keyd.daemon import Keyd
-from keyd.linux import prctl
 from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.title import set_title

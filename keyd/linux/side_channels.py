@@ -7,7 +7,8 @@ and some take a boot option: each is put in force where it can be.
 import ctypes
 from pathlib import Path
 
-from keyd.linux import prctl
+import prctl
+
 from keyd.linux.credentials import controllable_speculation, stop_speculation
 
 __all__ = ["guard"]

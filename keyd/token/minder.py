@@ -17,8 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import prctl
+
 from keyd.keys import passphrase_in, read
-from keyd.linux import landlock, prctl, seccomp
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     become,
     forbid_regaining,

@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from keyd.linux import landlock, prctl, seccomp
+import prctl
+
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     become,
     forbid_regaining,

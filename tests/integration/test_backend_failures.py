@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import prctl
 import pytest
 
-from keyd.linux import prctl
 from titus_py.audit.finding import Verdict
 from titus_py.audit.run import audit
 from titus_py.audit.target import find_target

@@ -183,7 +183,7 @@ def test_it_is_found_in_memory_of_every_kind(kinds: Kinds) -> None:
 #: Searches as a process without the capability that opens what others have mapped.
 WITHOUT_CAPABILITY = """
 import json, sys
-from keyd.linux import prctl
+import prctl
 from keyd.inspection.key_search import Needle, search
 from keyd.linux.credentials import keep_capabilities
 keep_capabilities({prctl.CAP_SYS_PTRACE, prctl.CAP_DAC_OVERRIDE})

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import prctl
 import pytest
-
-from keyd.linux import prctl
 
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Instance

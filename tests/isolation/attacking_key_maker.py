@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from keyd.linux import prctl
+import prctl
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

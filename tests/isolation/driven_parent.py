@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from keyd.linux import prctl
+import prctl
+
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWPID
 from titus_py.between.messages import Ends

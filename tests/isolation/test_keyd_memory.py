@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import prctl
 import pytest
 from integration.instance import TITUS_PY, eventually
 
-from keyd.linux import prctl
 from keyd.linux.credentials import controllable_speculation
 from keyd.linux.sealed import sealed_file
 from titus_py.audit.instance import status

@@ -8,10 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import prctl
 import pytest
 from integration.peers import connect
 
-from keyd.linux import prctl, seccomp
+from keyd.linux import seccomp
 from titus_py.parent.system_calls import FAILING, parent_calls
 
 from .harness import infected, make_certificate

@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from keyd.linux import prctl, seccomp
+import prctl
+
+from keyd.linux import seccomp
 from keyd.linux.credentials import (
     become,
     controllable_speculation,

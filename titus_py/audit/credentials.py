@@ -11,7 +11,8 @@ import sys
 import threading
 from collections.abc import Iterable
 
-from keyd.linux import prctl
+import prctl
+
 from titus_py.audit.finding import Check, Seen, broken, holds
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Observation, Scene

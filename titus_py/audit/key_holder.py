@@ -10,9 +10,10 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+import prctl
+
 from keyd.inspection.key_search import Needle, label, needles, search_all
 from keyd.keys import UnusableKey, load_private_key
-from keyd.linux import prctl
 from keyd.linux.credentials import (
     forbid_core_dumps,
     hide_memory,

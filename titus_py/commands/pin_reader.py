@@ -23,6 +23,7 @@ import socket
 import sys
 from contextlib import suppress
 
+import prctl
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
@@ -33,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
 from OpenSSL import SSL
 
 from keyd.chain import UNREADABLE as OF_CERTIFICATES
-from keyd.linux import landlock, prctl, seccomp
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     become,
     enter_empty_root,

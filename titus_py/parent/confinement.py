@@ -3,7 +3,9 @@
 import signal
 from collections.abc import Iterable, Sequence
 
-from keyd.linux import prctl, seccomp
+import prctl
+
+from keyd.linux import seccomp
 from keyd.linux.credentials import become_with, hide_memory
 
 __all__ = ["confine"]

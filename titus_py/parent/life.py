@@ -17,7 +17,9 @@ import socket
 import sys
 from collections import deque
 
-from keyd.linux import landlock, prctl, seccomp
+import prctl
+
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     allow_many_descriptors,
     controllable_speculation,

@@ -3,7 +3,9 @@
 import os
 import resource
 
-from keyd.linux import landlock, prctl, seccomp
+import prctl
+
+from keyd.linux import landlock, seccomp
 from keyd.linux.credentials import (
     become,
     controllable_speculation,

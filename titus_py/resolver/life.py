@@ -14,7 +14,9 @@ import sys
 import threading
 from pathlib import Path
 
-from keyd.linux import prctl, seccomp
+import prctl
+
+from keyd.linux import seccomp
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.lookups import MAX_OCTETS, Answer, Question

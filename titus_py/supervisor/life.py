@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 
-from keyd.linux import prctl
+import prctl
+
 from keyd.linux.credentials import (
     allow_many_descriptors,
     forbid_core_dumps,

@@ -12,7 +12,8 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from keyd.linux import prctl
+import prctl
+
 from keyd.linux.credentials import lock_memory, permitted_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWPID, CLONE_NEWUTS

@@ -7,7 +7,7 @@ import sys
 #: most. The other thread has as much memory as some of the longest requests, and gives it back.
 _KEYD = """
 import os, socket, threading
-from keyd.linux import prctl
+import prctl
 from keyd.daemon import Keyd
 from keyd.linux import seccomp
 from keyd.protocol import MAX_REQUEST_IN_HANDSHAKE_OCTETS

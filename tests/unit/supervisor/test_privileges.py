@@ -7,7 +7,7 @@ from pathlib import Path
 #: As the unit has titus-py: root, without CAP_CHOWN.
 _WITHOUT_CHOWN = """
 import sys
-from keyd.linux import prctl
+import prctl
 from keyd.linux.credentials import give_up_capabilities, permitted_capabilities
 from titus_py.configuration import load
 from titus_py.supervisor.privileges import given_up

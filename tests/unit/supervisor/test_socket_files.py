@@ -114,7 +114,7 @@ def test_a_directory_that_is_not_there(path: Path) -> None:
 #: As the unit has titus-py: root, without CAP_CHOWN.
 _WITHOUT_CHOWN = """
 import sys
-from keyd.linux import prctl
+import prctl
 from keyd.linux.credentials import give_up_capabilities, permitted_capabilities
 from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.socket_access import SocketAccess
