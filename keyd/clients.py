@@ -113,7 +113,14 @@ class Clients:
 
     def _begin_to_hear(self, client: socket.SocketType) -> None:
         self._heard.add(client)
-        self._keyd.hear_client(client, partial(self._hear, client))
+        try:
+            self._keyd.hear_client(client, partial(self._hear, client))
+        except OSError:
+            # ENOMEM, ENOSPC: the client sees that it is left.
+            self._heard.discard(client)
+            for clients in (self._silent, self._kept):
+                clients.pop(client, None)
+            self._leave(client)
 
     def _unhear(self, client: socket.SocketType) -> None:
         """By the thread that serves it."""

@@ -275,7 +275,10 @@ class Keyd:
         self.epoll.unregister(connection)
 
     def hear_client(self, client: socket.SocketType, hear: Callable[[], None]) -> None:
-        """Call ``hear`` whenever this client has said something, until it is unheard."""
+        """Call ``hear`` whenever this client has said something, until it is unheard.
+
+        Raises OSError where there is no memory for that.
+        """
         self._arm_source(client, hear)
 
     def unhear(self, client: socket.SocketType) -> None:
@@ -367,8 +370,13 @@ class Keyd:
         hear: Callable[[], Callable[[], None] | None],
         events: int = select.EPOLLIN,
     ) -> None:
-        self._sources[source.fileno()] = _Source(hear, events | select.EPOLLONESHOT)
-        self.epoll.register(source, events | select.EPOLLONESHOT)
+        descriptor = source.fileno()
+        self._sources[descriptor] = _Source(hear, events | select.EPOLLONESHOT)
+        try:
+            self.epoll.register(descriptor, events | select.EPOLLONESHOT)
+        except OSError:
+            del self._sources[descriptor]
+            raise
 
     def _work(self) -> None:
         while not self._stopped.is_set():

@@ -1,5 +1,6 @@
 """Clients of ``keyd listen``: each is answered at once, and again; none holds up the others."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -392,6 +393,27 @@ def test_of_many_silent_clients_the_first_are_left(
     assert all(map(is_answered, silent[1:]))
     assert listening.is_idle
     assert not listening.refusals
+
+
+def test_a_client_that_cannot_be_watched_is_left(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the user of keyd has all watches that epoll(7) gives one (max_user_watches)."""
+
+    class Full:
+        def register(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(listening.keyd, "epoll", Full())
+        silent = listening.client()
+        listening.hear()
+        assert silent.recv(1) == b""
+    assert listening.is_idle
+    client = listening.client()
+    client.send(request(EC))
+    listening.hear()
+    assert is_answered(client)
 
 
 # --- keys that are elsewhere -----------------------------------------------------------------
