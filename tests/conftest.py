@@ -3,7 +3,8 @@
 import fcntl
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +51,17 @@ def rounds(pytestconfig: pytest.Config) -> Rounds:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: last of all, it would have one process busy and the others idle."""
     items.sort(key=lambda item: "system" not in item.path.parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """A unit test ends its threads: others fork, and a child has locks as it finds them."""
+    yield
+    if "unit" in item.path.parts:
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                thread.join(60)
+                assert not thread.is_alive(), f"{thread.name} is left"
 
 
 @contextmanager

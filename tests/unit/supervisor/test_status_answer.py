@@ -68,9 +68,11 @@ def test_each_virtual_host_finds_its_certificate_without_a_search() -> None:
     generations: Any = Generations()
     generations.serving = serving
     nothing: Any = SimpleNamespace(open=(), addresses={}, states={})
-    status = Status(Record(Log("json")), nothing, generations, nothing, nothing, nothing, ())
+    log = Log("json")
+    status = Status(Record(log), nothing, generations, nothing, nothing, nothing, ())
     CountingPath.comparisons = 0
     said: Any = status.all()
+    log.close()
     # A search would compare each certificate with all before it.
     assert CountingPath.comparisons <= 4 * VHOSTS
     for shown in said["vhosts"]:
