@@ -142,3 +142,42 @@ def test_a_heap_that_cannot_be_extended_stays_where_it_is(where: str) -> None:
     before, after, count, _ = _extended(where)
     assert before == after
     assert count <= len(after) // _HUGE
+
+
+#: In a Python of its own: where there is room; the blocks that were made while it was kept; those
+#: that are made once it is open. Holes of the blocks' size are everywhere.
+_ROOM = """
+import ctypes, json
+from titus_py.fork_server.heap import fill_holes, use_one_heap
+from titus_py.fork_server.huge_pages import fill_up, heap, open_up
+
+use_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+filled = fill_up(heap(), 1 << 20)
+blocks = [libc.malloc(3000) for _ in range(600)]
+for block in blocks[::2]:
+    libc.free(block)
+fill_holes()
+room = open_up(filled)
+fill_holes(room.start, room.stop)
+print(json.dumps([[room.start, room.stop], blocks, [libc.malloc(3000) for _ in range(200)]]))
+"""
+
+
+def test_what_is_made_once_there_is_room_lies_in_it() -> None:
+    """And nothing that was made before, however many holes were filled meanwhile."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ROOM],
+        env=forks.MALLOC,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (first, last), before, after = json.loads(done.stdout)
+    assert last - first >= 1 << 20
+    assert last % _HUGE == 0
+    assert not [block for block in before if first <= block < last]
+    assert all(first <= block < last for block in after)

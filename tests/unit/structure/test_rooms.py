@@ -150,6 +150,8 @@ def test_what_a_worker_holds() -> None:
     ).stdout.split()
     ours = {name for name in loaded if name.partition(".")[0] in ("titus_py", "keyd")}
     assert ours == FOR_WORKERS
+    # Libraries, with others that they bring: 31 mappings, which every fork would copy.
+    assert not {"_ctypes", "mmap", "resource", "_prctl"} & set(loaded)
     # A megabyte, which pyOpenSSL loads with Python 3.11 (by way of typing_extensions).
     assert ("inspect" in loaded) == (sys.version_info < (3, 13))
 
