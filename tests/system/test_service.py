@@ -321,10 +321,24 @@ def _upgrades(admin: Administrator) -> None:
     admin.types(f"grep deleted /proc/{before}/maps", fails=True)
     admin.types("titus-py audit --quiet")
     admin.requests()
+    _loses_its_parent_while_it_is_upgraded(admin)
     admin.types("systemctl stop titus-py")
     assert not admin.processes()
     admin.types("apt-get install --quiet --quiet --yes --allow-downgrades /root/titus-py-1.deb")
     assert admin.property("titus-py", "ActiveState") == "inactive", "an upgrade starts nothing"
+
+
+def _loses_its_parent_while_it_is_upgraded(admin: Administrator) -> None:
+    """The files are the new ones, and nothing was restarted yet."""
+    pid = admin.property("titus-py", "MainPID")
+    admin.types("dpkg --unpack /root/titus-py-2.deb")
+    admin.types("pkill --signal KILL --exact titus-parent")
+    admin.requests()
+    seen = admin.types(f"journalctl --quiet _PID={pid} TITUS_EVENT=program_changed")
+    assert len(seen.strip().splitlines()) == 2
+    admin.types("dpkg --configure titus-py")
+    admin.requests()
+    assert admin.property("titus-py", "MainPID") == pid
 
 
 def _is_removed_and_comes_back(admin: Administrator) -> None:
