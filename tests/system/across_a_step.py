@@ -40,12 +40,12 @@ class Client:
 def main(offset: Path, seconds: int, timeout: float) -> None:
     quiet, idle = Client(), Client().handshakes()
     slow, late = Client(), Client().handshakes()
-    time.sleep(timeout / 4)
+    time.sleep(timeout / 8)
     before = time.time()
     with offset.open("r+b") as file:
         file.write(struct.pack("=q", seconds))
     print(f"the clock went from {before:.0f} to {time.time():.0f}")
-    time.sleep(timeout / 4)
+    time.sleep(timeout / 8)
     slow.handshakes().requests()
     late.requests()
     Client().handshakes().requests()

@@ -400,10 +400,9 @@ def _runs_keyd_as_a_unit(admin: Administrator) -> None:
         'Environment="KEYS=--key %d/www.key --lock-memory=try"\n',
     )
     without_key = re.sub("key = .*\n", "", _CONFIGURATION)
-    admin.writes(
-        "/etc/titus-py/titus.toml",
-        without_key.replace('user = "titus-keyd"', 'socket = "/run/titus-keyd/keyd.sock"'),
-    )
+    without_key = without_key.replace('user = "titus-keyd"', 'socket = "/run/titus-keyd/keyd.sock"')
+    # A client that waits for the next keyd does so for as long as that takes to start.
+    admin.writes("/etc/titus-py/titus.toml", f'{without_key}handshake_timeout = "60s"\n')
     admin.types("systemctl daemon-reload && systemctl enable --now titus-keyd.socket")
     admin.types("systemctl restart titus-py")
     admin.requests()
