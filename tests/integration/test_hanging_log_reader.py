@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from keyd.protocol import Status
+from keyd.protocol import Parting, Status
 from keyd.serve import THREADS
 from keyd.standard_error import QUEUE_LINES
 
@@ -118,7 +118,8 @@ def test_a_keyd_for_a_proxy_goes_on_and_leaves_as_well(tmp_path: Path) -> None:
             told = parent.recv(1000)
             if then:
                 parent.send(then)
-                # keyd closes it, once it has said why.
+                # keyd closes it, once it has said why in its log.
+                assert parent.recv(1000) == Parting().encode()
                 assert not parent.recv(1000)
             return told
 

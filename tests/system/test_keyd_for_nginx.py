@@ -59,6 +59,7 @@ def _makes_a_certificate(admin: Administrator, stem: str) -> None:
     )
 
 
+@pytest.mark.timeout(900)  # a minute, where nothing else runs
 def test_the_guide_is_right(administrator: Administrator) -> None:
     admin = administrator
     admin.types("apt-get install --quiet --quiet --yes /root/titus-py.deb")
