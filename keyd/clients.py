@@ -68,7 +68,10 @@ class Clients:
         self._kept: dict[socket.SocketType, float] = {}
         #: Those that epoll(7) has.
         self._heard: set[socket.SocketType] = set()
-        self._most_kept = min(_MOST_KEPT, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        # A quarter of the descriptors is left for those that ask.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_silent = min(_MOST_SILENT, descriptors // 2)
+        self._most_kept = min(_MOST_KEPT, descriptors // 4)
         self._leaving = False
 
     def accepted(self, descriptor: int) -> Callable[[], None] | None:
@@ -85,7 +88,7 @@ class Clients:
         except BlockingIOError:
             self._silent[client] = time.monotonic() + _LIFETIME_SECONDS
             self._begin_to_hear(client)
-            _end_first(self._silent, _MOST_SILENT)
+            _end_first(self._silent, self._most_silent)
         except ConnectionResetError:
             self._leave(client)
         else:
