@@ -31,11 +31,13 @@ if sys.version_info >= (3, 13):
 # Most of what is loaded, workers only look at. They write to what OpenSSL makes for itself, first,
 # and to most of what is made once all is loaded. Both are on the same huge page, or two: there is
 # room behind the first.
-fill_up(heap())
+_before = fill_up(heap())
 from cryptography.hazmat.bindings import _rust
 
 _rust._openssl.lib.SSL_CTX_free(_rust._openssl.lib.SSL_CTX_new(_rust._openssl.lib.TLS_method()))
 _FILLED = fill_up(heap(), _ROOM_OCTETS)
+# For what is loaded from here on.
+open_up(_before)
 
 import gc
 import signal
