@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     listen = commands.add_parser(
         "listen",
         help="serve keys on a unix socket, to any program that loads the provider",
-        description="Whoever may connect to the socket may have one TLS handshake signed per "
-        "connection: its mode and group decide who that is.",
+        description="Whoever may connect to the socket may have TLS handshakes signed, by one "
+        "connection for up to a minute: its mode and group decide who that is.",
     )
     _add_service_options(listen)
     listen.add_argument("--group", help="who may connect (default: the group of the user)")

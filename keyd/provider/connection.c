@@ -6,7 +6,8 @@
  * it may have forked, and two processes must not share what carries one request at a time; it may
  * have become another user, and keyd's socket let in the former one.
  *
- * Its system calls are socket, setsockopt, connect, fstat, close and clock_gettime.
+ * Its system calls are socket, setsockopt, connect, fstat, getpid, geteuid, getegid, close and
+ * clock_gettime.
  */
 #include "keyd_provider.h"
 
