@@ -4,6 +4,8 @@ Used by the fork server, and by what it shares with others. All else has python-
 library, with libcap, whose ten mappings each fork would copy.
 """
 
+import errno
+
 from keyd.linux.calls import address, call
 
 # <linux/capability.h>
@@ -56,10 +58,12 @@ def set_securebits(bits: int) -> None:
 
 
 def is_known(capability: int) -> bool:
-    """Whether the kernel has it."""
+    """Whether the kernel has it. Raises OSError if it does not say so."""
     try:
         _prctl(_CAPBSET_READ, capability)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
         return False
     return True
 

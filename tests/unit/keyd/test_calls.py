@@ -95,6 +95,26 @@ def test_capabilities_are_those_of_the_kernel() -> None:
     assert not prctl.is_known(last + 1)
 
 
+def test_capabilities_that_the_kernel_does_not_tell_of_are_not_taken_for_none() -> None:
+    """Whoever drops all that are known would drop none, and go on."""
+    program = """
+from keyd.linux import prctl, seccomp
+from keyd.linux.credentials import keep_capabilities
+
+CAPBSET_READ = seccomp.Only(0, 0xFFFF_FFFF, 23)
+filter = seccomp.build_forbidding({}, {"prctl": ((CAPBSET_READ,),)})
+prctl.set_no_new_privs(1)
+seccomp.install(seccomp.Program(filter))
+try:
+    keep_capabilities([])
+except OSError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "prctl: Function not implemented" in done.stdout
+
+
 def test_numbers_are_those_that_python_prctl_has() -> None:
     import prctl as library
 
