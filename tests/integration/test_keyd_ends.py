@@ -1,6 +1,7 @@
 """keyd ends while clients are in their handshake: the next keyd answers for it, once."""
 
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_a_request_that_keyd_had_not_answered_is_answered_by_the_next(
             client.tls.do_handshake()
         client.socket.sendall(client.tls.bio_read(65536))
         keyd.kill()
+        assert talk(client.handshake())
+
+
+def test_a_client_that_has_its_signature_needs_no_keyd(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker={"handshake_timeout": f"{PATIENCE:g}s"})
+    instance.expected_alarms.add("keyd_died")
+    with TlsClient(instance.port) as client:
+        client.socket.sendall(client.first_flight())
+        # All of the server's flight comes at once.
+        assert client.socket.recv(1, socket.MSG_PEEK)
+        since = len(instance.events())
+        instance.keyd().kill()
+        instance.wait_for_event("keyd_started", since=since)
+        assert serves(instance)
         assert talk(client.handshake())
 
 

@@ -19,8 +19,8 @@ parent: client       'C' proxy_timeout(4) vhosts(n x 2), with the
                      to keyd; milliseconds for a load balancer's header, 0: none comes
 parent: tunnel       'T' tunnel(2) keyed(1), with the channel to keyd where there is one, the
                      client's socket and the server's, which is connected
-parent: channel      'K', with a channel to keyd, in place of one whose keyd has ended; for
-                     the provider (keyd/provider/channel.c)
+parent: channel      'K', with a channel to keyd, in place of one whose keyd has ended; or
+                     without, if none comes; for the provider (keyd/provider/channel.c)
 parent: backend      'B', with the connected socket; or 'F' and why there is none
 parent: fork         'W' uid(4), with the descriptor of the new worker's report and
                      its end of its socket

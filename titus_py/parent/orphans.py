@@ -35,11 +35,15 @@ class Orphans:
         Whoever has lost one before may be why: it gets no third channel.
         """
         for worker in self._handshaking.values():
-            if worker.offer is None or not worker.offer.grants.grants:
+            if worker.orphaned or worker.offer is None or not worker.offer.grants.grants:
                 continue
-            if known and not (worker.signed or worker.orphaned):
-                self._orphans.append((worker, worker.offer))
             worker.orphaned = True
+            if known and not worker.signed:
+                self._orphans.append((worker, worker.offer))
+            else:
+                # Most have their answer. One that has not is not to wait for what does not come.
+                with suppress(OSError):
+                    worker.socket.send(messages.CHANNEL)
 
     def serve(self, channels: Channels) -> None:
         """Give channels to those that still wait, as far as that is possible now."""

@@ -454,6 +454,9 @@ def _await(
 def _take_backend(parent: SocketType) -> SocketType:
     """The backend's socket, which the parent has connected."""
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
+    while answer[:1] == messages.CHANNEL:
+        # That none comes, for which nobody waited.
+        answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
     return _stream(descriptors[0])

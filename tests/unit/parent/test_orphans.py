@@ -85,16 +85,15 @@ class Parent:
             if isinstance(order, Open):
                 opened[order.connection] = order.client_hello
 
-    def gave(self, connection: int) -> bytes:
-        """What its worker was sent; empty if nothing."""
-        try:
-            message, descriptors = take(self.ends[connection], messages.MAX_CLIENT_OCTETS, 1)
-        except BlockingIOError:
-            return b""
+    def gave(self, connection: int) -> int:
+        """With how many channels its worker was told of one."""
+        message, descriptors = take(self.ends[connection], messages.MAX_CLIENT_OCTETS, 1)
         for one in descriptors:
             os.close(one)
-        assert len(descriptors) == 1
-        return message
+        assert message == messages.CHANNEL
+        with pytest.raises(BlockingIOError):
+            self.ends[connection].recv(1)
+        return len(descriptors)
 
 
 @pytest.fixture
@@ -117,8 +116,7 @@ def test_who_has_its_signature_gets_no_other_channel(parent: Parent, replaced: b
         parent.loses_keyd(keyd)
     with parent.gets_a_keyd() as following:
         assert parent.opened_at(following) == {2: b"hello 2"}
-        assert parent.gave(1) == b""
-        assert parent.gave(2) == messages.CHANNEL
+        assert (parent.gave(1), parent.gave(2)) == (0, 1)
 
 
 def test_the_last_words_of_a_keyd_with_unread_orders_count(parent: Parent) -> None:
