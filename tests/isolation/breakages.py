@@ -837,7 +837,7 @@ def main() -> int:
     processes = {breakage.process for breakage in taken_out}
     if role == "supervisor":
         if any(breakage.check == "no_new_privs" for breakage in taken_out):
-            from keyd.linux import prctl
+            import prctl
 
             prctl.set_no_new_privs = nothing
         from titus_py.__main__ import main as serve

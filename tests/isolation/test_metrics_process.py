@@ -22,7 +22,7 @@ _SIGSYS = -31
 #: What is attempted: each raises OSError if it is refused.
 ATTEMPTS = """
 import ctypes, json, os, resource, socket, sys
-from keyd.linux.seccomp import _SYS_SECCOMP
+from keyd.linux.calls import NUMBERS
 from keyd.linux.sealed import sealed_file
 from titus_py.metrics import confinement, life
 
@@ -82,7 +82,7 @@ ATTEMPTS = {
     "change its root": lambda: os.chroot("/"),
     "raise a limit": lambda: resource.setrlimit(7, (4096, 4096)),
     "share memory": lambda: os.memfd_create("x"),
-    "put on another filter": lambda: call("syscall", _SYS_SECCOMP, 1, 0, None),
+    "put on another filter": lambda: call("syscall", NUMBERS["seccomp"], 1, 0, None),
 }
 
 def run(name, how, listener, theirs):

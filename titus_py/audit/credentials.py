@@ -27,6 +27,7 @@ from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 __all__ = ["CHECKS"]
 
 _SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_NAMES_OF_SETS = ("CAP_EFFECTIVE", "CAP_PERMITTED", "CAP_INHERITABLE")
 _CAP_SYS_PTRACE = 19
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
@@ -137,7 +138,9 @@ def _at_most(seen: Observation, allowed: int, bounding: int) -> Seen:
 
 def _names(mask: int) -> str:
     known = {
-        number: name.lower() for name, number in vars(prctl).items() if name.startswith("CAP_")
+        number: name.lower()
+        for name, number in vars(prctl).items()
+        if name.startswith("CAP_") and name not in _NAMES_OF_SETS
     }
     numbers = [number for number in range(mask.bit_length()) if mask >> number & 1]
     if len(numbers) > 10:

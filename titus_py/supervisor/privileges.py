@@ -45,7 +45,10 @@ SUPERVISOR_CAPABILITIES = {
     **_GIVING_AWAY,
 }
 
-_NAMES = {number: name for name, number in vars(prctl).items() if name.startswith("CAP_")}
+# Not whatever begins with CAP_: prctl calls the sets so, too (CAP_EFFECTIVE).
+_NAMES = {
+    getattr(prctl, name): name for name in (f"CAP_{one.upper()}" for one in prctl.ALL_CAP_NAMES)
+}
 
 
 def lacking(configuration: Configuration | None) -> list[str]:
