@@ -7,6 +7,7 @@ read another file of keys, and say where that key is; to whoever reads the audit
 """
 
 import argparse
+import fcntl
 import json
 import os
 import stat
@@ -35,6 +36,8 @@ _DIRECTORIES = ("/etc", "/root", "/run", "/srv", "/usr/local/etc", "/var/backups
 _LARGEST_FILE = 256 * 1024
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
+#: Root's: nobody else can hold it.
+_LOCK = "/run/keyd-audit.lock"
 #: In one file, so many places are enough to tell which keys it holds.
 _PLACES = 100
 #: A file that is said to be a key's may be larger than the memory.
@@ -79,6 +82,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
         return 2
     findings = [*_askers(keyds), *_refusals(keyds), *_tokens(keyds)]
+    _wait_for_other_audits()
     keys: dict[str, PrivateKey] = {}
     findings += _load(keyds, arguments, keys)
     sought = [
@@ -96,6 +100,16 @@ def _audit(arguments: argparse.Namespace) -> int:
         for check, subject, seen, verdict in findings:
             print(printable(f"{verdict:13} {check:7} {subject}: {seen}"))
     return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
+
+
+def _wait_for_other_audits() -> None:
+    """Hold the lock until this process ends: it is about to read keys, and others would find them.
+
+    Where there is no file that it can make, they do.
+    """
+    with suppress(OSError):
+        lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _askers(keyds: Sequence[Running]) -> Iterator[_Finding]:

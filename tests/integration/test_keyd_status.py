@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ class Listening:
             ],
             stderr=self._log if log is None else log,
         )
-        eventually(self.socket.is_socket, "keyd listens")
+        # It tells of itself a moment after there is a socket, and then puts its filter on.
+        status = Path(f"/proc/{self.process.pid}/status")
+        eventually(lambda: "Seccomp:\t2" in status.read_text(), "keyd serves")
 
     def ask(self, octets: bytes = CONTENT) -> Status:
         request = Request(
@@ -350,7 +352,9 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     found = verdicts(listening, listening.key.parent)
     pid = listening.process.pid
     assert (f"in process {pid} (keyd), which is to have it", "holds") in found["memory"]
-    assert any("in none of" in seen and verdict == "holds" for seen, verdict in found["memory"])
+    assert any("in none of" in seen and verdict == "holds" for seen, verdict in found["memory"]), (
+        found["memory"]
+    )
     assert any(
         f"group www-data, at {listening.socket}" in seen and verdict == "holds"
         for seen, verdict in found["asks"]
@@ -358,6 +362,20 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     ((seen, verdict),) = found["file"]
     assert str(listening.key) in seen
     assert verdict == "holds"
+
+
+def test_two_audits_do_not_find_each_others_keys(listening: Listening) -> None:
+    """Each reads all of them, so one waits for the other."""
+    command = [KEYD, "audit", "--json", f"--directory={listening.key.parent}"]
+    with ExitStack() as stack:
+        audits = [
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)) for _ in range(2)
+        ]
+        for audit in audits:
+            assert audit.stdout is not None
+            found = [one for one in json.load(audit.stdout) if one["check"] == "memory"]
+            seen = {one["verdict"] for one in found if one["subject"] == str(listening.key)}
+            assert seen == {"holds"}
 
 
 def test_a_file_larger_than_any_key_is_not_read(tmp_path: Path) -> None:
