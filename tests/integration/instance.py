@@ -47,6 +47,15 @@ class Process(NamedTuple):
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
+        if number is signal.SIGSTOP:
+            # Its threads stop one after the other, each when it has a processor.
+            eventually(lambda: set(self._states()) <= {"T", "t"}, "it stops")
+
+    def _states(self) -> Iterator[str]:
+        """Of its threads (proc_pid_stat(5)). None has ended meanwhile."""
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            stat = Path(f"/proc/{self.pid}/task/{thread}/stat").read_text()
+            yield stat[stat.rindex(")") + 2]
 
     def limit_descriptors(self, soft: int | None = None) -> None:
         """Set its soft limit; None: as high as it goes.

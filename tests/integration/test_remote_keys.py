@@ -126,9 +126,10 @@ def test_nobody_notices_that_the_process_is_killed_which_connects(hosts: Hosts) 
     (connecting,) = (
         one for one in hosts.proxy.processes() if title(one) == "keyd: connecting to upstreams"
     )
-    before = hosts.proxy.keyd()
+    since = len(hosts.proxy.events())
     connecting.kill()
-    eventually(lambda: hosts.proxy.keyd() != before and hosts.is_ready(), "another keyd", PATIENCE)
+    hosts.proxy.wait_for_event("reloaded", since=since)
+    eventually(hosts.is_ready, "another keyd", PATIENCE)
     hosts.keys.expected_alarms |= {"connection_ended", "worker_failed"}
     for worker in hosts.keys.workers():
         worker.kill()
