@@ -66,6 +66,8 @@ def test_the_parent_is_started_by_the_version_that_it_is_of(
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         assert reload(instance)["reloaded"]
+        # The log is what tells which parent that is.
+        instance.wait_for_event("reloaded")
         upgrade(installed, version)
         if mistaken:
             is_mistaken(instance)
