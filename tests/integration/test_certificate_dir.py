@@ -202,6 +202,7 @@ def test_a_key_that_no_process_has_any_more_is_missed_once(
     before = serial(instance, "two.example")
     live.put("one.example", b"no certificate\n", b"no key\n")
     assert reload(instance)["reloaded"]
+    instance.wait_for_event("reloaded")
     instance.expected_alarms |= {"keyd_died"}
     instance.keyd().kill()
     instance.wait_for_event("reload_failed")

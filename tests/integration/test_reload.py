@@ -551,6 +551,7 @@ def test_a_keyd_that_dies_while_it_starts_is_no_reason_to_abandon_who_serves(
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
         assert reload(instance)["reloaded"]
+        instance.wait_for_event("reloaded")
         instance.keyd().kill()
         died = instance.wait_for_event("keyd_died")["pid"]
         second = eventually(lambda: {new_keyd(instance)} - {died, None}, "another keyd").pop()
