@@ -167,10 +167,9 @@ class Connections:
         """Receive a worker's message; returns whether it says "ready for a client"."""
         try:
             octets = worker.socket.recv(self._message_octets)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionResetError):
+            # A reset is told once. What the worker had sent is still to be heard, and then its end.
             return False
-        except ConnectionResetError:
-            octets = b""
         if not octets:
             # The worker has closed its socket, or ended. If it has ended, its pidfd tells.
             self._loop.unwatch(worker.socket.fileno())

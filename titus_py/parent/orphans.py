@@ -54,7 +54,10 @@ class Orphans:
                 channel = channels.open(worker.connection, offer, left, worker.client_hello)
                 if channel is None:
                     return
-                # The worker may have ended meanwhile.
-                with suppress(OSError):
+                try:
                     give(worker.socket, messages.CHANNEL, [channel])
+                except OSError:
+                    # The worker may have ended meanwhile. If not, it is not to wait.
+                    with suppress(OSError):
+                        worker.socket.send(messages.CHANNEL)
             self._orphans.popleft()

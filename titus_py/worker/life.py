@@ -455,7 +455,9 @@ def _take_backend(parent: SocketType) -> SocketType:
     """The backend's socket, which the parent has connected."""
     answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     while answer[:1] == messages.CHANNEL:
-        # That none comes, for which nobody waited.
+        # Nobody waited for it. The handshake is done, and there is to be no way to keyd.
+        for descriptor in descriptors:
+            os.close(descriptor)
         answer, descriptors = take(parent, messages.MAX_BACKEND_OCTETS, 1)
     if answer[:1] != messages.BACKEND:
         raise _Over(End.BACKEND_UNAVAILABLE, answer[1:].decode(errors="replace"))
