@@ -32,8 +32,9 @@ _PAUSE_SECONDS = 0.05
 _LOST_SECONDS = 1.0
 #: How many messages to hear in a row: more than a socket's buffer has room for.
 _HEAR_AT_ONCE = 1000
-#: So many of the longest may have filled it. keyd does not wait for room: others may be lost.
-_MAY_BE_FULL = 100
+#: So many may have filled it, and each takes no more octets of it than these, as the kernel counts.
+#: keyd does not wait for room: others may be lost.
+_MAY_BE_FULL, _REPORT_OCTETS = 100, 2048
 
 
 class Channels:
@@ -58,6 +59,8 @@ class Channels:
         self._operation_done = done
         self._lost = lost
         self._keyd: socket.socket | None = None
+        #: From so many reports at once on, others may be lost.
+        self._may_be_full = _MAY_BE_FULL
         #: The sets of grants that this keyd has been told of, and what is still to be sent of it.
         self._announced: set[int] = set()
         self._announcing: deque[bytes] = deque()
@@ -90,6 +93,9 @@ class Channels:
             return
         keyd = socket.socket(fileno=descriptors[0])
         keyd.setblocking(False)
+        # Ours is as large as keyd's: net.core.wmem_default, which may be less than usual.
+        room = keyd.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        self._may_be_full = min(_MAY_BE_FULL, room // _REPORT_OCTETS)
         self._keyd = keyd
         self._loop.watch(keyd.fileno(), self.catch_up)
 
@@ -155,7 +161,7 @@ class Channels:
         heard = 0
         while heard < _HEAR_AT_ONCE and self._hear_one():
             heard += 1
-        if heard >= _MAY_BE_FULL:
+        if heard >= self._may_be_full:
             self._lost(False)
 
     def _tell_lost(self) -> None:

@@ -52,8 +52,9 @@ _QUESTIONS = (
     _option(socket.SOL_SOCKET, socket.SO_TYPE),
     _option(socket.SOL_SOCKET, socket.SO_PROTOCOL),
     _option(socket.SOL_SOCKET, socket.SO_DOMAIN),
-    # Whether there is room for a client's first octets.
+    # Whether there is room for a client's first octets; and how much there is for keyd's reports.
     _option(socket.SOL_SOCKET, socket.SO_RCVBUF),
+    _option(socket.SOL_SOCKET, socket.SO_SNDBUF),
     # The interface that a client's socket is bound to, by which sock_diag finds it.
     _option(socket.SOL_SOCKET, _SO_BINDTOIFINDEX),
 )

@@ -59,8 +59,12 @@ class Parent:
     def _done(self, done: Done) -> None:
         self.workers[done.connection].signed = True
 
-    def gets_a_keyd(self) -> socket.socket:
+    def gets_a_keyd(self, room: int | None = None) -> socket.socket:
+        """``room``: half the size of both ends' buffers."""
         ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if room is not None:
+            for end in (ours, keyds):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         keyds.setblocking(False)
         self.channels.take([ours.detach()])
         return keyds
@@ -130,9 +134,12 @@ def test_the_last_words_of_a_keyd_with_unread_orders_count(parent: Parent) -> No
         assert parent.opened_at(following) == {2: b"hello 2"}
 
 
-def test_where_reports_may_be_lost_nobody_gets_another_channel(parent: Parent) -> None:
-    """There was no room for them."""
-    keyd = parent.gets_a_keyd()
+@pytest.mark.parametrize("room", [None, 32 * 1024, 1], ids=["", "64 KiB", "the least"])
+def test_where_reports_may_be_lost_nobody_gets_another_channel(
+    parent: Parent, room: int | None
+) -> None:
+    """There was no room for them, or less than usual (net.core.wmem_default)."""
+    keyd = parent.gets_a_keyd(room)
     longest = Refusal(3, Status.NOT_TLS, "x" * 200).encode()
     assert len(longest) == MAX_REFUSAL_OCTETS
     with suppress(BlockingIOError):
