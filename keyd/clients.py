@@ -5,10 +5,10 @@ connect. Nobody has seen whose handshake it asks for. Most have asked by the tim
 accepted, and are answered there and then. The process of a server that has many handshakes keeps
 its connection, and keyd waits once for each of them: nobody is accepted, nothing is closed.
 
-keyd never needs to keep a connection: a provider whose connection has ended makes another one, and
-asks again. So those that wait for a next request are ended first, where there is anything to save.
-They end by being shut down for reading: what has been sent before is answered, and no more can be
-sent.
+keyd never needs to keep a connection, nor one that has asked nothing yet: a provider whose request
+cannot be sent any more makes another one, and asks again. So these are ended first, where there is
+anything to save. They end by being shut down for reading: what has been sent before is answered,
+and no more can be sent.
 """
 
 import resource
@@ -89,6 +89,7 @@ class Clients:
             self._silent[client] = time.monotonic() + _LIFETIME_SECONDS
             self._begin_to_hear(client)
             _end_first(self._silent, self._most_silent)
+            self._end_if_leaving(client)
         except ConnectionResetError:
             self._leave(client)
         else:
@@ -109,9 +110,9 @@ class Clients:
                     _end(client)
 
     def leave(self) -> None:
-        """End what waits for a next request, now that keyd leaves. Others are still answered."""
+        """End those that have asked nothing, now that keyd leaves. Others are still answered."""
         self._leaving = True
-        for client in list(self._kept):
+        for client in [*self._silent, *self._kept]:
             _end(client)
 
     def _begin_to_hear(self, client: socket.SocketType) -> None:
@@ -198,8 +199,11 @@ class Clients:
             self._kept[client] = time.monotonic() + _LIFETIME_SECONDS
             self._begin_to_hear(client)
         _end_first(self._kept, self._most_kept)
+        self._end_if_leaving(client)
+
+    def _end_if_leaving(self, client: socket.SocketType) -> None:
+        """To be called once it is among those that ``leave`` ends: perhaps only since then."""
         if self._leaving:
-            # Perhaps it is here only since then.
             _end(client)
 
     def _refuse(self, client: socket.SocketType, refused: Refused) -> None:

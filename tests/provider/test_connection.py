@@ -148,6 +148,19 @@ def test_a_connection_that_keyd_reads_no_more_is_made_anew(door: Door, harness: 
     assert is_left(first)
 
 
+def test_a_new_connection_that_keyd_does_not_read_is_made_anew(
+    door: Door, harness: Harness
+) -> None:
+    """As of a client that had asked nothing yet when keyd was told to leave."""
+    door.begin()
+    unread = door.accept()
+    # The request may be there already, or cannot be sent any more.
+    unread.shutdown(socket.SHUT_RD)
+    unread.close()
+    answer(door.accept())
+    assert door.outcome() == SIGNED
+
+
 @pytest.mark.parametrize("read", [True, False], ids=["end of file", "reset"])
 def test_what_keyd_has_not_answered_is_asked_again(
     door: Door, harness: Harness, read: bool

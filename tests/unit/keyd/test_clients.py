@@ -474,13 +474,41 @@ def test_a_client_that_was_accepted_is_answered_before_keyd_leaves(listening: Li
     """keyd is told to leave when it has accepted a client, and has not yet taken it in."""
     listening.accepting = listening.leave
     client = listening.client()
+    client.send(request(EC))
     listening.hear()
     assert not listening.left
-    client.send(request(EC))
-    listening.hear_those_that_were_silent()
     assert is_answered(client)
     listening.turn()
     assert is_left(client)
+    assert listening.left
+
+
+def test_who_has_asked_nothing_does_not_hold_up_keyd(listening: Listening) -> None:
+    """It cannot send any more: its request is the next keyd's. What it has sent is answered."""
+    silent, late = listening.client(), listening.client()
+    listening.hear()
+    late.send(request(EC))
+    listening.leave()
+    assert not listening.left
+    for one in (silent, late):
+        with pytest.raises(BrokenPipeError):
+            one.send(request(EC))
+    for _ in range(3):
+        listening.turn()
+    assert is_answered(late)
+    assert is_left(late)
+    assert is_left(silent)
+    assert listening.left
+
+
+def test_who_is_accepted_as_keyd_leaves_does_not_hold_it_up(listening: Listening) -> None:
+    listening.accepting = listening.leave
+    silent = listening.client()
+    listening.hear()
+    with pytest.raises(BrokenPipeError):
+        silent.send(request(EC))
+    listening.turn()
+    assert is_left(silent)
     assert listening.left
 
 
