@@ -166,7 +166,7 @@ def _floor(setting: Setting) -> list[str]:
 
 
 def _nginx(setting: Setting) -> list[str]:
-    return _nginx_with(setting, setting.site.key)
+    return _nginx_with(setting, setting.site.key, WORKERS)
 
 
 def _nginx_with_keyd(setting: Setting) -> list[str]:
@@ -178,20 +178,22 @@ def _nginx_with_keyd(setting: Setting) -> list[str]:
     command += ["--key", setting.site.key, "--user", str(_KEYD_USER), "--group", "nogroup"]
     command += ["--chroot", setting.directory / "empty"]
     script = f"{shlex.join(map(str, command))} & while ! test -S {path}; do sleep 0.05; done; "
-    return ["sh", "-c", f"{script}exec {shlex.join(_nginx_with(setting, reference))}"]
+    # As docs/keyd.md has it: one of them can wait for keyd, and another one has the processor.
+    nginx = _nginx_with(setting, reference, 2 * WORKERS)
+    return ["sh", "-c", f"{script}exec {shlex.join(nginx)}"]
 
 
 def _socket(setting: Setting) -> Path:
     return setting.directory / "keyd.sock"
 
 
-def _nginx_with(setting: Setting, key: Path) -> list[str]:
+def _nginx_with(setting: Setting, key: Path, workers: int) -> list[str]:
     configuration = _write(
         setting,
         f"""\
 load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 user nobody nogroup;
-worker_processes {WORKERS};
+worker_processes {workers};
 pid {setting.directory}/pid;
 error_log {setting.directory}/log error;
 events {{ worker_connections {2 * CONNECTIONS}; }}
