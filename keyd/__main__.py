@@ -41,18 +41,18 @@ from keyd.linux.sealed import read_all
 from keyd.linux.side_channels import guard
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
-from keyd.linux.unix_socket import refuse_descriptors
+from keyd.linux.unix_socket import Peer, refuse_descriptors
 from keyd.listeners import listeners, owner_of, paths_of
 from keyd.powers import ALL_POWERS
 from keyd.protocol import Keys, Malformed, Power, Refusal
 from keyd.provider import lasting_path, openssl_configuration
+from keyd.refusal_log import RefusalLog
 from keyd.serve import THREADS, leave, serve
 from keyd.standard_error import StandardError
 from keyd.status_page import StatusPage
 from keyd.system_calls import SERVING
 from keyd.token import options as token_options
 from keyd.token.keys import States, hear_first
-from keyd.words import say
 
 __all__ = ["main"]
 
@@ -197,12 +197,16 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     token_options.add(parser)
 
 
-def _leave_when_told(keyd: Keyd, leaving: Callable[[], None]) -> None:
+def _leave_when_told(keyd: Keyd, leaving: Callable[[], None], left: Callable[[], None]) -> None:
     """At the first SIGTERM, finish what has begun, then end; at the second, end at once."""
+
+    def end() -> None:
+        left()
+        leave()
 
     def finish(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        keyd.leave(_LEAVE_SECONDS, leave)
+        keyd.leave(_LEAVE_SECONDS, end)
         leaving()
 
     signal.signal(signal.SIGTERM, finish)
@@ -281,13 +285,16 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         program = _withdraw(arguments, guards)
         states = States(tokens)
 
-        def refused(report: Refusal, process: int) -> None:
-            page.refused(report, process)
-            say(f"refused, {report.status.name}: {report.detail} (process {process})")
+        def refused(report: Refusal, peer: Peer) -> None:
+            page.refused(report, peer.pid)
+            log.note(report, peer)
 
         def tick() -> None:
             _tick(notify, states, page)
             clients.tick()
+            log.say_rest()
+
+        log = RefusalLog()
 
         keyd = Keyd(ring.keys, tick)
         clients = Clients(keyd, ring.keys, ring.grants, refused)
@@ -297,13 +304,17 @@ def _listen(arguments: argparse.Namespace, notify: Notifier) -> None:
         renewal.on_hangup(keyd, lambda: None)
         for door in doors:
             keyd.hear_listener(door, clients.accepted)
-        _serve(keyd, program, notify, clients.leave)
+        _serve(keyd, program, notify, clients.leave, log.say_rest)
 
 
 def _serve(
-    keyd: Keyd, program: bytes, notify: Notifier, leaving: Callable[[], None] = lambda: None
+    keyd: Keyd,
+    program: bytes,
+    notify: Notifier,
+    leaving: Callable[[], None] = lambda: None,
+    left: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until told to leave, and call ``leaving`` then, too.
+    """Serve until told to leave, and call ``leaving`` then, and ``left`` at the end.
 
     Whoever reads standard error is waited for no more.
     """
@@ -313,7 +324,7 @@ def _serve(
         standard_error.take_over()
         notify.ready()
 
-    _leave_when_told(keyd, leaving)
+    _leave_when_told(keyd, leaving, left)
     keyd.serve(THREADS, program, ready, beside=standard_error.write_all)
 
 

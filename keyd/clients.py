@@ -21,7 +21,7 @@ from math import inf
 
 from keyd.channel import Refused, fulfil, granted_by
 from keyd.daemon import Keyd
-from keyd.linux.unix_socket import has_ended, peer_of
+from keyd.linux.unix_socket import Peer, has_ended, peer_of
 from keyd.powers import Key, Whole, takes_milliseconds
 from keyd.protocol import (
     KEY_ID_OCTETS,
@@ -57,7 +57,7 @@ class Clients:
         keyd: Keyd,
         keys: Mapping[bytes, Key],
         grants: Grants,
-        refused: Callable[[Refusal, int], None],
+        refused: Callable[[Refusal, Peer], None],
     ) -> None:
         self._keyd, self._keys, self._grants = keyd, keys, grants
         self._refused = refused
@@ -208,7 +208,7 @@ class Clients:
 
     def _refuse(self, client: socket.SocketType, refused: Refused) -> None:
         self._keyd.tally.refused(refused.status)
-        self._refused(Refusal(0, refused.status, refused.detail), peer_of(client).pid)
+        self._refused(Refusal(0, refused.status, refused.detail), peer_of(client))
         self._reply(client, Reply(refused.status))
         self._leave(client)
 

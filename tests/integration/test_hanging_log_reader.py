@@ -1,6 +1,7 @@
 """A keyd of its own whose log nobody reads: it signs, and says later what it has lost."""
 
 import fcntl
+import grp
 import os
 import re
 import select
@@ -8,7 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from keyd.standard_error import QUEUE_LINES
 
 from .service import PATIENCE
 from .test_keyd_status import KEYD, Listening, make_key
+
+#: The first of many that are nobody's.
+_FIRST_USER = 1_900_000_000
 
 
 def fill(write_end: int) -> None:
@@ -31,21 +35,38 @@ def fill(write_end: int) -> None:
     os.close(again)
 
 
+@contextmanager
+def as_user(user: int, group: str) -> Iterator[None]:
+    """As a user of this group, which has nothing else of theirs."""
+    os.setegid(grp.getgrnam(group).gr_gid)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
 class Unread:
     """``keyd listen``, whose log is a pipe that is full."""
 
     def __init__(self, directory: Path) -> None:
         self.end, write_end = os.pipe()
+        self._directory = os.open(directory, os.O_PATH)
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, select.PIPE_BUF)
         self.keyd = Listening(directory, log=write_end)
+        # Not every user may enter what is above the directory.
+        self.keyd.socket = Path(f"/proc/self/fd/{self._directory}", self.keyd.socket.name)
         # It listens before it says anything, and after that, it says something only if it refuses.
         assert select.select([self.end], [], [], PATIENCE)[0]
         assert self.keyd.ask() is Status.DONE
         fill(write_end)
         os.close(write_end)
 
-    def refuse(self) -> None:
-        assert self.keyd.ask(b"no TLS") is not Status.DONE
+    def refuse(self, user: int = 0) -> None:
+        """What it refuses to one user has no more than a few lines a second."""
+        with as_user(user, "www-data"):
+            assert self.keyd.ask(b"no TLS") is not Status.DONE
 
     def read_until(self, words: bytes) -> bytes:
         read = b""
@@ -58,6 +79,7 @@ class Unread:
 
     def close(self) -> None:
         self.keyd.close()
+        os.close(self._directory)
         with suppress(OSError):
             os.close(self.end)
 
@@ -72,8 +94,8 @@ def unread(tmp_path: Path) -> Iterator[Unread]:
 
 def test_keyd_signs_and_says_later_how_many_lines_were_lost(unread: Unread) -> None:
     asked = QUEUE_LINES + 20
-    for _ in range(asked):
-        unread.refuse()
+    for user in range(asked):
+        unread.refuse(_FIRST_USER + user)
     assert unread.keyd.ask() is Status.DONE
     read = unread.read_until(b" lines are lost: no room for them\n")
     (lost,) = re.findall(rb"\nkeyd: ([0-9]+) lines are lost", read)

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,6 +50,14 @@ sys.stdin.read()
 """
 
 
+#: Asks for nothing that there is.
+ASKS = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+client.connect(sys.argv[1])
+client.send(b"?")
+client.recv(1)
+"""
 #: As a keyd without a key has it.
 REPORT = {
     "version": VERSION,
@@ -166,6 +175,34 @@ def test_a_keyd_says_what_it_has_did_and_refused(listening: Listening) -> None:
     text = keyd("status").stdout
     for words in (str(listening.key), "daemon:www-data", "a transcript hash of 31 octets"):
         assert words in text
+
+
+def test_whoever_asks_cannot_fill_its_log(tmp_path: Path) -> None:
+    """A few lines a second of what a process is refused, and how much it was; all of another's."""
+    asked = 500
+    tmp_path.chmod(0o755)
+    keyd = Listening(tmp_path)
+    try:
+        for each in range(asked):
+            assert keyd.ask(CONTENT[:-1]) is Status.NOT_TLS
+            if each == asked // 2:
+                with subprocess.Popen([sys.executable, "-c", ASKS, keyd.socket]) as other:
+                    assert other.wait(PATIENCE) == 0
+        last = "sign of 3 octets that no TLS server signs"
+        assert keyd.ask(b"end") is Status.NOT_TLS
+        seen = told(keyd, lambda one: one["refused"].get("not_tls") == asked + 1)
+        assert (seen["refused"]["malformed"], seen["last_refused"][-1]["detail"]) == (1, last)
+        keyd.process.terminate()
+        assert keyd.process.wait(PATIENCE) == 0
+    finally:
+        keyd.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sum(f"(process {other.pid})" in line for line in lines) == 1
+    own = [line for line in lines if line.endswith(f"(process {os.getpid()})")]
+    whole = [line for line in own if line.startswith("keyd: refused, NOT_TLS: ")]
+    besides = [re.search("besides: ([0-9]+) NOT_TLS", line) for line in own if line not in whole]
+    assert len(whole) + sum(int(one[1]) for one in besides if one) == asked + 1
+    assert len(own) < asked // 2
 
 
 def test_its_metrics_are_prometheus_own(listening: Listening) -> None:

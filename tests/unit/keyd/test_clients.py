@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 import keyd.clients as clients_module
 from keyd.clients import Clients
 from keyd.daemon import Keyd
+from keyd.linux.unix_socket import Peer
 from keyd.powers import ALL_POWERS, Key, KeyElsewhere, Told
 from keyd.protocol import Operation, Refusal, Reply, Request, SignatureScheme, Status
 from keyd.pss import Binding, PSSPrivateKey
@@ -73,8 +74,8 @@ class Listening:
         self.accepting()
         return self.clients.accepted(descriptor)
 
-    def _refused(self, refusal: Refusal, process: int) -> None:
-        self.refusals.append((refusal.status, process))
+    def _refused(self, refusal: Refusal, peer: Peer) -> None:
+        self.refusals.append((refusal.status, peer.pid))
 
     def client(self) -> socket.socket:
         made = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
