@@ -24,7 +24,7 @@ from keyd.daemon import Keyd
 from keyd.linux.unix_socket import Peer, has_ended, peer_of
 from keyd.powers import Key, Whole, takes_milliseconds
 from keyd.protocol import (
-    KEY_ID_OCTETS,
+    KEY_IN_REQUEST,
     MAX_REQUEST_OCTETS,
     Grants,
     Malformed,
@@ -44,8 +44,6 @@ _LIFETIME_SECONDS = 60.0
 _MOST_SILENT = 1000
 #: How many may be idle. There are fewer processes that have many handshakes.
 _MOST_KEPT = 256
-#: Where a request has the key's id (``protocol``).
-_KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
 _KIND = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
 
 
@@ -93,7 +91,7 @@ class Clients:
         except ConnectionResetError:
             self._leave(client)
         else:
-            if takes_milliseconds(self._keys.get(message[_KEY_IN_REQUEST])):
+            if takes_milliseconds(self._keys.get(message[KEY_IN_REQUEST])):
                 return partial(self._answer, client, message)
             self._answer(client, message)
         return None
@@ -140,6 +138,8 @@ class Clients:
             return
         except ConnectionResetError:
             message = b""
+        if takes_milliseconds(self._keys.get(message[KEY_IN_REQUEST])):
+            self._keyd.lead.hand_over()
         # One that is nowhere has been ended, to make room.
         deadline = self._silent.pop(client, None) or self._kept.pop(client, 0.0)
         self._answer(client, message, deadline)

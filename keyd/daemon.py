@@ -5,9 +5,10 @@ which opens channels and is trusted with their terms; from workers, which send r
 are trusted with nothing; from the supervisor (``keyd.orders``); and, where it lends keys, from
 other hosts by way of workers (``keyd.upstream``). It reads no network socket.
 
-A few threads wait on the same epoll. Each takes one event and handles it to the end, so
-that a slow RSA operation delays no other connection. A channel is armed for one event at
-a time (EPOLLONESHOT), so that no two threads ever serve the same channel.
+One of a few threads waits for events, and handles one after the other (``keyd.lead``). Before
+one that takes long, another thread takes its place, so that a slow RSA operation delays no
+other connection. A channel is armed for one event at a time (EPOLLONESHOT), so that no two
+threads ever serve the same channel.
 """
 
 import errno
@@ -25,12 +26,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.channel import Channel, Refused, reply
 from keyd.grants import GrantSets
+from keyd.lead import Lead
 from keyd.linux import seccomp
 from keyd.linux.descriptors import if_any, receive_if_any
 from keyd.linux.heap import share_one_heap
 from keyd.linux.unix_socket import accept_from, has_ended
-from keyd.powers import Key
+from keyd.powers import Key, takes_milliseconds
 from keyd.protocol import (
+    KEY_IN_REQUEST,
     MAX_CONTROL_OCTETS,
     Done,
     Grants,
@@ -106,6 +109,7 @@ class Keyd:
         self._tick = tick
         self.tally = Tally()
         self.epoll = select.epoll()
+        self.lead = Lead()
         self._channels: dict[int, Channel] = {}
         self._sources: dict[int, _Source] = {}
         #: Those that are registered with ``epoll``, by whoever puts them here.
@@ -260,6 +264,8 @@ class Keyd:
         """
 
         def hear_once() -> None:
+            # It may be a thousand keys.
+            self.lead.hand_over()
             if hear():
                 del self._sources[process.fileno()]
                 process.close()
@@ -326,6 +332,7 @@ class Keyd:
                     # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would
                     # wake this thread again and again. The other threads go on.
                     self._say_short_of_descriptors(error.strerror)
+                    self.lead.hand_over()
                     time.sleep(_ACCEPT_PAUSE)
                     return None
                 if (slow := accepted(client)) is not None:
@@ -380,8 +387,11 @@ class Keyd:
 
     def _work(self) -> None:
         while not self._stopped.is_set():
-            self._take_turn(_SWEEP_INTERVAL)
-            self._sweep()
+            if self.lead.take(_SWEEP_INTERVAL):
+                while self.lead.held and not self._stopped.is_set():
+                    self._take_turn(_SWEEP_INTERVAL)
+                    self._sweep()
+                self.lead.hand_over()
 
     def _take_turn(self, seconds: float) -> None:
         """Handle one event to the end, if there is one within this time."""
@@ -391,15 +401,15 @@ class Keyd:
                 then = source.hear()
                 if self._sources.get(descriptor) is source:
                     self.epoll.modify(descriptor, source.events)
-                if then is not None:
-                    then()
             elif (stream := self.streams.get(descriptor)) is not None:
                 then = stream.hear()
                 stream.arm()
-                if then is not None:
-                    then()
             else:
+                then = None
                 self._answer(descriptor, self._channels[descriptor])
+            if then is not None:
+                self.lead.hand_over()
+                then()
 
     def _answer(self, descriptor: int, channel: Channel) -> None:
         message = if_any(lambda: channel.socket.recv(channel.most_octets), b"")
@@ -410,6 +420,8 @@ class Keyd:
             self._close(descriptor, channel)
             return
         started = time.monotonic()
+        if takes_milliseconds(self._keys.get(message[KEY_IN_REQUEST])):
+            self.lead.hand_over()
         try:
             operation, result = channel.grant(self._keys, message)
         except Refused as refused:

@@ -44,6 +44,7 @@ from typing import NamedTuple
 __all__ = [
     "ANY_NAME",
     "KEY_ID_OCTETS",
+    "KEY_IN_REQUEST",
     "MAX_CLIENT_HELLO_OCTETS",
     "MAX_CONTROL_OCTETS",
     "MAX_HANDED",
@@ -91,6 +92,8 @@ MAX_REPLY_PAYLOAD_OCTETS = 4627
 PREMASTER_SECRET_OCTETS = 48
 
 _REQUEST = struct.Struct("!BBH32s")
+#: Where a request has the key's id.
+KEY_IN_REQUEST = slice(4, 4 + KEY_ID_OCTETS)
 _REPLY = struct.Struct("!BB")
 _OPEN = struct.Struct("!BcQIHI")
 _GRANT_SET = struct.Struct("!BcI")

@@ -132,6 +132,21 @@ def test_all_that_have_asked_are_answered_at_once(listening: Listening) -> None:
     assert listening.is_idle
 
 
+@pytest.mark.parametrize("key", [RSA, EC])
+def test_another_thread_takes_over_while_a_slow_key_signs_again(
+    listening: Listening, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+) -> None:
+    client = listening.client()
+    client.send(request(EC))
+    listening.hear()
+    assert is_answered(client)
+    assert listening.keyd.lead.take(0)
+    client.send(request(key))
+    listening.hear_those_that_were_silent()
+    assert is_answered(client)
+    assert listening.keyd.lead.held is (key is EC)
+
+
 def test_who_asks_later_is_answered_then(listening: Listening) -> None:
     late, quick = listening.client(), listening.client()
     quick.send(request(EC))

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from integration.hellos import certificate_verify, client_hello, flight
 
 from keyd.daemon import Keyd
@@ -175,6 +175,28 @@ def test_a_channel_that_cannot_be_watched_ends_alone(
             assert keyd._channels
     assert not gone
     assert "no channel for connection 7: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ec"])
+def test_another_thread_takes_over_while_a_slow_key_signs(kind: str) -> None:
+    slow = kind == "rsa"
+    keyd = Keyd(
+        {
+            bytes(32): rsa.generate_private_key(65537, 2048)
+            if slow
+            else ec.generate_private_key(ec.SECP256R1())
+        }
+    )
+    parent, hear, _ = connected(keyd)
+    assert keyd.lead.take(0)
+    with parent, open_channel(parent) as worker:
+        hear()
+        hear()
+        worker.send(Request(Operation.SIGN, 0, bytes(32), b"octets").encode())
+        while keyd._channels:
+            keyd._take_turn(0)
+        assert worker.recv(100)
+    assert keyd.lead.held is not slow
 
 
 class Scarce(socket.socket):
