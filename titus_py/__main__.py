@@ -4,10 +4,13 @@ Each command's module is imported only when the command is run. The supervisor, 
 has no use for the library that draws the demo's tables.
 """
 
+import gc
 import signal
 import sys
 
 if sys.argv[1:2] == ["serve"]:
+    # The imports make no garbage, and there are many.
+    gc.disable()
     # Before the imports: they take a third of a second, and by default each of these signals
     # would end the process. SIGHUP waits until the supervisor hears it, and is a reload then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
@@ -228,6 +231,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     from titus_py.configuration.checking import check
     from titus_py.supervisor import succession
     from titus_py.supervisor.life import serve, take_over
+
+    # What is imported stays: it is never looked through.
+    gc.freeze()
+    gc.enable()
 
     def read() -> Loaded:
         if any(options):

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, needles, search
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.reports import NONE_RUNS, Running, printable, running
@@ -28,11 +29,10 @@ from keyd.linux.credentials import lock_memory_meanwhile
 from keyd.powers import PrivateKey
 from keyd.reference import key_id
 
-__all__ = ["add_command"]
+__all__ = ["audit"]
 
 _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
-#: Where files are looked at, unless told otherwise; and how large one is at most that holds a key.
-_DIRECTORIES = ("/etc", "/root", "/run", "/srv", "/usr/local/etc", "/var/backups")
+#: How large a file is at most that holds a key.
 _LARGEST_FILE = 256 * 1024
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
@@ -51,32 +51,7 @@ class _Finding(NamedTuple):
     verdict: str
 
 
-def add_command(commands: Any) -> None:
-    audit = commands.add_parser(
-        "audit",
-        help="where each key is: in which processes' memory, in which files; and who may ask",
-        description="Exit code 0: each key is in its keyd's memory and in no other, its files are "
-        "root's alone, and not everybody may ask. 1: it is not so. 2: there is nothing to look at.",
-    )
-    audit.add_argument("--json", action="store_true", help="as an array of findings")
-    audit.add_argument(
-        "--key",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a key to look for, besides those that keyds were started with",
-    )
-    audit.add_argument("--passphrase-file", metavar="FILE", help="of the keys that are encrypted")
-    audit.add_argument(
-        "--directory",
-        action="append",
-        metavar="DIRECTORY",
-        help=f"where to look for files with a key (default: {', '.join(_DIRECTORIES)})",
-    )
-    audit.set_defaults(run=_audit)
-
-
-def _audit(arguments: argparse.Namespace) -> int:
+def audit(arguments: argparse.Namespace) -> int:
     keyds = running()
     if not keyds and not arguments.key:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
@@ -92,7 +67,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     ]
     if sought:
         findings += _memory(keyds, keys, sought)
-        findings += _files(sought, arguments.directory or _DIRECTORIES)
+        findings += _files(sought, arguments.directory or DIRECTORIES)
     if arguments.json:
         json.dump([finding._asdict() for finding in findings], sys.stdout, indent=2)
         print()

@@ -18,25 +18,10 @@ from keyd.inspection.reports import NONE_RUNS, Running, printable, running
 from keyd.status_page import Report
 from keyd.tally import LATENCY_BOUNDS
 
-__all__ = ["add_command", "who_may_ask"]
+__all__ = ["status", "who_may_ask"]
 
 
-def add_command(commands: Any) -> None:
-    status = commands.add_parser(
-        "status",
-        help="show each keyd of its own: keys, who may ask, what was done and refused",
-    )
-    form = status.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="as an array with an object for each")
-    form.add_argument(
-        "--metrics",
-        action="store_true",
-        help="as text for Prometheus' textfile collector",
-    )
-    status.set_defaults(run=_status)
-
-
-def _status(arguments: argparse.Namespace) -> int:
+def status(arguments: argparse.Namespace) -> int:
     """Returns 0, 1 if a keyd has no report, 2 if there is none; with metrics, always 0."""
     found = running()
     if arguments.metrics:

@@ -1,4 +1,4 @@
-"""The options by which a keyd of its own is told of keys in tokens, and starting their processes.
+"""What a keyd of its own is told of keys in tokens by its options, and starting their processes.
 
 Run by ``keyd listen`` and ``keyd control``, before they read a key. What they start is ``keyd
 token``.
@@ -16,30 +16,7 @@ from keyd.token.starting import start as start_processes
 from keyd.token.uri import SCHEME, BadUri, KeyUri, parse
 from keyd.words import say
 
-__all__ = ["SCHEME", "add", "pin_files", "start"]
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--token-user", metavar="USER", help="whom the processes of tokens run as, if root"
-    )
-    parser.add_argument(
-        "--token-path",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="what a token's module may read and write: a directory, or a device",
-    )
-    parser.add_argument(
-        "--token-environment",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a variable that a token's module reads",
-    )
-    parser.add_argument(
-        "--token-network", action="store_true", help="let a token's module use the network"
-    )
+__all__ = ["SCHEME", "pin_files", "start"]
 
 
 def pin_files(arguments: argparse.Namespace) -> frozenset[str]:

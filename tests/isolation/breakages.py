@@ -641,9 +641,9 @@ def keyd_swappable(_: str) -> None:
 
 @breaks("speculation", "keyd", within="keyd")
 def keyd_speculation(_: str) -> None:
-    from keyd import __main__
+    from keyd import serve
 
-    __main__.guard = list
+    serve.guard = list
 
 
 @breaks("descriptors", "keyd", within="keyd")

@@ -27,8 +27,8 @@ UNPROTECTED: Keyd = [
     sys.executable,
     "-I",
     "-c",
-    "import sys; from keyd import __main__ as keyd, key_reader, serve\n"
-    "for one in keyd, key_reader, serve:\n"
+    "import sys; from keyd import __main__ as keyd, key_reader, of_its_own, serve\n"
+    "for one in keyd, key_reader, of_its_own, serve:\n"
     "    one.lock_memory_meanwhile = one.lock_before_keys = lambda *_: None\n"
     "    one.guard = list\n"
     "sys.exit(keyd.main())",
