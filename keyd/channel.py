@@ -42,6 +42,9 @@ from keyd.transcript import InvalidFlight, SecondHelloDiffers, Witnessed
 
 __all__ = ["Channel", "Refused", "fulfil", "granted_by", "reply", "witness"]
 
+#: How long an expired channel is kept for the answer to a late request, in seconds: for longer than
+#: a parent leaves a worker that has not done its handshake in time.
+_OVERDUE_SECONDS = 3.0
 _NO_POWERS = frozenset[Power]()
 
 
@@ -105,6 +108,11 @@ class Channel:
     @property
     def expired(self) -> bool:
         return time.monotonic() > self._deadline
+
+    @property
+    def overdue(self) -> bool:
+        """Whether no honest worker can be there any more."""
+        return time.monotonic() > self._deadline + _OVERDUE_SECONDS
 
     def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
         """Check a request against the terms, count it, and perform it. Raises Refused."""

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Keyd"]
 
-#: How often to look for expired channels, in seconds.
+#: How often to look for overdue channels, in seconds.
 _SWEEP_INTERVAL = 1.0
 #: In seconds: how long to leave clients in the listen queue when there is no descriptor or no
 #: memory for one, and how often to log that.
@@ -218,24 +218,24 @@ class Keyd:
                 say(f"closing the connection to a parent: {error}")
                 _say_no_more(control)
                 order = None
-            if order is None:
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                del self._sources[control.fileno()]
-                self._parents.discard(control)
-                control.close()
-                gone()
-                self._leave_if_done()
-                return
-            if isinstance(order, GrantSet):
+            if not isinstance(order, Open):
                 # None is to come with it.
                 for descriptor in descriptors:
                     os.close(descriptor)
+                if order is None:
+                    del self._sources[control.fileno()]
+                    self._parents.discard(control)
+                    control.close()
+                    gone()
+                    self._leave_if_done()
                 return
             if not descriptors:
                 # No descriptor was left for the channel, so it is closed: that client's handshake
-                # fails.
-                self._say_short_of_descriptors(os.strerror(errno.EMFILE))
+                # fails. Its worker, which can be told nothing here, is not to wait for more.
+                reason = os.strerror(errno.EMFILE)
+                self._say_short_of_descriptors(reason)
+                self.tally.refused(Status.FAILED)
+                record(Refusal(order.connection, Status.FAILED, f"no channel: {reason}"))
                 return
             kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
             try:
@@ -362,7 +362,8 @@ class Keyd:
         except OSError as error:
             # ENOMEM, ENOSPC: that client's handshake fails.
             say(f"no channel for connection {terms.connection}: {error.strerror}")
-            self._close(descriptor, channel)
+            failed = Refused(Status.FAILED, f"no channel: {error.strerror}")
+            self._refuse(descriptor, channel, failed)
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
         """Log it, at most once a second."""
@@ -466,7 +467,7 @@ class Keyd:
         self._leave_if_done()
 
     def _sweep(self) -> None:
-        """Once in a while: tick, leave if the time for it is over, and shut down expired channels.
+        """Once in a while: tick, leave if the time for it is over, and shut down overdue channels.
 
         A channel is not closed here. The thread that serves it closes it: one that is serving it
         now, or one that the shutdown wakes.
@@ -479,7 +480,7 @@ class Keyd:
         if self._leaves_at is not None and now > self._leaves_at:
             self._left()
         for channel in list(self._channels.values()):
-            if channel.expired:
+            if channel.overdue:
                 with suppress(OSError):
                     channel.socket.shutdown(socket.SHUT_RDWR)
 

@@ -279,6 +279,9 @@ class Connections:
             status=refusal.status.name.lower(),
             attempted=refusal.detail,
         )
+        if worker is not None and worker.uid in self.handshaking and not worker.orphaned:
+            # Most have an answer. One has none if keyd had no room for its channel.
+            worker.deny_channel()
 
     def give_way(self, without_worker: int) -> Worker | None:
         """End a connection for a newcomer's sake: the proxy is full. Returns its worker, if any.

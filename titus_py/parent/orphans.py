@@ -9,7 +9,6 @@ and nobody hears of that: those who have one there get no other.
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 
 from titus_py.between import messages
 from titus_py.between.hand_over import give
@@ -18,6 +17,9 @@ from titus_py.parent.channels import Channels
 from titus_py.parent.worker import Offer, Worker
 
 __all__ = ["Orphans"]
+
+#: A channel's lifetime is in milliseconds.
+_LEAST_SECONDS = 0.001
 
 
 class Orphans:
@@ -37,27 +39,29 @@ class Orphans:
         for worker in self._handshaking.values():
             if worker.orphaned or worker.offer is None or not worker.offer.grants.grants:
                 continue
-            worker.orphaned = True
             if known and not worker.signed:
+                worker.orphaned = True
                 self._orphans.append((worker, worker.offer))
             else:
                 # Most have their answer. One that has not is not to wait for what does not come.
-                with suppress(OSError):
-                    worker.socket.send(messages.CHANNEL)
+                worker.deny_channel()
 
     def serve(self, channels: Channels) -> None:
         """Give channels to those that still wait, as far as that is possible now."""
         while self._orphans:
             worker, offer = self._orphans[0]
+            if self._handshaking.get(worker.uid) is not worker or worker.killed_for:
+                self._orphans.popleft()
+                continue
             left = worker.started + self._plan.handshake_timeout - time.monotonic()
-            if self._handshaking.get(worker.uid) is worker and left > 0:
+            if left < _LEAST_SECONDS:
+                worker.deny_channel()
+            else:
                 channel = channels.open(worker.connection, offer, left, worker.client_hello)
                 if channel is None:
                     return
                 try:
                     give(worker.socket, messages.CHANNEL, [channel])
                 except OSError:
-                    # The worker may have ended meanwhile. If not, it is not to wait.
-                    with suppress(OSError):
-                        worker.socket.send(messages.CHANNEL)
+                    worker.deny_channel()
             self._orphans.popleft()

@@ -7,6 +7,7 @@ from socket import SHUT_RDWR, SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.protocol import GrantSet
+from titus_py.between import messages
 from titus_py.between.event_loop import Timer
 from titus_py.between.messages import Ends
 from titus_py.parent.backend import Backend
@@ -71,7 +72,7 @@ class Worker:
         self.ready = False
         #: Whether keyd has done an operation for it.
         self.signed = False
-        #: Whether the keyd that it has a channel to is lost, or may have done more than is known.
+        #: Whether it gets no other channel than those that it was given: keyd is lost, or refused.
         self.orphaned = False
         #: As keyd was told of it; kept until the handshake is done.
         self.client_hello = b""
@@ -121,6 +122,13 @@ class Worker:
         if self.pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def deny_channel(self) -> None:
+        """Let it have no other channel to keyd. If it waits for one, it fails now."""
+        self.orphaned = True
+        # It may have ended meanwhile.
+        with suppress(OSError):
+            self.socket.send(messages.CHANNEL)
 
     def hang_up(self) -> None:
         """Let the worker see end-of-file: a spare then leaves by itself."""

@@ -167,7 +167,11 @@ def test_a_channel_that_cannot_be_watched_ends_alone(
         with open_channel(parent) as worker:
             hear()
             hear()
+            assert Reply.decode(worker.recv(100)) == Reply(Status.FAILED)
             assert worker.recv(1) == b""
+        reason = f"no channel: {os.strerror(errno.ENOSPC)}"
+        told = parent.recv(1000, socket.MSG_DONTWAIT)
+        assert decode_report(told) == Refusal(7, Status.FAILED, reason)
         monkeypatch.setattr(keyd, "epoll", hears_again)
         with open_channel(parent):
             hear()

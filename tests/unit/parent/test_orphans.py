@@ -197,6 +197,19 @@ def test_who_is_over_meanwhile_gets_none(parent: Parent) -> None:
     parent.loses_keyd(parent.gets_a_keyd())
     over = parent.workers.pop(1)
     over.socket.close()
-    parent.workers[2].started -= 61
+    parent.workers[2].kill("gave_way")
     with parent.gets_a_keyd() as following:
         assert not parent.opened_at(following)
+
+
+@pytest.mark.parametrize("left", [-1.0, 0.0005], ids=["past", "less than a channel's least"])
+def test_whose_time_is_over_meanwhile_is_not_to_wait(
+    parent: Parent, monkeypatch: pytest.MonkeyPatch, left: float
+) -> None:
+    parent.loses_keyd(parent.gets_a_keyd())
+    with parent.gets_a_keyd() as following:
+        over = parent.workers[1].started + _PLAN.handshake_timeout
+        monkeypatch.setattr(time, "monotonic", lambda: over - left)
+        parent.workers[2].started += 10
+        assert parent.opened_at(following) == {2: b"hello 2"}
+        assert (parent.gave(1), parent.gave(2)) == (0, 1)

@@ -1,0 +1,88 @@
+"""keyd has no room for a channel, and goes on: that handshake fails at once, and why is said."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from OpenSSL import SSL
+
+from keyd.protocol import Status
+
+from .conftest import Certificates, Serve
+from .instance import PATIENCE, Instance
+from .peers import Listener, TlsClient
+from .service import serves
+from .test_own_keyd import OwnKeyd
+
+#: No worker ends by its own timeout while a test waits for it.
+_WORKER = {"handshake_timeout": f"{10 * PATIENCE:g}s"}
+#: Three are open all the time: keyd has no number left for a fourth one.
+_NO_DESCRIPTOR = 3
+
+
+def assert_fails_at_once(instance: Instance, attempted: str) -> None:
+    since = len(instance.events())
+    with TlsClient(instance.port) as client, pytest.raises(SSL.Error, match="alert internal error"):
+        client.handshake()
+    refused = instance.wait_for_event("keyd_refused", since=since, client=client.name)
+    assert (refused["status"], refused["attempted"]) == (Status.FAILED.name.lower(), attempted)
+    # Nobody's fault.
+    assert refused["level"] == "error"
+    failed = instance.wait_for_event("handshake_failed", since=since, client=client.name)
+    # It may have asked before keyd closed the channel: then that is answered.
+    assert failed["detail"].startswith(("keyd is gone", "refused: failed"))
+
+
+def test_without_a_descriptor(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, worker=_WORKER)
+    instance.expected_alarms.add("keyd_refused")
+    instance.keyd().limit_descriptors(_NO_DESCRIPTOR)
+    for _ in range(2):
+        assert_fails_at_once(instance, "no channel: Too many open files")
+    instance.keyd().limit_descriptors()
+    assert serves(instance)
+
+
+@pytest.fixture
+def keyd(certificates: Certificates, tmp_path: Path) -> Iterator[OwnKeyd]:
+    """A unit of its own. For its first channel, epoll(7) has no room."""
+    program = tmp_path / "keyd"
+    program.write_text(
+        f"#!{sys.executable} -I\n"
+        "import errno, os, select, sys\n"
+        "from keyd import daemon\n"
+        "class Epoll:\n"
+        "    def __init__(self):\n"
+        "        self.made, self.full = select.epoll(), True\n"
+        "    def __getattr__(self, name):\n"
+        "        return getattr(self.made, name)\n"
+        "    def register(self, descriptor, events):\n"
+        "        if self.full and events == daemon._READABLE_ONCE:\n"
+        "            self.full = False\n"
+        "            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "        self.made.register(descriptor, events)\n"
+        "class Keyd(daemon.Keyd):\n"
+        "    def __init__(self, *given, **named):\n"
+        "        super().__init__(*given, **named)\n"
+        "        self.epoll = Epoll()\n"
+        "daemon.Keyd = Keyd\n"
+        "from keyd.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    options = [f"--key={certificates().key}", "--user=nobody", f"--chroot={tmp_path / 'root'}"]
+    started = OwnKeyd(tmp_path, options, program)
+    started.start()
+    yield started
+    started.close()
+
+
+def test_without_a_watch(
+    serve: Serve, echoing: Listener, certificates: Certificates, keyd: OwnKeyd
+) -> None:
+    site = {"certificates": [{"certificate": certificates().certificate}]}
+    instance = serve(echoing.address, vhost=[site], keyd={"socket": keyd.socket}, worker=_WORKER)
+    instance.expected_alarms.add("keyd_refused")
+    assert_fails_at_once(instance, "no channel: No space left on device")
+    assert serves(instance)
