@@ -8,7 +8,6 @@ processes say. It only reads, and disturbs none of them.
 import base64
 import errno
 import hashlib
-import heapq
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,9 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from keyd import mldsa
+from keyd.inspection.mappings import Skipped, Span, mappings, still_mapped
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.pages_in_use import PAGE, in_use
-from keyd.inspection.shared_memory import filled
+from keyd.inspection.pages_in_use import PAGE
+from keyd.inspection.worth_reading import WorthReading
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
 
@@ -44,8 +44,6 @@ _MAX_HITS = 10_000
 _PROGRAMS = 3
 #: As /proc/PID/maps names them.
 _KERNELS = ("[vsyscall]", "[vvar]", "[vvar_vclock]")
-#: So much of a shared mapping is read where nothing tells what of it is filled.
-_MOST_UNTOLD = 1 << 30
 _HAS_PAGEMAP = os.path.exists("/proc/self/pagemap")
 
 
@@ -72,15 +70,6 @@ class Hit(NamedTuple):
         return f"{self.needle} in {self.mapping} at {self.address:#x} of process {self.pid}"
 
 
-class Skipped(NamedTuple):
-    """Memory that could not be read, and the kernel's reason."""
-
-    mapping: str
-    address: int
-    octets: int
-    reason: str
-
-
 class Search(NamedTuple):
     """What was found in one process.
 
@@ -102,20 +91,6 @@ class Search(NamedTuple):
     @property
     def why_unread(self) -> str:
         return ", ".join(f"{part.mapping} ({part.reason})" for part in self.unread[:3])
-
-
-class _Span(NamedTuple):
-    start: int
-    end: int
-    mapping: str
-
-
-class _Mapping(NamedTuple):
-    """A line of /proc/PID/maps; ``offset`` is where it begins in its file."""
-
-    span: _Span
-    shared: bool
-    offset: int
 
 
 # --- What to look for -----------------------------------------------------------------------
@@ -273,21 +248,22 @@ def _search_program(pid: int, sought: Sequence[Needle], piece: int) -> Search:
             if _HAS_PAGEMAP:
                 pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, pagemap)
-            mappings = _mappings(pid)
+            mapped = mappings(pid)
         except (FileNotFoundError, ProcessLookupError):
             return Search(pid, [], [], 0, ended=True)
         reader = _Reader(pid, memory, sought, piece)
+        worth_reading = WorthReading(pid, pagemap, reader.skipped)
         # A process without mappings is a zombie.
-        ended = not mappings
+        ended = not mapped
         skipped = []
         try:
-            for mapping in mappings:
-                for part in _worth_reading(pid, mapping, pagemap, reader.skipped):
+            for mapping in mapped:
+                for part in worth_reading.of(mapping):
                     reader.read(part)
             if reader.skipped:
                 # What the process has unmapped since is not its memory any more.
-                left = [mapping.span for mapping in _mappings(pid)]
-                skipped = [part for part in reader.skipped if _is_mapped(part, left)]
+                left = [mapping.span for mapping in mappings(pid)]
+                skipped = still_mapped(reader.skipped, left)
         except _Enough:
             skipped = reader.skipped
         except (FileNotFoundError, ProcessLookupError):
@@ -310,62 +286,9 @@ def _with_memory(pid: int) -> int:
 
 def _runs(pid: int) -> bool:
     try:
-        return bool(_mappings(pid))
+        return bool(mappings(pid))
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def _mappings(pid: int) -> list[_Mapping]:
-    """/proc/PID/maps, in ascending order."""
-    found = []
-    # A file's name may have what str.splitlines takes for the end of a line.
-    text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
-    for line in text.split("\n")[:-1]:
-        addresses, permissions, offset, _, _, *name = line.split(maxsplit=5)
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        span = _Span(start, end, name[0].rstrip() if name else "[anonymous]")
-        found.append(_Mapping(span, permissions[3] == "s", int(offset, 16)))
-    return found
-
-
-def _is_mapped(part: Skipped, mappings: Iterable[_Span]) -> bool:
-    end = part.address + part.octets
-    return any(span.start < end and part.address < span.end for span in mappings)
-
-
-def _worth_reading(
-    pid: int, mapping: _Mapping, pagemap: int | None, skipped: list[Skipped]
-) -> Iterator[_Span]:
-    """The parts of a mapping that are worth reading; adds to ``skipped`` what is too large."""
-    start, end, name = mapping.span
-    # Beyond 2^63 ([vsyscall]) no memory is a process's own, and pagemap has no entries.
-    if pagemap is None or start >= 1 << 63:
-        yield mapping.span
-        return
-    if mapping.shared:
-        try:
-            # A file system that is a program of somebody's (FUSE) may call a hole what is in use.
-            parts = filled(pid, start, end, mapping.offset), in_use(pagemap, start, end)
-            for part in _united(*parts):
-                yield _Span(*part, name)
-            return
-        except OSError:
-            if end - start <= _MOST_UNTOLD:
-                yield mapping.span
-                return
-            reason = "too large for all of it to be read, and what of it is filled cannot be told"
-            skipped.append(Skipped(name, start, end - start, reason))
-    for part in in_use(pagemap, start, end):
-        yield _Span(*part, name)
-
-
-def _united(*kinds: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The parts of several kinds, each of which come in ascending order; nothing comes twice."""
-    done = 0
-    for start, end in heapq.merge(*kinds):
-        if end > done:
-            yield max(start, done), end
-            done = end
 
 
 class _Enough(Exception):
@@ -394,7 +317,7 @@ class _Reader:
         self._kept = 0
         self._next = 0
 
-    def read(self, span: _Span) -> None:
+    def read(self, span: Span) -> None:
         """Raises ProcessLookupError if the process is gone, _Enough after too many hits."""
         address = span.start
         while address < span.end:
@@ -417,7 +340,7 @@ class _Reader:
             address += count
             self._keep(address, self._kept + count)
 
-    def _look(self, span: _Span, address: int, count: int) -> None:
+    def _look(self, span: Span, address: int, count: int) -> None:
         filled = self._view[: self._kept + count]
         for place, number in occurrences(filled, self._sought, _MAX_HITS):
             # The kept octets were searched before: only a needle that ends beyond them is new.
@@ -432,7 +355,7 @@ class _Reader:
         self._kept = min(self._overlap, filled)
         self._view[: self._kept] = bytes(self._view[filled - self._kept : filled])
 
-    def _skip(self, span: _Span, address: int, error: OSError | OverflowError) -> int:
+    def _skip(self, span: Span, address: int, error: OSError | OverflowError) -> int:
         """Note that this memory cannot be read; returns the address to go on from."""
         if isinstance(error, OverflowError):
             # pread(2) has no offset for it: [vsyscall], the kernel's own page.

@@ -11,12 +11,12 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from keyd.inspection.pages_in_use import PAGE
 
-__all__ = ["filled"]
+__all__ = ["filled", "mapped_file"]
 
 #: The type of a file system, as statfs(2) has it in its first field.
 _HUGETLBFS = 0x958458F6
@@ -24,23 +24,34 @@ _ZEROS = bytes(2 * 1024 * 1024)
 _libc = ctypes.CDLL(None)
 
 
-def filled(pid: int, start: int, end: int, offset: int) -> Iterator[tuple[int, int]]:
-    """The parts with data of what is mapped here, of its file from ``offset`` on.
+@contextmanager
+def mapped_file(pid: int, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The file that is mapped here, not opened (O_PATH), and its device and inode.
 
     Raises OSError where that cannot be told: without CAP_CHECKPOINT_RESTORE, or of a device.
     """
-    with ExitStack() as stack:
-        # A device must not be opened: that may do something.
-        named = os.open(f"/proc/{pid}/map_files/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC)
-        stack.callback(os.close, named)
-        if not stat.S_ISREG(os.fstat(named).st_mode):
+    # A device must not be opened: that may do something.
+    named = os.open(f"/proc/{pid}/map_files/{start:x}-{end:x}", os.O_PATH | os.O_CLOEXEC)
+    try:
+        seen = os.fstat(named)
+        if not stat.S_ISREG(seen.st_mode):
             raise OSError(errno.ESPIPE, "not a file")
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(f"/proc/self/fd/{named}", flags)
-        stack.callback(os.close, file)
+        yield named, (seen.st_dev, seen.st_ino)
+    finally:
+        os.close(named)
+
+
+def filled(named: int, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of these parts of a file has data, in ascending order as they are. Raises OSError."""
+    if not wanted:
+        return
+    file = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
         parts = _not_empty if _is_of_huge_pages(file) else _with_data
-        for first, after in parts(file, offset, offset + end - start):
-            yield first - offset + start, after - offset + start
+        for first, after in wanted:
+            yield from parts(file, first, after)
+    finally:
+        os.close(file)
 
 
 def _with_data(file: int, at: int, end: int) -> Iterator[tuple[int, int]]:

@@ -523,7 +523,7 @@ def test_another_program_that_is_executed_meanwhile_is_searched_as_well(
                 lines.append(process.stdout.readline())
             return in_use(*arguments)
 
-        monkeypatch.setattr("keyd.inspection.key_search.in_use", after_execution)
+        monkeypatch.setattr("keyd.inspection.worth_reading.in_use", after_execution)
         found = search(process.pid, sought)
         process.communicate()
     assert names_at(found, int(lines[0]), len(octets)) == {"d, big-endian"}
@@ -574,7 +574,7 @@ def test_a_process_that_always_executes_another_program_has_not_ended(
 
         assert process.stdout is not None
         process.stdout.readline()
-        monkeypatch.setattr("keyd.inspection.key_search.in_use", after_execution)
+        monkeypatch.setattr("keyd.inspection.worth_reading.in_use", after_execution)
         found = search(process.pid, needles(rsa_key))
         process.kill()
     assert not found.ended

@@ -412,7 +412,7 @@ def test_two_audits_do_not_find_each_others_keys(listening: Listening) -> None:
             assert audit.stdout is not None
             found = [one for one in json.load(audit.stdout) if one["check"] == "memory"]
             seen = {one["verdict"] for one in found if one["subject"] == str(listening.key)}
-            assert seen == {"holds"}
+            assert seen == {"holds"}, found
 
 
 def test_a_file_larger_than_any_key_is_not_read(tmp_path: Path) -> None:

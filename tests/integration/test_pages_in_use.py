@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from keyd.inspection import pages_in_use
+from keyd.inspection import pages_in_use, worth_reading
 from keyd.inspection.key_search import Hit, Needle, Search, Skipped, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 
@@ -178,6 +178,62 @@ def test_it_is_found_in_memory_of_every_kind(kinds: Kinds) -> None:
     assert database_octets(kinds.pid) == filled
     if scans():
         assert read_by_this_process() - before < found.octets + (16 << 20)
+
+
+#: Maps two files thousands of times, in parts, and one of them without having it in use.
+MAPS_AGAIN = """
+import mmap, os, sys
+OCTETS, PART = 64 << 20, 16 << 20
+sought = bytes.fromhex(sys.argv[1])
+kept = []
+for place in (9, OCTETS - len(sought)):
+    file = os.memfd_create("again")
+    for at in range(0, OCTETS, 1 << 20):
+        os.pwrite(file, b"x" * (1 << 20), at)
+    os.pwrite(file, sought, place)
+    for each in range(1000):
+        offset = each % 7 * PART // 2
+        kept.append(mmap.mmap(file, min(PART, OCTETS - offset), offset=offset))
+private = [mmap.mmap(file, PART, mmap.MAP_PRIVATE) for _ in range(int(sys.argv[2]))]
+print(sum(len(one.read()) for one in private), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def maps_again(private: int) -> Iterator[int]:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", MAPS_AGAIN, SOUGHT.hex(), str(private)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process.pid
+        process.stdin.close()
+
+
+def test_of_a_file_nothing_is_read_twice() -> None:
+    """Any user can map a large file as often as they like, at no cost."""
+    with maps_again(0) as pid:
+        found = search(pid, [Needle("it", SOUGHT)])
+    assert not found.unread
+    assert sum(hit.mapping.startswith("/memfd:again") for hit in found.hits) == 2
+    assert found.octets < 256 << 20
+
+
+def test_a_process_that_maps_more_than_there_is_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with private mappings, which may be of the same pages. What is not read is said."""
+    monkeypatch.setattr(worth_reading, "_memory_octets", lambda: 256 << 20)
+    with maps_again(64) as pid:
+        found = search(pid, [Needle("it", SOUGHT)])
+    assert found.octets < 512 << 20
+    assert {part.reason for part in found.unread} == {
+        "more of it is in use than the machine has memory"
+    }
 
 
 #: Searches as a process without the capability that opens what others have mapped.

@@ -1,0 +1,62 @@
+"""A process's mappings, as the kernel lists them (/proc/PID/maps; proc(5)).
+
+Run by what looks for keys in memory, as root. It trusts the kernel; a file's name may be anything.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Mapping", "Skipped", "Span", "mappings", "still_mapped"]
+
+
+class Span(NamedTuple):
+    start: int
+    end: int
+    mapping: str
+
+
+class Mapping(NamedTuple):
+    """A line of /proc/PID/maps; ``offset`` is where it begins in its file.
+
+    ``file`` is the file's device and inode as the kernel knows them, which stat(2) may not tell.
+    """
+
+    span: Span
+    shared: bool
+    offset: int
+    file: tuple[str, str]
+
+
+class Skipped(NamedTuple):
+    """Memory that could not be read, and the kernel's reason."""
+
+    mapping: str
+    address: int
+    octets: int
+    reason: str
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """In ascending order."""
+    found = []
+    # A file's name may have what str.splitlines takes for the end of a line.
+    text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
+    for line in text.split("\n")[:-1]:
+        addresses, permissions, offset, device, inode, *name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        span = Span(start, end, name[0].rstrip() if name else "[anonymous]")
+        found.append(Mapping(span, permissions[3] == "s", int(offset, 16), (device, inode)))
+    return found
+
+
+def still_mapped(parts: Iterable[Skipped], spans: Sequence[Span]) -> list[Skipped]:
+    """Those parts that are in these spans, which are in ascending order. There may be many."""
+    ends = [span.end for span in spans]
+
+    def is_mapped(part: Skipped) -> bool:
+        at = bisect_right(ends, part.address)
+        return at < len(spans) and spans[at].start < part.address + part.octets
+
+    return [part for part in parts if is_mapped(part)]
