@@ -32,6 +32,9 @@ _REAP_SECONDS = 0.1
 _SPARES_SECONDS = 0.02
 #: How many workers in a row may fail to confine themselves: then the parent gives up.
 _MAX_FAILED_WORKERS = 5
+#: How often to hear a worker that has ended: our code says four things at most. Besides, there may
+#: be a reset, and is the end of file.
+_LAST_WORDS = 6
 #: How a worker ends that somebody else ended: the kernel, for one, where memory runs out.
 _KILLED = how_ended(-signal.SIGKILL)
 
@@ -213,6 +216,10 @@ class Pool:
 
     def _bury(self, worker: Worker) -> None:
         """Note how a worker ended, and take back what it had."""
+        for _ in range(_LAST_WORDS):
+            # What it said comes before its end, also if both are noticed at once.
+            if worker.socket.fileno() >= 0:
+                self._heard(worker)
         status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
         self._loop.unwatch(worker.pidfd)
         os.close(worker.pidfd)

@@ -1,10 +1,11 @@
 """Another channel, once keyd has ended: for whom it had signed nothing, and once."""
 
 import os
+import resource
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,3 +214,31 @@ def test_whose_time_is_over_meanwhile_is_not_to_wait(
         parent.workers[2].started += 10
         assert parent.opened_at(following) == {2: b"hello 2"}
         assert (parent.gave(1), parent.gave(2)) == (0, 1)
+
+
+@pytest.fixture
+def two_descriptors() -> Iterator[Callable[[], None]]:
+    """From when it is called, this process has no more than two free."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit() -> None:
+        with ExitStack() as taken:
+            free = [os.open("/", os.O_RDONLY) for _ in range(3)]
+            for one in free:
+                taken.callback(os.close, one)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[2], hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_whose_channel_cannot_be_given_is_not_to_wait(
+    parent: Parent, two_descriptors: Callable[[], None]
+) -> None:
+    """It takes two descriptors to open one, and three to give it."""
+    parent.loses_keyd(parent.gets_a_keyd())
+    del parent.workers[2]
+    with parent.gets_a_keyd():
+        two_descriptors()
+        parent.orphans.serve(parent.channels)
+        assert parent.ends[1].recv(1) == messages.CHANNEL

@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 from OpenSSL import SSL
 
+from titus_py.between import messages
+from titus_py.between.hand_over import give
 from titus_py.between.messages import Client
 from titus_py.between.report import ReportWriter
 from titus_py.worker import life as worker
@@ -43,3 +45,21 @@ def test_a_spare_that_touches_its_pages_leaves_its_parents_message_where_it_is()
         assert end.recv(len(message) + 1, socket.MSG_DONTWAIT) == message
         with pytest.raises(BlockingIOError):
             parent.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_a_channel_that_comes_after_the_handshake_is_closed() -> None:
+    """There is to be no way to keyd from then on."""
+    parent, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keyds, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    backends, backend = socket.socketpair()
+    keyds.setblocking(False)
+    with parent, workers, keyds, backends:
+        give(parent, messages.CHANNEL, [channel])
+        give(parent, messages.BACKEND, [backend])
+        taken = worker._take_backend(workers)
+        try:
+            assert keyds.recv(1) == b""
+            backends.send(b"octets")
+            assert taken.recv(10) == b"octets"
+        finally:
+            taken.close()
