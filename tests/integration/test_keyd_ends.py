@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from OpenSSL import SSL
 
 from .client_authority import ClientAuthority
 from .conftest import Certificates, Serve
-from .instance import PATIENCE, Instance, free_port
+from .instance import PATIENCE, Instance, eventually, free_port
 from .peers import Listener, TlsClient, connect, receive_exactly
 from .service import FAILS, serves, talk
+from .tls_server import server_context, tls_server
 
 #: A first ClientHello without a key for the group that is taken: it is answered with a
 #: HelloRetryRequest, and nothing is signed for it.
@@ -145,3 +147,47 @@ def test_a_tunnel_shows_its_certificate_by_the_next_keyd(
         keyd.kill()
         client.sendall(b"ping")
         assert receive_exactly(client, 4) == b"ping"
+
+
+def test_a_tunnel_keeps_no_channel_that_it_had_no_use_for(
+    serve: Serve, certificates: Certificates, echoing: Listener, tmp_path: Path
+) -> None:
+    """Its server asked for no certificate. Past the handshake, there is no way to keyd."""
+    authority = ClientAuthority(tmp_path)
+    server, own = authority.issue(self_signed=True), authority.issue(self_signed=True)
+    asked, goes_on = threading.Semaphore(0), threading.Event()
+
+    def hold(connection: socket.socket) -> None:
+        assert connection.recv(1, socket.MSG_PEEK)
+        asked.release()
+        assert goes_on.wait(PATIENCE)
+
+    with tls_server(server_context(server), before=hold) as address:
+        port = free_port()
+        table = {
+            "listen": f"127.0.0.1:{port}",
+            "connect": address,
+            "pins": [server.spki],
+            "certificate": own.chain,
+            "key": own.key,
+        }
+        instance = serve(
+            listen=[], vhost=[], tunnel=[table], worker={"handshake_timeout": f"{PATIENCE:g}s"}
+        )
+        instance.expected_alarms.add("keyd_died")
+        without = instance.keyd().descriptors
+        with connect(port) as client:
+            assert asked.acquire(timeout=PATIENCE)
+            since = len(instance.events())
+            instance.keyd().kill()
+            instance.wait_for_event("keyd_started", since=since)
+            keyd = instance.keyd()
+            with connect(port) as later:
+                # It got its channel after those who had lost theirs.
+                assert asked.acquire(timeout=PATIENCE)
+                eventually(lambda: keyd.descriptors == without + 2, "both have a channel")
+                goes_on.set()
+                for one in (client, later):
+                    one.sendall(b"ping")
+                    assert receive_exactly(one, 4) == b"ping"
+                eventually(lambda: keyd.descriptors == without, "no channel is left")

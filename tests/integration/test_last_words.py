@@ -1,64 +1,44 @@
 """What a worker said before it ended is heard, however soon it ended."""
 
 import signal
-import socket
-import threading
 
-import pytest
-
-from .client_authority import ClientAuthority
 from .conftest import Serve
 from .instance import PATIENCE, eventually, free_port, zombies
-from .peers import connect, receive_all, receive_exactly
-from .tls_server import server_context, tls_server
+from .peers import Listener, connect, receive_all
+from .service import serves
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> ClientAuthority:
-    return ClientAuthority(tmp_path_factory.mktemp("clients"))
-
-
-def test_of_a_worker_that_left_a_message_unread(serve: Serve, authority: ClientAuthority) -> None:
-    """The end of its socket is a reset then: it had no use for the channel to another keyd."""
-    server, own = authority.issue(self_signed=True), authority.issue(self_signed=True)
-    asked, goes_on = threading.Semaphore(0), threading.Event()
-
-    def hold(connection: socket.socket) -> None:
-        assert connection.recv(1, socket.MSG_PEEK)
-        asked.release()
-        assert goes_on.wait(PATIENCE)
-
-    with tls_server(server_context(server), before=hold) as address:
-        port = free_port()
-        table = {
-            "listen": f"127.0.0.1:{port}",
-            "connect": address,
-            "pins": [server.spki],
-            "certificate": own.chain,
-            "key": own.key,
-        }
-        instance = serve(
-            listen=[], vhost=[], tunnel=[table], worker={"handshake_timeout": f"{PATIENCE:g}s"}
-        )
-        instance.expected_alarms.add("keyd_died")
-        with connect(port) as client:
-            assert asked.acquire(timeout=PATIENCE)
-            instance.keyd().kill()
-            with connect(port):
-                # It got its channel after those who had lost theirs.
-                assert asked.acquire(timeout=PATIENCE)
-                parent = instance.parent()
-                parent.kill(signal.SIGSTOP)
-                try:
-                    goes_on.set()
-                    client.sendall(b"ping")
-                    assert receive_exactly(client, 4) == b"ping"
-                    client.shutdown(socket.SHUT_WR)
-                    assert receive_all(client) == b""
-                    eventually(lambda: zombies(parent.pid), "its worker has ended")
-                finally:
-                    parent.kill(signal.SIGCONT)
-                name = "{}:{}".format(*client.getsockname())
-                ended = instance.wait_for_event("connection_ended", client=name)
-    assert ended["end"] == "clean"
-    assert instance.events_named("connection_begun", client=name)
+def test_of_a_worker_that_left_a_message_unread(serve: Serve, echoing: Listener) -> None:
+    """The end of its socket is a reset then: it had no use for a channel to another keyd."""
+    balanced, port = free_port(), free_port()
+    instance = serve(
+        echoing.address,
+        listen=[
+            {"address": f"127.0.0.1:{port}"},
+            {"address": f"127.0.0.1:{balanced}", "accept_proxy_from": ["127.0.0.0/8"]},
+        ],
+        worker={"spare": 1, "handshake_timeout": f"{PATIENCE:g}s"},
+    )
+    instance.expected_alarms.add("keyd_died")
+    (worker,) = instance.confined_workers()
+    worker.kill(signal.SIGSTOP)
+    with connect(balanced) as client:
+        client.sendall(b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\nGET / HTTP/1.1\r\n\r\n")
+        # Once there is another spare, this one has the client.
+        eventually(lambda: len(instance.workers()) > 1, "another spare")
+        since = len(instance.events())
+        instance.keyd().kill()
+        instance.wait_for_event("keyd_started", since=since)
+        # Who comes later gets a channel later.
+        assert serves(instance)
+        parent = instance.parent()
+        parent.kill(signal.SIGSTOP)
+        try:
+            worker.kill(signal.SIGCONT)
+            assert receive_all(client).startswith(b"HTTP/1.1 400 ")
+            eventually(lambda: worker.pid in zombies(parent.pid), "it has ended")
+        finally:
+            parent.kill(signal.SIGCONT)
+        failed = instance.wait_for_event("handshake_failed", end="plain_http")
+    assert failed["client"] == "192.0.2.1:56324"
+    assert instance.events_named("connection_begun", client=failed["client"])

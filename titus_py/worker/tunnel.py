@@ -6,15 +6,17 @@ server. The pump is the same, with its sides changed round: its TLS side is the 
 without TLS is the client. Loaded only where the configuration has a tunnel.
 """
 
+import os
 import select
 import time
 from contextlib import suppress
-from socket import SocketType
+from socket import SHUT_RD, SocketType
 
 from OpenSSL import SSL
 
 from keyd.linux.process import make
-from titus_py.between.messages import Established
+from titus_py.between.hand_over import take
+from titus_py.between.messages import CHANNEL, MAX_BACKEND_OCTETS, Established
 from titus_py.between.report import End, State
 from titus_py.between.tunnel_terms import TunnelTerms
 from titus_py.worker.client_context import make_client_context
@@ -98,6 +100,7 @@ class Conduit:
         parent.send(Established().encode())
         if keyed:
             make(terms.parting)
+            _hear_no_more(parent)
         try:
             early = self._decline(client, connection, deadline) if self._starttls else 0
         except SSL.SysCallError:
@@ -154,6 +157,16 @@ class Conduit:
             poll.register(server, events)
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 return End.HANDSHAKE_TIMEOUT, ""
+
+
+def _hear_no_more(parent: SocketType) -> None:
+    """The parent may have sent another channel to keyd, and the handshake did without it."""
+    parent.shutdown(SHUT_RD)
+    message = CHANNEL
+    while message:
+        message, descriptors = take(parent, MAX_BACKEND_OCTETS, 1)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def conduit(terms: TunnelTerms) -> Conduit:
