@@ -91,7 +91,7 @@ def file_of(seen: os.stat_result) -> File:
     return seen.st_dev, seen.st_ino, seen.st_mtime_ns
 
 
-def refuse_descriptors(receiver: socket.socket) -> None:
+def refuse_descriptors(receiver: socket.SocketType) -> None:
     """Let nobody send it descriptors, where the kernel can refuse them (Linux 6.16).
 
     Of a listener, all that it accepts inherit this. A descriptor that nobody takes is closed by

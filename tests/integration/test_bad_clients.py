@@ -276,19 +276,27 @@ def test_an_octet_now_and_then_ends_with_the_handshake_timeout(impatient: Instan
     assert event["end"] == "handshake_timeout"
 
 
-def test_a_worker_that_has_to_be_ended_after_its_time_is_worth_a_warning(
+def test_workers_that_have_to_be_ended_after_their_time_are_worth_a_warning(
     impatient: Instance,
 ) -> None:
+    """Each after its own: the second one begins while the first has its time."""
     earlier = len(impatient.events())
-    with connect(impatient.port) as client:
-        client.sendall(record(client_hello("localhost")))
-        host, port = client.getsockname()
-        begun = impatient.wait_for_event("connection_begun", since=earlier, client=f"{host}:{port}")
-        impatient.worker_of(begun["uid"]).kill(signal.SIGSTOP)
-        wait_for_the_end_of(client)
-    event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
-    assert event["end"] == "did not keep to its handshake timeout"
-    assert event["level"] == "warning"
+    with connect(impatient.port) as first, connect(impatient.port) as second:
+        names = []
+        for client in (first, second):
+            client.sendall(record(client_hello("localhost")))
+            host, port = client.getsockname()
+            names.append(f"{host}:{port}")
+            begun = impatient.wait_for_event(
+                "connection_begun", since=earlier, client=f"{host}:{port}"
+            )
+            impatient.worker_of(begun["uid"]).kill(signal.SIGSTOP)
+        for client in (first, second):
+            wait_for_the_end_of(client)
+    for name in names:
+        event = impatient.wait_for_event("handshake_failed", since=earlier, client=name)
+        assert event["end"] == "did not keep to its handshake timeout"
+        assert event["level"] == "warning"
 
 
 # --- gone ------------------------------------------------------------------------------

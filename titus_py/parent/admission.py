@@ -6,6 +6,7 @@ Run by the parent. Of a client, only the address counts.
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from titus_py.between.event_loop import EventLoop
@@ -152,6 +153,7 @@ def _reached(count: int, limit: int | None) -> bool:
     return limit is not None and count >= limit
 
 
+@lru_cache(maxsize=1024)
 def prefix(address: str) -> str:
     """The /64 of an IPv6 address, or the /24 of an IPv4 one, as a key to count by.
 

@@ -12,7 +12,7 @@ __all__ = ["Arrival"]
 class Arrival(NamedTuple):
     """Addresses are numeric."""
 
-    client: socket.socket
+    client: socket.SocketType
     address: str
     port: int
     local_address: str
@@ -26,7 +26,7 @@ class Arrival(NamedTuple):
     client_hello: bytes = b""
     #: Which tunnel it is for, and once that has been connected: its server's socket, and whose.
     tunnel: int | None = None
-    server: socket.socket | None = None
+    server: socket.SocketType | None = None
     backend: Backend | None = None
     #: Whether it may first ask for TLS, as PostgreSQL's clients do.
     starttls: bool = False

@@ -90,7 +90,7 @@ class Arrivals:
             for listener in plan.listeners
             if listener.tunnel is not None
         }
-        self._close: Callable[[socket.socket], None] = socket.socket.close
+        self._close: Callable[[socket.SocketType], None] = socket.SocketType.close
         #: Listeners whose clients have no address, by descriptor.
         self._unix = {one.descriptor for one in plan.listeners if one.unix}
         if self._unix or (plan.tunnels and plan.connects_to_unix_sockets):
@@ -210,7 +210,7 @@ class Arrivals:
 
     def _accept(
         self,
-        listener: socket.socket,
+        listener: socket.SocketType,
         balancers: "Networks | None",
         proxy_timeout: int,
         tunnel: int | None,
@@ -225,7 +225,7 @@ class Arrivals:
             if not self._has_room() and not self._has_silent_one():
                 return
             try:
-                client, address = listener.accept()
+                client, address = _accepted(listener)
                 # For the worker, which gets it like this and cannot change it.
                 client.setblocking(False)
                 ends = self._unix_ends(client) if unix else _ends(client, address)
@@ -361,7 +361,7 @@ class Arrivals:
 
 def _before_tls(
     plan: Plan,
-) -> Callable[[socket.socket, bytes], tuple["FirstFlight", bool]] | None:
+) -> Callable[[socket.SocketType, bytes], tuple["FirstFlight", bool]] | None:
     if not any(listener.starttls for listener in plan.listeners):
         return None
     # Others do not need it in their memory.
@@ -386,7 +386,13 @@ def _tunnels(
     return Tunnels(loop, plan, backends, connections, connected, turn_away)
 
 
-def _ends(client: socket.socket, address: tuple[str, int]) -> Ends:
+def _accepted(listener: socket.SocketType) -> tuple[socket.SocketType, tuple[str, int]]:
+    """accept(2). Python's own way asks enumerations about each socket, in a dozen calls."""
+    descriptor, address = listener._accept()  # type: ignore[attr-defined]
+    return socket.SocketType(type=socket.SOCK_STREAM, proto=0, fileno=descriptor), address
+
+
+def _ends(client: socket.SocketType, address: tuple[str, int]) -> Ends:
     local = client.getsockname()
     return Ends(_plain(address[0]), address[1], _plain(local[0]), local[1])
 

@@ -94,7 +94,7 @@ class Backends:
         if vhost.source_address == "client":
             bind = self._from_address(worker.ends.client)
 
-        def done(connected: socket.socket | None, backend: Backend | None, reason: str) -> None:
+        def done(connected: socket.SocketType | None, backend: Backend | None, reason: str) -> None:
             if connected is not None and vhost.send_proxy is not None:
                 reason = self._introduce(
                     connected,
@@ -132,7 +132,7 @@ class Backends:
         worker.dialer = Failover(self._loop, backends, timeout, keepalive, done, bind)
         worker.dialer.start()
 
-    def assign(self, worker: Worker, connected: socket.socket, backend: Backend) -> None:
+    def assign(self, worker: Worker, connected: socket.SocketType, backend: Backend) -> None:
         """Note which backend a worker is about to get."""
         worker.backend = backend
         worker.backend_ends = _ends(connected)
@@ -157,7 +157,7 @@ class Backends:
             return None
         return worker.backend.name if len(names) > 1 else None
 
-    def _answer(self, worker: Worker, connected: socket.socket | None, reason: str) -> None:
+    def _answer(self, worker: Worker, connected: socket.SocketType | None, reason: str) -> None:
         try:
             if connected is None:
                 why = reason.encode(errors="replace")[:255]
@@ -171,7 +171,7 @@ class Backends:
                 worker.kill(f"does not take its backend: {error.strerror}")
 
 
-def _ends(connected: socket.socket) -> Ends | None:
+def _ends(connected: socket.SocketType) -> Ends | None:
     """For the kernel to find this connection by, once the worker alone has it."""
     try:
         backend, here = connected.getpeername(), connected.getsockname()

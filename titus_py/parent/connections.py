@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from keyd.protocol import ANY_NAME, Done, Grant, GrantSet, Power, Refusal, Status
 from titus_py.between import messages
-from titus_py.between.event_loop import EventLoop
+from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.hand_over import give
 from titus_py.between.messages import Client, Dial, Ends, Established, Proxied, Ready, Tunnel
 from titus_py.between.plan import Plan, VirtualHost
@@ -71,6 +71,10 @@ class Connections:
         self._numbered: dict[int, Worker] = {}
         #: Those whose handshake is not done yet, the oldest first.
         self.handshaking: dict[int, Worker] = {}
+        #: Runs until the first of them has had its time.
+        self._overdue: Timer | None = None
+        # A worker that has not asked for its backend by then never will.
+        self._most_seconds = plan.handshake_timeout + _GRACE_SECONDS
         # Connection numbers are unique until the machine reboots, whatever is restarted and
         # however the wall clock is set.
         self.next_number = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
@@ -127,11 +131,8 @@ class Connections:
         if arrival.server is not None and arrival.backend is not None:
             self._backends.assign(worker, arrival.server, arrival.backend)
         worker.started = time.monotonic()
-        worker.deadline = self._loop.after(
-            # A worker that has not asked for its backend by then never will.
-            self._plan.handshake_timeout + _GRACE_SECONDS,
-            lambda: worker.kill(_OVERDUE),
-        )
+        if self._overdue is None:
+            self._overdue = self._loop.after(self._most_seconds, self._end_overdue)
         self.busy[worker.uid] = self.handshaking[worker.uid] = worker
         self._numbered[connection] = worker
         try:
@@ -305,6 +306,16 @@ class Connections:
             slowest.kill("handshakes_limit")
             self._limits_hit.note("handshakes", slowest.address)
 
+    def _end_overdue(self) -> None:
+        """Kill the workers that have not done their handshake in time."""
+        self._overdue = None
+        long_ago = time.monotonic() - self._most_seconds
+        for worker in self.handshaking.values():
+            if worker.started > long_ago:
+                self._overdue = self._loop.after(worker.started - long_ago, self._end_overdue)
+                return
+            worker.kill(_OVERDUE)
+
     def _introduced(self, worker: Worker, ends: Ends | None) -> None:
         """A worker has read a load balancer's header: the client's address is known now.
 
@@ -362,8 +373,6 @@ class Connections:
     def _past_handshake(self, worker: Worker) -> None:
         self.handshaking.pop(worker.uid, None)
         worker.client_hello = b""
-        if worker.deadline is not None:
-            worker.deadline.cancel()
         if self._plan.limits.lifetime is not None:
             worker.deadline = self._loop.after(
                 self._plan.limits.lifetime, lambda: worker.kill("lifetime")

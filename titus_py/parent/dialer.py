@@ -55,7 +55,7 @@ class Dialer:
         addresses: Iterable[ResolvedAddress],
         timeout: float,
         keepalive: float,
-        done: Callable[[socket.socket | None, str], None],
+        done: Callable[[socket.SocketType | None, str], None],
         bind: "Bind | None" = None,
     ) -> None:
         self._loop = loop
@@ -64,20 +64,26 @@ class Dialer:
         self._done = done
         self._bind = bind
         #: The attempts that are under way, the oldest first.
-        self._attempts: dict[socket.socket, SocketAddress] = {}
+        self._attempts: dict[socket.SocketType, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._next_attempt: Timer | None = None
         #: An attempt has failed for a reason on this side, which says nothing of the backend.
         self.failed_here = False
-        self._timeout = loop.after(timeout, lambda: self._give_up(f"no answer in {timeout:g} s"))
+        self._seconds = timeout
+        #: While there is nothing but to wait.
+        self._timeout: Timer | None = None
 
     def start(self) -> None:
         """Begin; ``done`` may be called before this returns."""
         self._next()
+        if self._attempts or self._next_attempt is not None:
+            why = f"no answer in {self._seconds:g} s"
+            self._timeout = self._loop.after(self._seconds, lambda: self._give_up(why))
 
     def cancel(self) -> None:
         """Forget about it: ``done`` is not called any more."""
-        self._timeout.cancel()
+        if self._timeout is not None:
+            self._timeout.cancel()
         self._stop_waiting()
         for attempt in list(self._attempts):
             self._release(attempt)
@@ -105,7 +111,7 @@ class Dialer:
     def _try(self, family: int, address: SocketAddress) -> int:
         """Begin an attempt; returns its outcome as an errno, EALREADY if it is under way."""
         try:
-            attempt = socket.socket(family, socket.SOCK_STREAM)
+            attempt = socket.SocketType(family, socket.SOCK_STREAM)
         except OSError as error:
             outcome = error.errno or errno.EIO
             self._failed(address, outcome)
@@ -137,7 +143,7 @@ class Dialer:
                 self._failed(address, outcome)
         return outcome
 
-    def _outcome(self, attempt: socket.socket, address: SocketAddress) -> int:
+    def _outcome(self, attempt: socket.SocketType, address: SocketAddress) -> int:
         """An attempt's outcome as an errno; EALREADY while it is under way.
 
         Asked by a second connect(2), not by SO_ERROR: only connect(2) makes the kernel note that
@@ -146,7 +152,7 @@ class Dialer:
         """
         return attempt.connect_ex(address)
 
-    def _watch(self, attempt: socket.socket, address: SocketAddress) -> None:
+    def _watch(self, attempt: socket.SocketType, address: SocketAddress) -> None:
         if len(self._attempts) == MAX_ATTEMPTS:
             longest = next(iter(self._attempts))
             self._failed(self._release(longest), errno.ETIMEDOUT)
@@ -154,7 +160,7 @@ class Dialer:
         self._attempts[attempt] = address
         self._loop.watch(attempt.fileno(), partial(self._settled, attempt), READABLE | WRITABLE)
 
-    def _settled(self, attempt: socket.socket) -> None:
+    def _settled(self, attempt: socket.SocketType) -> None:
         outcome = self._outcome(attempt, self._attempts[attempt])
         if outcome == errno.EALREADY:
             return
@@ -166,7 +172,7 @@ class Dialer:
         else:
             self._succeeded(attempt)
 
-    def _release(self, attempt: socket.socket) -> SocketAddress:
+    def _release(self, attempt: socket.SocketType) -> SocketAddress:
         """Stop waiting for an attempt; returns its address."""
         self._loop.unwatch(attempt.fileno())
         return self._attempts.pop(attempt)
@@ -180,7 +186,7 @@ class Dialer:
             self._next_attempt.cancel()
             self._next_attempt = None
 
-    def _succeeded(self, connected: socket.socket) -> None:
+    def _succeeded(self, connected: socket.SocketType) -> None:
         if connected.family != socket.AF_UNIX:
             with suppress(OSError):
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -194,7 +200,7 @@ class Dialer:
         self._done(None, "; ".join(filter(None, (*self._failures, why))))
 
 
-def reset_at_close(side: socket.socket) -> None:
+def reset_at_close(side: socket.SocketType) -> None:
     """Make the connection end in a reset when its last holder ends (socket(7), SO_LINGER).
 
     When a worker is killed, neither peer may take that for the other one's clean end.

@@ -31,7 +31,7 @@ class Failover:
         backends: Sequence[Backend],
         timeout: float,
         keepalive: float,
-        done: Callable[[socket.socket | None, Backend | None, str], None],
+        done: Callable[[socket.SocketType | None, Backend | None, str], None],
         bind: "Bind | None" = None,
     ) -> None:
         self._loop = loop
@@ -66,7 +66,7 @@ class Failover:
         if self._dialer is not None:
             self._dialer.cancel()
 
-    def _settled(self, backend: Backend, connected: socket.socket | None, reason: str) -> None:
+    def _settled(self, backend: Backend, connected: socket.SocketType | None, reason: str) -> None:
         if connected is not None:
             backend.worked()
             self._done(connected, backend, "")

@@ -65,7 +65,7 @@ class _Checking:
         self._against = 0
         self._began = 0.0
         self._dialer: Dialer | None = None
-        self._connected: socket.socket | None = None
+        self._connected: socket.SocketType | None = None
         self._timer: Timer | None = None
         self._without_waiting = _closing(backend)
 
@@ -87,7 +87,7 @@ class _Checking:
         )
         self._dialer.start()
 
-    def _dialled(self, connected: socket.socket | None, reason: str) -> None:
+    def _dialled(self, connected: socket.SocketType | None, reason: str) -> None:
         if connected is None:
             if self._dialer is not None and self._dialer.failed_here:
                 # That says nothing of the backend.

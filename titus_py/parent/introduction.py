@@ -18,7 +18,7 @@ __all__ = ["introduce"]
 
 
 def introduce(
-    backend: socket.socket,
+    backend: socket.SocketType,
     how: str,
     ends: Ends,
     facts: TlsFacts | None,

@@ -12,7 +12,7 @@ __all__ = ["PROBES", "keep_alive"]
 PROBES = 4
 
 
-def keep_alive(side: socket.socket, silence: float) -> None:
+def keep_alive(side: socket.SocketType, silence: float) -> None:
     """Probe a peer after so many seconds of silence; end the connection after twice as many.
 
     0 turns it off. No probe is sent while octets are on their way to the peer. TCP sends those

@@ -63,7 +63,7 @@ class Silent:
         seconds: float,
         spoke: Callable[[Arrival], None],
         over: Callable[[Arrival, str], None],
-        before_tls: Callable[[socket.socket, bytes], tuple[FirstFlight, bool]] | None = None,
+        before_tls: Callable[[socket.SocketType, bytes], tuple[FirstFlight, bool]] | None = None,
     ) -> None:
         self._loop = loop
         self._before_tls = before_tls
@@ -207,7 +207,7 @@ class Silent:
         self._timer = self._loop.after(min(seconds, _LOOK_SECONDS), self._end_overdue)
 
 
-def _make_room(client: socket.socket, octets: int) -> None:
+def _make_room(client: socket.SocketType, octets: int) -> None:
     """Have the kernel keep so many unread. About half of a receive buffer is for octets."""
     for option in (socket.SO_RCVLOWAT, socket.SO_RCVBUF):
         # The first suffices, but for a listening socket whose buffer has been set (systemd.socket).
@@ -215,7 +215,7 @@ def _make_room(client: socket.socket, octets: int) -> None:
             client.setsockopt(socket.SOL_SOCKET, option, _MOST_OCTETS)
 
 
-def _has_left(client: socket.socket) -> bool:
+def _has_left(client: socket.SocketType) -> bool:
     """Whether this client has ended its stream, or the connection."""
     poll = select.poll()
     # POLLHUP and POLLERR are reported unasked.

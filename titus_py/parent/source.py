@@ -13,7 +13,7 @@ from titus_py.between.plan import SocketAddress
 __all__ = ["Bind", "from_address"]
 
 #: Binds a socket that is about to be connected to this address; returns why it cannot, or nothing.
-Bind = Callable[[socket.socket, SocketAddress], str]
+Bind = Callable[[socket.SocketType, SocketAddress], str]
 
 # ip(7), ipv6(7). Python 3.11 does not know all of them.
 _IP_TRANSPARENT, _IPV6_TRANSPARENT, _IP_BIND_ADDRESS_NO_PORT = 19, 75, 24
@@ -35,7 +35,7 @@ def from_address(client: str) -> Bind:
         else (socket.IPPROTO_IP, _IP_TRANSPARENT)
     )
 
-    def bind(attempt: socket.socket, address: SocketAddress) -> str:
+    def bind(attempt: socket.SocketType, address: SocketAddress) -> str:
         problem = _problem(client, family, attempt.family, address)
         if problem:
             return problem
@@ -51,7 +51,7 @@ def from_address(client: str) -> Bind:
     return bind
 
 
-def _no_address(_attempt: socket.socket, _address: SocketAddress) -> str:
+def _no_address(_attempt: socket.SocketType, _address: SocketAddress) -> str:
     """A load balancer's own connection, such as a check; or a client that has connected itself."""
     return "the client is on a unix socket, and has no address"
 

@@ -13,7 +13,7 @@ from titus_py.parent.first_flight import FirstFlight, look
 __all__ = ["look_before_tls"]
 
 
-def look_before_tls(client: socket.socket, octets: bytes) -> tuple[FirstFlight, bool]:
+def look_before_tls(client: socket.SocketType, octets: bytes) -> tuple[FirstFlight, bool]:
     """Look at what has come, and answer a client that asks for TLS.
 
     Returns what can be said of its first octets, and whether it may still ask. Raises OSError if

@@ -56,7 +56,7 @@ class Tunnels:
             for number, one in enumerate(plan.tunnels)
         ]
         #: Those whose server is being connected to, by their sockets. Who came first is first.
-        self._dialing: dict[socket.socket, tuple[Arrival, Failover]] = {}
+        self._dialing: dict[socket.SocketType, tuple[Arrival, Failover]] = {}
         self._of_keyd = [number for number, one in enumerate(plan.tunnels) if one.for_keyd]
         self._retired = False
         if any(one.send_proxy for one in plan.tunnels):
@@ -135,7 +135,7 @@ class Tunnels:
         self,
         arrival: Arrival,
         tunnel: TunnelTerms,
-        server: socket.socket | None,
+        server: socket.SocketType | None,
         backend: Backend | None,
         reason: str,
     ) -> None:

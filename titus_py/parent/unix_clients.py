@@ -14,13 +14,13 @@ from titus_py.between.messages import Ends
 __all__ = ["close_at_once", "unix_ends"]
 
 
-def close_at_once(one: socket.socket) -> None:
+def close_at_once(one: socket.SocketType) -> None:
     """A client, or a listening socket with those that wait there, whatever they have sent."""
     with without_waiting():
         one.close()
 
 
-def unix_ends(client: socket.socket) -> Ends:
+def unix_ends(client: socket.SocketType) -> Ends:
     """The user in the place of the address, and the process in that of the port."""
     peer = peer_of(client)
     return Ends(f"unix:uid={peer.uid}", peer.pid, f"unix:{client.getsockname()}", 0)

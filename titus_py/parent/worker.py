@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Offer", "Worker"]
 
 
+_NO_ENDS = Ends("", 0, "", 0)
+
+
 class Offer(NamedTuple):
     """What a client that came to one local address may have."""
 
@@ -85,7 +88,7 @@ class Worker:
         self.awaits_header = False
         self.balancer = ""
         #: Whose connection it is: a load balancer's header may name other ends than its own.
-        self.ends = Ends("", 0, "", 0)
+        self.ends = _NO_ENDS
         #: Its own, for the kernel to find it by; None of a unix socket, which has an inode.
         self.endpoints: Ends | None = self.ends
         self.inode = 0
@@ -94,6 +97,7 @@ class Worker:
         self.started = 0.0
         #: None until it has a client.
         self.offer: Offer | None = None
+        #: Of ``limits.lifetime``.
         self.deadline: Timer | None = None
         self.dialer: Failover | None = None
         self.backend: Backend | None = None

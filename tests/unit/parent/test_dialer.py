@@ -114,7 +114,7 @@ class Dial:
     def peer(self) -> object:
         connected, reason = self.outcome()
         assert connected is not None, reason
-        with connected:
+        with closing(connected):
             return connected.getpeername()
 
 
