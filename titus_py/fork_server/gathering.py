@@ -36,9 +36,11 @@ def gather_code(
         run()
     finally:
         sys.setprofile(None)
+    gc.unfreeze()
     functions = [
         one for one in gc.get_objects() if isinstance(one, FunctionType) and id(one.__code__) in ran
     ]
+    gc.freeze()
     fill_holes(room.start, room.stop)
     copies = {place: _copy(code, ran) for place, code in ran.items()}
     for function in functions:

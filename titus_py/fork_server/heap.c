@@ -23,6 +23,10 @@
 #define MOST_BLOCKS (64 * 1024)
 /* How many blocks of a size come from the end of the heap until there is no hole of that size. */
 #define BEHIND 16
+/* How much may be free at the end of the heap before it is given back: as a rule (mallopt(3)), and
+ * while blocks come and go there. */
+#define FREE_AT_END (128 * 1024)
+#define FREE_MEANWHILE (4 * BEHIND * LARGEST)
 
 #ifdef __GLIBC__
 /* Allocate blocks of each size, until they come from the end of the heap, or from between these. */
@@ -36,6 +40,8 @@ static void fill(uintptr_t first, uintptr_t last)
 	malloc_trim(0);
 	/* Where what is free at the end begins. */
 	const uintptr_t end = (uintptr_t)sbrk(0) - mallinfo2().keepcost;
+	/* Or each size would have the kernel take these pages back, and make them anew. */
+	mallopt(M_TRIM_THRESHOLD, FREE_MEANWHILE);
 	for (size_t size = LARGEST; size >= SMALLEST; size -= size > LARGE ? 512 : 16) {
 		int count = 0;
 		void *block;
@@ -48,6 +54,8 @@ static void fill(uintptr_t first, uintptr_t last)
 		while (count > 0)
 			free(behind[--count]);
 	}
+	mallopt(M_TRIM_THRESHOLD, FREE_AT_END);
+	malloc_trim(FREE_AT_END);
 }
 #else
 static void fill(uintptr_t first, uintptr_t last)

@@ -30,6 +30,7 @@ def make_all_immortal() -> None:
     """
     if not AVAILABLE:
         return
+    gc.unfreeze()
     waiting = gc.get_objects()
     while new := immortalize(waiting):
         waiting = gc.get_referents(*new)

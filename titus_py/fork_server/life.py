@@ -72,7 +72,7 @@ from titus_py.fork_server.gathering import gather_code
 from titus_py.fork_server.huge_code import use_huge_pages_for_code
 from titus_py.fork_server.immortality import make_all_immortal
 from titus_py.fork_server.out_of_memory import OutOfMemory, give_code_back
-from titus_py.fork_server.rehearsal import CONNECTIONS, rehearse
+from titus_py.fork_server.rehearsal import CONNECTIONS, FEW, rehearse
 from titus_py.worker.life import Site, Terms, live
 from titus_py.worker.tls import Credentials, client_hello, make_context
 
@@ -107,6 +107,8 @@ def main() -> int:
     # tried that would be killed.
     warnings.simplefilter("ignore")
     fill_holes()
+    # What is there stays: it is not looked through each time that garbage is sought.
+    gc.freeze()
     room = open_up(_FILLED)
     # Workers write to these two, which were made earlier: the connections that pyOpenSSL knows, and
     # the slice that Python keeps for the next one.
@@ -127,10 +129,10 @@ def main() -> int:
         _proxy_header_reader(plan),
         _conduits(plan),
     )
-    gather_code(room, lambda: _practise(plan, terms), (_serve, live))
+    gather_code(room, lambda: _practise(plan, terms, FEW), (_serve, live))
     # Where the code was before.
     fill_holes(room.start, room.stop)
-    _practise(plan, terms)
+    _practise(plan, terms, CONNECTIONS)
     give_code_back()
     code_pages = use_huge_pages_for_code()
     worker_filter = Program(bytes.fromhex(plan.worker_filter))
@@ -142,17 +144,17 @@ def main() -> int:
     return code
 
 
-def _practise(plan: Plan, terms: Terms) -> None:
+def _practise(plan: Plan, terms: Terms, connections: int) -> None:
     # What a worker does before it waits for a client.
-    for _ in range(CONNECTIONS):
+    for _ in range(connections):
         why_failed((), -1, 0)
         Ready().encode()
-    rehearse(terms)
+    rehearse(terms, connections)
     if plan.tunnels:
         # Others do not need it in their memory.
         from titus_py.fork_server.tunnel_rehearsal import rehearse_tunnel
 
-        rehearse_tunnel(terms)
+        rehearse_tunnel(terms, connections)
 
 
 def _proxy_header_reader(plan: Plan) -> "Callable[[], ProxyHeaderReader] | None":

@@ -29,17 +29,19 @@ from titus_py.worker.life import Site, Terms, serve_next, touch
 from titus_py.worker.pump import ROOM_OCTETS, Pump
 from titus_py.worker.tls import negotiate_protocol, reseed
 
-__all__ = ["CONNECTIONS", "MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
+__all__ = ["CONNECTIONS", "FEW", "MESSAGE_OCTETS", "for_practice", "practise", "rehearse"]
 
 #: Python begins to adapt a function after eight runs.
 CONNECTIONS = 12
+#: So many are enough to see which functions they call.
+FEW = 4
 _SERVER_NAME = "localhost"
 MESSAGE_OCTETS = 1024
 #: How long a step may take. All of practice takes milliseconds.
 _PATIENCE_SECONDS = 10
 
 
-def rehearse(terms: Terms) -> None:
+def rehearse(terms: Terms, connections: int = CONNECTIONS) -> None:
     """Serve clients of a virtual host. Raises as ``practise`` does."""
     # As every host that has protocols: others have nothing to practise.
     protocols = next((site.alpn for site in terms.sites if site.alpn), ())
@@ -50,7 +52,7 @@ def rehearse(terms: Terms) -> None:
         to_it.set_alpn_protos(list(protocols))
     site = Site((_SERVER_NAME,), context, True, alpn=protocols)
     served = for_practice(terms)._replace(sites=[site])
-    practise(lambda: served, lambda worker: _connect_once(worker, to_it))
+    practise(connections, lambda: served, lambda worker: _connect_once(worker, to_it))
 
 
 def for_practice(terms: Terms) -> Terms:
@@ -66,8 +68,10 @@ def for_practice(terms: Terms) -> Terms:
     )
 
 
-def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket], None]) -> None:
-    """Serve connections, on the ``terms`` of each, to which a child plays everybody else.
+def practise(
+    connections: int, terms: Callable[[], Terms], connect_once: Callable[[socket.socket], None]
+) -> None:
+    """Serve so many connections, on the ``terms`` of each, to which a child plays everybody else.
 
     ``connect_once`` is called with what the parent has of a worker, for each connection. Raises
     RuntimeError if one does not end cleanly, and OSError.
@@ -78,13 +82,13 @@ def practise(terms: Callable[[], Terms], connect_once: Callable[[socket.socket],
     if not child:
         # Close our end, so that the child sees end-of-file when this process dies.
         ours.close()
-        _play_everybody_else(theirs, connect_once)
+        _play_everybody_else(connections, theirs, connect_once)
     theirs.close()
     # Of the same type as a worker's.
     parent = socket.SocketType(fileno=ours.detach())
     place = map_private(ROOM_OCTETS)
     try:
-        for _ in range(CONNECTIONS):
+        for _ in range(connections):
             reseed()
             now = terms()
             room = memory(place, ROOM_OCTETS)
@@ -114,12 +118,12 @@ def _anonymous_context(method: int) -> SSL.Context:
 
 
 def _play_everybody_else(
-    worker: socket.socket, connect_once: Callable[[socket.socket], None]
+    connections: int, worker: socket.socket, connect_once: Callable[[socket.socket], None]
 ) -> NoReturn:
     """Play the parent, the clients and the servers; ends the process."""
     try:
         prctl.set_pdeathsig(signal.SIGKILL)
-        for _ in range(CONNECTIONS):
+        for _ in range(connections):
             connect_once(worker)
     finally:
         error = sys.exception()

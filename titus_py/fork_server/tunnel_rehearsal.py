@@ -28,7 +28,7 @@ __all__ = ["rehearse_tunnel"]
 _SERVER_NAME = "localhost"
 
 
-def rehearse_tunnel(terms: Terms) -> None:
+def rehearse_tunnel(terms: Terms, connections: int) -> None:
     """Carry connections through a tunnel. Raises as ``practise`` does."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = _self_signed(key)
@@ -45,7 +45,7 @@ def rehearse_tunnel(terms: Terms) -> None:
         verifier = ServerVerifier("", (pin,), _SERVER_NAME)
         return carried._replace(conduits=[Conduit(context, _SERVER_NAME, verifier)])
 
-    practise(with_a_conduit, lambda worker: _connect_once(worker, server))
+    practise(connections, with_a_conduit, lambda worker: _connect_once(worker, server))
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
