@@ -48,9 +48,29 @@ def rounds(pytestconfig: pytest.Config) -> Rounds:
     return choose
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: last of all, it would have one process busy and the others idle."""
-    items.sort(key=lambda item: "system" not in item.path.parts)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long tests first, each in a process of its own.
+
+    Last of all, or one behind the other, they would have one process busy and the others idle.
+    """
+    long = [item for item in items if _takes_long(item)]
+    others = [item for item in items if not _takes_long(item)]
+    processes: int = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    count = len(items)
+    items.clear()
+    for process in range(processes):
+        # What pytest-xdist gives it to begin with (--dist worksteal): its share of what is left.
+        end = len(items) + (count - len(items)) // (processes - process)
+        items += long[process::processes]
+        filling = max(0, end - len(items))
+        items += others[:filling]
+        del others[:filling]
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    """It says so itself: it may take longer than others may."""
+    timeout = item.get_closest_marker("timeout")
+    return timeout is not None and timeout.args[0] > float(item.config.getini("timeout"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,25 +18,28 @@ _BOOT_SECONDS = 180.0
 class Machine:
     """Boots when it is made; its network is a loopback interface that nobody else has.
 
-    What it writes is in a temporary directory, and gone when it is closed.
+    What it writes is in memory, and gone when it is closed.
     """
 
     def __init__(self) -> None:
-        # Not below /tmp: that may be a small file system in memory, and here goes a whole package.
         self._name = f"titus-py-{secrets.token_hex(4)}"
         self._directory = Path("/var/tmp", self._name)
         self._directory.mkdir(mode=0o700)
         self.root = self._directory / "root"
         upper, work = self._directory / "upper", self._directory / "work"
-        for path in (self.root, upper, work):
-            path.mkdir()
-        # What people keep there is theirs, and may take minutes to look through.
-        for name in ("root", "srv"):
-            upper.joinpath(name).mkdir(mode=0o700)
-            os.setxattr(upper / name, "trusted.overlay.opaque", b"y")
         self._cgroups = _own_cgroups(self._name)
         self._nspawn: subprocess.Popen[bytes] | None = None
         try:
+            # On a disk, dpkg waits for it again and again. Where files were removed just before, as
+            # in an upgrade, ext4 also looks through all of those for each one that is made.
+            memory = ["mount", "-t", "tmpfs", "-o", "mode=700,size=2g", self._name]
+            subprocess.run([*memory, self._directory], check=True)
+            for path in (self.root, upper, work):
+                path.mkdir()
+            # What people keep there is theirs, and may take minutes to look through.
+            for name in ("root", "srv"):
+                upper.joinpath(name).mkdir(mode=0o700)
+                os.setxattr(upper / name, "trusted.overlay.opaque", b"y")
             options = f"lowerdir=/,upperdir={upper},workdir={work}"
             subprocess.run(
                 ["mount", "-t", "overlay", "-o", options, "overlay", self.root], check=True
@@ -141,8 +144,9 @@ class Machine:
                     os.kill(leader, signal.SIGKILL)
                 self._nspawn.kill()
                 self._nspawn.wait()
-        subprocess.run(["umount", "--lazy", self.root], check=False)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        for path in (self.root, self._directory):
+            subprocess.run(["umount", "--lazy", path], check=False)
+        self._directory.rmdir()
         for cgroup in self._cgroups:
             _remove_cgroup(cgroup)
 
