@@ -249,6 +249,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             helper.dismiss()
         print(f"the new program cannot take over: {error}", file=sys.stderr)
         return 2
+    except succession.CannotStart as error:
+        for helper in helpers:
+            helper.dismiss()
+        print(error, file=sys.stderr)
+        return 1
     if legacy is not None or (tried_out is not None and tried_out.urgent):
         for helper in helpers:
             helper.dismiss()

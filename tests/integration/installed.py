@@ -2,6 +2,8 @@
 
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -54,3 +56,11 @@ class Installed:
         new = path.with_suffix(".dpkg-new")
         new.write_text(text.replace(before, after))
         new.replace(path)
+
+    @contextmanager
+    def without(self, part: str) -> Iterator[None]:
+        """A file or directory is not there for a while: as if its package were broken."""
+        path = self._site / part
+        away = path.rename(path.with_name(f"{path.name}.away"))
+        yield
+        away.rename(path)

@@ -109,6 +109,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
     return Group(
         _headline(answer),
         _generations(answer["generations"]),
+        *_lost(answer),
         *([_processes(processes)] if (processes := answer.get("processes")) else []),
         _certificates(
             answer["certificates"],
@@ -149,6 +150,13 @@ def _generations(generations: Iterable[Mapping[str, Any]]) -> Table:
             str(generation["connections"]),
         )
     return table
+
+
+def _lost(answer: Mapping[str, Any]) -> Iterator[Text]:
+    """What cannot be started again, because the program that is installed cannot be started."""
+    if reason := answer.get("lost_because"):
+        lost = f"lost, and not started again: {answer['lost']}: {reason}"
+        yield Text(printable(lost), style="bold red")
 
 
 def _processes(processes: Iterable[Mapping[str, Any]]) -> Table:

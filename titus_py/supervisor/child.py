@@ -52,9 +52,16 @@ class Child:
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(self.pid)
         self.started = self.last_heard = time.monotonic()
+        #: Since when it serves.
+        self.ready: float | None = None
         self._process = process
         #: Orders not sent yet, each with our own duplicates of its descriptors.
         self._orders: deque[tuple[bytes, list[int]]] = deque()
+
+    @property
+    def served(self) -> float:
+        """For how many seconds it has served."""
+        return 0.0 if self.ready is None else time.monotonic() - self.ready
 
     def queue(self, order: Mapping[str, object], descriptors: Sequence[int] = ()) -> bool:
         """Queue an order for ``send_orders``; returns whether no other one waits."""

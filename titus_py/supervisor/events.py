@@ -26,6 +26,7 @@ ALARMS = frozenset(
         "metrics_hangs",
         "parent_died",
         "parent_hangs",
+        "program_broken",
         "resolver_died",
         "resolver_hangs",
         "tunnel_failed",

@@ -235,3 +235,6 @@ class Generation:
             self.parent = child
         if starting:
             self.starting.add(child)
+        else:
+            # Since when, nobody has said.
+            child.ready = child.started

@@ -57,7 +57,7 @@ from titus_py.supervisor.renewals import Renewals
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
-from titus_py.supervisor.succession import Legacy
+from titus_py.supervisor.succession import Legacy, Trial
 from titus_py.supervisor.takeover import Takeover
 from titus_py.supervisor.tunnel_events import TunnelEvents
 from titus_py.supervisor.uid_blocks import UidBlocks
@@ -181,7 +181,7 @@ class _Supervisor:
             children,
             takeover,
             lambda: self._reload.for_keys(),
-            lambda: self._reload.lost(lambda: None),
+            lambda: self._reload.lost("keyd", lambda: None),
         )
         self._starting = Starting(
             loop,
@@ -238,10 +238,17 @@ class _Supervisor:
             lambda: exposition(record.metrics, self._status.all()),
         )
         processes = [resolver, self._metrics.process]
-        for process in processes:
-            process.lost = self._reload.lost
+        for name, process in zip(("resolver", "metrics"), processes, strict=True):
+            process.lost = partial(self._reload.lost, name)
         self._status = Status(
-            record, service, generations, listeners, backends, keyd_service, processes
+            record,
+            service,
+            generations,
+            listeners,
+            backends,
+            keyd_service,
+            processes,
+            self._reload.lost_processes,
         )
         self._control: Control | None = None
 
@@ -425,17 +432,17 @@ class _Supervisor:
             lambda: succession.try_out(legacy, environment, seconds), self._take_program
         )
 
-    def _take_program(self, problems: list[str]) -> None:
+    def _take_program(self, trial: Trial) -> None:
         """Become the new program if its trial found no problems. Else go on as this one."""
         if self._service.stops:
             return
-        if problems:
-            self._reload.failed(problems)
+        if trial.problems:
+            self._reload.failed(trial.problems, not trial.starts)
             return
         children = [child for one in self._generations for child in one.children]
         if not all(child.has_heard_all and child.socket.fileno() >= 0 for child in children):
             # Only this program can send the orders that children have not taken yet.
-            self._loop.after(_RETRY_SECONDS, lambda: self._take_program([]))
+            self._loop.after(_RETRY_SECONDS, lambda: self._take_program(trial))
             return
         # The new program starts its own.
         self._backends.stop()

@@ -8,10 +8,8 @@ reload is done when that generation has taken over.
 import os
 import threading
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
-import titus_py
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.checking import Checked, Served
 from titus_py.configuration.held_uids import Held
@@ -21,8 +19,10 @@ from titus_py.supervisor.control import Answer
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.installed import installed
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import CannotListen, Listeners
+from titus_py.supervisor.lost import Lost
 from titus_py.supervisor.privileges import given_up
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.room import Room
@@ -79,7 +79,7 @@ class Reload:
         self._read_again = read_again
         self._adopt = adopt
         self._change_program = change_program
-        self._program = _installed()
+        self._program = installed()
         #: This is a renewal and no reload: a generation is replaced by one with the same
         #: configuration.
         self._renewing = False
@@ -90,8 +90,10 @@ class Reload:
         self.asked_again = False
         #: The next reload begins by changing the program.
         self.program_asked = False
-        #: What starts processes that are lost, if no other program does it instead.
-        self._starts: list[Callable[[], None]] = []
+        #: Processes that another program is to start.
+        self.lost_processes = Lost(loop, event, service, generations, self.begin)
+        #: Another program is to take over, whatever the configuration says by now.
+        self._forced = False
         #: This reload, or the next one, ends connections that it no longer allows.
         self._cuts = False
         self._cut_asked = False
@@ -140,23 +142,23 @@ class Reload:
         served = Served(serving.certificates, not serving.lacks_keys)
         self.aside(lambda: self._read_again(served), self._take)
 
-    def lost(self, start: Callable[[], None]) -> None:
+    def lost(self, name: str, start: Callable[[], None]) -> None:
         """A process is lost, and ``start`` starts it again, as this program would have it.
 
         If another program is installed, the process would be of that one, and might not understand
         this one. So that one takes over, and starts it. It does also if the configuration has a
-        mistake by now: it serves what was served. ``start`` is called only if it cannot take over.
+        mistake by now: it serves what was served. ``start`` is called only if it cannot take over,
+        and could start: if it cannot, it is tried again.
         """
         if not self._is_outdated():
             start()
-            return
-        self._starts.append(start)
-        self.begin()
+        elif self.lost_processes.add(name, start):
+            self.begin()
 
     @property
     def urgent(self) -> bool:
-        """Whether a process is lost, and another program is to start it."""
-        return bool(self._starts)
+        """Whether another program takes over for a lost process, and not for a configuration."""
+        return self._forced or bool(self.lost_processes)
 
     def for_keys(self) -> None:
         """keyd was started again with other keys: reload, the certificates may be others too."""
@@ -259,17 +261,18 @@ class Reload:
         else:
             self._ended(outcome)
 
-    def failed(self, problems: list[str]) -> None:
+    def failed(self, problems: list[str], cannot_start: bool = False) -> None:
+        """``cannot_start``: the installed program, which was to take over."""
         if self._service.stops:
             return
         for problem in problems:
             self._event("reload_failed", level="error", problem=problem)
-        self._ended({"reloaded": False, "problems": problems})
+        self._ended({"reloaded": False, "problems": problems}, problems[0] if cannot_start else "")
 
-    def _ended(self, outcome: dict[str, object]) -> None:
+    def _ended(self, outcome: dict[str, object], cannot_start: str = "") -> None:
         serving = self._generations.serving
         renewing, self._renewing = self._renewing, False
-        self._unforced = False
+        self._unforced = self._forced = False
         if renewing:
             self._end_crippled(serving, serving.parent)
         else:
@@ -285,9 +288,7 @@ class Reload:
             self.asked_again = False
             self.begin()
         else:
-            starts, self._starts = self._starts, []
-            for start in starts:
-                start()
+            self.lost_processes.settle(cannot_start)
             self._keyd_service.use_after_all(serving)
 
     # --- another fork server -----------------------------------------------
@@ -301,7 +302,8 @@ class Reload:
             return
         elif self._is_outdated():
             # It is the new program's to replace. That does not wait for a better configuration.
-            self.lost(lambda: None)
+            self._forced = True
+            self.begin()
             over(False)
         elif not self._room.is_there(serving):
             if urgently is not None:
@@ -325,7 +327,7 @@ class Reload:
             parent = generation.parent
             self._loop.after(START_SECONDS, lambda: self._end_crippled(generation, parent))
         else:
-            self.lost(lambda: self._renew(generation))
+            self.lost("fork server", lambda: self._renew(generation))
 
     def _renew(self, generation: Generation) -> None:
         if self._may_renew(generation) and not self._service.reloading:
@@ -338,7 +340,7 @@ class Reload:
     def _is_outdated(self) -> bool:
         """Whether another program was installed since this one was started."""
         try:
-            return _installed() != self._program
+            return installed() != self._program
         except OSError:
             # No descriptor is left, perhaps: the reload itself says so.
             return False
@@ -346,20 +348,7 @@ class Reload:
     def _end_crippled(self, generation: Generation, parent: Child | None) -> None:
         """If nothing has replaced the generation, kill its parent: a new start follows."""
         crippled = generation.crippled and not generation.retired
-        if self._service.stops or self._renewing or not crippled:
+        if self._service.stops or self._renewing or not crippled or self.lost_processes:
             return
         if parent is not None and parent is generation.parent:
             parent.kill()
-
-
-def _installed() -> tuple[str, int, int]:
-    """What tells the files that a process would load now from others.
-
-    Not the version alone: between two releases, each build has the same. Raises OSError.
-    """
-    try:
-        file = os.stat(titus_py.__file__)
-        return version("titus-py"), file.st_ino, file.st_mtime_ns
-    except (PackageNotFoundError, FileNotFoundError):
-        # They are being replaced.
-        return "", 0, 0

@@ -1,8 +1,6 @@
 """Starts a generation's keyd and parent, the first time and again. Run by the supervisor."""
 
 import socket
-import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +19,9 @@ from titus_py.supervisor.uid_blocks import UidBlocks
 
 __all__ = ["Starting"]
 
-#: After so many failures of keyd or the parent within so many seconds, the supervisor gives up.
+#: After so many failures in a row of keyd or the parent, the supervisor gives up. One that has
+#: served for so many seconds begins a new row. The time that a start takes does not count: it may
+#: take long, and so may the trial of another program before it.
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How soon to try again something that cannot be done yet.
 _RETRY_SECONDS = 0.05
@@ -55,7 +55,7 @@ class Starting:
         self._uids = uids
         self._backends = backends
         self.filters = filters
-        self._failures: deque[float] = deque(maxlen=_FAILURES)
+        self._failures = 0
 
     def prepare(self, checked: Checked) -> Generation:
         """Make a generation, without starting it. Raises OSError, Held."""
@@ -145,14 +145,15 @@ class Starting:
         elif generation.ready:
             self._takeover.ready(generation)
 
-    def fail(self, why: str) -> None:
-        """Count a failure, and give up if there have been too many."""
+    def fail(self, why: str, served: float = 0.0) -> None:
+        """Count a failure of what has served for so many seconds, and give up after too many."""
         if self._service.ends:
             return
-        now = time.monotonic()
-        self._failures.append(now)
-        if len(self._failures) == _FAILURES and now - self._failures[0] < _FAILURES_SECONDS:
-            reason = f"{_FAILURES} failures within {_FAILURES_SECONDS:g} s: see the lines above"
+        if served >= _FAILURES_SECONDS:
+            self._failures = 0
+        self._failures += 1
+        if self._failures == _FAILURES:
+            reason = f"{_FAILURES} failures in a row: see the lines above"
             self._event("giving_up", level="alarm", reason=reason)
             self._service.give_up(why)
 

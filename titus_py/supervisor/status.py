@@ -22,6 +22,7 @@ from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.lost import Lost
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
@@ -130,6 +131,7 @@ class Status:
         backends: Backends,
         keyd_service: KeydService,
         unprivileged: Iterable[UnprivilegedProcess],
+        lost: Lost,
     ) -> None:
         self._record = record
         self._service = service
@@ -138,6 +140,7 @@ class Status:
         self._backends = backends
         self._keyd_service = keyd_service
         self._unprivileged = unprivileged
+        self._lost = lost
         self.version = version("titus-py")
         self.started, self.begun = datetime.now(UTC), time.monotonic()
 
@@ -156,6 +159,8 @@ class Status:
 
     def _waits_for(self) -> str:
         """What keeps new clients from being served, if anything does."""
+        if self._lost.reason:
+            return f"{self._lost.names}: {self._lost.reason}"
         starting = self._generations.serving.starting
         return self._keyd_service.waits_for() or " and ".join(
             sorted(child.name for child in starting)
@@ -212,6 +217,8 @@ class Status:
                 }
                 for generation in self._generations
             ],
+            "lost": self._lost.names,
+            "lost_because": self._lost.reason,
             "processes": [one.status for one in self._unprivileged if one.status is not None],
             "vhosts": [
                 {

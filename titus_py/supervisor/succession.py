@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,12 +34,15 @@ from titus_py.configuration.tables import LentKey
 from titus_py.supervisor.child import Child
 from titus_py.supervisor.control import Answer
 from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.installed import cannot_be_loaded, installed
 from titus_py.supervisor.lending_socket import Left as LendingSocketLeft
 from titus_py.supervisor.listeners import Listeners
 
 __all__ = [
+    "CannotStart",
     "CannotTakeOver",
     "Legacy",
+    "Trial",
     "execute",
     "inherit",
     "inherit_listeners",
@@ -61,6 +64,10 @@ _RESTART = "only a restart of titus-py, which ends all connections, can change t
 
 class CannotTakeOver(Exception):
     """This program does not understand the legacy; the text says which part of it."""
+
+
+class CannotStart(Exception):
+    """This program is not complete; the text says what fails."""
 
 
 class _Left(BaseModel):
@@ -230,8 +237,27 @@ def who_waits(answers: Iterable[Answer]) -> list[int]:
     return [descriptor for descriptor in descriptors if descriptor >= 0]
 
 
-def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> list[str]:
-    """Start the installed program beside this one; returns the reasons why it cannot take over."""
+class Trial(NamedTuple):
+    """The reasons why the installed program cannot take over, and whether it ``starts`` at all."""
+
+    problems: list[str]
+    starts: bool = True
+
+
+def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> Trial:
+    """Start the installed program beside this one."""
+    try:
+        before = installed()
+        trial = _try_out(legacy, environment, seconds)
+        if installed() == before:
+            return trial
+    except OSError as error:
+        return Trial([f"the new program: {error.filename}: {error.strerror}"], starts=False)
+    return Trial(["the new program was replaced while it was tried out"], starts=False)
+
+
+def _try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> Trial:
+    """Raises OSError."""
     descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
     try:
         done = subprocess.run(
@@ -247,19 +273,21 @@ def try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> l
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return [f"the new program did not read its configuration within {seconds:g} s"]
+        problem = f"the new program did not read its configuration within {seconds:g} s"
+        return Trial([problem], starts=False)
     except OSError as error:
-        return [f"the new program: {sys.executable}: {error.strerror}"]
+        return Trial([f"the new program: {sys.executable}: {error.strerror}"], starts=False)
     finally:
         os.close(descriptor)
     if not done.returncode:
-        return []
+        return Trial([])
     lines = done.stderr.decode(errors="replace").splitlines()
     problems = [line for line in lines if line and not line.startswith(_WARNING)]
     if done.returncode != 2 or not problems:
         # It failed before it could name a problem. The last line of a traceback says most.
-        return [f"the new program failed: {(problems or ['it gave no reason'])[-1]}"]
-    return problems
+        reason = (problems or ["it gave no reason"])[-1]
+        return Trial([f"the new program failed: {reason}"], starts=False)
+    return Trial(problems)
 
 
 def execute(
@@ -307,12 +335,14 @@ def inherited() -> Legacy | None:
 def rehearse() -> Legacy | None:
     """The legacy, which this program has understood, if it is only tried out.
 
-    Raises CannotTakeOver.
+    Raises CannotTakeOver; CannotStart, if a process could not be started that this one needs.
     """
     legacy = _legacy(_REHEARSAL)
     if legacy is not None:
         for left in legacy.generations:
             inherit(left, {}, tried_out=True)
+        if reasons := cannot_be_loaded():
+            raise CannotStart("; ".join(reasons))
     return legacy
 
 

@@ -56,7 +56,7 @@ class Upkeep:
         backends: Backends,
         cut: Cut,
         reload_for_keys: Callable[[], None],
-        lost: Callable[[Callable[[], None]], None],
+        lost: Callable[[str, Callable[[], None]], None],
         renew: Callable[[Generation], None],
         worker_ended: Callable[[str, int], None],
         keyd_crippled: Callable[[int], None],
@@ -201,6 +201,7 @@ class Upkeep:
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:
             child.patience.cancel()
+        child.ready = time.monotonic()
         if child is generation.keyd:
             generation.lent = []
         else:
@@ -259,7 +260,7 @@ class Upkeep:
             self._restart(generation, child, how)
 
     def _restart(self, generation: Generation, child: Child, how: str) -> None:
-        self._starting.fail(f"{child.name} {how}")
+        self._starting.fail(f"{child.name} {how}", child.served)
         if self._service.exit_code is not None:
             return
         if child.name == "keyd":
@@ -269,13 +270,13 @@ class Upkeep:
         for keyd in generation.children:
             keyd.kill()
             self._takeover.let_go(generation, keyd)
-        self._lost(lambda: self._starting.start(generation))
+        self._lost("parent", lambda: self._starting.start(generation))
 
     def _start_keyd_again(self, generation: Generation) -> None:
         if generation.parent is None:
             return
         if generation.understands_keyd:
-            self._lost(lambda: self._starting.start_keyd_again(generation))
+            self._lost("keyd", lambda: self._starting.start_keyd_again(generation))
         else:
             # Its parent is of a program before. As without a fork server: what it has goes on, and
             # another generation follows.
@@ -284,7 +285,8 @@ class Upkeep:
 
     def _fork_server_died(self, generation: Generation) -> None:
         if generation.crippled and not generation.retired and not self._service.stops:
-            self._starting.fail("the fork server died")
+            parent = generation.parent
+            self._starting.fail("the fork server died", 0.0 if parent is None else parent.served)
             if self._service.exit_code is None:
                 self._renew(generation)
 

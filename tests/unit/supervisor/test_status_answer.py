@@ -69,7 +69,8 @@ def test_each_virtual_host_finds_its_certificate_without_a_search() -> None:
     generations.serving = serving
     nothing: Any = SimpleNamespace(open=(), addresses={}, states={})
     log = Log("json")
-    status = Status(Record(log), nothing, generations, nothing, nothing, nothing, ())
+    lost: Any = SimpleNamespace(names="", reason="")
+    status = Status(Record(log), nothing, generations, nothing, nothing, nothing, (), lost)
     CountingPath.comparisons = 0
     said: Any = status.all()
     log.close()
