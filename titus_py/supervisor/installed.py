@@ -22,7 +22,7 @@ Installed = tuple[str, frozenset[tuple[str, int, int]]]
 _LOADED = ".py", ".so"
 #: What the supervisor's children and theirs load; the fork server all by itself.
 _PROGRAMS = (
-    "keyd.__main__, keyd.upstream.lender, keyd.upstream.starting",
+    "keyd.__main__, keyd.serve, keyd.upstream.lender, keyd.upstream.starting",
     "titus_py.parent.life, titus_py.resolver.life, titus_py.metrics.life",
     "titus_py.fork_server.life",
 )
