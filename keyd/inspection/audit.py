@@ -7,23 +7,23 @@ read another file of keys, and say where that key is; to whoever reads the audit
 """
 
 import argparse
-import fcntl
 import json
 import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from keyd.inspection import auditors
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, needles, search
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.reports import NONE_RUNS, Running, printable, running
 from keyd.inspection.status import who_may_ask
+from keyd.inspection.watched import At, Hung, each
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux.credentials import lock_memory_meanwhile
 from keyd.powers import PrivateKey
@@ -36,12 +36,14 @@ _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
 _LARGEST_FILE = 256 * 1024
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
-#: Root's: nobody else can hold it.
-_LOCK = "/run/keyd-audit.lock"
 #: In one file, so many places are enough to tell which keys it holds.
 _PLACES = 100
 #: A file that is said to be a key's may be larger than the memory.
 _read_key = partial(read, most=_LARGEST_FILE)
+
+
+#: It has the keys that it looks for.
+_AN_AUDIT = "is another audit's"
 
 
 class _Finding(NamedTuple):
@@ -57,7 +59,7 @@ def audit(arguments: argparse.Namespace) -> int:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
         return 2
     findings = [*_askers(keyds), *_refusals(keyds), *_tokens(keyds)]
-    _wait_for_other_audits()
+    auditors.join()
     keys: dict[str, PrivateKey] = {}
     findings += _load(keyds, arguments, keys)
     sought = [
@@ -75,16 +77,6 @@ def audit(arguments: argparse.Namespace) -> int:
         for check, subject, seen, verdict in findings:
             print(printable(f"{verdict:13} {check:7} {subject}: {seen}"))
     return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
-
-
-def _wait_for_other_audits() -> None:
-    """Hold the lock until this process ends: it is about to read keys, and others would find them.
-
-    Where there is no file that it can make, they do.
-    """
-    with suppress(OSError):
-        lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _askers(keyds: Sequence[Running]) -> Iterator[_Finding]:
@@ -162,13 +154,20 @@ def _memory(
     """Look at the memory of every process, but for this one's."""
     pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
     holders: dict[str, set[int]] = {path: set() for path in keys}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        searches = dict(zip(pids, pool.map(lambda pid: _search(pid, sought), pids), strict=True))
-    for pid, found in searches.items():
-        if found is None:
-            text = "cannot be looked into: the kernel does not let this process"
+
+    def look(pid: int, avoid: frozenset[str], at: At) -> Search | str:
+        return _search(pid, sought, avoid, at)
+
+    for pid, answer in each(sorted(pids), look, os.cpu_count() or 1):
+        if isinstance(answer, Hung):
+            text = f"not all could be read: {answer.where} ({answer.why})"
             yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
             continue
+        if isinstance(answer, str):
+            if answer != _AN_AUDIT:
+                yield _Finding("memory", _process(pid), answer, _NOT_AVAILABLE)
+            continue
+        found = Search.of(answer)
         for hit in found.hits:
             holders[_key_of(hit.needle)].add(pid)
         if found.unread:
@@ -199,11 +198,16 @@ def _is_in_a_token(name: str) -> bool:
     return name.startswith("token ")
 
 
-def _search(pid: int, sought: Sequence[Needle]) -> Search | None:
+def _search(pid: int, sought: Sequence[Needle], avoid: frozenset[str], at: At) -> Search | str:
+    """What is found in a process; or in words, why nothing is."""
+    at(f"/proc/{pid}", "")
+    # Whoever is one now may not be one any more after the search.
+    audits = auditors.pids()
     try:
-        return search(pid, sought)
+        found = search(pid, sought, at=at, avoid=avoid)
     except PermissionError:
-        return None
+        return "cannot be looked into: the kernel does not let this process"
+    return _AN_AUDIT if pid in audits | auditors.pids() else found
 
 
 def _key_of(needle: str) -> str:

@@ -10,11 +10,11 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -82,6 +82,14 @@ class Search(NamedTuple):
     skipped: list[Skipped]
     octets: int
     ended: bool
+
+    @classmethod
+    def of(cls, fields: list[Any]) -> "Search":
+        """From what JSON makes of one."""
+        pid, hits, skipped, octets, ended = fields
+        return cls(
+            pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended
+        )
 
     @property
     def unread(self) -> list[Skipped]:
@@ -218,19 +226,27 @@ def search_all(pids: Iterable[int], sought: Sequence[Needle]) -> list[Search]:
         return list(pool.map(lambda pid: search(pid, sought), pids))
 
 
-def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Search:
+def search(
+    pid: int,
+    sought: Sequence[Needle],
+    piece: int = _PIECE_OCTETS,
+    at: Callable[[str, str], None] = lambda *_: None,
+    avoid: Container[str] = (),
+) -> Search:
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
     The search reads the pages that the process has in use (present or swapped, whatever
     their protection), and of shared mappings all that their files have as well. It skips pages that
     nobody ever touched: they hold zeros or their file's content, and reading would bring them in.
+    ``at`` is told before a mapping is looked at, as of a file that may hang, and its device; files
+    on those to ``avoid`` are skipped.
     Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
     """
     if not all(needle.octets for needle in sought):
         raise ValueError("an empty needle is everywhere")
     hits: list[Hit] = []
     for _ in range(_PROGRAMS):
-        found = _search_program(_with_memory(pid), sought, piece)._replace(pid=pid)
+        found = _search_program(_with_memory(pid), sought, piece, at, avoid)._replace(pid=pid)
         hits += found.hits
         if not (found.ended and _runs(_with_memory(pid))):
             return found._replace(hits=hits)
@@ -238,7 +254,13 @@ def search(pid: int, sought: Sequence[Needle], piece: int = _PIECE_OCTETS) -> Se
     return found._replace(hits=hits, skipped=[*found.skipped, another], ended=False)
 
 
-def _search_program(pid: int, sought: Sequence[Needle], piece: int) -> Search:
+def _search_program(
+    pid: int,
+    sought: Sequence[Needle],
+    piece: int,
+    at: Callable[[str, str], None],
+    avoid: Container[str],
+) -> Search:
     """``ended`` is True, too, where the process executes another program: that has other memory."""
     with ExitStack() as stack:
         try:
@@ -258,6 +280,10 @@ def _search_program(pid: int, sought: Sequence[Needle], piece: int) -> Search:
         skipped = []
         try:
             for mapping in mapped:
+                at(mapping.span.mapping, mapping.device)
+                if mapping.device in avoid:
+                    reader.skipped.append(mapping.skipped("its file system does not answer"))
+                    continue
                 for part in worth_reading.of(mapping):
                     reader.read(part)
             if reader.skipped:

@@ -17,6 +17,15 @@ class Span(NamedTuple):
     mapping: str
 
 
+class Skipped(NamedTuple):
+    """Memory that could not be read, and the kernel's reason."""
+
+    mapping: str
+    address: int
+    octets: int
+    reason: str
+
+
 class Mapping(NamedTuple):
     """A line of /proc/PID/maps; ``offset`` is where it begins in its file.
 
@@ -28,14 +37,15 @@ class Mapping(NamedTuple):
     offset: int
     file: tuple[str, str]
 
+    @property
+    def device(self) -> str:
+        """Of a file; empty if there is none."""
+        device, inode = self.file
+        return device if inode != "0" else ""
 
-class Skipped(NamedTuple):
-    """Memory that could not be read, and the kernel's reason."""
-
-    mapping: str
-    address: int
-    octets: int
-    reason: str
+    def skipped(self, reason: str) -> Skipped:
+        start, end, name = self.span
+        return Skipped(name, start, end - start, reason)
 
 
 def mappings(pid: int) -> list[Mapping]:

@@ -56,7 +56,7 @@ class WorthReading:
                     yield mapping.span
                     return
                 reason = "too large for all of it to be read, and what is filled cannot be told"
-                self._skipped.append(Skipped(name, start, end - start, reason))
+                self._skipped.append(mapping.skipped(reason))
         for first, after in in_use(self._pagemap, start, end):
             # More than that is the same again.
             self._left -= after - first

@@ -1,7 +1,8 @@
 """A file system that is a program (FUSE), with one file, of which it says that all is a hole.
 
 Run as root, with a directory to mount it at. It serves until it is unmounted. What is written to
-the file stays in the page cache, and is thrown away here. The messages: linux/fuse.h.
+the file stays in the page cache, and is thrown away here. With a second argument, it does not say
+where the file has holes: whoever asks waits for good. The messages: linux/fuse.h.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ def _answer(operation: int, node: int, body: bytes) -> bytes | int | None:
     return None if operation == _FORGET else errno.ENOSYS
 
 
-def main(directory: str) -> None:
+def main(directory: str, hangs: bool) -> None:
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
     libc = ctypes.CDLL(None, use_errno=True)
@@ -63,6 +64,8 @@ def main(directory: str) -> None:
                 return
             raise
         _, operation, unique, node, *_ = _REQUEST.unpack_from(request)
+        if hangs and operation == _LSEEK:
+            continue
         answer = _answer(operation, node, request[_REQUEST.size :])
         if answer is not None:
             error_number, octets = (0, answer) if isinstance(answer, bytes) else (-answer, b"")
@@ -71,4 +74,4 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], len(sys.argv) > 2)

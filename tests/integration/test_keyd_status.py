@@ -401,8 +401,30 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     assert verdict == "holds"
 
 
+def test_the_search_of_an_instances_audit_is_not_taken_for_a_leak(listening: Listening) -> None:
+    """It has the key, too."""
+    command = [sys.executable, "-I", "-m", "titus_py.audit.key_holder"]
+    with (
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE) as searched,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder,
+    ):
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        try:
+            # Its answer is longer than fits into a pipe: it waits there, and has the key.
+            question = {"files": [[str(listening.key), None]], "pids": [searched.pid] * 2000}
+            holder.stdin.write(json.dumps(question).encode())
+            holder.stdin.close()
+            assert holder.stdout.read(1)
+            found = verdicts(listening, listening.key.parent)["memory"]
+        finally:
+            holder.kill()
+            searched.kill()
+    assert {verdict for _, verdict in found} == {"holds"}, found
+
+
 def test_two_audits_do_not_find_each_others_keys(listening: Listening) -> None:
-    """Each reads all of them, so one waits for the other."""
+    """Each reads all of them."""
     command = [KEYD, "audit", "--json", f"--directory={listening.key.parent}"]
     with ExitStack() as stack:
         audits = [

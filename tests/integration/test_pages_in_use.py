@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from keyd.inspection import pages_in_use, worth_reading
-from keyd.inspection.key_search import Hit, Needle, Search, Skipped, search
+from keyd.inspection import pages_in_use, watched, worth_reading
+from keyd.inspection.key_search import Needle, Search, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 
 from .instance import eventually
@@ -260,11 +260,11 @@ sys.stdin.read()
 
 
 @contextmanager
-def mapped_hole(directory: Path) -> Iterator[Kinds]:
+def mapped_hole(directory: Path, *options: str) -> Iterator[Kinds]:
     """A process, and where it has what is sought: in a hole, as its file system says."""
     program = Path(__file__).with_name("file_system_of_holes.py")
     with subprocess.Popen(
-        [sys.executable, "-I", program, directory], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-I", program, directory, *options], stdout=subprocess.PIPE, text=True
     ) as served:
         assert served.stdout is not None
         if not served.stdout.readline():
@@ -281,8 +281,9 @@ def mapped_hole(directory: Path) -> Iterator[Kinds]:
                 yield Kinds(process.pid, {int(process.stdout.readline()): "a hole"})
                 process.stdin.close()
         finally:
-            # Whatever still uses it: the program that serves it ends.
+            # Whatever still uses it: that ends with the program that serves it.
             subprocess.run(["umount", "--lazy", directory], check=True)
+            served.kill()
 
 
 def test_what_a_file_system_calls_a_hole_is_read_where_it_is_in_use(tmp_path: Path) -> None:
@@ -290,6 +291,29 @@ def test_what_a_file_system_calls_a_hole_is_read_where_it_is_in_use(tmp_path: Pa
         found = search(held.pid, [Needle("it", SOUGHT)])
     assert set(held.places) <= found_at(found)
     assert not found.unread
+
+
+def test_a_file_system_that_hangs_is_named_and_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else is searched: of the process that has mapped its file, too."""
+    monkeypatch.setattr(watched, "_HANGS_SECONDS", 3.0)
+    sought = [Needle("it", SOUGHT)]
+
+    def look(pid: int, avoid: frozenset[str], at: watched.At) -> Search:
+        return search(pid, sought, at=at, avoid=avoid)
+
+    with mapped_hole(tmp_path, "hangs") as held, maps_again(0) as other:
+        pids = [held.pid] * 3 + [other]
+        found = [(pid, Search.of(one)) for pid, one in watched.each(pids, look, 2)]
+    assert sorted(pid for pid, _ in found) == sorted(pids)
+    for pid, one in found:
+        assert not one.ended
+        # In its argument, for one.
+        assert one.hits
+        whys = [(part.mapping, part.reason) for part in one.unread]
+        hangs = (str(tmp_path / "f"), "its file system does not answer")
+        assert whys == ([hangs] if pid == held.pid else [])
 
 
 #: A file in four huge pages, as a database's: one is filled, the others are holes.
@@ -360,10 +384,7 @@ def test_what_of_a_large_mapping_is_filled_has_to_be_known(kinds: Kinds) -> None
         stdout=subprocess.PIPE,
         check=True,
     )
-    pid, hits, skipped, octets, ended = json.loads(said.stdout)
-    found = Search(
-        pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended
-    )
+    found = Search.of(json.loads(said.stdout))
     missing = {kind for at, kind in kinds.places.items() if at not in found_at(found)}
     assert missing == {"others"}
     (unread,) = found.unread

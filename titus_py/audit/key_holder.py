@@ -12,6 +12,7 @@ from typing import Any
 
 import prctl
 
+from keyd.inspection import auditors
 from keyd.inspection.key_search import Needle, label, needles, search_all
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux.credentials import (
@@ -38,6 +39,7 @@ def main() -> int:
     hide_memory()
     with suppress(OSError):
         lock_memory_meanwhile()
+    auditors.join()
     leave_namespaces(CLONE_NEWNET | CLONE_NEWIPC)
     keep_capabilities(_CAPABILITIES)
     json.dump(answer(json.load(sys.stdin)), sys.stdout)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from keyd.inspection.key_search import Hit, Search, Skipped, label
+from keyd.inspection.key_search import Hit, Search, label
 from titus_py.audit.finding import (
     Check,
     Finding,
@@ -120,10 +120,7 @@ def search_for_keys(target: Target, pids: Sequence[int]) -> tuple[list[Search], 
         raise CannotAudit(f"the search for the keys failed: {error}") from None
     if "problem" in answer:
         raise CannotAudit(f"cannot tell what to look for in memory: {answer['problem']}")
-    found = [
-        Search(pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended)
-        for pid, hits, skipped, octets, ended in answer["found"]
-    ]
+    found = [Search.of(fields) for fields in answer["found"]]
     return found, {label(key) for key, _ in files}, answer["forms"]
 
 
