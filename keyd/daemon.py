@@ -109,7 +109,7 @@ class Keyd:
         self._tick = tick
         self.tally = Tally()
         self.epoll = select.epoll()
-        self.lead = Lead()
+        self.lead = Lead(self.epoll)
         self._channels: dict[int, Channel] = {}
         self._sources: dict[int, _Source] = {}
         #: Those that are registered with ``epoll``, by whoever puts them here.
