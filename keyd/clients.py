@@ -75,7 +75,7 @@ class Clients:
     def accepted(self, descriptor: int) -> Callable[[], None] | None:
         """Answer this client, if it has asked.
 
-        What takes long is returned, to be called once others can be accepted: a request for an RSA
+        What takes long is returned, to be called once others can be accepted: a request for a slow
         key, during which other threads can run (it is without Python's lock).
         """
         # Without Python's own way to make it: that asks an enumeration what is known here.

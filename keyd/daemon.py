@@ -6,8 +6,8 @@ are trusted with nothing; from the supervisor (``keyd.orders``); and, where it l
 other hosts by way of workers (``keyd.upstream``). It reads no network socket.
 
 One of a few threads waits for events, and handles one after the other (``keyd.lead``). Before
-one that takes long, it makes way for another one, so that a slow RSA operation delays no
-other connection. A channel is armed for one event at a time (EPOLLONESHOT), so that no two
+one that takes long, it makes way for another one, so that a slow key delays no other
+connection. A channel is armed for one event at a time (EPOLLONESHOT), so that no two
 threads ever serve the same channel.
 """
 

@@ -14,7 +14,8 @@ from integration.hellos import certificate_verify, client_hello, flight
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
-from keyd.powers import ALL_POWERS
+from keyd.mldsa import KEY_TYPES, PUBLIC_OCTETS
+from keyd.powers import ALL_POWERS, PrivateKey
 from keyd.protocol import (
     ANY_NAME,
     Done,
@@ -31,6 +32,7 @@ from keyd.protocol import (
     Status,
     decode_report,
 )
+from keyd.pss import Binding, PSSPrivateKey
 
 
 def grants(*keys: bytes, powers: frozenset[Power] = frozenset({Power.SIGN_TLS13})) -> GrantSet:
@@ -181,16 +183,30 @@ def test_a_channel_that_cannot_be_watched_ends_alone(
     assert "no channel for connection 7: No space left on device" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["rsa", "ec"])
-def test_another_thread_takes_over_while_a_slow_key_signs(kind: str) -> None:
-    slow = kind == "rsa"
-    keyd = Keyd(
-        {
-            bytes(32): rsa.generate_private_key(65537, 2048)
-            if slow
-            else ec.generate_private_key(ec.SECP256R1())
-        }
-    )
+def make_key(kind: str) -> PrivateKey:
+    if kind.startswith("ML-DSA"):
+        if not KEY_TYPES:
+            pytest.skip("this version of cryptography does not know ML-DSA")
+        return KEY_TYPES[kind][0].generate()  # type: ignore[attr-defined,no-any-return]
+    if kind == "Ed25519":
+        return ed25519.Ed25519PrivateKey.generate()
+    if kind.startswith("RSA"):
+        key = rsa.generate_private_key(65537, 2048)
+        return PSSPrivateKey(key, Binding(b"", None)) if kind.endswith("PSS") else key
+    curve = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}[kind]
+    return ec.generate_private_key(curve)
+
+
+@pytest.mark.parametrize(
+    ("kind", "slow"),
+    [
+        *(("RSA", True), ("RSA for PSS", True), ("P-384", True), ("P-521", True)),
+        *((kind, True) for kind in PUBLIC_OCTETS),
+        *(("P-256", False), ("Ed25519", False)),
+    ],
+)
+def test_another_thread_takes_over_while_a_slow_key_signs(kind: str, slow: bool) -> None:
+    keyd = Keyd({bytes(32): make_key(kind)})
     parent, hear, _ = connected(keyd)
     assert keyd.lead.take(0)
     with parent, open_channel(parent) as worker:
