@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from keyd.inspection import auditors
+from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, needles, search
 from keyd.inspection.occurrences import occurrences
@@ -32,14 +33,12 @@ from keyd.reference import key_id
 __all__ = ["audit"]
 
 _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
-#: How large a file is at most that holds a key.
-_LARGEST_FILE = 256 * 1024
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
 #: In one file, so many places are enough to tell which keys it holds.
 _PLACES = 100
 #: A file that is said to be a key's may be larger than the memory.
-_read_key = partial(read, most=_LARGEST_FILE)
+_read_key = partial(read, most=small_files.LARGEST)
 
 
 #: It has the keys that it looks for.
@@ -53,15 +52,36 @@ class _Finding(NamedTuple):
     verdict: str
 
 
+class _Known(NamedTuple):
+    """What there is at the paths that keyds tell of, by pid; 0 is for those of the command.
+
+    Of each socket, who may ask there; of each key's file, the octets as characters, or why not.
+    """
+
+    askers: dict[int, list[dict[str, str]]]
+    contents: dict[str, tuple[str, str]]
+    hung: dict[int, Hung]
+
+    def read(self, path: str, field: str) -> bytes:
+        """In place of ``keys.read``."""
+        if path not in self.contents:
+            return _read_key(path, field)
+        content, problem = self.contents[path]
+        if problem:
+            raise UnusableKey(field, problem)
+        return content.encode("latin-1")
+
+
 def audit(arguments: argparse.Namespace) -> int:
     keyds = running()
     if not keyds and not arguments.key:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
         return 2
-    findings = [*_askers(keyds), *_refusals(keyds), *_tokens(keyds)]
     auditors.join()
+    known = _known(keyds, arguments.key)
+    findings = [*_askers(keyds, known), *_refusals(keyds), *_tokens(keyds)]
     keys: dict[str, PrivateKey] = {}
-    findings += _load(keyds, arguments, keys)
+    findings += _load(keyds, arguments, keys, known)
     sought = [
         Needle(f"{path}: {needle.name}", needle.octets)
         for path, key in keys.items()
@@ -79,13 +99,51 @@ def audit(arguments: argparse.Namespace) -> int:
     return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
 
 
-def _askers(keyds: Sequence[Running]) -> Iterator[_Finding]:
+def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
+    """Any user can have a process that looks like a keyd, and tell of files on what hangs."""
+    of_keyd = {
+        keyd.pid: (
+            keyd.report.sockets,
+            [path for path, *_ in keyd.report.keys if not _is_in_a_token(path)],
+        )
+        for keyd in keyds
+        if keyd.report is not None
+    }
+
+    def look(pid: int, _: frozenset[str], at: At) -> Any:
+        sockets, keys = of_keyd.get(pid, ((), named))
+        askers, contents = [], {}
+        for path in sockets:
+            at(path, "")
+            askers.append(who_may_ask(path))
+        for path in keys:
+            at(path, "")
+            try:
+                contents[path] = _read_key(path, "key").decode("latin-1"), ""
+            except UnusableKey as error:
+                contents[path] = "", error.reason
+        return askers, contents
+
+    known = _Known({}, {}, {})
+    for pid, answer in each((*of_keyd, 0), look, os.cpu_count() or 1):
+        if isinstance(answer, Hung):
+            known.hung[pid] = answer
+        else:
+            known.askers[pid], contents = answer
+            known.contents.update(contents)
+    return known
+
+
+def _askers(keyds: Sequence[Running], known: _Known) -> Iterator[_Finding]:
     for keyd in keyds:
         if keyd.report is None:
             yield _Finding("asks", keyd.title, keyd.problem, _NOT_AVAILABLE)
             continue
-        for path in keyd.report.sockets:
-            seen = who_may_ask(path)
+        if keyd.pid in known.hung:
+            yield _Finding("asks", keyd.title, _not_all(known.hung[keyd.pid]), _NOT_AVAILABLE)
+            continue
+        for seen in known.askers[keyd.pid]:
+            path = seen["path"]
             if "problem" in seen:
                 yield _Finding("asks", keyd.title, f"{path}: {seen['problem']}", _NOT_AVAILABLE)
                 continue
@@ -119,30 +177,36 @@ def _tokens(keyds: Sequence[Running]) -> Iterator[_Finding]:
 
 
 def _load(
-    keyds: Sequence[Running], arguments: argparse.Namespace, keys: dict[str, PrivateKey]
+    keyds: Sequence[Running],
+    arguments: argparse.Namespace,
+    keys: dict[str, PrivateKey],
+    known: _Known,
 ) -> Iterator[_Finding]:
     """Load each key once, by the path of its file; a finding for each that cannot be."""
     wanted = dict.fromkeys(arguments.key, "")
     for keyd in keyds:
         for path, _, identity in keyd.report.keys if keyd.report is not None else ():
             wanted[path] = identity
-    known: set[bytes] = set()
+    loaded: set[bytes] = set()
     for path, identity in wanted.items():
         if identity and _is_in_a_token(path):
             yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
             continue
+        if path not in known.contents:
+            yield _Finding("key", path, "its file system does not answer", _NOT_AVAILABLE)
+            continue
         try:
-            encrypted = b"ENCRYPTED" in _read_key(path, "key")
+            encrypted = b"ENCRYPTED" in known.read(path, "key")
             passphrase_file = arguments.passphrase_file if encrypted else None
-            key = load_private_key(path, passphrase_file, _read_key)
+            key = load_private_key(path, passphrase_file, known.read)
         except UnusableKey as error:
             yield _Finding("key", path, f"{error}: give it with --key", _NOT_AVAILABLE)
             continue
         found = key_id(key.public_key())
         if identity and found.hex() != identity:
             yield _Finding("key", path, "is not the key that keyd has any more", _NOT_AVAILABLE)
-        elif found not in known:
-            known.add(found)
+        elif found not in loaded:
+            loaded.add(found)
             keys[path] = key
     with suppress(OSError):
         lock_memory_meanwhile()
@@ -160,8 +224,7 @@ def _memory(
 
     for pid, answer in each(sorted(pids), look, os.cpu_count() or 1):
         if isinstance(answer, Hung):
-            text = f"not all could be read: {answer.where} ({answer.why})"
-            yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
+            yield _Finding("memory", _process(pid), _not_all(answer), _NOT_AVAILABLE)
             continue
         if isinstance(answer, str):
             if answer != _AN_AUDIT:
@@ -224,8 +287,24 @@ def _process(pid: int) -> str:
 
 def _files(sought: Sequence[Needle], directories: Iterable[str]) -> Iterator[_Finding]:
     octets = tuple(needle.octets for needle in sought)
-    for file in _names(directories):
-        opened = _read(file)
+
+    def look(start: str, _: frozenset[str], at: At) -> list[_Finding]:
+        return list(_holding(sought, octets, start, at))
+
+    # systemd's credentials are on file systems of their own.
+    starts = (*directories, *map(str, Path(_CREDENTIALS).glob("*")))
+    for start, answer in each(starts, look, os.cpu_count() or 1, most_seconds=inf):
+        if isinstance(answer, Hung):
+            yield _Finding("file", start, _not_all(answer), _NOT_AVAILABLE)
+        else:
+            yield from (_Finding(*fields) for fields in answer)
+
+
+def _holding(
+    sought: Sequence[Needle], octets: tuple[bytes, ...], start: str, at: At
+) -> Iterator[_Finding]:
+    for file in small_files.below(start, lambda place: at(place, "")):
+        opened = small_files.read(file)
         if opened is None:
             continue
         seen, content = opened
@@ -238,36 +317,5 @@ def _files(sought: Sequence[Needle], directories: Iterable[str]) -> Iterator[_Fi
             yield _Finding("file", path, text, _HOLDS if good else _BROKEN)
 
 
-def _read(file: str) -> tuple[os.stat_result, bytes] | None:
-    """A regular file that is small enough to be a key's.
-
-    Others may be able to write where it is: no link is followed, and nothing waited for.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    with suppress(OSError):
-        if not stat.S_ISREG(os.lstat(file).st_mode):
-            return None
-        descriptor = os.open(file, flags)
-        try:
-            seen = os.fstat(descriptor)
-            if stat.S_ISREG(seen.st_mode) and seen.st_size <= _LARGEST_FILE:
-                return seen, os.read(descriptor, _LARGEST_FILE)
-        finally:
-            os.close(descriptor)
-    return None
-
-
-def _names(directories: Iterable[str]) -> Iterator[str]:
-    """The files on the file system of each directory, and systemd's credentials."""
-    for start in (*directories, *map(str, Path(_CREDENTIALS).glob("*"))):
-        device = _device(start)
-        for directory, below, names in os.walk(start):
-            below[:] = [name for name in below if _device(f"{directory}/{name}") == device]
-            yield from (f"{directory}/{name}" for name in names)
-
-
-def _device(path: str) -> int | None:
-    try:
-        return os.lstat(path).st_dev
-    except OSError:
-        return None
+def _not_all(hung: Hung) -> str:
+    return f"not all could be read: {hung.where} ({hung.why})"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["join", "pids"]
 
-_LOCK = "/run/keyd-audit.lock"
+_LOCK = "/run/keyd-audits.lock"
 
 
 def join() -> None:

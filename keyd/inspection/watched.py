@@ -50,7 +50,9 @@ class Hung(NamedTuple):
     why: str
 
 
-def each(items: Iterable[Any], call: _Call, processes: int) -> Iterator[tuple[Any, Any]]:
+def each(
+    items: Iterable[Any], call: _Call, processes: int, most_seconds: float = _MOST_SECONDS
+) -> Iterator[tuple[Any, Any]]:
     """Call it for each, so many at once; yields each with what came of it, or Hung.
 
     One that hangs on a device that can be avoided is called once more, and avoids it.
@@ -73,7 +75,7 @@ def each(items: Iterable[Any], call: _Call, processes: int) -> Iterator[tuple[An
                     idle.append(process)
                 yield process.item, answer
             for descriptor, process in list(busy.items()):
-                if why := process.why_hung():
+                if why := process.why_hung(most_seconds):
                     del busy[descriptor]
                     where, device = process.place()
                     process.end()
@@ -132,11 +134,11 @@ class _Process:
         where, device = json.loads(self._place[_PLACE_HEAD.size : _PLACE_HEAD.size + octets])
         return where, device
 
-    def why_hung(self) -> str:
+    def why_hung(self, most_seconds: float) -> str:
         """Empty if it does not, or not yet."""
         now = time.monotonic()
-        if now - self._began > _MOST_SECONDS:
-            return f"not done in {_MOST_SECONDS:g} seconds"
+        if now - self._began > most_seconds:
+            return f"not done in {most_seconds:g} seconds"
         if now - self._looked < _HANGS_SECONDS:
             return ""
         used = self._seconds_used()

@@ -1,8 +1,8 @@
 """A file system that is a program (FUSE), with one file, of which it says that all is a hole.
 
 Run as root, with a directory to mount it at. It serves until it is unmounted. What is written to
-the file stays in the page cache, and is thrown away here. With a second argument, it does not say
-where the file has holes: whoever asks waits for good. The messages: linux/fuse.h.
+the file stays in the page cache, and is thrown away here. More arguments are
+numbers of operations: whoever asks for these waits for good. The messages: linux/fuse.h.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ def _answer(operation: int, node: int, body: bytes) -> bytes | int | None:
     return None if operation == _FORGET else errno.ENOSYS
 
 
-def main(directory: str, hangs: bool) -> None:
+def main(directory: str, hangs: frozenset[int]) -> None:
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
     libc = ctypes.CDLL(None, use_errno=True)
@@ -64,7 +64,7 @@ def main(directory: str, hangs: bool) -> None:
                 return
             raise
         _, operation, unique, node, *_ = _REQUEST.unpack_from(request)
-        if hangs and operation == _LSEEK:
+        if operation in hangs:
             continue
         answer = _answer(operation, node, request[_REQUEST.size :])
         if answer is not None:
@@ -74,4 +74,4 @@ def main(directory: str, hangs: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], len(sys.argv) > 2)
+    main(sys.argv[1], frozenset(map(int, sys.argv[2:])))

@@ -7,15 +7,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from keyd.inspection import pages_in_use, watched, worth_reading
+from keyd.inspection import audit, pages_in_use, watched, worth_reading
 from keyd.inspection.key_search import Needle, Search, search
 from keyd.inspection.pages_in_use import PAGE, in_use
+from keyd.inspection.reports import Running
+from keyd.status_page import Report
 
 from .instance import eventually
+from .test_keyd_status import REPORT
 
 #: Memory of many kinds, each with what is sought. Where the kernel lacks one, nothing is printed.
 PROGRAM = """
@@ -87,6 +90,8 @@ print(flush=True)
 sys.stdin.read()
 """
 SOUGHT = b"\1to be found wherever it is\2" * 2
+#: Operations of FUSE (linux/fuse.h).
+LOOKUP, GETATTR, LSEEK, OPENDIR = 1, 3, 46, 27
 #: No kernel knows it: what it answers is what one without PAGEMAP_SCAN answers.
 OTHER_CALL = 0xC06066FF
 
@@ -260,30 +265,42 @@ sys.stdin.read()
 
 
 @contextmanager
-def mapped_hole(directory: Path, *options: str) -> Iterator[Kinds]:
-    """A process, and where it has what is sought: in a hole, as its file system says."""
+def file_system(directory: Path, *hangs: int) -> Iterator[None]:
+    """One that is a program; it does not answer what it is asked by these operations of FUSE."""
     program = Path(__file__).with_name("file_system_of_holes.py")
     with subprocess.Popen(
-        [sys.executable, "-I", program, directory, *options], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-I", program, directory, *map(str, hangs)],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as served:
         assert served.stdout is not None
         if not served.stdout.readline():
             pytest.skip("no FUSE here")
         try:
-            with subprocess.Popen(
-                [sys.executable, "-I", "-c", WRITES_TO_ITS_MAPPING, directory / "f", SOUGHT.hex()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as process:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                yield Kinds(process.pid, {int(process.stdout.readline()): "a hole"})
-                process.stdin.close()
+            yield
         finally:
-            # Whatever still uses it: that ends with the program that serves it.
-            subprocess.run(["umount", "--lazy", directory], check=True)
+            # Whatever still uses it, or waits for it, does so no more.
             served.kill()
+            served.wait()
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@contextmanager
+def mapped_hole(directory: Path, *hangs: int) -> Iterator[Kinds]:
+    """A process, and where it has what is sought: in a hole, as its file system says."""
+    with (
+        file_system(directory, *hangs),
+        subprocess.Popen(
+            [sys.executable, "-I", "-c", WRITES_TO_ITS_MAPPING, directory / "f", SOUGHT.hex()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Kinds(process.pid, {int(process.stdout.readline()): "a hole"})
+        process.stdin.close()
 
 
 def test_what_a_file_system_calls_a_hole_is_read_where_it_is_in_use(tmp_path: Path) -> None:
@@ -303,7 +320,7 @@ def test_a_file_system_that_hangs_is_named_and_holds_nothing_up(
     def look(pid: int, avoid: frozenset[str], at: watched.At) -> Search:
         return search(pid, sought, at=at, avoid=avoid)
 
-    with mapped_hole(tmp_path, "hangs") as held, maps_again(0) as other:
+    with mapped_hole(tmp_path, LSEEK) as held, maps_again(0) as other:
         pids = [held.pid] * 3 + [other]
         found = [(pid, Search.of(one)) for pid, one in watched.each(pids, look, 2)]
     assert sorted(pid for pid, _ in found) == sorted(pids)
@@ -314,6 +331,36 @@ def test_a_file_system_that_hangs_is_named_and_holds_nothing_up(
         whys = [(part.mapping, part.reason) for part in one.unread]
         hangs = (str(tmp_path / "f"), "its file system does not answer")
         assert whys == ([hangs] if pid == held.pid else [])
+
+
+def test_files_on_a_file_system_that_hangs_hold_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can have a process that looks like a keyd, and say that its files are there."""
+    monkeypatch.setattr(watched, "_HANGS_SECONDS", 3.0)
+    hanging, beside = tmp_path / "hanging", tmp_path / "beside"
+    hanging.mkdir()
+    beside.write_bytes(SOUGHT)
+    where = str(hanging / "f")
+    told: list[dict[str, Any]] = [
+        {"sockets": [where]},
+        {"keys": [[where, "", ""]]},
+        {"sockets": [str(beside)], "keys": [[str(beside), "", ""]]},
+    ]
+    fields = {name: value for name, value in REPORT.items() if name != "version"}
+    keyds = [
+        Running(pid, "nobody", "", Report(**fields | each)) for pid, each in enumerate(told, 1)
+    ]
+    with file_system(hanging, LOOKUP, GETATTR, OPENDIR):
+        known = audit._known(keyds, [])
+        # What is mounted in a directory is not asked.
+        files = list(audit._files([Needle("key: it", SOUGHT)], [str(hanging), str(tmp_path)]))
+    assert {pid: hung.where for pid, hung in known.hung.items()} == {1: where, 2: where}
+    assert known.askers[3][0]["user"] == "root"
+    assert known.read(str(beside), "key") == SOUGHT
+    named, found = sorted(files, key=lambda one: one.subject != str(hanging))
+    assert (named.subject, named.verdict) == (str(hanging), "not available")
+    assert found.seen.startswith(f"in {beside} ")
 
 
 #: A file in four huge pages, as a database's: one is filled, the others are holes.

@@ -1,0 +1,74 @@
+"""Files that are small enough to hold a key: found, and read.
+
+Run by ``keyd audit``, as root. Others may be able to write where they are: no link is followed, and
+nothing waited for but a file system. One that is mounted below is not asked anything: the kernel
+tells what is mounted where.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["LARGEST", "below", "read"]
+
+LARGEST = 256 * 1024
+
+
+def below(start: str, at: Callable[[str], None]) -> Iterator[str]:
+    """The files on the file system of this directory. ``at`` is told before each directory."""
+    mounts = _mounts()
+    at(start)
+    device, mounted = _device(start), _mounted(start, mounts)
+    left = [start]
+    while left:
+        directory = left.pop()
+        at(directory)
+        with suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    yield entry.path
+                elif mounts.get(entry.path, mounted) == mounted and _device(entry.path) == device:
+                    left.append(entry.path)
+
+
+def read(file: str) -> tuple[os.stat_result, bytes] | None:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    with suppress(OSError):
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            return None
+        descriptor = os.open(file, flags)
+        try:
+            seen = os.fstat(descriptor)
+            if stat.S_ISREG(seen.st_mode) and seen.st_size <= LARGEST:
+                return seen, os.read(descriptor, LARGEST)
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def _mounts() -> dict[str, str]:
+    """Where file systems are mounted, and their devices (/proc/PID/mountinfo; proc(5))."""
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    fields = [line.split(b" ") for line in lines]
+    return {os.fsdecode(_unescaped(one[4])): one[2].decode() for one in fields}
+
+
+def _unescaped(name: bytes) -> bytes:
+    for octet in b" \t\n\\":
+        name = name.replace(b"\\%03o" % octet, bytes([octet]))
+    return name
+
+
+def _mounted(path: str, mounts: dict[str, str]) -> str:
+    """The device that is mounted where this is."""
+    place = Path(path).absolute()
+    return next((mounts[str(one)] for one in (place, *place.parents) if str(one) in mounts), "")
+
+
+def _device(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_dev
+    except OSError:
+        return None
