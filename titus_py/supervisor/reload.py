@@ -80,6 +80,7 @@ class Reload:
         self._adopt = adopt
         self._change_program = change_program
         self._program = installed()
+        starting.outdated = self._is_outdated
         #: This is a renewal and no reload: a generation is replaced by one with the same
         #: configuration.
         self._renewing = False

@@ -1,12 +1,13 @@
 """Starts a generation's keyd and parent, the first time and again. Run by the supervisor."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration.checking import Checked
 from titus_py.supervisor.backends import Backends
+from titus_py.supervisor.child import Child
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
@@ -25,6 +26,9 @@ __all__ = ["Starting"]
 _FAILURES, _FAILURES_SECONDS = 3, 10.0
 #: How soon to try again something that cannot be done yet.
 _RETRY_SECONDS = 0.05
+#: How soon to start keyd again that cannot start, and whose parent serves; each time, the pause
+#: doubles.
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 
 class Starting:
@@ -56,6 +60,9 @@ class Starting:
         self._backends = backends
         self.filters = filters
         self._failures = 0
+        self._pause = _PAUSE_SECONDS
+        #: Whether another program is installed, so that a restart may do better.
+        self.outdated: Callable[[], bool] = lambda: False
 
     def prepare(self, checked: Checked) -> Generation:
         """Make a generation, without starting it. Raises OSError, Held."""
@@ -126,8 +133,11 @@ class Starting:
                 self._children.order(parent, {"do": "use keyd"}, [control.fileno()])
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
-            self.fail(f"start of keyd: {error.strerror}")
-            self._loop.after(_RETRY_SECONDS, lambda: self.start_keyd_again(generation))
+            pause = self.pause_before_keyd(generation, None)
+            if pause is None:
+                self.fail(f"start of keyd: {error.strerror}")
+                pause = _RETRY_SECONDS
+            self._loop.after(pause, lambda: self.start_keyd_again(generation))
 
     def bring_up(self, generation: Generation) -> None:
         """Start what the previous program was about to start of the generation that serves."""
@@ -144,6 +154,20 @@ class Starting:
                 self.start_keyd_again(generation)
         elif generation.ready:
             self._takeover.ready(generation)
+
+    def pause_before_keyd(self, generation: Generation, ended: Child | None) -> float | None:
+        """After how long to start a keyd again that could not start, or has ended before it served.
+
+        None: that counts as a failure. It does not if the parent serves: it keeps its connections.
+        A restart would end them, and start the same keyd; unless another program is installed.
+        """
+        parent = generation.parent
+        has_served = ended is not None and ended.ready is not None
+        if has_served or parent is None or parent.ready is None or self.outdated():
+            self._pause = _PAUSE_SECONDS
+            return None
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+        return pause
 
     def fail(self, why: str, served: float = 0.0) -> None:
         """Count a failure of what has served for so many seconds, and give up after too many."""

@@ -161,10 +161,11 @@ class Status:
         """What keeps new clients from being served, if anything does."""
         if self._lost.reason:
             return f"{self._lost.names}: {self._lost.reason}"
-        starting = self._generations.serving.starting
-        return self._keyd_service.waits_for() or " and ".join(
-            sorted(child.name for child in starting)
-        )
+        serving = self._generations.serving
+        waits = {child.name for child in serving.starting}
+        if serving.keyd is None and serving.configuration.keyd.socket is None:
+            waits.add("keyd")
+        return self._keyd_service.waits_for() or " and ".join(sorted(waits))
 
     def _addresses_of(self, backends: Iterable[Address]) -> list[str]:
         known = self._backends.addresses

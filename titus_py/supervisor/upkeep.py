@@ -260,6 +260,11 @@ class Upkeep:
             self._restart(generation, child, how)
 
     def _restart(self, generation: Generation, child: Child, how: str) -> None:
+        if child.name == "keyd":
+            pause = self._starting.pause_before_keyd(generation, child)
+            if pause is not None:
+                self._loop.after(pause, lambda: self._start_keyd_again(generation))
+                return
         self._starting.fail(f"{child.name} {how}", child.served)
         if self._service.exit_code is not None:
             return
