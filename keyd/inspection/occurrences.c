@@ -15,6 +15,8 @@
 #include <string.h>
 
 #define MAX_WINDOW 255
+/* How many steps are looked at together. */
+#define AHEAD 8
 #define PAIR(octets) ((octets)[0] << 8 | (octets)[1])
 
 struct needle {
@@ -55,12 +57,27 @@ static void prepare(struct search *search)
 	}
 }
 
+/* Whether so many whole steps follow each other. To know it, none of them waits for the one before. */
+static int are_whole_steps(const struct search *search, const uint8_t *end)
+{
+	const Py_ssize_t whole = search->window - 1;
+	int others = 0;
+	for (int ahead = 0; ahead < AHEAD; ahead++)
+		others |= search->step[PAIR(end + ahead * whole)] ^ whole;
+	return others == 0;
+}
+
 static void scan(struct search *search, const uint8_t *octets, Py_ssize_t length)
 {
-	Py_ssize_t last = length - search->window;
+	const Py_ssize_t last = length - search->window, whole = search->window - 1;
 	for (Py_ssize_t at = 0; at <= last;) {
 		if (search->window > 1) {
-			uint8_t step = search->step[PAIR(octets + at + search->window - 2)];
+			const uint8_t *end = octets + at + search->window - 2;
+			uint8_t step = search->step[PAIR(end)];
+			if (step == whole && last - at > AHEAD * whole && are_whole_steps(search, end)) {
+				at += AHEAD * whole;
+				continue;
+			}
 			if (step > 0 || !search->begins[PAIR(octets + at)]) {
 				at += step > 0 ? step : 1;
 				continue;

@@ -36,6 +36,14 @@ def test_a_needle_of_any_length_is_found_at_either_end(
     assert occurrences(octets[:-1], (needle,), 9) == slowly(octets[:-1], (needle,))
 
 
+@given(st.integers(2, 300), st.integers(0, 5000), st.integers(0, 5000))
+def test_no_step_passes_a_needle_by(length: int, before: int, after: int) -> None:
+    """Many steps that are whole lead there, and are taken together."""
+    needle = bytes(1 + number % 251 for number in range(length))
+    found = occurrences(bytes(before) + needle + bytes(after), (needle,), 9)
+    assert found == [(before, 0)]
+
+
 def test_so_many_and_no_more() -> None:
     assert occurrences(b"aaaa", (b"a",), 3) == [(0, 0), (1, 0), (2, 0)]
     assert occurrences(bytearray(b"xyz"), (), 3) == []
