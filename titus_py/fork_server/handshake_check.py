@@ -11,8 +11,13 @@ certificate that a tunnel shows to its server. Standard output is a JSON list of
 Each answer is its mistakes and its warnings, both as [[setting, reason], ...].
 """
 
-import fcntl
 import gc
+
+if __name__ == "__main__":
+    # The imports make no garbage, and there are many.
+    gc.disable()
+
+import fcntl
 import json
 import os
 import re
@@ -88,6 +93,7 @@ class _Shown(NamedTuple):
 
 def main() -> int:
     """``python -m titus_py.fork_server.handshake_check``."""
+    gc.enable()
     answers: list[tuple[Problems, Problems]] = []
     questions = json.load(sys.stdin)
     asked = [

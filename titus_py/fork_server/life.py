@@ -7,7 +7,12 @@ other users, and no way to a file or a network. The workers are the parent's chi
 (CLONE_PARENT), not its own. It trusts the parent.
 """
 
+import gc
 import sys
+
+if __name__ == "__main__":
+    # The imports make no garbage, and there are many.
+    gc.disable()
 
 from titus_py.fork_server.heap import fill_holes, give_back, use_one_heap
 from titus_py.fork_server.huge_pages import fill_up, heap, open_up, use_huge_pages
@@ -39,7 +44,6 @@ _FILLED = fill_up(heap(), _ROOM_OCTETS)
 # For what is loaded from here on.
 open_up(_before)
 
-import gc
 import signal
 import socket
 from collections.abc import Callable
@@ -95,6 +99,7 @@ def main() -> int:
     The arguments are ``--plan-fd``, ``--parent-fd`` and ``--openssl-conf-fd``. OpenSSL has read
     the last one by now (OPENSSL_CONF names it).
     """
+    gc.enable()
     # Not argparse: every worker would inherit it, and the modules that it loads.
     given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
     command_line = CommandLine()

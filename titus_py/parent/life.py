@@ -9,6 +9,12 @@ It trusts the supervisor, the fork server and keyd. It does not trust workers, a
 the messages that ``messages`` decodes.
 """
 
+import gc
+
+if __name__ == "__main__":
+    # The imports make no garbage, and there are many.
+    gc.disable()
+
 import argparse
 import json
 import os
@@ -278,6 +284,7 @@ class Parent:
 
 def main() -> int:
     """``python -m titus_py.parent.life``: started by the supervisor, on inherited descriptors."""
+    gc.enable()
     parser = argparse.ArgumentParser(prog="titus_py.parent.life")
     parser.add_argument("--plan-fd", type=int, required=True)
     parser.add_argument("--supervisor-fd", type=int, required=True)
