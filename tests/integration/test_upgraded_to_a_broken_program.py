@@ -88,6 +88,28 @@ def test_a_package_that_is_away_for_some_seconds_is_waited_for(
     assert status(instance)["pid"] == instance.pid
 
 
+def test_a_trial_during_which_files_are_replaced_does_not_count(
+    serve: Serve, patient: str, installed: Installed, tmp_path: Path
+) -> None:
+    """What was tried out is not what would be executed."""
+    instance = serve(patient, program=installed.titus_py)
+    instance.expected_alarms.add("keyd_died")
+    upgrade(installed)
+    begins = "import argparse\n"
+    replaces = (
+        f"import os, pathlib\nonce = pathlib.Path({str(tmp_path / 'once')!r})\n"
+        "if 'TITUS_PY_REHEARSAL' in os.environ and not once.exists():\n"
+        "    once.touch()\n    os.utime(pathlib.Path(__file__).with_name('__init__.py'))\n"
+    )
+    installed.has("titus_py/__main__.py", begins, begins + replaces)
+    instance.keyd().kill()
+    failed = instance.wait_for_event("reload_failed")
+    assert failed["problem"] == "the new program was replaced while it was tried out"
+    assert instance.wait_for_event("program_changed")["version"] == "2.0"
+    assert serves(instance)
+    assert len(instance.events_named("keyd_died")) == 1
+
+
 def test_what_serves_nobody_ends(serve: Serve, patient: str, installed: Installed) -> None:
     """A restart cannot do better, but whoever watches sees it, and clients go elsewhere."""
     is_impatient(installed, 1.0, 4.0)

@@ -246,6 +246,14 @@ def test_before_the_fork_server_has_told_nothing_is_said_of_its_pages(
     assert "huge page" not in shown(tmp_path)[1]
 
 
+def test_what_is_lost_and_not_started_again(start: Start, tmp_path: Path) -> None:
+    reason = "the new program failed: ModuleNotFoundError: No module named 'keyd'"
+    start(1, make_status() | {"lost": "keyd", "lost_because": reason})
+    code, text = shown(tmp_path)
+    assert code == 0
+    assert f"lost, and not started again: keyd: {reason}" in text.replace("\n", " ")
+
+
 def test_as_json(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = make_status()
     start(17, expected)
