@@ -82,7 +82,8 @@ def test_a_package_that_is_away_for_some_seconds_is_waited_for(
             instance.wait_for_events(3, "reload_failed")
         assert serves(instance)
         assert lost == "parent" or talk(client)
-    # What is there again is what was there before.
+    # What is there again is what was there before. Nobody has asked for a reload.
+    assert not instance.events_named("reloaded")
     assert not instance.events_named("program_changed")
     assert instance.wait_for_event(f"{lost}_died")
     assert status(instance)["pid"] == instance.pid

@@ -92,7 +92,7 @@ class Reload:
         #: The next reload begins by changing the program.
         self.program_asked = False
         #: Processes that another program is to start.
-        self.lost_processes = Lost(loop, event, service, generations, self.begin)
+        self.lost_processes = Lost(loop, event, service, generations, self._lost_still)
         #: Another program is to take over, whatever the configuration says by now.
         self._forced = False
         #: This reload, or the next one, ends connections that it no longer allows.
@@ -155,6 +155,13 @@ class Reload:
             start()
         elif self.lost_processes.add(name, start):
             self.begin()
+
+    def _lost_still(self) -> None:
+        """Try the installed program again, unless it is the one that runs by now."""
+        if self._is_outdated():
+            self.begin()
+        elif not self._service.reloading:
+            self.lost_processes.settle("")
 
     @property
     def urgent(self) -> bool:
