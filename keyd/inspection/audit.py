@@ -22,12 +22,13 @@ from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, needles, search
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.reports import NONE_RUNS, Running, printable, running
+from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
 from keyd.inspection.watched import At, Hung, each
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux.credentials import lock_memory_meanwhile
 from keyd.powers import PrivateKey
+from keyd.printable import printable
 from keyd.reference import key_id
 
 __all__ = ["audit"]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
-__all__ = ["NONE_RUNS", "Running", "Unreadable", "printable", "read", "running"]
+__all__ = ["NONE_RUNS", "Running", "Unreadable", "read", "running"]
 
 #: What is said where an administrator looks for one, and how to learn why there is none.
 NONE_RUNS = (
@@ -99,11 +99,6 @@ def _running(pid: int, page: str) -> Running:
         return Running(*known, None, str(error))
     finally:
         os.close(descriptor)
-
-
-def printable(text: str) -> str:
-    """The text as one line that is safe for any terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read(descriptor: int) -> Report:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keyd.inspection.reports import NONE_RUNS, Running, printable, running
+from keyd.inspection.reports import NONE_RUNS, Running, running
+from keyd.printable import printable
 from keyd.status_page import Report
 from keyd.tally import LATENCY_BOUNDS
 

@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from keyd.printable import printable
 from titus_py.commands import outside
 from titus_py.commands.routing import commands
-from titus_py.configuration import Loaded, load, printable
+from titus_py.configuration import Loaded, load
 from titus_py.configuration.checking import Checked, check
 from titus_py.configuration.upstreams import unproved_keys
 from titus_py.supervisor.privileges import lacking

@@ -16,7 +16,8 @@ from pathlib import Path
 from keyd.linux.descriptors import send_descriptors
 from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
-from titus_py.configuration import User, printable
+from keyd.printable import printable
+from titus_py.configuration import User
 
 __all__ = ["KeyMaker", "NotMade"]
 

@@ -9,12 +9,13 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from keyd.printable import printable
 from titus_py.commands import whole_files
 from titus_py.commands.alone import alone
 from titus_py.commands.check import report
 from titus_py.commands.key_maker import KeyMaker, NotMade
 from titus_py.commands.pins import Unread, read_pins
-from titus_py.configuration import load, printable
+from titus_py.configuration import load
 from titus_py.configuration.address import host_name
 from titus_py.configuration.exposure import open_directories
 from titus_py.configuration.mistake import os_reason

@@ -11,8 +11,8 @@ import sys
 import time
 from contextlib import ExitStack
 
+from keyd.printable import printable
 from titus_py.commands.pins import Known, Shown, Unread, read_pins
-from titus_py.configuration import printable
 from titus_py.configuration.address import IPAddress, NameAddress, host_name, parse_backend
 from titus_py.configuration.mistake import os_reason
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from keyd.printable import printable
 from titus_py.commands import whole_files
 from titus_py.commands.alone import alone
 from titus_py.commands.check import report
@@ -23,7 +24,7 @@ from titus_py.commands.rekey_targets import (
     place_of,
     selected,
 )
-from titus_py.configuration import Loaded, load, printable
+from titus_py.configuration import Loaded, load
 from titus_py.configuration.helper import Unanswered
 from titus_py.configuration.mistake import os_reason
 from titus_py.configuration.tables import Keyd, Worker

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from keyd.linux.sealed import sealed_file
 from keyd.pem import blocks
+from keyd.printable import printable
 from titus_py.commands import whole_files
 from titus_py.commands.progress import tracked
 from titus_py.commands.rekey_targets import Target
 from titus_py.commands.reload import reload
-from titus_py.configuration import Credential, printable
+from titus_py.configuration import Credential
 from titus_py.configuration.checking import Answer, CertificateFacts, ask_keyd_check
 from titus_py.configuration.helper import KEYD_CHECK, Helper
 from titus_py.configuration.mistake import os_reason

@@ -6,7 +6,7 @@ Run by the administrator or systemd, as root. The supervisor does the work; this
 import sys
 from pathlib import Path
 
-from titus_py.configuration import printable
+from keyd.printable import printable
 from titus_py.supervisor.control_client import DIRECTORY, NoAnswer, ask, instances_to_ask
 
 __all__ = ["reload"]

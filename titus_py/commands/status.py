@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from titus_py.configuration import printable
+from keyd.printable import printable
 from titus_py.supervisor.control_client import DIRECTORY, NoAnswer, ask, instances_to_ask
 
 __all__ = ["show", "status"]

@@ -6,7 +6,7 @@ opened here: ``check`` asks keyd about it.
 """
 
 from titus_py.configuration.loading import Loaded, from_options, load
-from titus_py.configuration.mistake import Mistake, Source, Valid, printable
+from titus_py.configuration.mistake import Mistake, Source, Valid
 from titus_py.configuration.tables import (
     Configuration,
     Credential,
@@ -35,5 +35,4 @@ __all__ = [
     "Worker",
     "from_options",
     "load",
-    "printable",
 ]

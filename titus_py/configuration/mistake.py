@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from keyd.printable import printable
+
 __all__ = [
     "Mistake",
     "Source",
@@ -15,7 +17,6 @@ __all__ = [
     "labels_of",
     "nearest",
     "os_reason",
-    "printable",
     "text_of",
 ]
 
@@ -50,11 +51,6 @@ def _shortened(text: str) -> str:
         return text
     half = _MOST_CHARACTERS // 2
     return f"{text[:half]}…{text[-half:]}"
-
-
-def printable(text: str) -> str:
-    """The text as one line that is safe for any terminal, whatever a file or its name holds."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Source(NamedTuple):

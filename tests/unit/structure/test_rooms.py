@@ -165,6 +165,23 @@ def test_what_a_parent_does_not_hold_unasked() -> None:
     assert not {name for name in loaded if name in ON_REQUEST}
 
 
+@pytest.mark.parametrize(
+    ("module", "left_out"),
+    [
+        ("titus_py.commands.reload", {"pydantic", "titus_py.configuration"}),
+        ("titus_py.commands.status", {"pydantic", "titus_py.configuration"}),
+        ("keyd.__main__", {"cryptography.x509", "keyd.daemon", "keyd.key_reader"}),
+    ],
+)
+def test_what_a_command_does_not_load(module: str, left_out: set[str]) -> None:
+    """What others take, and takes longer to load than the command takes to run."""
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert not left_out & set(loaded)
+
+
 def test_no_file_and_no_class_has_grown_too_large_to_be_read() -> None:
     large = []
     for name, path in modules():
