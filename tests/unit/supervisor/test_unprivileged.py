@@ -33,7 +33,7 @@ class Watched:
     def _event(self, event: str, level: str = "info", **fields: Any) -> None:
         self.events.append((event, {"level": level, **fields}))
 
-    def run(self, until: Callable[[], object], seconds: float = 20.0) -> None:
+    def run(self, until: Callable[[], object], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         tick = self.loop.after(0.05, lambda: None)
         while not until():
@@ -50,7 +50,6 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     monkeypatch.setattr(unprivileged, "_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(unprivileged, "_QUIET_SECONDS", 3.0)
     monkeypatch.setattr(unprivileged, "_PAUSE_SECONDS", (0.1, 1.0))
     found = Watched()
     found.process.start()
@@ -61,13 +60,18 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
         found.process.stop()
 
 
-def test_one_that_hangs_is_ended_and_started_again(watched: Watched) -> None:
+def test_one_that_hangs_is_ended_and_started_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # It says that it is alive.
     heard = watched.process._last_heard
     watched.run(lambda: watched.process._last_heard > heard)
     pid = watched.pid()
     os.kill(pid, signal.SIGSTOP)
-    watched.run(lambda: len(watched.events) == 2)
+    # Not while one starts: on a machine that has much else to do, that takes longer.
+    with monkeypatch.context() as impatient:
+        impatient.setattr(unprivileged, "_QUIET_SECONDS", 0.2)
+        watched.run(lambda: len(watched.events) == 2)
     assert watched.events == [
         ("resolver_hangs", {"level": "alarm", "pid": pid}),
         ("resolver_died", {"level": "alarm", "pid": pid, "how": "killed by SIGKILL"}),
