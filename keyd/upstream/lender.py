@@ -160,7 +160,9 @@ class Lender(Streams):
         with self._lock:
             refusals, self._refusals = self._refusals, Counter()
             last, self._last_refused = self._last_refused, {}
-        for (name, why), count in refusals.most_common(_TOLD):
+        # Not most_common(): it imports heapq, and nothing can be imported here any more.
+        most = sorted(refusals.items(), key=lambda refused: refused[1], reverse=True)
+        for (name, why), count in most[:_TOLD]:
             told = {"client_name": name, "status": why, "count": count}
             yield told | {"attempted": last[name, why]}
 
