@@ -139,7 +139,7 @@ class Clients:
         except ConnectionResetError:
             message = b""
         if takes_milliseconds(self._keys.get(message[KEY_IN_REQUEST])):
-            self._keyd.lead.hand_over()
+            self._keyd.lead.make_way()
         # One that is nowhere has been ended, to make room.
         deadline = self._silent.pop(client, None) or self._kept.pop(client, 0.0)
         self._answer(client, message, deadline)

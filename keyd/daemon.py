@@ -6,9 +6,9 @@ are trusted with nothing; from the supervisor (``keyd.orders``); and, where it l
 other hosts by way of workers (``keyd.upstream``). It reads no network socket.
 
 One of a few threads waits for events, and handles one after the other (``keyd.lead``). Before
-one that takes long, it makes way for another one, so that a slow key delays no other
-connection. A channel is armed for one event at a time (EPOLLONESHOT), so that no two
-threads ever serve the same channel.
+one that takes long, it makes way for another one if others may have to wait, so that slow keys
+delay other connections by one signature at most. A channel is armed for one event at a time
+(EPOLLONESHOT), so that no two threads ever serve the same channel.
 """
 
 import errno
@@ -391,6 +391,7 @@ class Keyd:
             if self.lead.take(_SWEEP_INTERVAL):
                 while self.lead.held and not self._stopped.is_set():
                     self._take_turn(_SWEEP_INTERVAL)
+                    self.lead.look_back()
                     self._sweep()
                 self.lead.hand_over()
 
@@ -409,7 +410,7 @@ class Keyd:
                 then = None
                 self._answer(descriptor, self._channels[descriptor])
             if then is not None:
-                self.lead.hand_over()
+                self.lead.make_way()
                 then()
 
     def _answer(self, descriptor: int, channel: Channel) -> None:
@@ -422,7 +423,7 @@ class Keyd:
             return
         started = time.monotonic()
         if takes_milliseconds(self._keys.get(message[KEY_IN_REQUEST])):
-            self.lead.hand_over()
+            self.lead.make_way()
         try:
             operation, result = channel.grant(self._keys, message)
         except Refused as refused:

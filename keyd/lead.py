@@ -2,17 +2,21 @@
 
 Used by keyd's threads. Where each takes what comes next, they wait for Python's lock and wake each
 other, again and again for one request. So whoever has the lead keeps it, until something takes long
-that others can run beside. The next one is woken by an event that comes meanwhile, and not before:
-mostly none comes.
+that others can run beside.
+
+To wake another thread costs a third of an RSA signature. So nobody is woken while nobody has to
+wait for a signature anyway. That costs one event the time of one signature, ten times a second at
+most.
 """
 
 import select
 import threading
+import time
 
 __all__ = ["Lead"]
 
-_DISARMED = select.EPOLLONESHOT
-_ARMED = select.EPOLLONESHOT | select.EPOLLIN
+#: In seconds: for how long others are woken once an event has had to wait.
+_CROWDED_SECONDS = 0.1
 
 
 class Lead:
@@ -21,35 +25,43 @@ class Lead:
     def __init__(self, events: select.epoll) -> None:
         self._lock = threading.Lock()
         self._leader = 0
-        self._events = events.fileno()
-        #: Tells one thread that there are events and nobody has the lead: it is armed whenever
-        #: nobody has it. It may also be armed when somebody has, so it may tell in vain.
-        self._vacancy = select.epoll()
-        self._vacancy.register(self._events, _DISARMED)
+        # Not by an epoll(7) of its own: the kernel has one lock for whatever is added to an epoll
+        # that another one has, and any user can hold that for long.
+        self._waiting = select.poll()
+        self._waiting.register(events, select.POLLIN)
+        self._crowded_until = time.monotonic()
+        #: Whether the leader has begun what takes long, and kept the lead.
+        self._kept = False
 
     def take(self, seconds: float) -> bool:
-        """Take the lead if nobody has it, now or within this time if there are events.
-
-        Returns whether this thread has it.
-        """
-        if self._lock.acquire(blocking=False):
-            self._vacancy.modify(self._events, _DISARMED)
-        else:
-            self._vacancy.poll(seconds, 1)
-            if not self._lock.acquire(blocking=False):
-                return False
-        self._leader = threading.get_ident()
-        return True
+        """Wait for the lead, so long at most; returns whether this thread has it now."""
+        taken = self._lock.acquire(timeout=seconds)
+        if taken:
+            self._leader = threading.get_ident()
+        return taken
 
     @property
     def held(self) -> bool:
         """Whether this thread has it."""
         return self._leader == threading.get_ident()
 
+    def make_way(self) -> None:
+        """Let another thread have it, if this one does and events may have to wait: for a signature
+        that takes long, a millisecond or so."""
+        if time.monotonic() < self._crowded_until:
+            self.hand_over()
+        elif self.held:
+            self._kept = True
+
+    def look_back(self) -> None:
+        """By the leader, after each event: see whether others have had to wait for it."""
+        if self._kept:
+            self._kept = False
+            if self._waiting.poll(0):
+                self._crowded_until = time.monotonic() + _CROWDED_SECONDS
+
     def hand_over(self) -> None:
-        """Let another thread have it, if this one does: what comes next takes long."""
+        """Let another thread have it, if this one does: what comes next may take very long."""
         if self.held:
             self._leader = 0
-            # Before the others are told: whoever is told in vain is not told again.
             self._lock.release()
-            self._vacancy.modify(self._events, _ARMED)

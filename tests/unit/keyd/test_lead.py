@@ -1,9 +1,10 @@
-"""One thread at a time has the lead, and only whoever has it hands it over."""
+"""One thread at a time has the lead. It makes way if others have had to wait for it."""
 
 import select
 import socket
 import threading
 from collections.abc import Iterator
+from math import inf
 
 import pytest
 
@@ -21,6 +22,10 @@ class Events:
 
     def happen(self) -> None:
         self._sender.send(b"1")
+
+    def hear(self) -> None:
+        assert self._epoll.poll(0)
+        self._receiver.recv(1)
 
     def close(self) -> None:
         self._sender.close()
@@ -45,6 +50,7 @@ def test_one_has_it_until_it_is_handed_over(events: Events) -> None:
     def take() -> None:
         assert not lead.held
         lead.hand_over()
+        lead.make_way()
         taken.append(lead.take(0))
         taken.append(lead.take(60) and lead.held)
         lead.hand_over()
@@ -56,56 +62,44 @@ def test_one_has_it_until_it_is_handed_over(events: Events) -> None:
     assert taken == [False]
     lead.hand_over()
     assert not lead.held
-    events.happen()
     other.join()
     assert taken == [False, True]
     assert lead.take(0)
 
 
-def test_an_event_that_is_there_already_wakes_another_one(events: Events) -> None:
+def test_it_is_kept_while_nobody_has_to_wait(events: Events) -> None:
+    assert events.lead.take(0)
+    for _ in range(3):
+        events.happen()
+        events.hear()
+        events.lead.make_way()
+        events.lead.look_back()
+        assert events.lead.held
+
+
+def test_it_is_not_kept_once_somebody_has_waited(
+    events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lead = events.lead
+    assert lead.take(0)
+    lead.make_way()
+    events.happen()
+    assert lead.held
+    lead.look_back()
+    events.hear()
+    lead.make_way()
+    assert not lead.held
+    # And is kept again after a while.
+    assert lead.take(0)
+    monkeypatch.setattr("time.monotonic", lambda: inf)
+    lead.make_way()
+    assert lead.held
+
+
+def test_who_waits_while_nothing_takes_long_is_next_anyway(events: Events) -> None:
     lead = events.lead
     assert lead.take(0)
     events.happen()
-    woken: list[bool] = []
-    other = threading.Thread(target=lambda: woken.append(lead.take(60)))
-    other.start()
-    lead.hand_over()
-    other.join()
-    assert woken == [True]
-
-
-def test_nobody_is_woken_for_events_that_the_leader_hears(events: Events) -> None:
-    lead = events.lead
-    assert lead.take(0)
-    lead.hand_over()
-    assert not lead._vacancy.poll(0)
-    assert lead.take(0)
-    events.happen()
-    assert not lead._vacancy.poll(0)
-
-
-@pytest.mark.parametrize("again", range(20))
-def test_no_event_is_missed(events: Events, again: int) -> None:
-    """Whoever takes over and hands over again, in whatever order."""
-    heard = threading.Semaphore(0)
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.is_set():
-            if events.lead.take(60):
-                if events._epoll.poll(60, 1):
-                    events._receiver.recv(1)
-                    heard.release()
-                events.lead.hand_over()
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(20):
-        events.happen()
-        assert heard.acquire(timeout=20)
-    over.set()
-    for _ in threads:
-        events.happen()
-    for thread in threads:
-        thread.join()
+    lead.look_back()
+    lead.make_way()
+    assert lead.held
