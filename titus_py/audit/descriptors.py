@@ -53,9 +53,8 @@ _ESTABLISHED: _Allowed = {**_SPARE, _CLIENT: 1, _BACKEND: 1, _CLOSED: 1}
 _KEYD: _Allowed = {
     _NULL: 3,
     _OWN_ERRORS: 2,
-    # The second one tells of events while no thread has the lead; the third one is for streams of
-    # hosts that it lends keys to.
-    "epoll": 3,
+    # The second one is for streams of hosts that it lends keys to.
+    "epoll": 2,
     _TO_PARENT: None,
     "socket to the supervisor": 1,
     "socket to worker": None,
