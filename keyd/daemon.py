@@ -391,13 +391,12 @@ class Keyd:
             if self.lead.take(_SWEEP_INTERVAL):
                 while self.lead.held and not self._stopped.is_set():
                     self._take_turn(_SWEEP_INTERVAL)
-                    self.lead.look_back()
                     self._sweep()
                 self.lead.hand_over()
 
     def _take_turn(self, seconds: float) -> None:
         """Handle one event to the end, if there is one within this time."""
-        for descriptor, _ in self.epoll.poll(seconds, 1):
+        for descriptor, _ in self.lead.next_event(seconds):
             source = self._sources.get(descriptor)
             if source is not None:
                 then = source.hear()

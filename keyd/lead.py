@@ -25,12 +25,9 @@ class Lead:
     def __init__(self, events: select.epoll) -> None:
         self._lock = threading.Lock()
         self._leader = 0
-        # Not by an epoll(7) of its own: the kernel has one lock for whatever is added to an epoll
-        # that another one has, and any user can hold that for long.
-        self._waiting = select.poll()
-        self._waiting.register(events, select.POLLIN)
+        self._events = events
         self._crowded_until = time.monotonic()
-        #: Whether the leader has begun what takes long, and kept the lead.
+        #: Whether the leader has kept the lead while something took long.
         self._kept = False
 
     def take(self, seconds: float) -> bool:
@@ -45,20 +42,24 @@ class Lead:
         """Whether this thread has it."""
         return self._leader == threading.get_ident()
 
+    def next_event(self, seconds: float) -> list[tuple[int, int]]:
+        """By the leader: the next event, if there is one within this time."""
+        if self._kept:
+            self._kept = False
+            if waiting := self._events.poll(0, 1):
+                self._crowded_until = time.monotonic() + _CROWDED_SECONDS
+                return waiting
+        return self._events.poll(seconds, 1)
+
     def make_way(self) -> None:
-        """Let another thread have it, if this one does and events may have to wait: for a signature
-        that takes long, a millisecond or so."""
+        """Let another thread have it, if this one does and others may have to wait.
+
+        To be called before a signature that takes long, a millisecond or so.
+        """
         if time.monotonic() < self._crowded_until:
             self.hand_over()
         elif self.held:
             self._kept = True
-
-    def look_back(self) -> None:
-        """By the leader, after each event: see whether others have had to wait for it."""
-        if self._kept:
-            self._kept = False
-            if self._waiting.poll(0):
-                self._crowded_until = time.monotonic() + _CROWDED_SECONDS
 
     def hand_over(self) -> None:
         """Let another thread have it, if this one does: what comes next may take very long."""

@@ -24,7 +24,7 @@ class Events:
         self._sender.send(b"1")
 
     def hear(self) -> None:
-        assert self._epoll.poll(0)
+        assert self.lead.next_event(0)
         self._receiver.recv(1)
 
     def close(self) -> None:
@@ -70,10 +70,10 @@ def test_one_has_it_until_it_is_handed_over(events: Events) -> None:
 def test_it_is_kept_while_nobody_has_to_wait(events: Events) -> None:
     assert events.lead.take(0)
     for _ in range(3):
+        assert not events.lead.next_event(0)
         events.happen()
         events.hear()
         events.lead.make_way()
-        events.lead.look_back()
         assert events.lead.held
 
 
@@ -83,9 +83,8 @@ def test_it_is_not_kept_once_somebody_has_waited(
     lead = events.lead
     assert lead.take(0)
     lead.make_way()
-    events.happen()
     assert lead.held
-    lead.look_back()
+    events.happen()
     events.hear()
     lead.make_way()
     assert not lead.held
@@ -100,6 +99,6 @@ def test_who_waits_while_nothing_takes_long_is_next_anyway(events: Events) -> No
     lead = events.lead
     assert lead.take(0)
     events.happen()
-    lead.look_back()
+    events.hear()
     lead.make_way()
     assert lead.held
