@@ -51,6 +51,11 @@ class Process(NamedTuple):
             # Its threads stop one after the other, each when it has a processor.
             eventually(lambda: set(self._states()) <= {"T", "t"}, "it stops")
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether all its threads wait for something."""
+        return set(self._states()) == {"S"}
+
     def _states(self) -> Iterator[str]:
         """Of its threads (proc_pid_stat(5)). None has ended meanwhile."""
         for thread in os.listdir(f"/proc/{self.pid}/task"):

@@ -21,6 +21,8 @@ def test_of_a_worker_that_left_a_message_unread(serve: Serve, echoing: Listener)
     )
     instance.expected_alarms.add("keyd_died")
     (worker,) = instance.confined_workers()
+    # It has said that it is ready, and waits for a client.
+    eventually(lambda: worker.sleeps, "a spare")
     worker.kill(signal.SIGSTOP)
     with connect(balanced) as client:
         client.sendall(b"PROXY TCP4 192.0.2.1 203.0.113.2 56324 443\r\nGET / HTTP/1.1\r\n\r\n")
