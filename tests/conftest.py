@@ -3,8 +3,7 @@
 import fcntl
 import signal
 import tempfile
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -71,17 +70,6 @@ def _takes_long(item: pytest.Item) -> bool:
     """It says so itself: it may take longer than others may."""
     timeout = item.get_closest_marker("timeout")
     return timeout is not None and timeout.args[0] > float(item.config.getini("timeout"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
-    """A unit test ends its threads: others fork, and a child has locks as it finds them."""
-    yield
-    if "unit" in item.path.parts:
-        for thread in threading.enumerate():
-            if thread is not threading.main_thread():
-                thread.join(60)
-                assert not thread.is_alive(), f"{thread.name} is left"
 
 
 @contextmanager

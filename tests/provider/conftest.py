@@ -119,7 +119,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Site]:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def keyd(tmp_path_factory: pytest.TempPathFactory, sites: dict[str, Site]) -> Iterator[Keyd]:
     """One that answers as keyd does."""
     running = Keyd(tmp_path_factory.mktemp("keyd") / "keyd.sock", keyds_answer(sites.values()))

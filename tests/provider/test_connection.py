@@ -277,7 +277,7 @@ def test_a_standard_stream_is_not_kept(
 
 def test_threads_get_each_their_own_answers(door: Door, harness: Harness) -> None:
     count, times = 4, 200
-    connections = 0
+    serving: list[threading.Thread] = []
 
     def serve(connection: socket.socket) -> None:
         while message := connection.recv(MAX_REQUEST_OCTETS):
@@ -285,16 +285,22 @@ def test_threads_get_each_their_own_answers(door: Door, harness: Harness) -> Non
             connection.send(Reply(Status.DONE, digest * 8).encode())
 
     def accept() -> None:
-        nonlocal connections
         while True:
             try:
                 made = door.accept()
             except OSError:
                 return
-            connections += 1
-            threading.Thread(target=serve, args=[made], daemon=True).start()
+            serving.append(threading.Thread(target=serve, args=[made]))
+            serving[-1].start()
 
-    threading.Thread(target=accept, daemon=True).start()
+    accepting = threading.Thread(target=accept)
+    accepting.start()
     assert harness.ask(f"threads {count} {times}") == f"ok {count * times}"
-    assert connections < count * times
+    assert len(serving) < count * times
     assert len(sockets_of(harness.process.pid)) == 1
+    door.stop()
+    accepting.join()
+    assert harness.process.stdin is not None
+    harness.process.stdin.close()
+    for thread in serving:
+        thread.join()

@@ -95,7 +95,11 @@ def demo() -> int:
     _hear_interrupts()
     try:
         with ExitStack() as stack:
-            _show(console, stack)
+            try:
+                _show(console, stack)
+            finally:
+                # One that came within ExitStack's own code would keep it from stopping the rest.
+                _ignore_interrupts()
     except (_Failed, RuntimeError) as failed:
         console.print(Text(f"\nThe demo failed: {failed}", style="bold red"))
         return 1
@@ -116,9 +120,6 @@ def _show(console: Console, stack: ExitStack) -> None:
     with _interrupts_later():
         instance = TitusInstance(directory, backend.address, "RSA-2048", ["localhost"])
         stack.callback(instance.stop)
-        # Callbacks run in reverse: whatever ends the demo, interrupts are ignored before the
-        # instance is stopped.
-        stack.callback(_ignore_interrupts)
     instance.wait_until_listening()
 
     url = f"https://localhost:{instance.port}/"
@@ -209,12 +210,18 @@ def _interrupts_later() -> Iterator[None]:
     finally:
         _hear_interrupts()
     if noted:
-        raise KeyboardInterrupt
+        _interrupt()
 
 
 def _hear_interrupts() -> None:
     for number in _INTERRUPTS:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """Only the first one counts: what it has begun, a second one must not cut short."""
+    _ignore_interrupts()
+    raise KeyboardInterrupt
 
 
 def _ignore_interrupts() -> None:
