@@ -407,7 +407,7 @@ def test_a_backend_of_a_protocol_has_its_own_line(load_text: Load) -> None:
     assert (mistake.key, mistake.line) == ('vhost[0].backends."http/1.1"', 9)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Pydantic")
 def test_protocols_and_their_backends(load_text: Load) -> None:
     text = 'sni = ["a.example"]\ngroups = ["X25519"]\nalpn = ["h2", "http/1.1"]\n'
     text += 'alpn_required = true\n[vhost.backends]\nh2 = "unix:h2.sock"\n'

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,22 @@ class Interrupted(KeySources):
         yield "stays", STAYS
 
 
-@pytest.fixture
-def reader() -> Iterator[socket.socket]:
+@contextmanager
+def reading(sources: KeySources) -> Iterator[socket.socket]:
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     before = set(children.read_text().split())
-    with key_reader.start(Interrupted((), None, None), must_lock=False) as ours:
-        ours.settimeout(30)
+    with key_reader.start(sources, must_lock=False) as ours:
         (child,) = set(children.read_text().split()) - before
         yield ours
     os.waitpid(int(child), 0)
+
+
+@pytest.fixture
+def reader() -> Iterator[socket.socket]:
+    BEGUN[0] = 0
+    with reading(Interrupted((), None, None)) as ours:
+        ours.settimeout(PATIENCE)
+        yield ours
 
 
 class Scarce(socket.socket):
@@ -102,9 +109,8 @@ def test_a_reader_that_has_ended_before_it_is_asked_has_said_why() -> None:
 def test_a_bad_file_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / os.fsdecode(b"not UTF-8: \xff")).write_text("no key")
     sources = KeySources((), str(tmp_path), None)
-    with key_reader.start(sources, must_lock=False) as ours:
+    with reading(sources) as ours:
         Renewal(ours, lambda _: None, lambda _: None).begin(sources, needed=False)
-    os.wait()
     assert "not UTF-8" in capsys.readouterr().err
 
 
