@@ -209,6 +209,21 @@ def burst(taken: Taken, to: str, *parts: str) -> str:
     return "alive"
 
 
+def at_a_word(taken: Taken, then: str, *parts: str) -> str:
+    """Once its client says so: these messages (hexadecimal) to the parent, and then this."""
+    taken.send(b".")
+    _wait(taken.place.client, select.POLLIN)
+    taken.receive()
+    for part in parts:
+        os.write(taken.place.parent, bytes.fromhex(part))
+    if then == "defy":
+        call("chdir", b"/")
+    elif then == "crash":
+        crash(taken)
+    _wait(taken.place.client, select.POLLIN)
+    return then
+
+
 def impersonate(taken: Taken, *names: str) -> str:
     """Claim certificates with these names, which nobody has shown, and ask for the backend."""
     from titus_py.between.client_allow import Facts
@@ -267,6 +282,7 @@ DEEDS: dict[str, Callable[..., str]] = {
     "spread": spread_out,
     "child": leave_a_child,
     "burst": burst,
+    "word": at_a_word,
     "impersonate": impersonate,
     "again": shake_hands_again,
 }

@@ -225,10 +225,10 @@ class Connections:
             self._admission.leave(worker.address)
         if worker.awaits_header:
             self._tell_begun(worker)
-        if how and not worker.killed_for:
+        level = "warning" if worker.killed_for in (_OVERDUE, CLIENT_GONE) else "info"
+        explained = worker.explains(how)
+        if not explained:
             level = "alarm"
-        else:
-            level = "warning" if worker.killed_for in (_OVERDUE, CLIENT_GONE) else "info"
         unfinished = worker.signed and worker.vhost is None and worker.tunnel is None
         self._tell(
             "connection_over",
@@ -245,6 +245,7 @@ class Connections:
             seconds=round(time.monotonic() - worker.started, 3),
             worker_seconds=round(time.monotonic() - worker.forked, 3),
             end=worker.killed_for or how,
+            **({"how": how} if worker.killed_for and not explained else {}),
             uid=worker.uid,
             backend=self._backends.chosen(worker),
             source=worker.source,

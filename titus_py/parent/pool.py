@@ -7,7 +7,6 @@ only the kernel.
 
 import errno
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sized
@@ -21,7 +20,7 @@ from titus_py.between.plan import Plan
 from titus_py.between.report import make_report, read_report
 from titus_py.parent.forks import Forks
 from titus_py.parent.outbox import Tell
-from titus_py.parent.worker import Worker
+from titus_py.parent.worker import KILLED, Worker
 
 __all__ = ["Pool"]
 
@@ -35,8 +34,6 @@ _MAX_FAILED_WORKERS = 5
 #: How often to hear a worker that has ended: our code says four things at most. Besides, there may
 #: be a reset, and is the end of file.
 _LAST_WORDS = 6
-#: How a worker ends that somebody else ended: the kernel, for one, where memory runs out.
-_KILLED = how_ended(-signal.SIGKILL)
 
 
 class Pool:
@@ -238,7 +235,7 @@ class Pool:
 
     def _worker_failed(self, worker: Worker, how: str, why: str) -> None:
         self._tell("worker_failed", level="alarm", uid=worker.uid, how=how, why=why)
-        if how != _KILLED:
+        if how != KILLED:
             self._failed_workers += 1
         if self._failed_workers >= _MAX_FAILED_WORKERS:
             sys.exit("titus-py: workers cannot confine themselves: " + why)

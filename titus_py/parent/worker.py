@@ -6,6 +6,7 @@ from contextlib import suppress
 from socket import SHUT_RDWR, SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
+from keyd.linux.process import how_ended
 from keyd.protocol import GrantSet
 from titus_py.between import messages
 from titus_py.between.event_loop import Timer
@@ -16,9 +17,10 @@ from titus_py.parent.failover import Failover
 if TYPE_CHECKING:
     from titus_py.between.client_identity import Identity
 
-__all__ = ["Offer", "Worker"]
+__all__ = ["KILLED", "Offer", "Worker"]
 
-
+#: How a worker ends that is killed: by its parent, or by the kernel where memory runs out.
+KILLED = how_ended(-signal.SIGKILL)
 _NO_ENDS = Ends("", 0, "", 0)
 
 
@@ -126,6 +128,13 @@ class Worker:
         if self.pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def explains(self, how: str) -> bool:
+        """Whether it ended as it should (``how`` is empty), or as a process that was killed ends.
+
+        A worker that is about to be killed may still end in another way: it runs on until then.
+        """
+        return not how or (how == KILLED and bool(self.killed_for))
 
     def deny_channel(self) -> None:
         """Let it have no other channel to keyd. If it waits for one, it fails now."""

@@ -259,6 +259,8 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "seconds": _SECONDS,
             "worker_seconds": _optional(_SECONDS),
             "end": _TEXT,
+            # Where it was to be killed for that, and ended otherwise before it was.
+            "how": _optional(_TEXT),
             # Of one without a worker; others have it in their report.
             "detail": _optional(_TEXT),
             "unfinished": _optional(_FLAG),

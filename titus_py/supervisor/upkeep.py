@@ -110,7 +110,7 @@ class Upkeep:
         elif name in _ENDS and event.get("uid") is not None:
             generation.ended.append(generation.connections.pop(event["connection"], {}))
             if generation is self._generations.serving:
-                self._worker_ended(event["end"], generation.number)
+                self._worker_ended(event.get("how") or event["end"], generation.number)
         elif name == "keyd_refused" and self._audits.expect(event.get("connection")):
             name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":
