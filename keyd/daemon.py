@@ -229,23 +229,26 @@ class Keyd:
                     gone()
                     self._leave_if_done()
                 return
-            if not descriptors:
-                # No descriptor was left for the channel, so it is closed: that client's handshake
-                # fails. Its worker, which can be told nothing here, is not to wait for more.
+            if descriptors:
+                kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
+                try:
+                    endpoint = socket.socket(*kind, fileno=descriptors[0])
+                except OSError as error:
+                    # Perhaps the parent was taken over. keyd goes on, for other parents.
+                    reason = error.strerror
+                    say(f"no channel for connection {order.connection}: {reason}")
+                    os.close(descriptors[0])
+                else:
+                    self.open(order, grants, endpoint, record)
+                    return
+            else:
+                # No descriptor was left for the channel, so it is closed.
                 reason = os.strerror(errno.EMFILE)
                 self._say_short_of_descriptors(reason)
-                self.tally.refused(Status.FAILED)
-                record(Refusal(order.connection, Status.FAILED, f"no channel: {reason}"))
-                return
-            kind = socket.AF_UNIX, socket.SOCK_SEQPACKET, 0
-            try:
-                endpoint = socket.socket(*kind, fileno=descriptors[0])
-            except OSError as error:
-                # Perhaps the parent was taken over. keyd goes on, for other parents.
-                say(f"no channel for connection {order.connection}: {error.strerror}")
-                os.close(descriptors[0])
-                return
-            self.open(order, grants, endpoint, record)
+            # That client's handshake fails. Its worker, which can be told nothing here, is not to
+            # wait for more.
+            self.tally.refused(Status.FAILED)
+            record(Refusal(order.connection, Status.FAILED, f"no channel: {reason}"))
 
         self._parents.add(control)
         if self._leaves_at is not None:

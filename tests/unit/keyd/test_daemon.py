@@ -143,6 +143,11 @@ def test_what_is_no_channel_ends_no_keyd(kind: str, tmp_path: Path) -> None:
         for _ in range(3):
             keyd._take_turn(0)
         assert not keyd._channels
+        if kind != "a stream that ends":
+            # Its worker is not to wait for another channel.
+            refused = Refusal(7, Status.FAILED, "no channel: Socket operation on non-socket")
+            assert decode_report(parent.recv(1000, socket.MSG_DONTWAIT)) == refused
+            assert keyd.tally.totals()["refused"] == {"failed": 1}
         with open_channel(parent) as worker:
             hear()
             hear()
