@@ -97,12 +97,18 @@ class Lender(Streams):
             if room:
                 self._keyd.streams[stream.fileno()] = stream
         if room:
-            self.writable.register(stream, select.EPOLLONESHOT)
-            self.epoll.register(stream, select.EPOLLIN | select.EPOLLONESHOT)
-            return
-        endpoint.close()
-        if self._lends:
+            try:
+                self.writable.register(stream, select.EPOLLONESHOT)
+                self.epoll.register(stream, select.EPOLLIN | select.EPOLLONESHOT)
+                return
+            except OSError as error:
+                # ENOMEM, ENOSPC: the other host connects again.
+                stream.close()
+                detail = f"a stream that cannot be watched: {error.strerror}"
+        else:
+            endpoint.close()
             detail = f"more than {_MOST_STREAMS} streams"
+        if self._lends:
             self.refused("", "exhausted", Status.EXHAUSTED, detail)
 
     def introduced(self, name: str) -> Borrower | None:

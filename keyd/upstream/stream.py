@@ -144,7 +144,7 @@ class Stream:
         except Malformed as error:
             name = self.borrower.name if self.borrower else ""
             self._streams.refused(name, "malformed", Status.MALFORMED, str(error))
-            self._close()
+            self.close()
         return None
 
     def tick(self, awake_since: float) -> None:
@@ -188,7 +188,7 @@ class Stream:
         """Whether anything more is taken now."""
         if self._ended and not self._closed:
             # What has come before the end is not looked at.
-            self._close()
+            self.close()
         return not (self._closed or self._leaves or self._rests or self._unsent)
 
     def _receive(self) -> bool:
@@ -198,7 +198,7 @@ class Stream:
         if octets is None:
             return False
         if not octets:
-            self._close()
+            self.close()
             return False
         self._spoke = True
         if not missing:
@@ -210,7 +210,7 @@ class Stream:
         name = client_name(self._header)
         self.borrower = self._streams.introduced(name) if name is not None else None
         if self.borrower is None:
-            self._close()
+            self.close()
             return False
         with self._lock:
             self._greet(self.borrower)
@@ -366,8 +366,8 @@ class Stream:
         if not self._closed:
             self._resume()
 
-    def _close(self) -> None:
-        """By the thread that reads it."""
+    def close(self) -> None:
+        """By the thread that reads it, or was to read it."""
         with self._lock:
             # Forgotten before it is closed: another one may get its number at once.
             self._streams.over(self)

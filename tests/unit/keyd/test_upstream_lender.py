@@ -5,6 +5,7 @@ the other host.
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -12,10 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pyseccomp
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -51,6 +54,8 @@ from keyd.upstream.messages import (
 
 P256, RSA = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
 OTHERS = ed25519.Ed25519PrivateKey.generate()
+#: <sys/epoll.h>; Python does not know it.
+EPOLL_CTL_ADD = 1
 #: A bound for what hangs.
 PATIENCE = 30.0
 HELLO, FLIGHT = client_hello(), flight()
@@ -222,6 +227,38 @@ def test_what_is_lent_is_signed(lending: Lending) -> None:
     until(lambda: lending.keyd.tally.totals()["signed"] == 1)
     until(lambda: [one.done for one in lending.lender.news() or ()] == [1, 0])
     assert lending.lender.news() is None
+
+
+@pytest.mark.parametrize("which", ["both", "the second"])
+def test_a_stream_that_cannot_be_watched_ends_alone(tmp_path: Path, which: str) -> None:
+    """As where the user of keyd has all watches that epoll(7) gives one (max_user_watches)."""
+    with contextlib.closing(Lending(tmp_path, threads=0)) as lending:
+
+        def accept_without_room() -> None:
+            full = [lending.keyd.epoll, lending.lender.writable]
+            program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+            for epoll in full if which == "both" else full[:1]:
+                of_it = pyseccomp.Arg(0, pyseccomp.EQ, epoll.fileno())
+                adding = pyseccomp.Arg(1, pyseccomp.EQ, EPOLL_CTL_ADD)
+                program.add_rule(pyseccomp.ERRNO(errno.ENOSPC), "epoll_ctl", of_it, adding)
+            program.load()
+            lending.keyd._take_turn(PATIENCE)
+
+        for _ in range(2):
+            host = Host(lending.path, "proxy-a")
+            # The filter is this thread's alone, and ends with it.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(accept_without_room).result()
+            assert host.hear() is None
+            assert not lending.keyd.streams
+        (told,) = lending.lender.tick()
+        assert (told["client_name"], told["status"], told["count"]) == ("", "exhausted", 2)
+        assert told["attempted"] == "a stream that cannot be watched: No space left on device"
+        assert lending.keyd.tally.totals()["refused"] == {"exhausted": 2}
+        host = Host(lending.path, "proxy-a")
+        for _ in range(2):
+            lending.keyd._take_turn(PATIENCE)
+        assert isinstance(host.hear(), Greeting)
 
 
 def test_many_at_once_in_any_order(lending: Lending) -> None:
