@@ -32,13 +32,17 @@ def run(command: str, file: Path) -> "subprocess.CompletedProcess[str]":
 def test_a_second_instance_with_the_same_uids_does_not_start(
     serve: Serve, echoing: Listener, tmp_path: Path
 ) -> None:
-    """Who forgot to give it uids of its own is told whose they are."""
+    """Who forgot to give it uids of its own is told whose they are.
+
+    To ``check``, the file may also be one that is to take the other's place.
+    """
     instance = serve(echoing.address)
     other = edited(instance, tmp_path / "other")
-    for command in ("check", "serve"):
+    for command, status, begins in (("check", 0, "warning: "), ("serve", 2, f"{other}")):
         ended = run(command, other)
-        assert ended.returncode == 2
+        assert ended.returncode == status
         (line,) = ended.stderr.splitlines()
+        assert line.startswith(begins)
         whose = f"the instance of {instance.directory}/titus.toml, process {instance.pid}"
         assert f"worker.uids: some of them are those of {whose}" in line
     assert serves(instance)
@@ -71,7 +75,9 @@ def test_a_reload_into_the_uids_of_another_is_refused(
         own = {"worker": {"uids": f"{uids[0]}-{uids[-2]}"}}
         text = (two.directory / "titus.toml").read_text().replace(theirs, own["worker"]["uids"])
         (tmp_path / "titus.toml").write_text(text)
-        assert run("check", tmp_path / "titus.toml").returncode == 2
+        assert f"some of them are those of the instance of {two.directory}/titus.toml" in (
+            run("check", tmp_path / "titus.toml").stderr
+        )
 
 
 def test_a_shared_user_of_keyd_is_warned_of(

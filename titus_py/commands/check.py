@@ -45,7 +45,7 @@ def check_main(path: str | Path, credentials: Path | None = None) -> int:
     # Another user than root cannot tell what root lacks here.
     if not os.geteuid() and lacks(loaded):
         return 2
-    checked = check(loaded)
+    checked = check(loaded, only_asked=True)
     report(checked._replace(warnings=[*checked.warnings, *outside.warnings(loaded)]))
     if checked.configuration is None:
         return 2

@@ -144,14 +144,15 @@ def check(
     timeout: float = _TIMEOUT_SECONDS,
     running: bool = False,
     before: Served = _NOTHING_SERVED,
+    only_asked: bool = False,
 ) -> Checked:
     """Check that certificates and keys match and are valid now, and that handshakes are possible.
 
     Asks helpers, two of which may have been started ahead. Waits for each for up to ``timeout``
     seconds, and longer for many certificates or virtual hosts (``load_seconds``).
     ``running``: the instance itself checks, for a reload; ``before`` is what it serves. Then a bad
-    certificate in a ``certificate_dir`` keeps its old version. Raises nothing: a helper that fails
-    is a mistake too.
+    certificate in a ``certificate_dir`` keeps its old version. ``only_asked``: nothing is to be
+    started with it. Raises nothing: a helper that fails is a mistake too.
     """
     keyd_check = keyd_check or Helper(KEYD_CHECK)
     handshake_check = handshake_check or Helper(HANDSHAKE_CHECK)
@@ -221,7 +222,8 @@ def check(
     except Unanswered as error:
         reason = f"it could not be tried whether a handshake is possible: {error}"
         mistakes.append(source.mistake("", reason))
-    for found, more in zip((mistakes, warnings), uids_in_use(loaded, running), strict=True):
+    in_use = uids_in_use(loaded, running, only_asked)
+    for found, more in zip((mistakes, warnings), in_use, strict=True):
         found += more
     configuration = None if mistakes else loaded.configuration
     return Checked(

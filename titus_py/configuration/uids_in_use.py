@@ -18,11 +18,13 @@ _PATIENCE_SECONDS = 3.0
 
 
 def uids_in_use(
-    loaded: Loaded, running: bool, held: Path = UIDS_FILE
+    loaded: Loaded, running: bool, only_asked: bool = False, held: Path = UIDS_FILE
 ) -> tuple[list[Mistake], list[Mistake]]:
     """The mistakes and the warnings about uids in use. Raises nothing.
 
     ``running``: the instance itself asks, for a reload. It looks at processes itself.
+    ``only_asked``: nothing is started. The file may be meant to take the place of the one that an
+    instance has read, and then has its uids rightly: that they are another's is a warning.
     """
     configuration, source = loaded.configuration, loaded.source
     mistakes: list[Mistake] = []
@@ -33,7 +35,10 @@ def uids_in_use(
     other = holder(worker.uids, held)
     if other is not None and not other.is_ours(source.path):
         reason = f"some of them are those of {other}: each instance has uids of its own"
-        mistakes.append(source.mistake("worker.uids", reason))
+        if only_asked:
+            reason += ". Not a mistake where this file is to take that one's place"
+        found = warnings if only_asked else mistakes
+        found.append(source.mistake("worker.uids", reason))
     if running or other is not None or is_running(source.path, held):
         # Other processes with these uids may be this instance's own.
         return mistakes, warnings
