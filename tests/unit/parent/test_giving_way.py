@@ -13,7 +13,8 @@ from titus_py.parent.giving_way import GivingWay
 from titus_py.parent.sock_diag import Seen, SockDiag
 from titus_py.parent.worker import Worker
 
-IDLE_SECONDS = 0.2
+#: No machine is so busy that it takes as long between one line of a test and the next.
+IDLE_SECONDS = 1.0
 
 
 class Full:
@@ -40,7 +41,9 @@ class Full:
 
 
 @pytest.fixture
-def full() -> Iterator[Full]:
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[Full]:
+    """Who has given way stays among them: whoever looks anew would choose it once more."""
+    monkeypatch.setattr("titus_py.parent.giving_way._KEPT_SECONDS", 60.0)
     with ExitStack() as stack:
         yield Full(stack)
 
@@ -64,8 +67,8 @@ def test_for_many_newcomers_the_kernel_is_asked_little(full: Full, asked: Counte
     time.sleep(IDLE_SECONDS + 0.1)
     chosen = {full.choice.choose() for _ in range(30)}
     assert chosen == set(workers)
-    # Once for all of them, once more before each is ended; and anew, if this took over a second.
-    assert asked.total() <= 3 * len(workers)
+    # Once for all of them, and once more before each is ended.
+    assert asked.total() <= 2 * len(workers)
     assert full.choice.choose() is None
 
 
@@ -84,9 +87,8 @@ def test_who_has_talked_since_or_ended_does_not_give_way(full: Full) -> None:
 
 
 def test_if_all_talk_at_once_only_some_of_them_are_asked_about_again(
-    full: Full, asked: Counter[Ends], monkeypatch: pytest.MonkeyPatch
+    full: Full, asked: Counter[Ends]
 ) -> None:
-    monkeypatch.setattr("titus_py.parent.giving_way._KEPT_SECONDS", 60.0)
     for _ in range(50):
         full.come("127.1.1.1")
     time.sleep(IDLE_SECONDS + 0.1)

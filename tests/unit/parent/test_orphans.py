@@ -1,5 +1,6 @@
 """Another channel, once keyd has ended: for whom it had signed nothing, and once."""
 
+import gc
 import os
 import resource
 import socket
@@ -222,6 +223,8 @@ def two_descriptors() -> Iterator[Callable[[], None]]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def limit() -> None:
+        # What earlier tests left to it would be closed meanwhile.
+        gc.collect()
         with ExitStack() as taken:
             free = [os.open("/", os.O_RDONLY) for _ in range(3)]
             for one in free:

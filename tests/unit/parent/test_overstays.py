@@ -1,5 +1,6 @@
 """Workers whose client has left, and a kernel that does not say so."""
 
+import gc
 import os
 import resource
 import time
@@ -18,6 +19,8 @@ NOBODY = Ends("127.0.0.1", 1, "127.0.0.1", 2)
 
 @contextmanager
 def no_descriptor_left() -> Iterator[None]:
+    # What earlier tests left to it would be closed meanwhile.
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
     taken = []

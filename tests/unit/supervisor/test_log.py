@@ -127,7 +127,7 @@ def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
         "print(time.monotonic() - started, flush=True)\n"
         "sys.stdin.read()\n"
         "for _ in range(100): time.sleep(0.01) or log('after')\n"
-        "log.close(20)\n"
+        "log.close(60)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program],
@@ -139,11 +139,11 @@ def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
         os.close(writer)
         assert process.stdout is not None
         assert process.stdin is not None
-        assert float(process.stdout.readline()) < 15
+        assert float(process.stdout.readline()) < 60
         process.stdin.close()
         with os.fdopen(reader, "rb") as lines:
             events = [json.loads(line) for line in lines]
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     lost = sum(event["count"] for event in events if event["event"] == "log_lines_lost")
     written = [event["number"] for event in events if event["event"] == "event"]
     assert lost > 0
@@ -207,7 +207,7 @@ def test_a_flood_leaves_room_for_alarms() -> None:
         "for number in range(500): log('alarming', level='alarm', number=number)\n"
         "for number in range(1000): log('event', number=number)\n"
         "print(flush=True)\n"
-        "log.close(20)\n"
+        "log.close(60)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
@@ -217,7 +217,7 @@ def test_a_flood_leaves_room_for_alarms() -> None:
         process.stdout.readline()
         with os.fdopen(reader, "rb") as lines:
             events = [json.loads(line) for line in lines]
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert any(event["event"] == "log_lines_lost" for event in events)
     alarms = [event["number"] for event in events if event["event"] == "alarming"]
     assert alarms == list(range(500))
