@@ -224,6 +224,21 @@ def test_nothing_is_left_of_a_killed_parents(serve: Serve, echoing: Listener) ->
     eventually(lambda: not zombies(instance.pid), "no zombies")
 
 
+def test_a_retired_parent_ends_although_a_spare_hangs(serve: Serve, echoing: Listener) -> None:
+    """It is stopped, and so does not leave when it is told to."""
+    instance = serve(echoing.address, worker={"spare": 1})
+    instance.expected_alarms.add("worker_failed")
+    (spare,) = instance.confined_workers()
+    eventually(lambda: spare.sleeps, "a spare")
+    spare.kill(signal.SIGSTOP)
+    parent = instance.parent()
+    assert reload(instance)["reloaded"]
+    alarm = instance.wait_for_event("worker_failed", uid=spare.uid)
+    assert (alarm["how"], alarm["why"]) == ("killed by SIGKILL", "hung before it had a client")
+    eventually(lambda: parent not in instance.processes(), "its end")
+    assert serves(instance)
+
+
 def test_nothing_is_left_of_a_retired_parents(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     for generation in (2, 3):

@@ -428,6 +428,19 @@ def _without_reseed() -> None:
     worker.reseed = _nothing  # type: ignore[attr-defined]
 
 
+def _without_ready() -> None:
+    """The first worker hangs before it says that it is ready."""
+    forked, reseed = mmap.mmap(-1, mmap.PAGESIZE), worker.reseed  # type: ignore[attr-defined]
+
+    def hang() -> None:
+        forked[0] += 1
+        if forked[0] == 1:
+            select.poll().poll()
+        reseed()
+
+    worker.reseed = hang  # type: ignore[attr-defined]
+
+
 #: ``dialer``, ``once`` and ``process one`` are the parent's (see ``driven_parent``); and there is
 #: ``preload PATH``.
 LAYERS: dict[str, Callable[[], None]] = {
@@ -444,6 +457,7 @@ LAYERS: dict[str, Callable[[], None]] = {
     "parting": _without_parting,
     "oom": _without_oom,
     "header": _without_header,
+    "ready": _without_ready,
 }
 
 

@@ -276,8 +276,9 @@ class Parent:
         self._adjust_accepting()
 
     def _say_alive(self) -> None:
-        """Kill a fork server that hangs. Tell the supervisor, which kills a parent that hangs."""
+        """Kill what hangs of ours. Tell the supervisor, which kills a parent that hangs."""
         self._forks.look_after()
+        self._pool.look_after()
         self._tell("alive", spares=len(self._pool.spares))
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
 

@@ -31,6 +31,10 @@ _REAP_SECONDS = 0.1
 _SPARES_SECONDS = 0.02
 #: How many workers in a row may fail to confine themselves: then the parent gives up.
 _MAX_FAILED_WORKERS = 5
+#: How often a worker is seen that has no client and is no spare, before it is taken to hang: for
+#: 15 seconds, as ``look_after`` is called every 3. On a busy machine, workers may take a few.
+_LOOKS = 6
+_HANGS = "hung before it had a client"
 #: How often to hear a worker that has ended: our code says four things at most. Besides, there may
 #: be a reset, and is the end of file.
 _LAST_WORDS = 6
@@ -68,6 +72,8 @@ class Pool:
         self._forming: set[int] = set()
         #: Workers that are ready for a client.
         self.spares: deque[Worker] = deque()
+        #: Those that are neither spares nor have a client, and how often they were seen so.
+        self._idle: dict[Worker, int] = {}
         self._draining = False
         self._failed_workers = 0
         self._fork_pause = 0.0
@@ -123,6 +129,22 @@ class Pool:
             self._failed_workers = 0
             self._forming.discard(worker.uid)
             self.spares.append(worker)
+
+    def look_after(self) -> None:
+        """Kill workers that should have said long ago that they are ready, or have left.
+
+        To be called every few seconds. The calls are counted, and not the time: a worker is not to
+        blame if this process was stopped itself (SIGSTOP, a paused virtual machine).
+        """
+        spares = set(self.spares)
+        self._idle = {
+            worker: self._idle.get(worker, 0) + 1
+            for worker in self._workers.values()
+            if worker.pidfd >= 0 and worker.offer is None and worker not in spares
+        }
+        for worker, looks in self._idle.items():
+            if looks >= _LOOKS:
+                worker.kill(_HANGS)
 
     # --- forking ------------------------------------------------------------------------
 
@@ -228,9 +250,9 @@ class Pool:
             self._ended(worker, how)
             return
         # The worker never had a client, so our code wrote its report.
-        why = read_report(worker.report).detail
+        why = worker.killed_for or read_report(worker.report).detail
         os.close(worker.report)
-        if how and not self._draining:
+        if how and (not self._draining or worker.killed_for == _HANGS):
             self._worker_failed(worker, how, why)
 
     def _worker_failed(self, worker: Worker, how: str, why: str) -> None:
