@@ -11,7 +11,7 @@ from .certificates import Certificate
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, UIDS, Table, free_port, toml
 from .peers import Listener, connect
-from .service import edit, launcher, reload, serves
+from .service import edit, launcher, problems, reload, serves
 
 KEYD = TITUS_PY.with_name("keyd")
 
@@ -146,4 +146,17 @@ def test_a_socket_of_systemds_that_nobody_accepts_from_is_warned_of(
     before = len(instance.events_named("not_accepted"))
     assert reload(instance)["reloaded"]
     assert len(instance.events_named("not_accepted")) == before
+    assert serves(instance, port)
+
+
+def test_a_reload_takes_no_address_beside_systemds_that_no_start_could_take(
+    serve: Serve, echoing: Listener, tmp_path: Path
+) -> None:
+    port = free_port()
+    instance = serve(echoing.address, program=launcher(tmp_path, ("0.0.0.0", port)))
+    edit(instance, lambda tables: tables["listen"].append({"address": f"0.0.0.0:{port}"}))
+    assert reload(instance)["reloaded"]
+    edit(instance, lambda tables: tables["listen"][-1].update(address=f"127.0.0.1:{port}"))
+    (problem,) = problems(instance)
+    assert "in use by systemd's titus-py.socket" in problem
     assert serves(instance, port)

@@ -385,7 +385,8 @@ def test_a_reload_is_refused_where_an_added_address_is_in_use(
     with Listener.tcp() as another:
         free, taken = free_port(), another.port
         edit(instance, add)
-        reason = f"cannot listen on 127.0.0.1:{taken}: Address already in use"
+        why = "Address already in use: 'ss -ltnp' shows by whom"
+        reason = f"cannot listen on 127.0.0.1:{taken}: {why}"
         assert problems(instance) == [reason]
     assert refused(free)
     assert generation_processes(instance) == processes

@@ -180,7 +180,8 @@ def test_an_address_in_use_is_named(
         check=False,
     )
     assert ended.returncode == 1
-    message = f"titus-py: cannot listen on 127.0.0.1:{taken}: Address already in use"
+    why = "Address already in use: 'ss -ltnp' shows by whom"
+    message = f"titus-py: cannot listen on 127.0.0.1:{taken}: {why}"
     assert ended.stderr.splitlines()[-1] == message
     assert refuses(free)
 

@@ -156,8 +156,9 @@ def listen(
 ) -> tuple[dict[Bindable, socket.socket], dict[Bindable, File]]:
     """A listening socket for each address: one that was passed to us, or else a new one.
 
-    ``own`` are the sockets that listen already, perhaps on wider or narrower addresses. Returns the
-    files that were made for unix sockets, too.
+    ``own`` are the sockets that listen already, perhaps on wider or narrower addresses. Beside one
+    that was passed, none is made: the next start could not do that. Returns the files that were
+    made for unix sockets, too.
     Raises CannotListen; then none of the new sockets is kept.
     """
     for address, access in wishes.access.items():
@@ -168,10 +169,11 @@ def listen(
                 "socket_user and socket_group out here"
             )
     found = Listeners(dict(passed), {}, {})
+    made_here = {address: one for address, one in (own or {}).items() if address not in passed}
     for address in addresses:
         try:
             if isinstance(address, IPAddress):
-                found.open[address] = passed.get(address) or _bind(address, wishes, own or {})
+                found.open[address] = passed.get(address) or _bind(address, wishes, made_here)
                 _set_transparent(found.open[address], address, wishes.transparent)
                 _prepare(found.open[address], wishes.keepalive)
             elif address in passed:
@@ -198,6 +200,10 @@ def _why(error: OSError, address: Bindable, passed: Iterable[Bindable]) -> str:
                 )
     if isinstance(address, UnixAddress):
         return _why_not_at(error)
+    if error.errno == errno.EADDRINUSE:
+        return ": 'ss -ltnp' shows by whom"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return ": no interface of this machine has it"
     if error.errno == errno.EPERM:
         return ": [[listen]] transparent takes CAP_NET_RAW"
     if error.errno == errno.EACCES:
