@@ -7,7 +7,6 @@ with nothing; neither is the client, whose ClientHello the parent has passed on 
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 
 from cryptography.exceptions import InternalError
 
@@ -175,10 +174,16 @@ def _word(request: Request) -> str:
     return request.operation.name.lower()
 
 
-def reply(channel: Channel, answer: Reply) -> None:
-    """Send a reply. It is lost if the worker does not read it or is gone, or memory is short."""
-    with suppress(OSError):
+def reply(channel: Channel, answer: Reply) -> str | None:
+    """Send a reply; returns why that cannot be done, if its worker is still there and waits."""
+    try:
         channel.socket.send(answer.encode(), socket.MSG_DONTWAIT)
+    except (BrokenPipeError, ConnectionResetError):
+        return None
+    except OSError as error:
+        # ENOBUFS, ENOMEM. EMSGSIZE, where net.core.wmem_default is less than a long signature.
+        return f"the answer cannot be sent: {error.strerror}"
+    return None
 
 
 def witness(message: bytes) -> Witnessed | tuple[Status, str]:

@@ -15,13 +15,11 @@ import errno
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from keyd.channel import Channel, Refused, reply
@@ -49,7 +47,7 @@ from keyd.protocol import (
 )
 from keyd.sites import Sites
 from keyd.tally import Tally
-from keyd.words import say
+from keyd.words import end_at_the_unforeseen, say
 
 if TYPE_CHECKING:
     from keyd.upstream.stream import Stream
@@ -66,22 +64,6 @@ _ACCEPTED_AT_ONCE = 16
 #: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
-
-
-def _die(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-) -> None:
-    """End keyd when a thread has failed unforeseen; its supervisor or service manager restarts it.
-
-    The report is one line: for a traceback, Python would open its source files, and the filter
-    would kill keyd before anything is printed.
-    """
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
-    say(f"{kind.__name__}: {error} at {where}")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 class _Source(NamedTuple):
@@ -138,10 +120,7 @@ class Keyd:
         ``threads`` threads take part, this one included, and one more runs ``beside``. ``ready``
         is called when all is set up. Raises OSError where the filter cannot be installed.
         """
-        sys.excepthook = _die
-        threading.excepthook = lambda failed: _die(
-            failed.exc_type, failed.exc_value, failed.exc_traceback
-        )
+        end_at_the_unforeseen()
         threading.stack_size(_STACK_OCTETS)
         share_one_heap()
         door = threading.Barrier(threads)
@@ -452,13 +431,17 @@ class Keyd:
         result: bytes | str,
     ) -> None:
         """Answer a request with its result, or with why there is none."""
+        failure: str | None
         if isinstance(result, str):
-            failed = Refused(Status.FAILED, f"{operation.name.lower()}: {result}")
+            failure = result
+        else:
+            # Before the reply: when its worker ends, the parent can know that it has got one.
+            channel.record(Done(channel.connection, operation))
+            failure = reply(channel, Reply(Status.DONE, result))
+        if failure is not None:
+            failed = Refused(Status.FAILED, f"{operation.name.lower()}: {failure}")
             self._refuse(descriptor, channel, failed)
             return
-        # Before the reply: when its worker ends, the parent can know that it has got one.
-        channel.record(Done(channel.connection, operation))
-        reply(channel, Reply(Status.DONE, result))
         # After the reply, so that the worker does not wait for the tally.
         self.tally.done(operation, time.monotonic() - started)
         self.epoll.modify(descriptor, _READABLE_ONCE)

@@ -9,9 +9,11 @@ could write lines there that pass for another process's. A keyd of its own has
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
+from types import TracebackType
 
-__all__ = ["TEXT_CHARACTERS", "Words", "leave_standard_error", "say"]
+__all__ = ["TEXT_CHARACTERS", "Words", "end_at_the_unforeseen", "leave_standard_error", "say"]
 
 #: The supervisor takes no longer text.
 TEXT_CHARACTERS = 1000
@@ -48,3 +50,28 @@ def say(line: str) -> None:
     flushes each line by itself.
     """
     sys.stderr.write(f"keyd: {line}\n")
+
+
+def end_at_the_unforeseen() -> None:
+    """Have keyd end where a thread fails with an exception that nobody foresaw, and say so.
+
+    Its supervisor or service manager restarts it.
+    """
+    sys.excepthook = _die
+    threading.excepthook = lambda failed: _die(
+        failed.exc_type, failed.exc_value, failed.exc_traceback
+    )
+
+
+def _die(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """The report is one line: for a traceback, Python would open its source files, and the filter
+    would kill keyd before anything is printed.
+    """
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
+    say(f"{kind.__name__}: {error} at {where}")
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,4 +1,7 @@
-"""keyd has no room for a channel, and goes on: that handshake fails at once, and why is said."""
+"""keyd has no room for a channel, or for an answer, and goes on.
+
+That handshake fails at once, and why is said.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from keyd.protocol import Status
 from .conftest import Certificates, Serve
 from .instance import PATIENCE, Instance
 from .peers import Listener, TlsClient
-from .service import serves
+from .service import serves, talk
 from .test_own_keyd import OwnKeyd
 
 #: No worker ends by its own timeout while a test waits for it.
@@ -86,3 +89,49 @@ def test_without_a_watch(
     instance.expected_alarms.add("keyd_refused")
     assert_fails_at_once(instance, "no channel: No space left on device")
     assert serves(instance)
+
+
+#: What it says first has these lengths: an answer with a signature of RSA-2048, and one with none.
+_SIGNED, _REFUSED = 2 + 256, 2
+
+
+@pytest.mark.parametrize("lengths", [[_SIGNED], [_SIGNED, _REFUSED]], ids=["one", "any"])
+def test_without_room_for_an_answer(
+    serve: Serve,
+    echoing: Listener,
+    certificates: Certificates,
+    tmp_path: Path,
+    lengths: list[int],
+) -> None:
+    """As where the kernel's memory is short: answers of these lengths cannot be sent."""
+    program = tmp_path / "keyd"
+    program.write_text(
+        f"#!{sys.executable} -I\n"
+        "import errno, sys\n"
+        "import pyseccomp as seccomp\n"
+        "from keyd.__main__ import main\n"
+        "program = seccomp.SyscallFilter(seccomp.ALLOW)\n"
+        f"for length in {lengths}:\n"
+        "    of_it = seccomp.Arg(2, seccomp.EQ, length)\n"
+        "    program.add_rule(seccomp.ERRNO(errno.ENOBUFS), 'sendto', of_it)\n"
+        "program.load()\n"
+        "sys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    issued = certificates("RSA-2048"), certificates("P-256", "www.example.org")
+    options = [*(f"--key={one.key}" for one in issued), "--user=nobody"]
+    keyd = OwnKeyd(tmp_path, [*options, f"--chroot={tmp_path / 'root'}"], program)
+    keyd.start()
+    try:
+        sites = [
+            {"sni": [name], "certificates": [{"certificate": one.certificate}]}
+            for name, one in zip(("localhost", "www.example.org"), issued, strict=True)
+        ]
+        instance = serve(echoing.address, vhost=sites, keyd={"socket": keyd.socket}, worker=_WORKER)
+        instance.expected_alarms.add("keyd_refused")
+        reason = "sign: the answer cannot be sent: No buffer space available"
+        assert_fails_at_once(instance, reason)
+        with TlsClient(instance.port, "www.example.org") as client:
+            assert talk(client.handshake())
+    finally:
+        keyd.close()
