@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     configuration = commands.add_parser(
         "openssl-conf", help="write an OpenSSL configuration that loads the provider"
     )
-    configuration.add_argument("--socket", required=True, metavar="PATH")
+    configuration.add_argument("--socket", required=True, type=_absolute, metavar="PATH")
     configuration.set_defaults(run=_openssl_conf)
 
     inspection.add_commands(commands)
@@ -231,6 +231,12 @@ def _reference(arguments: argparse.Namespace) -> int:
     _, reference = refer_to(load_chain(arguments.certificate)[0].certificate, arguments.certificate)
     sys.stdout.write(reference)
     return 0
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{path!r}: expected an absolute path")
+    return path
 
 
 def _openssl_conf(arguments: argparse.Namespace) -> int:

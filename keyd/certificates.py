@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd import mldsa
 from keyd.chain import UNREADABLE, Located, doubts, name_of
-from keyd.keys import Read, UnusableKey, load_private_key, read
+from keyd.keys import Read, UnusableKey, load_private_key, read, why_binary
 from keyd.pem import Damaged, blocks
 from keyd.powers import PrivateKey
 from keyd.pss import PSSPublicKey, binding_of_tbs
@@ -138,7 +138,8 @@ def load_chain(path: str, read: Read = read) -> list[Located]:
     """
     chain = []
     try:
-        for block in blocks(read(path, "certificate")):
+        content = read(path, "certificate")
+        for block in blocks(content):
             if reason := _MISLABELLED.get(block.label):
                 raise Damaged(block.line, f"a {block.label}, which {reason}")
             if block.label in _LABELS:
@@ -150,7 +151,8 @@ def load_chain(path: str, read: Read = read) -> list[Located]:
     except Damaged as error:
         raise UnusableKey("certificate", f"{path}:{error.line}: {error.reason}") from None
     if not chain:
-        raise UnusableKey("certificate", f"{path} holds no PEM certificate")
+        reason = why_binary(content, "x509", "-nokeys") or "holds no PEM certificate"
+        raise UnusableKey("certificate", f"{path} {reason}")
     return chain
 
 

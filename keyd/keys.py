@@ -33,8 +33,13 @@ __all__ = [
     "passphrase_in",
     "read",
     "read_ahead",
+    "why_binary",
 ]
 
+#: How PKCS #12 begins (RFC 7292 §4): a SEQUENCE, whatever its length, with version 3.
+_PKCS12 = re.compile(
+    rb"\x30(?:[\x00-\x80]|\x81.|\x82.{2}|\x83.{3}|\x84.{4})\x02\x01\x03\x30", re.DOTALL
+)
 #: Reads the file that a setting names, as ``read`` does.
 Read = Callable[[str, str], bytes]
 
@@ -194,6 +199,17 @@ def _is_sound(key: rsa.RSAPrivateKey) -> bool:
     return True
 
 
+def why_binary(content: bytes, command: str, from_pkcs12: str) -> str | None:
+    """Of a file that is not PEM but DER: what makes PEM of it, with this command of openssl's."""
+    if not content.startswith(b"\x30"):  # a SEQUENCE
+        return None
+    if _PKCS12.match(content):
+        made = f"'openssl pkcs12 -in OLD {from_pkcs12} -out NEW'"
+        return f"is PKCS #12 (.p12, .pfx), not PEM: take it out with {made}"
+    made = f"'openssl {command} -inform DER -in OLD -out NEW'"
+    return f"is binary (DER), not PEM: convert it with {made}"
+
+
 def _why_unreadable(pem: bytes, said: str) -> str | None:
     """Why the library cannot read this key; None for damage or a wrong passphrase."""
     labels = [label.decode() for label in re.findall(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----", pem)]
@@ -201,9 +217,7 @@ def _why_unreadable(pem: bytes, said: str) -> str | None:
     if private is None:
         if labels:
             return f"holds a {labels[0]}, and no private key"
-        if pem.startswith(b"\x30"):  # a SEQUENCE
-            return "is binary (DER), not PEM: convert it with 'openssl pkey -inform DER -out NEW'"
-        return "holds no PEM private key"
+        return why_binary(pem, "pkey", "-nocerts -noenc") or "holds no PEM private key"
     if private == "OPENSSH PRIVATE KEY":
         return "is in OpenSSH's format: convert a copy of it with 'ssh-keygen -p -m PEM -f COPY'"
     # What the library says of PKCS #8, and of OpenSSL's own encoding from before that.

@@ -25,6 +25,8 @@ _ANSWER_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
 #: A certificate with at least so many days left is shown in green, or in yellow.
 _SOON_DAYS, _NOW_DAYS = 14, 3
+#: Columns: more than any table has.
+_UNBROKEN = 10_000
 #: How many names of a certificate, or a virtual host, are shown.
 _NAMES = 3
 _STATE_STYLES = {"serving": "green", "starting": "yellow", "retired": "dim"}
@@ -46,7 +48,7 @@ def status(
     running = instances_to_ask("status", pid, directory)
     if not running:
         return 2
-    console = console or Console(highlight=False)
+    console = console or _standard_output()
     if watch:
         try:
             _watch(console, as_json, running, directory)
@@ -58,6 +60,14 @@ def status(
     else:
         console.print(_shown(answers))
     return 1 if any(isinstance(answer, NoAnswer) for answer in answers) else 0
+
+
+def _standard_output() -> Console:
+    """Where it is no terminal, each line of a table is one line, for grep(1) and awk(1)."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _UNBROKEN
+    return console
 
 
 def _watch(console: Console, as_json: bool, running: list[int], directory: Path) -> None:

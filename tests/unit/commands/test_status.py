@@ -222,6 +222,19 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
     assert "\x1b" not in text
 
 
+def test_for_a_program_that_reads_it_no_line_is_broken(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = make_status()
+    name = f"{'long.' * 60}example.org"
+    answer["certificates"][0].update(names=[name])
+    start(17, answer)
+    assert status(directory=tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(name in line for line in lines)
+    assert max(map(len, lines)) < 1000
+
+
 @pytest.mark.parametrize(
     ("pages", "line"),
     [(2, "workers share 2 huge pages of {}\n"), (0, "workers share no huge pages of {}: the ")],

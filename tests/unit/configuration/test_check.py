@@ -226,6 +226,36 @@ def test_no_reference_for_what_is_no_certificate(tmp_path: Path) -> None:
     assert refused(path) == f"keyd: {path} holds no PEM certificate\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["x509", "-outform", "DER"], "is binary (DER), not PEM: convert it with 'openssl x509 "),
+        (
+            ["pkcs12", "-export", "-nokeys", "-passout", "pass:"],
+            "is PKCS #12 (.p12, .pfx), not PEM: take it out with 'openssl pkcs12 -in OLD -nokeys ",
+        ),
+    ],
+)
+def test_what_makes_pem_of_a_binary_certificate(
+    tmp_path: Path, keys: dict[str, Key], command: list[str], why: str
+) -> None:
+    path = tmp_path / "site.crt"
+    write_certificate(path, keys["ec"])
+    made = subprocess.run(
+        ["openssl", *command], input=path.read_bytes(), capture_output=True, check=True
+    )
+    path.write_bytes(made.stdout)
+    assert refused(path).startswith(f"keyd: {path} {why}")
+
+
+def test_a_socket_for_other_programs_has_an_absolute_path() -> None:
+    """Each of them may be in another directory."""
+    command = [sys.executable, "-m", "keyd", "openssl-conf", "--socket", "www.sock"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "--socket: 'www.sock': expected an absolute path" in ended.stderr
+
+
 #: What is changed in a certificate's DER, and what is said of it: by one library or the other.
 DAMAGE = {
     "version": (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05", ":1: a damaged certificate"),
@@ -304,6 +334,7 @@ UNREADABLE = {
     "version 2": "is in version 2 of PKCS #8, which holds the public key as well",
     "openssh": "is in OpenSSH's format: convert a copy of it with 'ssh-keygen",
     "der": "is binary (DER), not PEM: convert it with 'openssl pkey -inform DER",
+    "pkcs12": "is PKCS #12 (.p12, .pfx), not PEM: take it out with 'openssl pkcs12 -in OLD -noc",
     "public": "holds a PUBLIC KEY, and no private key",
     "certificate": "holds a CERTIFICATE, and no private key",
     "text": "holds no PEM private key",
@@ -338,6 +369,8 @@ def unreadable(kind: str, keys: dict[str, Key], directory: Path) -> bytes:
         return b"-----BEGIN PRIVATE KEY-----\n" + text + b"\n-----END PRIVATE KEY-----\n"
     if kind == "certificate":
         return (directory / "site.crt").read_bytes()
+    if kind == "pkcs12":
+        return openssl("pkcs12", "-export", "-nocerts", "-passout", "pass:right")
     if kind == "x25519":
         return openssl("genpkey", "-algorithm", "x25519")
     return {
