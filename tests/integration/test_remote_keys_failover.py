@@ -67,6 +67,16 @@ def pin(certificate: Certificate) -> str:
 
 @pytest.fixture(scope="module")
 def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
+    yield from _site(serve_all, certificates)
+
+
+@pytest.fixture
+def doomed(serve: Serve, certificates: Certificates) -> Iterator[Site]:
+    """For a test to end."""
+    yield from _site(serve, certificates)
+
+
+def _site(serve: Serve, certificates: Certificates) -> Iterator[Site]:
     own, borrower = certificates("P-256", "localhost"), certificates("P-256", "proxy-a")
     with ExitStack() as opened:
         directory = opened.enter_context(scratch())
@@ -99,7 +109,7 @@ def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
                     "client": [{"name": "proxy-a", "keys": [own.key], "rate": "100000/s"}],
                 },
             }
-            lenders.append(hosts.on(number, lambda tables=tables: serve_all(**tables)))
+            lenders.append(hosts.on(number, lambda tables=tables: serve(**tables)))
             tunnels.append(
                 {
                     "listen": f"unix:{directory}/keys-{number}.sock",
@@ -123,7 +133,7 @@ def site(serve_all: Serve, certificates: Certificates) -> Iterator[Site]:
                 "upstream_user": str(uid[0]),
             },
         }
-        instance = hosts.on(PROXY, lambda: serve_all(**proxy))
+        instance = hosts.on(PROXY, lambda: serve(**proxy))
         yield Site(hosts, instance, lenders, own, [tunnel["listen"] for tunnel in tunnels])
 
 
@@ -212,36 +222,35 @@ def test_all_packets_are_dropped_and_neither_end_is_told(site: Site) -> None:
     eventually(is_asked, "the first one is asked again")
 
 
-def test_the_first_host_is_killed_under_load(site: Site, rounds: Rounds) -> None:
+def test_the_first_host_is_killed_under_load_and_the_proxy_ends_when_it_is_told_to(
+    doomed: Site, rounds: Rounds
+) -> None:
+    """Though its keyd's connection to the second one could go on for an hour."""
     count = rounds(enough=240, full=2_000)
     numbers = itertools.count(1)
     killed = threading.Event()
 
     def one(_: int) -> bool:
         if next(numbers) == count // 2:
-            site.keys[0].signal(signal.SIGKILL)
+            doomed.keys[0].signal(signal.SIGKILL)
             killed.set()
-        return site.shake_hands()
+        return doomed.shake_hands()
 
     def all_of_them() -> list[bool]:
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(one, range(count)))
 
-    since = len(site.proxy.events())
-    made = site.network.on(CLIENTS, all_of_them)
+    since = len(doomed.proxy.events())
+    made = doomed.network.on(CLIENTS, all_of_them)
     assert killed.is_set()
     assert made == [True] * count
-    site.proxy.wait_for_event("upstream_unusable", since=since, upstream=site.upstreams[0])
+    doomed.proxy.wait_for_event("upstream_unusable", since=since, upstream=doomed.upstreams[0])
 
     def settled() -> bool:
-        first, second = status(site.proxy)["upstreams"]
+        first, second = status(doomed.proxy)["upstreams"]
         done = first["done"] + second["done"]
         return done >= count and (second["state"], second["in_flight"]) == ("ready", 0)
 
     eventually(settled, "the second one has done the rest")
-
-
-def test_the_proxy_ends_when_it_is_told_to(site: Site) -> None:
-    """Though keyd's own connections could go on for an hour."""
-    site.proxy.signal(signal.SIGTERM)
-    assert site.proxy.wait(PATIENCE) == 0
+    doomed.proxy.signal(signal.SIGTERM)
+    assert doomed.proxy.wait(PATIENCE) == 0
