@@ -22,21 +22,21 @@ class Installed:
     """Below this directory, as a package has it: a virtual environment, and what is in it."""
 
     def __init__(self, directory: Path) -> None:
-        python = directory / "bin/python"
+        self.python = python = directory / "bin/python"
         python.parent.mkdir(parents=True)
         python.symlink_to(Path(sys.executable).resolve())
         settings = f"home = {python.resolve().parent}\ninclude-system-site-packages = false\n"
         (directory / "pyvenv.cfg").write_text(settings)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        self._site = directory / "lib" / version / "site-packages"
-        self._site.mkdir(parents=True)
+        self.site = directory / "lib" / version / "site-packages"
+        self.site.mkdir(parents=True)
         for theirs in Path(sysconfig.get_path("purelib")).iterdir():
             if theirs.suffix != ".pth" and not theirs.name.startswith("titus_py-"):
-                (self._site / theirs.name).symlink_to(theirs)
+                (self.site / theirs.name).symlink_to(theirs)
         for name in _PACKAGES:
             without = ignore_patterns("__pycache__")
-            copytree(_CHECKOUT / name, self._site / name, ignore=without)
-        self._metadata = self._site / "titus_py.dist-info/METADATA"
+            copytree(_CHECKOUT / name, self.site / name, ignore=without)
+        self._metadata = self.site / "titus_py.dist-info/METADATA"
         self._metadata.parent.mkdir()
         self.is_version("1.0")
         self.titus_py, self.keyd = directory / "titus-py", directory / "keyd"
@@ -49,7 +49,7 @@ class Installed:
 
     def has(self, file: str, before: str, after: str) -> None:
         """Another version has this in the place of that."""
-        path = self._site / file
+        path = self.site / file
         text = path.read_text()
         assert before in text, (file, before)
         # As dpkg does it.
@@ -60,7 +60,7 @@ class Installed:
     @contextmanager
     def without(self, part: str) -> Iterator[None]:
         """A file or directory is not there for a while: as if its package were broken."""
-        path = self._site / part
+        path = self.site / part
         away = path.rename(path.with_name(f"{path.name}.away"))
         yield
         away.rename(path)
