@@ -4,6 +4,10 @@ import gc
 import signal
 import sys
 
+from keyd.without_ssh import load_nothing_of_ssh
+
+if __name__ == "__main__":
+    load_nothing_of_ssh()
 if sys.argv[1:2] in (["serve"], ["check"]):
     # titus-py waits for these. The imports make no garbage: looking for it takes a tenth of them.
     gc.disable()

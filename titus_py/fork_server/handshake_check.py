@@ -28,6 +28,10 @@ from typing import NamedTuple
 
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
+from keyd.without_ssh import load_nothing_of_ssh
+
+if __name__ == "__main__":
+    load_nothing_of_ssh()
 
 # OpenSSL reads this as it is loaded. It names no keyd to the provider.
 _CONFIGURATION = sealed_file("openssl.cnf", openssl_configuration("").encode())

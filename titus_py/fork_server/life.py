@@ -27,11 +27,13 @@ _ROOM_OCTETS = 1 << 20
 sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 import warnings
+from types import ModuleType
 
 # This is a decorator of pyOpenSSL's, which loads inspect, ast and dis: a megabyte of each worker.
 # What it makes warns whoever calls it, and here no warning is heard (see below).
-if sys.version_info >= (3, 13):
-    warnings.deprecated = lambda *_, **__: lambda decorated: decorated
+_WHERE = warnings if sys.version_info >= (3, 13) else ModuleType("typing_extensions")
+vars(_WHERE)["deprecated"] = lambda *_, **__: lambda decorated: decorated
+sys.modules[_WHERE.__name__] = _WHERE
 
 # Most of what is loaded, workers only look at. They write to what OpenSSL makes for itself, first,
 # and to most of what is made once all is loaded. Both are on the same huge page, or two: there is
