@@ -372,15 +372,15 @@ def test_a_key_that_keyd_lacks_is_named(
     certificates: Certificates,
     echoing: Listener,
 ) -> None:
+    without = certificates("P-256", "without.test")
     instance = start_proxy(
-        echoing.address,
-        certificates("P-256", "without.test"),
-        keyd=start_keyd(certificates("P-256", "with.test").key),
+        echoing.address, without, keyd=start_keyd(certificates("P-256", "with.test").key)
     )
     instance.expected_alarms |= {"keyd_refused"}
     event = instance.wait_for_event("keyd_lacks_key")
     assert event["level"] == "error"
     assert len(event["key"]) == 64
+    assert event["certificate"] == str(without.certificate)
     with TlsClient(instance.port) as client, pytest.raises(FAILS):
         client.handshake()
 

@@ -165,7 +165,13 @@ class KeydService:
                 self._reload_for_keys()
             return True
         for one in missing:
-            self._event("keyd_lacks_key", level="error", socket=str(path), key=one)
+            self._event(
+                "keyd_lacks_key",
+                level="error",
+                socket=str(path),
+                key=one,
+                certificate=_certificates(generation, {one}),
+            )
         if parent is None:
             return True
         try:
@@ -200,17 +206,22 @@ class KeydService:
 
 def _lacks(generation: Generation, missing: set[str]) -> str:
     """Why a keyd that is a service cannot serve this generation, and what to do."""
+    return (
+        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} does not have the key of "
+        f"{_certificates(generation, missing)}: have it read its keys again (systemctl restart "
+        "titus-keyd)"
+    )
+
+
+def _certificates(generation: Generation, keys: set[str]) -> str:
+    """The files with the certificates for these keys: the first few."""
     files = [
         str(credential.certificate)
         for credential, facts in generation.certificates.items()
-        if facts.key_id.hex() in missing
+        if facts.key_id.hex() in keys
     ]
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    return (
-        f"keyd.socket: the keyd at {generation.configuration.keyd.socket} does not have the key of "
-        f"{', '.join(files[:_SHOWN])}{more}: have it read its keys again (systemctl restart "
-        "titus-keyd)"
-    )
+    return ", ".join(files[:_SHOWN]) + more
 
 
 def _hear_keys(control: socket.socket) -> tuple[set[str] | None, str]:
