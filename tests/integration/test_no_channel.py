@@ -4,6 +4,7 @@ That handshake fails at once, and why is said.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from OpenSSL import SSL
 from keyd.protocol import Status
 
 from .conftest import Certificates, Serve
-from .instance import PATIENCE, Instance
+from .instance import PATIENCE, Event, Instance, eventually
 from .peers import Listener, TlsClient
 from .service import serves, talk
 from .test_own_keyd import OwnKeyd
@@ -45,6 +46,25 @@ def test_without_a_descriptor(serve: Serve, echoing: Listener) -> None:
         assert_fails_at_once(instance, "no channel: Too many open files")
     instance.keyd().limit_descriptors()
     assert serves(instance)
+
+
+def test_many_clients_that_fail_for_one_reason_have_a_line_a_second(
+    serve: Serve, echoing: Listener
+) -> None:
+    instance = serve(echoing.address, worker=_WORKER)
+    instance.keyd().limit_descriptors(_NO_DESCRIPTOR)
+    begun, clients = time.monotonic(), 40
+    for _ in range(clients):
+        with TlsClient(instance.port) as client, pytest.raises(SSL.Error, match="internal error"):
+            client.handshake()
+
+    def told() -> list[Event]:
+        lines = instance.events_named("keyd_refused")
+        return lines if sum(line.get("count", 1) for line in lines) == clients else []
+
+    lines = eventually(told, "all are told of")
+    assert len(lines) <= time.monotonic() - begun + 2
+    assert len(instance.events_named("handshake_failed")) == clients
 
 
 @pytest.fixture

@@ -54,12 +54,12 @@ from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
 from titus_py.supervisor.renewals import Renewals
+from titus_py.supervisor.repeated_events import RepeatedEvents
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
 from titus_py.supervisor.succession import Legacy, Trial
 from titus_py.supervisor.takeover import Takeover
-from titus_py.supervisor.tunnel_events import TunnelEvents
 from titus_py.supervisor.uid_blocks import UidBlocks
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
 from titus_py.supervisor.upkeep import Upkeep
@@ -216,7 +216,7 @@ class _Supervisor:
         self._upkeep = Upkeep(
             loop,
             record,
-            TunnelEvents(loop, record),
+            RepeatedEvents(loop, record),
             service,
             generations,
             takeover,

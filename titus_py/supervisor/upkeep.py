@@ -19,10 +19,10 @@ from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.keyd_service import KeydService
 from titus_py.supervisor.lending_events import complete_refusal, since
 from titus_py.supervisor.record import Event
+from titus_py.supervisor.repeated_events import RepeatedEvents
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.takeover import Takeover
-from titus_py.supervisor.tunnel_events import TunnelEvents
 
 __all__ = ["Upkeep"]
 
@@ -46,7 +46,7 @@ class Upkeep:
         self,
         loop: EventLoop,
         event: Event,
-        tunnel_event: TunnelEvents,
+        repeated: RepeatedEvents,
         service: Service,
         generations: Generations,
         takeover: Takeover,
@@ -63,7 +63,7 @@ class Upkeep:
     ) -> None:
         self._loop = loop
         self._event = event
-        self._tunnel_event = tunnel_event
+        self._repeated = repeated
         self._service = service
         self._generations = generations
         self._takeover = takeover
@@ -115,6 +115,8 @@ class Upkeep:
             name, event["level"] = "audit_refused", "info"
         elif name == "keyd_refused":
             _complete_refusal(generation, event)
+            self._repeated.refused(name, generation.number, event)
+            return
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._keyd_service.lost(generation)
         elif name == "keyd_said":
@@ -140,7 +142,7 @@ class Upkeep:
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
             self._backends.checked(generation.checks[event.pop("check")], state)
         if event.get("tunnel") is not None:
-            self._tunnel_event(name, generation.number, event)
+            self._repeated.of_tunnel(name, generation.number, event)
             return
         self._event(name, generation.number, **event)
         if name == "keyd_incomprehensible" and generation.keyd is not None:

@@ -11,6 +11,9 @@ from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.child import Child
 from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.metrics import Metrics
+from titus_py.supervisor.record import Record
+from titus_py.supervisor.repeated_events import RepeatedEvents
 from titus_py.supervisor.upkeep import Upkeep
 
 NOBODY = cast(Child, None)
@@ -29,10 +32,12 @@ def upkeep(recorded: list[tuple[str, dict[str, Any]]]) -> Upkeep:
         recorded.append((name, fields))
 
     nothing: Any = None
+    record = cast(Record, SimpleNamespace(metrics=Metrics(), log=event))
     return Upkeep(
         EventLoop(),
         event,
-        *[nothing] * 6,
+        RepeatedEvents(EventLoop(), record),
+        *[nothing] * 5,
         AnnouncedAudits(),
         *[nothing] * 7,
     )
