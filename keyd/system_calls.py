@@ -88,7 +88,12 @@ MAKING: Rules = {
 }
 
 #: What ``keyd check`` may do besides, where it has tokens prove their keys.
-ASKING_TOKENS: Rules = {"poll": _ANYHOW, "recvfrom": _ANYHOW, "sendto": _ANYHOW}
+ASKING_TOKENS: Rules = {
+    "poll": _ANYHOW,
+    "ppoll": _ANYHOW,
+    "recvfrom": _ANYHOW,
+    "sendto": _ANYHOW,
+}
 
 #: The process that connects to upstreams: to unix sockets, and to nothing else.
 CONNECTING: Rules = {
@@ -100,6 +105,7 @@ CONNECTING: Rules = {
     "sendto": _ANYHOW,
     "recvfrom": _ANYHOW,
     "poll": _ANYHOW,
+    "ppoll": _ANYHOW,
     "close": _ANYHOW,
     **MEMORY,
     # Locks, time, and the end.

@@ -22,12 +22,15 @@ __all__ = [
     "Rules",
     "build",
     "build_forbidding",
+    "has",
     "install",
 ]
 
 SET_MODE_FILTER = 1
 #: seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE.
 _AS_A_TREE = 2
+#: seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR. What only other architectures have is below it.
+_NO_CALL = -1
 _SONAMES = {"c": "libc.so.6", "seccomp": "libseccomp.so.2"}
 #: struct sock_fprog: how many instructions, and where.
 _SOCK_FPROG = struct.Struct("@HP")
@@ -70,27 +73,44 @@ def _pyseccomp() -> Any:
     return pyseccomp
 
 
-def build(rules: Rules, error: int = 0, failing: Rules | None = None) -> bytes:
+def build(
+    rules: Rules, error: int = 0, failing: Rules | None = None, architecture: str = "NATIVE"
+) -> bytes:
     """Build a filter, as BPF, that allows these calls and kills the process for any other.
 
     With ``error``, any other call fails with that errno instead; those of ``failing`` fail with
-    EPERM. A call of another architecture (a 32-bit one) kills the process in any case. Raises
+    EPERM. A call of another architecture (a 32-bit one) kills the process in any case. A call that
+    the architecture does not have is left out: arm64 has ppoll(2), and no poll(2). Raises
     OSError or RuntimeError where libseccomp is missing or does not know a call.
     """
     pyseccomp = _pyseccomp()
-    program = _filter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS)
+    program = _filter(pyseccomp.ERRNO(error) if error else pyseccomp.KILL_PROCESS, architecture)
     for action, calls in (
         (pyseccomp.ALLOW, rules),
         (pyseccomp.ERRNO(errno.EPERM), failing or {}),
     ):
-        _add(program.add_rule_exactly, action, calls)
+        there = {name: rule for name, rule in calls.items() if has(name, architecture)}
+        _add(program.add_rule_exactly, action, there)
     return _exported(program)
 
 
-def _filter(otherwise: object) -> Any:
+def has(call: str, architecture: str = "NATIVE") -> bool:
+    """Whether an architecture, by libseccomp's name for it, has a call that others may have.
+
+    True as well of what is no call at all: a filter with that cannot be built.
+    """
+    pyseccomp = _pyseccomp()
+    number: int = pyseccomp.resolve_syscall(getattr(pyseccomp.Arch, architecture), call)
+    return number >= _NO_CALL
+
+
+def _filter(otherwise: object, architecture: str = "NATIVE") -> Any:
     """An empty filter, and what it does with calls that it has no rule for."""
     pyseccomp = _pyseccomp()
     program = pyseccomp.SyscallFilter(otherwise)
+    if architecture != "NATIVE":
+        program.add_arch(getattr(pyseccomp.Arch, architecture))
+        program.remove_arch(pyseccomp.Arch.NATIVE)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
     # A tree of comparisons, and not a row. To install a filter, the kernel has it judge each call
     # that there is, and each worker installs one.
