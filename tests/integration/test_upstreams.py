@@ -52,6 +52,16 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(serve_all: Serve, echoing: Listener) -> Iterator[Served]:
+    yield from _served(serve_all, echoing)
+
+
+@pytest.fixture
+def unlent(serve: Serve, echoing: Listener) -> Iterator[Served]:
+    """One whose upstreams never come."""
+    yield from _served(serve, echoing)
+
+
+def _served(serve: Serve, echoing: Listener) -> Iterator[Served]:
     """It starts, though none of its upstreams is there."""
     authority = ThrowawayAuthority()
     with scratch() as directory:
@@ -78,29 +88,37 @@ def served(serve_all: Serve, echoing: Listener) -> Iterator[Served]:
             "upstream": [f"unix:{directory / one}" for one in ("a.sock", "b.sock")],
             "upstream_user": str(uids[1]),
         }
-        instance = serve_all(echoing.address, vhost=vhosts, keyd=keyd)
+        instance = serve(echoing.address, vhost=vhosts, keyd=keyd)
         yield Served(instance, directory, directory / "authority.pem", keys)
     UIDS.give_back(uids)
 
 
-def test_it_starts_without_its_upstreams_and_serves_the_others(served: Served) -> None:
-    served.shake_hands("own.example")
-    first, second = served.upstreams
-    for path in (first, second):
-        event = served.instance.wait_for_event("upstream_unusable", upstream=f"unix:{path}")
-        assert event["reason"] == "cannot be connected to: No such file or directory"
+def refused_one(served: Served) -> TlsClient:
+    """A client of a site whose key nobody lends."""
     with served.client("p-256.example") as client, pytest.raises(SSL.Error, match="internal error"):
         client.handshake()
-    refused = served.instance.wait_for_event("keyd_refused", client=client.name)
+    return client
+
+
+def test_it_starts_without_its_upstreams_and_serves_the_others(unlent: Served) -> None:
+    unlent.shake_hands("own.example")
+    first, second = unlent.upstreams
+    for path in (first, second):
+        event = unlent.instance.wait_for_event("upstream_unusable", upstream=f"unix:{path}")
+        assert event["reason"] == "cannot be connected to: No such file or directory"
+    client = refused_one(unlent)
+    refused = unlent.instance.wait_for_event("keyd_refused", client=client.name)
     assert (refused["level"], refused["status"]) == ("error", "failed")
     assert f"unix:{first}: cannot be connected to" in refused["attempted"]
     assert f"unix:{second}: cannot be connected to" in refused["attempted"]
-    served.shake_hands("own.example")
+    unlent.shake_hands("own.example")
 
 
-def test_the_audit_says_once_that_a_site_is_not_served(served: Served) -> None:
+def test_the_audit_says_once_that_a_site_is_not_served(unlent: Served) -> None:
     """Its worker has ended before anybody can look at it, and that breaks no promise."""
-    command = [TITUS_PY, "audit", f"--pid={served.instance.pid}", "--json"]
+    # The first one waits for both of them. An audit waits for less.
+    refused_one(unlent)
+    command = [TITUS_PY, "audit", f"--pid={unlent.instance.pid}", "--json"]
     audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     (report,) = json.loads(audit.stdout)
     (only,) = [one for one in report["findings"] if one["verdict"] == "broken"]
