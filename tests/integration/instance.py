@@ -294,6 +294,8 @@ class Instance:
             "uids": f"{uids[0]}-{uids[-2]}",
             "max": 500,
             "spare": 4,
+            # A client may have to wait for processes that start.
+            "handshake_timeout": f"{PATIENCE:g}s",
             "chroot": directory / "empty",
             **tables.get("worker", {}),
         }
