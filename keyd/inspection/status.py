@@ -6,6 +6,7 @@ Run by root. It reads what each keyd says of itself (``reports``), and looks at 
 import argparse
 import grp
 import json
+import os
 import pwd
 import stat
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from keyd.inspection.reports import NONE_RUNS, Running, running
+from keyd.inspection.watched import At, Hung, each
 from keyd.printable import printable
 from keyd.status_page import Report
 from keyd.tally import LATENCY_BOUNDS
@@ -29,15 +31,40 @@ def status(arguments: argparse.Namespace) -> int:
         # They say it themselves. What is written before another command is to be valid.
         sys.stdout.writelines(f"{line}\n" for line in _metrics(found))
         return 0
+    askers = _askers(found)
     if arguments.json:
-        json.dump([_as_object(one) for one in found], sys.stdout, indent=2)
+        json.dump([_as_object(one, askers) for one in found], sys.stdout, indent=2)
         print()
     else:
-        sys.stdout.writelines(f"{printable(line)}\n" for one in found for line in _lines(one))
+        lines = (line for one in found for line in _lines(one, askers))
+        sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
     if not found:
         print(f"keyd: {NONE_RUNS}", file=sys.stderr)
         return 2
     return 1 if any(one.report is None for one in found) else 0
+
+
+def _askers(found: Sequence[Running]) -> dict[int, list[dict[str, str]]]:
+    """Of each keyd, by pid, whom the files of its sockets let connect.
+
+    Any user can have a process that looks like a keyd, and tell of sockets on what hangs.
+    """
+    sockets = {one.pid: one.report.sockets for one in found if one.report is not None}
+
+    def look(pid: int, _: frozenset[str], at: At) -> list[dict[str, str]]:
+        seen = []
+        for path in sockets[pid]:
+            at(path, "")
+            seen.append(who_may_ask(path))
+        return seen
+
+    askers = {}
+    for pid, answer in each(sockets, look, os.cpu_count() or 1):
+        if isinstance(answer, Hung):
+            problem = f"not looked at, because of {answer.where} ({answer.why})"
+            answer = [{"path": path, "problem": problem} for path in sockets[pid]]
+        askers[pid] = answer
+    return askers
 
 
 def who_may_ask(path: str) -> dict[str, str]:
@@ -61,7 +88,7 @@ def _name(look_up: Any, number: int) -> str:
         return str(number)
 
 
-def _as_object(one: Running) -> dict[str, Any]:
+def _as_object(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> dict[str, Any]:
     common = {"pid": one.pid, "user": one.user, "unit": one.unit}
     if one.report is None:
         return {**common, "problem": one.problem}
@@ -70,7 +97,7 @@ def _as_object(one: Running) -> dict[str, Any]:
         **common,
         "command": report.command,
         "started": report.started,
-        "sockets": [who_may_ask(path) for path in report.sockets],
+        "sockets": askers[one.pid],
         "keys": [
             {"name": name, "kind": kind, "fingerprint": fingerprint}
             for name, kind, fingerprint in report.keys
@@ -87,7 +114,7 @@ def _as_object(one: Running) -> dict[str, Any]:
     }
 
 
-def _lines(one: Running) -> Iterator[str]:
+def _lines(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> Iterator[str]:
     if one.report is None:
         yield f"{one.title}: process {one.pid} of {one.user}: {one.problem}"
         return
@@ -99,12 +126,11 @@ def _lines(one: Running) -> Iterator[str]:
         yield f"  keys     {report.keys_in_all} in all"
     for token, state, (signed, failed, logins) in report.tokens:
         yield f"  token    {token}  {state}  (signed {signed}, failed {failed}, logins {logins})"
-    for path in report.sockets:
-        seen = who_may_ask(path)
+    for seen in askers[one.pid]:
         if "problem" in seen:
-            yield f"  may ask  {path}: {seen['problem']}"
+            yield f"  may ask  {seen['path']}: {seen['problem']}"
         else:
-            yield f"  may ask  {path}  {seen['mode']}  {seen['user']}:{seen['group']}"
+            yield f"  may ask  {seen['path']}  {seen['mode']}  {seen['user']}:{seen['group']}"
     yield f"  signed   {report.signed}"
     yield f"  decrypted {report.decrypted}"
     yield f"  refused  {_refusals(report)}"

@@ -1,9 +1,10 @@
 """Calls that may hang: in a file system that is somebody's program (FUSE), or another host's (NFS).
 
-Run by ``keyd audit``, as root. Nothing ends a thread that hangs in the kernel, so the calls are
-made by processes that are forked for it. One that gets nowhere has said at which file it is. It is
-killed, and not waited for: it ends once its file system answers. That file system is avoided from
-then on. These processes have what the audit has, keys as well: their memory is locked, too.
+Run by ``keyd audit`` and ``keyd status``, as root. Nothing ends a thread that hangs in the kernel,
+so the calls are made by processes that are forked for it. One that gets nowhere has said at which
+file it is. It is killed, and not waited for: it ends once its file system answers. That file system
+is avoided from then on. These processes have what an audit has, keys as well: their memory is
+locked, too.
 """
 
 import ctypes

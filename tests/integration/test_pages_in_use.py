@@ -1,5 +1,6 @@
 """Which memory of a process is looked at: all that has anything, and none of what is empty."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from keyd.inspection import audit, pages_in_use, watched, worth_reading
+from keyd.inspection import audit, pages_in_use, status, watched, worth_reading
 from keyd.inspection.key_search import Needle, Search, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 from keyd.inspection.reports import Running
@@ -361,6 +362,41 @@ def test_files_on_a_file_system_that_hangs_hold_nothing_up(
     named, found = sorted(files, key=lambda one: one.subject != str(hanging))
     assert (named.subject, named.verdict) == (str(hanging), "not available")
     assert found.seen.startswith(f"in {beside} ")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_sockets_on_a_file_system_that_hangs_do_not_hold_the_status_up(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr(watched, "_HANGS_SECONDS", 3.0)
+    hanging, beside = tmp_path / "hanging", tmp_path / "beside"
+    hanging.mkdir()
+    beside.touch(0o600)
+    where, fields = str(hanging / "f"), {**REPORT}
+    del fields["version"]
+    told = [[where, str(beside)], [str(beside)]]
+    keyds = [
+        Running(pid, "nobody", "", Report(**fields | {"sockets": sockets}))
+        for pid, sockets in enumerate(told, 1)
+    ]
+    monkeypatch.setattr(status, "running", lambda: keyds)
+    with file_system(hanging, LOOKUP, GETATTR):
+        assert status.status(argparse.Namespace(metrics=False, json=as_json)) == 0
+    said = capsys.readouterr().out
+    problem = f"not looked at, because of {where} (no progress in 3 seconds)"
+    root = {"path": str(beside), "mode": "rw-------", "user": "root", "group": "root"}
+    if as_json:
+        assert [one["sockets"] for one in json.loads(said)] == [
+            [{"path": path, "problem": problem} for path in told[0]],
+            [root],
+        ]
+    else:
+        for path in told[0]:
+            assert f"  may ask  {path}: {problem}\n" in said
+        assert f"  may ask  {beside}  rw-------  root:root\n" in said
 
 
 #: A file in four huge pages, as a database's: one is filled, the others are holes.
