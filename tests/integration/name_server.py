@@ -106,6 +106,35 @@ def prepare() -> None:
     serve_names()
 
 
+def resolving(loop: EventLoop, events: list[str]) -> UnprivilegedProcess:
+    def note(event: str, level: str = "info", **fields: object) -> None:
+        events.append(f"{event} {fields}")
+
+    told = {"uid": UID, "filter": seccomp.build(RESOLVING, errno.ENOSYS).hex()}
+    return UnprivilegedProcess(loop, note, "resolver", lambda: told, MAX_OCTETS)
+
+
+def late() -> dict[str, list[object]]:
+    """What is said of two names that are not there, until one of them is."""
+    found: dict[str, list[object]] = {}
+    loop, events = EventLoop(), list[str]()
+
+    def take(backend: NameAddress, result: object) -> None:
+        told = result.strerror if isinstance(result, OSError) else result
+        found.setdefault(backend.name, []).append(told)
+
+    lookups = Resolver(loop, resolving(loop, events), take)
+    lookups.resolve([NameAddress("unknown.test", 80), NameAddress("late.test", 80)], 3600)
+    while len(found) < 2:
+        loop.run_once()
+    ZONE["late.test"] = {A: "127.0.0.3", AAAA: NO_ERROR}
+    while len(found["late.test"]) < 2:
+        loop.run_once()
+    lookups.stop()
+    assert not events
+    return found
+
+
 def resolver() -> dict[str, list[object]]:
     """All that is said of each name, until something is said of all that are not silent."""
     found: dict[str, list[object]] = {}
@@ -116,15 +145,8 @@ def resolver() -> dict[str, list[object]]:
         found.setdefault(backend.name, []).append(told)
 
     names = [NameAddress(name, 80) for name in ZONE]
-    program = seccomp.build(RESOLVING, errno.ENOSYS).hex()
     events: list[str] = []
-
-    def note(event: str, level: str = "info", **fields: object) -> None:
-        events.append(f"{event} {fields}")
-
-    told = {"uid": UID, "filter": program}
-    process = UnprivilegedProcess(loop, note, "resolver", lambda: told, MAX_OCTETS)
-    lookups = Resolver(loop, process, take)
+    lookups = Resolver(loop, resolving(loop, events), take)
     lookups.resolve(names, 3600)
     while len(found) < len(ZONE) - 1 or len(found["both.test"]) < 2:
         loop.run_once()
@@ -177,7 +199,7 @@ def start() -> dict[str, list[str]]:
                 instance.close()
 
 
-SCENES: dict[str, Callable[[], object]] = {"resolver": resolver, "start": start}
+SCENES: dict[str, Callable[[], object]] = {"resolver": resolver, "late": late, "start": start}
 
 if __name__ == "__main__":
     prepare()

@@ -62,6 +62,14 @@ def test_a_name_in_the_hosts_file_has_what_is_there_and_nothing_else() -> None:
     assert all(told == [ipv4("127.0.0.7")] for told in scene("resolver")["in-hosts-file.test"])
 
 
+def test_a_name_without_an_address_is_asked_for_again_sooner_than_others() -> None:
+    """As where the machine boots before its name server answers. What fails again says nothing."""
+    assert scene("late") == {
+        "unknown.test": ["Name or service not known"],
+        "late.test": ["Name or service not known", [ipv4("127.0.0.3")]],
+    }
+
+
 def test_the_start_waits_for_names_and_for_none_longer_than_it_may() -> None:
     """Who comes to an instance that listens is served, whatever is not answered."""
     assert scene("start") == {

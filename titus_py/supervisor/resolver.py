@@ -36,6 +36,9 @@ _ERRORS = {
     socket.EAI_SYSTEM: "System error",
 }
 
+#: Names without an address are asked for again after this, and then after twice as long.
+_FIRST_PAUSE_SECONDS = 1.0
+
 Addresses = tuple[ResolvedAddress, ...]
 _Question = tuple[NameAddress, socket.AddressFamily]
 
@@ -54,6 +57,9 @@ class Resolver:
     them delays nothing. ``take`` is called with the addresses that are known, and again when
     there are more. It is called with an OSError if both lookups fail. After a failed lookup, that
     family's last addresses are kept, unless the error says for certain that there are none.
+
+    A name without any address is asked for sooner, and ``take`` called if there is one then: where
+    the machine has just booted, name servers may be there a moment later.
     """
 
     def __init__(
@@ -75,6 +81,10 @@ class Resolver:
         self._known: dict[_Question, Addresses] = {}
         self._errors: dict[_Question, OSError] = {}
         self._next: Timer | None = None
+        self._soon: Timer | None = None
+        self._pause = _FIRST_PAUSE_SECONDS
+        #: Names that are asked for again, after a failure that was told.
+        self._again: set[NameAddress] = set()
         process.heard = self._hear
         process.changed = self._changed
 
@@ -83,6 +93,7 @@ class Resolver:
         self._names = frozenset(names)
         self._known = {key: found for key, found in self._known.items() if key[0] in self._names}
         self._every = every
+        self._pause = _FIRST_PAUSE_SECONDS
         self._ask()
 
     def stop(self) -> None:
@@ -92,9 +103,11 @@ class Resolver:
 
     def _ask(self) -> None:
         """Ask for every name, but for those whose answer is still awaited."""
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
+        for timer in (self._next, self._soon):
+            if timer is not None:
+                timer.cancel()
+        self._next = self._soon = None
+        self._again.clear()
         if not self._names:
             self._process.dismiss()
             self._asked.clear()
@@ -106,6 +119,18 @@ class Resolver:
             unasked = (name for name in self._names if (name, family) not in asked)
             self._waiting[family] = deque(unasked)
         self._errors.clear()
+        self._send()
+
+    def _ask_again(self) -> None:
+        """Ask for the names of which nothing is known, and whose last answers were errors."""
+        self._soon = None
+        for name in self._names:
+            both = [(name, family) for family in _FAMILIES]
+            if all(one in self._errors and one not in self._known for one in both):
+                self._again.add(name)
+                for one in both:
+                    del self._errors[one]
+                    self._waiting[one[1]].append(name)
         self._send()
 
     def _send(self) -> None:
@@ -157,8 +182,12 @@ class Resolver:
         both = [(name, family) for family in _FAMILIES]
         errors = [self._errors[one] for one in both if one in self._errors]
         if len(errors) == len(both):
-            # Any other error tells more than that a family has no address.
-            self._take(name, min(errors, key=lambda error: error.errno in _NO_ADDRESS))
+            if name not in self._again:
+                # Any other error tells more than that a family has no address.
+                self._take(name, min(errors, key=lambda error: error.errno in _NO_ADDRESS))
+            if self._soon is None and self._pause < self._every:
+                self._soon = self._loop.after(self._pause, self._ask_again)
+                self._pause *= 2
         elif found := _interleaved([self._known.get(one, ()) for one in both]):
             self._take(name, found[:MAX_ADDRESSES])
 
