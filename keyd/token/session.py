@@ -137,7 +137,11 @@ def _log_in(wanted: Wanted, pin: str | None) -> tuple[Any, list[tuple[Any, bytes
     try:
         module = pkcs11.lib(wanted.module)
     except RuntimeError as error:
-        raise _Unusable(f"the module {wanted.module} cannot be used: {_named(error)}") from None
+        why = _named(error)
+        if isinstance(error, pkcs11.exceptions.PKCS11Error):
+            # It was loaded, and did not begin.
+            why += ": does it open what token_paths (--token-path) does not name?"
+        raise _Unusable(f"the module {wanted.module} cannot be used: {why}") from None
     token = _find_token(module, wanted)
     if pin is not None:
         if token.flags & (TokenFlag.USER_PIN_LOCKED | TokenFlag.USER_PIN_FINAL_TRY):

@@ -47,6 +47,7 @@ from .peers import Listener, TlsClient
 from .service import PATIENCE, status
 from .test_metrics_process import scrape
 from .tokens import (
+    SOFTHSM,
     USER,
     Hsm,
     Nginx,
@@ -136,6 +137,20 @@ def test_it_says_of_each_token_how_it_is(served: Served) -> None:
     served.keyd.wait_for("token none cannot be used: there is no such token")
     served.keyd.wait_for("token web: missing is not in the token")
     served.keyd.wait_for("token shaky: key is ready")
+
+
+def test_a_module_that_may_not_read_its_files_is_told_of_with_the_setting(served: Served) -> None:
+    with scratch() as directory:
+        (elsewhere := directory / "elsewhere").mkdir()
+        configuration = f"SOFTHSM2_CONF={served.hsm.configuration}"
+        keyd = TokenKeyd(directory, elsewhere, [served.hsm.uri("web", "rsa")], configuration)
+        try:
+            keyd.wait_for(
+                f"token web cannot be used: the module {SOFTHSM} cannot be used: GeneralError: "
+                "does it open what token_paths (--token-path) does not name?"
+            )
+        finally:
+            keyd.close()
 
 
 def test_a_wrong_pin_is_named_and_never_tried_again(served: Served) -> None:

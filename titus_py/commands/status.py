@@ -121,7 +121,7 @@ def show(answer: Mapping[str, Any]) -> RenderableType:
         _generations(answer["generations"]),
         *_lost(answer),
         *([_processes(processes)] if (processes := answer.get("processes")) else []),
-        _certificates(
+        *_certificates(
             answer["certificates"],
             answer.get("certificate_dirs", ()),
             answer.get("client_authorities", ()),
@@ -187,7 +187,7 @@ def _certificates(
     certificates: Iterable[Mapping[str, Any]],
     directories: Iterable[Mapping[str, Any]],
     of_clients: Iterable[Mapping[str, Any]],
-) -> Table:
+) -> Iterator[Table]:
     table = _table("certificate", "days left", "expires", "names", "file")
     for certificate in certificates:
         table.add_row(
@@ -209,7 +209,8 @@ def _certificates(
     for one in of_clients:
         days, ends = _days(one["days_left"]), one["not_after"][:10]
         table.add_row(one["setting"], days, ends, "", _text(one["file"]))
-    return table
+    if table.row_count:
+        yield table
 
 
 def _days(left: float) -> Text:

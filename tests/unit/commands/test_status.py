@@ -222,6 +222,17 @@ def test_what_is_shown(start: Start, tmp_path: Path) -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_tunnels_alone_have_no_table_of_certificates(
+    start: Start, tmp_path: Path, serves: bool
+) -> None:
+    answer = make_status()
+    if not serves:
+        answer |= {"certificates": [], "client_authorities": []}
+    start(17, answer)
+    assert ("days left" in shown(tmp_path)[1]) == serves
+
+
 def test_for_a_program_that_reads_it_no_line_is_broken(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
