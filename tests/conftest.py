@@ -3,6 +3,7 @@
 import fcntl
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,21 @@ def _takes_long(item: pytest.Item) -> bool:
     """It says so itself: it may take longer than others may."""
     timeout = item.get_closest_marker("timeout")
     return timeout is not None and timeout.args[0] > float(item.config.getini("timeout"))
+
+
+@pytest.fixture(autouse=True)
+def threads_ended(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A unit test ends its threads: others fork, and a child has locks as it finds them.
+
+    It does not answer for those that were there before, such as a shared fixture's.
+    """
+    before = threading.enumerate()
+    yield
+    if "unit" in request.path.parts:
+        for thread in threading.enumerate():
+            if thread not in before:
+                thread.join(60)
+                assert not thread.is_alive(), f"{thread.name} is left"
 
 
 @contextmanager
