@@ -162,10 +162,11 @@ def _validated(content: dict[str, Any], source: Source, included: Sequence[str] 
     # Checks across several tables are made on the valid ones, whatever is wrong with others.
     listeners = {i: table.address for i, table in each_valid(Listen, tables, "listen", source)}
     vhosts = dict(each_valid(Match, tables, "vhost", source))
-    for i, table in each_valid(Credentials, tables, "vhost", source):
-        if table.certificate_dir is not None and i in vhosts:
-            # Its names are in files that are not read here: it may take any that no other takes.
-            vhosts[i] = vhosts[i].model_copy(update={"sni": (f"{i}.certificate_dir",)})
+    for i, match in vhosts.items():
+        if "certificate_dir" in tables["vhost"][i]:
+            # Its names are in files that are not read here, and may not be there: it may take any
+            # that no other takes.
+            vhosts[i] = match.model_copy(update={"sni": (f"{i}.certificate_dir",)})
     mistakes += uid_mistakes(tables, source)
     mistakes += certificate_mistakes(tables, source)
     mistakes += key_mistakes(tables, source)

@@ -722,6 +722,9 @@ def test_a_directory_goes_with_a_host_for_every_other_name(
         'backend = "127.0.0.1:80"\n'
     )
     assert of_a_directory(tmp_path, other).mistakes == []
+    away = '[[vhost]]\ncertificate_dir = "away"\nbackend = "127.0.0.1:80"\n'
+    (mistake,) = checked(tmp_path, away + other).mistakes
+    assert mistake.reason == f"{tmp_path}/away: no such file or directory"
     text = f'{other}[[vhost]]\ncertificate_dir = "live"\nbackend = "127.0.0.1:80"\n'
     (mistake,) = checked(tmp_path, text).mistakes
     assert mistake.key == "vhost[1]"
