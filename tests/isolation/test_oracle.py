@@ -426,9 +426,10 @@ def test_after_the_handshake_timeout(
 ) -> None:
     """Not even the first signature."""
     with infected(
-        tmp_path, certificates["own"], backend.address, worker={"handshake_timeout": "1s"}
+        tmp_path, certificates["own"], backend.address, worker={"handshake_timeout": "4500ms"}
     ) as instance:
-        relay = Relay(instance, seconds=2)
+        # Two seconds after its time, the parent ends it.
+        relay = Relay(instance, seconds=5)
         answer = relay.ask(request(certificates["own"], HANDSHAKE))
         # A worker that comes late has an answer, and waits for no other keyd.
         assert Reply.decode(answer) == Reply(Status.EXPIRED)
