@@ -221,11 +221,12 @@ class Uids:
         #: Those of instances that run: some run as long as all tests, and ranges come round again.
         self._held: list[range] = []
 
-    def take(self, count: int = SIZE) -> range:
+    def take(self, count: int = SIZE, high: bool = False) -> range:
+        """``high``: from the upper half, where no interpreter has its heap."""
         while True:
             if self._next + count > self._PER_TEST_PROCESS:
                 self._next = 0
-            first = self._first + self._next + self._upper * self._UPPER_HALF
+            first = self._first + self._next + (high or self._upper) * self._UPPER_HALF
             self._next += count
             self._upper = not self._upper
             uids = range(first, first + count)
@@ -287,9 +288,10 @@ class Instance:
         tables: Table,
         uids_count: int = Uids.SIZE,
         program: Path | None = None,
+        high_uids: bool = False,
     ) -> "Instance":
         """Serve these tables, with what they leave out of [worker], [keyd] and [log]."""
-        uids = UIDS.take(uids_count)
+        uids = UIDS.take(uids_count, high_uids)
         worker = {
             "uids": f"{uids[0]}-{uids[-2]}",
             "max": 500,

@@ -60,6 +60,7 @@ def infected(
     backend: str,
     without: Sequence[str] = (),
     lasting: bool = False,
+    high_uids: bool = False,
     **tables: Any,
 ) -> Iterator[Instance]:
     """Serve, with these parts of the confinement left out.
@@ -86,7 +87,7 @@ def infected(
         **tables,
     }
     with mock.patch.object(instances, "TITUS_PY", driver):
-        instance = Instance.from_tables(directory, complete)
+        instance = Instance.from_tables(directory, complete, high_uids=high_uids)
     instance.expected_alarms |= ALARMS
     try:
         instance.wait_until_listening()

@@ -44,7 +44,10 @@ def instance(
     key = serialization.load_pem_private_key(certificate.key.read_bytes(), None)
     # Many are forked in a row.
     worker = {"max": WORKERS - SPARE, "spare": SPARE}
-    with infected(directory, certificate, backend.address, worker=worker) as instance:
+    # An interpreter may have its heap below 1 GiB: an address there would be taken for a lower uid.
+    with infected(
+        directory, certificate, backend.address, high_uids=True, worker=worker
+    ) as instance:
         yield instance, needles(key)  # type: ignore[arg-type]
 
 
