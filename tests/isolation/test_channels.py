@@ -131,7 +131,9 @@ def test_what_the_private_key_is_needed_for_later_reaches_nobody(
         received.append(connection.recv(65536))
 
     with Listener.tcp() as listener, served_by(listener, keep):
-        with infected(tmp_path, certificate, listener.address, without) as instance:
+        # Whoever asks waits for as long as a handshake may take.
+        worker = {"handshake_timeout": "10s"}
+        with infected(tmp_path, certificate, listener.address, without, worker=worker) as instance:
             result = take_over(instance, "e", "again")
         eventually(lambda: received, "an end of the backend's connection")
     if not without:
