@@ -9,8 +9,8 @@ import ast
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,11 @@ from OpenSSL import SSL
 from keyd.linux import landlock
 from keyd.protocol import MAX_REPLY_OCTETS, Operation, Reply, Request, SignatureScheme, Status
 from keyd.reference import key_id
-from titus_py.audit.instance import instance_processes
+from titus_py.audit.instance import Role, instance_processes
 
 from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
-from .instance import PATIENCE, UIDS, Instance, descendants, eventually, free_port
+from .instance import PATIENCE, UIDS, Instance, Process, descendants, eventually, free_port
 from .peers import Listener, TlsClient, connect, receive_all
 from .service import FAILS, reload, status
 from .test_metrics_process import scrape
@@ -143,9 +143,19 @@ def stall(instance: Instance) -> None:
         instance.wait_for_event("handshake_failed", client=client.name, end="handshake_timeout")
 
 
+def stop_each(processes: Iterable[Process]) -> None:
+    """For a moment. A call that waits for so long is another one after that: restart_syscall(2)."""
+    for one in processes:
+        # A spare may be needed meanwhile, and end.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            one.kill(signal.SIGSTOP)
+            one.kill(signal.SIGCONT)
+
+
 def unharmed(instance: Instance, do: Callable[[], object]) -> None:
-    """Do this; all processes but workers are there afterwards."""
-    before = {one.pid for one in instance_processes(instance.pid) if one.role.value != "worker"}
+    """Stop each process while it waits, let it go on, and do this: none has ended but workers."""
+    before = {one.pid for one in instance_processes(instance.pid) if one.role is not Role.WORKER}
+    stop_each(instance.processes())
     do()
     after = {one.pid for one in instance_processes(instance.pid)}
     assert before <= after, instance.log()
@@ -373,8 +383,8 @@ class OwnKeyd:
         self.process.send_signal(signal.SIGHUP)
         eventually(lambda: "keys read again" in self._log.read_text(), f"see {self._log}")
 
-    def processes(self) -> set[int]:
-        return {one.pid for one in descendants(self.process.pid)}
+    def processes(self) -> list[Process]:
+        return descendants(self.process.pid)
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -404,6 +414,7 @@ def control(scene: Scene) -> None:
         shake_hands(instance.port, "control.test")
 
     before = keyd.processes()
+    stop_each(before)
     unharmed(instance, live_through_it)
     assert keyd.processes() == before
     assert instance.terminate() == 0
@@ -415,6 +426,7 @@ def listen(scene: Scene) -> None:
     in_token = ec.generate_private_key(ec.SECP256R1())
     keyd = OwnKeyd(scene, "listen", scene.certificates("P-256", "listen.test").key, in_token)
     before = keyd.processes()
+    stop_each(before)
     wanted = Operation.SIGN, SignatureScheme.ecdsa_secp256r1_sha256, key_id(in_token.public_key())
     answers = [
         ask(keyd.socket, Request(*wanted, payload).encode()) for payload in (VERIFY, b"what?")
