@@ -142,10 +142,14 @@ def live(terms: Terms, failed: str) -> NoReturn:
         serve_next(terms, parent, pump)
         code = 0
     finally:
-        error = sys.exception()
-        if error is not None:
-            report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
-        os._exit(code)
+        try:
+            error = sys.exception()
+            if error is not None:
+                report.set(state=State.ENDED, end=End.WORKER_FAILED, detail=_where(error))
+        finally:
+            # Also without memory to say why: an interpreter that shuts down makes calls for which
+            # the filter would kill this process.
+            os._exit(code)
 
 
 def serve_next(terms: Terms, parent: SocketType, pump: Pump) -> tuple[End, str] | None:
