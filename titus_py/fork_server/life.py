@@ -33,7 +33,7 @@ from types import ModuleType
 # What it makes warns whoever calls it, and here no warning is heard (see below).
 _WHERE = warnings if sys.version_info >= (3, 13) else ModuleType("typing_extensions")
 vars(_WHERE)["deprecated"] = lambda *_, **__: lambda decorated: decorated
-sys.modules[_WHERE.__name__] = _WHERE
+sys.modules.setdefault(_WHERE.__name__, _WHERE)
 
 # Most of what is loaded, workers only look at. They write to what OpenSSL makes for itself, first,
 # and to most of what is made once all is loaded. Both are on the same huge page, or two: there is
@@ -54,6 +54,10 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from OpenSSL import SSL
+
+if sys.modules.get("typing_extensions") is _WHERE:
+    # It has nothing else for whoever imports it later: in a test, for one.
+    del sys.modules["typing_extensions"]
 
 from keyd.linux import prctl
 from keyd.linux.credentials import hide_memory
