@@ -385,6 +385,20 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
         yield manager
 
 
+def test_the_service_manager_is_told_why_it_was_not_started(
+    manager: Manager, serve: Serve, echoing: Listener
+) -> None:
+    """What is found once there is a log, too."""
+    with Listener.tcp() as other:
+        instance = serve(
+            echoing.address, awaited="start_failed", metrics={"address": other.address}
+        )
+        assert instance.wait() == 1
+    why = f"metrics.address: {other.address}: Address already in use"
+    manager.until(STATUS=f"not started: {why}")
+    assert instance.wait_for_event("start_failed")["reason"] == why
+
+
 def test_the_service_manager_is_told(manager: Manager, serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address)
     ready = manager.until(READY="1")

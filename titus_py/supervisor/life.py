@@ -261,12 +261,11 @@ class _Supervisor:
                 self._begin(first)
             else:
                 self._go_on(first)
-        except OSError as error:
-            self._event("start_failed", level="error", reason=str(error))
-            self._service.end(1)
-        except Held as error:
-            self._event("start_failed", level="error", reason=f"worker.uids: {error}")
-            self._service.end(2)
+        except (OSError, Held) as error:
+            held = isinstance(error, Held)
+            reason = f"worker.uids: {error}" if held else str(error)
+            self._event("start_failed", level="error", reason=reason)
+            self._service.not_started(reason, 2 if held else 1)
         else:
             self._look_after_children()
             self._service.feed_watchdog()

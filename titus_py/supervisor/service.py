@@ -50,6 +50,10 @@ class Service:
         self._notify(status=f"gave up: {why}")
         self.end(1)
 
+    def not_started(self, why: str, code: int) -> None:
+        self._notify(status=f"not started: {why}")
+        self.end(code)
+
     def end(self, code: int) -> None:
         """It is over. The first exit code counts."""
         if self.exit_code is None:
