@@ -4,7 +4,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from titus_py.audit.run import audit
 from titus_py.audit.target import find_target
 
 from .conftest import Serve
+from .installed import Installed
 from .instance import TITUS_PY, Instance, eventually, free_port
 from .peers import Listener, TlsClient
 from .service import status, talk
@@ -90,6 +91,21 @@ def test_it_has_a_uid_of_its_own_and_is_replaced(instance: Instance, port: int) 
     assert 'titus_alarms_total{event="metrics_died"} 1' in text
     assert [one.pid for one in serving(instance)] != [first.pid]
     is_served(instance)
+
+
+def test_one_that_fails_is_not_taken_for_an_attacker(
+    serve: Serve, echoing: Listener, port: int, tmp_path: Path
+) -> None:
+    """Its filter kills one that makes another call, as Python does on its way to a traceback."""
+    program = Installed(tmp_path / "program")
+    program.has("titus_py/metrics/server.py", "elif not self._wanted:", "elif not self._unknown:")
+    metrics = {"address": f"127.0.0.1:{port}"}
+    instance = serve(echoing.address, program=program.titus_py, metrics=metrics)
+    instance.expected_alarms = {"metrics_died"}
+    # In one way or another.
+    with suppress(OSError):
+        assert scrape(("127.0.0.1", port)) == ""
+    assert instance.wait_for_event("metrics_died")["how"] == "exited with 1"
 
 
 def test_half_open_scrapes_hinder_nobody(instance: Instance, port: int) -> None:
