@@ -59,6 +59,8 @@ class Node:
             "unshare", "--mount", "sh", "-c", _WITH_HOSTS, str(names),
             "erl", "-noshell", "-sname", self.name, "-start_epmd", "false", *options,
             "-kernel", "net_ticktime", "8",
+            # Seconds. By default seven, in which a busy machine may have started no worker.
+            "-kernel", "net_setuptime", "60",
             "-kernel", "inet_dist_use_interface", "{" + address.replace(".", ",") + "}",
             "-eval", " ".join(_DRIVER.split("\n")),
         ]  # fmt: skip

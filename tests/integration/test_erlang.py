@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .conftest import Serve
 from .erlang_node import Node
 from .hosts import EXAMPLES, Network, network, serve_example
 from .instance import Instance, eventually
+from .peers import connect
 
 HOSTS = {"a": 1, "b": 2, "c": 3}
 #: A pair of nodes has a cookie of its own.
@@ -239,6 +241,14 @@ def test_idleness_is_no_end_and_the_end_of_one_is_heard(
     until_it_is_a_mesh(nodes)
 
 
+def listens(host: str) -> bool:
+    try:
+        connect(4369, host).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def test_with_epmd(serve: Serve, keys: Path, pins: dict[str, str], tmp_path: Path) -> None:
     with network(3) as hosts, ExitStack() as started:
         nodes = {}
@@ -253,6 +263,8 @@ def test_with_epmd(serve: Serve, keys: Path, pins: dict[str, str], tmp_path: Pat
             )
             started.callback(epmd.wait)
             started.callback(epmd.kill)
+            # A node that finds none is none.
+            hosts.on(number, partial(eventually, partial(listens, f"127.0.1.{number}"), "epmd"))
         names = EXAMPLES / "erlang-with-epmd/hosts"
         for name, number in HOSTS.items():
             where = {"ERL_EPMD_ADDRESS": f"127.0.1.{number}"}
