@@ -73,7 +73,7 @@ class Renewal:
             except (_NotRead, EOFError) as error:
                 raise LookupError(f"keys cannot be read: {error}") from None
         found, self._found = self._found, {}
-        keys = []
+        keys, left_out = [], []
         for path, new in found.items():
             if not isinstance(new, str):
                 keys.append(new[0])
@@ -82,9 +82,11 @@ class Renewal:
                 raise LookupError(new)
             else:
                 say(f"left out: {new}")
+                left_out.append(new)
         if needed and not keys:
             where = f" in {sources.directory}" if sources.directory else ": set --key"
-            raise LookupError(f"no private key{where}")
+            why = f": {left_out[0]}" if left_out else ""
+            raise LookupError(f"no private key{where}{why}")
         for key in load(keys).values():
             self._take(key)
 

@@ -103,7 +103,9 @@ def load_private_key(path: str, passphrase_file: str | None, read: Read = read) 
         key = load_pem_private_key(pem, passphrase, unsafe_skip_rsa_key_validation=True)
     except TypeError:
         if passphrase is None:
-            raise UnusableKey("key", f"{path} is encrypted: set passphrase_file") from None
+            raise UnusableKey(
+                "key", f"{path} is encrypted: set passphrase_file (--passphrase-file)"
+            ) from None
         raise UnusableKey(
             "passphrase_file", f"{path} is not encrypted: remove passphrase_file"
         ) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
@@ -183,3 +184,28 @@ def test_the_reader_ends_with_keyd(files: KeyFiles) -> None:
     files.process.kill()
     files.process.wait()
     eventually(lambda: not Path(f"/proc/{reader}").exists(), "the reader has ended")
+
+
+def test_without_a_usable_key_it_is_said_why_there_is_none(tmp_path: Path) -> None:
+    """In the last line: the one that ``systemctl status`` shows."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    encrypted = BestAvailableEncryption(b"secret")
+    (tmp_path / "keys").mkdir(mode=0o700)
+    (tmp_path / "keys/www.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encrypted)
+    )
+    ended = subprocess.run(
+        [
+            *(TITUS_PY.with_name("keyd"), "listen", f"--socket={tmp_path}/keyd.sock"),
+            *("--user=nobody", f"--key-directory={tmp_path}/keys"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"keyd: no private key in {tmp_path}/keys: {tmp_path}/keys/www.key is encrypted: "
+        "set passphrase_file (--passphrase-file)"
+    )
