@@ -55,23 +55,34 @@ def say(line: str) -> None:
 def end_at_the_unforeseen() -> None:
     """Have keyd end where a thread fails with an exception that nobody foresaw, and say so.
 
-    Its supervisor or service manager restarts it.
+    Its supervisor or service manager restarts it. What Python itself ignores, as within
+    ``__del__``, is said as well. Each is one line: for a traceback, Python would open its source
+    files, and the filter would kill keyd before anything is printed.
     """
     sys.excepthook = _die
     threading.excepthook = lambda failed: _die(
         failed.exc_type, failed.exc_value, failed.exc_traceback
+    )
+    sys.unraisablehook = lambda ignored: say(
+        f"ignored: {_what(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)}"
     )
 
 
 def _die(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """The report is one line: for a traceback, Python would open its source files, and the filter
-    would kill keyd before anything is printed.
-    """
+    try:
+        say(_what(kind, error, trace))
+        sys.stderr.flush()
+    finally:
+        # Also where there is no memory to say anything.
+        os._exit(1)
+
+
+def _what(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
-    say(f"{kind.__name__}: {error} at {where}")
-    sys.stderr.flush()
-    os._exit(1)
+    return f"{kind.__name__}: {error} at {where}"
