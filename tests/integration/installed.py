@@ -34,8 +34,8 @@ class Installed:
             if theirs.suffix != ".pth" and not theirs.name.startswith("titus_py-"):
                 (self.site / theirs.name).symlink_to(theirs)
         for name in _PACKAGES:
-            without = ignore_patterns("__pycache__")
-            copytree(_CHECKOUT / name, self.site / name, ignore=without)
+            # With what Python has compiled: whatever is started first would compile all of it.
+            copytree(_CHECKOUT / name, self.site / name, ignore=ignore_patterns("*.pytest-*"))
         self._metadata = self.site / "titus_py.dist-info/METADATA"
         self._metadata.parent.mkdir()
         self.is_version("1.0")
