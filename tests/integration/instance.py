@@ -414,18 +414,19 @@ class Instance:
         return self._started("keyd_started")
 
     def _started(self, event: str) -> Process:
-        pid = self.events_named(event)[-1]["pid"]
+        pid = self._pid_in(event)
         return next(process for process in self.processes() if process.pid == pid)
+
+    def _pid_in(self, event: str) -> int:
+        pid: int = self.events_named(event)[-1]["pid"]
+        return pid
 
     def supervisor(self) -> Process:
         return next(process for process in self.processes() if process.pid == self.pid)
 
     def fork_server(self) -> Process:
         """What the parent started first, of what still runs as root (a worker may be about to)."""
-        return min(
-            (one for one in self._forked() if not one.uid),
-            key=lambda one: (one.started, one.pid),
-        )
+        return _fork_server(self._forked())
 
     def workers(self) -> list[Process]:
         """All of them, the spare ones too, and those that are not confined yet."""
@@ -445,7 +446,7 @@ class Instance:
         return found
 
     def _forked(self) -> list[Process]:
-        parent = self.parent().pid
+        parent = self._pid_in("parent_started")
         return [one for one in self.processes() if one.parent == parent]
 
     def worker_of(self, uid: int) -> Process:
@@ -453,13 +454,18 @@ class Instance:
 
     def counts(self) -> dict[str, int]:
         """What must not grow: processes, and the descriptors of those that stay."""
-        return {
-            "processes": len(self.processes()),
-            "supervisor's descriptors": self.supervisor().descriptors,
-            "parent's descriptors": self.parent().descriptors,
-            "fork server's descriptors": self.fork_server().descriptors,
-            "keyd's descriptors": self.keyd().descriptors,
+        processes = {one.pid: one for one in self.processes()}
+        parent = processes[self._pid_in("parent_started")]
+        staying = {
+            "supervisor": processes[self.pid],
+            "parent": parent,
+            "fork server": _fork_server(
+                one for one in processes.values() if one.parent == parent.pid
+            ),
+            "keyd": processes[self._pid_in("keyd_started")],
         }
+        descriptors = {f"{name}'s descriptors": one.descriptors for name, one in staying.items()}
+        return {"processes": len(processes), **descriptors}
 
     def settled_counts(self, spare: int = 4) -> dict[str, int]:
         """The counts with no connection, and with as many spare workers as there may be.
@@ -551,6 +557,10 @@ class Instance:
         if event["event"] == "?" and "?" not in self.expected_alarms:
             return not re.match(r"[0-9T:.-]+Z (info|warning) ", event["line"])
         return event.get("level") == "alarm" and event["event"] not in self.expected_alarms
+
+
+def _fork_server(forked: Iterable[Process]) -> Process:
+    return min((one for one in forked if not one.uid), key=lambda one: (one.started, one.pid))
 
 
 def _is_confined(worker: Process) -> bool:
