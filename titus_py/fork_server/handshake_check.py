@@ -32,6 +32,8 @@ from keyd.without_ssh import load_nothing_of_ssh
 
 if __name__ == "__main__":
     load_nothing_of_ssh()
+    # Nor the system's OpenSSL, beside pyOpenSSL's: hashlib also works without one.
+    sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 # OpenSSL reads this as it is loaded. It names no keyd to the provider.
 _CONFIGURATION = sealed_file("openssl.cnf", openssl_configuration("").encode())
