@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,9 +211,14 @@ def namespaces(pid: int | str) -> dict[str, str]:
 
     Raises OSError if the process is gone.
     """
-    directory = f"/proc/{pid}/ns"
-    kinds = [name for name in os.listdir(directory) if not name.endswith("_for_children")]
-    return {kind: os.readlink(f"{directory}/{kind}") for kind in kinds}
+    return {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in _kinds_of_namespaces()}
+
+
+@cache
+def _kinds_of_namespaces() -> tuple[str, ...]:
+    """Those that this kernel has."""
+    names = sorted(os.listdir("/proc/self/ns"))
+    return tuple(name for name in names if not name.endswith("_for_children"))
 
 
 def descriptors(pid: int) -> dict[int, str]:
