@@ -27,7 +27,7 @@ from keyd.confinement import CannotLock
 from keyd.inspection import commands as inspection
 from keyd.keys import UnusableKey
 from keyd.linux.credentials import forbid_core_dumps, hide_memory, lock_memory_meanwhile
-from keyd.linux.process import open_standard_streams, run_for_reader
+from keyd.linux.process import leave, open_standard_streams, run_for_reader
 from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
@@ -289,4 +289,4 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

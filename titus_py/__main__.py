@@ -24,7 +24,7 @@ import argparse
 import os
 from pathlib import Path
 
-from keyd.linux.process import open_standard_streams, run_for_reader
+from keyd.linux.process import leave, open_standard_streams, run_for_reader
 from keyd.linux.systemd import Notifier
 
 __all__ = ["main"]
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--backend", metavar="ADDR")
     serve.add_argument("--cert", metavar="FILE", help="PEM, the chain included")
     serve.add_argument("--key", metavar="FILE")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=lambda arguments: leave(_serve(arguments)))
 
     check = commands.add_parser("check", help="name every mistake in a configuration")
     check.add_argument("--config", type=Path, metavar="FILE", default=_DEFAULT_CONFIGURATION)

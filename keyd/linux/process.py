@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from keyd.linux.calls import NUMBERS, make
 
@@ -25,6 +25,7 @@ __all__ = [
     "Call",
     "encode",
     "how_ended",
+    "leave",
     "make",
     "open_standard_streams",
     "run_for_reader",
@@ -125,6 +126,17 @@ def run_for_reader(run: Callable[[], int]) -> int:
         for descriptor in filter(_is_unread, (1, 2)):
             os.dup2(nowhere, descriptor)
         return 128 + signal.SIGPIPE
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, with nothing left to do: no thread is waited for.
+
+    An interpreter takes all down that it has loaded, piece by piece. The kernel does it at once.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
 
 
 def _is_unread(descriptor: int) -> bool:

@@ -46,6 +46,7 @@ from OpenSSL import SSL
 
 from keyd import mldsa
 from keyd.chain import name_of
+from keyd.linux.process import leave
 from keyd.linux.seccomp import Only, Rules
 from keyd.parsing import confine_parser
 from titus_py.between.virtual_host import TlsSettings
@@ -430,4 +431,4 @@ def _reason(error: SSL.Error) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

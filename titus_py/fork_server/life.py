@@ -61,7 +61,7 @@ if sys.modules.get("typing_extensions") is _WHERE:
 
 from keyd.linux import prctl
 from keyd.linux.credentials import hide_memory
-from keyd.linux.process import CLONE_PARENT, encode, why_failed
+from keyd.linux.process import CLONE_PARENT, encode, leave, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
 from keyd.linux.title import CommandLine
@@ -278,4 +278,4 @@ def _serve(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

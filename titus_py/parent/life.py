@@ -33,6 +33,7 @@ from keyd.linux.credentials import (
     hide_memory,
 )
 from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.process import leave
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.event_loop import EventLoop
@@ -322,4 +323,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
