@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyd.chain import UNREADABLE, name_of
-from keyd.keys import Read, UnusableKey, read_ahead
+from keyd.keys import Read, UnusableKey, read_ahead, why_binary
 from keyd.parsing import confine_parser
 from keyd.pem import Damaged, blocks
 from titus_py.worker.certificate_facts import name_id, public_key_id
@@ -114,8 +114,9 @@ def _read(
     except Damaged as error:
         raise UnusableKey(field, f"{path}:{error.line}: {error.reason}") from None
     if not found:
-        hint = "" if b"-----BEGIN" in content else " (DER? convert it: openssl crl -inform DER)"
-        raise UnusableKey(field, f"{path} holds no PEM {label}{hint if 'CRL' in label else ''}")
+        command = "crl" if "CRL" in label else "x509"
+        reason = why_binary(content, command, "-nokeys") or f"holds no PEM {label}"
+        raise UnusableKey(field, f"{path} {reason}")
     return found
 
 

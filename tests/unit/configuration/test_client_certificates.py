@@ -196,14 +196,21 @@ def test_a_list_of_a_namesake_is_a_mistake(authority: ClientAuthority, tmp_path:
     assert "is not signed by it" in mistake
 
 
-def test_a_list_in_der_is_a_mistake_with_its_remedy(
+def test_what_is_in_der_is_a_mistake_with_its_remedy(
     authority: ClientAuthority, tmp_path: Path
 ) -> None:
-    der = tmp_path / "der.crl"
-    pem = authority.crl().read_text().splitlines()
-    der.write_bytes(base64.b64decode("".join(pem[1:-1])))
-    (mistake,), _ = read(authority.file, der)
-    assert "openssl crl -inform DER" in mistake
+    def in_der(path: Path) -> Path:
+        pem = path.read_text().splitlines()
+        made = path.with_suffix(".der")
+        made.write_bytes(base64.b64decode("".join(pem[1:-1])))
+        return made
+
+    (mistake,), _ = read(authority.file, in_der(authority.crl()))
+    assert "client_crl" in mistake
+    assert "'openssl crl -inform DER" in mistake
+    (mistake,), _ = read(in_der(authority.file))
+    assert "client_ca" in mistake
+    assert "'openssl x509 -inform DER" in mistake
 
 
 @pytest.mark.parametrize(
