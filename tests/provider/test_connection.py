@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ class Door:
         made.settimeout(PATIENCE)
         self._made.append(made)
         return made
+
+    def accept_until_stopped(self) -> Iterator[socket.socket]:
+        # A listening unix socket with a timeout is waited for with poll(2), which stop() ends not.
+        self._listener.settimeout(None)
+        with suppress(OSError):
+            while True:
+                yield self.accept()
 
     def signs_by(self, connection: socket.socket) -> bool:
         """Whether the next request comes by this connection, and gets its answer."""
@@ -285,11 +293,7 @@ def test_threads_get_each_their_own_answers(door: Door, harness: Harness) -> Non
             connection.send(Reply(Status.DONE, digest * 8).encode())
 
     def accept() -> None:
-        while True:
-            try:
-                made = door.accept()
-            except OSError:
-                return
+        for made in door.accept_until_stopped():
             serving.append(threading.Thread(target=serve, args=[made]))
             serving[-1].start()
 

@@ -72,7 +72,10 @@ class Administrator:
         # Not the progress that dpkg shows.
         seen = re.sub(r".*\r", "", seen)
         print(seen.rstrip(), flush=True)
-        assert (code.strip() != "0") == fails, f"{command}: exit code {code.strip()}\n{seen}"
+        if (code.strip() != "0") != fails:
+            # Often all that it says is where to look.
+            seen += self.machine.run("journalctl --sync; journalctl --quiet --lines=50")
+            raise AssertionError(f"{command}: exit code {code.strip()}\n{seen}")
         return seen
 
     def writes(self, path: str, text: str) -> None:
