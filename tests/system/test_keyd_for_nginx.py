@@ -211,7 +211,7 @@ def _is_renewed(admin: Administrator) -> None:
 
 def _serves_stunnel_as_well(admin: Administrator) -> None:
     """On a port that takes a privilege, which it has after a reload as well."""
-    (drop_in,) = re.findall(r"^### stunnel$.*?((?:^ {4}.*\n)+)", _GUIDE, re.DOTALL | re.MULTILINE)
+    (drop_in,) = re.findall(r"^### stunnel\n(?s:.*?)((?:^ {4}.*\n)+)", _GUIDE, re.MULTILINE)
     admin.types("systemctl stop nginx; cp -r /etc/titus-keyd/nginx /etc/titus-keyd/stunnel")
     admin.types("cp /etc/nginx/www.crt /etc/nginx/www.reference /etc/stunnel/")
     socket = "/run/titus-keyd/stunnel.sock"
