@@ -373,7 +373,8 @@ class Metrics:
 
 def _end(fields: Mapping[str, object]) -> str:
     """How a connection ended, as a label. A worker can choose only among labels known here."""
-    text = str(fields.get("end"))
+    # One that was to be killed, and ended otherwise before it was, has both.
+    text = str(fields.get("how") or fields.get("end"))
     if text.startswith("exited with "):
         return "exited"
     if text.startswith("killed by "):

@@ -52,7 +52,8 @@ class RepeatedEvents:
             return
         kind: _Kind = (name, event["status"], event["attempted"])
         if kind not in self._repeated and sum(one[0] == name for one in self._repeated) >= _KINDS:
-            kind = (name,)
+            # What is worse is not to go under in what is not.
+            kind = (name, event["level"])
         self._tell(kind, name, event)
 
     def _tell(self, kind: _Kind, name: str, event: Mapping[str, Any]) -> None:

@@ -202,6 +202,12 @@ def test_how_a_connection_ended(end: str, label: str) -> None:
     assert read(metrics)[f'titus_connections_ended_total{{end="{label}"}}'] == 1
 
 
+def test_a_worker_that_gave_a_reason_to_be_killed_hides_no_crash() -> None:
+    metrics = Metrics()
+    metrics.record("connection_ended", ENDED | {"end": "gave_way", "how": "killed by SIGSYS"})
+    assert read(metrics)['titus_connections_ended_total{end="killed_by_sigsys"}'] == 1
+
+
 def test_a_worker_that_lies_makes_no_series_and_no_absurd_total() -> None:
     metrics = Metrics()
     metrics.record("connection_ended", ENDED)

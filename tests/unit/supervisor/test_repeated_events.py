@@ -129,6 +129,17 @@ def test_reasons_that_are_made_up_are_told_together(
     assert rest == [(500, 1), (499, 491)]
 
 
+def test_what_is_worse_does_not_go_under_in_what_is_not(
+    loop: EventLoop, recorded: Recorded, events: RepeatedEvents
+) -> None:
+    for number in range(20):
+        events.refused("keyd_refused", 1, refusal(number, f"reason {number}", level="warning"))
+    events.refused("keyd_refused", 1, refusal(20, "out of memory"))
+    events.refused("keyd_refused", 1, refusal(21, "reason 21", level="warning"))
+    a_second_passes(loop)
+    assert 20 in [fields["connection"] for _, fields in recorded.lines]
+
+
 def test_no_alarm_of_keyds_is_held_back(recorded: Recorded, events: RepeatedEvents) -> None:
     for number in range(100):
         events.refused("keyd_refused", 1, refusal(number, level="alarm"))
