@@ -51,8 +51,8 @@ def running() -> list[Running]:
     """By pid. Raises PermissionError where this process is not root."""
     if os.geteuid() != 0:
         raise PermissionError("only root can look into keyd")
-    with open(os.memfd_create(NAME), "rb") as own:
-        mount = _mount_of("self", own.fileno())
+    with open(os.memfd_create("mount"), "rb") as own:
+        mount, _ = _opened("self", own.fileno())
     found = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         # Processes end meanwhile.
@@ -64,23 +64,26 @@ def running() -> list[Running]:
     return found
 
 
-def _page_of(pid: int, mount: str) -> str | None:
+def _page_of(pid: int, mount: int) -> str | None:
     """Its memory file, which is on this mount: the kernel's own, where nobody can make others.
 
-    A file elsewhere can have the same name, and be one that keeps whoever opens it waiting.
+    A file elsewhere can have the same name, and be one that keeps whoever opens it waiting. Who
+    only reads a page is not who writes it: another audit is called keyd, too.
     """
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
         with suppress(FileNotFoundError):
-            if os.readlink(path).startswith(f"/memfd:{NAME} ") and _mount_of(pid, name) == mount:
+            named = os.readlink(path).startswith(f"/memfd:{NAME} ")
+            if named and _opened(pid, name) == (mount, os.O_RDWR):
                 return path
     return None
 
 
-def _mount_of(pid: int | str, descriptor: int | str) -> str:
-    """The number of the mount that a descriptor's file is on (proc(5))."""
+def _opened(pid: int | str, descriptor: int | str) -> tuple[int, int]:
+    """The number of the mount that a descriptor's file is on, and its access mode (proc(5))."""
     lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines()
-    return next(line for line in lines if line.startswith("mnt_id:"))
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["mnt_id"]), int(fields["flags"], 8) & os.O_ACCMODE
 
 
 def _running(pid: int, page: str) -> Running:

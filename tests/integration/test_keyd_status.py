@@ -33,7 +33,8 @@ print("there", flush=True)
 sys.stdin.read()
 """
 #: Names itself keyd, and has open a pipe that is called what keyd's page is, as the root of its
-#: mount has been taken away. Whoever opens it waits for a writer. A user namespace lets anybody.
+#: mount has been taken away. It is open for writing as well, as keyd's page is; if it were not,
+#: whoever opened it would wait. A user namespace lets anybody.
 FORGER_OF_A_PIPE = """
 import ctypes, os, sys
 def check(result): assert result == 0, ctypes.get_errno()
@@ -42,14 +43,23 @@ check(libc.unshare(0x20000))  # CLONE_NEWNS
 check(libc.mount(None, b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
 check(libc.mount(b"tmpfs", b"/mnt", b"tmpfs", 0, None))
 os.mkfifo("/mnt/memfd:keyd-status (deleted)")
-os.open("/mnt/memfd:keyd-status (deleted)", os.O_RDONLY | os.O_NONBLOCK)
+os.open("/mnt/memfd:keyd-status (deleted)", os.O_RDWR)
 check(libc.umount2(b"/mnt", 2))  # MNT_DETACH
 open("/proc/self/comm", "w").write("keyd")
 print("there", flush=True)
 sys.stdin.read()
 """
-
-
+#: Names itself keyd, and has read the page of the keyd that it is told.
+READER = """
+import glob, os, sys
+open("/proc/self/comm", "w").write("keyd")
+for path in glob.glob(f"/proc/{sys.argv[1]}/fd/*"):
+    if "keyd-status" in os.readlink(path):
+        page = open(path, "rb")
+assert page.read(8)
+print("there", flush=True)
+sys.stdin.read()
+"""
 #: Asks for nothing that there is.
 ASKS = """
 import socket, sys
@@ -333,6 +343,26 @@ def test_what_only_has_the_name_of_a_page_is_not_opened(listening: Listening) ->
         finally:
             process.stdin.close()
     pids = [one["pid"] for one in found]
+    assert listening.process.pid in pids
+    assert process.pid not in pids
+
+
+def test_who_reads_a_page_is_no_keyd(listening: Listening) -> None:
+    """Another audit is a program called keyd, and has the page open for a moment."""
+    told(listening, lambda one: bool(one["keys"]))
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", READER, str(listening.process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline()
+            found = running()
+        finally:
+            process.stdin.close()
+    pids = [one.pid for one in found]
     assert listening.process.pid in pids
     assert process.pid not in pids
 
