@@ -28,8 +28,6 @@ from keyd.linux.title import set_title
 from keyd.protocol import CONTROL_VERSION
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.lookups import MAX_OCTETS
-from titus_py.between.plan import resolved
-from titus_py.configuration.address import parse_backend
 from titus_py.configuration.checking import Checked
 from titus_py.configuration.held_uids import Held, HeldUids
 from titus_py.fork_server.confinement import TRANSPARENT_CAPABILITIES
@@ -37,7 +35,7 @@ from titus_py.supervisor import succession
 from titus_py.supervisor.announced_audits import AnnouncedAudits
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.child import ALIVE_SECONDS
-from titus_py.supervisor.children import START_SECONDS, Children
+from titus_py.supervisor.children import Children
 from titus_py.supervisor.control import Answer, Control
 from titus_py.supervisor.crippled_keyd import CrippledKeyd
 from titus_py.supervisor.cut import Cut
@@ -51,14 +49,15 @@ from titus_py.supervisor.listeners import CannotListen, Listeners, Wishes, liste
 from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics_address import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
+from titus_py.supervisor.program_change import ProgramChange
 from titus_py.supervisor.record import Record
-from titus_py.supervisor.reload import READ_SECONDS, ReadAgain, Reload
+from titus_py.supervisor.reload import ReadAgain, Reload
 from titus_py.supervisor.renewals import Renewals
 from titus_py.supervisor.repeated_events import RepeatedEvents
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.status import Status
-from titus_py.supervisor.succession import Legacy, Trial
+from titus_py.supervisor.succession import Legacy
 from titus_py.supervisor.takeover import Takeover
 from titus_py.supervisor.uid_blocks import UidBlocks
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
@@ -197,6 +196,7 @@ class _Supervisor:
             filters,
         )
         cut = Cut(loop, record, children)
+        self._repeated = repeated = RepeatedEvents(loop, record)
         self._reload = Reload(
             loop,
             record,
@@ -211,12 +211,12 @@ class _Supervisor:
             cut,
             read_again,
             self._adopt,
-            self._change_program,
+            lambda: self._program_change.begin(self._control),
         )
         self._upkeep = Upkeep(
             loop,
             record,
-            RepeatedEvents(loop, record),
+            repeated,
             service,
             generations,
             takeover,
@@ -250,6 +250,23 @@ class _Supervisor:
             processes,
             self._reload.lost_processes,
         )
+        self._program_change = ProgramChange(
+            loop,
+            record,
+            repeated,
+            service,
+            generations,
+            children,
+            listeners,
+            uids,
+            backends,
+            lending,
+            self._metrics,
+            self._status,
+            self._starting,
+            self._reload,
+            _SIGNALS,
+        )
         self._control: Control | None = None
 
     # --- life -------------------------------------------------------------------
@@ -260,7 +277,8 @@ class _Supervisor:
             if isinstance(first, Checked):
                 self._begin(first)
             else:
-                self._go_on(first)
+                self._listen_for_control(first.control)
+                self._program_change.go_on(first, self._control)
         except (OSError, Held) as error:
             held = isinstance(error, Held)
             reason = f"worker.uids: {error}" if held else str(error)
@@ -282,6 +300,7 @@ class _Supervisor:
             signal.signal(number, signal.SIG_IGN)
         if self._control is not None:
             self._control.close()
+        self._repeated.say_last()
         self._event("stop", code=self._service.exit_code)
         self._record.log.close()
         return self._service.exit_code
@@ -295,7 +314,8 @@ class _Supervisor:
         self._adopt(generation)
         self._starting.start(generation)
 
-    def _listen_for_control(self, listener: socket.socket | None = None) -> None:
+    def _listen_for_control(self, left: int | None = None) -> None:
+        """Listen, on the descriptor that an earlier program has left if there is one."""
         handlers: dict[str, Callable[[Answer], None]] = {
             "status": lambda answer: answer(self._status.all()),
             "reload": self._reload.answer,
@@ -303,6 +323,7 @@ class _Supervisor:
             "reload cut": partial(self._reload.answer, cut=True),
             "audit": self._answer_audit,
         }
+        listener = None if left is None else socket.socket(fileno=left)
         try:
             self._control = Control(self._loop, handlers, listener)
         except OSError as error:
@@ -385,115 +406,3 @@ class _Supervisor:
             self._event("files_changed", action="reloading")
             self._reload.begin()
         self._loop.after(_FILES_SECONDS, self._look_at_files)
-
-    # --- another program --------------------------------------------------------
-
-    def _legacy(self) -> Legacy:
-        """All that the next program needs to go on from here."""
-        log, metrics = self._record.log, self._metrics.listener
-        return Legacy(
-            generations=[succession.leave(generation) for generation in self._generations],
-            listeners=succession.leave_listeners(self._listeners),
-            held_uids=self._uids.held.descriptor,
-            used_uids=[(uids.start, uids.stop) for uids in self._uids.used],
-            addresses=[
-                (str(backend), [list(address) for address in addresses])
-                for backend, addresses in self._backends.addresses.items()
-            ],
-            states=list(self._backends.states.items()),
-            control=self._control.listener.fileno() if self._control else None,
-            answers=succession.who_waits(self._reload.answers),
-            later_answers=succession.who_waits(self._reload.later_answers),
-            asked_again=self._reload.asked_again,
-            program_asked=self._reload.program_asked,
-            urgent=self._reload.urgent,
-            metrics=None if metrics is None else metrics.fileno(),
-            metrics_address=self._metrics.address,
-            lending=self._lending.left,
-            counts=self._record.metrics.leave(),
-            log_format=log.form,
-            log_level=log.least,
-            log_lines_lost=log.lost,
-            started=self._status.started,
-            begun=self._status.begun,
-        )
-
-    def _environment(self) -> dict[str, str]:
-        """The environment that this program was started with."""
-        return {**os.environ, **self._service.environment}
-
-    def _change_program(self) -> None:
-        """Try out the installed program, and then become it."""
-        # Without the service manager's variables: they are for the program that serves.
-        legacy, environment = self._legacy(), dict(os.environ)
-        seconds = START_SECONDS if legacy.urgent else READ_SECONDS
-        self._reload.aside(
-            lambda: succession.try_out(legacy, environment, seconds), self._take_program
-        )
-
-    def _take_program(self, trial: Trial) -> None:
-        """Become the new program if its trial found no problems. Else go on as this one."""
-        if self._service.stops:
-            return
-        if trial.problems:
-            self._reload.failed(trial.problems, not trial.starts)
-            return
-        children = [child for one in self._generations for child in one.children]
-        if not all(child.has_heard_all and child.socket.fileno() >= 0 for child in children):
-            # Only this program can send the orders that children have not taken yet.
-            self._loop.after(_RETRY_SECONDS, lambda: self._take_program(trial))
-            return
-        # The new program starts its own.
-        self._backends.stop()
-        self._metrics.stop()
-        log = self._record.log
-        log.close()
-        try:
-            succession.execute(self._legacy(), self._environment(), _SIGNALS)
-        except OSError as error:
-            self._record.log = Log(log.form, least=log.least, lost=log.lost)
-            self._backends.resolve()
-            self._metrics.serve()
-            self._reload.failed([f"{sys.executable}: {error.strerror}"])
-
-    def _go_on(self, legacy: Legacy) -> None:
-        """Start as the new program: take over everything, then go on with the reload."""
-        self._status.started, self._status.begun = legacy.started, legacy.begun
-        self._record.metrics.inherit(legacy.counts)
-        self._listen_for_control(
-            None if legacy.control is None else socket.socket(fileno=legacy.control)
-        )
-        if self._control is not None:
-            for answers, clients in (
-                (self._reload.answers, legacy.answers),
-                (self._reload.later_answers, legacy.later_answers),
-            ):
-                answers += [self._control.adopt(socket.socket(fileno=one)) for one in clients]
-        self._reload.asked_again = legacy.asked_again
-        self._reload.program_asked = legacy.program_asked
-        for backend, addresses in legacy.addresses:
-            self._backends.addresses[parse_backend(backend)] = resolved(addresses)
-        self._backends.states = dict(legacy.states)
-        self._uids.held = HeldUids(legacy.held_uids)
-        for left in legacy.generations:
-            generation = succession.inherit(left, self._starting.filters)
-            self._generations.append(generation)
-            for child in generation.children:
-                self._children.watch(generation, child)
-        for first, beyond in legacy.used_uids:
-            self._uids.used.append(range(first, beyond))
-            self._uids.release(self._uids.used[-1])
-        self._backends.resolve()
-        if legacy.metrics is not None:
-            self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
-        self._lending.adopt(legacy.lending)
-        serving = self._generations.serving
-        self._event(
-            "program_changed",
-            pid=os.getpid(),
-            version=self._status.version,
-            generation=serving.number,
-        )
-        self._service.reloading = True
-        self._starting.bring_up(serving)
-        self._reload.read()

@@ -56,6 +56,14 @@ class RepeatedEvents:
             kind = (name, event["level"])
         self._tell(kind, name, event)
 
+    def say_last(self) -> None:
+        """Log what is held back now: the log is about to be closed."""
+        for kind, (count, name, event) in self._repeated.items():
+            if count:
+                self._record.log(name, **event, count=count)
+                # The second goes on: the log may be opened again.
+                self._repeated[kind] = 0, "", {}
+
     def _tell(self, kind: _Kind, name: str, event: Mapping[str, Any]) -> None:
         if kind in self._repeated:
             count, _, _ = self._repeated[kind]

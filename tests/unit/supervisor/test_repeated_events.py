@@ -145,3 +145,21 @@ def test_no_alarm_of_keyds_is_held_back(recorded: Recorded, events: RepeatedEven
         events.refused("keyd_refused", 1, refusal(number, level="alarm"))
     assert [fields["connection"] for _, fields in recorded.lines] == list(range(100))
     assert recorded.metrics.alarms.counts["keyd_refused"] == 100
+
+
+def test_what_is_held_back_is_told_before_the_log_is_closed(
+    loop: EventLoop, recorded: Recorded, events: RepeatedEvents
+) -> None:
+    for number in range(5):
+        events.of_tunnel("tunnel_failed", 1, failure(number))
+        events.refused("keyd_refused", 1, refusal(10 + number))
+    events.of_tunnel("tunnel_failed", 1, failure(20, "127.0.0.1:2"))
+    del recorded.lines[:]
+    events.say_last()
+    last = [(name, fields["connection"], fields["count"]) for name, fields in recorded.lines]
+    assert last == [("tunnel_failed", 4, 4), ("keyd_refused", 14, 4)]
+    # It goes on where the log is opened again: nothing is told twice.
+    events.of_tunnel("tunnel_failed", 1, failure(30))
+    a_second_passes(loop)
+    rest = [(fields["connection"], fields["count"]) for _, fields in recorded.lines[2:]]
+    assert rest == [(30, 1)]
