@@ -37,6 +37,7 @@ from keyd.linux.credentials import limit
 from keyd.linux.descriptors import receive_descriptors
 from keyd.powers import LibraryKey
 from keyd.system_calls import MAKING
+from keyd.words import end_at_the_unforeseen
 
 __all__ = ["Order", "confine", "kind_of", "make", "make_known", "serve"]
 
@@ -115,6 +116,7 @@ def confine(to: confinement.Confinement) -> None:
             resource.RLIMIT_NPROC: 0,
         }
     )
+    end_at_the_unforeseen()
     seccomp.install(program)
 
 

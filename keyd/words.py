@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 __all__ = ["TEXT_CHARACTERS", "Words", "end_at_the_unforeseen", "leave_standard_error", "say"]
@@ -43,36 +44,41 @@ def leave_standard_error(tell: Callable[[str], None]) -> None:
     sys.stderr = Words(tell)
 
 
-def say(line: str) -> None:
+def say(line: str, who: str = "keyd") -> None:
     """To standard error, as keyd says everything.
 
     In one piece, newline and all: another thread may say something at the same time. Python
     flushes each line by itself.
     """
-    sys.stderr.write(f"keyd: {line}\n")
+    sys.stderr.write(f"{who}: {line}\n")
 
 
-def end_at_the_unforeseen() -> None:
-    """Have keyd end where a thread fails with an exception that nobody foresaw, and say so.
+def end_at_the_unforeseen(who: str = "keyd") -> None:
+    """Have this process end where a thread fails with an exception that nobody foresaw, and say so.
 
-    Its supervisor or service manager restarts it. What Python itself ignores, as within
-    ``__del__``, is said as well. Each is one line: for a traceback, Python would open its source
-    files, and the filter would kill keyd before anything is printed.
+    Whoever started keyd restarts it. What Python itself ignores, as within ``__del__``, is said as
+    well. Each is one line: for a traceback, Python would open its source files, and the filter
+    would kill the process, as one that was taken over. Python would do so as
+    well where one of these functions fails, for want of memory.
     """
-    sys.excepthook = _die
+    sys.tracebacklimit = 0
+    sys.excepthook = partial(_die, who)
     threading.excepthook = lambda failed: _die(
-        failed.exc_type, failed.exc_value, failed.exc_traceback
+        who, failed.exc_type, failed.exc_value, failed.exc_traceback
     )
     sys.unraisablehook = lambda ignored: say(
-        f"ignored: {_what(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)}"
+        f"ignored: {_what(ignored.exc_type, ignored.exc_value, ignored.exc_traceback)}", who
     )
 
 
 def _die(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    who: str,
+    kind: type[BaseException],
+    error: BaseException | None,
+    trace: TracebackType | None,
 ) -> None:
     try:
-        say(_what(kind, error, trace))
+        say(_what(kind, error, trace), who)
         sys.stderr.flush()
     finally:
         # Also where there is no memory to say anything.
@@ -85,4 +91,6 @@ def _what(
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "nowhere"
-    return f"{kind.__name__}: {error} at {where}"
+    # What it is about may be a stranger's, and more than a line.
+    said = f"{kind.__name__}: {error} at {where}"
+    return "".join(one if one.isprintable() else "?" for one in said)

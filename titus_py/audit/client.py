@@ -32,14 +32,17 @@ from keyd.linux.credentials import (
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.system_calls import MEMORY
+from keyd.words import end_at_the_unforeseen
 
 __all__ = ["MAX_ANSWER_OCTETS", "main"]
 
 #: A certificate has at most 2^24 - 1 octets (RFC 8446 §4.4.2), and rarely more than a few KiB.
 MAX_ANSWER_OCTETS = 128 * 1024
 _MAX_ORDER_OCTETS = 4096
-#: How long the peer may take for the handshake, in all.
-_SECONDS = 5.0
+#: How long the peer may take for the handshake, in all: for longer than worker.handshake_timeout is
+#: by default, after which a worker ends it itself, and for less than the audit waits for this
+#: process. So a slow machine alone is no alarm.
+_SECONDS = 20.0
 #: How long to wait for the server's close_notify.
 _FAREWELL_SECONDS = 1.0
 _SHORTEST_WAIT_SECONDS = 0.001
@@ -204,6 +207,7 @@ def _confine(uid: int, chroot: str) -> None:
             resource.RLIMIT_NOFILE: _DESCRIPTORS,
         }
     )
+    end_at_the_unforeseen("titus-py: the audit's client")
     seccomp.install(seccomp.Program(program))
 
 

@@ -49,6 +49,7 @@ from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.making import self_signed
 from keyd.pem import Damaged, blocks
 from keyd.system_calls import MEMORY
+from keyd.words import end_at_the_unforeseen
 from titus_py.between.postgresql import NO, SSL_REQUEST, YES
 from titus_py.commands.pins import MOST_KEYS
 from titus_py.worker.certificate_facts import public_key_id
@@ -260,6 +261,7 @@ def _confine(chroot: str) -> None:
     if ruleset is not None:
         landlock.restrict_self(ruleset)
         os.close(ruleset)
+    end_at_the_unforeseen("titus-py")
     seccomp.install(program)
 
 

@@ -6,10 +6,17 @@ import ssl
 import threading
 from contextlib import suppress
 
+from titus_py.audit import client as client_module
+from titus_py.audit import probe
 from titus_py.audit.client import Client, shake_hands
+from titus_py.configuration.tables import Worker
 
 # A record of 16 KiB that begins with a ServerHello of 16 KiB: nothing is wrong with it yet.
 FLIGHT = itertools.chain(bytes.fromhex("16 0303 4000  02 003ffc 0303"), itertools.repeat(0))
+
+
+def test_a_worker_ends_a_slow_handshake_before_the_client_does_and_that_before_the_audit() -> None:
+    assert Worker().handshake_timeout < client_module._SECONDS < probe._CLIENT_SECONDS
 
 
 def test_a_server_that_is_never_done_does_not_keep_the_audit() -> None:

@@ -23,6 +23,12 @@ class NoWords:
         raise MemoryError
     flush = write
 
+class FailsWithNoWords:
+    def __del__(self):
+        raise LookupError(NoWords())
+
+NoWords.__str__ = NoWords.flush
+
 seccomp.install(program)
 """
 
@@ -46,3 +52,19 @@ def test_what_python_ignores_ends_nothing(tmp_path: Path) -> None:
 
 def test_it_ends_also_where_there_is_no_memory_to_say_why(tmp_path: Path) -> None:
     assert run(tmp_path, "sys.stderr = NoWords()\nraise LookupError") == (1, "")
+
+
+def test_what_cannot_be_said_for_want_of_memory_ends_nothing(tmp_path: Path) -> None:
+    """Python says that its hook has failed, and would open the files of a traceback for that."""
+    code, said = run(tmp_path, "FailsWithNoWords()\nsay('goes on')\nraise LookupError('no more')")
+    assert code == 1
+    *_, goes_on, ends = said.splitlines()
+    assert goes_on == "keyd: goes on"
+    assert ends.startswith("keyd: LookupError: no more at ")
+
+
+def test_it_is_one_line_whatever_it_is_about(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "raise LookupError('first\\nkeyd: second\\x1b')")
+    assert code == 1
+    assert said.startswith("keyd: LookupError: first?keyd: second? at ")
+    assert len(said.splitlines()) == 1
