@@ -25,8 +25,6 @@ from titus_py.parent.worker import KILLED, Worker
 __all__ = ["Pool"]
 
 _FORK_PAUSE_SECONDS = (0.1, 5.0)
-#: How often to look whether a worker without a pidfd has ended.
-_REAP_SECONDS = 0.1
 #: How long forking is put off, so that the client that just got a worker is served first.
 _SPARES_SECONDS = 0.02
 #: How many workers in a row may fail to confine themselves: then the parent gives up.
@@ -35,6 +33,10 @@ _MAX_FAILED_WORKERS = 5
 #: 15 seconds, as ``look_after`` is called every 3. On a busy machine, workers may take a few.
 _LOOKS = 6
 _HANGS = "hung before it had a client"
+#: How often a worker is seen that was killed, before that is told: for six seconds or more. SIGKILL
+#: ends a process only once the kernel lets it return from its system call.
+_LOOKS_AFTER_KILL = 3
+_NOT_WATCHED = "no descriptor was left to watch it by"
 #: How often to hear a worker that has ended: our code says four things at most. Besides, there may
 #: be a reset, and is the end of file.
 _LAST_WORDS = 6
@@ -74,6 +76,10 @@ class Pool:
         self.spares: deque[Worker] = deque()
         #: Those that are neither spares nor have a client, and how often they were seen so.
         self._idle: dict[Worker, int] = {}
+        #: The same of those that were killed, and have not ended yet.
+        self._killed: dict[Worker, int] = {}
+        #: Those without a pidfd, by their pids.
+        self._unwatched: dict[int, Worker] = {}
         self._draining = False
         self._failed_workers = 0
         self._fork_pause = 0.0
@@ -136,15 +142,37 @@ class Pool:
         To be called every few seconds. The calls are counted, and not the time: a worker is not to
         blame if this process was stopped itself (SIGSTOP, a paused virtual machine).
         """
+        for pid, worker in list(self._unwatched.items()):
+            self._reap_unwatched(worker, pid)
         spares = set(self.spares)
-        self._idle = {
-            worker: self._idle.get(worker, 0) + 1
-            for worker in self._workers.values()
-            if worker.pidfd >= 0 and worker.offer is None and worker not in spares
-        }
+        idle, killed = self._idle, self._killed
+        self._idle, self._killed = {}, {}
+        for worker in self._workers.values():
+            if worker.killed_for:
+                self._killed[worker] = killed.get(worker, 0) + 1
+            elif worker.pidfd >= 0 and worker.offer is None and worker not in spares:
+                self._idle[worker] = idle.get(worker, 0) + 1
         for worker, looks in self._idle.items():
             if looks >= _LOOKS:
                 worker.kill(_HANGS)
+        for worker, looks in self._killed.items():
+            if looks == _LOOKS_AFTER_KILL:
+                self._stays(worker)
+
+    def _stays(self, worker: Worker) -> None:
+        """A worker was killed, and does not end. Tell it, once, and go on without it.
+
+        Another one takes its place among the spares. It still counts among all workers, of which
+        there are never more than the configuration allows: so processes do not pile up.
+        """
+        self._forming.discard(worker.uid)
+        self._tell(
+            "worker_stays",
+            level="error",
+            uid=worker.uid,
+            connection=worker.connection or None,
+            why=worker.killed_for,
+        )
 
     # --- forking ------------------------------------------------------------------------
 
@@ -216,10 +244,12 @@ class Pool:
             self._fork_failed(os.strerror(forked.error))
             return
         if pidfd < 0:
-            # No descriptor was left for the pidfd. A spare that cannot be watched is of no use.
+            # No descriptor was left for the pidfd. A spare that cannot be watched is of no use. Nor
+            # can it be killed: kill(2) is not for a process that hears workers (``system_calls``).
             worker.hang_up()
+            worker.kill(_NOT_WATCHED)
             self._fork_failed(os.strerror(errno.EMFILE))
-            self._reap_unwatched(worker, forked.pid)
+            self._unwatched[forked.pid] = worker
             return
         if self._fork_pause:
             self._fork_pause = 0.0
@@ -289,8 +319,8 @@ class Pool:
     def _reap_unwatched(self, worker: Worker, pid: int) -> None:
         """Reap a spare that was told to leave. Until then, no other process gets its pid."""
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
-            self._loop.after(_REAP_SECONDS, lambda: self._reap_unwatched(worker, pid))
             return
+        del self._unwatched[pid]
         if self._workers.get(worker.uid) is worker:
             self._forget(worker)
             os.close(worker.report)

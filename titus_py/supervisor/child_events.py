@@ -300,6 +300,12 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         "malformed_message": _ATTEMPT,
         "unexpected_message": _ATTEMPT,
         "worker_failed": {"level": _LEVEL, "uid": _COUNT, "how": _TEXT, "why": _TEXT},
+        "worker_stays": {
+            "level": _LEVEL,
+            "uid": _COUNT,
+            "connection": _optional(_COUNT),
+            "why": _TEXT,
+        },
         "fork_failed": {"level": _LEVEL, "reason": _TEXT},
         "fork_works_again": {"level": _LEVEL},
         "fork_server_died": {"level": _LEVEL, "how": _TEXT},

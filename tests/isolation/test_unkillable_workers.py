@@ -1,0 +1,56 @@
+"""A worker that SIGKILL does not end is told of, and does not take a spare's place for good."""
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from integration.certificates import Certificate
+from integration.instance import Process, all_processes, eventually
+from integration.peers import Listener
+
+from .harness import infected, one_more_connection
+
+
+@contextmanager
+def kept_from_ending(worker: Process) -> Iterator[None]:
+    """Its kernel waits, when it ends, for a process in its pid namespace that nobody reaps.
+
+    A pid namespace's first process ends last (pid_namespaces(7)). Nothing can shorten that.
+    """
+    namespace = f"--pid=/proc/{worker.pid}/ns/pid"
+    entering = subprocess.Popen(["nsenter", namespace, "sleep", "600"])
+    try:
+
+        def entered() -> list[Process]:
+            return [one for one in all_processes() if one.parent == entering.pid]
+
+        eventually(entered, "a process in the namespace")
+        entering.send_signal(signal.SIGSTOP)
+        yield
+    finally:
+        entering.send_signal(signal.SIGCONT)
+        entering.wait(10)
+
+
+def test_it_is_told_and_another_one_serves(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    with infected(
+        tmp_path,
+        certificate,
+        backend.address,
+        ["ready"],
+        worker={"spare": 1, "handshake_timeout": "60s"},
+    ) as instance:
+        (hangs,) = eventually(instance.workers, "a worker that hangs")
+        with kept_from_ending(hangs):
+            one_more_connection(instance)
+            (event,) = instance.events_named("worker_stays", uid=hangs.uid)
+            assert (event["level"], event["why"]) == ("error", "hung before it had a client")
+            assert hangs in instance.workers()
+            assert not instance.events_named("worker_failed")
+        instance.wait_for_event("worker_failed", uid=hangs.uid)
+        one_more_connection(instance)
+        assert len(instance.events_named("worker_stays")) == 1
