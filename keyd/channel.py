@@ -7,6 +7,7 @@ with nothing; neither is the client, whose ClientHello the parent has passed on 
 import socket
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 
 from cryptography.exceptions import InternalError
 
@@ -71,6 +72,7 @@ class Channel:
         "_grants",
         "_operations",
         "connection",
+        "hung_up",
         "most_octets",
         "record",
         "socket",
@@ -87,6 +89,8 @@ class Channel:
         self.socket = endpoint
         self.record = record
         self.connection = terms.connection
+        #: Nothing more is answered; it is closed once its worker has seen that.
+        self.hung_up = False
         self._deadline = time.monotonic() + terms.lifetime_ms / 1000
         self._operations = terms.operations
         #: What is known of the client, or why nothing is done for it.
@@ -112,6 +116,16 @@ class Channel:
     def overdue(self) -> bool:
         """Whether no honest worker can be there any more."""
         return time.monotonic() > self._deadline + _OVERDUE_SECONDS
+
+    def hang_up(self) -> None:
+        """Let its worker know that no answer comes, from this keyd or another.
+
+        For that, there is no need of memory: the worker reads an end of file, of a socket that is
+        not closed.
+        """
+        self.hung_up = True
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
     def grant(self, keys: Mapping[bytes, Key], message: bytes) -> tuple[Operation, bytes | Later]:
         """Check a request against the terms, count it, and perform it. Raises Refused."""

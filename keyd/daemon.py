@@ -345,6 +345,8 @@ class Keyd:
             # ENOMEM, ENOSPC: that client's handshake fails.
             say(f"no channel for connection {terms.connection}: {error.strerror}")
             failed = Refused(Status.FAILED, f"no channel: {error.strerror}")
+            # Whatever comes of the answer, it is closed: nothing is heard of it.
+            channel.hung_up = True
             self._refuse(descriptor, channel, failed)
 
     def _say_short_of_descriptors(self, reason: str | None) -> None:
@@ -399,7 +401,7 @@ class Keyd:
         if message is None:
             self.epoll.modify(descriptor, _READABLE_ONCE)
             return
-        if not message and has_ended(channel.socket):
+        if channel.hung_up or (not message and has_ended(channel.socket)):
             self._close(descriptor, channel)
             return
         started = time.monotonic()
@@ -419,8 +421,12 @@ class Keyd:
     def _refuse(self, descriptor: int, channel: Channel, refused: Refused) -> None:
         self.tally.refused(refused.status)
         channel.record(Refusal(channel.connection, refused.status, refused.detail))
-        reply(channel, Reply(refused.status))
-        self._close(descriptor, channel)
+        if reply(channel, Reply(refused.status)) is not None and not channel.hung_up:
+            # Closed, it would look as if keyd had ended, and the worker wait for the next one.
+            channel.hang_up()
+            self.epoll.modify(descriptor, _READABLE_ONCE)
+        else:
+            self._close(descriptor, channel)
 
     def _told(
         self,
@@ -438,12 +444,12 @@ class Keyd:
             # Before the reply: when its worker ends, the parent can know that it has got one.
             channel.record(Done(channel.connection, operation))
             failure = reply(channel, Reply(Status.DONE, result))
+            # After the reply, so that the worker does not wait for the tally.
+            self.tally.done(operation, time.monotonic() - started)
         if failure is not None:
             failed = Refused(Status.FAILED, f"{operation.name.lower()}: {failure}")
             self._refuse(descriptor, channel, failed)
             return
-        # After the reply, so that the worker does not wait for the tally.
-        self.tally.done(operation, time.monotonic() - started)
         self.epoll.modify(descriptor, _READABLE_ONCE)
 
     def _close(self, descriptor: int, channel: Channel) -> None:

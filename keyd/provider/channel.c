@@ -7,7 +7,8 @@
  * allows.
  *
  * Where keyd ends before it has answered, the next keyd is asked the same. It is asked once: a
- * request that ends keyd is not to end one after the other.
+ * request that ends keyd is not to end one after the other. A keyd that cannot send its refusal ends
+ * what it sends, and has the channel open still: then no other one is waited for.
  */
 #include "keyd_provider.h"
 
@@ -240,6 +241,17 @@ static int take_next_channel(const struct exchange *exchange)
     return fd == provider->channel_fd;
 }
 
+/* Whether keyd, of which an end of file has come, has its end of the channel open still. */
+static int has_hung_up(struct exchange *exchange)
+{
+    struct pollfd channel = {.fd = exchange->fd, .events = POLLIN};
+
+    if (poll(&channel, 1, 0) != 1 || channel.revents & POLLHUP)
+        return 0;
+    exchange->how = "it cannot send its answer";
+    return 1;
+}
+
 static enum outcome converse_by_channel(struct exchange *exchange, const uint8_t *request,
                                         size_t request_length, uint8_t *answer,
                                         size_t answer_size, ssize_t *answer_length)
@@ -247,7 +259,7 @@ static enum outcome converse_by_channel(struct exchange *exchange, const uint8_t
     enum outcome outcome;
 
     outcome = converse(exchange, request, request_length, answer, answer_size, answer_length);
-    if (outcome == LOST || outcome == UNREAD) {
+    if ((outcome == LOST || outcome == UNREAD) && !has_hung_up(exchange)) {
         if (!take_next_channel(exchange))
             return outcome;
         outcome = converse(exchange, request, request_length, answer, answer_size, answer_length);

@@ -144,6 +144,27 @@ def test_a_refusal_is_an_answer(start_harness: StartHarness, sites: dict[str, Si
                 following.recv(2000)
 
 
+def test_no_other_is_waited_for_where_keyd_cannot_send_its_refusal(
+    start_harness: StartHarness, sites: dict[str, Site]
+) -> None:
+    """It ends what it sends, and keeps the channel until the worker has left it."""
+    with worker(start_harness, sites["p256"], f"timeout_ms = {1000 * PATIENCE:.0f}") as one:
+
+        def hang_up() -> None:
+            assert one.keyd.recv(2000)
+            one.keyd.shutdown(socket.SHUT_WR)
+            assert one.keyd.recv(2000) == b""
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with one.gets_a_channel() as following:
+            assert "keyd: gone: it cannot send its answer" in one.harness.sign("SHA256")
+            thread.join()
+            following.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                following.recv(2000)
+
+
 @pytest.mark.parametrize(
     "case", ["nothing", "the end", "no descriptor", "something else", "an empty carrier"]
 )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -235,19 +236,59 @@ class Scarce(socket.socket):
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
 
-def test_where_no_answer_can_be_sent_the_others_go_on() -> None:
+def have_no_memory_for_answers(keyd: Keyd) -> None:
+    ((descriptor, channel),) = keyd._channels.items()
+    channel.socket.detach()
+    channel.socket = Scarce(fileno=descriptor)
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_where_no_answer_can_be_sent_the_worker_sees_that_and_the_others_go_on(
+    asks_again: bool,
+) -> None:
     keyd = Keyd({})
     parent, hear, _ = connected(keyd)
     with parent, open_channel(parent) as worker:
         hear()
         hear()
-        ((descriptor, channel),) = keyd._channels.items()
-        with channel.socket:
-            channel.socket = Scarce(fileno=os.dup(descriptor))
+        have_no_memory_for_answers(keyd)
         worker.send(b"nonsense")
-        keyd._answer(descriptor, channel)
+        keyd._take_turn(0)
+        # An end of file, and keyd is there still: what the provider looks for.
         assert worker.recv(100) == b""
-    assert not keyd._channels
+        assert [events & select.POLLHUP for _, events in polled(worker)] == [0]
+        keyd._take_turn(0)
+        assert keyd._channels
+        if asks_again:
+            worker.send(b"nonsense")
+        else:
+            worker.shutdown(socket.SHUT_RDWR)
+        keyd._take_turn(0)
+        assert not keyd._channels
+        assert keyd.tally.totals()["refused"] == {"malformed": 1}
+
+
+def polled(one: socket.socket) -> list[tuple[int, int]]:
+    poll = select.poll()
+    poll.register(one, select.POLLIN)
+    return poll.poll(0)
+
+
+def test_a_signature_that_cannot_be_sent_was_made_and_is_refused() -> None:
+    keyd = Keyd({ONE: ed25519.Ed25519PrivateKey.generate()})
+    parent, hear, _ = connected(keyd)
+    with parent:
+        announce(parent, hear, grants(ONE))
+        messages = flight()
+        verify = certificate_verify(HELLO, messages)
+        with opened_with(parent, 0, hear) as worker:
+            have_no_memory_for_answers(keyd)
+            request = Request(Operation.SIGN, SignatureScheme.ed25519, ONE, verify, messages)
+            worker.send(request.encode())
+            keyd._take_turn(0)
+            totals = keyd.tally.totals()
+            assert (totals["signed"], totals["refused"]) == (1, {"failed": 1})
+            assert totals["seconds"][-1] == 1
 
 
 # --- empty packets, which recv(2) does not tell from the end ---------------------------------
