@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
-from keyd.inspection.key_search import Needle, Search, needles, search
+from keyd.inspection.key_search import Needle, Search, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
@@ -36,8 +36,6 @@ __all__ = ["audit"]
 _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
-#: In one file, so many places are enough to tell which keys it holds.
-_PLACES = 100
 #: A file that is said to be a key's may be larger than the memory.
 _read_key = partial(read, most=small_files.LARGEST)
 
@@ -209,6 +207,9 @@ def _load(
         elif found not in loaded:
             loaded.add(found)
             keys[path] = key
+            if left_out := predictable(key):
+                text = f"what could be anywhere is not looked for: {', '.join(left_out)}"
+                yield _Finding("key", path, text, _NOT_AVAILABLE)
     with suppress(OSError):
         lock_memory_meanwhile()
 
@@ -309,7 +310,7 @@ def _holding(
         if opened is None:
             continue
         seen, content = opened
-        places = occurrences(content, octets, _PLACES)
+        places = occurrences(content, octets, 1)
         for path in sorted({_key_of(sought[which].name) for _, which in places}):
             mode = stat.filemode(seen.st_mode)[1:]
             alone = seen.st_uid == 0 and not seen.st_mode & 0o077

@@ -27,7 +27,17 @@ from keyd.inspection.worth_reading import WorthReading
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
 
-__all__ = ["Hit", "Needle", "Search", "Skipped", "label", "needles", "search", "search_all"]
+__all__ = [
+    "Hit",
+    "Needle",
+    "Search",
+    "Skipped",
+    "label",
+    "needles",
+    "predictable",
+    "search",
+    "search_all",
+]
 
 #: A shorter number would be found by chance, and is guessed more easily than stolen.
 _MIN_OCTETS = 16
@@ -37,8 +47,12 @@ _WINDOW, _WINDOWS_SPAN = 24, 56
 _MLDSA_DIMENSIONS = {"ML-DSA-44": b"\4\4", "ML-DSA-65": b"\6\5", "ML-DSA-87": b"\x08\7"}
 #: So small a piece of memory is still in the processor's cache when it is looked at.
 _PIECE_OCTETS = 512 * 1024
-#: A search ends after so many hits, whatever the process has filled its memory with.
-_MAX_HITS = 10_000
+#: A needle that was found so often in a process is not sought there any more: its key is there,
+#: whatever the process has filled its memory with. All others are.
+_MOST_OF_EACH = 100
+#: What has no more different octets than that may be anywhere. Of a number that was drawn by lot,
+#: and of its base64, not one in 10^12 has so few.
+_FEW_DIFFERENT = 6
 
 #: So many programs are searched that a process executes meanwhile (execve(2)).
 _PROGRAMS = 3
@@ -74,7 +88,8 @@ class Search(NamedTuple):
     """What was found in one process.
 
     ``octets`` is how much was read. ``ended`` is True if the process ended during the
-    search: then the rest of its memory was not searched.
+    search: then the rest of its memory was not searched. ``often`` names needles that are in more
+    places than ``hits`` has of them.
     """
 
     pid: int
@@ -82,14 +97,14 @@ class Search(NamedTuple):
     skipped: list[Skipped]
     octets: int
     ended: bool
+    often: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, fields: list[Any]) -> "Search":
         """From what JSON makes of one."""
-        pid, hits, skipped, octets, ended = fields
-        return cls(
-            pid, [Hit(*hit) for hit in hits], [Skipped(*one) for one in skipped], octets, ended
-        )
+        pid, hits, skipped, octets, ended, often = fields
+        parts = [Skipped(*one) for one in skipped]
+        return cls(pid, [Hit(*hit) for hit in hits], parts, octets, ended, tuple(often))
 
     @property
     def unread(self) -> list[Skipped]:
@@ -105,7 +120,7 @@ class Search(NamedTuple):
 
 
 def needles(key: PrivateKey) -> list[Needle]:
-    """What gives a private key away, wherever in memory it is.
+    """What gives a private key away, wherever in memory it is, but for what is ``predictable``.
 
     First, its secret numbers in either byte order and as Python's own integers. Of each, the
     half that is later in memory is sought: an allocator writes into the beginning of what was
@@ -113,6 +128,19 @@ def needles(key: PrivateKey) -> list[Needle]:
     have in a text. So a part of a PEM of any format is found, with line breaks and without.
     Third, the whole DER.
     """
+    return [needle for needle in _needles(key) if not _may_be_anywhere(needle.octets)]
+
+
+def predictable(key: PrivateKey) -> list[str]:
+    """The names of needles that are not looked for: somebody has chosen numbers such as zeros."""
+    return sorted({needle.name for needle in _needles(key) if _may_be_anywhere(needle.octets)})
+
+
+def _may_be_anywhere(octets: bytes) -> bool:
+    return len(set(octets)) <= _FEW_DIFFERENT
+
+
+def _needles(key: PrivateKey) -> list[Needle]:
     if isinstance(key, PSSPrivateKey):
         # Its numbers are a plain RSA key's.
         key = key.key
@@ -178,7 +206,9 @@ def _of_mldsa(seed: bytes, parameter_set: str) -> Iterator[Needle]:
 
 
 def _later_half(octets: bytes) -> bytes:
-    return octets[-max(_MIN_OCTETS, len(octets) // 2) :]
+    """All of it, if that half may be anywhere."""
+    half = octets[-max(_MIN_OCTETS, len(octets) // 2) :]
+    return octets if _may_be_anywhere(half) else half
 
 
 def _python_digits(number: int) -> bytes:
@@ -245,13 +275,16 @@ def search(
     if not all(needle.octets for needle in sought):
         raise ValueError("an empty needle is everywhere")
     hits: list[Hit] = []
+    often: tuple[str, ...] = ()
     for _ in range(_PROGRAMS):
-        found = _search_program(_with_memory(pid), sought, piece, at, avoid)._replace(pid=pid)
+        found = _search_program(_with_memory(pid), sought, piece, at, avoid)
         hits += found.hits
+        often += found.often
+        found = found._replace(pid=pid, hits=hits, often=often)
         if not (found.ended and _runs(_with_memory(pid))):
-            return found._replace(hits=hits)
+            return found
     another = Skipped("[all]", 0, 0, "it executed one program after the other")
-    return found._replace(hits=hits, skipped=[*found.skipped, another], ended=False)
+    return found._replace(skipped=[*found.skipped, another], ended=False)
 
 
 def _search_program(
@@ -290,11 +323,9 @@ def _search_program(
                 # What the process has unmapped since is not its memory any more.
                 left = [mapping.span for mapping in mappings(pid)]
                 skipped = still_mapped(reader.skipped, left)
-        except _Enough:
-            skipped = reader.skipped
         except (FileNotFoundError, ProcessLookupError):
             ended = True
-        return Search(pid, reader.hits, skipped, reader.octets, ended)
+        return Search(pid, reader.hits, skipped, reader.octets, ended, reader.often)
 
 
 def _with_memory(pid: int) -> int:
@@ -317,10 +348,6 @@ def _runs(pid: int) -> bool:
         return False
 
 
-class _Enough(Exception):
-    """So many hits that more would add nothing."""
-
-
 class _Reader:
     """Reads spans in ascending order, and looks for all needles at once.
 
@@ -332,10 +359,13 @@ class _Reader:
         self.hits: list[Hit] = []
         self.skipped: list[Skipped] = []
         self.octets = 0
+        self.often: tuple[str, ...] = ()
         self._pid = pid
         self._memory = memory
         self._names = [needle.name for needle in sought]
         self._sought = tuple(needle.octets for needle in sought)
+        #: How often each was found.
+        self._counts = [0] * len(sought)
         self._piece = piece
         self._overlap = max(map(len, self._sought), default=1) - 1
         self._view = memoryview(bytearray(self._overlap + piece))
@@ -344,7 +374,7 @@ class _Reader:
         self._next = 0
 
     def read(self, span: Span) -> None:
-        """Raises ProcessLookupError if the process is gone, _Enough after too many hits."""
+        """Raises ProcessLookupError if the process is gone."""
         address = span.start
         while address < span.end:
             if address != self._next:
@@ -368,13 +398,27 @@ class _Reader:
 
     def _look(self, span: Span, address: int, count: int) -> None:
         filled = self._view[: self._kept + count]
-        for place, number in occurrences(filled, self._sought, _MAX_HITS):
+        for place, number in occurrences(filled, self._sought, _MOST_OF_EACH):
             # The kept octets were searched before: only a needle that ends beyond them is new.
-            if place + len(self._sought[number]) > self._kept:
-                where = address - self._kept + place
+            if place + len(self._sought[number]) <= self._kept:
+                continue
+            where = address - self._kept + place
+            self._counts[number] += 1
+            if self._counts[number] <= _MOST_OF_EACH:
                 self.hits.append(Hit(self._pid, span.mapping, where, self._names[number]))
-                if len(self.hits) == _MAX_HITS:
-                    raise _Enough
+        if max(self._counts, default=0) >= _MOST_OF_EACH:
+            self._leave_out_what_is_everywhere()
+
+    def _leave_out_what_is_everywhere(self) -> None:
+        left = [number for number, count in enumerate(self._counts) if count < _MOST_OF_EACH]
+        self.often += tuple(
+            name
+            for name, count in zip(self._names, self._counts, strict=True)
+            if count >= _MOST_OF_EACH
+        )
+        self._names = [self._names[number] for number in left]
+        self._sought = tuple(self._sought[number] for number in left)
+        self._counts = [self._counts[number] for number in left]
 
     def _keep(self, address: int, filled: int) -> None:
         self._next = address

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from keyd.inspection.key_search import Needle, Search, needles, search, search_all
+from keyd.inspection.key_search import Needle, Search, needles, predictable, search, search_all
 from keyd.inspection.pages_in_use import in_use
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
@@ -613,13 +614,34 @@ def test_needles_do_not_show_what_they_look_for(rsa_key: rsa.RSAPrivateKey) -> N
         search(1, [Needle("nothing", b"")])
 
 
-def test_too_many_hits_are_cut_off(rsa_key: rsa.RSAPrivateKey) -> None:
-    octets = octets_of(rsa_key.private_numbers().p) * 12_000
+def test_a_needle_that_is_everywhere_hides_no_other(rsa_key: rsa.RSAPrivateKey) -> None:
+    """Somebody may have filled memory with a key of their own."""
+    numbers = rsa_key.private_numbers()
+    octets = octets_of(numbers.p) * 12_000 + octets_of(numbers.q)
     program = HOLDER.replace("64 * mmap", "400 * mmap")
     with holder(octets, program=program) as held:
         found = search(held.pid, needles(rsa_key))
-        assert len(found.hits) == 10_000
-        assert not found.ended
+    places = Counter(hit.needle for hit in found.hits)
+    assert places["p, big-endian"] == 100
+    assert found.often == ("p, big-endian",)
+    assert held.address + len(octets) - 64 in {
+        hit.address for hit in found.hits if hit.needle == "q, big-endian"
+    }
+    assert not found.ended
+
+
+def test_what_could_be_anywhere_is_not_looked_for(rsa_key: rsa.RSAPrivateKey) -> None:
+    """A key that somebody has chosen, as others' memory is full of it."""
+    assert not predictable(rsa_key)
+    half = ec.derive_private_key(int.from_bytes(os.urandom(16)) << 128, ec.SECP256R1())
+    assert predictable(half) == ["scalar, in PEM"]
+    (whole,) = (one.octets for one in needles(half) if one.name == "scalar, big-endian")
+    assert whole == octets_of(half.private_numbers().private_value)
+    ones = ec.derive_private_key(int.from_bytes(b"\1" * 32), ec.SECP256R1())
+    assert "scalar, big-endian" in predictable(ones)
+    with holder(bytes(20_000)) as held:
+        found = search(held.pid, [*needles(half), *needles(ones)])
+    assert not found.hits
 
 
 def test_is_quick(rsa_key: rsa.RSAPrivateKey) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import prctl
 
 from keyd.inspection import auditors
-from keyd.inspection.key_search import Needle, label, needles, search_all
+from keyd.inspection.key_search import Needle, label, needles, predictable, search_all
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux.credentials import (
     forbid_core_dumps,
@@ -55,6 +55,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         except UnusableKey as error:
             return {"problem": error.reason}
         name = label(path)
+        if left_out := predictable(key):
+            return {"problem": f"{name}: what could be anywhere is no secret: {left_out[0]}"}
         sought += [Needle(f"{name}: {needle.name}", needle.octets) for needle in needles(key)]
     return {"forms": len(sought), "found": search_all(question["pids"], sought)}
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from keyd.inspection.key_search import Hit, Search, label
+from keyd.inspection.key_search import Search, label
 from titus_py.audit.finding import (
     Check,
     Finding,
@@ -143,7 +143,7 @@ def look_for_keys(
                 seen = not_available("serves an earlier configuration, whose keys may be others")
             yield Finding("key", subject, "the private keys are here", how, seen.text, seen.verdict)
             if not found.ended:
-                seen = _locked(process.pid, found.hits, target.started(process))
+                seen = _locked(process.pid, found, target.started(process))
                 if (
                     target.configuration.keyd.lock_memory == "try"
                     and seen.verdict is Verdict.BROKEN
@@ -176,13 +176,15 @@ def _control(found: Search, keys: set[str]) -> Seen:
             f"not found: {', '.join(sorted(missing))}: is the file that keyd was started with "
             "still the same?"
         )
-    return holds(f"found in {len(found.hits)} places of {found.octets >> 20} MiB")
+    more = ", and in more" if found.often else ""
+    return holds(f"found in {len(found.hits)} places{more} of {found.octets >> 20} MiB")
 
 
 def _nothing(found: Search) -> Seen:
     if found.hits:
         first, *others = found.hits
-        return broken(f"{first}" + (f", and {len(others)} more" if others else ""))
+        more = f", and {len(others)} more" if others else ""
+        return broken(f"{first}{more}{' and more' if found.often else ''}")
     if found.unread:
         return not_available(f"not all could be read: {found.why_unread}")
     return holds(f"{found.octets >> 20} MiB read, none found")
@@ -193,7 +195,7 @@ def _nothing(found: Search) -> Seen:
 _NEVER_SWAPPED = frozenset(("lo", "dp"))
 
 
-def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
+def _locked(pid: int, found: Search, started: bool) -> Seen:
     """``started``: by titus-py, as root, which may lock present memory whatever the limit."""
     locked = loose = 0
     exposed = []
@@ -201,7 +203,7 @@ def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
         if not _NEVER_SWAPPED.isdisjoint(flags):
             locked += end - start
             continue
-        exposed += [hit for hit in hits if start <= hit.address < end]
+        exposed += [hit for hit in found.hits if start <= hit.address < end]
         if "w" in permissions:
             loose += end - start
     text = f"{locked >> 10} KiB locked"
@@ -213,6 +215,8 @@ def _locked(pid: int, hits: Sequence[Hit], started: bool) -> Seen:
         )
     if exposed:
         return broken(f"{text}, but not {exposed[0].mapping}, where {exposed[0].needle} is")
+    if found.often and loose:
+        return not_available(f"{text}; {found.often[0]} is in more places than were looked at")
     if loose:
         text += f", and all that has the keys; {loose >> 10} KiB that came later is not"
         if most != "unlimited":
