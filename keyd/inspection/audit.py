@@ -13,7 +13,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
+from keyd.inspection.origins import is_of_root, may_read
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
 from keyd.inspection.watched import At, Hung, each
@@ -36,10 +36,8 @@ __all__ = ["audit"]
 _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
-#: A file that is said to be a key's may be larger than the memory.
-_read_key = partial(read, most=small_files.LARGEST)
-
-
+#: Processes come while others are searched, and are searched as well: so many times.
+_ROUNDS = 3
 #: It has the keys that it looks for.
 _AN_AUDIT = "is another audit's"
 
@@ -72,13 +70,18 @@ class _Known(NamedTuple):
 
 
 def audit(arguments: argparse.Namespace) -> int:
-    keyds = running()
+    found = running()
+    keyds = [keyd for keyd in found if is_of_root(keyd.pid)]
+    others = [keyd for keyd in found if keyd not in keyds]
+    passed_over = list(_passed_over(others))
     if not keyds and not arguments.key:
         print(f"keyd: {NONE_RUNS}. Or name a key to look for, with --key", file=sys.stderr)
+        for finding in passed_over:
+            print(printable(f"keyd: {finding.subject}: {finding.seen}"), file=sys.stderr)
         return 2
     auditors.join()
     known = _known(keyds, arguments.key)
-    findings = [*_askers(keyds, known), *_refusals(keyds), *_tokens(keyds)]
+    findings = [*_askers(keyds, known), *_refusals(keyds), *_tokens(keyds), *passed_over]
     keys: dict[str, PrivateKey] = {}
     findings += _load(keyds, arguments, keys, known)
     sought = [
@@ -87,7 +90,7 @@ def audit(arguments: argparse.Namespace) -> int:
         for needle in needles(key)
     ]
     if sought:
-        findings += _memory(keyds, keys, sought)
+        findings += _memory(found, others, keys, sought)
         findings += _files(sought, arguments.directory or DIRECTORIES)
     if arguments.json:
         json.dump([finding._asdict() for finding in findings], sys.stdout, indent=2)
@@ -96,6 +99,26 @@ def audit(arguments: argparse.Namespace) -> int:
         for check, subject, seen, verdict in findings:
             print(printable(f"{verdict:13} {check:7} {subject}: {seen}"))
     return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
+
+
+def _read_key(path: str, field: str) -> bytes:
+    """``keys.read``, of what is said to be a key's file, by a keyd that may be taken over.
+
+    It may be larger than the memory, or a device: to open that may do something.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnusableKey(field, f"{path}: is no regular file")
+    except OSError as error:
+        raise UnusableKey(field, f"{path}: {error.strerror}") from None
+    return read(path, field, small_files.LARGEST)
+
+
+def _passed_over(keyds: Sequence[Running]) -> Iterator[_Finding]:
+    """Any user can have a process that looks like a keyd: none of its own is to spoil an audit."""
+    for keyd in keyds:
+        text = f"passed over: {keyd.user} runs it, and neither root nor a service of the system"
+        yield _Finding("keyd", keyd.title, f"{text}. Name its keys with --key", _HOLDS)
 
 
 def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
@@ -182,13 +205,13 @@ def _load(
     known: _Known,
 ) -> Iterator[_Finding]:
     """Load each key once, by the path of its file; a finding for each that cannot be."""
-    wanted = dict.fromkeys(arguments.key, "")
+    wanted: dict[str, set[str]] = {path: set() for path in arguments.key}
     for keyd in keyds:
         for path, _, identity in keyd.report.keys if keyd.report is not None else ():
-            wanted[path] = identity
+            wanted.setdefault(path, set()).add(identity)
     loaded: set[bytes] = set()
-    for path, identity in wanted.items():
-        if identity and _is_in_a_token(path):
+    for path, identities in wanted.items():
+        if identities and _is_in_a_token(path):
             yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
             continue
         if path not in known.contents:
@@ -202,9 +225,10 @@ def _load(
             yield _Finding("key", path, f"{error}: give it with --key", _NOT_AVAILABLE)
             continue
         found = key_id(key.public_key())
-        if identity and found.hex() != identity:
+        # Several keyds may tell of one file, each of the key that it has read there.
+        if identities - {found.hex()}:
             yield _Finding("key", path, "is not the key that keyd has any more", _NOT_AVAILABLE)
-        elif found not in loaded:
+        if (not identities or found.hex() in identities) and found not in loaded:
             loaded.add(found)
             keys[path] = key
             if left_out := predictable(key):
@@ -215,11 +239,46 @@ def _load(
 
 
 def _memory(
-    keyds: Sequence[Running], keys: Mapping[str, PrivateKey], sought: Sequence[Needle]
+    keyds: Sequence[Running],
+    others: Sequence[Running],
+    keys: Mapping[str, PrivateKey],
+    sought: Sequence[Needle],
 ) -> Iterator[_Finding]:
-    """Look at the memory of every process, but for this one's."""
-    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+    """Look at the memory of every process, but for this one's.
+
+    ``others`` are those of the keyds that are believed no more than that user has anyhow.
+    """
     holders: dict[str, set[int]] = {path: set() for path in keys}
+    pids: set[int] = set()
+    for _ in range(_ROUNDS):
+        come = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()} - pids
+        yield from _look_at(come, sought, holders)
+        pids |= come
+    for path, key in keys.items():
+        identity = key_id(key.public_key()).hex()
+        own = {
+            keyd.pid
+            for keyd in keyds
+            if keyd.report is not None
+            and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
+            and (keyd not in others or may_read(keyd.pid, path))
+        }
+        # The control: not to find it elsewhere means nothing unless it is found in keyd.
+        for pid in sorted(own - holders[path]):
+            yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
+        for pid in sorted(own & holders[path]):
+            yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
+        strangers = sorted(holders[path] - own)
+        for pid in strangers:
+            yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
+        if not strangers:
+            yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
+
+
+def _look_at(
+    pids: Iterable[int], sought: Sequence[Needle], holders: Mapping[str, set[int]]
+) -> Iterator[_Finding]:
+    """Note in whose memory each key is; a finding for each that could not be searched."""
 
     def look(pid: int, avoid: frozenset[str], at: At) -> Search | str:
         return _search(pid, sought, avoid, at)
@@ -238,24 +297,6 @@ def _memory(
         if found.unread:
             text = f"not all could be read: {found.why_unread}"
             yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
-    for path, key in keys.items():
-        identity = key_id(key.public_key()).hex()
-        own = {
-            keyd.pid
-            for keyd in keyds
-            if keyd.report is not None
-            and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
-        }
-        # The control: not to find it elsewhere means nothing unless it is found in keyd.
-        for pid in sorted(own - holders[path]):
-            yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
-        for pid in sorted(own & holders[path]):
-            yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
-        others = sorted(holders[path] - own)
-        for pid in others:
-            yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
-        if not others:
-            yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
 
 
 def _is_in_a_token(name: str) -> bool:

@@ -1,9 +1,11 @@
 """keyd status and keyd audit: what a keyd of its own says, and where its keys are."""
 
+import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,11 +24,11 @@ from .instance import PATIENCE, TITUS_PY, eventually
 
 KEYD = TITUS_PY.with_name("keyd")
 CONTENT = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + bytes(32)
-#: Names itself keyd, and has a page as keyd's, with what it is told; then stays.
+#: Names itself keyd, and has a page as keyd's, with what it is told, and a secret; then stays.
 FORGER = """
 import os, struct, sys, zlib
 open("/proc/self/comm", "w").write("keyd")
-text = bytes.fromhex(sys.argv[1])
+text, secret = (bytes.fromhex(word) for word in sys.argv[1:])
 page = os.memfd_create("keyd-status")
 os.write(page, struct.pack("!II", zlib.crc32(text), len(text)) + text)
 print("there", flush=True)
@@ -288,13 +290,13 @@ def test_only_root_can_look(listening: Listening) -> None:
 
 
 @contextmanager
-def forged(text: bytes) -> Iterator[int]:
+def forged(text: bytes, secret: bytes = b"", user: str = "nobody") -> Iterator[int]:
     """A process of nobody's that has this page; its pid."""
     with subprocess.Popen(
-        ["/usr/bin/python3", "-I", "-c", FORGER, text.hex()],
+        ["/usr/bin/python3", "-I", "-c", FORGER, text.hex(), secret.hex()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        user="nobody",
+        user=user,
         group="nogroup",
         extra_groups=[],
         cwd="/",
@@ -468,14 +470,16 @@ def test_two_audits_do_not_find_each_others_keys(listening: Listening) -> None:
 
 
 def test_a_file_larger_than_any_key_is_not_read(tmp_path: Path) -> None:
-    """Whoever says that it is one need not be keyd: it may be larger than the memory."""
+    """A keyd that was taken over may say that it is one: it may be larger than the memory."""
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(1 << 42)
-    report = REPORT | {"keys": [[str(large), "RSA-2048", "00"]]}
-    with forged(json.dumps(report).encode()):
+    report = REPORT | {"keys": [[str(large), "RSA-2048", "00"], ["/dev/null", "RSA-2048", "00"]]}
+    with forged(json.dumps(report).encode(), user="root"):
         seen = keyd("audit", "--json", f"--directory={tmp_path}")
     assert not seen.stderr
+    # Nor is what is no file opened: a device may do something then.
+    assert "/dev/null: is no regular file" in seen.stdout
     findings = [one for one in json.loads(seen.stdout) if one["subject"] == str(large)]
     assert [one["verdict"] for one in findings] == ["not available"]
 
@@ -532,6 +536,51 @@ def test_memory_that_cannot_be_read_is_not_memory_without_the_key(listening: Lis
     ]
     assert verdict == "not available"
     assert text == "not all could be read: /secretmem (deleted) (Input/output error)"
+
+
+def test_what_a_user_says_to_be_a_keyd_changes_nothing(listening: Listening) -> None:
+    """That it is to have a key that it has stolen; that the key's file is another key's."""
+    pem = listening.key.read_bytes()
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    identity = listening.identity.hex()
+    keys = [["/stolen", "P-256", identity], [str(listening.key), "P-256", "00" * 32]]
+    report = REPORT | {"keys": keys, "sockets": ["/dev/shm"]}
+    with (
+        forged(json.dumps(report).encode(), der) as thief,
+        forged(json.dumps(report).encode()) as liar,
+    ):
+        seen = keyd("audit", "--json", f"--directory={listening.key.parent}")
+    found = [(one["subject"], one["seen"], one["verdict"]) for one in json.loads(seen.stdout)]
+    key = str(listening.key)
+    assert (key, f"in process {thief} (keyd)", "broken") in found
+    assert (
+        key,
+        f"in process {listening.process.pid} (keyd), which is to have it",
+        "holds",
+    ) in found
+    assert not [one for one in found if one[0] == "/stolen" or f"process {liar} (keyd)" in one[1]]
+    of_forgers = [one for one in found if one[0] in (f"process {thief}", f"process {liar}")]
+    assert {verdict for *_, verdict in of_forgers} == {"holds"}
+    assert all(text.startswith("passed over: nobody runs it") for _, text, _ in of_forgers)
+
+
+def test_a_user_may_have_a_keyd_with_a_key_that_the_user_can_read(tmp_path: Path) -> None:
+    key = tmp_path / "own.key"
+    make_key(key)
+    command = ["openssl", "pkey", "-in", key, "-pubout", "-outform", "DER"]
+    public = subprocess.run(command, check=True, capture_output=True).stdout
+    der = base64.b64decode(b"".join(key.read_bytes().splitlines()[1:-1]))
+    report = REPORT | {"keys": [[str(key), "P-256", hashlib.sha256(public).hexdigest()]]}
+    with forged(json.dumps(report).encode(), der) as pid:
+        for owner, verdict in (("root", "broken"), ("nobody", "holds")):
+            shutil.chown(key, owner)
+            seen = keyd("audit", "--json", f"--key={key}", f"--directory={tmp_path}")
+            (found,) = (
+                one["verdict"]
+                for one in json.loads(seen.stdout)
+                if one["subject"] == str(key) and f"in process {pid} " in one["seen"]
+            )
+            assert found == verdict
 
 
 def test_a_key_file_that_was_replaced_is_not_taken_for_keyds(listening: Listening) -> None:
