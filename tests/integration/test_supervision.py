@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -106,15 +106,24 @@ def seconds_until_served(port: int) -> float:
         time.sleep(0.02)
 
 
-def nothing_left_of(processes: list[Process], spaces: set[str], before: set[Process]) -> None:
-    """Neither of them nor, among all who were there before, of anyone in their namespaces.
+def and_whoever_is_with(processes: Iterable[Process]) -> set[Process]:
+    """They, and all in namespaces that are theirs and not ours.
 
-    Who came later may be in one that has the number of one that has gone.
+    Before they are killed: whatever starts later, of any test, may be in one that has the number of
+    one that has gone. So the namespaces of those that end meanwhile do not count.
     """
+    seen = {process: namespaces(process.pid) for process in all_processes()}
+    there = set(processes) & seen.keys() & {*all_processes()}
+    spaces = set().union(*(seen[process] for process in there)) - namespaces(os.getpid())
+    return {*processes, *(process for process, its in seen.items() if its & spaces)}
+
+
+def nothing_left_of(processes: set[Process]) -> None:
+    """Nor as another one's child, once its own parent has ended."""
+    numbers = {(process.pid, process.started) for process in processes}
 
     def left() -> list[Process]:
-        there = before & {*all_processes()}
-        return [one for one in there if one in processes or namespaces(one.pid) & spaces]
+        return [one for one in all_processes() if (one.pid, one.started) in numbers]
 
     eventually(lambda: not left(), f"nothing left of {processes}")
 
@@ -133,7 +142,6 @@ def test_kills_under_load(
     configuration.write_text(text + '[log]\nformat = "json"\n')
     uids = range(0)
     waits: dict[str, list[float]] = {"worker": [], "keyd": [], "parent": [], "supervisor": []}
-    ours = namespaces(os.getpid())
     instances: list[Instance] = []
 
     def start() -> Instance:
@@ -161,14 +169,13 @@ def test_kills_under_load(
             "parent": [one for one in everything if one.pid != instance.pid],
             "supervisor": everything,
         }[which]
-        spaces = set().union(*(namespaces(process.pid) for process in gone)) - ours
-        before = {*all_processes()}
+        going = and_whoever_is_with(gone)
         victim.kill()
         if which == "supervisor":
             instance.wait()
             start()
         waits[which].append(seconds_until_served(port))
-        nothing_left_of(gone, spaces, before)
+        nothing_left_of(going)
         if which == "supervisor":
             assert not Path(f"/run/titus-py/{instance.pid}.control").exists()
             return
