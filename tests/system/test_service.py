@@ -22,8 +22,9 @@ from .machine import Machine
 _REPOSITORY = Path(__file__).parents[2]
 _CROWD = Path(__file__).with_name("crowd.py")
 _URL = "https://www.example.org/"
-# Not the default uids: other tests' instances on this kernel may have those.
-_CONFIGURATION = """\
+#: Not the default ones: other tests' instances on this kernel may have those.
+_UIDS = "2110000000-2110065535"
+_CONFIGURATION = f"""\
 [[listen]]
 address = "[::]:443"
 
@@ -36,7 +37,7 @@ backend = "127.0.0.1:8080"
 user = "titus-keyd"
 
 [worker]
-uids = "2110000000-2110065535"
+uids = "{_UIDS}"
 """
 
 
@@ -105,6 +106,9 @@ def _installs(admin: Administrator) -> None:
         "certificate",
         "key",
     }
+    # From now on it is as any container's whose kernel others use, too (docs/containers.md).
+    there = "/etc/titus-py/titus.toml"
+    admin.types(f"sed -i 's/^# uids = .*/uids = \"{_UIDS}\"/' {there} && grep '^uids' {there}")
 
 
 def _has_one_openssl(admin: Administrator) -> None:
