@@ -1,11 +1,14 @@
 """ADDR, as text and as value: the standard library's ipaddress is the second opinion."""
 
 import ipaddress
+import itertools
+import os
 import socket
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from integration.namespaces import ip, new_namespace, within
 
 from titus_py.configuration.address import (
     IPAddress,
@@ -183,20 +186,34 @@ def test_a_wildcard_covers_its_family_and_the_dual_stack_one_covers_all() -> Non
 
 
 def test_the_kernel_agrees_on_what_covers_what() -> None:
+    """In a network where nobody else has a port: it may be free on one address alone."""
     hosts = ["::", "0.0.0.0", "127.0.0.1", "127.0.0.2", "::1"]
-    for first in hosts:
-        for second in hosts:
-            with socket.socket(IPAddress(first, 1).family) as one:
-                one.bind((first, 0))
-                one.listen()
-                a, b = (IPAddress(host, one.getsockname()[1]) for host in (first, second))
-                with socket.socket(b.family) as two:
-                    try:
-                        two.bind(b.sockaddr())
-                        overlap = False
-                    except OSError:
-                        overlap = True
-                assert overlap == (a.covers(b) or b.covers(a)), (first, second)
+
+    def overlap(first: str, second: str) -> tuple[bool, bool]:
+        """What the kernel says, and what we say."""
+        with socket.socket(IPAddress(first, 1).family) as one:
+            one.bind((first, 0))
+            one.listen()
+            a, b = (IPAddress(host, one.getsockname()[1]) for host in (first, second))
+            with socket.socket(b.family) as two:
+                try:
+                    two.bind(b.sockaddr())
+                    refused = False
+                except OSError:
+                    refused = True
+            return refused, a.covers(b) or b.covers(a)
+
+    def look() -> dict[tuple[str, str], tuple[bool, bool]]:
+        ip("link", "set", "lo", "up")
+        return {pair: overlap(*pair) for pair in itertools.product(hosts, repeat=2)}
+
+    namespace = new_namespace()
+    try:
+        found = within(namespace, look)
+    finally:
+        os.close(namespace)
+    assert len(found) == len(hosts) ** 2
+    assert not {pair: seen for pair, seen in found.items() if seen[0] != seen[1]}
 
 
 def test_sockaddr_finds_the_interface() -> None:

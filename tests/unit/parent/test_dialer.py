@@ -70,9 +70,11 @@ def speaking(backends: ExitStack, host: str = "127.0.0.1") -> Backend:
     return backends.enter_context(closing(Backend(host)))
 
 
-def refusing() -> ResolvedAddress:
-    with closing(Backend()) as gone:
-        return gone.address
+def refusing(backends: ExitStack) -> ResolvedAddress:
+    """Nothing listens there; it is bound, and so nobody else's."""
+    bound = backends.enter_context(socket.socket())
+    bound.bind(("127.0.0.1", 0))
+    return socket.AF_INET, bound.getsockname()
 
 
 def sockets() -> int:
@@ -129,7 +131,7 @@ def test_an_address_that_drops_syns_does_not_cost_the_connection(
 
 def test_the_next_is_tried_at_once_where_one_refuses(backends: ExitStack) -> None:
     good = speaking(backends)
-    dial = Dial([refusing(), refusing(), good.address], timeout=0.0)
+    dial = Dial([refusing(backends), refusing(backends), good.address], timeout=0.0)
     assert dial.peer() == good.address[1]
 
 
@@ -152,7 +154,7 @@ def test_attempts_go_on_beside_each_other_and_are_bounded(backends: ExitStack) -
 
 
 def test_every_failure_is_named_where_none_answers(backends: ExitStack) -> None:
-    refuses = refusing()
+    refuses = refusing(backends)
     dial = Dial([refuses, silent(backends).address, silent(backends).address], timeout=0.6)
     reason = f"127.0.0.1:{refuses[1][1]}: Connection refused; no answer in 0.6 s"
     assert dial.outcome() == (None, reason)

@@ -123,15 +123,18 @@ def peer(stack: ExitStack, talk: Talk = lambda _: None) -> Peer:
 
 def test_down_after_so_many_failures_and_up_after_so_many_successes(stack: ExitStack) -> None:
     """Each is told once, with the reason and since when."""
-    there = peer(stack)
-    there.close()
-    checked = stack.enter_context(Checked(there.address, QUICK))
+    # Bound, and so nobody else's: one listens there later because both say SO_REUSEADDR.
+    bound = stack.enter_context(socket.socket())
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    address = bound.getsockname()
+    checked = stack.enter_context(Checked(address, QUICK))
     checked.run(lambda: checked.told)
     _, event, fields = checked.told.pop()
     assert (event, fields["level"], fields["check"]) == ("backend_down", "error", 0)
-    assert fields["reason"] == f"127.0.0.1:{there.address[1]}: Connection refused"
+    assert fields["reason"] == f"127.0.0.1:{address[1]}: Connection refused"
     assert not checked.backend.up
-    with socket.create_server(there.address):
+    with socket.create_server(address):
         checked.run(lambda: checked.told)
     assert [event for _, event, _ in checked.told] == ["backend_up"]
     assert checked.backend.up
