@@ -164,9 +164,10 @@ def free_port() -> int:
     """A port on which nothing listens, outside what the kernel gives to clients.
 
     Given once, and to one process that runs tests: whoever asked for one may not listen there yet.
+    Those below are for instances that the product itself starts (``titus_py.audit.throwaway``).
     """
     while True:
-        port = random.randrange(10_000 + _WORKER, 32_000, _WORKERS)
+        port = random.randrange(16_000 + _WORKER, 32_000, _WORKERS)
         if port in _given:
             continue
         _given.add(port)

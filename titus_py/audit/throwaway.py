@@ -6,6 +6,7 @@ and no other process on the machine has its uids.
 """
 
 import json
+import os
 import secrets
 import signal
 import socket
@@ -33,6 +34,8 @@ _STOP_SECONDS = 10.0
 _MAX, SPARE = 100, 2
 #: The range to take uids from: beyond those that any system gives out (``configuration.uids``).
 _FIRST_UID, _LAST_UID = 2_101_000_000, 2_147_000_000
+#: Outside what the kernel gives to clients.
+_PORTS = range(10_000, 16_000)
 
 
 class TitusInstance:
@@ -141,9 +144,14 @@ class TitusInstance:
 
 
 def _free_port() -> int:
-    """A port outside what the kernel gives to clients, on which nothing listens now."""
+    """A port on which nothing listens now.
+
+    Of the processes of pytest-xdist, which choose at the same time, each has ports of its own.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = _PORTS[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
     while True:
-        port = 10_000 + secrets.randbelow(22_000)
+        port = secrets.choice(own)
         try:
             with socket.create_server(("127.0.0.1", port)):
                 return port
