@@ -30,8 +30,10 @@ _ATTEMPT_SECONDS = 0.25
 #: given up. Unless others failed sooner, it has had 1.25 s, and so a second SYN, which is sent
 #: after 1 s (RFC 6298 §2).
 MAX_ATTEMPTS = 5
-#: How soon to try a unix socket again whose queue is full: connect(2) then fails at once.
-_RETRY_SECONDS = 0.02
+#: How soon to try a unix socket again whose queue is full: connect(2) then fails at once. The pause
+#: doubles up to the latter: hundreds of clients may wait for a backend that hangs, and are not to
+#: take all of this process's time.
+_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.02, 0.5
 #: Failures that say nothing of the backend: no descriptor, memory or port was left here.
 _RESOURCES = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -67,6 +69,7 @@ class Dialer:
         self._attempts: dict[socket.SocketType, SocketAddress] = {}
         self._failures: deque[str] = deque(maxlen=_NAMED_FAILURES)
         self._next_attempt: Timer | None = None
+        self._pause = _RETRY_SECONDS
         #: An attempt has failed for a reason on this side, which says nothing of the backend.
         self.failed_here = False
         self._seconds = timeout
@@ -99,7 +102,8 @@ class Dialer:
                 return
             if outcome == errno.EAGAIN:
                 self._left.appendleft((family, address))
-                self._next_attempt = self._loop.after(_RETRY_SECONDS, self._next)
+                self._next_attempt = self._loop.after(self._pause, self._next)
+                self._pause = min(2 * self._pause, _LONGEST_RETRY_SECONDS)
                 return
             if outcome == errno.EALREADY:
                 if self._left:

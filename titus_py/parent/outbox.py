@@ -28,6 +28,8 @@ TEXT_CHARACTERS = 1000
 MAX_EVENTS, MAX_REPORTS = 100, 50
 #: How long a message of several events is at most.
 _MESSAGE_OCTETS = 32 * 1024
+#: How much less than a socket's buffer a message is at most (unix_dgram_sendmsg in net/unix).
+_BESIDE_A_MESSAGE = 32
 _EVENTS, _ALARMS = 10_000, 1_000
 #: How soon to send again what was not taken.
 _PAUSE_SECONDS = 0.01
@@ -54,6 +56,10 @@ class Outbox:
     def __init__(self, loop: EventLoop, supervisor: socket.socket) -> None:
         self._loop = loop
         self._supervisor = supervisor
+        # net.core.wmem_default may be less than usual.
+        room = supervisor.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _BESIDE_A_MESSAGE
+        #: How long a message is at most, and one of several events.
+        self._room, self._several = room, min(_MESSAGE_OCTETS, room)
         self._waiting: deque[tuple[bytes, int | None]] = deque()
         self._lost = 0
         #: When to send, where that is not now; and whether the supervisor took no more.
@@ -66,8 +72,12 @@ class Outbox:
 
         The descriptor of a worker's report is sent along, unread, and closed here.
         """
-        room = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
-        if len(self._waiting) >= room:
+        for name, value in fields.items():
+            if isinstance(value, str) and len(value) > TEXT_CHARACTERS:
+                fields[name] = value[:TEXT_CHARACTERS]
+        octets = _encode({"event": event, **fields}).encode()
+        most = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
+        if len(self._waiting) >= most or len(octets) > self._room:
             self._lost += 1
             if report is not None:
                 os.close(report)
@@ -76,10 +86,7 @@ class Outbox:
             lost = {"event": "events_lost", "level": "error", "count": self._lost}
             self._lost = 0
             self._waiting.append((_encode(lost).encode(), None))
-        for name, value in fields.items():
-            if isinstance(value, str) and len(value) > TEXT_CHARACTERS:
-                fields[name] = value[:TEXT_CHARACTERS]
-        self._waiting.append((_encode({"event": event, **fields}).encode(), report))
+        self._waiting.append((octets, report))
         if self._refused:
             return
         early = _GATHER_SECONDS
@@ -122,7 +129,7 @@ class Outbox:
         count = 1
         while count < min(len(self._waiting), MAX_EVENTS) and len(reports) < MAX_REPORTS:
             more, report = self._waiting[count]
-            if len(octets) + len(more) > _MESSAGE_OCTETS:
+            if len(octets) + len(more) + len(b"[,]") > self._several:
                 break
             octets += b"," + more
             if report is not None:

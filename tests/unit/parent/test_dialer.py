@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -171,3 +172,41 @@ def test_nothing_is_left_of_one_that_is_forgotten(backends: ExitStack) -> None:
     dial.dialer.cancel()
     assert dial.count() == 0
     assert not dial.outcomes
+
+
+def test_a_unix_socket_whose_queue_is_full_is_tried_less_and_less(
+    backends: ExitStack, tmp_path: Path
+) -> None:
+    """A backend hangs, and hundreds wait for it: the parent has others to serve."""
+    path = str(tmp_path / "backend")
+    listener = backends.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(path)
+    listener.listen(0)
+    waiting = backends.enter_context(socket.socket(socket.AF_UNIX))
+    waiting.connect(path)
+    loop, found = EventLoop(), list[Outcome]()
+    attempts = 0
+
+    def count(_attempt: socket.SocketType, _address: object) -> str:
+        nonlocal attempts
+        attempts += 1
+        return ""
+
+    def done(connected: socket.SocketType | None, reason: str) -> None:
+        found.append((cast(socket.socket | None, connected), reason))
+
+    Dialer(loop, [(socket.AF_UNIX, path)], 2.0, 0.0, done, count).start()
+    while not found:
+        loop.run_once()
+    assert found == [(None, "no answer in 2 s")]
+    assert 2 <= attempts <= 10
+    # It has room again.
+    found.clear()
+    Dialer(loop, [(socket.AF_UNIX, path)], PATIENCE, 0.0, done).start()
+    listener.accept()[0].close()
+    while not found:
+        loop.run_once()
+    ((connected, reason),) = found
+    assert not reason
+    assert connected is not None
+    connected.close()

@@ -176,3 +176,33 @@ def test_no_message_is_longer_than_the_supervisor_takes(
             continue
         assert len(message) <= 64 * 1024
         heard += len(events_in(message))
+
+
+def test_a_socket_has_less_room_than_usual(pair: tuple[socket.socket, socket.socket]) -> None:
+    """net.core.wmem_default may be as low as this. What fits is said, whatever comes with it."""
+    pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    room = pair[0].getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    loop = EventLoop()
+    outbox = Outbox(loop, pair[0])
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(200):
+        outbox.put("connection_over", os.open(os.devnull, os.O_RDONLY), number=number)
+    outbox.put("too long", os.open(os.devnull, os.O_RDONLY), **dict.fromkeys("abcdef", "x" * 999))
+    outbox.put("last")
+    heard: list[dict[str, Any]] = []
+    while not heard or heard[-1]["event"] != "last":
+        try:
+            message, reports = receive_descriptors(pair[1], 65536, 253, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            loop.run_once()
+            continue
+        assert len(message) < room
+        for report in reports:
+            os.close(report)
+        heard += events_in(message)
+    assert [event["number"] for event in heard[:-2]] == list(range(200))
+    assert heard[-2:] == [
+        {"event": "events_lost", "level": "error", "count": 1},
+        {"event": "last"},
+    ]
+    assert len(os.listdir("/proc/self/fd")) == before
