@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from keyd.linux.descriptors import send_descriptors
 from keyd.linux.process import how_ended, signals_held_back
@@ -114,13 +114,22 @@ class Child:
 def start_keyd(
     settings: dict[str, object], predecessor: socket.socket | None
 ) -> tuple[Child, socket.socket]:
-    """Start keyd; returns it and the parent's end of its control socket. Raises OSError."""
-    parents_end, keyds_end = _socketpair()
-    settings_fd = sealed_file("keyd-settings", json.dumps(settings).encode())
-    given = {"settings-fd": settings_fd, "parent-fd": keyds_end.detach()}
-    if predecessor is not None:
-        given["predecessor-fd"] = predecessor.detach()
-    return _start("keyd", _KEYD, given), parents_end
+    """Start keyd; returns it and the parent's end of its control socket. Raises OSError.
+
+    It gets the socket ``predecessor``.
+    """
+    with ExitStack() as given:
+        if predecessor is not None:
+            given.enter_context(predecessor)
+        parents_end, keyds_end = _socketpair()
+        given.enter_context(keyds_end)
+        descriptors = {
+            "settings-fd": _file(given, "keyd-settings", json.dumps(settings)),
+            "parent-fd": keyds_end.fileno(),
+        }
+        if predecessor is not None:
+            descriptors["predecessor-fd"] = predecessor.fileno()
+        return _start("keyd", _KEYD, descriptors), parents_end
 
 
 def start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
@@ -128,34 +137,42 @@ def start_parent(plan: Plan, keyd: socket.socket | None) -> Child:
     milliseconds = int(plan.handshake_timeout * 1000)
     channel = f"channel_fd = {KEYD_FD}\nnext_channel_fd = {PARENT_FD}\ntimeout_ms = {milliseconds}"
     openssl_conf = openssl_configuration(channel, _TLS_COMMANDS)
-    given = {
-        "plan-fd": sealed_file("plan", plan.encode()),
-        "openssl-conf-fd": sealed_file("openssl.cnf", openssl_conf.encode()),
-    }
-    if keyd is not None:
-        given["keyd-fd"] = keyd.detach()
-    sockets = [listener.descriptor for listener in plan.listeners]
-    try:
-        return _start("parent", _PARENT, given, (*sockets, *plan.indexes))
-    finally:
+    with ExitStack() as given:
         for index in plan.indexes:
-            os.close(index)
+            given.callback(os.close, index)
+        if keyd is not None:
+            given.enter_context(keyd)
+        descriptors = {
+            "plan-fd": _file(given, "plan", plan.encode()),
+            "openssl-conf-fd": _file(given, "openssl.cnf", openssl_conf),
+        }
+        if keyd is not None:
+            descriptors["keyd-fd"] = keyd.fileno()
+        sockets = [listener.descriptor for listener in plan.listeners]
+        return _start("parent", _PARENT, descriptors, (*sockets, *plan.indexes))
+
+
+def _file(given: ExitStack, name: str, content: str | bytes) -> int:
+    """A descriptor of a sealed file, for as long as ``given`` is open. Raises OSError."""
+    descriptor = sealed_file(name, content.encode() if isinstance(content, str) else content)
+    given.callback(os.close, descriptor)
+    return descriptor
 
 
 def _start(
     name: str,
     program: Sequence[str],
-    given: dict[str, int],
+    given: Mapping[str, int],
     shared: Sequence[int] = (),
 ) -> Child:
-    """Start a Python program. The descriptors in ``given`` are closed here: only it has them."""
+    """Start a Python program, which gets these descriptors. Raises OSError."""
     ours, theirs = _socketpair()
     ours.setblocking(False)
-    given = given | {"supervisor-fd": theirs.detach()}
+    given = {**given, "supervisor-fd": theirs.fileno()}
     arguments = [word for key, fd in given.items() for word in (f"--{key}", str(fd))]
     try:
         # Only the supervisor tells it to end, so it must not hear signals to the whole unit.
-        with signals_held_back():
+        with theirs, signals_held_back():
             process = subprocess.Popen(
                 # -I (isolated): PYTHON* variables and the current directory are ignored.
                 [sys.executable, "-I", *program, *arguments],
@@ -166,9 +183,9 @@ def _start(
                 # If a parent is killed, the processes that it leaves are known by its session.
                 start_new_session=True,
             )
-    finally:
-        for descriptor in given.values():
-            os.close(descriptor)
+    except OSError:
+        ours.close()
+        raise
     return Child(name, process, ours)
 
 

@@ -345,6 +345,10 @@ def decode(child: str, message: bytes, descriptors: Sequence[int]) -> list[Said]
     """
     try:
         said = json.loads(message)
+        if not message.isascii() or b"\\u" in message:
+            # A half of a surrogate pair is no character. It could not be left to another program.
+            whole = json.dumps(said, ensure_ascii=False).encode(errors="replace")
+            said = json.loads(whole)
     except (ValueError, RecursionError):
         # Among others, a message that was too long, and was cut off.
         raise Unintelligible("no JSON") from None

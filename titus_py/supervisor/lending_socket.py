@@ -86,7 +86,11 @@ class LendingSocket:
         listener, file = self._sockets[address]
         self._let_in(generation, address, file)
         if generation.keyd is not None:
-            self._children.order(generation.keyd, {"do": "lend"}, [listener.fileno()])
+            try:
+                self._children.order(generation.keyd, {"do": "lend"}, [listener.fileno()])
+            except OSError as error:
+                # No descriptor is left. The next keyd is told.
+                self._tell(address, error)
 
     def _let_in(self, generation: Generation, address: UnixAddress, file: File) -> None:
         """Let its parent connect, and no other process: what connects may hold keyd up."""
@@ -98,8 +102,11 @@ class LendingSocket:
             if socket_files.is_there(address, file):
                 socket_files.update(address, file, access)
         except OSError as error:
-            reason = f"keyd.lend: {address}: {error.strerror}"
-            self._event("socket_file", level="error", reason=reason)
+            self._tell(address, error)
+
+    def _tell(self, address: UnixAddress, error: OSError) -> None:
+        reason = f"keyd.lend: {address}: {error.strerror}"
+        self._event("socket_file", level="error", reason=reason)
 
     def lend_no_more(self, generation: Generation) -> None:
         """Have its keyd answer what it was asked, and leave the rest to the one that serves."""

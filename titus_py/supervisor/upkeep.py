@@ -140,7 +140,10 @@ class Upkeep:
             if event["check"] >= len(generation.checks):
                 raise Unintelligible(f"{name} of an unknown check")
             state = State(name == "backend_up", event.pop("since"), event.get("reason") or "")
-            self._backends.checked(generation.checks[event.pop("check")], state)
+            check = generation.checks[event.pop("check")]
+            if not generation.retired:
+                # The parent of one that is retired checks no more, and may tell late what it found.
+                self._backends.checked(check, state)
         if event.get("tunnel") is not None:
             self._repeated.of_tunnel(name, generation.number, event)
             return

@@ -165,6 +165,19 @@ def test_what_is_not_theirs_to_say_is_not(child: str, said: object) -> None:
     assert said_by(child, said) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [b"a\\ud800b", b"a\\uDfFfb", b"a\xed\xa0\x80b", b"a\\ud83d\\ude00b\\udc00\\ud800"],
+)
+def test_what_is_said_can_be_written_down(text: bytes) -> None:
+    """Halves of surrogate pairs are no characters. UTF-8 has none, and pydantic raises for them."""
+    said = b'{"event": "keyd_said", "text": "%s"}' % text
+    ((_, fields, _),) = decode("keyd", said, [])
+    assert fields["text"].encode().startswith(b"a")
+    assert "?" in fields["text"]
+    assert ("\N{GRINNING FACE}" in fields["text"]) == (b"ude00" in text)
+
+
 def test_a_descriptor_comes_with_a_report_alone() -> None:
     assert said_by("parent", OVER, has_report=True) == OVER
     assert said_by("parent", {"event": "retired"}, has_report=True) is None

@@ -1,16 +1,28 @@
 """What the supervisor tells its children, however slow they are to hear it; and uids."""
 
+import errno
 import json
 import os
+import resource
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.supervisor.child import Child
+from titus_py.between.event_loop import EventLoop
+from titus_py.configuration.address import UnixAddress
+from titus_py.supervisor import child as child_module
+from titus_py.supervisor.child import Child, start_keyd
+from titus_py.supervisor.children import Children
+from titus_py.supervisor.generation import Generation
+from titus_py.supervisor.lending_socket import LendingSocket
 from titus_py.supervisor.uid_blocks import free_block
 
 
@@ -78,6 +90,78 @@ def test_what_nobody_will_hear_is_dropped(child_and_ear: tuple[Child, socket.soc
     child.bury()
     # Its pidfd and its socket, both ends.
     assert descriptors() == before - 3
+
+
+@contextmanager
+def room_for(more: int) -> Iterator[None]:
+    """Meanwhile, this process gets at most so many new descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Those without a gap come first, so that the limit is that of their number.
+    with ExitStack() as gaps:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        while (filler := os.open(os.devnull, os.O_RDONLY)) < highest:
+            gaps.callback(os.close, filler)
+        os.close(filler)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (filler + more, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("predecessor", [False, True])
+def test_a_keyd_that_cannot_be_started_leaves_no_descriptor(
+    predecessor: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: what is left over would be missing at the next attempt."""
+    monkeypatch.setattr(child_module, "_KEYD", ("-c", "pass"))
+    before, failures = descriptors(), 0
+    for more in range(20):
+        given = socket.socket() if predecessor else None
+        with room_for(more):
+            try:
+                child, control = start_keyd({}, given)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                failures += 1
+                child = None
+        if child is not None:
+            control.close()
+            child.bury()
+        assert descriptors() == before, f"with {more} more"
+    assert 5 < failures < 20
+
+
+def test_a_keyd_that_cannot_be_told_to_lend_is_no_end(
+    child_and_ear: tuple[Child, socket.socket], tmp_path: Path
+) -> None:
+    """A descriptor is missing: that is said, and all else goes on."""
+    child, ear = child_and_ear
+    told: list[str] = []
+    children = Children(EventLoop(), lambda *_, **__: None, lambda *_: None, lambda *_: None)
+    lending = LendingSocket(
+        children, lambda name, _generation=0, **fields: told.append(fields["reason"])
+    )
+    address = UnixAddress(str(tmp_path / "lend"))
+    keyd = SimpleNamespace(lend=address)
+    worker = SimpleNamespace(backend_gids=None)
+    generation = cast(
+        Generation,
+        SimpleNamespace(
+            configuration=SimpleNamespace(keyd=keyd, worker=worker), keyd=child, uids=range(9)
+        ),
+    )
+    lending.change([generation])
+    with room_for(0):
+        lending.lend(generation)
+    assert told
+    assert set(told) == {f"keyd.lend: {address}: Too many open files"}
+    lending.lend(generation)
+    message, (received,), _, _ = socket.recv_fds(ear, 4096, 1)
+    os.close(received)
+    assert json.loads(message) == {"do": "lend"}
+    lending.close()
 
 
 BLOCKS = st.lists(

@@ -7,7 +7,9 @@ from typing import Any, cast
 import pytest
 
 from titus_py.between.event_loop import EventLoop
+from titus_py.between.plan import State
 from titus_py.supervisor.announced_audits import AnnouncedAudits
+from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.child import Child
 from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.generation import Generation
@@ -48,7 +50,12 @@ def generation(connections: int) -> Generation:
     return cast(
         Generation,
         SimpleNamespace(
-            number=1, connections={}, ended=deque(), uids_needed=connections, checks=("one",)
+            number=1,
+            connections={},
+            ended=deque(),
+            uids_needed=connections,
+            checks=("one",),
+            retired=False,
         ),
     )
 
@@ -99,3 +106,15 @@ def test_keyd_does_not_fill_the_log(
 def test_a_check_that_there_is_not_is_unintelligible(upkeep: Upkeep) -> None:
     with pytest.raises(Unintelligible):
         upkeep.heard(generation(1), NOBODY, "backend_up", {"check": 1, "since": 1.0})
+
+
+def test_what_a_retired_parent_tells_late_is_not_how_a_backend_is(upkeep: Upkeep) -> None:
+    """The parent after it has checked meanwhile."""
+    known: list[tuple[object, State]] = []
+    upkeep._backends = cast(Backends, SimpleNamespace(checked=lambda *found: known.append(found)))
+    down = {"backend": "192.0.2.9:80", "check": 0, "since": 1.0, "reason": "refused"}
+    serving, retired = generation(1), generation(1)
+    retired.retired = True
+    for of in (serving, retired):
+        upkeep.heard(of, NOBODY, "backend_down", dict(down))
+    assert known == [("one", State(False, 1.0, "refused"))]
