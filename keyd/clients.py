@@ -117,8 +117,9 @@ class Clients:
         self._heard.add(client)
         try:
             self._keyd.hear_client(client, partial(self._hear, client))
-        except OSError:
+        except OSError as error:
             # ENOMEM, ENOSPC: the client sees that it is left.
+            self._keyd.shortage.say(error.errno)
             self._heard.discard(client)
             for clients in (self._silent, self._kept):
                 clients.pop(client, None)

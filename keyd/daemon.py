@@ -45,6 +45,7 @@ from keyd.protocol import (
     Status,
     decode_control,
 )
+from keyd.shortage import Shortage
 from keyd.sites import Sites
 from keyd.tally import Tally
 from keyd.words import end_at_the_unforeseen, say
@@ -57,8 +58,8 @@ __all__ = ["Keyd"]
 #: How often to look for overdue channels, in seconds.
 _SWEEP_INTERVAL = 1.0
 #: In seconds: how long to leave clients in the listen queue when there is no descriptor or no
-#: memory for one, and how often to log that.
-_ACCEPT_PAUSE, _SHORTAGE_INTERVAL = 0.1, 1.0
+#: memory for one.
+_ACCEPT_PAUSE = 0.1
 #: How many new connections one thread serves before it looks at anything else.
 _ACCEPTED_AT_ONCE = 16
 #: Plenty for a signature, and not more, since all of it is locked into memory.
@@ -90,6 +91,7 @@ class Keyd:
         self._judged_again = judged_again
         self._tick = tick
         self.tally = Tally()
+        self.shortage = Shortage()
         self.epoll = select.epoll()
         self.lead = Lead(self.epoll)
         self._channels: dict[int, Channel] = {}
@@ -105,7 +107,6 @@ class Keyd:
         self._leaves_at: float | None = None
         self._left: Callable[[], object] = self.stop
         self._swept = time.monotonic()
-        self._shortage_told = -_SHORTAGE_INTERVAL
         self._stopped = threading.Event()
 
     def serve(
@@ -168,7 +169,10 @@ class Keyd:
             self._leave_if_done()
 
     def hear_parent(self, control: socket.socket, gone: Callable[[], None]) -> None:
-        """Open channels as this parent asks, tell it what came of them, until it is ``gone``."""
+        """Open channels as this parent asks, tell it what came of them, until it is ``gone``.
+
+        Raises OSError where there is no memory for that.
+        """
         sets = GrantSets()
 
         def record(report: Refusal | Done) -> None:
@@ -223,7 +227,7 @@ class Keyd:
             else:
                 # No descriptor was left for the channel, so it is closed.
                 reason = os.strerror(errno.EMFILE)
-                self._say_short_of_descriptors(reason)
+                self.shortage.say(errno.EMFILE)
             # That client's handshake fails. Its worker, which can be told nothing here, is not to
             # wait for more.
             self.tally.refused(Status.FAILED)
@@ -232,7 +236,11 @@ class Keyd:
         self._parents.add(control)
         if self._leaves_at is not None:
             _say_no_more(control)
-        self._arm_source(control, hear)
+        try:
+            self._arm_source(control, hear)
+        except OSError:
+            self._parents.discard(control)
+            raise
 
     def part(self) -> None:
         """Have every parent connect anew. Until it closes its socket, it may open channels."""
@@ -242,7 +250,7 @@ class Keyd:
     def hear_process(self, process: socket.socket | select.epoll, hear: Callable[[], bool]) -> None:
         """Call ``hear`` when this process says something, until it returns that it has ended.
 
-        Then the socket is closed.
+        Then the socket is closed. Raises OSError where there is no memory for that.
         """
 
         def hear_once() -> None:
@@ -255,7 +263,10 @@ class Keyd:
         self._arm_source(process, hear_once)
 
     def await_room(self, connection: socket.socket, go_on: Callable[[], None]) -> None:
-        """Call ``go_on`` whenever more can be sent, until it calls ``need_no_room``."""
+        """Call ``go_on`` whenever more can be sent, until it calls ``need_no_room``.
+
+        Raises OSError where there is no memory for that.
+        """
         self._arm_source(connection, go_on, select.EPOLLOUT)
 
     def need_no_room(self, connection: socket.socket) -> None:
@@ -313,7 +324,7 @@ class Keyd:
                 except OSError as error:
                     # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would
                     # wake this thread again and again. The other threads go on.
-                    self._say_short_of_descriptors(error.strerror)
+                    self.shortage.say(error.errno)
                     self.lead.hand_over()
                     time.sleep(_ACCEPT_PAUSE)
                     return None
@@ -348,13 +359,6 @@ class Keyd:
             # Whatever comes of the answer, it is closed: nothing is heard of it.
             channel.hung_up = True
             self._refuse(descriptor, channel, failed)
-
-    def _say_short_of_descriptors(self, reason: str | None) -> None:
-        """Log it, at most once a second."""
-        now = time.monotonic()
-        if now - self._shortage_told >= _SHORTAGE_INTERVAL:
-            self._shortage_told = now
-            say(f"no room for another connection: {reason}: raise LimitNOFILE=")
 
     def _arm_source(
         self,

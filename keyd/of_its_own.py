@@ -72,7 +72,12 @@ def control(arguments: argparse.Namespace, notify: Notifier) -> None:
             parent.setblocking(False)
             with suppress(OSError):
                 parent.send(Keys.of(ring.keys).encode())
-            keyd.hear_parent(parent, gone=lambda: None)
+            try:
+                keyd.hear_parent(parent, gone=lambda: None)
+            except OSError as error:
+                # ENOMEM, ENOSPC: it connects again.
+                keyd.shortage.say(error.errno)
+                parent.close()
 
         # Parents connect again, and are told which keys there are now.
         renewal.on_hangup(keyd, keyd.part)

@@ -27,7 +27,14 @@ from keyd.pss import PSSPublicKey
 from keyd.reference import id_and_key_of
 from keyd.upstream.awake import Awake
 from keyd.upstream.connection import Connection, Loop
-from keyd.upstream.connector import CONNECTED, FAILED, LOST, MAX_MESSAGE_OCTETS
+from keyd.upstream.connector import (
+    ABSENT,
+    CONNECTED,
+    FAILED,
+    LOST,
+    MAX_MESSAGE_OCTETS,
+    WANTED,
+)
 from keyd.upstream.messages import HEARD, MAX_IN_FLIGHT, Answer, Ask, Greeting
 from keyd.upstream.state import CONNECTING, ORPHANED, READY, UpstreamState
 from keyd.words import say
@@ -38,7 +45,7 @@ __all__ = ["Broker", "UpstreamKey"]
 #: is asked as well; how long after its deadline an ask without an answer ends the connection.
 _MOST_SECONDS, _SLOW_SECONDS, _OVERDUE_SECONDS = 6.0, 1.0, 5.0
 #: How long an upstream that has just been lost, or was never there when it was first asked for,
-#: may soon be there.
+#: may soon be there. But where nobody listens for one that was never there, it is as good as known.
 _HOPE_SECONDS = 3.0
 #: How many lost connections make an ask stay away from the upstreams that it was with.
 _MOST_LOST = 2
@@ -98,13 +105,9 @@ class _Upstream:
         self._refusal_told = -_REFUSAL_INTERVAL
 
     def can_be_asked(self, key: bytes) -> bool:
-        return key in self.keys and len(self.asks) < MAX_IN_FLIGHT
-
-    def may_come(self, now: float) -> bool:
-        """Whether asks are kept for it: keyd may be there long before the way to it can be."""
-        if self.hoped_for_until is None:
-            self.hoped_for_until = now + _HOPE_SECONDS
-        return now < self.hoped_for_until
+        # One whose end is about to be seen may soon be there again.
+        is_up = self.connection is not None and not self.connection.ended_for
+        return is_up and key in self.keys and len(self.asks) < MAX_IN_FLIGHT
 
     def state(self, wanted: Iterable[bytes], now: float) -> UpstreamState:
         if self.greeted:
@@ -246,16 +249,27 @@ class Broker:
 
     def _may_be_kept(self, asked: _Asked) -> bool:
         now = time.monotonic()
+        # All of them: each that is wanted is wanted from now on.
+        may_answer = [
+            asked.key in one.keys if one.greeted else self._may_come(one, now)
+            for one in self._upstreams
+            if one not in asked.tried
+        ]
         return (
-            now < asked.deadline
+            any(may_answer)
+            and now < asked.deadline
             and len(self._kept) < _MOST_KEPT
             and self._kept_octets + asked.octets <= _MOST_KEPT_OCTETS
-            and any(
-                asked.key in one.keys if one.greeted else one.may_come(now)
-                for one in self._upstreams
-                if one not in asked.tried
-            )
         )
+
+    def _may_come(self, upstream: _Upstream, now: float) -> bool:
+        """Whether asks are kept for it: keyd may be there long before the way to it can be."""
+        if upstream.hoped_for_until is None:
+            upstream.hoped_for_until = now + _HOPE_SECONDS
+            if upstream.connection is None:
+                # It was tried, but perhaps seconds ago.
+                self._tell_connector(WANTED, upstream)
+        return now < upstream.hoped_for_until
 
     def _ask_kept(self) -> list[Callable[[], None] | None]:
         """Ask again for each that is kept, or keep it longer, or give it up."""
@@ -292,32 +306,52 @@ class Broker:
             say(f"upstreams cannot be connected to again: the process for that {why}")
             self._orphaned = True
             return True
-        if message[:1] == FAILED:
+        if message[:1] in (FAILED, ABSENT):
             upstream.why = f"cannot be connected to: {message[2:].decode(errors='replace')}"
+            if message[:1] == ABSENT:
+                self._give_up_hope(upstream)
         elif len(descriptors) == 2 and self._loop is not None:
             kind = socket.AF_UNIX, socket.SOCK_STREAM, 0
             reader, writer = (socket.socket(*kind, fileno=one) for one in descriptors)
             connection = Connection(reader, writer, self._loop, self._lock)
             with self._lock:
                 upstream.connection = connection
-            self._loop.hear_process(reader, partial(self._hear, upstream, connection))
+            try:
+                self._loop.hear_process(reader, partial(self._hear, upstream, connection))
+            except OSError as error:
+                # ENOMEM, ENOSPC: nothing was asked on it.
+                connection.ended_for = f"its connection cannot be watched: {error.strerror}"
+                if upstream.why != connection.ended_for:
+                    say(f"{upstream.name}: {connection.ended_for}")
+                with self._lock:
+                    self._lost(upstream, connection)
+                reader.close()
         else:
             for one in descriptors:
                 os.close(one)
             upstream.why = "no descriptor was left for its connection: raise LimitNOFILE="
-            self._tell_lost(upstream, served=False)
+            self._tell_connector(LOST, upstream, False)
         return False
+
+    def _give_up_hope(self, upstream: _Upstream) -> None:
+        """Nobody is there: what is kept goes to others, or is answered."""
+        with self._lock:
+            upstream.hoped_for_until = 0.0
+            then = self._ask_kept()
+        for answer in then:
+            if answer is not None:
+                answer()
 
     def _meant(self, message: bytes, descriptors: Sequence[int]) -> _Upstream | None:
         """Which upstream the connector speaks of; None where it says what is not its to say.
 
         It was told of every connection that has ended, and connects to nothing that is connected.
         """
-        known = message[:1] in (CONNECTED, FAILED) and len(message) > 1
+        known = message[:1] in (CONNECTED, FAILED, ABSENT) and len(message) > 1
         if not known or message[1] >= len(self._upstreams):
             return None
         upstream = self._upstreams[message[1]]
-        if message[:1] == FAILED:
+        if message[:1] != CONNECTED:
             fits = not descriptors
         else:
             fits = len(message) == 2 and all(map(_is_unix_stream, descriptors))
@@ -383,7 +417,7 @@ class Broker:
         upstream.why = connection.ended_for
         if served:
             upstream.hoped_for_until = time.monotonic() + _HOPE_SECONDS
-        self._tell_lost(upstream, served)
+        self._tell_connector(LOST, upstream, served)
         for asked in asks.values():
             asked.waits_for -= 1
             asked.lost += 1
@@ -394,10 +428,10 @@ class Broker:
                 asked.tried.remove(upstream)
         return [self._ask_next(asked) for asked in asks.values()]
 
-    def _tell_lost(self, upstream: _Upstream, served: bool) -> None:
+    def _tell_connector(self, what: bytes, upstream: _Upstream, *more: int) -> None:
         number = self._upstreams.index(upstream)
         try:
-            self._connector.send(LOST + bytes((number, served)), socket.MSG_DONTWAIT)
+            self._connector.send(what + bytes((number, *more)), socket.MSG_DONTWAIT)
         except OSError:
             # It has ended, which was said.
             upstream.why = ORPHANED

@@ -23,6 +23,7 @@ from keyd.upstream.messages import (
     Greeting,
     decode_from_lender,
 )
+from keyd.words import say
 
 __all__ = ["Connection", "Loop"]
 
@@ -117,13 +118,23 @@ class Connection:
                     self._writer.close()
                     return
                 if sent < len(octets):
-                    self._loop.await_room(self._writer, self._go_on)
+                    self._await_room()
                     return
                 octets = bytes(self._unsent)
                 if not octets:
                     self._busy = False
                     return
             sent = self._send(octets)
+
+    def _await_room(self) -> None:
+        """Holds the lock."""
+        try:
+            self._loop.await_room(self._writer, self._go_on)
+        except OSError as error:
+            # ENOMEM, ENOSPC: what is half sent cannot go on.
+            self._busy = False
+            self.end(f"keyd cannot wait to send more: {error.strerror}")
+            say(f"a connection to an upstream is ended: {self.ended_for}")
 
     def _go_on(self) -> None:
         self._loop.need_no_room(self._writer)

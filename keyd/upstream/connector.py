@@ -11,9 +11,12 @@ connected  'C' upstream(1), and the connection twice, by SCM_RIGHTS
 failed     'F' upstream(1) why(0..200, UTF-8)
 lost       'L' upstream(1) served(1): from keyd, that a connection has ended, and
            whether it was of any use
+wanted     'W' upstream(1): from keyd, that it is to be connected to now
+absent     'A' upstream(1) why(0..200, UTF-8): it was wanted, and nobody is there
 =========  ======================================================================
 """
 
+import errno
 import os
 import resource
 import select
@@ -39,9 +42,11 @@ from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS
 from keyd.linux.unix_socket import refuse_descriptors
 
-__all__ = ["CONNECTED", "FAILED", "LOST", "MAX_MESSAGE_OCTETS", "connect"]
+__all__ = ["ABSENT", "CONNECTED", "FAILED", "LOST", "MAX_MESSAGE_OCTETS", "WANTED", "connect"]
 
-CONNECTED, FAILED, LOST = b"C", b"F", b"L"
+CONNECTED, FAILED, LOST, WANTED, ABSENT = b"C", b"F", b"L", b"W", b"A"
+#: Nobody listens there. Other errors may pass, such as a listen queue that is full (EAGAIN).
+_NOBODY = errno.ENOENT, errno.ECONNREFUSED
 _WHY_OCTETS = 200
 MAX_MESSAGE_OCTETS = 2 + _WHY_OCTETS
 _LIMITS = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_FSIZE: 0}
@@ -93,8 +98,7 @@ def connect(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
             message = keyd.recv(MAX_MESSAGE_OCTETS)
             if not message:
                 os._exit(0)
-            _, number, served = message
-            upstreams[number].lost(bool(served))
+            _hear(message, upstreams, keyd)
 
 
 def _end(*unforeseen: object) -> NoReturn:
@@ -107,7 +111,19 @@ def _end(*unforeseen: object) -> NoReturn:
     os._exit(1)
 
 
-def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
+def _hear(message: bytes, upstreams: Sequence[_Upstream], keyd: socket.socket) -> None:
+    if message[:1] == LOST:
+        _, number, served = message
+        upstreams[number].lost(bool(served))
+        return
+    _, number = message
+    upstream = upstreams[number]
+    if upstream.due is not None:
+        upstream.pause = _FIRST_PAUSE
+        _try(number, upstream, keyd, wanted=True)
+
+
+def _try(number: int, upstream: _Upstream, keyd: socket.socket, wanted: bool = False) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
         # Whoever accepts might send keyd what it has to wait for in closing it.
         refuse_descriptors(connection)
@@ -117,11 +133,11 @@ def _try(number: int, upstream: _Upstream, keyd: socket.socket) -> None:
             send_descriptors(keyd, CONNECTED + bytes((number,)), twice, socket.MSG_DONTWAIT)
             upstream.due, upstream.connected_at = None, time.monotonic()
         except OSError as error:
-            # Also where its listen queue is full (EAGAIN).
             upstream.put_off()
+            said = ABSENT if wanted and error.errno in _NOBODY else FAILED
             why = os.strerror(error.errno or 0).encode()[:_WHY_OCTETS]
             with suppress(OSError):
-                keyd.send(FAILED + bytes((number,)) + why, socket.MSG_DONTWAIT)
+                keyd.send(said + bytes((number,)) + why, socket.MSG_DONTWAIT)
 
 
 def _confine(user: Sequence[Any]) -> None:

@@ -69,11 +69,17 @@ class Lender(Streams):
         for descriptor in descriptors:
             kind = socket.AF_UNIX, socket.SOCK_STREAM, 0
             listener = socket.socket(*kind, fileno=descriptor)
-            if self._listener is None:
-                self._listener = listener
-                self._keyd.hear_listener(listener, self._accepted, lambda: not self._lends)
-            else:
+            if self._listener is not None:
                 listener.close()
+                continue
+            try:
+                self._keyd.hear_listener(listener, self._accepted, lambda: not self._lends)
+            except OSError as error:
+                # ENOMEM, ENOSPC: until it is told again.
+                self._keyd.shortage.say(error.errno)
+                listener.close()
+            else:
+                self._listener = listener
 
     def _lend_no_more(self, descriptors: list[int]) -> None:
         """Another keyd accepts from now on. What was asked is answered."""

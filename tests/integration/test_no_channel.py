@@ -69,21 +69,27 @@ def test_many_clients_that_fail_for_one_reason_have_a_line_a_second(
     assert len(instance.events_named("handshake_failed")) == clients
 
 
-@pytest.fixture
-def keyd(certificates: Certificates, tmp_path: Path) -> Iterator[OwnKeyd]:
-    """A unit of its own. For its first channel, epoll(7) has no room."""
+#: As events that are waited for: of a channel and of a parent.
+_CHANNEL, _PARENT = "daemon._READABLE_ONCE", "select.EPOLLIN | select.EPOLLONESHOT"
+
+
+@pytest.fixture(params=[_CHANNEL])
+def keyd(
+    request: pytest.FixtureRequest, certificates: Certificates, tmp_path: Path
+) -> Iterator[OwnKeyd]:
+    """A unit of its own. For its first channel, or its first parent, epoll(7) has no room."""
     program = tmp_path / "keyd"
     program.write_text(
         f"#!{sys.executable} -I\n"
-        "import errno, os, sys\n"
+        "import errno, os, select, sys\n"
         "from keyd import daemon\n"
         "class Epoll:\n"
         "    def __init__(self, made):\n"
-        "        self.made, self.full = made, True\n"
+        "        self.made, self.full, self.serves = made, True, False\n"
         "    def __getattr__(self, name):\n"
         "        return getattr(self.made, name)\n"
         "    def register(self, descriptor, events):\n"
-        "        if self.full and events == daemon._READABLE_ONCE:\n"
+        f"        if self.full and self.serves and events == {request.param}:\n"
         "            self.full = False\n"
         "            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
         "        self.made.register(descriptor, events)\n"
@@ -91,6 +97,9 @@ def keyd(certificates: Certificates, tmp_path: Path) -> Iterator[OwnKeyd]:
         "    def __init__(self, *given, **named):\n"
         "        super().__init__(*given, **named)\n"
         "        self.epoll = Epoll(self.epoll)\n"
+        "    def serve(self, *given, **named):\n"
+        "        self.epoll.serves = True\n"
+        "        super().serve(*given, **named)\n"
         "daemon.Keyd = Keyd\n"
         "from keyd.__main__ import main\n"
         "sys.exit(main())\n"
@@ -111,6 +120,17 @@ def test_without_a_watch(
     instance.expected_alarms.add("keyd_refused")
     assert_fails_at_once(instance, "no channel: No space left on device")
     assert serves(instance)
+
+
+@pytest.mark.parametrize("keyd", [_PARENT], indirect=True)
+def test_a_parent_that_cannot_be_watched_connects_again(
+    serve: Serve, echoing: Listener, certificates: Certificates, keyd: OwnKeyd
+) -> None:
+    """The first one was the test's, which looked whether keyd listens."""
+    site = {"certificates": [{"certificate": certificates().certificate}]}
+    assert serves(serve(echoing.address, vhost=[site], keyd={"socket": keyd.socket}))
+    room = "no room for another connection: No space left on device: raise fs.epoll"
+    assert keyd.log().count(room) == 1
 
 
 _REASON = "sign: the answer cannot be sent: No buffer space available"

@@ -420,7 +420,7 @@ def test_of_many_silent_clients_the_first_are_left(
 
 
 def test_a_client_that_cannot_be_watched_is_left(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
+    listening: Listening, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As where the user of keyd has all watches that epoll(7) gives one (max_user_watches)."""
 
@@ -433,6 +433,7 @@ def test_a_client_that_cannot_be_watched_is_left(
         silent = listening.client()
         listening.hear()
         assert silent.recv(1) == b""
+    assert "no room for another connection: No space left" in capsys.readouterr().err
     assert listening.is_idle
     client = listening.client()
     client.send(request(EC))

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 from integration.hellos import certificate_verify, client_hello, flight
+from integration.watches import without_watches
 
 from keyd.daemon import Keyd
 from keyd.linux.descriptors import send_descriptors
@@ -42,7 +43,7 @@ from keyd.upstream import broker as broker_module
 from keyd.upstream import connection as connection_module
 from keyd.upstream.awake import Awake
 from keyd.upstream.broker import Broker
-from keyd.upstream.connector import CONNECTED, FAILED, LOST
+from keyd.upstream.connector import ABSENT, CONNECTED, FAILED, LOST, WANTED
 from keyd.upstream.messages import (
     MAX_FROM_BORROWER_OCTETS,
     Answer,
@@ -122,12 +123,16 @@ class Host:
         for _ in range(20):
             self.keyd._take_turn(0)
 
-    def request(self, octets: bytes = SIGN.encode(), lifetime_ms: int = 60_000) -> socket.socket:
+    def opened_channel(self, lifetime_ms: int = 60_000) -> socket.socket:
         worker, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         worker.setblocking(False)
         self.opened.append(worker)
         terms = Open(7, lifetime_ms, operations=1, grants=0, client_hello=HELLO)
         self.keyd.open(terms, self.sites, keyds, self.reports.append)
+        return worker
+
+    def request(self, octets: bytes = SIGN.encode(), lifetime_ms: int = 60_000) -> socket.socket:
+        worker = self.opened_channel(lifetime_ms)
         worker.send(octets)
         self.turn()
         return worker
@@ -242,6 +247,108 @@ def test_an_ask_waits_for_an_upstream_that_may_soon_be_there(host: Host) -> None
     host.turn()
     lender.sign(*lender.asked())
     host.signed(worker)
+
+
+def test_all_are_wanted_at_once_that_are_not_there(host: Host) -> None:
+    """They were waited for one after the other."""
+    host.request()
+    assert [host.lost(), host.lost()] == [WANTED + b"\0", WANTED + b"\1"]
+    begun = [one.hoped_for_until for one in host.broker._upstreams]
+    assert None not in begun
+    host.request()
+    assert [one.hoped_for_until for one in host.broker._upstreams] == begun
+    with pytest.raises(BlockingIOError):
+        host.lost()
+
+
+def test_the_refusal_comes_as_soon_as_it_is_known_that_nobody_is_there(host: Host) -> None:
+    worker = host.request()
+    host.connector.send(ABSENT + b"\0No such file or directory")
+    # This one may pass: its listen queue was full, say.
+    host.connector.send(FAILED + b"\1Resource temporarily unavailable")
+    host.turn()
+    with pytest.raises(BlockingIOError):
+        host.answer(worker)
+    host.connector.send(ABSENT + b"\1Connection refused")
+    assert host.refused(worker) == (
+        "sign: unix:/a: cannot be connected to: No such file or directory; "
+        "unix:/b: cannot be connected to: Connection refused"
+    )
+    # The next one is refused at once, until one is there.
+    assert "Connection refused" in host.refused(host.request())
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    lender.sign(*lender.asked())
+    host.signed(worker)
+
+
+def test_one_that_was_lost_is_waited_for_also_where_the_other_is_absent(host: Host) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    lender.end.close()
+    host.turn()
+    worker = host.request()
+    assert [host.lost(), host.lost()] == [LOST + b"\0\1", WANTED + b"\1"]
+    host.connector.send(ABSENT + b"\1No such file or directory")
+    host.turn()
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    again.sign(*again.asked())
+    host.signed(worker)
+
+
+def test_a_connection_that_cannot_be_watched_is_made_again(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        lender = without_watches(lambda: host.connect(0), host.keyd.epoll)
+        assert lender.end.recv(1) == b""
+        assert host.lost() == LOST + b"\0\0"
+    assert capsys.readouterr().err == (
+        "keyd: unix:/a: its connection cannot be watched: No space left on device\n"
+    )
+    assert len(os.listdir("/proc/self/fd")) == descriptors + 2, "the other host's ends"
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    lender.sign(*lender.asked())
+    host.signed(worker)
+
+
+def test_one_whose_room_cannot_be_waited_for_is_ended(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    large = SIGN._replace(messages=flight(certificate=bytes(190_000)))
+    large = large._replace(payload=certificate_verify(HELLO, large.messages or b""))
+    workers = [host.opened_channel() for _ in range(4)]
+    for worker in workers:
+        worker.send(large.encode())
+    without_watches(host.turn, host.keyd.epoll)
+    reason = "keyd cannot wait to send more: No space left on device"
+    assert capsys.readouterr().err == f"keyd: a connection to an upstream is ended: {reason}\n"
+    host.turn()
+    assert {host.lost(), host.lost()} == {WANTED + b"\1", LOST + b"\0\1"}
+    (upstream, _) = host.broker._upstreams
+    assert (upstream.connection, upstream.why) == (None, reason)
+    # They are asked again, once it is there again.
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    for _ in range(100):
+        for ask in again.asked():
+            signature = KEY.sign(large.payload, ec.ECDSA(hashes.SHA256()))
+            again.say(Answer(ask.id, Reply(Status.DONE, signature)).encode())
+        host.turn()
+    assert [host.answer(worker).status for worker in workers] == [Status.DONE] * 4
 
 
 def test_but_not_for_long(host: Host) -> None:

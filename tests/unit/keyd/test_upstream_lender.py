@@ -5,7 +5,6 @@ the other host.
 """
 
 import contextlib
-import errno
 import itertools
 import os
 import socket
@@ -13,16 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pyseccomp
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from integration.hellos import TLS12, certificate_verify, client_hello, flight
+from integration.watches import without_watches
 
 from keyd import daemon
 from keyd.daemon import Keyd
@@ -54,8 +53,6 @@ from keyd.upstream.messages import (
 
 P256, RSA = ec.generate_private_key(ec.SECP256R1()), rsa.generate_private_key(65537, 2048)
 OTHERS = ed25519.Ed25519PrivateKey.generate()
-#: <sys/epoll.h>; Python does not know it.
-EPOLL_CTL_ADD = 1
 #: A bound for what hangs.
 PATIENCE = 30.0
 HELLO, FLIGHT = client_hello(), flight()
@@ -144,7 +141,12 @@ class Lending:
     """A keyd with threads, or one that the test runs by hand, and the supervisor's orders."""
 
     def __init__(
-        self, directory: Path, most: int = 1000, uid: int | None = None, threads: int = 3
+        self,
+        directory: Path,
+        most: int = 1000,
+        uid: int | None = None,
+        threads: int = 3,
+        lends: bool = True,
     ) -> None:
         self.path = str(directory / "lend.sock")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -160,10 +162,14 @@ class Lending:
             "clients": [client | {"name": "proxy-a"}, client | {"name": "proxy-b"}],
         }
         self.lender = Lender(told, KEYS, self.keyd)
-        self.order("lend", [os.dup(self._listener.fileno())])
+        if lends:
+            self.lend()
         self.threads = [threading.Thread(target=self.keyd._work) for _ in range(threads)]
         for thread in self.threads:
             thread.start()
+
+    def lend(self) -> None:
+        self.order("lend", [os.dup(self._listener.fileno())])
 
     def order(self, name: str, descriptors: list[int]) -> None:
         self.lender.orders[name](descriptors)
@@ -219,6 +225,18 @@ def until(true: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def test_a_listener_that_cannot_be_watched_is_told_of_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.closing(Lending(tmp_path, lends=False)) as lending:
+        before = len(os.listdir("/proc/self/fd"))
+        without_watches(lending.lend, lending.keyd.epoll)
+        assert "no room for another connection: No space left" in capsys.readouterr().err
+        assert len(os.listdir("/proc/self/fd")) == before
+        lending.lend()
+        assert lending.host().ask(ask()).status is Status.DONE
+
+
 def test_what_is_lent_is_signed(lending: Lending) -> None:
     reply = lending.host().ask(ask())
     assert reply.status is Status.DONE
@@ -231,24 +249,12 @@ def test_what_is_lent_is_signed(lending: Lending) -> None:
 
 @pytest.mark.parametrize("which", ["both", "the second"])
 def test_a_stream_that_cannot_be_watched_ends_alone(tmp_path: Path, which: str) -> None:
-    """As where the user of keyd has all watches that epoll(7) gives one (max_user_watches)."""
     with contextlib.closing(Lending(tmp_path, threads=0)) as lending:
-
-        def accept_without_room() -> None:
-            full = [lending.keyd.epoll, lending.lender.writable]
-            program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-            for epoll in full if which == "both" else full[:1]:
-                of_it = pyseccomp.Arg(0, pyseccomp.EQ, epoll.fileno())
-                adding = pyseccomp.Arg(1, pyseccomp.EQ, EPOLL_CTL_ADD)
-                program.add_rule(pyseccomp.ERRNO(errno.ENOSPC), "epoll_ctl", of_it, adding)
-            program.load()
-            lending.keyd._take_turn(PATIENCE)
-
+        full = [lending.keyd.epoll, lending.lender.writable]
         for _ in range(2):
             host = Host(lending.path, "proxy-a")
-            # The filter is this thread's alone, and ends with it.
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(accept_without_room).result()
+            accept = partial(lending.keyd._take_turn, PATIENCE)
+            without_watches(accept, *(full if which == "both" else full[:1]))
             assert host.hear() is None
             assert not lending.keyd.streams
         (told,) = lending.lender.tick()
@@ -646,6 +652,6 @@ def test_lends_no_more_whatever_another_thread_does_meanwhile(tmp_path: Path) ->
 
 def test_a_second_order_to_lend_changes_nothing(lending: Lending) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    lending.order("lend", [os.dup(lending._listener.fileno())])
+    lending.lend()
     assert len(os.listdir("/proc/self/fd")) == before
     assert lending.host().ask(ask()).status is Status.DONE
