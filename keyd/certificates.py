@@ -137,6 +137,7 @@ def load_chain(path: str, read: Read = read) -> list[Located]:
     Other blocks, such as the key's, only have to be whole.
     """
     chain = []
+    others = []
     try:
         content = read(path, "certificate")
         for block in blocks(content):
@@ -148,10 +149,14 @@ def load_chain(path: str, read: Read = read) -> list[Located]:
                 except UNREADABLE:
                     raise Damaged(block.line, "a damaged certificate") from None
                 chain.append(Located(certificate, block.line))
+            else:
+                others.append(block.label)
     except Damaged as error:
         raise UnusableKey("certificate", f"{path}:{error.line}: {error.reason}") from None
     if not chain:
-        reason = why_binary(content, "x509", "-nokeys") or "holds no PEM certificate"
+        # A key, where the two files were swapped; or what was sent to the authority.
+        instead = f", but {', '.join(dict.fromkeys(others))}" if others else ""
+        reason = why_binary(content, "x509", "-nokeys") or f"holds no PEM certificate{instead}"
         raise UnusableKey("certificate", f"{path} {reason}")
     return chain
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from titus_py.audit.probe import Probe
+from titus_py.audit.probe import Probe, Unanswered
 from titus_py.audit.target import find_target
 
 from .conftest import Certificates, Nginx, Serve
@@ -381,6 +381,13 @@ def test_the_audit_gets_in_where_its_machine_is_listed(proxied: Instance) -> Non
         probe.shake_hands()
         assert probe.worker is not None
         assert probe.worker.uid in proxied.uids
+
+
+def test_the_audit_says_why_it_does_not_get_in(serve: Serve, echoing: Listener) -> None:
+    instance = serve(echoing.address, listen=behind("10.0.0.0/8"))
+    listed = "accept_proxy_from does not list 127.0.0.1, where the audit connects from"
+    with pytest.raises(Unanswered, match=listed):
+        Probe(find_target(instance.pid))
 
 
 def test_a_reload_takes_the_balancer_away_and_its_clients_stay(

@@ -333,6 +333,8 @@ def test_addresses_come_and_go_with_a_reload(serve: Serve, echoing: Listener) ->
             assert talk(early)
             assert talk(late)
     no_earlier_generation(instance)
+    heard = [event["address"] for event in instance.events_named("listening", generation=3)]
+    assert heard == [f"127.0.0.1:{third}"]
     eventually(lambda: instance.supervisor().descriptors == descriptors, "descriptors as before")
 
 

@@ -33,6 +33,7 @@ from titus_py.configuration import VirtualHost
 from titus_py.configuration.address import Bindable, IPAddress, UnixAddress, canonical_ip
 from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
+from titus_py.parent.networks import Networks
 
 __all__ = ["NO_CERTIFICATE", "Probe", "TooSlow", "Unanswered"]
 
@@ -64,8 +65,8 @@ class _Place(NamedTuple):
     address: Bindable
     name: str | None
     vhost: VirtualHost
-    #: Whether connections there begin with a load balancer's header.
-    proxied: bool
+    #: Where connections come from there, which begin with a load balancer's header; none: clients'.
+    balancers: tuple[str, ...]
 
 
 class _Client:
@@ -169,10 +170,19 @@ class Probe:
     def _connect(self) -> None:
         try:
             self._socket.connect(_reachable(self.place.address, self._target))
-            if self.place.proxied:
+            if self.place.balancers:
+                self._is_balancer()
                 self._socket.sendall(b"PROXY UNKNOWN\r\n")
         except OSError as error:
             raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
+
+    def _is_balancer(self) -> None:
+        """Raises Unanswered if this connection is reset because it is from elsewhere."""
+        if not isinstance(self.place.address, UnixAddress):
+            ours = self._socket.getsockname()[0]
+            if ours not in Networks(self.place.balancers):
+                reason = f"accept_proxy_from does not list {ours}, where the audit connects from"
+                raise Unanswered(f"no connection to {self.place.address}: {reason}")
 
     def _begin(self) -> None:
         self._begun = time.monotonic()
@@ -373,8 +383,8 @@ def _place(target: Target) -> _Place:
                 offered = [vhost for vhost in configuration.vhost if vhost.receives(address)]
                 chosen = select([_names(vhost) for vhost in offered], name)
                 if chosen is not None:
-                    proxied = bool(listen.accept_proxy_from)
-                    return _Place(address, name, offered[chosen], proxied)
+                    balancers = listen.accept_proxy_from or ()
+                    return _Place(address, name, offered[chosen], balancers)
     raise Unanswered("no virtual host can be reached from here")
 
 

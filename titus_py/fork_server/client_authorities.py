@@ -123,13 +123,15 @@ def _read(
 def _doubts(
     path: str, authorities: Sequence[x509.Certificate], whose: str, now: datetime
 ) -> Iterator[str]:
-    """Certificates of authorities that are out of date, or soon will be."""
+    """Certificates of authorities that are out of date, or soon will be, or are of none."""
     for one in authorities:
         what = f"{path}: {name_of(one)}"
         if one.not_valid_before_utc > now:
             yield f"{what} is not valid before {one.not_valid_before_utc:%Y-%m-%d}"
         ends = one.not_valid_after_utc
         yield from _end(what, ends, now, whose)
+        if one.issuer != one.subject and not _is_authority(one):
+            yield f"{what} is no authority, and stands for itself alone: have its issuer's here"
 
 
 def _ageing(

@@ -100,7 +100,7 @@ class Takeover:
             return
         if not generation.announced:
             generation.announced = True
-            for address in self._listeners.open:
+            for address in self._listeners.wanted(generation.listening):
                 self._event("listening", address=str(address), generation=generation.number)
             self._retire_all_but(generation)
         self._lending.lend(generation)

@@ -224,6 +224,9 @@ def test_no_reference_for_what_is_no_certificate(tmp_path: Path) -> None:
     assert refused(path) == f"keyd: {path}: No such file or directory\n"
     path.write_text("no certificate\n")
     assert refused(path) == f"keyd: {path} holds no PEM certificate\n"
+    # Swapped with the key.
+    path.write_text("-----BEGIN EC PRIVATE KEY-----\nAAAA\n-----END EC PRIVATE KEY-----\n")
+    assert refused(path) == f"keyd: {path} holds no PEM certificate, but EC PRIVATE KEY\n"
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,14 @@ def test_what_is_no_authority_is_a_mistake(
     assert reason in mistake
 
 
+def test_a_client_for_an_authority_is_warned_of(authority: ClientAuthority) -> None:
+    """Its file is beside the authority's, and all other clients would be refused."""
+    mistakes, (warning,) = read(authority.issue("alice").chain)
+    assert mistakes == []
+    assert "client_ca" in warning
+    assert "CN=alice,O=Example is no authority" in warning
+
+
 def test_an_authority_without_a_list_is_a_mistake(
     authority: ClientAuthority, tmp_path: Path
 ) -> None:
