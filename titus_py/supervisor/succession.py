@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keyd.linux.sealed import read_all, sealed_file
 from keyd.linux.unix_socket import File
+from keyd.upstream.state import UpstreamState
 from titus_py.between.plan import Check, State
 from titus_py.configuration import Configuration, Credential, Valid
 from titus_py.configuration.address import Bindable
@@ -97,6 +98,11 @@ class LeftGeneration(_Left):
     waits_for_keyd: bool
     without_keyd: bool
     keyds_keys: set[str] | None
+    lacks_keys: bool = False
+    #: What keyd has told, and tells again only once it has changed.
+    tokens: list[tuple[str, str]] = []
+    upstreams: list[UpstreamState] = []
+    lending: list[list[Any]] = []
     retired: bool
     retiring: bool
     crippled: bool
@@ -202,6 +208,10 @@ def leave(generation: Generation) -> LeftGeneration:
         waits_for_keyd=generation.waits_for_keyd,
         without_keyd=generation.without_keyd,
         keyds_keys=generation.keyds_keys,
+        lacks_keys=generation.lacks_keys,
+        tokens=generation.tokens,
+        upstreams=generation.upstreams,
+        lending=generation.lent,
         retired=generation.retired,
         retiring=generation.retiring,
         crippled=generation.crippled,
@@ -398,6 +408,9 @@ def inherit(
     generation.waits_for_keyd = left.waits_for_keyd
     generation.without_keyd = left.without_keyd
     generation.keyds_keys = left.keyds_keys
+    generation.lacks_keys = left.lacks_keys
+    generation.tokens, generation.upstreams = left.tokens, left.upstreams
+    generation.lent = left.lending
     generation.retired = left.retired
     generation.retiring = left.retiring
     generation.crippled = left.crippled

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from keyd.upstream.state import UpstreamState
 from titus_py.between.plan import Check, Health, State
 from titus_py.configuration import Configuration, Credential, load
 from titus_py.configuration.checking import CertificateFacts, Checked
@@ -92,6 +93,10 @@ def generation_of(configuration: Configuration) -> Generation:
     generation.announced = True
     generation.huge_pages, generation.huge_pages_of_code = 3, 7
     generation.keyds_keys = {"00" * 32}
+    generation.lacks_keys = True
+    generation.tokens = [("web", "ready")]
+    generation.upstreams = [UpstreamState("keys.example", "ready", 1, 20, 3)]
+    generation.lent = [["web-1", 2, 500, {"expired": 1}]]
     generation.connections = {1 << 50: {"connection": 1 << 50, "client": "[::1]:5", "uid": 9}}
     generation.ended.append({"connection": 5})
     generation.uids = range(300_000, 300_007)
@@ -110,6 +115,10 @@ def test_a_generation_is_what_it_was(configuration: Configuration) -> None:
         "ended",
         "uids",
         "keyds_keys",
+        "lacks_keys",
+        "tokens",
+        "upstreams",
+        "lent",
         "announced",
         "huge_pages",
         "huge_pages_of_code",
