@@ -8,7 +8,8 @@ from pathlib import Path
 
 from integration.certificates import Certificate
 from integration.instance import Process, all_processes, eventually
-from integration.peers import Listener
+from integration.peers import Listener, TlsClient
+from integration.service import talk
 
 from .harness import infected, one_more_connection
 
@@ -54,3 +55,30 @@ def test_it_is_told_and_another_one_serves(
         instance.wait_for_event("worker_failed", uid=hangs.uid)
         one_more_connection(instance)
         assert len(instance.events_named("worker_stays")) == 1
+
+
+def test_another_connection_gives_way(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    """When the proxy is full, a newcomer does not wait for one that does not end."""
+    settings = {"max": 2, "handshake_timeout": "2s"}
+    with (
+        infected(tmp_path, certificate, backend.address, worker=settings) as instance,
+        TlsClient(instance.port) as first,
+        TlsClient(instance.port) as second,
+    ):
+        for client in (first, second):
+            assert talk(client.handshake())
+        # The one that has stood still for longest is first to give way.
+        stays = instance.worker_of(instance.events_named("connection_begun")[0]["uid"])
+        with kept_from_ending(stays):
+            assert talk(second)
+            instance.wait_for_event("full")
+            with TlsClient(instance.port) as newcomer:
+                newcomer.socket.settimeout(60)
+                assert talk(newcomer.handshake())
+            told = instance.wait_for_event("worker_stays", uid=stays.uid)
+            assert told["why"] == "gave_way"
+            ended = instance.events_named("connection_ended", end="gave_way")
+            assert [event["uid"] for event in ended] != [stays.uid]
+        instance.wait_for_event("connection_ended", connection=told["connection"])

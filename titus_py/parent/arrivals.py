@@ -35,8 +35,9 @@ _ACCEPT_AT_ONCE = 256
 #: When accept(2) fails for want of a descriptor or of memory: how long to leave clients in the
 #: listen queue, and how often to log it.
 _PAUSE_SECONDS, _TELL_SECONDS = 0.1, 1.0
-#: How long to wait before looking again for a connection that can give way to a newcomer.
-_NOBODY_SECONDS = 1.0
+#: How long to wait before looking again for a connection that can give way to a newcomer; and for
+#: the end of one that does. SIGKILL ends none that is in uninterruptible sleep.
+_NOBODY_SECONDS, _LEAVING_SECONDS = 1.0, 5.0
 #: For how long a silent client is waited for, where others need its place or keyd is to leave: an
 #: honest one speaks as soon as it knows that it is connected.
 _SILENCE_SECONDS = 0.25
@@ -102,8 +103,9 @@ class Arrivals:
             listener.setblocking(False)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
         self._accepting: bool | None = None
-        #: Whose end is awaited, for a newcomer's sake.
+        #: Whose end is awaited, for a newcomer's sake, and until when.
         self._leaving: Worker | None = None
+        self._leaving_until = 0.0
         #: Runs for a while after no connection could give way.
         self._nobody: Timer | None = None
         self._not_available_told = False
@@ -148,7 +150,7 @@ class Arrivals:
     def _wanted(self) -> bool | None:
         """Accept if there is room, or a client has been silent for too long.
 
-        If not, and nobody is leaving, notice who comes.
+        If not, and nobody is leaving, notice who comes. This is asked every few seconds at least.
         """
         if self._has_room():
             self._leaving = None
@@ -157,7 +159,11 @@ class Arrivals:
         if oldest is not None and not self._may_still_speak(oldest):
             return True
         leaving = self._leaving
-        if leaving is not None and self._connections.busy.get(leaving.uid) is leaving:
+        if (
+            leaving is not None
+            and self._connections.busy.get(leaving.uid) is leaving
+            and time.monotonic() < self._leaving_until
+        ):
             return None
         return False if self._nobody is None else None
 
@@ -272,6 +278,7 @@ class Arrivals:
             if not self._not_available_told:
                 self._not_available_told = True
                 self._tell("not_available", level="warning", feature=not_available(error))
+        self._leaving_until = time.monotonic() + _LEAVING_SECONDS
         if self._leaving is None:
             self._nobody = self._loop.after(_NOBODY_SECONDS, self._look_again)
 
