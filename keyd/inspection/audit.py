@@ -209,6 +209,11 @@ def _load(
     for keyd in keyds:
         for path, _, identity in keyd.report.keys if keyd.report is not None else ():
             wanted.setdefault(path, set()).add(identity)
+        if keyd.report is not None:
+            told, there = len(keyd.report.keys), keyd.report.keys_in_all
+            if there > told + len(arguments.key):
+                text = f"{there - told} of {there} keys it does not tell of: name them with --key"
+                yield _Finding("key", keyd.title, text, _NOT_AVAILABLE)
     loaded: set[bytes] = set()
     for path, identities in wanted.items():
         if identities and _is_in_a_token(path):

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -32,7 +33,7 @@ __all__ = [
     "Needle",
     "Search",
     "Skipped",
-    "label",
+    "labels",
     "needles",
     "predictable",
     "search",
@@ -161,9 +162,14 @@ def _needles(key: PrivateKey) -> list[Needle]:
     return found + _whole_encodings(key)
 
 
-def label(path: str) -> str:
-    """A key's name: in certbot's layout, only the directories' names differ."""
-    return "/".join(Path(path).parts[-2:])
+def labels(paths: Iterable[str]) -> dict[str, str]:
+    """The keys' names: in certbot's layout, only the directories' names differ.
+
+    No two are the same: of a key that is found, another must not seem to be found as well.
+    """
+    short = {path: "/".join(Path(path).parts[-2:]) for path in paths}
+    counts = Counter(short.values())
+    return {path: name if counts[name] == 1 else path for path, name in short.items()}
 
 
 def _secret_numbers(key: LibraryKey) -> dict[str, int]:

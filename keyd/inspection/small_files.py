@@ -34,18 +34,25 @@ def below(start: str, at: Callable[[str], None]) -> Iterator[str]:
 
 
 def read(file: str) -> tuple[os.stat_result, bytes] | None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    """A file's status and what is in it; None if it is another kind of file, or too large."""
     with suppress(OSError):
-        if not stat.S_ISREG(os.lstat(file).st_mode):
-            return None
-        descriptor = os.open(file, flags)
+        # Not by its path twice: a directory may be a link by then, and the file a device.
+        named = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            seen = os.fstat(descriptor)
+            seen = os.fstat(named)
             if stat.S_ISREG(seen.st_mode) and seen.st_size <= LARGEST:
-                return seen, os.read(descriptor, LARGEST)
+                return seen, _content(f"/proc/self/fd/{named}")
         finally:
-            os.close(descriptor)
+            os.close(named)
     return None
+
+
+def _content(file: str) -> bytes:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, LARGEST)
+    finally:
+        os.close(descriptor)
 
 
 def _mounts() -> dict[str, str]:

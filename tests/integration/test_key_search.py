@@ -23,7 +23,15 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from keyd.inspection.key_search import Needle, Search, needles, predictable, search, search_all
+from keyd.inspection.key_search import (
+    Needle,
+    Search,
+    labels,
+    needles,
+    predictable,
+    search,
+    search_all,
+)
 from keyd.inspection.pages_in_use import in_use
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
@@ -628,6 +636,11 @@ def test_a_needle_that_is_everywhere_hides_no_other(rsa_key: rsa.RSAPrivateKey) 
         hit.address for hit in found.hits if hit.needle == "q, big-endian"
     }
     assert not found.ended
+
+
+def test_no_two_keys_have_one_name() -> None:
+    short, one, other = "/live/site/key.pem", "/a/b/key.pem", "/c/b/key.pem"
+    assert labels([short, one, other]) == {short: "site/key.pem", one: one, other: other}
 
 
 def test_what_could_be_anywhere_is_not_looked_for(rsa_key: rsa.RSAPrivateKey) -> None:

@@ -474,12 +474,15 @@ def test_a_file_larger_than_any_key_is_not_read(tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(1 << 42)
-    report = REPORT | {"keys": [[str(large), "RSA-2048", "00"], ["/dev/null", "RSA-2048", "00"]]}
+    keys = [[str(large), "RSA-2048", "00"], ["/dev/null", "RSA-2048", "00"]]
+    report = REPORT | {"keys": keys, "keys_in_all": 9}
     with forged(json.dumps(report).encode(), user="root"):
         seen = keyd("audit", "--json", f"--directory={tmp_path}")
     assert not seen.stderr
     # Nor is what is no file opened: a device may do something then.
     assert "/dev/null: is no regular file" in seen.stdout
+    # And what it does not tell of is not looked for.
+    assert "7 of 9 keys it does not tell of" in seen.stdout
     findings = [one for one in json.loads(seen.stdout) if one["subject"] == str(large)]
     assert [one["verdict"] for one in findings] == ["not available"]
 

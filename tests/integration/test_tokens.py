@@ -508,7 +508,12 @@ def test_the_audit_knows_tokens_processes(site: Instance) -> None:
     audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     (report,) = json.loads(audit.stdout)
     of_tokens = [one for one in report["findings"] if one["process"]["role"] == "token's process"]
-    assert {one["check"] for one in of_tokens} >= {"capabilities", "no_new_privs", "hidden"}
+    assert {one["check"] for one in of_tokens} >= {
+        "capabilities",
+        "no_new_privs",
+        "hidden",
+        "filter",
+    }
     assert not [one for one in report["findings"] if one["verdict"] == "broken"]
 
 

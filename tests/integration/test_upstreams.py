@@ -192,5 +192,6 @@ def test_the_audit_knows_what_connects(served: Served, lent: Lender) -> None:
     audit = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     (report,) = json.loads(audit.stdout)
     found = [one for one in report["findings"] if one["process"]["role"] == "upstreams' process"]
-    assert {one["check"] for one in found} >= {"capabilities", "no_new_privs", "hidden"}
+    confined = {"capabilities", "no_new_privs", "hidden", "filter", "namespaces", "network"}
+    assert {one["check"] for one in found} >= confined
     assert not [one for one in report["findings"] if one["verdict"] == "broken"]

@@ -316,6 +316,14 @@ def fork_server_root(_: str) -> None:
     confinement.enter_empty_root = nothing
 
 
+@breaks("root", "fork server", "worker", within="fork_server")
+def fork_server_working_directory(_: str) -> None:
+    """It has the empty root, and stays outside of it."""
+    from titus_py.fork_server import confinement
+
+    confinement.enter_empty_root = os.chroot
+
+
 @breaks("limits", "fork server", "worker", within="fork_server")
 def fork_server_file_limit(_: str) -> None:
     import resource
@@ -506,6 +514,30 @@ def metrics_limits(_: str) -> None:
     change("metrics", "confinement.limit = lambda _: None")
 
 
+@breaks("root", "metrics", within="supervisor")
+def metrics_root(_: str) -> None:
+    change("metrics", "confinement.enter_empty_root = lambda _: None")
+
+
+@breaks("namespaces", "metrics", within="supervisor")
+def metrics_namespaces(_: str) -> None:
+    """But for the network's."""
+    change(
+        "metrics",
+        "real = confinement.leave_namespaces;"
+        "confinement.leave_namespaces = lambda _: real(confinement.CLONE_NEWNET)",
+    )
+
+
+@breaks("network", "metrics", within="supervisor")
+def metrics_network(_: str) -> None:
+    change(
+        "metrics",
+        "real = confinement.leave_namespaces;"
+        "confinement.leave_namespaces = lambda kinds: real(kinds & ~confinement.CLONE_NEWNET)",
+    )
+
+
 @breaks("descriptors", "metrics", within="supervisor")
 def metrics_listens_elsewhere(_: str) -> None:
     change("metrics", "import socket; life.KEPT = socket.create_server(('127.0.0.1', 0))")
@@ -621,6 +653,14 @@ def keyd_root(_: str) -> None:
     from keyd import confinement
 
     confinement.enter_empty_root = nothing
+
+
+@breaks("root", "keyd", within="keyd")
+def keyd_working_directory(_: str) -> None:
+    """It has the empty root, and stays outside of it."""
+    from keyd import confinement
+
+    confinement.enter_empty_root = os.chroot
 
 
 @breaks("filter", "keyd", within="keyd")

@@ -13,7 +13,7 @@ from typing import Any
 import prctl
 
 from keyd.inspection import auditors
-from keyd.inspection.key_search import Needle, label, needles, predictable, search_all
+from keyd.inspection.key_search import Needle, labels, needles, predictable, search_all
 from keyd.keys import UnusableKey, load_private_key
 from keyd.linux.credentials import (
     forbid_core_dumps,
@@ -49,12 +49,13 @@ def main() -> int:
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Search ``pids`` for the keys of ``files``: each a key, and its passphrase file or None."""
     sought = []
+    names = labels(path for path, _ in question["files"])
     for path, passphrase_file in question["files"]:
         try:
             key = load_private_key(path, passphrase_file)
         except UnusableKey as error:
             return {"problem": error.reason}
-        name = label(path)
+        name = names[path]
         if left_out := predictable(key):
             return {"problem": f"{name}: what could be anywhere is no secret: {left_out[0]}"}
         sought += [Needle(f"{name}: {needle.name}", needle.octets) for needle in needles(key)]

@@ -70,6 +70,12 @@ def _filter(seen: Observation, scene: Scene) -> Seen:
     return holds(text)
 
 
+def _filter_of_module(seen: Observation, scene: Scene) -> Seen:
+    if seen.process.ppid in {keyd.pid for keyd in scene.of(Role.KEYD)}:
+        return holds("none for the first process, which loads no module: its child has one")
+    return _filter(seen, scene)
+
+
 def _limits(seen: Observation, scene: Scene) -> Seen:
     is_worker = seen.process.role is Role.WORKER
     most: dict[str, int] = dict(_WORKER_LIMITS if is_worker else _FORK_SERVER_LIMITS)
@@ -173,10 +179,17 @@ CHECKS = (
     ),
     Check(
         "filter",
-        frozenset({Role.RESOLVER, Role.METRICS}),
+        frozenset({Role.RESOLVER, Role.METRICS, Role.CONNECTOR}),
         "a seccomp filter on each of its threads",
         "/proc/PID/task/*/status: Seccomp, Seccomp_filters",
         _filter,
+    ),
+    Check(
+        "filter",
+        frozenset({Role.MODULE}),
+        "a seccomp filter on each thread of what runs the token's module",
+        "/proc/PID/task/*/status: Seccomp, Seccomp_filters",
+        _filter_of_module,
     ),
     Check(
         "limits",

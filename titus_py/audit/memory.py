@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from keyd.inspection.key_search import Search, label
+from keyd.inspection.key_search import Search, labels
 from titus_py.audit.finding import (
     Check,
     Finding,
@@ -121,7 +121,7 @@ def search_for_keys(target: Target, pids: Sequence[int]) -> tuple[list[Search], 
     if "problem" in answer:
         raise CannotAudit(f"cannot tell what to look for in memory: {answer['problem']}")
     found = [Search.of(fields) for fields in answer["found"]]
-    return found, {label(key) for key, _ in files}, answer["forms"]
+    return found, set(labels(key for key, _ in files).values()), answer["forms"]
 
 
 def look_for_keys(
@@ -135,6 +135,8 @@ def look_for_keys(
     newest = max(keyds, key=lambda process: process.started, default=None)
     searches, keys, forms = search_for_keys(target, [process.pid for process in processes])
     how = f"/proc/PID/mem, searched for {forms} forms of the keys' numbers"
+    if (count := len(target.key_files())) > len(keys):
+        how += f"; {len(keys)} of {count} keys, drawn by lot"
     for process, found in zip(processes, searches, strict=True):
         subject = Subject.of(process, stages.get(process.pid, ""))
         if process.role is Role.KEYD:
@@ -170,7 +172,7 @@ _ELSEWHERE = not_available(
 
 def _control(found: Search, keys: set[str]) -> Seen:
     """The control: not to find the keys elsewhere means nothing unless they are found in keyd."""
-    missing = keys - {hit.needle.partition(":")[0] for hit in found.hits}
+    missing = keys - {hit.needle.rpartition(": ")[0] for hit in found.hits}
     if found.ended or missing:
         return broken(
             f"not found: {', '.join(sorted(missing))}: is the file that keyd was started with "
@@ -186,7 +188,8 @@ def _nothing(found: Search) -> Seen:
         more = f", and {len(others)} more" if others else ""
         return broken(f"{first}{more}{' and more' if found.often else ''}")
     if found.unread:
-        return not_available(f"not all could be read: {found.why_unread}")
+        # Nothing that an instance's process has is like that: something may be hidden there.
+        return broken(f"not all could be read: {found.why_unread}")
     return holds(f"{found.octets >> 20} MiB read, none found")
 
 

@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,9 @@ class Observation(NamedTuple):
     threads: tuple[dict[str, str], ...]
     namespaces: dict[str, str]
     root: str
+    cwd: str
+    #: Its threads that have a root, a working directory or a namespace of their own (clone(2)).
+    apart: tuple[int, ...]
     #: The names in the root directory; its owner and its mode.
     root_content: tuple[str, ...]
     root_owner: int
@@ -231,12 +235,16 @@ def _observe(process: Process) -> Observation:
     proc = Path(f"/proc/{process.pid}")
     root = proc / "root"
     root_stat = root.stat()
+    threads = tuple(_threads(process.pid))
+    own = _surroundings(process.pid)
     return Observation(
         process=process,
         stage="",
-        threads=tuple(_threads(process.pid)),
+        threads=threads,
         namespaces=namespaces(process.pid),
         root=os.readlink(root),
+        cwd=os.readlink(proc / "cwd"),
+        apart=tuple(_apart(process.pid, own, [int(one["Pid"]) for one in threads])),
         root_content=tuple(sorted(os.listdir(f"{root}/"))),
         root_owner=root_stat.st_uid,
         root_mode=root_stat.st_mode & 0o7777,
@@ -256,6 +264,18 @@ def _threads(pid: int) -> Iterable[dict[str, str]]:
         except (FileNotFoundError, ProcessLookupError):
             if thread == pid:
                 raise
+
+
+def _surroundings(thread: int) -> tuple[object, ...]:
+    directories = (os.readlink(f"/proc/{thread}/{name}") for name in ("root", "cwd"))
+    return namespaces(thread), *directories
+
+
+def _apart(pid: int, own: tuple[object, ...], threads: Iterable[int]) -> Iterable[int]:
+    for thread in threads:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if thread != pid and _surroundings(thread) != own:
+                yield thread
 
 
 def _limits(text: str) -> Iterable[tuple[str, tuple[str, str]]]:

@@ -40,9 +40,11 @@ CHECKS: tuple[Check, ...] = (
 #: What no audit from outside can show; each is tried by the attack suite instead.
 UNSEEN = (
     "what a process's seccomp filter allows (that it has one is seen, and how many)",
-    "that fork server and workers have put their Landlock ruleset on (that it is there is seen)",
+    "that processes have put their Landlock rulesets on (that the fork server's is there is seen)",
     "that a process is killed when its parent dies",
     "a process's securebits",
+    "that each worker draws random octets of its own",
+    "a key that is hidden: encrypted, in pieces, or in what is in no process's memory",
 )
 
 #: How long a worker may take to confine itself; until then it has no client.

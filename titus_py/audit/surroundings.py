@@ -21,7 +21,7 @@ _SIOCGIFFLAGS = 0x8913
 _IFF_UP = 1
 
 
-def _namespaces(kinds: tuple[str, ...]) -> "Check":
+def _namespaces(kinds: tuple[str, ...], *roles: Role) -> "Check":
     def look(seen: Observation, scene: Scene) -> Seen:
         shared = []
         for kind in kinds:
@@ -36,7 +36,7 @@ def _namespaces(kinds: tuple[str, ...]) -> "Check":
 
     return Check(
         "namespaces",
-        frozenset({Role.WORKER if "pid" in kinds else Role.KEYD}),
+        frozenset(roles),
         f"namespaces of its own: {', '.join(kinds)}",
         "/proc/PID/ns of all processes",
         look,
@@ -49,6 +49,8 @@ _FORKED = frozenset({Role.FORK_SERVER, Role.WORKER})
 
 def _network(seen: Observation, scene: Scene) -> Seen:
     own = seen.namespaces["net"]
+    if seen.apart:
+        return broken(_words_for(seen.apart))
     allowed = _FORKED if seen.process.role in _FORKED else {seen.process.role}
     members = {other.process.role for other in scene.observations if other.namespaces["net"] == own}
     if strangers := members - allowed:
@@ -68,6 +70,11 @@ def _network(seen: Observation, scene: Scene) -> Seen:
     if interfaces != ["lo, down"]:
         return broken(f"{own} has: {'; '.join(interfaces)}")
     return holds(f"{own}: nothing but lo, and that is down")
+
+
+def _words_for(apart: tuple[int, ...]) -> str:
+    numbers = ", ".join(map(str, apart))
+    return f"its thread {numbers} has a root, a working directory or a namespace of its own"
 
 
 def _descendants(scene: Scene, of: set[int]) -> set[int]:
@@ -98,6 +105,11 @@ def _root(seen: Observation, scene: Scene) -> Seen:
         return _root_of_a_unit(seen, scene)
     if seen.root == "/" or (own and seen.root != os.path.realpath(chroot)):
         return broken(f"its root is {seen.root}")
+    if seen.cwd != seen.root:
+        # From there, every directory of the machine can be reached (chroot(2)).
+        return broken(f"its working directory is {seen.cwd}, outside of its root, {seen.root}")
+    if seen.apart:
+        return broken(_words_for(seen.apart))
     if seen.root_content:
         return broken(f"{seen.root} holds {', '.join(seen.root_content[:5])}")
     text = f"{seen.root}: empty, uid {seen.root_owner}'s, mode {seen.root_mode:04o}"
@@ -126,8 +138,8 @@ def _root_of_a_unit(seen: Observation, scene: Scene) -> Seen:
 
 
 CHECKS = (
-    _namespaces(("pid", "ipc", "uts")),
-    _namespaces(("ipc", "uts")),
+    _namespaces(("pid", "ipc", "uts"), Role.WORKER),
+    _namespaces(("ipc", "uts"), Role.KEYD, Role.METRICS, Role.CONNECTOR),
     Check(
         "network",
         _FORKED,
@@ -137,23 +149,23 @@ CHECKS = (
     ),
     Check(
         "network",
-        frozenset({Role.KEYD}),
-        "an empty network namespace, keyd's own",
+        frozenset({Role.KEYD, Role.METRICS, Role.CONNECTOR}),
+        "an empty network namespace, its own",
         "/proc/PID/ns/net of all processes; entered, and its interfaces listed",
         _network,
     ),
     Check(
         "root",
         frozenset({Role.FORK_SERVER}),
-        "an empty root directory, which only root can write",
-        "/proc/PID/root: where, what is in it, its owner and mode",
+        "an empty root directory, which only root can write, and nothing outside of it",
+        "/proc/PID/root: where, what is in it, its owner and mode; /proc/PID/cwd",
         _root,
     ),
     Check(
         "root",
-        frozenset({Role.WORKER, Role.KEYD}),
-        "an empty root directory that it cannot write",
-        "/proc/PID/root: where, what is in it, its owner and mode",
+        frozenset({Role.WORKER, Role.KEYD, Role.METRICS}),
+        "an empty root directory that it cannot write, and nothing outside of it",
+        "/proc/PID/root: where, what is in it, its owner and mode; /proc/PID/cwd",
         _root,
     ),
 )
