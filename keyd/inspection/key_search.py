@@ -22,8 +22,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from keyd import mldsa
 from keyd.inspection.mappings import Skipped, Span, mappings, still_mapped
+from keyd.inspection.memory_files import MemoryFile, memory_files
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.pages_in_use import PAGE
+from keyd.inspection.shared_memory import filled
 from keyd.inspection.worth_reading import WorthReading
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
@@ -272,8 +274,9 @@ def search(
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
     The search reads the pages that the process has in use (present or swapped, whatever
-    their protection), and of shared mappings all that their files have as well. It skips pages that
-    nobody ever touched: they hold zeros or their file's content, and reading would bring them in.
+    their protection), of shared mappings all that their files have as well, and files in memory
+    that the process has open. It skips pages that nobody ever touched: they hold zeros or their
+    file's content, and reading would bring them in.
     ``at`` is told before a mapping is looked at, as of a file that may hang, and its device; files
     on those to ``avoid`` are skipped.
     Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
@@ -329,6 +332,11 @@ def _search_program(
                 # What the process has unmapped since is not its memory any more.
                 left = [mapping.span for mapping in mappings(pid)]
                 skipped = still_mapped(reader.skipped, left)
+                reader.skipped.clear()
+            for file in memory_files(pid, mapped):
+                at(file.name, "")
+                reader.read_file(file)
+            skipped += reader.skipped
         except (FileNotFoundError, ProcessLookupError):
             ended = True
         return Search(pid, reader.hits, skipped, reader.octets, ended, reader.often)
@@ -379,17 +387,29 @@ class _Reader:
         self._kept = 0
         self._next = 0
 
-    def read(self, span: Span) -> None:
-        """Raises ProcessLookupError if the process is gone."""
+    def read_file(self, file: MemoryFile) -> None:
+        """What of it is not mapped: as if it were mapped from address 0 on."""
+        self._kept = 0
+        try:
+            with open(f"/proc/self/fd/{file.named}", "rb", buffering=0) as opened:
+                for first, after in filled(file.named, file.parts):
+                    # It may be cut shorter meanwhile.
+                    with suppress(ProcessLookupError):
+                        self.read(Span(first, after, f"{file.name}, open"), opened.fileno())
+        except OSError as error:
+            self.skipped.append(Skipped(file.name, 0, 0, os.strerror(error.errno or errno.EIO)))
+        self._kept = 0
+
+    def read(self, span: Span, source: int | None = None) -> None:
+        """By default from memory. Raises ProcessLookupError if the process is gone."""
+        source = self._memory if source is None else source
         address = span.start
         while address < span.end:
             if address != self._next:
                 self._kept = 0
             wanted = min(self._piece, span.end - address)
             try:
-                count = os.preadv(
-                    self._memory, [self._view[self._kept : self._kept + wanted]], address
-                )
+                count = os.preadv(source, [self._view[self._kept : self._kept + wanted]], address)
             except (OSError, OverflowError) as error:
                 if isinstance(error, ProcessLookupError):
                     raise

@@ -395,6 +395,32 @@ def test_does_not_find_what_is_public_or_another_key(kind: str) -> None:
 
 # --- What can go wrong --------------------------------------------------------------------------
 
+#: Holds the octets in a file in memory, of which the first page is mapped.
+IN_A_FILE = """
+import mmap, os, sys
+octets = bytes.fromhex(sys.stdin.readline())
+file = os.memfd_create("file")
+os.ftruncate(file, 1 << 40)
+there = mmap.mmap(file, mmap.PAGESIZE)
+there[:len(octets)] = octets
+os.pwrite(file, octets, 1 << 39)
+del octets
+print(0, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_in_memory_need_not_be_mapped(rsa_key: rsa.RSAPrivateKey) -> None:
+    octets = octets_of(rsa_key.private_numbers().d)
+    with holder(octets, program=IN_A_FILE) as held:
+        found = search(held.pid, needles(rsa_key))
+    hits = [(hit.mapping, hit.address) for hit in found.hits if "memfd:file" in hit.mapping]
+    (_, mapped), (where, place) = hits
+    assert (where, place) == ("/memfd:file (deleted), open", (1 << 39) + len(octets) // 2)
+    assert mapped != place
+    assert not found.unread
+
+
 #: Holds the octets three times: in a page that nothing may touch, in a shared file whose other
 #: pages are beyond its end, and in one that no other process can read (memfd_secret(2)).
 UNREADABLE = """

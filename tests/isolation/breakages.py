@@ -470,6 +470,14 @@ def parent_opens_a_file(file: str) -> None:
 
 
 @breaks("key", "parent", within="parent")
+def parent_has_the_key_in_what_passes_for_a_report(file: str) -> None:
+    descriptor = os.memfd_create("report")
+    with open(file, "rb") as key:
+        os.write(descriptor, key.read())
+    KEPT.append(descriptor)
+
+
+@breaks("key", "parent", within="parent")
 def parent_loads_the_key(file: str) -> None:
     _load_key(file)
 
