@@ -118,7 +118,12 @@ class KeydService:
             self._loop.watch(control.fileno(), hear)
 
     def lost(self, generation: Generation) -> None:
-        """The parent has lost its keyd: connect again, later if it had not been there for long."""
+        """The parent has lost its keyd: connect again, later if it had not been there for long.
+
+        It is not trusted to say so only once.
+        """
+        if generation.without_keyd:
+            return
         generation.without_keyd = True
         path, parent = generation.configuration.keyd.socket, generation.parent
         pause = self._reliability[path].is_lost(self._clock())

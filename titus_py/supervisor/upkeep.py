@@ -150,7 +150,7 @@ class Upkeep:
         self._event(name, generation.number, **event)
         if name == "keyd_incomprehensible" and generation.keyd is not None:
             generation.keyd.kill()
-        if name == "fork_server_died":
+        if name == "fork_server_died" and not generation.crippled:
             generation.crippled = True
             # Not now: this may end everything, and the child is still being heard.
             self._loop.after(0, lambda: self._fork_server_died(generation))

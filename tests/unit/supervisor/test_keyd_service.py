@@ -126,6 +126,19 @@ class ShortLived:
         return pauses
 
 
+def test_a_parent_that_says_again_and_again_that_it_is_lost_is_given_one(tmp_path: Path) -> None:
+    """Each connection takes a descriptor of the supervisor's, and is one more for keyd to hear."""
+    keyd = ShortLived(tmp_path / "keyd.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "keyd.sock"))
+        listener.listen()
+        keyd.live(listener, 60)
+        for _ in range(100):
+            for generation in keyd.generations:
+                keyd.service.lost(generation)
+        assert len(keyd.loop.later) == len(keyd.generations)
+
+
 def test_one_that_says_its_keys_and_dies_is_asked_ever_more_seldom(tmp_path: Path) -> None:
     keyd = ShortLived(tmp_path / "keyd.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

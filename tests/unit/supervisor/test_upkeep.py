@@ -16,6 +16,8 @@ from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.metrics import Metrics
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.repeated_events import RepeatedEvents
+from titus_py.supervisor.service import Service
+from titus_py.supervisor.starting import Starting
 from titus_py.supervisor.upkeep import Upkeep
 
 NOBODY = cast(Child, None)
@@ -56,6 +58,8 @@ def generation(connections: int) -> Generation:
             uids_needed=connections,
             checks=("one",),
             retired=False,
+            crippled=False,
+            parent=None,
         ),
     )
 
@@ -118,3 +122,17 @@ def test_what_a_retired_parent_tells_late_is_not_how_a_backend_is(upkeep: Upkeep
     for of in (serving, retired):
         upkeep.heard(of, NOBODY, "backend_down", dict(down))
     assert known == [("one", State(False, 1.0, "refused"))]
+
+
+def test_a_fork_server_dies_once(upkeep: Upkeep) -> None:
+    """A parent that says so again and again does not have the supervisor give up."""
+    failures: list[str] = []
+    upkeep._starting = cast(
+        Starting, SimpleNamespace(fail=lambda why, served: failures.append(why))
+    )
+    upkeep._service = cast(Service, SimpleNamespace(stops=0, exit_code=1))
+    of = generation(1)
+    for _ in range(3):
+        upkeep.heard(of, NOBODY, "fork_server_died", {"level": "alarm", "how": "killed"})
+    upkeep._loop.run_once()
+    assert failures == ["the fork server died"]
