@@ -107,7 +107,8 @@ def signals_held_back() -> Iterator[None]:
 def run_for_reader(run: Callable[[], int]) -> int:
     """Run a command that writes to standard output; returns its exit code.
 
-    If nobody reads its output any more (``| head``), the exit code is that of SIGPIPE.
+    If nobody reads its output any more (``| head``), the exit code is that of SIGPIPE. If it
+    cannot be written (``> file``, and the disk is full), that is 1, and standard error says why.
     """
     try:
         try:
@@ -126,6 +127,22 @@ def run_for_reader(run: Callable[[], int]) -> int:
         for descriptor in filter(_is_unread, (1, 2)):
             os.dup2(nowhere, descriptor)
         return 128 + signal.SIGPIPE
+    except OSError:
+        if not (reason := _why_unwritten()):
+            raise
+        program = os.path.basename(sys.argv[0])
+        print(f"{program}: standard output: {reason}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def _why_unwritten() -> str:
+    """Why standard output takes no more; empty if it does, and then the line is at an end."""
+    try:
+        os.write(1, b"\n")
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 def leave(code: int) -> NoReturn:

@@ -135,6 +135,12 @@ def test_all_holds_on_a_default_instance(instance: TitusInstance, tmp_path: Path
     workers = lines[next(n for n, line in enumerate(lines) if line.startswith("workers:")) :]
     assert sum("indirect-branch" in line for line in workers) == 1
 
+    answer = run_audit("--pid", str(instance.pid), "--html", "/dev/full")
+    assert (answer.returncode, answer.stderr) == (
+        2,
+        "titus-py audit: /dev/full: No space left on device\n",
+    )
+
     html = page.read_text()
     assert "All promises hold" in html
     assert not re.search(r"(src|href)=|@import|url\(", html)

@@ -24,7 +24,7 @@ def audit_main(pid: int | None, json: bool, html: Path | None, quiet: bool) -> i
         if html is not None and audits:
             html.write_text(as_html(audits), encoding="utf-8")
     except OSError as error:
-        problems.append(error)
+        problems.append(CannotAudit(f"{html}: {error.strerror}"))
     # Instances in containers are no failure if others could be audited.
     elsewhere = [one for one in problems if isinstance(one, LivesElsewhere)] if audits else []
     for problem in problems:

@@ -263,18 +263,17 @@ def _of_generations(status: Mapping[str, Any]) -> Iterator["_Family"]:
     for state, count in states.items():
         by_state.add(count, state=state)
     yield by_state
+    # Each is there without a number, too: the guide has those that there are.
+    number = _gauge("generation", "The number of the generation that serves.")
+    spares = _gauge("workers_spare", "Confined workers that wait for a client.")
+    most = _gauge("connections_max", "How many connections may live at once.")
     if serving:
-        yield _gauge("generation", "The number of the generation that serves.").add(
-            serving["number"]
-        )
+        number.add(serving["number"])
     if "spares" in serving:
-        yield _gauge("workers_spare", "Confined workers that wait for a client.").add(
-            serving["spares"]
-        )
+        spares.add(serving["spares"])
     if "max_connections" in status:
-        yield _gauge("connections_max", "How many connections may live at once.").add(
-            status["max_connections"]
-        )
+        most.add(status["max_connections"])
+    yield from (number, spares, most)
 
 
 class _Family:

@@ -468,6 +468,13 @@ def test_promtool_is_happy_with_the_metrics() -> None:
         subprocess.run(["promtool", "check", "metrics"], input=text, check=True)
 
 
+def test_the_guide_has_every_metric_that_there_is() -> None:
+    """It is written without an instance."""
+    served = exposition(_lived(Metrics()), STATUS), exposition(Metrics(), {})
+    running, guide = (set(re.findall(rb"^# HELP (\w+)", text, re.MULTILINE)) for text in served)
+    assert running == guide
+
+
 def _lived(metrics: Metrics) -> Metrics:
     metrics.record("connection_begun", {})
     metrics.record("connection_ended", ENDED)
