@@ -598,6 +598,24 @@ def test_what_is_broken_is_told_although_the_handshake_took_too_long(
     assert "longer than worker.handshake_timeout, 1 s" in made.findings[-1].seen
 
 
+def test_that_others_use_up_a_limit_is_not_the_instances_fault(
+    instance: TitusInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user of this machine can."""
+    configuration, port = another(instance, tmp_path)
+    with configuration.open("a") as file:
+        file.write("[limits]\nconnections_per_prefix = 1\n")
+    with beside(configuration) as pid, TlsClient(port) as other:
+        other.handshake()
+        made = audit(find_target(pid))
+        assert made.holds, broken(made)
+        assert "certificate" in {one.check for one in made.findings}
+        # Elsewhere it has the one address that it has.
+        monkeypatch.setattr("titus_py.audit.probe._is_loopback", lambda _: False)
+        with pytest.raises(CannotAudit, match=r"away: limits\.connections_per_prefix"):
+            audit(find_target(pid))
+
+
 def test_without_a_backend_nothing_is_said_of_what_comes_after(
     instance: TitusInstance, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ show the configured one, whichever authority signed it.
 
 import json
 import os
+import secrets
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from typing import NamedTuple, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from titus_py.audit.announcement import turned_away
 from titus_py.audit.client import MAX_ANSWER_OCTETS
 from titus_py.audit.finding import Finding, Seen, Subject, broken, holds, not_available
 from titus_py.audit.instance import Process, Role, connections_to, holders
@@ -35,7 +37,7 @@ from titus_py.configuration.certificate_dir import pairs
 from titus_py.configuration.held_uids import process_with
 from titus_py.parent.networks import Networks
 
-__all__ = ["NO_CERTIFICATE", "Probe", "TooSlow", "Unanswered"]
+__all__ = ["NO_CERTIFICATE", "Hindered", "Probe", "Unanswered"]
 
 _SECONDS = 5.0
 #: How long a worker may take to end after its connection; and the pause between two looks.
@@ -46,6 +48,8 @@ _FAREWELL_SECONDS = 1.0
 _CLIENT = (sys.executable, "-I", "-m", "titus_py.audit.client")
 #: The client waits for its peer, and no longer than ``_SECONDS``.
 _CLIENT_SECONDS = 30.0
+#: The parent says once a second what it has turned away.
+_LIMITED_SECONDS = 2.5
 _VERSIONS = ("TLSv1.2", "TLSv1.3")
 #: Why there is no more to see where every virtual host requires a client certificate.
 NO_CERTIFICATE = "it requires a client certificate, and the audit has none"
@@ -55,8 +59,8 @@ class Unanswered(Exception):
     """There was no connection, or no handshake; the text says why."""
 
 
-class TooSlow(CannotAudit):
-    """The audit took longer with its handshake than the instance waits for one."""
+class Hindered(CannotAudit):
+    """There was no handshake, and that is not the instance's fault; the text says why."""
 
 
 class _Place(NamedTuple):
@@ -135,6 +139,7 @@ class Probe:
         self.worker: Process | None = None
         #: The configured certificate, once the server has shown the same.
         self.certificate: x509.Certificate | None = None
+        self._turned_away = turned_away(target.supervisor.pid)
         self._socket = _socket(self.place.address)
         self._client = _Client(target, self._socket)
         try:
@@ -169,6 +174,10 @@ class Probe:
 
     def _connect(self) -> None:
         try:
+            if not self.place.balancers and _is_loopback(self.place.address):
+                # Whoever is here may have used up what 127.0.0.1 may have, and its network.
+                numbers = (str(1 + secrets.randbelow(254)) for _ in range(3))
+                self._socket.bind((".".join(("127", *numbers)), 0))
             self._socket.connect(_reachable(self.place.address, self._target))
             if self.place.balancers:
                 self._is_balancer()
@@ -188,7 +197,20 @@ class Probe:
         self._begun = time.monotonic()
         order = {"do": "begin", "name": self.place.name, "alpn": self.place.vhost.alpn}
         if reason := self._client.ask(order).get("error"):
+            self._raise_if_turned_away()
             raise Unanswered(f"no connection to {self.place.address}: {_plain(reason)}")
+
+    def _raise_if_turned_away(self) -> None:
+        """The supervisor hears of that within a second."""
+        grown: list[str] = []
+
+        def is_so() -> bool:
+            now, before = turned_away(self._target.supervisor.pid), self._turned_away
+            grown[:] = [limit for limit, count in now.items() if count > before.get(limit, 0)]
+            return bool(grown)
+
+        if _eventually(is_so, _LIMITED_SECONDS):
+            raise Hindered(f"{self.place.address} turns clients away: limits.{grown[0]}")
 
     def find_worker(self) -> Finding:
         """Before the handshake: find the process that holds this connection's other end."""
@@ -247,7 +269,7 @@ class Probe:
         ]
 
     def shake_hands(self) -> Finding:
-        """Make the handshake, and compare the certificate. Raises Unanswered, TooSlow."""
+        """Make the handshake, and compare the certificate. Raises Unanswered, Hindered."""
         late = time.monotonic() - self._begun
         answer = self._client.ask({"do": "handshake"})
         version = answer.get("version")
@@ -259,8 +281,9 @@ class Probe:
             problem = (
                 f"on this machine it takes longer than worker.handshake_timeout, {timeout:g} s"
             )
-            raise TooSlow(problem)
+            raise Hindered(problem)
         if version not in _VERSIONS:
+            self._raise_if_turned_away()
             reason = _plain(answer.get("error", "the audit's client has ended"))
             raise Unanswered(f"no handshake with {self.place.address}: {reason}")
         files = _files(self.place.vhost)
@@ -344,6 +367,10 @@ def _reachable(address: Bindable, target: Target) -> str | tuple[str | int, ...]
         # The instance may have another root directory.
         return f"/proc/{target.supervisor.pid}/root{address.path}"
     return address.sockaddr()
+
+
+def _is_loopback(address: Bindable) -> bool:
+    return isinstance(address, IPAddress) and address.host.startswith("127.")
 
 
 def _named(ours: socket.socket) -> str:

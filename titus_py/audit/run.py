@@ -21,7 +21,7 @@ from titus_py.audit.finding import (
 )
 from titus_py.audit.instance import Process, Role
 from titus_py.audit.observation import Scene, Stage, has_backend
-from titus_py.audit.probe import NO_CERTIFICATE, Probe, TooSlow, Unanswered
+from titus_py.audit.probe import NO_CERTIFICATE, Hindered, Probe, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
 
@@ -93,7 +93,7 @@ def audit(target: Target) -> Audit:
     try:
         for finding in _findings(target):
             findings.append(finding)
-    except TooSlow as error:
+    except Hindered as error:
         # Too little was looked at. But what was found broken is so all the same.
         if not _any_broken(findings):
             raise
