@@ -210,8 +210,7 @@ def test_no_call_waits_for_a_timer(nodes: dict[str, Node]) -> None:
                 end || _ <- lists:seq(1, 9)],
                 lists:nth(5, lists:sort(Times))"""
             # The machine may have other things to do: a timer would be there each time.
-            best = min(int(nodes[one].ask(timed)) for _ in range(3))
-            assert best < 20_000, size
+            assert any(int(nodes[one].ask(timed)) < 20_000 for _ in range(20)), size
 
 
 def test_64_mib_come_back_equal(nodes: dict[str, Node]) -> None:
