@@ -187,7 +187,11 @@ def test_a_client_that_hears_nothing_more_has_reset_its_connection(
     with client_of(path) as tls:
         tls.handshake()
         with backend.accept() as connection:
-            (worker,) = [one for one in instance.workers() if established_sockets(one.pid) == 1]
+            # The parent has connected it, and hands it over.
+            (worker,) = eventually(
+                lambda: [one for one in instance.workers() if established_sockets(one.pid) == 1],
+                "its worker has the backend's connection",
+            )
             worker.kill(signal.SIGSTOP)
             before = os.urandom(40_000)
             tls.send(before)

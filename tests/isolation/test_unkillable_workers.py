@@ -45,7 +45,10 @@ def test_it_is_told_and_another_one_serves(
         ["ready"],
         worker={"spare": 1, "handshake_timeout": "60s"},
     ) as instance:
-        (hangs,) = eventually(instance.workers, "a worker that hangs")
+        # It has been forked as root.
+        (hangs,) = eventually(
+            lambda: [worker for worker in instance.workers() if worker.uid], "a worker that hangs"
+        )
         with kept_from_ending(hangs):
             one_more_connection(instance)
             (event,) = instance.events_named("worker_stays", uid=hangs.uid)
