@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -453,20 +453,24 @@ def test_the_metrics_have_what_each_token_did(
     def of_titus() -> Mapping[str, int]:
         return counts(scrape(("127.0.0.1", metrics_port)))
 
+    def ready(now: Callable[[], Mapping[str, int]], count: int) -> None:
+        """What each says is up to a second old, and other tests pull it out, too."""
+        eventually(lambda: now()["ready"] == count, f"{count} ready", PATIENCE)
+
+    for now in (of_keyd, of_titus):
+        ready(now, 1)
     before, at_titus = of_keyd(), of_titus()
-    assert before["ready"] == at_titus["ready"] == 1
     assert served.keyd.ask(served.shaky, ECDSA).status is Status.DONE
     TlsClient(site.port, "shaky").handshake()
     served.behave("pulled")
     assert served.keyd.ask(served.shaky, ECDSA).status is Status.FAILED
     with pytest.raises(SSL.Error):
         TlsClient(site.port, "shaky").handshake()
-    # What each says is up to a second old.
     for now in (of_titus, of_keyd):
-        eventually(lambda now=now: now()["ready"] == 0, "it is down", PATIENCE)  # type: ignore[misc]
+        ready(now, 0)
     served.behave("")
     for now, then in ((of_titus, at_titus), (of_keyd, before)):
-        eventually(lambda now=now: now()["ready"] == 1, "a new login", PATIENCE)  # type: ignore[misc]
+        ready(now, 1)
         seen = now()
         for name in ("operations_total done", "operations_total failed", "logins_total"):
             assert seen[name] > then.get(name, 0)
