@@ -1,5 +1,6 @@
 """What one program leaves to the next comes out as it went in, and nothing else is understood."""
 
+import gc
 import json
 import os
 import signal
@@ -148,6 +149,8 @@ def test_a_program_that_cannot_be_executed_leaves_the_signals_as_they_were(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     signals = (signal.SIGTERM, signal.SIGHUP)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # What other tests have left to the collector is closed now, and not meanwhile.
+    gc.collect()
     descriptors = os.listdir("/proc/self/fd")
     for answers in ([], [-1]):
         with pytest.raises(OSError, match=r"No such file|Bad file descriptor"):
