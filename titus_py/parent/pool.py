@@ -78,6 +78,8 @@ class Pool:
         self._idle: dict[Worker, int] = {}
         #: The same of those that were killed, and have not ended yet.
         self._killed: dict[Worker, int] = {}
+        #: Those that have ended, and cannot be reaped yet.
+        self._traced: set[Worker] = set()
         #: Those without a pidfd, by their pids.
         self._unwatched: dict[int, Worker] = {}
         self._draining = False
@@ -144,6 +146,8 @@ class Pool:
         """
         for pid, worker in list(self._unwatched.items()):
             self._reap_unwatched(worker, pid)
+        for worker in list(self._traced):
+            self._bury(worker)
         spares = set(self.spares)
         idle, killed = self._idle, self._killed
         self._idle, self._killed = {}, {}
@@ -269,13 +273,19 @@ class Pool:
             # What it said comes before its end, also if both are noticed at once.
             if worker.socket.fileno() >= 0:
                 self._heard(worker)
-        status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
-        self._loop.unwatch(worker.pidfd)
-        os.close(worker.pidfd)
-        self._forget(worker)
         with suppress(ValueError):
             self.spares.remove(worker)
-        how = _how(status) if status is not None else "lost"
+        if worker not in self._traced:
+            self._loop.unwatch(worker.pidfd)
+        status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOHANG)
+        if status is None:
+            # Somebody traces it, is to hear of its end first (ptrace(2)), and may be stopped.
+            self._traced.add(worker)
+            return
+        self._traced.discard(worker)
+        os.close(worker.pidfd)
+        self._forget(worker)
+        how = _how(status)
         if worker.offer is not None:
             self._ended(worker, how)
             return
@@ -313,7 +323,7 @@ class Pool:
 
     def _reap_forgotten(self, pidfd: int) -> None:
         self._loop.unwatch(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         os.close(pidfd)
 
     def _reap_unwatched(self, worker: Worker, pid: int) -> None:

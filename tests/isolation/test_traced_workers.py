@@ -1,0 +1,70 @@
+"""A worker that is traced, and whose tracer is stopped, holds nobody else up."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from integration.certificates import Certificate
+from integration.instance import Process, eventually
+from integration.peers import TIMEOUT, Listener, TlsClient
+from integration.service import talk
+
+from .harness import infected, one_more_connection
+
+#: PTRACE_SEIZE (ptrace(2)): it does not stop the process. Its end is for the tracer to know first.
+_TRACER = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+traced = libc.ptrace(0x4206, int(sys.argv[1]), None, None)
+print(traced, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def traced(worker: Process) -> Iterator[None]:
+    """By somebody who does not ask how it is."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _TRACER, str(worker.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as tracer:
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == "0\n"
+        yield
+
+
+def test_its_end_is_waited_for_by_nobody_else(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    with (
+        infected(tmp_path, certificate, backend.address) as instance,
+        TlsClient(instance.port) as client,
+        TlsClient(instance.port) as other,
+    ):
+        other.socket.settimeout(TIMEOUT)
+        for one in (client, other):
+            assert talk(one.handshake())
+        parent = instance.parent()
+        name = "{}:{}".format(*client.socket.getsockname())
+        begun = instance.wait_for_event("connection_begun", client=name)
+        worker = instance.worker_of(begun["uid"])
+        with traced(worker):
+            worker.kill()
+            # The parent has heard of its end, and nobody has reaped it.
+            eventually(lambda: _is_zombie(worker), "a zombie")
+            for _ in range(10):
+                one_more_connection(instance)
+            assert not instance.events_named("connection_ended", client=name)
+        ended = instance.wait_for_event("connection_ended", client=name)
+        assert ended["end"] == "killed by SIGKILL"
+        assert talk(other)
+        assert instance.parent() == parent
+
+
+def _is_zombie(worker: Process) -> bool:
+    stat = Path(f"/proc/{worker.pid}/stat").read_text()
+    return stat[stat.rindex(")") + 2] == "Z"
