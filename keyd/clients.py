@@ -72,8 +72,8 @@ class Clients:
         self._most_kept = min(_MOST_KEPT, descriptors // 4)
         self._leaving = False
 
-    def accepted(self, descriptor: int) -> Callable[[], None] | None:
-        """Answer this client, if it has asked.
+    def accepted(self, descriptor: int, puts_off: bool) -> Callable[[], None] | None:
+        """Answer this client, if it has asked, unless that is put off.
 
         What takes long is returned, to be called once others can be accepted: a request for a slow
         key, during which other threads can run (it is without Python's lock).
@@ -81,13 +81,13 @@ class Clients:
         # Without Python's own way to make it: that asks an enumeration what is known here.
         client = socket.SocketType(*_KIND, descriptor)
         self._keyd.underway.add(descriptor)
+        if puts_off:
+            self._await(client)
+            return None
         try:
             message = client.recv(MAX_REQUEST_OCTETS + 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            self._silent[client] = time.monotonic() + _LIFETIME_SECONDS
-            self._begin_to_hear(client)
-            _end_first(self._silent, self._most_silent)
-            self._end_if_leaving(client)
+            self._await(client)
         except ConnectionResetError:
             self._leave(client)
         else:
@@ -95,6 +95,13 @@ class Clients:
                 return partial(self._answer, client, message)
             self._answer(client, message)
         return None
+
+    def _await(self, client: socket.SocketType) -> None:
+        """Hear what it asks in its turn."""
+        self._silent[client] = time.monotonic() + _LIFETIME_SECONDS
+        self._begin_to_hear(client)
+        _end_first(self._silent, self._most_silent)
+        self._end_if_leaving(client)
 
     def tick(self) -> None:
         """Wake whoever serves those that may ask no more: they read an end of file, and close it.

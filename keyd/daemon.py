@@ -60,8 +60,9 @@ _SWEEP_INTERVAL = 1.0
 #: In seconds: how long to leave clients in the listen queue when there is no descriptor or no
 #: memory for one.
 _ACCEPT_PAUSE = 0.1
-#: How many new connections one thread serves before it looks at anything else.
-_ACCEPTED_AT_ONCE = 16
+#: How many new connections one thread serves before it looks at anything else; and how many it has
+#: had put off by then, once one takes long.
+_ACCEPTED_AT_ONCE, _MOST_PUT_OFF = 16, 128
 #: Plenty for a signature, and not more, since all of it is locked into memory.
 _STACK_OCTETS = 512 * 1024
 _READABLE_ONCE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -288,12 +289,14 @@ class Keyd:
     def hear_listener(
         self,
         listener: socket.socket,
-        accepted: Callable[[int], Callable[[], None] | None],
+        accepted: Callable[[int, bool], Callable[[], None] | None],
         ended: Callable[[], bool] = lambda: False,
     ) -> None:
         """Call ``accepted`` with the descriptor of each connection to this listener.
 
         It returns what takes long, to be done once another thread can hear the listener; or None.
+        It is also told whether there is such a thing already: then it is to put off what comes.
+        Else each who waits in the listener's queue would have all whom epoll(7) knows go first.
         Once this has ``ended``, by any thread, the next connection is the first that is not
         accepted: others may have this listener, too.
         """
@@ -312,25 +315,28 @@ class Keyd:
 
         def accept() -> Callable[[], None] | None:
             # Several, while nothing takes long: threads that take turns cost more than they gain.
-            for _ in range(_ACCEPTED_AT_ONCE):
+            slow = None
+            for number in range(_MOST_PUT_OFF):
+                if slow is None and number == _ACCEPTED_AT_ONCE:
+                    break
                 if self._leaves_at is not None or ended():
                     # Not armed again: new connections are for the next keyd.
                     del self._sources[descriptor]
-                    return None
+                    break
                 try:
                     client = accept_from(listener)
                 except (BlockingIOError, ConnectionAbortedError):
-                    return None
+                    break
                 except OSError as error:
                     # EMFILE, ENFILE, ENOBUFS, ENOMEM: the client stays in the queue, and would
                     # wake this thread again and again. The other threads go on.
                     self.shortage.say(error.errno)
-                    self.lead.hand_over()
-                    time.sleep(_ACCEPT_PAUSE)
-                    return None
-                if (slow := accepted(client)) is not None:
-                    return slow
-            return None
+                    if slow is None:
+                        self.lead.hand_over()
+                        time.sleep(_ACCEPT_PAUSE)
+                    break
+                slow = accepted(client, slow is not None) or slow
+            return slow
 
         self._arm_source(listener, hear)
 

@@ -67,7 +67,7 @@ def control(arguments: argparse.Namespace, notify: Notifier) -> None:
         for token in tokens:
             keyd.hear_process(token.socket, token.hear)
 
-        def accepted(descriptor: int) -> None:
+        def accepted(descriptor: int, _: bool) -> None:
             parent = socket.socket(fileno=descriptor)
             parent.setblocking(False)
             with suppress(OSError):

@@ -89,7 +89,7 @@ class Lender(Streams):
         for stream in self._now():
             stream.leave()
 
-    def _accepted(self, descriptor: int) -> None:
+    def _accepted(self, descriptor: int, _: bool) -> None:
         endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptor)
         endpoint.setblocking(False)
         uid = peer_of(endpoint).uid

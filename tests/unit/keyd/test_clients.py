@@ -71,9 +71,9 @@ class Listening:
         #: Called when a client has been accepted, and not yet been taken in.
         self.accepting: Callable[[], None] = lambda: None
 
-    def _accepted(self, descriptor: int) -> Callable[[], None] | None:
+    def _accepted(self, descriptor: int, puts_off: bool) -> Callable[[], None] | None:
         self.accepting()
-        return self.clients.accepted(descriptor)
+        return self.clients.accepted(descriptor, puts_off)
 
     def _refused(self, refusal: Refusal, peer: Peer) -> None:
         self.refusals.append((refusal.status, peer.pid))
@@ -171,10 +171,36 @@ def test_others_are_heard_before_a_slow_key_signs(
     quick.send(request(EC))
     sign = listening.hear()
     assert sign is not None
-    assert listening.hear() is None
+    listening.hear_those_that_were_silent()
     assert is_answered(quick)
     sign()
     assert is_answered(slow)
+
+
+def test_who_waits_to_be_accepted_has_a_turn_as_early_as_who_asks_again(
+    listening: Listening,
+) -> None:
+    """With one accepted in each round of those that ask again, nobody else was in time."""
+    others = [listening.client() for _ in range(20)]
+    for client in others:
+        client.send(request(EC))
+    for _ in range(2):
+        listening.hear()
+    assert all(map(is_answered, others))
+    waiting = [listening.client() for _ in range(40)]
+    for client in waiting:
+        client.send(request(RSA))
+    sign = listening.hear()
+    assert sign is not None
+    sign()
+    assert is_answered(waiting[0])
+    for client in others:
+        client.send(request(EC))
+    # Each takes a turn, in the order in which they came.
+    for client in [*waiting[1:], *others]:
+        listening.turn()
+        client.setblocking(False)
+        assert is_answered(client)
 
 
 def test_a_client_may_ask_again(listening: Listening) -> None:
