@@ -4,10 +4,12 @@ Run by ``titus-py check`` alone: it may ask name servers, and no serving process
 A backend may be started later; a unit may have been given another sandbox.
 """
 
+import itertools
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from titus_py.configuration import Configuration, Loaded, Mistake, Source
@@ -39,6 +41,7 @@ def warnings(loaded: Loaded) -> list[Mistake]:
         *_what_is_not_there(configuration, source),
         *_unresolved(configuration, source),
         *_hidden_from_the_unit(configuration, source),
+        *_kept_from_the_unit(configuration, source),
     ]
 
 
@@ -139,6 +142,32 @@ def _hidden_from_the_unit(configuration: Configuration, source: Source) -> Itera
             if isinstance(path, Path) and path.resolve().is_relative_to(directory):
                 reason = f"{path} is hidden from {unit} by {setting}: put it elsewhere"
                 yield source.mistake(key, f"{reason}, or change that with 'systemctl edit'")
+
+
+def _kept_from_the_unit(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """The capability that the unit here leaves out, since few need it: a restart would fail."""
+    unit = _unit_of(source)
+    listeners, vhosts = enumerate(configuration.listen), enumerate(configuration.vhost)
+    takes = [f"listen[{i}].transparent" for i, listen in listeners if listen.transparent]
+    takes += [f"vhost[{i}].source_address" for i, vhost in vhosts if vhost.source_address]
+    if unit is None or not takes:
+        return
+    bounds = [line for line in _unit_lines(unit) if line.startswith("CapabilityBoundingSet=")]
+    if bounds and not any("CAP_NET_RAW" in line for line in bounds):
+        edit = f"'systemctl edit {unit}', with CapabilityBoundingSet=CAP_NET_RAW in [Service]"
+        reason = f"takes CAP_NET_RAW, which {unit} does not have: {edit}, and restart it"
+        yield source.mistake(takes[0], reason)
+
+
+def _unit_lines(unit: str) -> Iterator[str]:
+    """What a unit's file and its drop-ins say, wherever they are: in no particular order."""
+    name, _, instance = unit.removesuffix(".service").partition("@")
+    template = f"{name}@.service" if instance else unit
+    for directory in map(Path, _UNITS):
+        drop_ins = (directory.glob(f"{one}.d/*.conf") for one in {template, unit})
+        for file in (directory / template, *itertools.chain.from_iterable(drop_ins)):
+            with suppress(OSError):
+                yield from file.read_text(errors="replace").splitlines()
 
 
 def _unit_of(source: Source) -> str | None:

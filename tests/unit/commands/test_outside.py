@@ -1,5 +1,6 @@
 """What the surroundings have, and what they keep from a unit."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from titus_py.commands import outside
 from titus_py.configuration import Loaded, load
+
+_UNIT = Path(__file__).parents[3] / "systemd/titus-py.service"
 
 
 def test_a_directory_that_is_hidden_from_the_unit_is_named(
@@ -30,6 +33,31 @@ def test_a_directory_that_is_hidden_from_the_unit_is_named(
     assert warning.reason.startswith(
         f"{live} is hidden from titus-py.service by PrivateTmp=: put it elsewhere"
     )
+
+
+def test_a_capability_that_the_unit_does_not_have_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "_UNITS", (tmp_path / "usr", tmp_path / "etc"))
+    monkeypatch.setattr(outside, "_HIDDEN", {})
+    (tmp_path / "usr").mkdir()
+    shutil.copy(_UNIT, tmp_path / "usr")
+    (tmp_path / "titus-py").mkdir()
+    for file in ("www.crt", "www.key"):
+        (tmp_path / "titus-py" / file).touch(mode=0o600)
+    configuration = tmp_path / "titus-py" / "titus.toml"
+    configuration.write_text(
+        '[[listen]]\naddress = ":443"\n[[vhost]]\ncertificate = "www.crt"\nkey = "www.key"\n'
+        'backend = "10.0.0.5:80"\nsource_address = "client"\n'
+    )
+    (warning,) = outside.warnings(load(configuration))
+    assert warning.key == "vhost[0].source_address"
+    assert warning.reason.startswith("takes CAP_NET_RAW, which titus-py.service does not have")
+
+    drop_in = tmp_path / "etc/titus-py.service.d/override.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nCapabilityBoundingSet=CAP_NET_RAW\n")
+    assert list(outside.warnings(load(configuration))) == []
 
 
 @pytest.fixture
