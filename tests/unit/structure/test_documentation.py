@@ -157,3 +157,10 @@ def test_every_file_that_a_page_names_is_there(page: str) -> None:
     there = [str(file) for top in tops for file in (_REPOSITORY / top).rglob("*.*")]
     assert named
     assert [one for one in named if not any(file.endswith(f"/{one}") for file in there)] == []
+
+
+def test_what_the_guides_have_a_shell_write_can_be_copied() -> None:
+    """An indented word does not end a here-document, nor does an indented #! name a shell."""
+    for page in _REPOSITORY.glob("docs/*.md"):
+        for line in page.read_text().splitlines():
+            assert not re.match(r"\s.*<<", line), f"{page.name}: {line}"
