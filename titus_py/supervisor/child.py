@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from keyd.linux.descriptors import send_descriptors
-from keyd.linux.process import how_ended, signals_held_back
+from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
 from titus_py.between.plan import Plan
+from titus_py.supervisor.reaping import reap
 
 __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
 
@@ -100,15 +101,12 @@ class Child:
 
     def bury(self) -> str:
         """Reap the child and close its descriptors; returns how it ended, in words."""
-        if isinstance(self._process, int):
-            code = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
-        else:
-            code = self._process.wait()
+        how = reap(self._process, self.pidfd)
         while self._orders:
             self._drop_order()
         os.close(self.pidfd)
         self.socket.close()
-        return how_ended(code)
+        return how
 
 
 def start_keyd(

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from keyd.linux.descriptors import send_descriptors
-from keyd.linux.process import how_ended, signals_held_back
+from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.unprivileged import ALIVE, READY, Malformed
+from titus_py.supervisor.reaping import reap
 from titus_py.supervisor.record import Event
 
 __all__ = ["UnprivilegedProcess"]
@@ -263,9 +264,10 @@ class UnprivilegedProcess:
                 timer.cancel()
         self._hang_up()
         self._loop.unwatch(self._pidfd)
+        how = reap(process, self._pidfd)
         os.close(self._pidfd)
         self.ready = False
-        return process.pid, how_ended(process.wait())
+        return process.pid, how
 
 
 def _program(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A worker that is traced, and whose tracer is stopped, holds nobody else up."""
+"""A process that is traced, and whose tracer is stopped, holds nobody else up."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
-from integration.instance import Process, eventually
+from integration.instance import Process, eventually, zombies
 from integration.peers import TIMEOUT, Listener, TlsClient
 from integration.service import talk
 
@@ -24,10 +24,10 @@ sys.stdin.read()
 
 
 @contextmanager
-def traced(worker: Process) -> Iterator[None]:
+def traced(process: Process) -> Iterator[None]:
     """By somebody who does not ask how it is."""
     with subprocess.Popen(
-        [sys.executable, "-c", _TRACER, str(worker.pid)],
+        [sys.executable, "-c", _TRACER, str(process.pid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -37,7 +37,7 @@ def traced(worker: Process) -> Iterator[None]:
         yield
 
 
-def test_its_end_is_waited_for_by_nobody_else(
+def test_a_workers_end_is_waited_for_by_nobody_else(
     certificate: Certificate, backend: Listener, tmp_path: Path
 ) -> None:
     with (
@@ -65,6 +65,31 @@ def test_its_end_is_waited_for_by_nobody_else(
         assert instance.parent() == parent
 
 
-def _is_zombie(worker: Process) -> bool:
-    stat = Path(f"/proc/{worker.pid}/stat").read_text()
+def test_another_keyd_is_started(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    with (
+        infected(tmp_path, certificate, backend.address) as instance,
+        TlsClient(instance.port) as other,
+    ):
+        instance.expected_alarms.add("keyd_died")
+        other.socket.settimeout(TIMEOUT)
+        assert talk(other.handshake())
+        keyd = instance.keyd()
+        with traced(keyd):
+            keyd.kill()
+            died = instance.wait_for_event("keyd_died", pid=keyd.pid)
+            assert died["how"] == "ended for its tracer only"
+            instance.wait_for_events(2, "keyd_started")
+            one_more_connection(instance)
+            assert _is_zombie(keyd)
+        assert talk(other)
+        # Whoever starts something next reaps it.
+        instance.keyd().kill()
+        eventually(lambda: not zombies(instance.pid), "no zombies")
+        one_more_connection(instance)
+
+
+def _is_zombie(process: Process) -> bool:
+    stat = Path(f"/proc/{process.pid}/stat").read_text()
     return stat[stat.rindex(")") + 2] == "Z"
