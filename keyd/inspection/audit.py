@@ -90,7 +90,7 @@ def audit(arguments: argparse.Namespace) -> int:
         for needle in needles(key)
     ]
     if sought:
-        findings += _memory(found, others, keys, sought)
+        findings += _memory(found, keys, sought)
         findings += _files(sought, arguments.directory or DIRECTORIES)
     if arguments.json:
         json.dump([finding._asdict() for finding in findings], sys.stdout, indent=2)
@@ -244,40 +244,45 @@ def _load(
 
 
 def _memory(
-    keyds: Sequence[Running],
-    others: Sequence[Running],
-    keys: Mapping[str, PrivateKey],
-    sought: Sequence[Needle],
+    keyds: Sequence[Running], keys: Mapping[str, PrivateKey], sought: Sequence[Needle]
 ) -> Iterator[_Finding]:
-    """Look at the memory of every process, but for this one's.
-
-    ``others`` are those of the keyds that are believed no more than that user has anyhow.
-    """
+    """Look at the memory of every process, but for this one's."""
+    # Of one that has ended, the kernel tells no more.
+    having = {path: _having(keyds, path, key) for path, key in keys.items()}
     holders: dict[str, set[int]] = {path: set() for path in keys}
     pids: set[int] = set()
     for _ in range(_ROUNDS):
         come = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()} - pids
         yield from _look_at(come, sought, holders)
         pids |= come
+    # One that is started again begins meanwhile.
+    since = running()
     for path, key in keys.items():
-        identity = key_id(key.public_key()).hex()
-        own = {
-            keyd.pid
-            for keyd in keyds
-            if keyd.report is not None
-            and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
-            and (keyd not in others or may_read(keyd.pid, path))
-        }
+        own = having[path]
+        found = sorted(own & holders[path])
         # The control: not to find it elsewhere means nothing unless it is found in keyd.
         for pid in sorted(own - holders[path]):
-            yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
-        for pid in sorted(own & holders[path]):
+            if not found or Path(f"/proc/{pid}").exists():
+                yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
+        for pid in found:
             yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
-        strangers = sorted(holders[path] - own)
-        for pid in strangers:
+        others = sorted(holders[path] - own - _having(since, path, key))
+        for pid in others:
             yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
-        if not strangers:
+        if not others:
             yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
+
+
+def _having(keyds: Sequence[Running], path: str, key: PrivateKey) -> set[int]:
+    """Those that are to have this key: of any user's, where the user can read it anyhow."""
+    identity = key_id(key.public_key()).hex()
+    return {
+        keyd.pid
+        for keyd in keyds
+        if keyd.report is not None
+        and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
+        and (is_of_root(keyd.pid) or may_read(keyd.pid, path))
+    }
 
 
 def _look_at(

@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from keyd.inspection import audit
+from keyd.inspection.key_search import Needle, needles
 from keyd.inspection.reports import running
+from keyd.keys import load_private_key
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
 from keyd.status_page import VERSION
 
@@ -565,6 +568,27 @@ def test_what_a_user_says_to_be_a_keyd_changes_nothing(listening: Listening) -> 
     of_forgers = [one for one in found if one[0] in (f"process {thief}", f"process {liar}")]
     assert {verdict for *_, verdict in of_forgers} == {"holds"}
     assert all(text.startswith("passed over: nobody runs it") for _, text, _ in of_forgers)
+
+
+def test_a_keyd_that_begins_meanwhile_may_have_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is started again: when the search began, there was none."""
+    listening = Listening(tmp_path)
+    key, path = load_private_key(str(listening.key), None), str(listening.key)
+    sought = [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+    look_at = audit._look_at
+    monkeypatch.setattr(
+        audit, "_look_at", lambda pids, *rest: look_at(pids & {listening.process.pid}, *rest)
+    )
+    try:
+        (found,) = audit._memory([], {path: key}, sought)
+        assert found.verdict == "holds"
+        monkeypatch.setattr(audit, "running", list)
+        (found,) = audit._memory([], {path: key}, sought)
+        assert found.verdict == "broken"
+    finally:
+        listening.close()
 
 
 def test_a_user_may_have_a_keyd_with_a_key_that_the_user_can_read(tmp_path: Path) -> None:
