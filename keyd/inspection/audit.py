@@ -25,6 +25,7 @@ from keyd.inspection.origins import is_of_root, may_read
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
 from keyd.inspection.watched import At, Hung, each
+from keyd.inspection.worth_reading import Known
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux.credentials import lock_memory_meanwhile
 from keyd.powers import PrivateKey
@@ -289,9 +290,11 @@ def _look_at(
     pids: Iterable[int], sought: Sequence[Needle], holders: Mapping[str, set[int]]
 ) -> Iterator[_Finding]:
     """Note in whose memory each key is; a finding for each that could not be searched."""
+    # Each process that looks has its own.
+    known: Known = {}
 
     def look(pid: int, avoid: frozenset[str], at: At) -> Search | str:
-        return _search(pid, sought, avoid, at)
+        return _search(pid, sought, avoid, at, known)
 
     for pid, answer in each(sorted(pids), look, os.cpu_count() or 1):
         if isinstance(answer, Hung):
@@ -314,13 +317,15 @@ def _is_in_a_token(name: str) -> bool:
     return name.startswith("token ")
 
 
-def _search(pid: int, sought: Sequence[Needle], avoid: frozenset[str], at: At) -> Search | str:
+def _search(
+    pid: int, sought: Sequence[Needle], avoid: frozenset[str], at: At, known: Known
+) -> Search | str:
     """What is found in a process; or in words, why nothing is."""
     at(f"/proc/{pid}", "")
     # Whoever is one now may not be one any more after the search.
     audits = auditors.pids()
     try:
-        found = search(pid, sought, at=at, avoid=avoid)
+        found = search(pid, sought, at=at, avoid=avoid, known=known)
     except PermissionError:
         return "cannot be looked into: the kernel does not let this process"
     return _AN_AUDIT if pid in audits | auditors.pids() else found

@@ -26,7 +26,7 @@ from keyd.inspection.memory_files import MemoryFile, memory_files
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.pages_in_use import PAGE
 from keyd.inspection.shared_memory import filled
-from keyd.inspection.worth_reading import WorthReading
+from keyd.inspection.worth_reading import Known, WorthReading
 from keyd.powers import LibraryKey, PrivateKey
 from keyd.pss import PSSPrivateKey
 
@@ -270,6 +270,7 @@ def search(
     piece: int = _PIECE_OCTETS,
     at: Callable[[str, str], None] = lambda *_: None,
     avoid: Container[str] = (),
+    known: Known | None = None,
 ) -> Search:
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
@@ -278,15 +279,17 @@ def search(
     that the process has open. It skips pages that nobody ever touched: they hold zeros or their
     file's content, and reading would bring them in.
     ``at`` is told before a mapping is looked at, as of a file that may hang, and its device; files
-    on those to ``avoid`` are skipped.
+    on those to ``avoid`` are skipped. What earlier searches with the same ``known``, for the same
+    needles, have read of files that several processes map is not read again.
     Raises PermissionError without CAP_SYS_PTRACE, ValueError for a needle without octets.
     """
     if not all(needle.octets for needle in sought):
         raise ValueError("an empty needle is everywhere")
     hits: list[Hit] = []
     often: tuple[str, ...] = ()
+    known = {} if known is None else known
     for _ in range(_PROGRAMS):
-        found = _search_program(_with_memory(pid), sought, piece, at, avoid)
+        found = _search_program(_with_memory(pid), sought, piece, at, avoid, known)
         hits += found.hits
         often += found.often
         found = found._replace(pid=pid, hits=hits, often=often)
@@ -302,6 +305,7 @@ def _search_program(
     piece: int,
     at: Callable[[str, str], None],
     avoid: Container[str],
+    known: Known,
 ) -> Search:
     """``ended`` is True, too, where the process executes another program: that has other memory."""
     with ExitStack() as stack:
@@ -316,7 +320,7 @@ def _search_program(
         except (FileNotFoundError, ProcessLookupError):
             return Search(pid, [], [], 0, ended=True)
         reader = _Reader(pid, memory, sought, piece)
-        worth_reading = WorthReading(pid, pagemap, reader.skipped)
+        worth_reading = WorthReading(pid, pagemap, reader.skipped, known)
         # A process without mappings is a zombie.
         ended = not mapped
         skipped = []
@@ -328,6 +332,8 @@ def _search_program(
                     continue
                 for part in worth_reading.of(mapping):
                     reader.read(part)
+            if not reader.hits and all(part.mapping in _KERNELS for part in reader.skipped):
+                worth_reading.had_nothing()
             if reader.skipped:
                 # What the process has unmapped since is not its memory any more.
                 left = [mapping.span for mapping in mappings(pid)]

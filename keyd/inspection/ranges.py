@@ -6,9 +6,14 @@ __all__ = ["Ranges"]
 
 
 class Ranges:
-    def __init__(self) -> None:
+    def __init__(self, others: "Ranges | None" = None) -> None:
         #: In ascending order: where one begins, where it ends, where the next one begins.
-        self._bounds: list[int] = []
+        self._bounds: list[int] = [] if others is None else [*others._bounds]
+
+    @property
+    def total(self) -> int:
+        """How many numbers there are."""
+        return sum(self._bounds[1::2]) - sum(self._bounds[::2])
 
     def add(self, start: int, end: int) -> list[tuple[int, int]]:
         """Returns what of it was not there yet, in ascending order."""

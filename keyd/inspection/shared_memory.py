@@ -13,10 +13,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from keyd.inspection.pages_in_use import PAGE
 
-__all__ = ["filled", "mapped_file"]
+__all__ = ["filled", "kernels_own", "mapped_file"]
 
 #: The type of a file system, as statfs(2) has it in its first field.
 _HUGETLBFS = 0x958458F6
@@ -50,6 +51,18 @@ def filled(named: int, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int,
         parts = _not_empty if _is_of_huge_pages(file) else _with_data
         for first, after in wanted:
             yield from parts(file, first, after)
+    finally:
+        os.close(file)
+
+
+@cache
+def kernels_own() -> int:
+    """The device of files in memory that are nowhere mounted: memfd_create(2), and shared mappings
+    without a file. Their inodes are numbered one after the other.
+    """
+    file = os.memfd_create("own", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(file).st_dev
     finally:
         os.close(file)
 

@@ -14,27 +14,39 @@ from pathlib import Path
 from keyd.inspection.mappings import Mapping, Skipped, Span
 from keyd.inspection.pages_in_use import PAGE, in_use
 from keyd.inspection.ranges import Ranges
-from keyd.inspection.shared_memory import filled, mapped_file
+from keyd.inspection.shared_memory import filled, kernels_own, mapped_file
 
-__all__ = ["WorthReading"]
+__all__ = ["Known", "WorthReading"]
 
 #: So much of a process's shared mappings is read where nothing tells what of it is filled.
 _MOST_UNTOLD = 4 << 30
 
 
+#: Files of which less was read are read again, in each process: there may be very many.
+_WORTH_KNOWING = 1 << 20
+
+#: By what tells files from each other: as /proc/PID/maps has it, and as stat(2) has.
+Known = dict[tuple[tuple[str, str], tuple[int, int]], Ranges]
+
+
 class _File:
     """Of a file that is mapped: for which parts it was asked what is filled, and what was read."""
 
-    def __init__(self) -> None:
-        self.asked, self.read = Ranges(), Ranges()
+    def __init__(self, read: Ranges | None) -> None:
+        self.asked, self.read = Ranges(), Ranges(read)
 
 
 class WorthReading:
-    """In one process; ``skipped`` gets what is too large. Without ``pagemap``, all is worth it."""
+    """In one process; ``skipped`` gets what is too large. Without ``pagemap``, all is worth it.
 
-    def __init__(self, pid: int, pagemap: int | None, skipped: list[Skipped]) -> None:
-        self._pid, self._pagemap, self._skipped = pid, pagemap, skipped
-        self._files: dict[object, _File] = {}
+    ``others`` is of files that other processes map as well: what was read there, and had nothing.
+    """
+
+    def __init__(
+        self, pid: int, pagemap: int | None, skipped: list[Skipped], others: Known
+    ) -> None:
+        self._pid, self._pagemap, self._skipped, self._others = pid, pagemap, skipped, others
+        self._files: dict[tuple[tuple[str, str], tuple[int, int]], _File] = {}
         self._untold = _MOST_UNTOLD
         self._left = _memory_octets()
 
@@ -66,6 +78,16 @@ class WorthReading:
                 return
             yield Span(first, after, name)
 
+    def had_nothing(self) -> None:
+        """What was worth reading was read, and nothing was found: it need not be read again.
+
+        A database's buffers, for one, are mapped by hundreds of processes.
+        """
+        for (mapped, identity), file in self._files.items():
+            # Elsewhere, another file may be what a file that was removed has been.
+            if identity[0] == kernels_own() and file.read.total >= _WORTH_KNOWING:
+                self._others[mapped, identity] = file.read
+
     def _of_file(self, mapping: Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
         start, end, _ = mapping.span
         back = start - mapping.offset
@@ -73,7 +95,7 @@ class WorthReading:
             # The kernel's own identity may be that of several files (Btrfs), and so may be what
             # stat(2) says (FUSE).
             key = mapping.file, identity
-            file = self._files.setdefault(key, _File())
+            file = self._files.setdefault(key, _File(self._others.get(key)))
             asked = file.asked.add(start - back, end - back)
             told = ((one + back, other + back) for one, other in filled(named, asked))
             try:

@@ -33,6 +33,7 @@ from keyd.inspection.key_search import (
     search_all,
 )
 from keyd.inspection.pages_in_use import in_use
+from keyd.inspection.worth_reading import Known
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
 from titus_py.audit.throwaway_authority import KEY_TYPES
@@ -394,6 +395,32 @@ def test_does_not_find_what_is_public_or_another_key(kind: str) -> None:
 
 
 # --- What can go wrong --------------------------------------------------------------------------
+
+
+def test_memory_that_many_share_is_read_once_unless_something_is_there() -> None:
+    program = (
+        "import mmap, os, sys; there = mmap.mmap(-1, 1 << 24); there[:] = os.urandom(1 << 24);"
+        "secret = bytes.fromhex(sys.argv[1]); there[1 << 23:(1 << 23) + len(secret)] = secret;"
+        "other = os.fork(); other and print(other, flush=True); sys.stdin.read()"
+    )
+    secret, without = os.urandom(32), os.urandom(32)
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", program, secret.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        pids = process.pid, int(process.stdout.readline())
+        for octets, places, saved in ((secret, 1, False), (without, 0, True)):
+            known: Known = {}
+            both = [search(pid, [Needle("it", octets)], known=known) for pid in pids]
+            for found in both:
+                shared = [hit for hit in found.hits if hit.mapping == "/dev/zero (deleted)"]
+                assert len(shared) == places
+            assert (both[1].octets < both[0].octets - (1 << 23)) == saved
+        process.communicate()
+
 
 #: Holds the octets in a file in memory, of which the first page is mapped.
 IN_A_FILE = """

@@ -19,6 +19,7 @@ def test_they_tell_what_was_not_there() -> None:
             assert len(told) == len(set(told))
             assert set(told) == set(wanted) - there
             there |= set(wanted)
+            assert ranges.total == Ranges(ranges).total == len(there)
 
 
 def test_what_is_mapped_still_is_told_from_what_is_not() -> None:
