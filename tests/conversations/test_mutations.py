@@ -184,6 +184,7 @@ def test_a_mutated_client_hello_gets_what_openssl_gives_it(
     mutate()
 
 
+@pytest.mark.usefixtures("instance")
 @pytest.mark.parametrize("suites", ["default", "mozilla"])
 def test_an_unchanged_client_hello_is_served(
     ports: dict[str, int], contexts: dict[str, SSL.Context], suites: str
