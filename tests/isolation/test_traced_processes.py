@@ -90,6 +90,27 @@ def test_another_keyd_is_started(
         one_more_connection(instance)
 
 
+def test_another_fork_server_is_started(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    with (
+        infected(tmp_path, certificate, backend.address) as instance,
+        TlsClient(instance.port) as other,
+    ):
+        instance.expected_alarms.add("fork_server_died")
+        other.socket.settimeout(TIMEOUT)
+        assert talk(other.handshake())
+        fork_server = instance.fork_server()
+        with traced(fork_server):
+            fork_server.kill()
+            died = instance.wait_for_event("fork_server_died")
+            assert died["how"] == "ended for its tracer only"
+            instance.wait_for_event("reloaded", generation=2)
+            one_more_connection(instance)
+            assert _is_zombie(fork_server)
+        assert talk(other)
+
+
 def _is_zombie(process: Process) -> bool:
     stat = Path(f"/proc/{process.pid}/stat").read_text()
     return stat[stat.rindex(")") + 2] == "Z"

@@ -180,6 +180,8 @@ class Forks:
         os.close(self._pidfd)
         self._orders = 0
         finished, self._finishing = self._finishing, True
-        code = self._process.wait()
+        code = self._process.poll()
+        # Somebody may trace it, is to reap it first (ptrace(2)), and may be stopped.
+        how = "ended for its tracer only" if code is None else how_ended(code)
         if not finished:
-            self._lost(how_ended(code) + self._why)
+            self._lost(how + self._why)
