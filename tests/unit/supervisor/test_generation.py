@@ -98,6 +98,8 @@ def test_what_nobody_will_hear_is_dropped(child_and_ear: tuple[Child, socket.soc
 @contextmanager
 def room_for(more: int) -> Iterator[None]:
     """Meanwhile, this process gets at most so many new descriptors."""
+    # What other tests have left to the collector would be some more.
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Those without a gap come first, so that the limit is that of their number.
     with ExitStack() as gaps:
