@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["is_of_root", "may_read"]
+__all__ = ["is_of_root", "may_read", "unit_in"]
 
 
 def is_of_root(pid: int) -> bool:
@@ -54,10 +54,19 @@ def _is_in_an_empty_root(pid: int) -> bool:
         os.close(root)
 
 
+def unit_in(groups: str) -> str:
+    """The system's service that /proc/PID/cgroup names; empty if there is none.
+
+    A user's own service manager is one itself, and those that it starts are below it: they may
+    have the name of any other.
+    """
+    found = re.search(r"^[^/]*(/.*)?/([^/\n]+\.service)$", groups, re.MULTILINE)
+    return found[2] if found and "/user@" not in (found[1] or "") else ""
+
+
 def _is_a_service(pid: int) -> bool:
     group = _control_groups(pid)
-    # A user's own service manager is a service itself, and those that it starts are below it.
-    if not re.search(rb"/[^/\n]+\.service$", group, re.MULTILINE) or b"/user@" in group:
+    if not unit_in(group):
         return False
     parents = {}
     for name in os.listdir("/proc"):
@@ -76,5 +85,5 @@ def _is_below(one: int, pid: int, parents: Mapping[int, int]) -> bool:
     return False
 
 
-def _control_groups(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cgroup").read_bytes()
+def _control_groups(pid: int) -> str:
+    return Path(f"/proc/{pid}/cgroup").read_text(errors="replace")

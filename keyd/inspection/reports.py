@@ -8,13 +8,13 @@ its unit, are the kernel's and are shown; and what it says is decoded strictly.
 import json
 import os
 import pwd
-import re
 import time
 import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keyd.inspection.origins import unit_in
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
@@ -93,8 +93,7 @@ def _running(pid: int, page: str) -> Running:
     except KeyError:
         user = str(uid)
     cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
-    unit = re.search(r"/([^/]+\.service)$", cgroup, re.MULTILINE)
-    known = pid, user, unit[1] if unit else ""
+    known = pid, user, unit_in(cgroup)
     descriptor = os.open(page, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return Running(*known, read(descriptor))
