@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from keyd import helper
+from keyd.command_line import Parser
 from keyd.confinement import CannotLock
 from keyd.inspection import commands as inspection
 from keyd.keys import UnusableKey
@@ -67,7 +68,7 @@ def _run() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="keyd", description="Hold private keys; sign and decrypt what a TLS server may."
     )
     parser.add_argument(

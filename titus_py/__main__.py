@@ -24,6 +24,7 @@ import argparse
 import os
 from pathlib import Path
 
+from keyd.command_line import Parser
 from keyd.linux.process import leave, open_standard_streams, run_for_reader
 from keyd.linux.systemd import Notifier
 
@@ -49,7 +50,7 @@ def _run() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="titus-py",
         description="Terminate TLS in front of a plaintext backend: a confined process for each "
         "connection, the private key in a process of its own.",

@@ -27,3 +27,24 @@ def test_what_cannot_be_written_is_told_of(program: str) -> None:
         )
     said = f"{program}: standard output: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("titus-py check /etc/titus-py/titus.toml", "--config FILE"),
+        ("titus-py serve --listn :443", "--listen ADDR"),
+        ("titus-py keys pin --sni x", "--server-name"),
+        ("keyd reference --sockt a b", "CERTIFICATE"),
+    ],
+)
+def test_a_mistake_in_the_options_is_told_with_those_that_there_are(
+    arguments: str, option: str
+) -> None:
+    program, *rest = arguments.split()
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([path, *rest], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert option in " ".join(done.stderr.split())
+    command = arguments.partition(" -")[0].partition(" /")[0]
+    assert f"{command}: error: unrecognized arguments: " in done.stderr
