@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -544,14 +544,17 @@ def test_memory_that_cannot_be_read_is_not_memory_without_the_key(listening: Lis
     assert text == "not all could be read: /secretmem (deleted) (Input/output error)"
 
 
-def test_what_a_user_says_to_be_a_keyd_changes_nothing(listening: Listening) -> None:
+def test_what_a_user_says_to_be_a_keyd_changes_nothing(tmp_path: Path) -> None:
     """That it is to have a key that it has stolen; that the key's file is another key's."""
+    # A keyd of this test's own: this process has its key from here on.
+    listening = Listening(tmp_path)
     pem = listening.key.read_bytes()
     der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
     identity = listening.identity.hex()
     keys = [["/stolen", "P-256", identity], [str(listening.key), "P-256", "00" * 32]]
     report = REPORT | {"keys": keys, "sockets": ["/dev/shm"]}
     with (
+        closing(listening),
         forged(json.dumps(report).encode(), der) as thief,
         forged(json.dumps(report).encode()) as liar,
     ):
