@@ -178,17 +178,23 @@ class Probe:
                 # Whoever is here may have used up what 127.0.0.1 may have, and its network.
                 numbers = (str(1 + secrets.randbelow(254)) for _ in range(3))
                 self._socket.bind((".".join(("127", *numbers)), 0))
-            self._socket.connect(_reachable(self.place.address, self._target))
             if self.place.balancers:
                 self._is_balancer()
+            self._socket.connect(_reachable(self.place.address, self._target))
+            if self.place.balancers:
                 self._socket.sendall(b"PROXY UNKNOWN\r\n")
         except OSError as error:
+            if isinstance(error, ConnectionResetError | BrokenPipeError):
+                self._raise_if_turned_away()
             raise Unanswered(f"cannot connect to {self.place.address}: {error}") from None
 
     def _is_balancer(self) -> None:
-        """Raises Unanswered if this connection is reset because it is from elsewhere."""
+        """Raises Unanswered if a connection would be reset because it is from elsewhere."""
         if not isinstance(self.place.address, UnixAddress):
-            ours = self._socket.getsockname()[0]
+            # The kernel chooses the same address for a datagram socket, which sends nothing here.
+            with socket.socket(self._socket.family, socket.SOCK_DGRAM) as unsent:
+                unsent.connect(_reachable(self.place.address, self._target))
+                ours = unsent.getsockname()[0]
             if ours not in Networks(self.place.balancers):
                 reason = f"accept_proxy_from does not list {ours}, where the audit connects from"
                 raise Unanswered(f"no connection to {self.place.address}: {reason}")

@@ -24,11 +24,11 @@ from titus_py.fork_server.huge_pages import fill_up, heap, use_huge_pages
 use_one_heap()
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.mmap.argtypes, libc.mmap.restype = [ctypes.c_void_p, *[ctypes.c_size_t] * 5], ctypes.c_void_p
+heap()  # What this allocates may extend the heap: the next time, there is room.
 before = heap()
 neighbours = {"below": before.start - 4096, "behind": before.stop, "near": before.stop + (1 << 17)}
 for at in [neighbours[word] for word in sys.argv[1:]]:
-    libc.mmap.argtypes = [ctypes.c_void_p, *[ctypes.c_size_t] * 5]
-    libc.mmap.restype = ctypes.c_void_p
     assert libc.mmap(at, 4096, 1, 0x100022, 2**64 - 1, 0) == at
 after = fill_up(before).place
 fill_holes()
