@@ -1,6 +1,7 @@
 """What all tests start from."""
 
 import fcntl
+import gc
 import signal
 import tempfile
 import threading
@@ -71,6 +72,12 @@ def _takes_long(item: pytest.Item) -> bool:
     """It says so itself: it may take longer than others may."""
     timeout = item.get_closest_marker("timeout")
     return timeout is not None and timeout.args[0] > float(item.config.getini("timeout"))
+
+
+def pytest_collection_finish() -> None:
+    """The collector, for which many tests wait, need not look at thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
