@@ -148,8 +148,10 @@ def _free_port() -> int:
 
     Of the processes of pytest-xdist, which choose at the same time, each has ports of its own.
     """
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    own = _PORTS[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    number = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    own = _PORTS
+    if number.isdecimal():  # And no name that somebody gave it (--tx popen//id=NAME).
+        own = _PORTS[int(number) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     while True:
         port = secrets.choice(own)
         try:
