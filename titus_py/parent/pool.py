@@ -252,6 +252,7 @@ class Pool:
             # can it be killed: kill(2) is not for a process that hears workers (``system_calls``).
             worker.hang_up()
             worker.kill(_NOT_WATCHED)
+            self._forming.discard(worker.uid)
             self._fork_failed(os.strerror(errno.EMFILE))
             self._unwatched[forked.pid] = worker
             return

@@ -344,7 +344,8 @@ def decode(child: str, message: bytes, descriptors: Sequence[int]) -> list[Said]
     none left to receive them.
     """
     try:
-        said = json.loads(message)
+        # In no other encoding, which json.loads would find out.
+        said = json.loads(message.decode("utf-8", "surrogatepass"))
         if not message.isascii() or b"\\u" in message:
             # A half of a surrogate pair is no character. It could not be left to another program.
             whole = json.dumps(said, ensure_ascii=False).encode(errors="replace")

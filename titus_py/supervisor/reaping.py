@@ -11,24 +11,36 @@ import subprocess
 
 from keyd.linux.process import how_ended
 
-__all__ = ["reap"]
+__all__ = ["reap", "reap_late"]
 
 #: How long one may take that was killed: most are gone within milliseconds.
 _SECONDS = 2.0
+#: Those that were given up. As zombies, they would keep others from being reaped, and their uids.
+_late: list["subprocess.Popen[bytes] | int"] = []
 
 
 def reap(process: "subprocess.Popen[bytes] | int", pidfd: int) -> str:
-    """How it ended, in words. One that is still there is reaped by Python, before the next start.
+    """How it ended, in words. One that is still there is for ``reap_late``.
 
     ``process`` is only a pid if the supervisor's previous program started it.
     """
+    reap_late()
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    if not poll.poll(_SECONDS * 1000):
-        return "does not end"
-    if isinstance(process, int):
-        pid, status = os.waitpid(process, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status) if pid else None
-    else:
-        code = process.poll()
-    return "ended for its tracer only" if code is None else how_ended(code)
+    code = _code(process) if (ended := poll.poll(_SECONDS * 1000)) else None
+    if code is not None:
+        return how_ended(code)
+    _late.append(process)
+    return "ended for its tracer only" if ended else "does not end"
+
+
+def reap_late() -> None:
+    """Reap those that have ended since."""
+    _late[:] = [process for process in _late if _code(process) is None]
+
+
+def _code(process: "subprocess.Popen[bytes] | int") -> int | None:
+    if not isinstance(process, int):
+        return process.poll()
+    pid, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None

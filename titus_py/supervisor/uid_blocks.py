@@ -14,6 +14,7 @@ from titus_py.configuration import Configuration
 from titus_py.configuration.held_uids import HeldUids, any_process_has, process_with
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.reaping import reap_late
 from titus_py.supervisor.record import Event
 
 __all__ = ["NoUids", "UidBlocks", "free_block"]
@@ -139,6 +140,7 @@ def _reap_orphans() -> None:
     They are in the session that the parent led. Our own children are in our session or lead one
     themselves: those are reaped elsewhere.
     """
+    reap_late()
     look = os.WEXITED | os.WNOHANG | os.WNOWAIT
     # Another thread may reap a child of its own that was seen here.
     with suppress(ChildProcessError, ProcessLookupError):

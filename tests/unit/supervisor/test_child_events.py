@@ -178,6 +178,14 @@ def test_what_is_said_can_be_written_down(text: bytes) -> None:
     assert ("\N{GRINNING FACE}" in fields["text"]) == (b"ude00" in text)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_nothing_is_understood_in_another_encoding(encoding: str) -> None:
+    """They have halves of surrogate pairs without an escape, and may be ASCII alone."""
+    said = '{"event": "keyd_said", "text": "a\ud800b"}'.encode(encoding, "surrogatepass")
+    with pytest.raises(Unintelligible, match="no JSON"):
+        decode("keyd", said, [])
+
+
 def test_a_descriptor_comes_with_a_report_alone() -> None:
     assert said_by("parent", OVER, has_report=True) == OVER
     assert said_by("parent", {"event": "retired"}, has_report=True) is None
