@@ -35,7 +35,8 @@ class Installed:
                 (self.site / theirs.name).symlink_to(theirs)
         for name in _PACKAGES:
             # With what Python has compiled: whatever is started first would compile all of it.
-            copytree(_CHECKOUT / name, self.site / name, ignore=ignore_patterns("*.pytest-*"))
+            unfinished = ignore_patterns("*.pytest-*", "*.pyc.*")
+            copytree(_CHECKOUT / name, self.site / name, ignore=unfinished)
         self._metadata = self.site / "titus_py.dist-info/METADATA"
         self._metadata.parent.mkdir()
         self.is_version("1.0")
