@@ -19,15 +19,19 @@ from typing import Protocol
 from keyd.linux.descriptors import send_descriptors
 from titus_py.between.event_loop import EventLoop, Timer
 
-__all__ = ["MAX_EVENTS", "MAX_REPORTS", "TEXT_CHARACTERS", "Outbox", "Tell"]
+__all__ = ["MAX_EVENTS", "MAX_REPORTS", "MESSAGE_OCTETS", "TEXT_CHARACTERS", "Outbox", "Tell"]
 
-#: A text is cut off after so many: what a worker attempted, or a configuration has, may be long,
-#: and the supervisor takes no event that is longer than a message.
+#: What the supervisor receives at once. It would see the beginning of a longer message, and end
+#: this process.
+MESSAGE_OCTETS = 64 * 1024
+#: A text is cut off after so many: what a worker attempted, or a configuration has, may be long.
 TEXT_CHARACTERS = 1000
+#: The same of an event for which there is no room otherwise: a character is up to 12 octets.
+_FEWER_CHARACTERS = 100, 30
 #: How many events one message has at most, and how many of them have a report.
 MAX_EVENTS, MAX_REPORTS = 100, 50
 #: How long a message of several events is at most.
-_MESSAGE_OCTETS = 32 * 1024
+_SEVERAL_OCTETS = 32 * 1024
 #: How much less than a socket's buffer a message is at most (unix_dgram_sendmsg in net/unix).
 _BESIDE_A_MESSAGE = 32
 _EVENTS, _ALARMS = 10_000, 1_000
@@ -59,7 +63,8 @@ class Outbox:
         # net.core.wmem_default may be less than usual.
         room = supervisor.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _BESIDE_A_MESSAGE
         #: How long a message is at most, and one of several events.
-        self._room, self._several = room, min(_MESSAGE_OCTETS, room)
+        self.room = min(MESSAGE_OCTETS, room)
+        self._several = min(_SEVERAL_OCTETS, room)
         self._waiting: deque[tuple[bytes, int | None]] = deque()
         self._lost = 0
         #: When to send, where that is not now; and whether the supervisor took no more.
@@ -72,20 +77,17 @@ class Outbox:
 
         The descriptor of a worker's report is sent along, unread, and closed here.
         """
-        for name, value in fields.items():
-            if isinstance(value, str) and len(value) > TEXT_CHARACTERS:
-                fields[name] = value[:TEXT_CHARACTERS]
-        octets = _encode({"event": event, **fields}).encode()
+        octets = _encoded(event, fields, TEXT_CHARACTERS)
+        for fewer in _FEWER_CHARACTERS:
+            if len(octets) > self.room:
+                octets = _encoded(event, fields, fewer)
         most = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
-        if len(self._waiting) >= most or len(octets) > self._room:
+        if len(self._waiting) >= most or len(octets) > self.room:
             self._lost += 1
             if report is not None:
                 os.close(report)
             return
-        if self._lost:
-            lost = {"event": "events_lost", "level": "error", "count": self._lost}
-            self._lost = 0
-            self._waiting.append((_encode(lost).encode(), None))
+        self._tell_lost()
         self._waiting.append((octets, report))
         if self._refused:
             return
@@ -100,10 +102,18 @@ class Outbox:
 
     def send_last(self) -> None:
         """Send the rest before the parent ends. No client is left, so this may wait."""
+        self._tell_lost()
         self._supervisor.settimeout(_LAST_SECONDS)
         with suppress(OSError):
             while self._waiting:
                 self._send_some(0)
+
+    def _tell_lost(self) -> None:
+        """Have it told, after all that waits, how many events were lost."""
+        if self._lost:
+            lost = {"level": "error", "count": self._lost}
+            self._lost = 0
+            self._waiting.append((_encoded("events_lost", lost, TEXT_CHARACTERS), None))
 
     def _send(self) -> None:
         """Send as many as the supervisor takes now, and the others soon."""
@@ -142,3 +152,11 @@ class Outbox:
             self._waiting.popleft()
         for report in reports:
             os.close(report)
+
+
+def _encoded(event: str, fields: dict[str, object], characters: int) -> bytes:
+    """An event as the supervisor takes it, its texts cut off after so many characters."""
+    for name, value in fields.items():
+        if isinstance(value, str) and len(value) > characters:
+            fields[name] = value[:characters]
+    return _encode({"event": event, **fields}).encode()

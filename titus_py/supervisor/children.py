@@ -15,6 +15,7 @@ from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.report import NoReport, complete_record, read_report
 from titus_py.configuration.certificate_table import load_seconds
+from titus_py.parent.outbox import MESSAGE_OCTETS
 from titus_py.supervisor.child import ALIVE_SECONDS, Child
 from titus_py.supervisor.child_events import Said, Unintelligible, decode
 from titus_py.supervisor.generation import Generation
@@ -30,7 +31,6 @@ START_SECONDS = 60.0
 _QUIET_SECONDS = 15.0
 #: How soon to send an order again that a child could not take.
 _RETRY_SECONDS = 0.05
-_MESSAGE_OCTETS = 64 * 1024
 #: The most that a message can have (SCM_MAX_FD, unix(7)): so ``decode`` sees those that are too
 #: many.
 _MOST_DESCRIPTORS = 253
@@ -121,7 +121,7 @@ class Children:
             for _ in range(_HEAR_AT_ONCE):
                 try:
                     message, reports = receive_descriptors(
-                        child.socket, _MESSAGE_OCTETS, _MOST_DESCRIPTORS
+                        child.socket, MESSAGE_OCTETS, _MOST_DESCRIPTORS
                     )
                 except BlockingIOError:
                     return False

@@ -32,8 +32,9 @@ CLAIMS = frozenset({"claims", "claims_told"})
 _CLAIMS_SECONDS = 15.0
 #: How long looking into the lists of revoked certificates may take.
 _LISTS_SECONDS = 60.0
-#: How many connections an order names: it has to stay below 64 KiB.
-_ORDER_CONNECTIONS = 2000
+#: How many connections an order names: so there is room for it in a socket's buffer, however small
+#: that is (net.core.wmem_default).
+_ORDER_CONNECTIONS = 200
 
 
 class _Rules(NamedTuple):

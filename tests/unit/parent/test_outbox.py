@@ -12,7 +12,7 @@ import pytest
 
 from keyd.linux.descriptors import receive_descriptors
 from titus_py.between.event_loop import EventLoop
-from titus_py.parent.outbox import MAX_EVENTS, MAX_REPORTS, Outbox
+from titus_py.parent.outbox import MAX_EVENTS, MAX_REPORTS, MESSAGE_OCTETS, Outbox
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_socket_has_less_room_than_usual(pair: tuple[socket.socket, socket.soc
     before = len(os.listdir("/proc/self/fd"))
     for number in range(200):
         outbox.put("connection_over", os.open(os.devnull, os.O_RDONLY), number=number)
-    outbox.put("too long", os.open(os.devnull, os.O_RDONLY), **dict.fromkeys("abcdef", "x" * 999))
+    outbox.put("too long", os.open(os.devnull, os.O_RDONLY), claims=["x" * room])
     outbox.put("last")
     heard: list[dict[str, Any]] = []
     while not heard or heard[-1]["event"] != "last":
@@ -209,3 +209,43 @@ def test_a_socket_has_less_room_than_usual(pair: tuple[socket.socket, socket.soc
         {"event": "last"},
     ]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_there_is_less_room_texts_are_shorter(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """What a worker has attempted is no reason to lose the alarm."""
+    ours, theirs = pair
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    outbox = Outbox(EventLoop(), ours)
+    long = chr(0x1F510) * 1000
+    for texts, left in ((3, 100), (10, 30)):
+        said = dict.fromkeys("abcdefghij"[:texts], long)
+        outbox.put("malformed_message", level="alarm", **said)
+        (heard,) = events_in(theirs.recv(65536, socket.MSG_DONTWAIT))
+        assert heard.pop("event") == "malformed_message"
+        assert heard == {"level": "alarm"} | dict.fromkeys(said, long[:left])
+
+
+def test_what_the_supervisor_could_not_receive_is_not_sent(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """It would take the beginning for nonsense, and end this process."""
+    ours, theirs = pair
+    outbox = Outbox(EventLoop(), ours)
+    outbox.put("claims", claims=["x" * MESSAGE_OCTETS])
+    outbox.put("last")
+    assert events_in(theirs.recv(1 << 20, socket.MSG_DONTWAIT)) == [
+        {"event": "events_lost", "level": "error", "count": 1},
+        {"event": "last"},
+    ]
+
+
+def test_what_was_lost_last_is_told(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    outbox = Outbox(EventLoop(), ours)
+    for _ in range(3):
+        outbox.put("claims", claims=["x" * MESSAGE_OCTETS])
+    outbox.send_last()
+    lost = {"event": "events_lost", "level": "error", "count": 3}
+    assert events_in(theirs.recv(65536, socket.MSG_DONTWAIT)) == [lost]
