@@ -21,10 +21,17 @@ from socket import (
 )
 from typing import TypeVar
 
-__all__ = ["if_any", "packet_pair", "receive_descriptors", "receive_if_any", "send_descriptors"]
+__all__ = [
+    "if_any",
+    "packet_pair",
+    "passes",
+    "receive_descriptors",
+    "receive_if_any",
+    "send_descriptors",
+]
 
-#: Errors that say nothing of the other end: what it said is still there.
-_PASSING = errno.ENOMEM, errno.ENOBUFS, errno.EINTR
+#: Errors that say nothing of the other end: no room, or no memory.
+_PASSING = errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.EINTR
 _Received = TypeVar("_Received")
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
@@ -75,14 +82,17 @@ def if_any(receive: Callable[[], _Received], end: _Received) -> _Received | None
     for _ in range(2):
         try:
             return receive()
-        except BlockingIOError:
-            return None
         except ConnectionResetError:
             # Told once, where the other end was closed with something unread. What had come from
             # there is still to be read.
             continue
         except OSError as error:
-            if error.errno in _PASSING:
+            if passes(error):
                 return None
             break
     return end
+
+
+def passes(error: OSError) -> bool:
+    """Whether this says nothing of the other end, so that the same may be tried again."""
+    return error.errno in _PASSING

@@ -20,7 +20,7 @@ from functools import partial
 
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-from keyd.linux.descriptors import receive_if_any
+from keyd.linux.descriptors import passes, receive_if_any
 from keyd.powers import KeyElsewhere, Told, Whole
 from keyd.protocol import SignatureScheme, Status
 from keyd.pss import PSSPublicKey
@@ -178,7 +178,11 @@ class Broker:
         self._kept_octets = 0
         self._told: list[UpstreamState] = []
         self._awake = Awake(time.monotonic())
-        #: The process that connects has ended.
+        #: What the process that connects is to be told once there is room for it: of each upstream
+        #: at most that its connection is lost (it makes no other one before it knows), and that it
+        #: is wanted (once).
+        self._untold: deque[bytes] = deque()
+        #: That process has ended.
         self._orphaned = False
 
     def serve(self, loop: Loop) -> None:
@@ -330,7 +334,8 @@ class Broker:
             for one in descriptors:
                 os.close(one)
             upstream.why = "no descriptor was left for its connection: raise LimitNOFILE="
-            self._tell_connector(LOST, upstream, False)
+            with self._lock:
+                self._tell_connector(LOST, upstream, False)
         return False
 
     def _give_up_hope(self, upstream: _Upstream) -> None:
@@ -429,16 +434,33 @@ class Broker:
         return [self._ask_next(asked) for asked in asks.values()]
 
     def _tell_connector(self, what: bytes, upstream: _Upstream, *more: int) -> None:
-        number = self._upstreams.index(upstream)
-        try:
-            self._connector.send(what + bytes((number, *more)), socket.MSG_DONTWAIT)
-        except OSError:
-            # It has ended, which was said.
-            upstream.why = ORPHANED
+        """Holds the lock."""
+        self._untold.append(what + bytes((self._upstreams.index(upstream), *more)))
+        self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        """Tell the process that connects what it is to be told, as far as there is room.
+
+        Without room, or memory, the rest is told about a second later. Holds the lock.
+        """
+        while self._untold:
+            try:
+                self._connector.send(self._untold[0], socket.MSG_DONTWAIT)
+            except OSError as error:
+                if passes(error):
+                    return
+                # It has ended, which is said.
+                self._untold.clear()
+                for one in self._upstreams:
+                    if one.connection is None:
+                        one.why = ORPHANED
+                return
+            self._untold.popleft()
 
     # --- what does not come ----------------------------------------------------------
 
     def _look_at_clock(self, now: float) -> list[Callable[[], None]]:
+        self._tell_untold()
         then = self._ask_kept()
         self._awake.look(now)
         since = self._awake.since

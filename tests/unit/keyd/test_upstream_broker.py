@@ -324,6 +324,33 @@ def test_a_connection_that_cannot_be_watched_is_made_again(
     host.signed(worker)
 
 
+def test_what_connects_is_told_of_a_lost_connection_once_there_is_room(host: Host) -> None:
+    """It connects to no upstream again before it knows that it is lost."""
+    lenders = [host.connect(0), host.connect(1)]
+    ours = host.broker._connector
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(WANTED + b"\0", socket.MSG_DONTWAIT)
+    for lender in lenders:
+        lender.end.close()
+    host.turn()
+    with suppress(BlockingIOError):
+        while True:
+            assert host.lost() == WANTED + b"\0"
+    host.look_at_clock()
+    assert [host.lost(), host.lost()] == [LOST + b"\0\0", LOST + b"\1\0"]
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    worker = host.request()
+    lender.sign(*lender.asked())
+    host.signed(worker)
+    host.look_at_clock()
+    with pytest.raises(BlockingIOError):
+        host.lost()
+
+
 def test_one_whose_room_cannot_be_waited_for_is_ended(
     host: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:
