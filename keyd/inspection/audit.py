@@ -322,13 +322,13 @@ def _search(
 ) -> Search | str:
     """What is found in a process; or in words, why nothing is."""
     at(f"/proc/{pid}", "")
-    # Whoever is one now may not be one any more after the search.
-    audits = auditors.pids()
     try:
+        # Whoever is one now may not be one any more after the search.
+        was_one = auditors.is_one(pid)
         found = search(pid, sought, at=at, avoid=avoid, known=known)
+        return _AN_AUDIT if was_one or auditors.is_one(pid) else found
     except PermissionError:
         return "cannot be looked into: the kernel does not let this process"
-    return _AN_AUDIT if pid in audits | auditors.pids() else found
 
 
 def _key_of(needle: str) -> str:

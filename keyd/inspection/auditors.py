@@ -2,8 +2,12 @@
 
 Run by ``keyd audit`` and by the search of ``titus-py audit``, as root, before either has a key.
 Each holds a shared lock on one file, which only root can open, until it ends; its memory is gone
-before that. The kernel tells who holds it (/proc/locks; proc(5)). So audits do not wait for each
-other, and none takes another one for a process that a key has leaked to.
+before that. The kernel tells of each open file whether it has a lock (/proc/PID/fdinfo; proc(5)).
+So audits do not wait for each other, and none takes another one for a process that a key has leaked
+to.
+
+/proc/locks would name all of them at once. But it is read in pieces, and leaves some out while
+others come and go.
 """
 
 import fcntl
@@ -11,7 +15,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["join", "pids"]
+__all__ = ["is_one", "join"]
 
 _LOCK = "/run/keyd-audits.lock"
 
@@ -23,13 +27,21 @@ def join() -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def pids() -> set[int]:
-    """Those that hold the lock at this moment."""
-    try:
+def is_one(pid: int) -> bool:
+    """Whether this process holds the lock at this moment. Raises PermissionError."""
+    with suppress(FileNotFoundError, ProcessLookupError):
         seen = os.lstat(_LOCK)
-    except FileNotFoundError:
-        return set()
-    file = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}:{seen.st_ino}"
-    # Its number, FLOCK, ADVISORY, READ, the process, the file, and a range.
-    locks = (line.split() for line in Path("/proc/locks").read_text().splitlines())
-    return {int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5] == file}
+        file = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}:{seen.st_ino}"
+        return any(_locks(pid, one, file) for one in os.listdir(f"/proc/{pid}/fd"))
+    return False
+
+
+def _locks(pid: int, descriptor: str, file: str) -> bool:
+    # The process closes others meanwhile.
+    with suppress(FileNotFoundError):
+        if os.readlink(f"/proc/{pid}/fd/{descriptor}").endswith(os.path.basename(_LOCK)):
+            lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines()
+            # "lock:", a number, FLOCK, ADVISORY, READ, the process, the file, and a range.
+            words = [line.split() for line in lines if line.startswith("lock:")]
+            return any(lock[2] == "FLOCK" and lock[6] == file for lock in words)
+    return False
