@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
-from keyd.inspection.key_search import Needle, Search, needles, predictable, search
+from keyd.inspection.key_search import Needle, Search, has_memory, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.origins import is_of_root, may_read
 from keyd.inspection.reports import NONE_RUNS, Running, running
@@ -253,9 +253,11 @@ def _memory(
     holders: dict[str, set[int]] = {path: set() for path in keys}
     pids: set[int] = set()
     for _ in range(_ROUNDS):
-        come = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()} - pids
+        come = _others() - pids
         yield from _look_at(come, sought, holders)
         pids |= come
+    # There is no end of those that come: the rest is counted.
+    too_late = sum(map(_is_to_be_searched, _others() - pids))
     # One that is started again begins meanwhile.
     since = running()
     for path, key in keys.items():
@@ -271,7 +273,22 @@ def _memory(
         for pid in others:
             yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
         if not others:
-            yield _Finding("memory", path, f"in none of {len(pids - own)} others", _HOLDS)
+            text = f"in none of {len(pids - own)} others"
+            if too_late:
+                text += f"; {too_late} that came since were not searched"
+            yield _Finding("memory", path, text, _HOLDS)
+
+
+def _others() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+
+
+def _is_to_be_searched(pid: int) -> bool:
+    """Audits' processes are not, nor are the kernel's own, and those that have ended."""
+    try:
+        return not auditors.is_one(pid) and has_memory(pid)
+    except PermissionError:
+        return True
 
 
 def _having(keyds: Sequence[Running], path: str, key: PrivateKey) -> set[int]:

@@ -35,6 +35,7 @@ __all__ = [
     "Needle",
     "Search",
     "Skipped",
+    "has_memory",
     "labels",
     "needles",
     "predictable",
@@ -293,7 +294,7 @@ def search(
         hits += found.hits
         often += found.often
         found = found._replace(pid=pid, hits=hits, often=often)
-        if not (found.ended and _runs(_with_memory(pid))):
+        if not (found.ended and has_memory(pid)):
             return found
     another = Skipped("[all]", 0, 0, "it executed one program after the other")
     return found._replace(skipped=[*found.skipped, another], ended=False)
@@ -346,6 +347,11 @@ def _search_program(
         except (FileNotFoundError, ProcessLookupError):
             ended = True
         return Search(pid, reader.hits, skipped, reader.octets, ended, reader.often)
+
+
+def has_memory(pid: int) -> bool:
+    """Whether there is any that could be searched. Raises PermissionError."""
+    return _runs(_with_memory(pid))
 
 
 def _with_memory(pid: int) -> int:

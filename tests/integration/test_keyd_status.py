@@ -594,6 +594,33 @@ def test_a_keyd_that_begins_meanwhile_may_have_its_key(
         listening.close()
 
 
+def test_processes_that_come_too_late_are_counted(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may always be one more: each time that all others were searched, another one comes."""
+    key, path = load_private_key(str(listening.key), None), str(listening.key)
+    sought = [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+    searched: list[int] = []
+
+    with ExitStack() as stack:
+
+        def another_comes(pids: set[int], *_: object) -> Iterator[audit._Finding]:
+            searched.extend(pids)
+            stack.enter_context(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
+            yield from ()
+
+        monkeypatch.setattr(audit, "_look_at", another_comes)
+        (found,) = audit._memory([], {path: key}, sought)
+        # Whatever else begins on this machine meanwhile.
+        said = re.fullmatch(
+            r"in none of (\d+) others; (\d+) that came since were not searched", found.seen
+        )
+        assert said is not None
+        assert int(said[1]) == len(searched)
+        assert int(said[2]) >= 1
+    assert found.verdict == "holds"
+
+
 def test_a_user_may_have_a_keyd_with_a_key_that_the_user_can_read(tmp_path: Path) -> None:
     key = tmp_path / "own.key"
     make_key(key)
