@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keyd.inspection.origins import is_of_root
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.watched import At, Hung, each
 from keyd.printable import printable
@@ -22,6 +23,9 @@ from keyd.status_page import Report
 from keyd.tally import LATENCY_BOUNDS
 
 __all__ = ["status", "who_may_ask"]
+
+#: How long all sockets' files may take together. There may be any number of them, on what hangs.
+_IN_ALL_SECONDS = 60.0
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -47,9 +51,11 @@ def status(arguments: argparse.Namespace) -> int:
 def _askers(found: Sequence[Running]) -> dict[int, list[dict[str, str]]]:
     """Of each keyd, by pid, whom the files of its sockets let connect.
 
-    Any user can have a process that looks like a keyd, and tell of sockets on what hangs.
+    Any user can have processes that look like a keyd, and tell of sockets on what hangs: so theirs
+    are looked at last.
     """
     sockets = {one.pid: one.report.sockets for one in found if one.report is not None}
+    pids = sorted(sockets, key=lambda pid: not is_of_root(pid))
 
     def look(pid: int, _: frozenset[str], at: At) -> list[dict[str, str]]:
         seen = []
@@ -59,7 +65,7 @@ def _askers(found: Sequence[Running]) -> dict[int, list[dict[str, str]]]:
         return seen
 
     askers = {}
-    for pid, answer in each(sockets, look, os.cpu_count() or 1):
+    for pid, answer in each(pids, look, os.cpu_count() or 1, in_all_seconds=_IN_ALL_SECONDS):
         if isinstance(answer, Hung):
             problem = f"not looked at, because of {answer.where} ({answer.why})"
             answer = [{"path": path, "problem": problem} for path in sockets[pid]]

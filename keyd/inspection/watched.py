@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from math import inf
 from select import POLLIN, poll
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,17 +53,30 @@ class Hung(NamedTuple):
 
 
 def each(
-    items: Iterable[Any], call: _Call, processes: int, most_seconds: float = _MOST_SECONDS
+    items: Iterable[Any],
+    call: _Call,
+    processes: int,
+    most_seconds: float = _MOST_SECONDS,
+    in_all_seconds: float = inf,
 ) -> Iterator[tuple[Any, Any]]:
     """Call it for each, so many at once; yields each with what came of it, or Hung.
 
-    One that hangs on a device that can be avoided is called once more, and avoids it.
+    One that hangs on a device that can be avoided is called once more, and avoids it. After so many
+    seconds ``in_all``, those that are left are given up. The first are called first.
     """
     waiting, avoided = deque(items), set[str]()
+    until = time.monotonic() + in_all_seconds
     busy: dict[int, _Process] = {}
     idle: list[_Process] = []
     try:
         while waiting or busy:
+            if time.monotonic() > until:
+                why = f"not done in {in_all_seconds:g} seconds, with others"
+                for process in busy.values():
+                    yield process.item, Hung(process.place()[0], why)
+                for item in waiting:
+                    yield item, Hung("what is looked at before", why)
+                return
             while waiting and len(busy) < processes:
                 process = idle.pop() if idle else _Process(call)
                 process.begin(waiting.popleft(), frozenset(avoided))

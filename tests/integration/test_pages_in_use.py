@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -397,6 +397,33 @@ def test_sockets_on_a_file_system_that_hangs_do_not_hold_the_status_up(
         for path in told[0]:
             assert f"  may ask  {path}: {problem}\n" in said
         assert f"  may ask  {beside}  rw-------  root:root\n" in said
+
+
+def test_however_many_sockets_are_there_the_status_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each took its time, and any user may have any number of them: root's are looked at first."""
+    monkeypatch.setattr(status, "_IN_ALL_SECONDS", 1.0)
+    fields = {name: value for name, value in REPORT.items() if name != "version"}
+    where = str(tmp_path / "f")
+    with file_system(tmp_path, LOOKUP, GETATTR), ExitStack() as stack:
+        command = ["cat"]
+        forged = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, user="nobody", cwd="/")
+            ).pid
+            for _ in range(10)
+        ]
+        keyds = [
+            Running(pid, "nobody", "", Report(**fields | {"sockets": [where]})) for pid in forged
+        ]
+        roots = Running(os.getpid(), "root", "", Report(**fields | {"sockets": ["/"]}))
+        seen = status._askers([*keyds, roots])
+    assert seen[os.getpid()][0]["user"] == "root"
+    problems = [seen[pid][0]["problem"] for pid in forged]
+    why = "(not done in 1 seconds, with others)"
+    assert problems[0] == f"not looked at, because of {where} {why}"
+    assert problems[-1] == f"not looked at, because of what is looked at before {why}"
 
 
 #: A file in four huge pages, as a database's: one is filled, the others are holes.
