@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from titus_py.commands.taken_addresses import taken_addresses
 from titus_py.configuration import Configuration, Loaded, Mistake, Source
 from titus_py.configuration.address import NameAddress, UnixAddress
 from titus_py.supervisor.control import CONTROL_DIRECTORY
@@ -42,6 +43,7 @@ def warnings(loaded: Loaded) -> list[Mistake]:
         *_unresolved(configuration, source),
         *_hidden_from_the_unit(configuration, source),
         *_kept_from_the_unit(configuration, source),
+        *taken_addresses(configuration, source),
     ]
 
 

@@ -248,7 +248,8 @@ def _tunnels(tunnels: Iterable[Mapping[str, Any]]) -> Table:
     for tunnel in tunnels:
         addresses = _text(", ".join(tunnel["addresses"])) if tunnel["addresses"] else None
         by = [f"ca {tunnel['ca']}, {tunnel['server_name']}"] if tunnel["ca"] else []
-        by += [f"{tunnel['pins']} pins"] if tunnel["pins"] else []
+        pins = tunnel["pins"]
+        by += [f"{pins} pin{'s' * (pins > 1)}"] if pins else []
         table.add_row(
             _text(tunnel["listen"]),
             _text(tunnel["connect"]),

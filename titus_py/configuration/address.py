@@ -4,6 +4,7 @@ Imported by the supervisor (root) and the command-line tools. Text in, values ou
 resolves, binds or connects.
 """
 
+import errno
 import os
 import re
 import socket
@@ -75,7 +76,12 @@ class IPAddress(NamedTuple):
         if self.family == socket.AF_INET:
             return self.host, self.port
         host, _, interface = self.host.partition("%")
-        return host, self.port, 0, socket.if_nametoindex(interface) if interface else 0
+        try:
+            index = socket.if_nametoindex(interface) if interface else 0
+        except OSError:
+            # Python's own has neither a number nor the name.
+            raise OSError(errno.ENODEV, f"no interface is named {interface!r}") from None
+        return host, self.port, 0, index
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -115,6 +121,8 @@ Bindable = IPAddress | UnixAddress
 
 def parse_listen(text: str) -> Bindable:
     """An address to listen on. Raises ValueError, saying what was expected."""
+    if text.startswith("*:"):
+        raise ValueError(f"{text!r} is written without the star: expected {_LISTEN_FORMS}")
     match _parse(text, _LISTEN_FORMS):
         case NameAddress(name):
             # A name can have several addresses, and they can change while we run.

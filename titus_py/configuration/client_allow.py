@@ -101,8 +101,7 @@ def public_key_pin(text: str) -> str:
             return octets.hex()
     raise ValueError(
         f"{described(text)} is no public key's hash: expected sha256: and 64 hexadecimal digits, "
-        "or base64 (openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform DER | "
-        "sha256sum)"
+        "or base64, as 'titus-py keys pin FILE' says of a certificate"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pydantic_core import ErrorDetails
 
 from titus_py.configuration.mistake import Mistake, Source, described, nearest
+from titus_py.configuration.other_words import in_other_words
 from titus_py.configuration.tables import TABLES, Configuration, Table, table_of
 from titus_py.configuration.toml import key_text
 
@@ -35,8 +36,12 @@ def _unknown_key(details: ErrorDetails) -> str:
     key = str(key)
     meant = nearest(key.lower().replace("-", "_"), table.model_fields)
     homes = [_heading(name) for name, model in TABLES.items() if key in model.model_fields]
+    if path and (other := in_other_words(key, str(path[0]))):
+        return f"unknown {kind}: {other}"
     if homes and not (path and meant):
         return f"unknown {kind}: it belongs in {' or '.join(homes)}"
+    if homes:
+        return f"unknown {kind}: did you mean {meant}? {key} belongs in {' or '.join(homes)}"
     if meant:
         return f"unknown {kind}: did you mean {meant}?"
     return f"unknown {kind}: known here are {', '.join(table.model_fields)}"
@@ -65,7 +70,10 @@ def _reason(details: ErrorDetails, key: str) -> str:
                 return f"expected tables, each headed {heading}, not {found}"
             return f'expected a list, ["…"], not {found}'
         case "model_type" | "dict_type":
-            return f"expected a table, {_heading(key)}, not {found}"
+            reason = f"expected a table, {_heading(key)}, not {found}"
+            # Several backends are a list, and [vhost.backends] is for something else.
+            several = ": where connections go is backend, also if it is a list"
+            return reason + (several if key.endswith("].backends") else "")
         case "literal_error":
             return f"expected {limits['expected']}, not {found}".replace("'", '"')
         case "int_type":

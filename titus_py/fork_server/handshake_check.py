@@ -205,7 +205,8 @@ def _cipher_mistakes(settings: TlsSettings, keys: tuple[str, ...]) -> Problems:
     if ciphers is not None:
         found += [("ciphers", reason) for reason in _never(ciphers)]
         if not found and not selected_suites(ciphers):
-            found.append(("ciphers", f"OpenSSL finds no cipher suite in {ciphers!r}"))
+            where = ": those of TLS 1.3 go into ciphersuites" if "TLS_" in ciphers.upper() else ""
+            found.append(("ciphers", f"OpenSSL finds no cipher suite in {ciphers!r}{where}"))
     if not found and settings.min_version == "TLSv1.2" and not _fit(settings, keys):
         reasons = [reason for setting, reason in _left_out(settings, keys) if setting == "ciphers"]
         if keys and keys[0] in mldsa.PUBLIC_OCTETS:

@@ -97,6 +97,11 @@ def test_neither_to_listen_nor_to_connect(text: str, reason: str) -> None:
             parse(text)
 
 
+def test_every_address_is_written_without_a_star() -> None:
+    with pytest.raises(ValueError, match=r"'\*:443' is written without the star: .* :8443 \(every"):
+        parse_listen("*:443")
+
+
 def test_a_name_is_no_address_to_listen_on() -> None:
     reason = "'localhost' is a name, and a listening address is numeric"
     with pytest.raises(ValueError, match=f"{reason}.*expected 127.0.0.1:8443"):
@@ -221,5 +226,5 @@ def test_sockaddr_finds_the_interface() -> None:
     assert IPAddress("::1", 1).sockaddr() == ("::1", 1, 0, 0)
     lo = socket.if_nametoindex("lo")
     assert IPAddress("fe80::1%lo", 1).sockaddr() == ("fe80::1", 1, 0, lo)
-    with pytest.raises(OSError, match="interface"):
+    with pytest.raises(OSError, match="no interface is named 'nosuch0'"):
         IPAddress("fe80::1%nosuch0", 1).sockaddr()

@@ -120,7 +120,7 @@ def test_keys_alone_need_no_authority(load_settings: Load) -> None:
         ('client_allow = { spiki = ["x"] }', "client_allow", "did you mean spki?"),
         ('client_allow = { mail = ["x"] }', "client_allow", "known are dns, uri, cn, spki"),
         ('client_allow = { spki = ["sha256:00"] }', "client_allow", "64 hexadecimal"),
-        ('client_allow = { spki = ["sha1:00"] }', "client_allow", "openssl x509"),
+        ('client_allow = { spki = ["sha1:00"] }', "client_allow", "titus-py keys pin"),
         ('client_allow = { uri = ["x/y"] }', "client_allow", "is no URI"),
         ('client_allow = { uri = ["spiffe://x/a*"] }', "client_allow", "whole segment"),
         ('client_allow = { uri = ["spiffe://*/a"] }', "client_allow", "whole segment"),

@@ -246,6 +246,7 @@ def test_every_key_is_described() -> None:
         ("[worker]\nspares = 3\n", "worker.spares: unknown key: did you mean spare?"),
         ("[worker]\nhandshake-timeout = 3\n", "did you mean handshake_timeout?"),
         ("[worker]\nformat = 3\n", "worker.format: unknown key: it belongs in [log]"),
+        ('[worker]\nidle_timeout = "1s"\n', "? idle_timeout belongs in [limits]"),
         ("[log]\nsni = []\n", "log.sni: unknown key: it belongs in [[vhost]]"),
         ("[log]\nzzz = {}\n", "log.zzz: unknown table: known here are format"),
         ('[log]\n"a\\nb" = 1\n', 'log."a\\nb": unknown key: known here are format'),

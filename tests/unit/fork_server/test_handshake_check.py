@@ -207,6 +207,7 @@ def test_hosts_that_are_alike_share_a_line(checked: Check) -> None:
         ("RSA", {"ciphers": "ECDHE:@SECLEVEL=0"}, "@SECLEVEL=0 is below 2, which is kept"),
         ("RSA", {"ciphers": "DEFAULT@SECLEVEL=1"}, "@SECLEVEL=1 is below 2, which is kept"),
         ("RSA", {"ciphers": "nonsense"}, "OpenSSL finds no cipher suite in 'nonsense'"),
+        ("RSA", {"ciphers": "TLS_AES_128_GCM_SHA256"}, "those of TLS 1.3 go into ciphersuites"),
         (
             "RSA",
             {"ciphers": "AES128-SHA"},
