@@ -5,9 +5,12 @@ has no use for the library that draws the demo's tables.
 """
 
 import gc
+import os
 import signal
 import sys
 
+# Else pydantic would load what any other distribution on this machine has for it, and this is root.
+os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
 if sys.argv[1:2] == ["serve"]:
     # The imports make no garbage, and there are many.
     gc.disable()
@@ -21,7 +24,6 @@ if sys.argv[1:2] == ["serve"]:
         signal.signal(_of_no_meaning, signal.SIG_IGN)
 
 import argparse
-import os
 from pathlib import Path
 
 from keyd.command_line import Parser
