@@ -201,6 +201,30 @@ def test_mistakes_that_show_with_the_files(certificates: Certificates, tmp_path:
         assert any(reason in said for said in found), done.stderr
 
 
+def test_a_pin_of_ones_own_is_doubtful(tmp_path: Path, authority: ClientAuthority) -> None:
+    own, servers = (authority.issue(self_signed=True) for _ in range(2))
+    tunnels = [
+        {
+            "listen": f"127.0.0.1:{port}",
+            "connect": "127.0.0.1:443",
+            "pins": [pin_of(one.chain) for one in pinned],
+            "certificate": own.chain,
+            "key": own.key,
+        }
+        for port, pinned in ((5432, [servers]), (5434, [servers, own]))
+    ]
+    path = tmp_path / "titus.toml"
+    path.write_text(toml({"tunnel": tunnels}))
+    done = subprocess.run(
+        [TITUS_PY, "check", "--config", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r'tunnel "127\.0\.0\.1:(\d+)": pins: (.*)', done.stdout + done.stderr)
+    ((port, reason),) = said
+    assert port == "5434"
+    assert f"one is of {own.chain}, which this tunnel shows itself" in reason
+
+
 def _of_a_weak_authority(directory: Path) -> dict[str, Path]:
     """Our own key is good; the chain that goes with it is not for today's OpenSSL."""
     files = {"certificate": directory / "own.crt", "key": directory / "own.key"}

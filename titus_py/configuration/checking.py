@@ -34,7 +34,7 @@ from titus_py.configuration.misnamed import misnamed, misnamed_in_directories, n
 from titus_py.configuration.mistake import Source
 from titus_py.configuration.tables import LentKey
 from titus_py.configuration.tokens import settings
-from titus_py.configuration.tunnel_keys import keys_for_both
+from titus_py.configuration.tunnel_keys import keys_for_both, own_pins
 from titus_py.configuration.uids_in_use import uids_in_use
 
 __all__ = [
@@ -202,9 +202,11 @@ def check(
     mistakes += _of_one_kind(loaded, certificates)
     mistakes += _decrypted_for_others(loaded, certificates)
     mistakes += _decrypted_elsewhere(loaded, certificates)
+    keys = {one: facts.key_id for one, facts in certificates.items()}
+    warnings += own_pins(loaded, keys)
     mistakes += keys_for_both(
         loaded,
-        {one: facts.key_id for one, facts in certificates.items()},
+        keys,
         lambda vhost: _key_ids(vhost, certificates),
         {facts.key_id for facts in lent.values()},
     )

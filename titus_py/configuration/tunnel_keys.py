@@ -1,4 +1,4 @@
-"""That a key signs as a server or as a client, and not as both.
+"""That a key signs as a server or as a client, not as both, and is not taken for the other end's.
 
 Run by the supervisor (root) and by commands, when the certificates have been read.
 """
@@ -9,7 +9,7 @@ from titus_py.configuration.loading import Loaded
 from titus_py.configuration.mistake import Mistake
 from titus_py.configuration.tables import Credential, VirtualHost
 
-__all__ = ["keys_for_both"]
+__all__ = ["keys_for_both", "own_pins"]
 
 
 def keys_for_both(
@@ -41,3 +41,16 @@ def keys_for_both(
                     "could pass for the other. Make a key for the tunnel alone",
                 )
                 break
+
+
+def own_pins(loaded: Loaded, keys: Mapping[Credential, bytes]) -> Iterator[Mistake]:
+    """Warnings of tunnels that take a server for the one that has their own key."""
+    tunnels = loaded.configuration.tunnel if loaded.configuration is not None else ()
+    for number, tunnel in enumerate(tunnels):
+        key = keys.get(tunnel.credential) if tunnel.credential is not None else None
+        if key is not None and key.hex() in (tunnel.pins or ()):
+            yield loaded.source.mistake(
+                f"tunnel[{number}].pins",
+                f"one is of {tunnel.certificate}, which this tunnel shows itself. A pin here is of "
+                "a server's key; its own is for the server's client_allow",
+            )
