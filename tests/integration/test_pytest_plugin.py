@@ -31,9 +31,11 @@ def run_pytest(project: Path, *options: str) -> "subprocess.CompletedProcess[str
 
 
 def test_the_documented_example_passes(project: Path) -> None:
-    answer = run_pytest(project, "-W", "error")
+    answer = run_pytest(project, "-W", "error", "--capture=no")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "3 passed" in answer.stdout
+    # What its backend says of a connection that does not end as it should.
+    assert "Exception" not in answer.stdout + answer.stderr
 
 
 def test_a_key_in_the_fork_server_is_found_and_its_place_is_said(project: Path) -> None:

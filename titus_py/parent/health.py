@@ -1,8 +1,9 @@
 """Health checks: whether backends answer. Imported by the parent where a virtual host has them.
 
 A check connects to a backend and, where that is configured, writes a fixed text and compares what
-comes back with another. It reads no more octets than the expected text has, and does nothing with
-them but compare them: nothing that a backend sends is parsed or kept here.
+comes back with another. It reads no more octets than the expected text has, and compares them:
+nothing that a backend sends is parsed here. Of what it has said instead, the beginning is kept, as
+the reason of its state, in ASCII.
 """
 
 import socket
@@ -24,6 +25,8 @@ _TELL_SECONDS = 1.0
 #: Within how many seconds the first checks are spread, or one interval if that is shorter.
 _SPREAD_SECONDS = 1.0
 _NO_LINGER = b"\0" * 8
+#: How much of another answer than the expected one is told.
+_SHOWN_OCTETS = 64
 
 
 class Checks:
@@ -110,9 +113,11 @@ class _Checking:
             self._settle("")
         else:
             left = self._health.timeout - (time.monotonic() - self._began)
-            late = f"no answer in {self._health.timeout:g} s"
-            self._timer = self._loop.after(max(0.0, left), lambda: self._settle(late))
+            self._timer = self._loop.after(max(0.0, left), self._is_late)
             self._loop.watch(connected.fileno(), self._hear)
+
+    def _is_late(self) -> None:
+        self._settle(f"no answer in {self._health.timeout:g} s{self._beginning(', but')}")
 
     def _hear(self) -> None:
         if self._connected is None:
@@ -127,11 +132,16 @@ class _Checking:
             return
         self._answer += octets
         if not octets:
-            self._settle("closed the connection before it had answered")
+            reason = "closed the connection before it had answered"
+            self._settle(reason + self._beginning(", but for"))
         elif not self._expected.startswith(self._answer):
-            self._settle("its answer is not the expected one")
+            self._settle("its answer is not the expected one" + self._beginning(", but"))
         elif len(self._answer) == len(self._expected):
             self._settle("")
+
+    def _beginning(self, after: str) -> str:
+        """What the backend has said, if it has: a literal of Python's, without its b."""
+        return f"{after} {repr(self._answer[:_SHOWN_OCTETS])[1:]}" if self._answer else ""
 
     def _settle(self, reason: str) -> None:
         """The check has failed for this reason, or succeeded if there is none."""

@@ -30,6 +30,11 @@ LOCAL = b"\r\n\r\n\0\r\nQUIT\n" + struct.pack("!BBH", 0x20, 0, 0)
 Talk = Callable[[socket.socket], None]
 
 
+def says_half(connection: socket.socket) -> None:
+    connection.sendall(b"+PO")
+    hangs(connection)
+
+
 def hangs(connection: socket.socket) -> None:
     """Says nothing until the check goes away."""
     connection.recv(4096)
@@ -165,11 +170,19 @@ def test_what_another_parent_knew_holds_until_checks_say_otherwise(stack: ExitSt
     [
         (lambda peer: peer.sendall(b"+PONG\r\nand much more" * 1000), ""),
         (lambda peer: [peer.sendall(b"+PO"), time.sleep(0.01), peer.sendall(b"NG")], ""),
-        (lambda peer: peer.sendall(b"-ERR"), "its answer is not the expected one"),
-        (lambda peer: peer.sendall(b"+PON"), "closed the connection before it had answered"),
+        (
+            lambda peer: peer.sendall(b"\x1b\xff'\n no"),
+            'its answer is not the expected one, but "\\x1b\\xff\'\\n "',
+        ),
+        (
+            lambda peer: peer.sendall(b"+PON"),
+            "closed the connection before it had answered, but for '+PON'",
+        ),
+        (lambda peer: None, "closed the connection before it had answered"),
         (hangs, "no answer in 1 s"),
+        (says_half, "no answer in 1 s, but '+PO'"),
     ],
-    ids=["more", "in pieces", "another", "too short", "nothing"],
+    ids=["more", "in pieces", "another", "too short", "closed", "nothing", "half"],
 )
 def test_an_answer_is_compared(stack: ExitStack, talk: Talk, reason: str) -> None:
     asked: list[bytes] = []
@@ -180,7 +193,9 @@ def test_an_answer_is_compared(stack: ExitStack, talk: Talk, reason: str) -> Non
 
     there = peer(stack, answer)
     # So long that each check comes to ask, on a busy machine, too.
-    health = QUICK._replace(timeout=1.0 if talk is hangs else 5.0, send="PING\r\n", expect="+PONG")
+    health = QUICK._replace(
+        timeout=1.0 if talk in (hangs, says_half) else 5.0, send="PING\r\n", expect="+PONG"
+    )
     checked = stack.enter_context(
         Checked(there.address, health, None if reason else State(False, 1.0, "was down"))
     )
@@ -188,6 +203,16 @@ def test_an_answer_is_compared(stack: ExitStack, talk: Talk, reason: str) -> Non
     _, event, fields = checked.told[0]
     assert (event, fields.get("reason", "")) == ("backend_down" if reason else "backend_up", reason)
     assert set(asked) == {b"PING\r\n"}
+
+
+def test_of_a_long_answer_the_beginning_is_told(stack: ExitStack) -> None:
+    there = peer(stack, lambda connection: connection.sendall(b"\0" * 2000))
+    health = QUICK._replace(timeout=5.0, expect="a" * 1000)
+    checked = stack.enter_context(Checked(there.address, health, None))
+    checked.run(lambda: checked.told)
+    ((_, _, fields),) = checked.told
+    shown = 64 * r"\x00"
+    assert fields["reason"] == f"its answer is not the expected one, but '{shown}'"
 
 
 @pytest.mark.parametrize(
