@@ -10,10 +10,10 @@ waits: else the supervisor would want the processor while the client's handshake
 
 import json
 import os
+import select
 import socket
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Protocol
 
 from keyd.linux.descriptors import send_descriptors
@@ -104,9 +104,16 @@ class Outbox:
         """Send the rest before the parent ends. No client is left, so this may wait."""
         self._tell_lost()
         self._supervisor.settimeout(_LAST_SECONDS)
-        with suppress(OSError):
-            while self._waiting:
+        tries = int(_LAST_SECONDS / _PAUSE_SECONDS)
+        while self._waiting and tries:
+            try:
                 self._send_some(0)
+            except (BrokenPipeError, ConnectionResetError, TimeoutError):
+                return
+            except OSError:
+                # Too many descriptors are on their way. A pause that the filter allows.
+                select.poll().poll(_PAUSE_SECONDS * 1000)
+                tries -= 1
 
     def _tell_lost(self) -> None:
         """Have it told, after all that waits, how many events were lost."""

@@ -5,6 +5,7 @@ space. Beside its standard streams, each gets exactly the descriptors that its a
 plan name.
 """
 
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
 
 #: How often the parent and keyd say that they are alive.
 ALIVE_SECONDS = 3.0
+#: Its queue is full, there is no memory, or too many descriptors are on their way (unix(7)).
+_PASSING = errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS
 #: The arguments with which Python starts each of them.
 _KEYD = ("-m", "keyd", "serve")
 _PARENT = ("-m", "titus_py.parent.life")
@@ -71,7 +74,7 @@ class Child:
         return len(self._orders) == 1
 
     def send_orders(self) -> bool:
-        """Send the orders that the child takes, without waiting; returns whether that was all.
+        """Send the orders that can be sent now, without waiting; returns whether that was all.
 
         A child that has gone or hangs is noticed elsewhere.
         """
@@ -79,10 +82,9 @@ class Child:
             octets, descriptors = self._orders[0]
             try:
                 send_descriptors(self.socket, octets, descriptors)
-            except BlockingIOError:
-                return False
-            except OSError:
-                pass
+            except OSError as error:
+                if error.errno in _PASSING:
+                    return False
             self._drop_order()
         return True
 
