@@ -18,7 +18,7 @@ _SECONDS, _FURTHER_SECONDS = 0.5, 0.001
 
 
 def hear_alarms() -> None:
-    """To be called once, by the main thread, before ``not_lingering``."""
+    """To be called by the main thread, before ``not_lingering``."""
     # An ignored signal would end no wait.
     signal.signal(signal.SIGALRM, lambda *_: None)
 

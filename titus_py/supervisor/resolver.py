@@ -9,7 +9,6 @@ import itertools
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from itertools import chain, zip_longest
 
 from titus_py.between.event_loop import EventLoop, Timer
@@ -143,9 +142,13 @@ class Resolver:
             for _ in range(min(AT_ONCE - busy, len(waiting))):
                 name, number = waiting.popleft(), next(self._numbers)
                 self._asked[number] = name, family
-                # If that fails, the process is about to be found dead.
-                with suppress(OSError):
+                try:
                     self._process.send(Question(number, family, name.name).encode())
+                except OSError:
+                    # It has others to take (net.core.wmem_default), or is about to be found dead.
+                    del self._asked[number]
+                    waiting.appendleft(name)
+                    break
 
     def _changed(self) -> None:
         """The process has become ready, or has died: then ask again what it had been asked."""

@@ -23,6 +23,7 @@ from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.unprivileged import ALIVE, READY, Malformed
+from titus_py.supervisor.lingering import hear_alarms, not_lingering
 from titus_py.supervisor.reaping import reap
 from titus_py.supervisor.record import Event
 
@@ -80,6 +81,7 @@ class UnprivilegedProcess:
         self._end: Timer | None = None
         self._again: Timer | None = None
         self._pause = _PAUSE_SECONDS[0]
+        hear_alarms()
 
     def start(self) -> None:
         """Start it, unless it runs or is about to be started."""
@@ -182,7 +184,9 @@ class UnprivilegedProcess:
         if self._socket is None:
             return
         try:
-            message = self._socket.recv(self._most_octets)
+            # Descriptors that come with it are closed by the kernel.
+            with not_lingering():
+                message = self._socket.recv(self._most_octets)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -245,10 +249,11 @@ class UnprivilegedProcess:
         self.start()
 
     def _hang_up(self) -> None:
-        """Hear nothing more of it."""
+        """Hear nothing more of it: whoever asked it for something asks the next one."""
         if self._socket is not None:
             self._loop.unwatch(self._socket.fileno())
-            self._socket.close()
+            with not_lingering():
+                self._socket.close()
             self._socket = None
 
     def _kill(self) -> None:

@@ -1,23 +1,30 @@
 """A process without privilege that hangs, or says what it never says, is replaced."""
 
+import ctypes
 import errno
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.peers import lingering, nobody_waits_for
 
 from keyd.linux import seccomp
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.lookups import MAX_OCTETS
 from titus_py.between.unprivileged import Malformed
+from titus_py.configuration.address import NameAddress
 from titus_py.resolver.system_calls import RESOLVING
 from titus_py.supervisor import unprivileged
+from titus_py.supervisor.resolver import Resolver
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
 UID = 2_000_000_011
+_PIDFD_GETFD = 438
 
 
 class Watched:
@@ -45,6 +52,10 @@ class Watched:
     def pid(self) -> int:
         assert self.process._process is not None
         return self.process._process.pid
+
+
+def malformed(_: bytes) -> None:
+    raise Malformed
 
 
 @pytest.fixture
@@ -80,11 +91,54 @@ def test_one_that_hangs_is_ended_and_started_again(
     assert watched.pid() != pid
 
 
-def test_one_that_talks_nonsense_is_ended(watched: Watched) -> None:
-    def heard(_: bytes) -> None:
-        raise Malformed
+def test_a_question_for_which_there_is_no_room_is_asked_later(watched: Watched) -> None:
+    """net.core.wmem_default may be as low as this."""
+    assert watched.process._socket is not None
+    watched.process._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    found: set[str] = set()
+    resolver = Resolver(watched.loop, watched.process, lambda name, _: found.add(name.name))
+    names = {f"127.0.0.{number}" for number in range(1, 21)}
+    os.kill(watched.pid(), signal.SIGSTOP)
+    resolver.resolve([NameAddress(name, 80) for name in names], 3600)
+    os.kill(watched.pid(), signal.SIGCONT)
+    watched.run(lambda: found == names)
+    assert not watched.events
 
-    watched.process.heard = heard
+
+def mouth(pid: int) -> socket.socket:
+    """The only socket that this process has: to the supervisor."""
+    (number,) = [
+        int(one.name)
+        for one in Path(f"/proc/{pid}/fd").iterdir()
+        if one.name != "2" and os.readlink(one).startswith("socket:")
+    ]
+    pidfd = os.pidfd_open(pid)
+    taken = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, number, 0)
+    os.close(pidfd)
+    assert taken >= 0, os.strerror(ctypes.get_errno())
+    return socket.socket(fileno=taken)
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "not heard"])
+def test_it_cannot_have_the_supervisor_wait_in_closing_its_socket(
+    watched: Watched, heard: bool
+) -> None:
+    """One that lingers: its filter lets it make none, but others may send it one."""
+    with mouth(watched.pid()) as speaking:
+        side, peer = lingering()
+        with peer, nobody_waits_for(peer):
+            with side:
+                socket.send_fds(speaking, [b"nonsense"], [side.fileno()])
+            if heard:
+                watched.process.heard = malformed
+                watched.run(lambda: watched.events)
+                assert watched.events[0][0] == "unintelligible"
+            else:
+                watched.process.stop()
+
+
+def test_one_that_talks_nonsense_is_ended(watched: Watched) -> None:
+    watched.process.heard = malformed
     pid = watched.pid()
     # As if it had been ready once more, which nobody says.
     watched.process.ready = True
