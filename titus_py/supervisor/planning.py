@@ -5,8 +5,10 @@ since. The files are not read here: they may also hold a private key, so only ke
 check`` do that.
 """
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from keyd.linux import seccomp
 from titus_py import configuration
@@ -43,48 +45,52 @@ def plan_of(
     states: Mapping[Check, State | None],
     worker_filter: str,
 ) -> Plan:
-    """The plan for a configuration and what checking it has found.
+    """The plan for a configuration and what checking it has found. Raises OSError.
 
     ``addresses`` are those of its backends, by name; ``states``, what is known of those that are
     checked.
     """
     worker, limits = wanted.worker, wanted.limits
-    plan = Plan(
-        listeners=tuple(_listener(wanted, *one) for one in listeners.items()),
-        vhosts=tuple(_virtual_host(vhost, checked) for vhost in wanted.vhost),
-        tunnels=tuple(tunnel_terms(tunnel, wanted, checked) for tunnel in wanted.tunnel),
-        addresses=dict(addresses),
-        checks=tuple(states),
-        states=tuple(states.values()),
-        first_uid=uids[0],
-        last_uid=uids[-2],
-        max_workers=worker.max,
-        spare_workers=worker.spare,
-        handshake_timeout=worker.handshake_timeout,
-        connect_timeout=worker.connect_timeout,
-        limits=Limits(
-            limits.connections_per_address,
-            limits.connections_per_prefix or default_per_prefix(worker.max),
-            limits.connections_per_second,
-            limits.handshakes or default_handshakes(worker.max),
-            limits.idle_timeout,
-            limits.half_closed_timeout,
-            limits.keepalive,
-            limits.lifetime,
-            limits.unfinished.per_prefix,
-            limits.unfinished.every,
-        ),
-        chroot=str(worker.chroot),
-        required=worker.require,
-        worker_filter=worker_filter,
-        parent_uid=uids[-1],
-        parent_filter="",
-        backend_groups=worker.backend_gids,
-    )
-    calls = parent_calls(
-        plan.connects_to_unix_sockets, plan.binds_clients_addresses, plan.has_unix_clients
-    )
-    return plan._replace(parent_filter=seccomp.build(calls, failing=FAILING).hex())
+    with ExitStack() as opened:
+        plan = Plan(
+            listeners=tuple(_listener(wanted, *one) for one in listeners.items()),
+            vhosts=tuple(_virtual_host(vhost, checked, opened) for vhost in wanted.vhost),
+            tunnels=tuple(tunnel_terms(tunnel, wanted, checked) for tunnel in wanted.tunnel),
+            addresses=dict(addresses),
+            checks=tuple(states),
+            states=tuple(states.values()),
+            first_uid=uids[0],
+            last_uid=uids[-2],
+            max_workers=worker.max,
+            spare_workers=worker.spare,
+            handshake_timeout=worker.handshake_timeout,
+            connect_timeout=worker.connect_timeout,
+            limits=Limits(
+                limits.connections_per_address,
+                limits.connections_per_prefix or default_per_prefix(worker.max),
+                limits.connections_per_second,
+                limits.handshakes or default_handshakes(worker.max),
+                limits.idle_timeout,
+                limits.half_closed_timeout,
+                limits.keepalive,
+                limits.lifetime,
+                limits.unfinished.per_prefix,
+                limits.unfinished.every,
+            ),
+            chroot=str(worker.chroot),
+            required=worker.require,
+            worker_filter=worker_filter,
+            parent_uid=uids[-1],
+            parent_filter="",
+            backend_groups=worker.backend_gids,
+        )
+        calls = parent_calls(
+            plan.connects_to_unix_sockets, plan.binds_clients_addresses, plan.has_unix_clients
+        )
+        plan = plan._replace(parent_filter=seccomp.build(calls, failing=FAILING).hex())
+        # From here on, they are the plan's.
+        opened.pop_all()
+    return plan
 
 
 def tunnel_terms(
@@ -125,14 +131,19 @@ def _listener(
     return Listener(listener.fileno(), balancers, proxy_timeout, starttls=starttls, unix=unix)
 
 
-def _virtual_host(vhost: configuration.VirtualHost, checked: Checked) -> VirtualHost:
+def _virtual_host(
+    vhost: configuration.VirtualHost, checked: Checked, opened: ExitStack
+) -> VirtualHost:
     shown = [checked.certificates[one] for one in vhost.credentials.values()]
+    index = _write_index(vhost, checked)
+    if index is not None:
+        opened.callback(os.close, index)
     return VirtualHost(
         server_names=vhost.sni,
         local_address=vhost.local_address,
         local_port=vhost.local_port,
         certificates=tuple(map(_certificate, shown)),
-        certificate_index=_write_index(vhost, checked),
+        certificate_index=index,
         backend=tuple(map(str, vhost.backend)),
         backends={
             protocol: tuple(map(str, backends)) for protocol, backends in vhost.backends.items()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -18,12 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titus_py.between.event_loop import EventLoop
+from titus_py.configuration import load
 from titus_py.configuration.address import UnixAddress
+from titus_py.configuration.checking import CertificateFacts, Checked
+from titus_py.configuration.file_watch import FileWatch
 from titus_py.supervisor import child as child_module
 from titus_py.supervisor.child import Child, start_keyd
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.lending_socket import LendingSocket
+from titus_py.supervisor.planning import plan_of
 from titus_py.supervisor.uid_blocks import free_block
 
 
@@ -185,3 +190,41 @@ def test_a_free_block_is_the_first_that_nobody_has(taken: list[range], count: in
         if not any(first < one.stop and one.start < first + count for one in taken)
     ]
     assert block == (fitting[0] if fitting else None)
+
+
+def test_a_parent_that_cannot_be_told_all_leaves_no_descriptor(tmp_path: Path) -> None:
+    """Each directory's certificates are in a file of their own."""
+    names = ("one", "two", "three")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "www.pem").touch()
+    hosts = "".join(
+        f'[[vhost]]\nlocal_address = "127.0.0.{number}"\ncertificate_dir = "{name}"\n'
+        'backend = "127.0.0.1:80"\n'
+        for number, name in enumerate(names, 1)
+    )
+    (tmp_path / "titus.toml").write_text(f'[[listen]]\naddress = ":443"\n{hosts}')
+    loaded = load(tmp_path / "titus.toml")
+    assert loaded.configuration is not None, loaded.mistakes
+    facts = CertificateFacts("", bytes(32), "", "", ("www.example.org",), datetime.now(UTC))
+    certificates = dict.fromkeys(loaded.credentials, facts)
+    assert len(certificates) == len(names)
+    files = FileWatch.of(certificates, [])
+    checked = Checked(loaded.configuration, [], [], certificates, files)
+    before, failures = descriptors(), 0
+    for more in range(10):
+        with room_for(more):
+            try:
+                plan = plan_of(loaded.configuration, checked, range(9), {}, {}, {}, "")
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                failures += 1
+                plan = None
+        if plan is not None:
+            assert len(plan.indexes) == len(names)
+            for index in plan.indexes:
+                os.close(index)
+        assert descriptors() == before, f"with {more} more"
+    # The filter takes one as well.
+    assert len(names) < failures < 10
