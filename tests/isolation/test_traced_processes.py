@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
-from integration.instance import Process, eventually, zombies
+from integration.instance import PATIENCE, Process, eventually, zombies
 from integration.peers import TIMEOUT, Listener, TlsClient
 from integration.service import talk
+
+from titus_py.supervisor.control_client import ask
 
 from .harness import infected, one_more_connection
 
@@ -85,6 +87,24 @@ def test_another_keyd_is_started(
             assert _is_zombie(keyd)
         assert talk(other)
         # Whoever starts something next reaps it.
+        instance.keyd().kill()
+        eventually(lambda: not zombies(instance.pid), "no zombies")
+        one_more_connection(instance)
+
+
+def test_another_program_reaps_it(
+    certificate: Certificate, backend: Listener, tmp_path: Path
+) -> None:
+    with infected(tmp_path, certificate, backend.address) as instance:
+        instance.expected_alarms.add("keyd_died")
+        keyd = instance.keyd()
+        with traced(keyd):
+            keyd.kill()
+            instance.wait_for_event("keyd_died", pid=keyd.pid)
+            instance.wait_for_events(2, "keyd_started")
+            assert ask(instance.pid, {"do": "reload program"}, PATIENCE)["reloaded"]
+            assert instance.events_named("program_changed")
+            assert _is_zombie(keyd)
         instance.keyd().kill()
         eventually(lambda: not zombies(instance.pid), "no zombies")
         one_more_connection(instance)

@@ -15,7 +15,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import resolved
 from titus_py.configuration.address import parse_backend
 from titus_py.configuration.held_uids import HeldUids
-from titus_py.supervisor import succession
+from titus_py.supervisor import reaping, succession
 from titus_py.supervisor.backends import Backends
 from titus_py.supervisor.children import START_SECONDS, Children
 from titus_py.supervisor.control import Control
@@ -138,6 +138,7 @@ class ProgramChange:
             metrics=None if metrics is None else metrics.fileno(),
             metrics_address=self._metrics.address,
             lending=self._lending.left,
+            late=reaping.leave(),
             counts=self._record.metrics.leave(),
             log_format=log.form,
             log_level=log.least,
@@ -176,6 +177,7 @@ class ProgramChange:
         if legacy.metrics is not None:
             self._metrics.adopt(legacy.metrics_address, socket.socket(fileno=legacy.metrics))
         self._lending.adopt(legacy.lending)
+        reaping.inherit(legacy.late)
         serving = self._generations.serving
         self._record(
             "program_changed",

@@ -8,10 +8,11 @@ uninterruptible sleep. Neither is waited for: the supervisor has others to look 
 import os
 import select
 import subprocess
+from collections.abc import Iterable
 
 from keyd.linux.process import how_ended
 
-__all__ = ["reap", "reap_late"]
+__all__ = ["inherit", "leave", "reap", "reap_late"]
 
 #: How long one may take that was killed: most are gone within milliseconds.
 _SECONDS = 2.0
@@ -37,6 +38,17 @@ def reap(process: "subprocess.Popen[bytes] | int", pidfd: int) -> str:
 def reap_late() -> None:
     """Reap those that have ended since."""
     _late[:] = [process for process in _late if _code(process) is None]
+
+
+def leave() -> list[int]:
+    """The pids of those that were given up and are still there: for this process's next program."""
+    reap_late()
+    return [process if isinstance(process, int) else process.pid for process in _late]
+
+
+def inherit(pids: Iterable[int]) -> None:
+    """Reap those as well that this process's previous program has left."""
+    _late.extend(pids)
 
 
 def _code(process: "subprocess.Popen[bytes] | int") -> int | None:

@@ -156,6 +156,8 @@ class Legacy(_Left):
     metrics_address: Bindable | None
     #: Where keys are lent to other hosts.
     lending: list[LendingSocketLeft] = []
+    #: The pids of children that were given up, and are to be reaped once they have ended.
+    late: list[int] = []
     counts: dict[str, Any]
     log_format: str
     log_level: str
