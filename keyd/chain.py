@@ -51,6 +51,7 @@ def doubts(
     yield from _broken_order(path, chain)
     if not known:
         yield from _unpopular_key(path, leaf.certificate)
+        yield from _must_staple(path, leaf.certificate)
         yield from _dead_end(path, leaf.certificate, chain[-1].certificate)
 
 
@@ -86,6 +87,19 @@ def _unpopular_key(path: str, leaf: x509.Certificate) -> Iterator[str]:
         kind = f"an {name}"
     if kind:
         yield f"{path} is for {kind} key, which browsers refuse: get one for a P-256 key"
+
+
+def _must_staple(path: str, leaf: x509.Certificate) -> Iterator[str]:
+    """A certificate that demands an answer of OCSP with it (RFC 7633), which no worker has."""
+    try:
+        features = leaf.extensions.get_extension_for_class(x509.TLSFeature).value
+    except (x509.ExtensionNotFound, *UNREADABLE):
+        return
+    if x509.TLSFeatureType.status_request in features:
+        yield (
+            f"{path} has must-staple, and nothing is stapled: clients that heed it will refuse: "
+            "get one without it"
+        )
 
 
 def _broken_order(path: str, chain: Sequence[Located]) -> Iterator[str]:

@@ -169,6 +169,16 @@ def test_a_self_signed_certificate(tmp_path: Path) -> None:
     ]
 
 
+def test_one_that_demands_an_answer_of_ocsp(tmp_path: Path) -> None:
+    """No worker could ask for it, and Firefox refuses the certificate without."""
+    feature = x509.TLSFeature([x509.TLSFeatureType.status_request])
+    chain = issue("staple", MIDDLE, extension=feature), MIDDLE, ROOT
+    assert doubts(tmp_path, *chain) == [
+        f"{tmp_path}/site.crt has must-staple, and nothing is stapled: clients that heed it will "
+        "refuse: get one without it"
+    ]
+
+
 def test_of_a_key_that_its_peers_know_nobody_asks_who_certified_it(tmp_path: Path) -> None:
     (tmp_path / "site.crt").write_bytes(pem(OTHER))
     files = KeyFiles(str(tmp_path / "site.crt"), None)
