@@ -475,6 +475,7 @@ class Keyd:
         now, or one that the shutdown wakes.
         """
         now = time.monotonic()
+        # With Python's lock held from here to there: one thread does this, and not its like.
         if now - self._swept < _SWEEP_INTERVAL:
             return
         self._swept = now

@@ -4,9 +4,11 @@ Used by keyd's threads. Where each takes what comes next, they wait for Python's
 other, again and again for one request. So whoever has the lead keeps it, until something takes long
 that others can run beside.
 
-To wake another thread costs a third of an RSA signature. So nobody is woken while nobody has to
-wait for a signature anyway. That costs one event the time of one signature, ten times a second at
-most.
+To wake another thread costs a third of an RSA signature: often it takes the processor from the one
+that is about to sign, only to wait for Python's lock. So nobody is woken while nobody has to wait
+for a signature anyway. That costs one event the time of one signature, ten times a second at most.
+And whoever has signed meanwhile waits for one event beside the leader. If that takes long, too,
+there is nobody to be woken.
 """
 
 import select
@@ -25,6 +27,8 @@ class Lead:
     def __init__(self, events: select.epoll) -> None:
         self._lock = threading.Lock()
         self._leader = 0
+        #: Who may wait for one event without it.
+        self._beside: set[int] = set()
         self._events = events
         self._crowded_until = time.monotonic()
         #: Whether the leader has kept the lead while something took long.
@@ -39,11 +43,13 @@ class Lead:
 
     @property
     def held(self) -> bool:
-        """Whether this thread has it."""
-        return self._leader == threading.get_ident()
+        """Whether this thread has it, or may wait for an event beside whoever has."""
+        thread = threading.get_ident()
+        return self._leader == thread or thread in self._beside
 
     def next_event(self, seconds: float) -> list[tuple[int, int]]:
-        """By the leader: the next event, if there is one within this time."""
+        """By one who may: the next event, if there is one within this time."""
+        self._beside.discard(threading.get_ident())
         if self._kept:
             self._kept = False
             if waiting := self._events.poll(0, 1):
@@ -58,11 +64,12 @@ class Lead:
         """
         if time.monotonic() < self._crowded_until:
             self.hand_over()
+            self._beside.add(threading.get_ident())
         elif self.held:
             self._kept = True
 
     def hand_over(self) -> None:
         """Let another thread have it, if this one does: what comes next may take very long."""
-        if self.held:
+        if self._leader == threading.get_ident():
             self._leader = 0
             self._lock.release()

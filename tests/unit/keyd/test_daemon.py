@@ -226,6 +226,9 @@ def test_another_thread_takes_over_while_a_slow_key_signs(kind: str, slow: bool)
         keyd._take_turn(0)
         assert worker.recv(100)
         assert other.recv(100)
+        # For one more event, it waits in any case.
+        assert keyd.lead.held
+        keyd.lead.next_event(0)
     assert keyd.lead.held is not slow
 
 

@@ -87,12 +87,49 @@ def test_it_is_not_kept_once_somebody_has_waited(
     events.happen()
     events.hear()
     lead.make_way()
-    assert not lead.held
+    assert not is_held_beside(lead)
     # And is kept again after a while.
     assert lead.take(0)
     monkeypatch.setattr("time.monotonic", lambda: inf)
     lead.make_way()
     assert lead.held
+
+
+def is_held_beside(lead: Lead) -> bool:
+    """Once one who may wait for one more event has done so."""
+    assert lead.held
+    assert not lead.next_event(0)
+    return lead.held
+
+
+def test_who_has_made_way_waits_for_one_event_beside_the_leader(events: Events) -> None:
+    lead = events.lead
+    assert lead.take(0)
+    lead.make_way()
+    events.happen()
+    events.hear()
+    ready, go_on = threading.Event(), threading.Event()
+
+    def lead_on() -> None:
+        assert lead.take(60)
+        ready.set()
+        go_on.wait()
+        lead.hand_over()
+
+    leader = threading.Thread(target=lead_on)
+    leader.start()
+    # Each that takes long lets it wait once more, and wakes nobody.
+    for _ in range(3):
+        lead.make_way()
+        ready.wait()
+        assert lead.held
+        events.happen()
+        events.hear()
+        assert not lead.held
+    assert not lead.take(0)
+    go_on.set()
+    leader.join()
+    assert lead.take(0)
 
 
 def test_who_waits_while_nothing_takes_long_is_next_anyway(events: Events) -> None:
