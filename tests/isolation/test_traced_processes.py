@@ -1,5 +1,6 @@
 """A process that is traced, and whose tracer is stopped, holds nobody else up."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
-from integration.instance import PATIENCE, Process, eventually, zombies
+from integration.instance import PATIENCE, Instance, Process, eventually, zombies
 from integration.peers import TIMEOUT, Listener, TlsClient
 from integration.service import talk
 
@@ -26,8 +27,8 @@ sys.stdin.read()
 
 
 @contextmanager
-def traced(process: Process) -> Iterator[None]:
-    """By somebody who does not ask how it is."""
+def traced(process: Process) -> Iterator[int]:
+    """By somebody who does not ask how it is; yields who."""
     with subprocess.Popen(
         [sys.executable, "-c", _TRACER, str(process.pid)],
         stdin=subprocess.PIPE,
@@ -36,7 +37,7 @@ def traced(process: Process) -> Iterator[None]:
     ) as tracer:
         assert tracer.stdout is not None
         assert tracer.stdout.readline() == "0\n"
-        yield
+        yield tracer.pid
 
 
 def test_a_workers_end_is_waited_for_by_nobody_else(
@@ -54,15 +55,23 @@ def test_a_workers_end_is_waited_for_by_nobody_else(
         name = "{}:{}".format(*client.socket.getsockname())
         begun = instance.wait_for_event("connection_begun", client=name)
         worker = instance.worker_of(begun["uid"])
-        with traced(worker):
+        with traced(worker) as tracer:
             worker.kill()
             # The parent has heard of its end, and nobody has reaped it.
             eventually(lambda: _is_zombie(worker), "a zombie")
             for _ in range(10):
                 one_more_connection(instance)
+            told = instance.wait_for_event("worker_stays", uid=worker.uid)
+            (number,) = re.findall("/proc/([0-9]+)/status", told["why"])
+            assert (int(number), told["connection"]) == (worker.pid, begun["connection"])
+            status = Path(f"/proc/{number}/status").read_text()
+            assert f"TracerPid:\t{tracer}\n" in status
+            assert _that_stay(instance) == 1
             assert not instance.events_named("connection_ended", client=name)
         ended = instance.wait_for_event("connection_ended", client=name)
         assert ended["end"] == "killed by SIGKILL"
+        eventually(lambda: not _that_stay(instance), "no worker that stays")
+        assert len(instance.events_named("worker_stays")) == 1
         assert talk(other)
         assert instance.parent() == parent
 
@@ -129,6 +138,12 @@ def test_another_fork_server_is_started(
             one_more_connection(instance)
             assert _is_zombie(fork_server)
         assert talk(other)
+
+
+def _that_stay(instance: Instance) -> int:
+    (serving,) = ask(instance.pid, {"do": "status"}, PATIENCE)["generations"]
+    count: int = serving["workers_that_stay"]
+    return count
 
 
 def _is_zombie(process: Process) -> bool:

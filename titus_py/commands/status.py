@@ -323,7 +323,7 @@ def _backend(of: Mapping[str, Any], how: str) -> tuple[Text, Text]:
     return _text(of["backend"] + how), addresses or Text("not resolved", style="red")
 
 
-def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]]) -> Table:
+def _counts(counts: Mapping[str, Any], generations: Sequence[Mapping[str, Any]]) -> Table:
     live = sum(generation["connections"] for generation in generations)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("connections", f"{live} now, {counts['accepted']} accepted")
@@ -351,6 +351,8 @@ def _counts(counts: Mapping[str, Any], generations: Iterable[Mapping[str, Any]])
     ):
         if counts[name]:
             table.add_row(label, Text(_listed(counts[name]), style=style))
+    if stay := sum(generation.get("workers_that_stay", 0) for generation in generations):
+        table.add_row("workers that do not end", Text(str(stay), style="yellow"))
     if counts["events_lost"]:
         table.add_row("events lost", Text(str(counts["events_lost"]), style="bold red"))
     return table

@@ -280,7 +280,7 @@ class Parent:
         """Kill what hangs of ours. Tell the supervisor, which kills a parent that hangs."""
         self._forks.look_after()
         self._pool.look_after()
-        self._tell("alive", spares=len(self._pool.spares))
+        self._tell("alive", spares=len(self._pool.spares), stay=self._pool.stay)
         self._loop.after(_ALIVE_SECONDS, self._say_alive)
 
 

@@ -33,9 +33,9 @@ _MAX_FAILED_WORKERS = 5
 #: 15 seconds, as ``look_after`` is called every 3. On a busy machine, workers may take a few.
 _LOOKS = 6
 _HANGS = "hung before it had a client"
-#: How often a worker is seen that was killed, before that is told: for six seconds or more. SIGKILL
-#: ends a process only once the kernel lets it return from its system call.
-_LOOKS_AFTER_KILL = 3
+#: How often a worker is seen that was killed, or cannot be reaped, before that is told: for six
+#: seconds or more. SIGKILL ends a process only once the kernel lets it return from its system call.
+_LOOKS_AFTER_END = 3
 _NOT_WATCHED = "no descriptor was left to watch it by"
 #: How often to hear a worker that has ended: our code says four things at most. Besides, there may
 #: be a reset, and is the end of file.
@@ -76,8 +76,8 @@ class Pool:
         self.spares: deque[Worker] = deque()
         #: Those that are neither spares nor have a client, and how often they were seen so.
         self._idle: dict[Worker, int] = {}
-        #: The same of those that were killed, and have not ended yet.
-        self._killed: dict[Worker, int] = {}
+        #: The same of those that were killed, or have ended, and are still there.
+        self._leaving: dict[Worker, int] = {}
         #: Those that have ended, and cannot be reaped yet.
         self._traced: set[Worker] = set()
         #: Those without a pidfd, by their pids.
@@ -96,6 +96,11 @@ class Pool:
     def coming(self) -> int:
         """How many workers without a client there are, or soon will be."""
         return len(self.spares) + len(self._forming)
+
+    @property
+    def stay(self) -> int:
+        """How many workers are still there long after they were killed, or have ended."""
+        return sum(looks >= _LOOKS_AFTER_END for looks in self._leaving.values())
 
     def drain(self) -> None:
         """From now on, workers are forked only for clients that wait already."""
@@ -149,33 +154,38 @@ class Pool:
         for worker in list(self._traced):
             self._bury(worker)
         spares = set(self.spares)
-        idle, killed = self._idle, self._killed
-        self._idle, self._killed = {}, {}
+        idle, leaving = self._idle, self._leaving
+        self._idle, self._leaving = {}, {}
         for worker in self._workers.values():
-            if worker.killed_for:
-                self._killed[worker] = killed.get(worker, 0) + 1
+            if worker.killed_for or worker in self._traced:
+                self._leaving[worker] = leaving.get(worker, 0) + 1
             elif worker.pidfd >= 0 and worker.offer is None and worker not in spares:
                 self._idle[worker] = idle.get(worker, 0) + 1
         for worker, looks in self._idle.items():
             if looks >= _LOOKS:
                 worker.kill(_HANGS)
-        for worker, looks in self._killed.items():
-            if looks == _LOOKS_AFTER_KILL:
+        for worker, looks in self._leaving.items():
+            if looks == _LOOKS_AFTER_END:
                 self._stays(worker)
 
     def _stays(self, worker: Worker) -> None:
-        """A worker was killed, and does not end. Tell it, once, and go on without it.
+        """A worker was killed, and does not end, or has ended, and its tracer has not asked how.
 
-        Another one takes its place among the spares. It still counts among all workers, of which
-        there are never more than the configuration allows: so processes do not pile up.
+        Tell it, once, and go on without it. Another one takes its place among the spares. It still
+        counts among all workers, of which there are never more than the configuration allows: so
+        processes do not pile up.
         """
         self._forming.discard(worker.uid)
+        why = worker.killed_for
+        if worker in self._traced:
+            # /proc is not open to this process.
+            why = f"ended for its tracer only: see TracerPid in /proc/{worker.pid}/status"
         self._tell(
             "worker_stays",
             level="error",
             uid=worker.uid,
             connection=worker.connection or None,
-            why=worker.killed_for,
+            why=why,
         )
 
     # --- forking ------------------------------------------------------------------------
@@ -242,6 +252,7 @@ class Pool:
             if pidfd >= 0:
                 self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
             return
+        worker.pid = forked.pid
         if forked.error:
             self._forget(worker)
             os.close(worker.report)
@@ -329,12 +340,18 @@ class Pool:
 
     def _reap_unwatched(self, worker: Worker, pid: int) -> None:
         """Reap a spare that was told to leave. Until then, no other process gets its pid."""
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is None:
+        status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        if status is None:
             return
         del self._unwatched[pid]
-        if self._workers.get(worker.uid) is worker:
-            self._forget(worker)
-            os.close(worker.report)
+        if self._workers.get(worker.uid) is not worker:
+            return
+        self._forget(worker)
+        why = read_report(worker.report).detail or worker.killed_for
+        os.close(worker.report)
+        how = _how(status)
+        if how and not self._draining:
+            self._worker_failed(worker, how, why)
 
 
 def _shuffled(uids: range) -> list[int]:

@@ -55,6 +55,7 @@ class Worker:
         "local",
         "offer",
         "orphaned",
+        "pid",
         "pidfd",
         "protocol",
         "ready",
@@ -70,8 +71,8 @@ class Worker:
 
     def __init__(self, uid: int, report: int, end: SocketType) -> None:
         self.uid = uid
-        #: -1 until it has been forked.
-        self.pidfd = -1
+        #: 0, and -1, until it has been forked.
+        self.pid, self.pidfd = 0, -1
         self.report = report
         self.socket = end
         self.ready = False

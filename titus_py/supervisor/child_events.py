@@ -230,7 +230,7 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
             "huge_pages": _optional(_COUNT),
             "huge_pages_of_code": _optional(_COUNT),
         },
-        "alive": {"spares": _COUNT},
+        "alive": {"spares": _COUNT, "stay": _optional(_COUNT)},
         "retired": {},
         "not_available": {"level": _LEVEL, "feature": _TEXT},
         "events_lost": {"level": _LEVEL, "count": _COUNT},

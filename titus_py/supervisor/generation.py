@@ -98,6 +98,8 @@ class Generation:
         #: The listeners that were opened for it.
         self.added: dict[Bindable, socket.socket] = {}
         self.spares = 0
+        #: Workers that are still there long after they were killed, or have ended.
+        self.stay = 0
         #: On how many huge pages its workers have what they inherit, and code; None: not known yet.
         self.huge_pages: int | None = None
         self.huge_pages_of_code: int | None = None

@@ -213,6 +213,7 @@ class Status:
                     "keyd": generation.keyd and generation.keyd.pid,
                     "connections": len(generation.connections),
                     "spares": generation.spares,
+                    "workers_that_stay": generation.stay,
                     "huge_pages": generation.huge_pages,
                     "huge_pages_of_code": generation.huge_pages_of_code,
                 }
