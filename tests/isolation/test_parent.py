@@ -266,7 +266,19 @@ def test_whom_it_asks_where_clients_are_on_a_unix_socket() -> None:
     assert succeeded(found) == USUAL | {"ask who has connected", "set a timer"}
 
 
-@pytest.mark.parametrize("first", ["", "import traceback\n"])
+#: As in Python 3.14, which tries to load that module then, and does without it if it cannot.
+IMPORTS_LATE = """
+import sys
+def hook(*error):
+    try:
+        import traceback
+    except ImportError:
+        sys.__excepthook__(*error)
+sys.excepthook = hook
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import traceback\n", IMPORTS_LATE])
 def test_the_reason_of_an_end_that_nobody_has_foreseen_is_told(first: str) -> None:
     """Python 3.13 writes it by that module, if it is loaded."""
     code = 'raise ValueError("nobody\'s fault")'
