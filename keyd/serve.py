@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
 from typing import NoReturn
 
 import prctl
@@ -26,6 +25,7 @@ from keyd.powers import Key
 from keyd.protocol import fingerprint
 from keyd.reference import key_id
 from keyd.succession import inherited, receive
+from keyd.telling import Teller
 from keyd.token.keys import States, hear_first
 from keyd.token.starting import start_told
 from keyd.words import leave_standard_error
@@ -70,35 +70,33 @@ def serve(arguments: argparse.Namespace) -> NoReturn:
     # After confine(): a change of uid clears the parent-death signal.
     prctl.set_pdeathsig(signal.SIGKILL)
 
-    def tell(event: str, **fields: object) -> None:
-        # A supervisor that does not keep up misses this event; the next one has the totals again.
-        with suppress(OSError):
-            supervisor.send(json.dumps({"event": event, **fields}).encode(), socket.MSG_DONTWAIT)
-
+    teller = Teller(supervisor)
+    tell, tell_news = teller.tell, teller.tell_news
     leave_standard_error(lambda line: tell("keyd_said", text=line))
 
     hear_first(tokens)
     states = States(tokens)
 
     def tick() -> None:
+        teller.tell_kept()
         tell("alive")
         if (news := states.news()) is not None:
-            tell("tokens", tokens=news)
+            tell_news("tokens", tokens=news)
         if broker is not None and (upstreams := broker.news()) is not None:
-            tell("upstreams", upstreams=upstreams)
+            tell_news("upstreams", upstreams=upstreams)
         if (counts := states.counted()) is not None:
-            tell("token_operations", tokens=counts)
+            tell_news("token_operations", tokens=counts)
         if (operations := keyd.tally.news()) is not None:
-            tell("operations", **operations)
+            tell_news("operations", **operations)
         if lender is not None:
             for refusals in lender.tick():
                 tell("lending_refused", **refusals)
             if (lent := lender.news()) is not None:
-                tell("lent", clients=lent)
+                tell_news("lent", clients=lent)
 
     def ready() -> None:
         tick()
-        tell(
+        tell_news(
             "ready",
             keys=fingerprint(keys),
             all_memory_locked=locked,

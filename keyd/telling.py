@@ -1,0 +1,49 @@
+"""What keyd tells the supervisor that has started it: events in JSON, without ever waiting.
+
+Run by keyd's threads. A supervisor that does not keep up misses an event. News is told as soon as
+there is room: whoever has it tells it once, and not again before it changes.
+"""
+
+import json
+import socket
+
+from keyd.linux.descriptors import passes
+
+__all__ = ["Teller"]
+
+
+class Teller:
+    def __init__(self, supervisor: socket.socket) -> None:
+        self._supervisor = supervisor
+        #: By the event's name, the last news that there was no room for.
+        self._kept: dict[str, bytes] = {}
+
+    def tell(self, event: str, **fields: object) -> None:
+        """Tell it now or never."""
+        self._send(_encoded(event, fields))
+
+    def tell_news(self, event: str, **fields: object) -> None:
+        """Tell it now, or with the next ``tell_kept`` unless there is other news by then."""
+        message = _encoded(event, fields)
+        if self._send(message):
+            self._kept.pop(event, None)
+        else:
+            self._kept[event] = message
+
+    def tell_kept(self) -> None:
+        """What there was no room for. To be called about once a second."""
+        for event, message in list(self._kept.items()):
+            if self._send(message):
+                del self._kept[event]
+
+    def _send(self, message: bytes) -> bool:
+        """Whether nothing is left to be done: it was sent, or never can be."""
+        try:
+            self._supervisor.send(message, socket.MSG_DONTWAIT)
+        except OSError as error:
+            return not passes(error)
+        return True
+
+
+def _encoded(event: str, fields: dict[str, object]) -> bytes:
+    return json.dumps({"event": event, **fields}).encode()

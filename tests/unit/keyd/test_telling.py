@@ -1,0 +1,85 @@
+"""What keyd tells its supervisor while that does not keep up: news is told later."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from keyd.telling import Teller
+
+
+class Supervisor:
+    def __init__(self) -> None:
+        ours, self._end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        self._end.setblocking(False)
+        self.keyds = ours
+        self.teller = Teller(ours)
+
+    def stops(self) -> None:
+        """Until nothing more can be told."""
+        with suppress(BlockingIOError):
+            while True:
+                self.keyds.send(b'{"event": "alive"}', socket.MSG_DONTWAIT)
+
+    def hears(self) -> list[dict[str, Any]]:
+        """All but that keyd is alive."""
+        told = []
+        with suppress(BlockingIOError):
+            while message := self._end.recv(1000):
+                told.append(json.loads(message))
+        return [one for one in told if one["event"] != "alive"]
+
+    def close(self) -> None:
+        self._end.close()
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    supervisor = Supervisor()
+    yield supervisor
+    supervisor.close()
+    supervisor.keyds.close()
+
+
+def test_news_is_told_once_there_is_room(supervisor: Supervisor) -> None:
+    supervisor.stops()
+    for state in ("ready", "cannot be used"):
+        supervisor.teller.tell_news("tokens", tokens=[["web", state]])
+        supervisor.teller.tell_news("upstreams", upstreams=[state])
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == []
+    supervisor.teller.tell_kept()
+    last = "cannot be used"
+    assert supervisor.hears() == [
+        {"event": "tokens", "tokens": [["web", last]]},
+        {"event": "upstreams", "upstreams": [last]},
+    ]
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == []
+
+
+def test_what_was_kept_does_not_follow_what_is_newer(supervisor: Supervisor) -> None:
+    supervisor.stops()
+    supervisor.teller.tell_news("lent", clients=[1])
+    supervisor.hears()
+    supervisor.teller.tell_news("lent", clients=[2])
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == [{"event": "lent", "clients": [2]}]
+
+
+def test_what_is_no_news_is_told_now_or_never(supervisor: Supervisor) -> None:
+    supervisor.stops()
+    supervisor.teller.tell("keyd_said", text="a line")
+    supervisor.hears()
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == []
+
+
+def test_one_that_has_ended_is_told_nothing(supervisor: Supervisor) -> None:
+    supervisor.close()
+    supervisor.teller.tell_news("lent", clients=[1])
+    assert not supervisor.teller._kept
