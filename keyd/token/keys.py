@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -43,8 +44,8 @@ __all__ = ["PublicKey", "States", "Token", "TokenKey", "hear_first", "rehearse_v
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 #: How long a question may wait for its answer. A client's handshake may take longer.
 _DEADLINE_SECONDS = 5.0
-#: How long a key's proof may take: all keys of a token are proved at once.
-_PROOF_SECONDS = 30.0
+#: How long a key's proof may take, and how many keys of a token are proved at once.
+_PROOF_SECONDS, _MOST_PROVED = 30.0, 32
 #: How long a start waits for tokens. One that takes longer is used once it is there.
 _FIRST_SECONDS = 10.0
 #: How many questions may wait in one token: more would not be answered in time by a slow one.
@@ -96,18 +97,20 @@ class TokenKey(KeyElsewhere):
         told = self._token.counting(told)
         if self.unusable:
             told(f"{self.full_name} {self.unusable}")
-        else:
-            self._ask(scheme, octets, told, _DEADLINE_SECONDS)
+        elif why := self._ask(scheme, octets, told, _DEADLINE_SECONDS):
+            told(f"{self._token.name} {why}")
 
-    def prove(self, told: Told) -> None:
-        """Have a signature made that no client asked for."""
-        self._ask(_scheme_for(self.public_key()), _PROOF, told, _PROOF_SECONDS)
+    def prove(self, told: Told) -> bool:
+        """Have a signature made that no client asked for; returns whether that can be asked now."""
+        scheme = _scheme_for(self.public_key())
+        return not self._ask(scheme, _PROOF, told, _PROOF_SECONDS)
 
-    def _ask(self, scheme: SignatureScheme, octets: bytes, told: Told, seconds: float) -> None:
+    def _ask(self, scheme: SignatureScheme, octets: bytes, told: Told, seconds: float) -> str:
+        """Returns why that cannot be asked."""
         digest = hashes.Hash(_digest(scheme))
         digest.update(octets)
         checked = partial(self._verify, scheme, octets, told)
-        self._token.ask(self._number, scheme, digest.finalize(), checked, seconds)
+        return self._token.ask(self._number, scheme, digest.finalize(), checked, seconds)
 
     def _verify(
         self, scheme: SignatureScheme, octets: bytes, told: Told, said: bytes | str
@@ -152,6 +155,8 @@ class Token:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Waiting] = {}
+        #: Keys that are to be proved, and how many are being.
+        self._unproved: deque[TokenKey] = deque()
         self._proofs = 0
         #: Messages that came unasked, less those that each second has; and when that was counted.
         self._unasked, self._counted = 0.0, time.monotonic()
@@ -169,8 +174,11 @@ class Token:
 
         return count
 
-    def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> None:
-        """Have a digest signed; ``told`` is called once, by this thread or by another."""
+    def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> str:
+        """Have a digest signed; ``told`` is called once, by this thread or by another.
+
+        Returns why that cannot be asked now; then it is not called.
+        """
         deadline = time.monotonic() + seconds
         with self._lock:
             why = self.down
@@ -184,8 +192,7 @@ class Token:
                     self._waiting[number] = _Waiting(deadline, told)
                 except OSError as error:
                     why = f"cannot be asked: {error.strerror}"
-        if why:
-            told(f"{self.name} {why}")
+        return why
 
     def hear(self) -> bool:
         """Take one message of the process, if there is one.
@@ -230,13 +237,14 @@ class Token:
         return True
 
     def expire(self) -> None:
-        """Answer questions that have waited for too long."""
+        """Answer questions that have waited for too long. About once a second."""
         now = time.monotonic()
         with self._lock:
             late = [number for number, one in self._waiting.items() if one.deadline < now]
             waited = [self._waiting.pop(number) for number in late]
         for one in waited:
             one.told(f"{self.name}: no answer in time")
+        self._prove_more()
 
     @property
     def state(self) -> str:
@@ -256,7 +264,7 @@ class Token:
             before, self.down = self.down, f"{UNUSABLE}{said.why}"
             self.lasting = said.lasting
             self.starting = False
-            self._proofs = 0
+            self._unproved.clear()
             waited = list(self._waiting.values())
             self._waiting.clear()
         if self.down != before:
@@ -276,22 +284,39 @@ class Token:
         with self._lock:
             self.down = ""
             self.logins += 1
-            self._proofs = len(candidates)
+            self._unproved = deque(candidates)
         for key in candidates:
             key.unusable = "is not proved yet"
-            key.prove(partial(self._prove, key))
+        self._prove_more()
         if not candidates:
             self._tell_ready()
+
+    def _prove_more(self) -> None:
+        """Have keys proved, as many as there is room for; the others' turn comes later."""
+        while True:
+            with self._lock:
+                if not self._unproved or self._proofs >= _MOST_PROVED:
+                    return
+                key = self._unproved.popleft()
+                self._proofs += 1
+            if not key.prove(partial(self._prove, key)):
+                with self._lock:
+                    self._proofs -= 1
+                    if not self.down:
+                        self._unproved.appendleft(key)
+                return
 
     def _prove(self, key: TokenKey, said: bytes | str) -> None:
         key.unusable = "" if isinstance(said, bytes) else f"is not used: {said}"
         with self._lock:
             self._proofs -= 1
-            last = self._proofs == 0
+            last = not (self.down or self._unproved or self._proofs)
         if not key.unusable:
             self._found(key)
         if last:
             self._tell_ready()
+        else:
+            self._prove_more()
 
     def _tell_ready(self) -> None:
         self.starting = False

@@ -166,8 +166,9 @@ def _wait_for_end(keyd: socket.socket, seconds: float | None) -> None:
 
 
 def _tell(keyd: socket.socket, said: Down) -> None:
+    """It waits for room, or for keyd's end: there is nothing else to be done meanwhile."""
     with suppress(OSError):
-        keyd.send(said.encode(), socket.MSG_DONTWAIT)
+        keyd.send(said.encode())
 
 
 def _give_up(keyd: socket.socket, why: str) -> NoReturn:

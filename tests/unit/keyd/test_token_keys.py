@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from select import select
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from keyd.powers import ALL_POWERS, NotTLS, perform
 from keyd.protocol import Operation, SignatureScheme
-from keyd.token import keys
+from keyd.token import keys, minder
 from keyd.token.keys import States, Token, TokenKey
 from keyd.token.messages import Answer, Down, Failure, Question, Ready
 
@@ -311,3 +312,86 @@ def test_answers_to_questions_are_no_flood(
         told = process.ask()
         process.sign()
         assert isinstance(told[0], bytes)
+
+
+def of_many_keys(most: int) -> Process:
+    process = Process()
+    names = [str(number) for number in range(most)]
+    process.token = Token(
+        "web", process.token.socket, names, [None] * most, process.said.append, process.found.append
+    )
+    return process
+
+
+def test_more_keys_are_proved_than_there_may_be_questions() -> None:
+    """Those that were too many were not used before the next login."""
+    process = of_many_keys(200)
+    process.say(Ready((SPKI,) * 200).encode())
+    for _ in range(200):
+        process.sign()
+    assert process.found == process.token.keys
+    assert process.token.state == "ready"
+    assert process.said == [f"token web: {number} is ready" for number in range(200)]
+
+
+def test_a_key_is_proved_once_there_is_room_to_ask_for_it() -> None:
+    process = of_many_keys(10)
+    process.token.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    states = States([process.token])
+    process.say(Ready((SPKI,) * 10).encode())
+    questions = []
+    while len(questions) < 10:
+        with suppress(BlockingIOError):
+            while True:
+                questions.append(process.question())
+        assert {key.unusable for key in process.token.keys} == {"is not proved yet"}
+        states.news()
+    for asked in questions:
+        form = ec.ECDSA(Prehashed(hashes.SHA256()))
+        process.say(Answer(asked.number, KEY.sign(asked.digest, form)).encode())
+    assert process.token.state == "ready"
+
+
+def test_one_that_fails_while_keys_are_proved_proves_them_all_again() -> None:
+    process = of_many_keys(100)
+    process.say(Ready((SPKI,) * 100).encode())
+    process.sign()
+    process.say(Down(False, "it hung").encode())
+    assert len(process.found) == 1
+    assert process.said[-1] == "token web cannot be used: it hung"
+    with suppress(BlockingIOError):
+        while True:
+            process.question()
+    process.say(Ready((SPKI,) * 100).encode())
+    for _ in range(100):
+        process.sign()
+    assert process.token.state == "ready"
+
+
+class Waiting(socket.socket):
+    """The process's end: while it waits for room, keyd goes on."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__(fileno=os.dup(process.socket.fileno()))
+        self._hear = process.token.hear
+
+    def send(self, octets: bytes, flags: int = 0) -> int:  # type: ignore[override]
+        while not flags & socket.MSG_DONTWAIT:
+            try:
+                return super().send(octets, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._hear()
+        return super().send(octets, flags)
+
+
+def test_a_keyd_that_does_not_keep_up_learns_that_its_token_has_failed(process: Process) -> None:
+    process.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    process.log_in()
+    with suppress(BlockingIOError):
+        while True:
+            process.socket.send(Failure(7, "").encode())
+    with Waiting(process) as end:
+        minder._tell(end, Down(True, "it hung"))
+    while select([process.token.socket], [], [], 0)[0]:
+        process.token.hear()
+    assert process.token.state == "cannot be used: it hung"
