@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from keyd.linux.descriptors import if_any
+from keyd.linux.descriptors import if_any, passes
 from keyd.protocol import Malformed
 from keyd.upstream.messages import (
     BUSY_SECONDS,
@@ -179,7 +179,11 @@ class Connection:
             return self._writer.send(octets, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
-        except OSError:
+        except OSError as error:
+            if passes(error):
+                # ENOBUFS, ENOMEM. There may be room at once, and no memory for long.
+                with self._lock:
+                    self.end(f"keyd cannot send more: {error.strerror}")
             return len(octets)
 
     def _shut_down(self) -> None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 
 from keyd.channel import Refused, fulfil, witness
-from keyd.linux.descriptors import if_any
+from keyd.linux.descriptors import if_any, passes
 from keyd.powers import Key, Whole, may_ask, takes_milliseconds
 from keyd.protocol import MAX_REPLY_OCTETS, Malformed, Operation, Power, Reply, Status
 from keyd.transcript import Witnessed
@@ -319,8 +319,8 @@ class Stream:
                 sent = self._socket.send(octets, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
-            except OSError:
-                # The thread that reads it learns that it is closed.
+            except OSError as error:
+                self._cannot_send(error)
                 return
         waits = bool(self._unsent)
         self._unsent += octets[sent:]
@@ -328,6 +328,12 @@ class Stream:
             self._end()
         elif self._unsent and not waits:
             self._await_room()
+
+    def _cannot_send(self, error: OSError) -> None:
+        """Holds the lock. If it has ended, the thread that reads it learns that."""
+        if passes(error):
+            # ENOBUFS, ENOMEM: an answer is lost, or a part of one. The other host asks again.
+            self._end()
 
     def _await_room(self) -> None:
         self._streams.writable.modify(self._socket, select.EPOLLOUT | select.EPOLLONESHOT)
@@ -341,8 +347,9 @@ class Stream:
                 del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 pass
-            except OSError:
+            except OSError as error:
                 self._unsent.clear()
+                self._cannot_send(error)
             if self._unsent:
                 self._await_room()
             elif self._leaves:

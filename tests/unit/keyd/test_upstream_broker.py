@@ -46,6 +46,7 @@ from keyd.upstream.awake import Awake
 from keyd.upstream.broker import Broker
 from keyd.upstream.connector import ABSENT, CONNECTED, FAILED, LOST, WANTED
 from keyd.upstream.messages import (
+    HEARD,
     MAX_FROM_BORROWER_OCTETS,
     Answer,
     Ask,
@@ -458,6 +459,33 @@ class Scarce(socket.socket):
         if error:
             raise OSError(error, os.strerror(error))
         return super().recv(*arguments)
+
+    def send(self, *arguments: Any) -> int:
+        error, self.error = self.error, 0
+        if error:
+            raise OSError(error, os.strerror(error))
+        return super().send(*arguments)
+
+
+def test_an_ask_that_there_was_no_memory_to_send_is_asked_on_another_connection(
+    host: Host,
+) -> None:
+    lender = host.connect(0)
+    lender.lend()
+    host.turn()
+    connection = host.broker._upstreams[0].connection
+    assert connection is not None
+    connection._writer = scarce = Scarce(fileno=connection._writer.detach())
+    scarce.error = errno.ENOBUFS
+    worker = host.request()
+    assert lender.end.recv(1000, socket.MSG_DONTWAIT) == HEARD
+    assert lender.end.recv(1000, socket.MSG_DONTWAIT) == b""
+    assert host.lost() == LOST + b"\0\1"
+    again = host.connect(0)
+    again.lend()
+    host.turn()
+    again.sign(*again.asked())
+    host.signed(worker)
 
 
 def test_a_machine_that_is_short_of_memory_ends_no_connection(host: Host) -> None:

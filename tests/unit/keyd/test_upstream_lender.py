@@ -5,6 +5,7 @@ the other host.
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -580,6 +581,36 @@ def test_who_does_not_take_answers_is_not_heard_and_holds_up_nobody(lending: Len
     host.socket.settimeout(PATIENCE)
     answers = host.answers(sent)
     assert set(answers) == set(range(sent))
+
+
+class Scarce(socket.socket):
+    """Its next messages find no memory."""
+
+    errors = 0
+
+    def send(self, *arguments: Any) -> int:
+        if self.errors:
+            self.errors -= 1
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return super().send(*arguments)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "once there is room"])
+def test_one_whose_answer_there_is_no_memory_for_ends(lending: Lending, waits: bool) -> None:
+    """The other host asks again, on another connection. It would wait for that answer."""
+    host = lending.host()
+    ((descriptor, stream),) = lending.keyd.streams.items()
+    stream._socket = scarce = Scarce(fileno=stream._socket.detach())
+    if waits:
+        with stream._lock:
+            stream._unsent += b"what there was no room for"
+            scarce.errors = 1
+            stream._await_room()
+    else:
+        scarce.errors = 1
+        host.socket.sendall(ask().encode())
+    assert host.hear() is None
+    until(lambda: descriptor not in lending.keyd.streams)
 
 
 def test_streams_of_one_client(lending: Lending) -> None:
