@@ -313,46 +313,37 @@ class Stream:
     def _send(self, octets: bytes) -> None:
         """Send, or keep for later what the kernel does not take. Holds the lock."""
         self._sent = time.monotonic()
-        sent = 0
-        if not self._unsent:
-            try:
-                sent = self._socket.send(octets, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                self._cannot_send(error)
-                return
         waits = bool(self._unsent)
-        self._unsent += octets[sent:]
-        if len(self._unsent) > _MOST_UNSENT_OCTETS:
-            self._end()
-        elif self._unsent and not waits:
-            self._await_room()
-
-    def _cannot_send(self, error: OSError) -> None:
-        """Holds the lock. If it has ended, the thread that reads it learns that."""
-        if passes(error):
-            # ENOBUFS, ENOMEM: an answer is lost, or a part of one. The other host asks again.
+        self._unsent += octets
+        if not waits:
+            self._send_unsent()
+        elif len(self._unsent) > _MOST_UNSENT_OCTETS:
             self._end()
 
-    def _await_room(self) -> None:
-        self._streams.writable.modify(self._socket, select.EPOLLOUT | select.EPOLLONESHOT)
+    def _send_unsent(self) -> None:
+        """Send what the kernel takes, and have the rest sent once there is room. Holds the lock."""
+        try:
+            del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._unsent.clear()
+            # If it has ended, the thread that reads it learns that.
+            if passes(error):
+                # ENOBUFS, ENOMEM: an answer is lost, or a part of one. The other host asks again.
+                self._end()
+        if self._unsent:
+            self._streams.writable.modify(self._socket, select.EPOLLOUT | select.EPOLLONESHOT)
 
     def flush(self) -> None:
         """Send what was kept: there is room."""
         with self._lock:
             if self._closed or not self._unsent:
                 return
-            try:
-                del self._unsent[: self._socket.send(self._unsent, socket.MSG_DONTWAIT)]
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                self._unsent.clear()
-                self._cannot_send(error)
+            self._send_unsent()
             if self._unsent:
-                self._await_room()
-            elif self._leaves:
+                return
+            if self._leaves:
                 self._end_if_done()
             else:
                 self._resume()

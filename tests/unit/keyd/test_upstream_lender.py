@@ -604,8 +604,8 @@ def test_one_whose_answer_there_is_no_memory_for_ends(lending: Lending, waits: b
     if waits:
         with stream._lock:
             stream._unsent += b"what there was no room for"
-            scarce.errors = 1
-            stream._await_room()
+        scarce.errors = 1
+        stream.flush()
     else:
         scarce.errors = 1
         host.socket.sendall(ask().encode())

@@ -19,7 +19,7 @@ def _told(path: Path) -> Iterator[tuple[str, set[str], bool]]:
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Call(
-                func=ast.Attribute(attr="_tell") | ast.Name(id="tell"),
+                func=ast.Attribute(attr="_tell") | ast.Name(id="tell" | "tell_news"),
                 args=[ast.Constant(str(name)), *_],
                 keywords=keywords,
             ):
