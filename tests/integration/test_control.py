@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -284,6 +285,44 @@ def test_sockets_of_those_who_live_are_left_alone(directory: Path) -> None:
     left = {file.name for file in directory.iterdir()} - {elsewhere.name}
     assert left == {"1.control", f"{os.getppid()}.control", "other.control", "empty"}
     assert elsewhere.exists()
+
+
+def test_the_socket_of_one_with_the_same_process_id_elsewhere_is_left_to_it(
+    directory: Path,
+) -> None:
+    """In another container, which shares the directory: its commands would reach this one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as in_another_namespace:
+        in_another_namespace.bind(str(control.control_path(os.getpid())))
+        in_another_namespace.listen()
+        with pytest.raises(OSError, match="another instance listens there"):
+            control.Control(EventLoop(), {})
+        assert control.listens(control.control_path(os.getpid()))
+
+
+def test_a_directory_that_was_removed_is_made_anew(directory: Path) -> None:
+    place = control.control_path(os.getpid())
+    loop = EventLoop()
+    ours = control.Control(loop, {})
+    assert not ours.look_after()
+    shutil.rmtree(directory)
+    assert not control.listens(place)
+    assert ours.look_after()
+    assert control.listens(place)
+    assert not ours.look_after()
+    # What has taken its place is not removed with it.
+    place.unlink()
+    bound(place)
+    ours.close()
+    assert place.is_socket()
+
+
+def test_a_socket_that_was_removed_is_made_anew(instance: Instance) -> None:
+    path(instance).unlink()
+    assert instance.wait_for_event("control_socket_removed")["level"] == "warning"
+    assert answered(instance)
+    assert serves(instance)
+    instance.terminate()
+    assert not path(instance).exists()
 
 
 def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(

@@ -71,6 +71,10 @@ class HeldUids:
 
     def hold(self, workers: range, keyd: int | None, file: str) -> None:
         """Hold these uids too. Instances may share the uid ``keyd``. Raises Held, OSError."""
+        if self.descriptor >= 0 and not self._is_found():
+            # Somebody has removed the file, and others would lock another one.
+            os.close(self.descriptor)
+            self.descriptor = -1
         if self.descriptor < 0:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -82,6 +86,13 @@ class HeldUids:
             self._lock(range(keyd, keyd + 1), fcntl.F_RDLCK)
         if file:
             self._lock(_instance(file), fcntl.F_RDLCK)
+
+    def _is_found(self) -> bool:
+        """Whether others find the file."""
+        try:
+            return os.path.samestat(os.lstat(self._path), os.fstat(self.descriptor))
+        except OSError:
+            return False
 
     def _lock(self, uids: range, kind: int) -> None:
         wanted = _FLOCK.pack(kind, os.SEEK_SET, uids[0], len(uids), 0)

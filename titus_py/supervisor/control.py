@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from keyd.linux.unix_socket import bind
-from titus_py.between.event_loop import EventLoop
+from keyd.linux.unix_socket import File, bind, file_of
+from titus_py.between.event_loop import EventLoop, Timer
 
 __all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path", "listens"]
 
@@ -64,9 +64,31 @@ class Control:
         self._silent: dict[socket.socket, None] = {}
         self._path = control_path(os.getpid())
         self.listener = listener or _listen_at(self._path)
+        #: By which clients find it; None: there is none.
+        self._file = _file_at(self._path)
+        #: When to look for clients again.
+        self._again: Timer | None = None
         self._listen()
 
+    def look_after(self) -> bool:
+        """Listen anew if somebody has removed the file; returns whether that was so.
+
+        Raises OSError.
+        """
+        if self._file is not None and _file_at(self._path) == self._file:
+            return False
+        listener = _listen_at(self._path)
+        if self._again is None:
+            self._loop.unwatch(self.listener.fileno())
+        else:
+            self._again.cancel()
+        self.listener.close()
+        self.listener, self._file = listener, _file_at(self._path)
+        self._listen()
+        return True
+
     def _listen(self) -> None:
+        self._again = None
         if self.listener.fileno() >= 0:
             self._loop.watch(self.listener.fileno(), self._accept)
 
@@ -80,7 +102,8 @@ class Control:
     def close(self) -> None:
         """Close and remove the socket. Called at the end, when the event loop has stopped."""
         self.listener.close()
-        self._path.unlink(missing_ok=True)
+        if _file_at(self._path) == self._file:
+            self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         try:
@@ -90,7 +113,7 @@ class Control:
         except OSError:
             # No descriptor is left. The client stays in the queue and would wake us for ever.
             self._loop.unwatch(self.listener.fileno())
-            self._loop.after(_PAUSE_SECONDS, self._listen)
+            self._again = self._loop.after(_PAUSE_SECONDS, self._listen)
             return
         client.setblocking(False)
         if len(self._clients) >= _MAX_CLIENTS:
@@ -128,6 +151,11 @@ class Control:
 def _listen_at(path: Path) -> socket.socket:
     CONTROL_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
     _remove_left_behind()
+    if listens(path):
+        raise OSError(
+            f"{path}: another instance listens there, which has the same process id in another pid "
+            "namespace: give each container a directory of its own"
+        )
     # A killed supervisor that had our process id may have left its socket.
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -135,6 +163,14 @@ def _listen_at(path: Path) -> socket.socket:
     bind(listener, str(path), 0o600)
     listener.listen(_BACKLOG)
     return listener
+
+
+def _file_at(path: Path) -> File | None:
+    """Which file is there; None if there is none."""
+    try:
+        return file_of(os.lstat(path))
+    except OSError:
+        return None
 
 
 def _wanted(request: bytes) -> str:

@@ -268,6 +268,8 @@ class _Supervisor:
             _SIGNALS,
         )
         self._control: Control | None = None
+        #: The control socket was removed, and cannot be made anew.
+        self._control_missed = False
 
     # --- life -------------------------------------------------------------------
 
@@ -328,6 +330,23 @@ class _Supervisor:
             self._control = Control(self._loop, handlers, listener)
         except OSError as error:
             self._event("no_control_socket", level="warning", reason=str(error))
+
+    def _look_after_control(self) -> None:
+        """Listen anew if somebody has removed the socket's file, and with it perhaps other files.
+
+        Then the uids are held anew as well, in a file that other instances find.
+        """
+        try:
+            if self._control is None or not self._control.look_after():
+                return
+        except OSError as error:
+            if not self._control_missed:
+                self._event("no_control_socket", level="warning", reason=str(error))
+            self._control_missed = True
+            return
+        self._control_missed = False
+        self._event("control_socket_removed", level="warning", action="made anew")
+        self._uids.hold_again(self._generations)
 
     def _answer_audit(self, answer: Answer) -> None:
         connection = self._audits.announce()
@@ -396,6 +415,7 @@ class _Supervisor:
 
     def _look_after_children(self) -> None:
         self._children.look_after(self._generations)
+        self._look_after_control()
         self._service.tell_status()
         self._loop.after(ALIVE_SECONDS, self._look_after_children)
 

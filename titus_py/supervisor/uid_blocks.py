@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration import Configuration
-from titus_py.configuration.held_uids import HeldUids, any_process_has, process_with
+from titus_py.configuration.held_uids import Held, HeldUids, any_process_has, process_with
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
 from titus_py.supervisor.reaping import reap_late
@@ -52,6 +52,14 @@ class UidBlocks:
             self.held.hold(configuration.worker.uids, None if keyd.socket else keyd.user.uid, path)
         except OSError as error:
             self._event("uids_not_held", level="warning", reason=error.strerror)
+
+    def hold_again(self, generations: Iterable[Generation]) -> None:
+        """Keep other instances from the uids of these, where the file may have been removed."""
+        for generation in generations:
+            try:
+                self.hold(generation.configuration, generation.checked.path)
+            except Held as error:
+                self._event("uids_not_held", level="warning", reason=str(error))
 
     def free(self, generation: Generation, others: Iterable[Generation]) -> range | None:
         """A free block for this generation's workers; None if there is none now."""

@@ -1,6 +1,7 @@
 """Uids that are held: ranges that overlap, whose they are, and until when."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,15 @@ def test_a_uid_that_a_process_has(tmp_path: Path) -> None:
             other.kill()
             other.wait()
         assert process_with(range(uid, uid + 1), patience=10) is None
+
+
+def test_a_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "uids"
+    ours, others = HeldUids(path=path), HeldUids(path=path)
+    ours.hold(range(1000, 2000), None, "/etc/ours.toml")
+    shutil.rmtree(path.parent)
+    ours.hold(range(1000, 2000), None, "/etc/ours.toml")
+    with pytest.raises(Held, match=r"/etc/ours\.toml"):
+        others.hold(range(1500, 1600), None, "/etc/others.toml")
+    for held in (ours, others):
+        os.close(held.descriptor)
