@@ -281,6 +281,8 @@ class Instance:
             )
         self.pid = self._process.pid
         self._seen: set[Process] = set()
+        #: The clients of ``settled_counts`` that have got a worker, and whose end is not told yet.
+        self._using_up: set[str] = set()
 
     @classmethod
     def from_tables(
@@ -343,8 +345,13 @@ class Instance:
                 event = json.loads(line)
             except ValueError:
                 event = {"event": "?", "line": line}
-            if not event.get("client", "").startswith(f"{self._USES_SPARES_UP}:"):
+            client = event.get("client", "")
+            if not client.startswith(f"{self._USES_SPARES_UP}:"):
                 self._events.append(event)
+            elif event["event"] == "connection_begun":
+                self._using_up.add(client)
+            elif "end" in event:
+                self._using_up.discard(client)
         return self._events
 
     def events_named(self, name: str, **fields: object) -> list[Event]:
@@ -480,12 +487,16 @@ class Instance:
                 use_one_up()
             # None of them may be one that has just got a client, and is about to end.
             time.sleep(0.1)
-            return len(workers) == spare and self.workers() == workers
+            self.events()
+            return len(workers) == spare and self.workers() == workers and not self._using_up
 
         def use_one_up() -> None:
             here = self._USES_SPARES_UP, 0
             with socket.create_connection(("127.0.0.1", self.port), 10, here) as client:
                 client.sendall(b"\x16")  # who says nothing gets none
+                client.shutdown(socket.SHUT_WR)
+                with suppress(ConnectionResetError):
+                    client.recv(1)
 
         try:
             eventually(settled, f"{spare} spare workers, no others")
