@@ -31,22 +31,20 @@ def hosts() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def pins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("known")
+
+
+@pytest.fixture(scope="module")
+def pins(keys: Path) -> dict[str, str]:
     """Made as a user makes them; the keys are all in one directory."""
     names = ("db-1", "cache-1", "web-1", "keys-1", "proxy-1")
-    directory = tmp_path_factory.getbasetemp() / "known"
-    directory.mkdir()
     made = {}
     for name in names:
-        command = [TITUS_PY, "keys", "new", name, "--directory", directory]
+        command = [TITUS_PY, "keys", "new", name, "--directory", keys]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         made[name] = done.stdout.strip()
     return made
-
-
-@pytest.fixture
-def keys(pins: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "known"
 
 
 @contextmanager
