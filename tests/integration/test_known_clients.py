@@ -202,6 +202,7 @@ def test_no_faster_than_so_many(instance: Instance, clients: dict[str, ClientCer
     ended = instance.wait_for_event("connection_ended", client=client.name)
     assert (ended["end"], ended["client_name"]) == ("client_rate", "slow")
     eventually(lambda: counted(instance, "clients_too_fast") == {"slow": 2}, "both are counted")
+    eventually(lambda: not live(instance, "slow"), "the others have ended")
     shown = subprocess.run(
         [TITUS_PY, "status", f"--pid={instance.pid}"], capture_output=True, text=True, check=True
     ).stdout

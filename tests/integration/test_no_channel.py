@@ -66,7 +66,7 @@ def test_many_clients_that_fail_for_one_reason_have_a_line_a_second(
 
     lines = eventually(told, "all are told of")
     assert len(lines) <= time.monotonic() - begun + 2
-    assert len(instance.events_named("handshake_failed")) == clients
+    assert len(instance.wait_for_events(clients, "handshake_failed")) == clients
 
 
 #: As events that are waited for: of a channel and of a parent.

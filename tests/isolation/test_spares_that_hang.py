@@ -19,7 +19,7 @@ def test_it_is_killed_and_another_one_serves(
         worker={"spare": 1, "handshake_timeout": "60s"},
     ) as instance:
         one_more_connection(instance)
-        (alarm,) = instance.events_named("worker_failed")
+        alarm = instance.wait_for_event("worker_failed")
         assert (alarm["how"], alarm["why"]) == ("killed by SIGKILL", "hung before it had a client")
         assert alarm["level"] == "alarm"
         one_more_connection(instance)

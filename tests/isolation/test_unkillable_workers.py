@@ -3,7 +3,7 @@
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
@@ -51,7 +51,7 @@ def test_it_is_told_and_another_one_serves(
         )
         with kept_from_ending(hangs):
             one_more_connection(instance)
-            (event,) = instance.events_named("worker_stays", uid=hangs.uid)
+            event = instance.wait_for_event("worker_stays", uid=hangs.uid)
             assert (event["level"], event["why"]) == ("error", "hung before it had a client")
             assert hangs in instance.workers()
             assert not instance.events_named("worker_failed")
@@ -67,13 +67,15 @@ def test_another_connection_gives_way(
     settings = {"max": 2, "handshake_timeout": "2s"}
     with (
         infected(tmp_path, certificate, backend.address, worker=settings) as instance,
+        ExitStack() as stack,
         TlsClient(instance.port) as first,
-        TlsClient(instance.port) as second,
     ):
-        for client in (first, second):
-            assert talk(client.handshake())
+        assert talk(first.handshake())
+        second = stack.enter_context(TlsClient(instance.port))
+        assert talk(second.handshake())
         # The one that has stood still for longest is first to give way.
-        stays = instance.worker_of(instance.events_named("connection_begun")[0]["uid"])
+        begun = instance.wait_for_event("connection_begun", client=first.name)
+        stays = instance.worker_of(begun["uid"])
         with kept_from_ending(stays):
             assert talk(second)
             instance.wait_for_event("full")

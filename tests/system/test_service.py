@@ -338,7 +338,7 @@ def _loses_its_parent_while_it_is_upgraded(admin: Administrator) -> None:
     admin.types("dpkg --unpack /root/titus-py-2.deb")
     admin.types("pkill --signal KILL --exact titus-parent")
     admin.requests()
-    seen = admin.types(f"journalctl --quiet _PID={pid} TITUS_EVENT=program_changed")
+    seen = admin.journal(f"_PID={pid} TITUS_EVENT=program_changed")
     assert len(seen.strip().splitlines()) == 2
     admin.types("dpkg --configure titus-py")
     admin.requests()
