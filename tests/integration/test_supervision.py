@@ -155,9 +155,7 @@ def test_kills_under_load(
     def kill(instance: Instance, which: str) -> None:
         since = len(instance.events())
         if which == "worker":
-            begun = eventually(lambda: without_end(instance), "a connection")
-            event = instance.wait_for_event("connection_begun", connection=max(begun))
-            eventually(lambda: kill_worker(instance, event["uid"]), "a worker killed")
+            eventually(lambda: kill_worker(instance), "a worker killed")
             waits[which].append(seconds_until_served(port))
             return
         victim = {
@@ -219,20 +217,22 @@ def test_kills_under_load(
     assert not Path(f"/run/titus-py/{last.pid}.control").exists()
 
 
-def kill_worker(instance: Instance, uid: int) -> bool:
-    """Whether it was there to be killed, and has its record."""
+def kill_worker(instance: Instance) -> bool:
+    """Kill that of the newest connection. Returns whether it was there to be killed."""
+    begun = eventually(lambda: without_end(instance), "a connection")
+    event = instance.wait_for_event("connection_begun", connection=max(begun))
     try:
-        instance.worker_of(uid).kill()
+        instance.worker_of(event["uid"]).kill()
     except (StopIteration, ProcessLookupError):
-        begun = without_end(instance)
-        if not begun:
-            return False
-        event = instance.wait_for_event("connection_begun", connection=max(begun))
-        try:
-            instance.worker_of(event["uid"]).kill()
-        except (StopIteration, ProcessLookupError):
-            return False
-    return True
+        return False
+
+    def ends() -> list[str]:
+        events = instance.events()
+        of_it = [one for one in events if one.get("connection") == event["connection"]]
+        return [one["end"] for one in of_it if "end" in one]
+
+    # It may have been about to end by itself.
+    return "killed by SIGKILL" in eventually(ends, "its end")
 
 
 def times_it_waited(process: Process) -> int:
