@@ -4,9 +4,11 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import alone_with
 
 from titus_py.supervisor.privileges import REQUIRED_CAPABILITIES
 
@@ -155,10 +157,12 @@ def script(directory: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def in_a_user_namespace(tmp_path: Path) -> Path:
+def in_a_user_namespace(tmp_path: Path) -> Iterator[Path]:
+    """Its uids are also this machine's, and the same for each test that has one."""
     (tmp_path / "unshare.py").write_text(IN_A_USER_NAMESPACE)
     command = f"{sys.executable} {tmp_path}/unshare.py {TITUS_PY}"
-    return script(tmp_path, f'#!/bin/sh\nexec prlimit --memlock=65536:65536 {command} "$@"\n')
+    with alone_with("uids-of-a-user-namespace"):
+        yield script(tmp_path, f'#!/bin/sh\nexec prlimit --memlock=65536:65536 {command} "$@"\n')
 
 
 def test_what_a_user_namespace_lacks_is_named(

@@ -107,7 +107,7 @@ def rekey(*arguments: str | Path) -> tuple[int, str, str]:
 
 def alone(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """As on a machine where no instance runs: those of other tests are out of sight."""
-    script = 'mount -t tmpfs none /run/titus-py && exec "$@"'
+    script = 'mkdir -p /run/titus-py && mount -t tmpfs none /run/titus-py && exec "$@"'
     return subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "sh", *command],
         capture_output=True,

@@ -16,7 +16,7 @@ import prctl
 import pytest
 
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance
+from .instance import TITUS_PY, Instance, eventually
 from .namespaces import ip, new_namespace, within
 from .peers import TlsClient
 from .service import reload
@@ -119,6 +119,8 @@ def web(machines: Machines, tmp_path: Path) -> Iterator[Path]:
     words = ["nginx", "-c", configuration, "-e", tmp_path / "error.log", "-g", "daemon off;"]
     process = within(machines.backend, lambda: subprocess.Popen(words, start_new_session=True))
     try:
+        # It listens by then.
+        eventually((tmp_path / "nginx.pid").exists, "nginx serves")
         yield log
     finally:
         process.terminate()
