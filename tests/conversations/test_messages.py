@@ -353,7 +353,7 @@ def test_keys_are_updated_after_the_servers_close_notify(
             client.record(DATA, b"data %d, " % number)
         client.record(ALERT, b"\1\0")
         data = b"".join(b"data %d, " % number for number in range(len(requests)))
-        assert HEARD.get(timeout=10) == data
+        assert HEARD.get(timeout=60) == data
         with pytest.raises(Closed):
             client.hear_record()
 

@@ -42,7 +42,8 @@ def test_every_answer_is_whole_and_counted(stage: Stage) -> None:
         once = stage.small("once", proxy, clients=5, rate=20)
         rate = stage.small("rate", proxy, rate=10, seconds=0.5)
         used = proxy.cpu() - before
-    assert closed.clients.done > 5
+    # However busy the machine is: what is counted is whole.
+    assert closed.clients.done >= 2
     assert (once.clients.done, rate.clients.done) == (5, 5)
     for outcome in (closed, once, rate):
         for group in (outcome.clients, outcome.newcomers):

@@ -12,6 +12,8 @@ import pytest
 
 from .instance import TITUS_PY, Process, all_processes, eventually
 
+#: A demo takes a few, where nothing else runs.
+SECONDS = 240
 #: The colours and the like that a terminal gets.
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -31,7 +33,7 @@ class Demo:
         )
 
     def output(self) -> str:
-        text: str = self.process.communicate(timeout=60)[0]
+        text: str = self.process.communicate(timeout=SECONDS)[0]
         return text
 
     def instance(self) -> list[Process]:
@@ -68,7 +70,7 @@ def test_shows_a_request_the_processes_and_where_the_key_is(temporary: Path) -> 
     instance: list[Process] = eventually(
         lambda: len(found := demo.instance()) >= 7 and found, "an instance with live workers"
     )
-    output, errors = demo.process.communicate(timeout=60)
+    output, errors = demo.process.communicate(timeout=SECONDS)
     assert (demo.process.returncode, errors) == (0, ""), output
     assert max(len(line) for line in output.splitlines()) <= 80
     assert "\x1b" not in output
@@ -110,7 +112,7 @@ def test_on_a_terminal(temporary: Path) -> None:
         except OSError:  # EIO: nobody has the other end any more
             break
     os.close(ours)
-    assert demo.process.wait(60) == 0
+    assert demo.process.wait(SECONDS) == 0
     text = STYLE.sub("", output.decode())
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "found in keyd and nowhere else" in text

@@ -112,7 +112,9 @@ class Scene(NamedTuple):
     def run(self, *command: object) -> str:
         """A command of the program's, which has to succeed."""
         words = [str(word) for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        # An audit takes many times as long as the others.
+        patience = 4 * PATIENCE
+        done = subprocess.run(words, capture_output=True, text=True, timeout=patience, check=False)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout
 

@@ -373,7 +373,7 @@ def test_systemd_may_have_made_the_socket(serve: Serve, server: Server, director
         vhost=[],
         tunnel=[tunnel(path, server)],
         program=program,
-        worker={"max": 3, "spare": 1, "handshake_timeout": "2s"},
+        worker={"max": 3, "spare": 1, "handshake_timeout": "5s"},
         limits={"connections_per_prefix": None},
     )
     made = path.lstat().st_ino
