@@ -1,6 +1,7 @@
 """A running ``titus-py serve``, seen from outside: its log, its processes, its end."""
 
 import json
+import math
 import os
 import random
 import re
@@ -281,8 +282,9 @@ class Instance:
             )
         self.pid = self._process.pid
         self._seen: set[Process] = set()
-        #: The clients of ``settled_counts`` that have got a worker, and whose end is not told yet.
-        self._using_up: set[str] = set()
+        #: The clients of ``settled_counts`` whose end is not told yet, and until when to wait for
+        #: that: for ever, once they are known to have a worker.
+        self._using_up: dict[str, float] = {}
 
     @classmethod
     def from_tables(
@@ -349,9 +351,9 @@ class Instance:
             if not client.startswith(f"{self._USES_SPARES_UP}:"):
                 self._events.append(event)
             elif event["event"] == "connection_begun":
-                self._using_up.add(client)
+                self._using_up[client] = math.inf
             elif "end" in event:
-                self._using_up.discard(client)
+                self._using_up.pop(client, None)
         return self._events
 
     def events_named(self, name: str, **fields: object) -> list[Event]:
@@ -488,13 +490,16 @@ class Instance:
             # None of them may be one that has just got a client, and is about to end.
             time.sleep(0.1)
             self.events()
-            return len(workers) == spare and self.workers() == workers and not self._using_up
+            awaited = any(until > time.monotonic() for until in self._using_up.values())
+            return len(workers) == spare and self.workers() == workers and not awaited
 
         def use_one_up() -> None:
             here = self._USES_SPARES_UP, 0
             with socket.create_connection(("127.0.0.1", self.port), 10, here) as client:
                 client.sendall(b"\x16")  # who says nothing gets none
                 client.shutdown(socket.SHUT_WR)
+                # One that is turned away has no end in the log.
+                self._using_up["{}:{}".format(*client.getsockname())] = time.monotonic() + 2
                 with suppress(ConnectionResetError):
                     client.recv(1)
 

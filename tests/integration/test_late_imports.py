@@ -29,7 +29,7 @@ from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
 from .instance import PATIENCE, UIDS, Instance, Process, descendants, eventually, free_port
 from .peers import Listener, TlsClient, connect, receive_all
-from .service import FAILS, reload, status
+from .service import FAILS, edit, reload, status
 from .test_metrics_process import scrape
 from .tls_server import server_context, tls_server
 from .tokens import USER, Hsm, scratch
@@ -268,8 +268,10 @@ def site(scene: Scene) -> None:
         scene.run(scene.program.titus_py, "status", f"--pid={instance.pid}")
 
     unharmed(instance, live_through_it)
-    scene.run(scene.program.titus_py, "audit", "--quiet", f"--pid={instance.pid}")
+    # On a busy machine, an audit's handshake takes longer.
+    edit(instance, lambda tables: tables["worker"].update(handshake_timeout="120s"))
     assert reload(instance)["reloaded"]
+    scene.run(scene.program.titus_py, "audit", "--quiet", f"--pid={instance.pid}")
     scene.run(scene.program.titus_py, "check", "--config", instance.directory / "titus.toml")
     assert instance.terminate() == 0
 

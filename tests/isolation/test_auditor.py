@@ -24,12 +24,13 @@ from titus_py.audit.throwaway import TitusInstance
 
 from . import infected_client
 from .held_file import held
+from .test_audit import Patient
 
 
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TitusInstance]:
     directory = tmp_path_factory.mktemp("instance")
-    found = TitusInstance(directory, "127.0.0.1:1", "P-256", ["localhost"])
+    found = Patient(directory, "127.0.0.1:1", "P-256", ["localhost"])
     found.wait_until_listening()
     yield found
     found.stop()
