@@ -507,9 +507,16 @@ class Instance:
             eventually(settled, f"{spare} spare workers, no others")
         except AssertionError as error:
             raise AssertionError(f"{error}: {self.workers()}\n{self.log()[-4000:]}") from None
-        # The last spare may still be on its way to say that it is ready.
-        eventually(lambda: self.counts() == self.counts(), "counts that stay")
-        return self.counts()
+
+        def staying() -> dict[str, int] | None:
+            self.confined_workers(spare)
+            counts = self.counts()
+            # The last spare may still be on its way to say that it is ready.
+            time.sleep(0.2)
+            return counts if counts == self.counts() else None
+
+        found: dict[str, int] = eventually(staying, "counts that stay")
+        return found
 
     # --- its end ------------------------------------------------------------------
 

