@@ -5,7 +5,6 @@ service manager chose.
 """
 
 import argparse
-import grp
 import os
 import pwd
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from keyd.accounts import gid_of, user_of
 from keyd.linux.systemd import passed_sockets
 from keyd.linux.unix_socket import bind
 
@@ -23,8 +23,8 @@ _BACKLOG = 128
 
 def owner_of(arguments: argparse.Namespace) -> tuple[int, int]:
     """The uid and the gid of the socket of ``keyd listen``. Raises LookupError."""
-    user = pwd.getpwnam(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
-    return user.pw_uid, grp.getgrnam(arguments.group).gr_gid if arguments.group else user.pw_gid
+    user = user_of(arguments.user) if arguments.user else pwd.getpwuid(os.geteuid())
+    return user.pw_uid, gid_of(arguments.group) if arguments.group else user.pw_gid
 
 
 def listeners(

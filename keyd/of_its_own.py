@@ -7,7 +7,6 @@ socket, ``control`` the parents of titus-py, on the terms that each states.
 
 import argparse
 import os
-import pwd
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from keyd import key_reader
+from keyd.accounts import user_of
 from keyd.clients import Clients
 from keyd.confinement import Confinement, confine, confine_unprivileged, lock_before_keys
 from keyd.daemon import Keyd
@@ -191,7 +191,7 @@ def _withdraw(arguments: argparse.Namespace, guards: str) -> bytes:
     elif arguments.user is None:
         raise LookupError("started as root, and no --user to become")
     else:
-        user = pwd.getpwnam(arguments.user)
+        user = user_of(arguments.user)
         Path(arguments.chroot).mkdir(mode=0o555, parents=True, exist_ok=True)
         confine(Confinement(user.pw_uid, user.pw_gid, arguments.chroot, must_lock))
     print(f"keyd: guards against other processes of its core: {guards}", file=sys.stderr)

@@ -5,12 +5,12 @@ Run by keyd before it reads a key and before it gives anything up, and by ``keyd
 """
 
 import os
-import pwd
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from keyd import helper
+from keyd.accounts import user_of
 from keyd.reference import public_key_of
 from keyd.token.keys import PublicKey, Token, TokenKey, rehearse_verifying
 from keyd.token.uri import KeyUri, check_module, parse
@@ -55,8 +55,8 @@ class Settings(NamedTuple):
 
 
 def user_named(name: str) -> User:
-    """Raises KeyError."""
-    entry = pwd.getpwnam(name)
+    """Raises LookupError."""
+    entry = user_of(name)
     groups = os.getgrouplist(name, entry.pw_gid)
     return User(entry.pw_uid, entry.pw_gid, tuple(groups))
 

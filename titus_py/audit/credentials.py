@@ -210,8 +210,8 @@ def _can_look_into(pid: int) -> bool:
         try:
             os.readlink(f"/proc/{pid}/cwd")
             results.append(True)
-        except PermissionError:
-            results.append(False)
+        except OSError:
+            results.append(False)  # also where it has ended
 
     thread = threading.Thread(target=attempt)
     thread.start()

@@ -14,7 +14,13 @@ from titus_py.audit.finding import Check, Seen, holds, not_available
 from titus_py.audit.instance import Role
 from titus_py.audit.observation import Mapping, Observation, Scene
 
-__all__ = ["CHECKS", "has_stack_protector", "is_position_independent", "tls_library"]
+__all__ = [
+    "CHECKS",
+    "has_stack_protector",
+    "interpreter",
+    "is_position_independent",
+    "tls_library",
+]
 
 #: <elf.h>: what the file is for, at this place of its header.
 _ELF, _TYPE_PLACE, _ET_DYN = b"\x7fELF", 16, 3
@@ -41,13 +47,20 @@ def has_stack_protector(file: Path) -> bool:
 
 
 def _interpreter(seen: Observation, _: Scene) -> Seen:
-    program = Path(f"/proc/{seen.pid}/exe")
+    return interpreter(seen.pid)
+
+
+def interpreter(pid: int) -> Seen:
+    """What a process's Python is like: loaded anywhere, and still the one that is installed?"""
+    program = Path(f"/proc/{pid}/exe")
     try:
         name = os.readlink(program)
         with program.open("rb") as opened:
             header = opened.read(64)
     except (FileNotFoundError, ProcessLookupError):
         return not_available("it ended while it was looked at")
+    if name.endswith(_DELETED):
+        return _replaced(name)
     if is_position_independent(header):
         return holds(f"{name}: its addresses are drawn by lot at each start")
     return not_available(
@@ -66,11 +79,7 @@ def tls_library(pid: int, mappings: tuple[Mapping, ...]) -> Seen:
     if mapping is None:
         return not_available("no file of this process is known to hold OpenSSL")
     if mapping.name.endswith(_DELETED):
-        return not_available(
-            f"{mapping.name.removesuffix(_DELETED)} is another file by now, by an update, and this "
-            "process has the old one. Have new connections use the new one: titus-py reload "
-            "--program; if keyd is a unit of its own, systemctl restart titus-keyd"
-        )
+        return _replaced(mapping.name)
     try:
         protected = has_stack_protector(
             Path(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}")
@@ -82,6 +91,14 @@ def tls_library(pid: int, mappings: tuple[Mapping, ...]) -> Seen:
     return not_available(
         f"{mapping.name} was built without a stack protector, as cryptography's wheels are: the "
         "distribution's packages have one"
+    )
+
+
+def _replaced(name: str) -> Seen:
+    return not_available(
+        f"{name.removesuffix(_DELETED)} is another file by now, by an update, and this process has "
+        "the old one. Have new connections use the new one: titus-py reload --program; if keyd is "
+        "a unit of its own, systemctl restart titus-keyd"
     )
 
 
@@ -97,7 +114,7 @@ CHECKS = (
     Check(
         "interpreter",
         frozenset({Role.FORK_SERVER}),
-        "the interpreter is position-independent",
+        "the interpreter is position-independent, and is the one that is installed",
         "the ELF header of /proc/PID/exe",
         _interpreter,
     ),

@@ -47,7 +47,8 @@ def _of_file(path: str) -> int:
         # Without O_NONBLOCK, opening a pipe would wait for somebody who writes.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        server = "" if "/" in path else " (a server is written with its port: HOST:PORT)"
+        as_server = "(a server is written with its port: HOST:PORT)"
+        server = f" {as_server}" if "/" not in path or "://" in path else ""
         _say(f"{path}: {os_reason(error)}{server}")
         return 2
     with ExitStack() as opened:

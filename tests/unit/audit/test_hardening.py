@@ -1,5 +1,6 @@
 """What programs were built with, seen in real ones."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from titus_py.audit.finding import Verdict
-from titus_py.audit.hardening import has_stack_protector, is_position_independent, tls_library
+from titus_py.audit.hardening import (
+    has_stack_protector,
+    interpreter,
+    is_position_independent,
+    tls_library,
+)
 from titus_py.audit.observation import mappings_of
 
 SOURCE = """
@@ -63,4 +69,19 @@ def test_a_library_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> Non
         seen = tls_library(process.pid, tuple(mappings_of(maps.read_text())))
         assert seen.verdict is Verdict.NOT_AVAILABLE
         assert seen.text.startswith(f"{library} is another file by now")
+        process.stdin.close()
+
+
+def test_an_interpreter_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> None:
+    program = tmp_path / "python3"
+    shutil.copy("/bin/cat", program)
+    with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
+        assert f"{program}" in interpreter(process.pid).text
+        assert "another file" not in interpreter(process.pid).text
+        shutil.copy("/bin/cat", tmp_path / "new")
+        (tmp_path / "new").rename(program)
+        seen = interpreter(process.pid)
+        assert seen.verdict is Verdict.NOT_AVAILABLE
+        assert seen.text.startswith(f"{program} is another file by now")
+        assert process.stdin is not None
         process.stdin.close()
