@@ -81,7 +81,12 @@ def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoRetur
         _fail(keyd, f"the process for that cannot be confined: {error}")
         os._exit(1)
     while keyd.recv(len(ORDER)):
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError as error:
+            # EAGAIN, ENOMEM: that may pass.
+            _fail(keyd, f"no process can be made for that: {error.strerror}")
+            continue
         if child == 0:
             prctl.set_pdeathsig(signal.SIGKILL)
             try:

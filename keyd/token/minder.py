@@ -82,7 +82,14 @@ def mind(settings: dict[str, Any], keyd: socket.socket) -> NoReturn:
     pause, longest = _PAUSES
     while True:
         progress.begin()
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError as error:
+            # EAGAIN, ENOMEM: that may pass.
+            _tell(keyd, Down(False, f"no process can be made for it: {error.strerror}"))
+            _wait_for_end(keyd, pause)
+            pause = min(2 * pause, longest)
+            continue
         if child == 0:
             prctl.set_pdeathsig(signal.SIGKILL)
             seccomp.install(program)

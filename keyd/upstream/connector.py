@@ -124,20 +124,20 @@ def _hear(message: bytes, upstreams: Sequence[_Upstream], keyd: socket.socket) -
 
 
 def _try(number: int, upstream: _Upstream, keyd: socket.socket, wanted: bool = False) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-        # Whoever accepts might send keyd what it has to wait for in closing it.
-        refuse_descriptors(connection)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+            # Whoever accepts might send keyd what it has to wait for in closing it.
+            refuse_descriptors(connection)
             connection.connect(upstream.path)
             twice = [connection.fileno()] * 2
             send_descriptors(keyd, CONNECTED + bytes((number,)), twice, socket.MSG_DONTWAIT)
             upstream.due, upstream.connected_at = None, time.monotonic()
-        except OSError as error:
-            upstream.put_off()
-            said = ABSENT if wanted and error.errno in _NOBODY else FAILED
-            why = os.strerror(error.errno or 0).encode()[:_WHY_OCTETS]
-            with suppress(OSError):
-                keyd.send(said + bytes((number,)) + why, socket.MSG_DONTWAIT)
+    except OSError as error:
+        upstream.put_off()
+        said = ABSENT if wanted and error.errno in _NOBODY else FAILED
+        why = os.strerror(error.errno or 0).encode()[:_WHY_OCTETS]
+        with suppress(OSError):
+            keyd.send(said + bytes((number,)) + why, socket.MSG_DONTWAIT)
 
 
 def _confine(user: Sequence[Any]) -> None:

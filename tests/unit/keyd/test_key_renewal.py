@@ -1,6 +1,7 @@
 """A reading of the key files that ends half-way: what it has found is not taken for the whole."""
 
 import errno
+import itertools
 import mmap
 import os
 import select
@@ -122,6 +123,29 @@ class Endless(KeySources):
         while True:
             signal.pause()
         yield
+
+
+def test_a_reading_that_no_process_can_be_made_for_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    BEGUN[0] = 1
+    fork, calls = os.fork, itertools.count(1)
+
+    def scarce() -> int:
+        # The first is the reader itself.
+        if next(calls) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", scarce)
+    with reading(Interrupted((), None, None)) as ours:
+        ours.settimeout(PATIENCE)
+        ours.send(ORDER)
+        why = b"no process can be made for that: Resource temporarily unavailable"
+        assert ours.recv(1000) == b"F" + why
+        ours.send(ORDER)
+        assert ours.recv(10_000)[:1] == b"K"
+        assert ours.recv(1000) == b"E"
 
 
 @pytest.mark.parametrize("uid", {os.geteuid(), os.geteuid() or 65534})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ PATIENCE = 60.0
 class Connector(NamedTuple):
     keyd: socket.socket
     path: Path
+    pid: int
 
     def hear(self) -> bytes:
         message, descriptors = receive_descriptors(self.keyd, MAX_MESSAGE_OCTETS, 2)
@@ -53,7 +55,7 @@ def connector(tmp_path: Path) -> Iterator[Connector]:
         with subprocess.Popen(command, pass_fds=given) as process:
             os.close(settings)
             theirs.close()
-            yield Connector(ours, path)
+            yield Connector(ours, path, process.pid)
             ours.close()
             assert process.wait(PATIENCE) == 0
 
@@ -73,3 +75,16 @@ def test_who_is_wanted_is_tried_at_once(connector: Connector) -> None:
         connector.keyd.send(LOST + b"\0\0")
         connector.keyd.send(WANTED + b"\0")
         assert connector.hear() == FAILED + b"\0Resource temporarily unavailable"
+
+
+def test_without_a_descriptor_it_tries_again(connector: Connector) -> None:
+    assert connector.hear() == FAILED + b"\0No such file or directory"
+    most = resource.prlimit(connector.pid, resource.RLIMIT_NOFILE, (1, 64))
+    connector.keyd.send(WANTED + b"\0")
+    while (said := connector.hear()) != FAILED + b"\0Too many open files":
+        assert said == FAILED + b"\0No such file or directory"
+    with socket.socket(socket.AF_UNIX) as upstream:
+        upstream.bind(str(connector.path))
+        upstream.listen()
+        resource.prlimit(connector.pid, resource.RLIMIT_NOFILE, most)
+        assert connector.answer(WANTED + b"\0") == CONNECTED + b"\0"
