@@ -117,8 +117,9 @@ MAX_KEYS_OCTETS = 2 + MAX_KEYS * SHORT_ID_OCTETS
 #: How many keys a keyd hands to its successor (``keyd.succession``): they fit into the buffer of a
 #: socket, whose reader may not have started yet.
 MAX_HANDED = 16
-#: How many octets of grants one message has: several messages fit into a socket's buffer.
-_MOST_GRANTS_OCTETS = 30_000
+#: How many octets of grants one message has before the last one: so a message fits into a socket's
+#: buffer, however small that is (4.5 KiB; net.core.wmem_default).
+_MOST_GRANTS_OCTETS = 4000
 #: The longest ClientHello that there can be, with the header of the message: 2 octets of version,
 #: 32 of random, and four vectors at their longest. This is also OpenSSL's limit.
 MAX_CLIENT_HELLO_OCTETS = 4 + 2 + 32 + (1 + 32) + (2 + 65534) + (1 + 255) + (2 + 65535)

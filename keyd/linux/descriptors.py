@@ -30,8 +30,9 @@ __all__ = [
     "send_descriptors",
 ]
 
-#: Errors that say nothing of the other end: no room, or no memory.
-_PASSING = errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.EINTR
+#: Errors that say nothing of the other end: no room, no memory, or too many descriptors that are on
+#: their way (unix(7)).
+_PASSING = errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS, errno.EINTR
 _Received = TypeVar("_Received")
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.

@@ -5,7 +5,6 @@ space. Beside its standard streams, each gets exactly the descriptors that its a
 plan name.
 """
 
-import errno
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-from keyd.linux.descriptors import send_descriptors
+from keyd.linux.descriptors import passes, send_descriptors
 from keyd.linux.process import signals_held_back
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
@@ -30,8 +29,6 @@ __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
 
 #: How often the parent and keyd say that they are alive.
 ALIVE_SECONDS = 3.0
-#: Its queue is full, there is no memory, or too many descriptors are on their way (unix(7)).
-_PASSING = errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS
 #: The arguments with which Python starts each of them.
 _KEYD = ("-m", "keyd", "serve")
 _PARENT = ("-m", "titus_py.parent.life")
@@ -83,7 +80,7 @@ class Child:
             try:
                 send_descriptors(self.socket, octets, descriptors)
             except OSError as error:
-                if error.errno in _PASSING:
+                if passes(error):
                     return False
             self._drop_order()
         return True

@@ -1,15 +1,18 @@
 """The parent's socket to keyd: what keyd said before it ended is heard."""
 
 import socket
+import time
 from contextlib import suppress
 
 from keyd.protocol import (
     MAX_CLIENT_HELLO_OCTETS,
     MAX_CONTROL_OCTETS,
     Done,
+    Grant,
     GrantSet,
     Open,
     Operation,
+    Power,
     Refusal,
     Status,
 )
@@ -126,6 +129,36 @@ def test_a_hello_that_no_message_has_room_for_keeps_nobody_waiting() -> None:
         keyds.recv(MAX_CONTROL_OCTETS)
         # keyd says so when it is asked for anything.
         assert Open.decode(keyds.recv(MAX_CONTROL_OCTETS)).client_hello == b""
+
+
+def test_many_names_are_told_in_messages_for_which_there_is_room() -> None:
+    """A queue can be as small as this (net.core.wmem_default)."""
+    loop = EventLoop()
+    channels = Channels(loop, lambda *_, **__: None, lambda _: None, lambda _: None, lambda _: None)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    # The longest names that there are (RFC 1035 §2.3.4).
+    grants = tuple(
+        Grant(number, f"{number:03}".ljust(253, "a"), bytes(32), frozenset({Power.SIGN_TLS13}))
+        for number in range(200)
+    )
+    keyds.settimeout(30)
+    told: list[Grant] = []
+    opened = None
+    deadline = time.monotonic() + 30
+    with keyds:
+        channels.take([ours.detach()])
+        while opened is None:
+            assert time.monotonic() < deadline
+            opened = channels.open(1, Offer((0,), GrantSet(7, grants)), 1.0, b"hello")
+            if opened is None:
+                told += GrantSet.decode(keyds.recv(MAX_CONTROL_OCTETS)).grants
+                loop.run_once()
+        opened.close()
+        while (message := keyds.recv(MAX_CONTROL_OCTETS))[1:2] == b"G":
+            told += GrantSet.decode(message).grants
+        assert Open.decode(message).grants == 7
+    assert tuple(told) == grants
 
 
 def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:
