@@ -80,9 +80,17 @@ def _overlaps(bound: Mapping[str, Bindable], source: Source) -> Iterator[Mistake
         for other, earlier in alike.items():
             if earlier.covers(address) or address.covers(earlier):
                 where = f"{source.reference(other)}, {earlier}"
-                yield source.mistake(key, f"{address} overlaps {where}: only one can be bound")
+                reason = f"{address} overlaps {where}: only one can be bound"
+                yield source.mistake(key, reason + _both_families(address, earlier))
                 break
         alike[key] = address
+
+
+def _both_families(*addresses: Bindable) -> str:
+    """The end of a message to those whose other servers take an address for each family."""
+    inet6 = next((one for one in addresses if getattr(one, "host", "") == "::"), None)
+    inet = any(getattr(one, "host", "") == "0.0.0.0" for one in addresses)
+    return f", and {inet6} is for IPv4, too" if inet6 and inet else ""
 
 
 def _shared_metrics(

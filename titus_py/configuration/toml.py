@@ -97,7 +97,15 @@ def _explained(said: str, text: str) -> NotTOML:
         # "at end of document": something further up was not closed.
         line = _line_of_open_string(text) or max(lines_of(text).values(), default=None)
         return NotTOML(f"not valid TOML: {slip}", line)
-    return NotTOML(f"not valid TOML: {slip} (column {position[2]})", int(position[1]))
+    line = int(position[1])
+    heading = re.match(rf"[ \t]*\[\[[ \t]*({_PART})[ \t]*\]\]", text.split("\n")[line - 1])
+    if heading and reason.startswith("Cannot"):
+        name = heading[1]
+        slip = (
+            f"above this [[{name}]], there is a [{name}] in single brackets, or a table within one "
+            f"([{name}.…]): what is within a [[{name}]] goes below it"
+        )
+    return NotTOML(f"not valid TOML: {slip} (column {position[2]})", line)
 
 
 def _line_of_open_string(text: str) -> int | None:

@@ -204,6 +204,8 @@ def default_keyd_user() -> User:
 
 
 def _listen_address(value: object, info: ValidationInfo) -> Bindable:
+    if isinstance(value, list):
+        raise ValueError("expected one address, not an array: each has a table of its own")
     address = parse_listen(text_of(value))
     if isinstance(address, UnixAddress):
         return unix_address(str(directory_of(info) / address.path))

@@ -301,7 +301,10 @@ def test_every_key_is_described() -> None:
         ("[[listen]]\naddress = 443\n", "listen: address: expected a string, not 443"),
         ("[[listen]]\n", "listen: address: is missing"),
         ('[[listen]]\naddress = "0.0.0.0:443"\n', 'listen "0.0.0.0:443": address: 0.0.0.0:443 '
-         'overlaps listen "[::]:443": address (line 2), [::]:443: only one can be bound'),
+         'overlaps listen "[::]:443": address (line 2), [::]:443: only one can be bound, and '
+         "[::]:443 is for IPv4, too"),
+        ('[[listen]]\naddress = ["0.0.0.0:1", "[::1]:1"]\n', "address: expected one address, not "
+         "an array: each has a table of its own"),
     ],
 )  # fmt: skip
 def test_one_mistake(load_text: Load, text: str, mistake: str) -> None:
@@ -509,6 +512,8 @@ def test_a_list_of_variables_is_no_table(load_text: Load) -> None:
         (b"a = 1\nb = = 2\n", ':2: not valid TOML: expected "text in quotes", a whole number'),
         (b"[worker]\n[worker]\n", ":2: not valid TOML: this table is there already; of those"),
         (b"[[vhost]]\n[vhost]\n", ":2: not valid TOML: this table is there already; of those"),
+        (b"[[vhost.client]]\n[[vhost]]\n", ":2: not valid TOML: above this [[vhost]], there"),
+        (b"[vhost]\n[[vhost]]\n", ":2: not valid TOML: above this [[vhost]], there is a [vhost]"),
         (b"a = 1\na = 1\n", ":2: not valid TOML: this is there already"),
         (b"a = ", ':1: not valid TOML: expected "text in quotes"'),
         (b"a = 1\nkey = /etc/x.key\n", ':2: not valid TOML: expected "text in quotes"'),
@@ -802,7 +807,8 @@ def test_mistakes_in_options_name_the_option(tmp_path: Path) -> None:
         "--backend", "--cert", "--key", "--listen", "--listen"
     ]  # fmt: skip
     assert "--cert: /no.crt: no such file or directory" in lines
-    assert "--listen: 0.0.0.0:443 overlaps --listen, [::]:443: only one can be bound" in lines
+    overlap = "--listen: 0.0.0.0:443 overlaps --listen, [::]:443: only one can be bound"
+    assert f"{overlap}, and [::]:443 is for IPv4, too" in lines
     assert str(from_options([], "a:1", "/", "/").mistakes[0]) == "--listen: at least one is needed"
 
 
