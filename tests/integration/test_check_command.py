@@ -22,8 +22,8 @@ def tables(site: Certificate, directory: Path, *backends: str) -> dict[str, Any]
         {"certificate": site.certificate, "key": site.key, "backend": backend}
         for backend in backends
     ]
-    for number, vhost in enumerate(vhosts[:-1]):
-        vhost["local_port"] = number + 10_001
+    for vhost in vhosts[:-1]:
+        vhost["local_port"] = free_port()
     ports = [*(vhost["local_port"] for vhost in vhosts[:-1]), free_port()]
     return {
         "worker": {"uids": f"{uids[0]}-{uids[-2]}", "chroot": directory / "empty"},

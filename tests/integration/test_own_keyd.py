@@ -561,7 +561,7 @@ def mistakes(directory: Path, tables: dict[str, Any]) -> list[str]:
 def tables_with(certificate: Certificate, keyd: dict[str, Any], **vhost: Any) -> dict[str, Any]:
     return {
         "keyd": keyd,
-        "listen": [{"address": "127.0.0.1:18443"}],
+        "listen": [{"address": f"127.0.0.1:{free_port()}"}],
         "vhost": [{"certificate": certificate.certificate, "backend": "127.0.0.1:9", **vhost}],
     }
 

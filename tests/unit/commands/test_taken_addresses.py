@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from integration.instance import free_port
 
 from titus_py.commands import outside
 from titus_py.configuration import Mistake, load
@@ -76,8 +77,7 @@ def test_transparent_connections_come_to_addresses_of_others(tmp_path: Path) -> 
 
 def test_nothing_keeps_the_address(tmp_path: Path) -> None:
     """A server can bind to it, without SO_REUSEADDR, right after the check."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     assert warnings(tmp_path, f"127.0.0.1:{port}") == []
     with socket.socket() as server:
         server.bind(("127.0.0.1", port))

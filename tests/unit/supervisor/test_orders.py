@@ -16,7 +16,8 @@ from titus_py.supervisor.child import Child
 
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 file = os.memfd_create("file")
-os.setresuid(2000000012, 2000000012, 2000000012)
+uid = 2_000_000_000 + os.getpid()  # Another such test may run now.
+os.setresuid(uid, uid, uid)
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096))
 
 def put_on_their_way(to):
