@@ -23,7 +23,7 @@ from keyd.provider import openssl_configuration
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
 from titus_py.between.plan import Plan
-from titus_py.supervisor.reaping import reap
+from titus_py.supervisor.reaping import end_unwatched, reap
 
 __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
 
@@ -183,7 +183,13 @@ def _start(
     except OSError:
         ours.close()
         raise
-    return Child(name, process, ours)
+    try:
+        return Child(name, process, ours)
+    except OSError:
+        # No descriptor is left to watch it by.
+        ours.close()
+        end_unwatched(process)
+        raise
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from keyd.linux.process import how_ended
 
-__all__ = ["inherit", "leave", "reap", "reap_late"]
+__all__ = ["end_unwatched", "inherit", "leave", "reap", "reap_late"]
 
 #: How long one may take that was killed: most are gone within milliseconds.
 _SECONDS = 2.0
@@ -33,6 +33,12 @@ def reap(process: "subprocess.Popen[bytes] | int", pidfd: int) -> str:
         return how_ended(code)
     _late.append(process)
     return "ended for its tracer only" if ended else "does not end"
+
+
+def end_unwatched(process: "subprocess.Popen[bytes]") -> None:
+    """End one that was just started, and cannot be watched. It is for ``reap_late``."""
+    process.kill()
+    _late.append(process)
 
 
 def reap_late() -> None:

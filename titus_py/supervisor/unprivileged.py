@@ -16,7 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from keyd.linux.descriptors import send_descriptors
 from keyd.linux.process import signals_held_back
@@ -24,7 +24,7 @@ from keyd.linux.sealed import sealed_file
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.unprivileged import ALIVE, READY, Malformed
 from titus_py.supervisor.lingering import hear_alarms, not_lingering
-from titus_py.supervisor.reaping import reap
+from titus_py.supervisor.reaping import end_unwatched, reap
 from titus_py.supervisor.record import Event
 
 __all__ = ["UnprivilegedProcess"]
@@ -139,20 +139,24 @@ class UnprivilegedProcess:
             self._bury()
 
     def _start(self) -> None:
+        """Raises OSError; then nothing is left of it."""
         settings = {**self._settings(), "alive_seconds": _ALIVE_SECONDS}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        try:
+        with ExitStack() as undo:
+            undo.callback(ours.close)
             with theirs:
                 process = self._execute(settings, theirs)
-        except OSError:
-            ours.close()
-            raise
-        self._process, self._socket, self._dismissed = process, ours, False
-        self._pidfd = os.pidfd_open(process.pid)
+            undo.callback(end_unwatched, process)
+            pidfd = os.pidfd_open(process.pid)
+            undo.callback(os.close, pidfd)
+            self._loop.watch(pidfd, self._died)
+            undo.callback(self._loop.unwatch, pidfd)
+            self._loop.watch(ours.fileno(), self._hear)
+            undo.pop_all()
+        self._process, self._socket, self._pidfd = process, ours, pidfd
+        self._dismissed = False
         self._started = self._last_heard = self._looked = time.monotonic()
-        self._loop.watch(self._pidfd, self._died)
-        self._loop.watch(ours.fileno(), self._hear)
         self._look = self._loop.after(_ALIVE_SECONDS, self._look_after)
 
     def _execute(

@@ -5,15 +5,18 @@ import gc
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import pyseccomp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +27,7 @@ from titus_py.configuration.address import UnixAddress
 from titus_py.configuration.checking import CertificateFacts, Checked
 from titus_py.configuration.file_watch import FileWatch
 from titus_py.supervisor import child as child_module
+from titus_py.supervisor import reaping
 from titus_py.supervisor.child import Child, start_keyd
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
@@ -141,6 +145,26 @@ def test_a_keyd_that_cannot_be_started_leaves_no_descriptor(
             child.bury()
         assert descriptors() == before, f"with {more} more"
     assert 5 < failures < 20
+
+
+def test_a_keyd_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would hear of it, nor end it."""
+    monkeypatch.setattr(child_module, "_KEYD", ("-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(reaping, "_late", [])
+
+    def start() -> None:
+        program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+        program.add_rule(pyseccomp.ERRNO(errno.ENFILE), "pidfd_open")
+        program.load()
+        with pytest.raises(OSError, match="Too many open files in system"):
+            start_keyd({}, None)
+
+    # The filter is this thread's alone, and ends with it.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(start).result()
+    (ended,) = reaping._late
+    assert not isinstance(ended, int)
+    assert ended.wait() == -signal.SIGKILL
 
 
 def test_a_keyd_that_cannot_be_told_to_lend_is_no_end(

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from integration.peers import lingering, nobody_waits_for
+from integration.watches import without_watches
 
 from keyd.linux import seccomp
 from titus_py.between.event_loop import EventLoop
@@ -19,7 +21,7 @@ from titus_py.between.lookups import MAX_OCTETS
 from titus_py.between.unprivileged import Malformed
 from titus_py.configuration.address import NameAddress
 from titus_py.resolver.system_calls import RESOLVING
-from titus_py.supervisor import unprivileged
+from titus_py.supervisor import reaping, unprivileged
 from titus_py.supervisor.resolver import Resolver
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
 
@@ -89,6 +91,29 @@ def test_one_that_hangs_is_ended_and_started_again(
     ]
     watched.run(lambda: watched.process.ready)
     assert watched.pid() != pid
+
+
+def test_one_that_cannot_be_watched_is_started_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For want of a watch. Nothing is left of it, and nothing waits for it for ever."""
+    monkeypatch.setattr(unprivileged, "_PAUSE_SECONDS", (0.1, 1.0))
+    monkeypatch.setattr(reaping, "_late", [])
+    watched = Watched()
+    # What other tests have left to the collector is closed now, and not meanwhile.
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    without_watches(watched.process.start, watched.loop._epoll)
+    reason = "resolver: No space left on device"
+    assert watched.events == [("start_failed", {"level": "error", "reason": reason})]
+    assert len(os.listdir("/proc/self/fd")) == before
+    (ended,) = reaping._late
+    assert not isinstance(ended, int)
+    assert ended.wait() == -signal.SIGKILL
+    try:
+        watched.run(lambda: watched.process.ready)
+    finally:
+        watched.process.stop()
 
 
 def test_a_question_for_which_there_is_no_room_is_asked_later(watched: Watched) -> None:
