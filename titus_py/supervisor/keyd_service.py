@@ -11,6 +11,7 @@ from titus_py.between.event_loop import EventLoop
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
+from titus_py.supervisor.lingering import hear_alarms, not_lingering
 from titus_py.supervisor.record import Event
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.takeover import Takeover
@@ -80,6 +81,7 @@ class KeydService:
         self._reload_for_keys = reload_for_keys
         self._not_understood = not_understood
         self._clock = clock
+        hear_alarms()
         self._reliability: dict[Path | None, _Reliability] = defaultdict(_Reliability)
 
     def connect(self, generation: Generation, pause: float = _PAUSE_SECONDS) -> None:
@@ -95,14 +97,16 @@ class KeydService:
 
         def stop_waiting() -> None:
             self._loop.unwatch(control.fileno())
-            control.close()
+            with not_lingering():
+                control.close()
             reason = f"it has not said within {_PATIENCE_SECONDS:g} s which keys it has"
             self._again(generation, path, reason, pause)
 
         def hear() -> None:
             patience.cancel()
             self._loop.unwatch(control.fileno())
-            with control:
+            # It may send descriptors, too. The kernel closes them.
+            with not_lingering(), control:
                 keys, reason = _hear_keys(control)
                 if keys is not None and self._introduced(generation, control, keys):
                     return

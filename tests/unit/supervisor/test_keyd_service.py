@@ -6,6 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+from integration.peers import lingering, nobody_waits_for
+
 from keyd.protocol import Keys
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.supervisor.generation import Generation
@@ -153,3 +156,25 @@ def test_one_that_says_its_keys_and_dies_is_asked_ever_more_seldom(tmp_path: Pat
         # A new generation does not make it more reliable.
         keyd.generations = [keyd.generation()]
         assert keyd.live(listener, 1) == [0.4]
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "too late"])
+def test_it_cannot_have_the_supervisor_wait_in_closing_its_socket(
+    tmp_path: Path, heard: bool
+) -> None:
+    """A socket that lingers, which somebody has handed it."""
+    keyd = ShortLived(tmp_path / "keyd.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "keyd.sock"))
+        listener.listen()
+        keyd.service.connect(keyd.generations[0])
+        ((_, lose_patience),) = keyd.loop.later
+        with listener.accept()[0] as speaking:
+            side, peer = lingering()
+            with peer, nobody_waits_for(peer):
+                with side:
+                    socket.send_fds(speaking, [Keys(()).encode()], [side.fileno()])
+                if heard:
+                    keyd.loop.run_once()
+                else:
+                    lose_patience()
