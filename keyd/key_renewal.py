@@ -20,13 +20,15 @@ from keyd.key_files import KeySources
 from keyd.key_reader import MAX_MESSAGE_OCTETS, ORDER
 from keyd.keys import as_bound
 from keyd.linux import residue
-from keyd.linux.descriptors import if_any
+from keyd.linux.descriptors import if_any, passes
 from keyd.loading import load
 from keyd.powers import PrivateKey
 from keyd.reference import key_id
 from keyd.words import say
 
 __all__ = ["Renewal"]
+
+_ENDED = "the process for that has ended"
 
 
 class _NotRead(Exception):
@@ -100,8 +102,14 @@ class Renewal:
             return
 
         def ask(_: int, __: object) -> None:
-            with suppress(OSError):
+            try:
                 reader.send(ORDER, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                # Readings enough are to come.
+                pass
+            except OSError as error:
+                # Said each time: whoever sends this signal expects other keys.
+                say(f"keys cannot be read again: {error.strerror if passes(error) else _ENDED}")
 
         keyd.hear_process(reader, lambda: self._hear(reader, renewed))
         signal.signal(signal.SIGHUP, ask)
@@ -126,7 +134,7 @@ class Renewal:
         if length is None:
             return False
         if not length:
-            raise EOFError("the process for that has ended")
+            raise EOFError(_ENDED)
         message = memoryview(self._buffer)[:length]
         if message[0] == ord("E"):
             return True

@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from keyd import key_reader
+from keyd.daemon import Keyd
 from keyd.key_files import KeySources
 from keyd.key_reader import ORDER
 from keyd.key_renewal import Renewal
@@ -105,6 +106,23 @@ def test_a_reader_that_has_ended_before_it_is_asked_has_said_why() -> None:
     readers.close()
     with ours, pytest.raises(LookupError, match="it cannot be confined"):
         Renewal(ours, lambda _: None, lambda _: None).begin(KeySources((), None, None), False)
+
+
+def test_without_a_reader_each_hangup_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = signal.getsignal(signal.SIGHUP)
+    keyd = Keyd({})
+    try:
+        Renewal(ours, lambda _: None, lambda _: None).on_hangup(keyd, lambda: None)
+        theirs.close()
+        keyd._take_turn(0)
+        said = "keyd: keys cannot be read again: the process for that has ended\n"
+        assert capsys.readouterr().err == said
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+            assert capsys.readouterr().err == said
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_bad_file_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
