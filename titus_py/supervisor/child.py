@@ -52,6 +52,8 @@ class Child:
         #: While the child is starting: the timer that kills it if that takes too long.
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(self.pid)
+        #: Whether ``Children`` hears it.
+        self.watched = False
         self.started = self.last_heard = time.monotonic()
         #: Since when it serves.
         self.ready: float | None = None

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from keyd.linux.descriptors import receive_descriptors
@@ -60,14 +60,19 @@ class Children:
         self._looked = time.monotonic()
 
     def watch(self, generation: Generation, child: Child | None) -> None:
+        """Raises OSError; then the child is to be let go."""
         if child is None:
             return
+        with ExitStack() as undo:
+            self._loop.watch(child.pidfd, lambda: self._hear_last(generation, child))
+            undo.callback(self._loop.unwatch, child.pidfd)
+            self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
+            undo.pop_all()
+        child.watched = True
         if child in generation.starting:
             # keyd reads and checks every key. Decrypting one may be made slow on purpose.
             patience = START_SECONDS + load_seconds(generation.certificates)
             child.patience = self._loop.after(patience, child.kill)
-        self._loop.watch(child.pidfd, lambda: self._hear_last(generation, child))
-        self._loop.watch(child.socket.fileno(), lambda: self._hear(generation, child))
 
     def order(
         self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()
@@ -80,7 +85,8 @@ class Children:
         """Stop watching a child that has ended or is about to; returns how it ended."""
         if child.patience is not None:
             child.patience.cancel()
-        self._loop.unwatch(child.pidfd)
+        if child.watched:
+            self._loop.unwatch(child.pidfd)
         with not_lingering():
             self._hang_up(child)
             return child.bury()
@@ -156,7 +162,8 @@ class Children:
     def _hang_up(self, child: Child) -> None:
         """Hear nothing more of it."""
         if child.socket.fileno() >= 0:
-            self._loop.unwatch(child.socket.fileno())
+            if child.watched:
+                self._loop.unwatch(child.socket.fileno())
             child.socket.close()
 
 

@@ -93,8 +93,10 @@ class Starting:
             if self._takeover.awaits(generation):
                 self._takeover.abandon(generation)
                 return
-            if generation.parent is None:
-                generation.uids = range(0)
+            for child in generation.children:
+                child.kill()
+                self._takeover.let_go(generation, child)
+            generation.uids = range(0)
             self.fail(f"start: {error.strerror}")
             self._loop.after(_RETRY_SECONDS, lambda: self.start(generation))
 
@@ -133,6 +135,9 @@ class Starting:
                 self._children.order(parent, {"do": "use keyd"}, [control.fileno()])
         except OSError as error:
             self._event("start_failed", level="error", reason=error.strerror)
+            if generation.keyd is not None:
+                generation.keyd.kill()
+                self._takeover.let_go(generation, generation.keyd)
             pause = self.pause_before_keyd(generation, None)
             if pause is None:
                 self.fail(f"start of keyd: {error.strerror}")
