@@ -43,6 +43,7 @@ def warnings(loaded: Loaded) -> list[Mistake]:
         *_unresolved(configuration, source),
         *_hidden_from_the_unit(configuration, source),
         *_kept_from_the_unit(configuration, source),
+        *_not_writable_for_the_unit(configuration, source),
         *taken_addresses(configuration, source),
     ]
 
@@ -73,7 +74,11 @@ def _sockets_for_clients(configuration: Configuration) -> Iterator[tuple[str, Pa
         (f"listen[{i}].address", one.address) for i, one in enumerate(configuration.listen)
     ]
     addresses += [(f"tunnel[{i}].listen", one.listen) for i, one in enumerate(configuration.tunnel)]
-    for setting, address in addresses:
+    rest = (
+        ("metrics.address", configuration.metrics.address),
+        ("keyd.lend", configuration.keyd.lend),
+    )
+    for setting, address in (*addresses, *rest):
         if isinstance(address, UnixAddress):
             yield setting, Path(address.path)
 
@@ -159,6 +164,30 @@ def _kept_from_the_unit(configuration: Configuration, source: Source) -> Iterato
         edit = f"'systemctl edit {unit}', with CapabilityBoundingSet=CAP_NET_RAW in [Service]"
         reason = f"takes CAP_NET_RAW, which {unit} does not have: {edit}, and restart it"
         yield source.mistake(takes[0], reason)
+
+
+def _not_writable_for_the_unit(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Sockets that titus-py makes where the unit lets it write nothing: a start would fail."""
+    unit = _unit_of(source)
+    if unit is None:
+        return
+    settings = [line.partition("=")[::2] for line in _unit_lines(unit)]
+    if ("ProtectSystem", "strict") not in settings:
+        return
+    made = {path for name, path in settings if name == "RuntimeDirectory"}
+    writable = [Path("/run", one) for line in made for one in line.split()]
+    for name, paths in settings:
+        if name in ("ReadWritePaths", "BindPaths"):
+            writable += [Path(one.lstrip("-+")) for one in paths.split()]
+    by_systemd = set(_unit_lines(unit.replace(".service", ".socket")))
+    for setting, path in _sockets_for_clients(configuration):
+        known = f"ListenStream={path}" in by_systemd or any("%" in str(one) for one in writable)
+        if not known and not any(path.is_relative_to(one) for one in writable):
+            edit = f"'systemctl edit {unit}', with ReadWritePaths={path.parent} in [Service]"
+            reason = f"{path.parent} cannot be written to by {unit} (ProtectSystem=): {edit}"
+            yield source.mistake(
+                setting, f"{reason}, and restart it; or set a path in /run/titus-py"
+            )
 
 
 def _unit_lines(unit: str) -> Iterator[str]:

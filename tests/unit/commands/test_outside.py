@@ -128,3 +128,40 @@ def test_a_directory_that_a_socket_is_to_be_made_in_is_missed(
     (tmp_path / "www.pem").touch(mode=0o600)
     warnings = outside.warnings(load(configuration))
     assert [warning.key for warning in warnings] == ["listen[0].address"]
+
+
+def test_a_directory_that_the_unit_cannot_write_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a load balancer with a root directory of its own."""
+    units = tmp_path / "usr", tmp_path / "etc"
+    monkeypatch.setattr(outside, "_UNITS", units)
+    monkeypatch.setattr(outside, "_HIDDEN", {})
+    for directory in (*units, tmp_path / "titus-py", tmp_path / "balancer"):
+        directory.mkdir()
+    shutil.copy(_UNIT, units[0])
+    (tmp_path / "titus-py/www.pem").touch(mode=0o600)
+    place = tmp_path / "balancer/titus.sock"
+    configuration = tmp_path / "titus-py/titus.toml"
+    configuration.write_text(
+        f'[[listen]]\naddress = "unix:{place}"\n'
+        '[[listen]]\naddress = "unix:/run/titus-py/s"\n'
+        '[[vhost]]\ncertificate_dir = "."\nbackend = "127.0.0.1:80"\n'
+        f'[metrics]\naddress = "unix:{place}.metrics"\n'
+    )
+    warning, metrics = outside.warnings(load(configuration))
+    assert (warning.key, metrics.key) == ("listen[0].address", "metrics.address")
+    assert warning.reason.startswith(
+        f"{place.parent} cannot be written to by titus-py.service (ProtectSystem=): "
+        f"'systemctl edit titus-py.service', with ReadWritePaths={place.parent} in [Service]"
+    )
+
+    for unit, line, left in (
+        ("service", f"ReadWritePaths=-{place.parent}", []),
+        ("socket", f"ListenStream={place}", ["metrics.address"]),
+    ):
+        drop_in = units[1] / f"titus-py.{unit}.d/override.conf"
+        drop_in.parent.mkdir()
+        drop_in.write_text(f"{line}\n")
+        assert [one.key for one in outside.warnings(load(configuration))] == left
+        drop_in.unlink()
