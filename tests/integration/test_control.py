@@ -350,3 +350,9 @@ def test_an_instance_without_a_place_for_its_socket_serves_all_the_same(
     instance.wait_for_event("reloaded", since=since)
     time.sleep(0.1)
     assert serves(instance)
+    # It has one as soon as there is a place.
+    nowhere.unlink()
+    eventually((nowhere / f"{instance.pid}.control").is_socket, "a control socket")
+    assert len(instance.events_named("no_control_socket")) == 1
+    instance.terminate()
+    assert not list(nowhere.iterdir())

@@ -268,7 +268,7 @@ class _Supervisor:
             _SIGNALS,
         )
         self._control: Control | None = None
-        #: The control socket was removed, and cannot be made anew.
+        #: It cannot be made, which was said.
         self._control_missed = False
 
     # --- life -------------------------------------------------------------------
@@ -328,21 +328,30 @@ class _Supervisor:
         listener = None if left is None else socket.socket(fileno=left)
         try:
             self._control = Control(self._loop, handlers, listener)
+            self._control_missed = False
         except OSError as error:
+            self._miss_control(error)
+
+    def _miss_control(self, error: OSError) -> None:
+        """It is tried again every few seconds, which is said once."""
+        if not self._control_missed:
             self._event("no_control_socket", level="warning", reason=str(error))
+        self._control_missed = True
 
     def _look_after_control(self) -> None:
-        """Listen anew if somebody has removed the socket's file, and with it perhaps other files.
+        """Listen if there was no place for the socket, or somebody has removed its file.
 
-        Then the uids are held anew as well, in a file that other instances find.
+        That may have been with other files: the uids are held anew as well, where other instances
+        see it.
         """
+        if self._control is None:
+            self._listen_for_control()
+            return
         try:
-            if self._control is None or not self._control.look_after():
+            if not self._control.look_after():
                 return
         except OSError as error:
-            if not self._control_missed:
-                self._event("no_control_socket", level="warning", reason=str(error))
-            self._control_missed = True
+            self._miss_control(error)
             return
         self._control_missed = False
         self._event("control_socket_removed", level="warning", action="made anew")
