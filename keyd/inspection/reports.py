@@ -26,7 +26,9 @@ NONE_RUNS = (
     "'systemctl start keyd@NAME', which says whether it can"
 )
 
+#: How often a page is read that is just being written, and what it is otherwise.
 _ATTEMPTS, _PAUSE_SECONDS = 20, 0.01
+_TORN = "its page has no whole report"
 
 
 class Unreadable(ValueError):
@@ -53,29 +55,55 @@ def running() -> list[Running]:
         raise PermissionError("only root can look into keyd")
     with open(os.memfd_create("mount"), "rb") as own:
         mount, _ = _opened("self", own.fileno())
-    found = []
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        # Processes end meanwhile.
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/comm").read_bytes().strip() == b"keyd":
-                page = _page_of(pid, mount)
-                if page is not None:
-                    found.append(_running(pid, page))
-    return found
+    found: dict[int, Running] = {}
+    left = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for _ in range(_ATTEMPTS):
+        for pid in left:
+            # Processes end meanwhile.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                one = _looked_at(pid, mount)
+                if one is not None:
+                    found[pid] = one
+        # All of them together: any user can have any number of those that are never whole.
+        left = [pid for pid, one in found.items() if one.problem == _TORN]
+        if not left:
+            break
+        time.sleep(_PAUSE_SECONDS)
+    return [one for _, one in sorted(found.items())]
 
 
-def _page_of(pid: int, mount: int) -> str | None:
-    """Its memory file, which is on this mount: the kernel's own, where nobody can make others.
+def _looked_at(pid: int, mount: int) -> Running | None:
+    """None if it is no keyd."""
+    if Path(f"/proc/{pid}/comm").read_bytes().strip() != b"keyd":
+        return None
+    page = _page_of(pid, mount)
+    if page is None:
+        return None
+    try:
+        return _running(pid, page)
+    finally:
+        os.close(page)
 
-    A file elsewhere can have the same name, and be one that keeps whoever opens it waiting. Who
-    only reads a page is not who writes it: another audit is called keyd, too.
+
+def _page_of(pid: int, mount: int) -> int | None:
+    """Its memory file, opened, which is on this mount: the kernel's own, where nobody makes others.
+
+    A file elsewhere can have the same name, and be one that keeps whoever opens it waiting; and one
+    can take the place of the other. So it is opened for nothing at first. Who only reads a page is
+    not who writes it: another audit is called keyd, too.
     """
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
         with suppress(FileNotFoundError):
-            named = os.readlink(path).startswith(f"/memfd:{NAME} ")
-            if named and _opened(pid, name) == (mount, os.O_RDWR):
-                return path
+            if not os.readlink(path).startswith(f"/memfd:{NAME} "):
+                continue
+            _, access = _opened(pid, name)
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                if (_opened("self", file)[0], access) == (mount, os.O_RDWR):
+                    return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+            finally:
+                os.close(file)
     return None
 
 
@@ -86,7 +114,7 @@ def _opened(pid: int | str, descriptor: int | str) -> tuple[int, int]:
     return int(fields["mnt_id"]), int(fields["flags"], 8) & os.O_ACCMODE
 
 
-def _running(pid: int, page: str) -> Running:
+def _running(pid: int, page: int) -> Running:
     uid = os.stat(f"/proc/{pid}").st_uid
     try:
         user = pwd.getpwuid(uid).pw_name
@@ -94,26 +122,21 @@ def _running(pid: int, page: str) -> Running:
         user = str(uid)
     cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
     known = pid, user, unit_in(cgroup)
-    descriptor = os.open(page, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return Running(*known, read(descriptor))
+        return Running(*known, read(page))
     except Unreadable as error:
         return Running(*known, None, str(error))
-    finally:
-        os.close(descriptor)
 
 
 def read(descriptor: int) -> Report:
-    """The report in a page; raises Unreadable."""
-    for _ in range(_ATTEMPTS):
-        page = os.pread(descriptor, OCTETS, 0)
-        if len(page) > HEAD.size:
-            checksum, length = HEAD.unpack_from(page)
-            text = page[HEAD.size : HEAD.size + length]
-            if text and zlib.crc32(text) == checksum:
-                return _report(text)
-        time.sleep(_PAUSE_SECONDS)
-    raise Unreadable("its page has no whole report")
+    """The report in a page; raises Unreadable. Perhaps it is just being written."""
+    page = os.pread(descriptor, OCTETS, 0)
+    if len(page) > HEAD.size:
+        checksum, length = HEAD.unpack_from(page)
+        text = page[HEAD.size : HEAD.size + length]
+        if text and zlib.crc32(text) == checksum:
+            return _report(text)
+    raise Unreadable(_TORN)
 
 
 def _report(text: bytes) -> Report:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from keyd.inspection import audit
+from keyd.inspection import audit, reports
 from keyd.inspection.key_search import Needle, needles
 from keyd.inspection.reports import running
 from keyd.keys import load_private_key
@@ -350,6 +350,59 @@ def test_what_only_has_the_name_of_a_page_is_not_opened(listening: Listening) ->
     pids = [one["pid"] for one in found]
     assert listening.process.pid in pids
     assert process.pid not in pids
+
+
+#: Has a page as keyd's, and another file in its place when it is told.
+FORGER_THAT_CHANGES = """
+import os, sys
+open("/proc/self/comm", "w").write("keyd")
+page = os.memfd_create("keyd-status")
+print("there", flush=True)
+sys.stdin.readline()
+reader, writer = os.pipe()
+os.dup2(reader, page)
+print("changed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_takes_the_place_of_a_page_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That could take as long as another user likes, too."""
+    opened = reports._opened
+    command = ["/usr/bin/python3", "-I", "-c", FORGER_THAT_CHANGES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def opened_before(pid: int | str, descriptor: int | str) -> tuple[int, int]:
+            seen = opened(pid, descriptor)
+            if pid == process.pid and process.stdin and process.stdout:
+                process.stdin.write(b"\n")
+                process.stdin.flush()
+                assert process.stdout.readline()
+            return seen
+
+        try:
+            assert process.stdout.readline()
+            monkeypatch.setattr(reports, "_opened", opened_before)
+            found = running()
+        finally:
+            process.stdin.close()
+    assert process.pid not in [one.pid for one in found]
+
+
+def test_pages_that_are_never_whole_are_waited_for_together(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, any number of them would take as long as another user likes."""
+    pauses: list[float] = []
+    monkeypatch.setattr(reports.time, "sleep", pauses.append)
+    with ExitStack() as stack:
+        torn = {stack.enter_context(forged(b"")) for _ in range(5)}
+        found = {one.pid: one.problem for one in running()}
+    assert {found[pid] for pid in torn} == {"its page has no whole report"}
+    assert listening.process.pid in found
+    assert len(pauses) <= 20
 
 
 def test_who_reads_a_page_is_no_keyd(listening: Listening) -> None:
