@@ -21,7 +21,7 @@ from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, has_memory, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.origins import is_of_root, may_read
+from keyd.inspection.origins import may_read, of_root
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
 from keyd.inspection.watched import At, Hung, each
@@ -72,7 +72,8 @@ class _Known(NamedTuple):
 
 def audit(arguments: argparse.Namespace) -> int:
     found = running()
-    keyds = [keyd for keyd in found if is_of_root(keyd.pid)]
+    roots = _roots(found)
+    keyds = [keyd for keyd in found if keyd.pid in roots]
     others = [keyd for keyd in found if keyd not in keyds]
     passed_over = list(_passed_over(others))
     if not keyds and not arguments.key:
@@ -249,7 +250,8 @@ def _memory(
 ) -> Iterator[_Finding]:
     """Look at the memory of every process, but for this one's."""
     # Of one that has ended, the kernel tells no more.
-    having = {path: _having(keyds, path, key) for path, key in keys.items()}
+    roots = _roots(keyds)
+    having = {path: _having(keyds, roots, path, key) for path, key in keys.items()}
     holders: dict[str, set[int]] = {path: set() for path in keys}
     pids: set[int] = set()
     for _ in range(_ROUNDS):
@@ -260,6 +262,7 @@ def _memory(
     too_late = sum(map(_is_to_be_searched, _others() - pids))
     # One that is started again begins meanwhile.
     since = running()
+    roots = _roots(since)
     for path, key in keys.items():
         own = having[path]
         found = sorted(own & holders[path])
@@ -269,7 +272,7 @@ def _memory(
                 yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
         for pid in found:
             yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
-        others = sorted(holders[path] - own - _having(since, path, key))
+        others = sorted(holders[path] - own - _having(since, roots, path, key))
         for pid in others:
             yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
         if not others:
@@ -291,7 +294,11 @@ def _is_to_be_searched(pid: int) -> bool:
         return True
 
 
-def _having(keyds: Sequence[Running], path: str, key: PrivateKey) -> set[int]:
+def _roots(keyds: Iterable[Running]) -> set[int]:
+    return of_root(keyd.pid for keyd in keyds)
+
+
+def _having(keyds: Sequence[Running], roots: set[int], path: str, key: PrivateKey) -> set[int]:
     """Those that are to have this key: of any user's, where the user can read it anyhow."""
     identity = key_id(key.public_key()).hex()
     return {
@@ -299,7 +306,7 @@ def _having(keyds: Sequence[Running], path: str, key: PrivateKey) -> set[int]:
         for keyd in keyds
         if keyd.report is not None
         and any(one[2] == identity and not _is_in_a_token(one[0]) for one in keyd.report.keys)
-        and (is_of_root(keyd.pid) or may_read(keyd.pid, path))
+        and (keyd.pid in roots or may_read(keyd.pid, path))
     }
 
 

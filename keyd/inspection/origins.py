@@ -7,26 +7,30 @@ of the kernel here, such a user cannot make so.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["is_of_root", "may_read", "unit_in"]
+__all__ = ["may_read", "of_root", "unit_in"]
 
 
-def is_of_root(pid: int) -> bool:
-    """Whether root runs it, or has put it into an empty root, or it is a service of the system.
+def of_root(pids: Iterable[int]) -> set[int]:
+    """Those that root runs, or has put into an empty root, or that are a service of the system.
 
-    It has to be the whole of that service: an attacker who is in a server has a part of one.
+    One has to be the whole of that service: an attacker who is in a server has a part of one.
     """
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return (
-            pid == 1
-            or os.stat(f"/proc/{pid}").st_uid == 0
-            or _is_in_an_empty_root(pid)
-            or _is_a_service(pid)
-        )
-    return False
+    services = _Services()
+    found = set()
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if (
+                pid == 1
+                or os.stat(f"/proc/{pid}").st_uid == 0
+                or _is_in_an_empty_root(pid)
+                or services.are_one_with(pid)
+            ):
+                found.add(pid)
+    return found
 
 
 def may_read(pid: int, file: str) -> bool:
@@ -64,17 +68,30 @@ def unit_in(groups: str) -> str:
     return found[2] if found and "/user@" not in (found[1] or "") else ""
 
 
-def _is_a_service(pid: int) -> bool:
-    group = _control_groups(pid)
-    if not unit_in(group):
-        return False
-    parents = {}
-    for name in os.listdir("/proc"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if name.isdigit() and _control_groups(int(name)) == group:
-                stat = Path(f"/proc/{name}/stat").read_bytes()
-                parents[int(name)] = int(stat.rpartition(b")")[2].split()[1])
-    return all(one == pid or _is_below(one, pid, parents) for one in parents)
+class _Services:
+    """What is in them. All processes are looked at once, however many are asked about."""
+
+    def __init__(self) -> None:
+        #: By control groups, each process and its parent.
+        self._parents: dict[str, dict[int, int]] = {}
+
+    def are_one_with(self, pid: int) -> bool:
+        """Whether all of a service is below this process, or is it."""
+        group = _control_groups(pid)
+        if not unit_in(group):
+            return False
+        if not self._parents:
+            self._look()
+        parents = self._parents.get(group, {})
+        return pid in parents and all(one == pid or _is_below(one, pid, parents) for one in parents)
+
+    def _look(self) -> None:
+        for name in os.listdir("/proc"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if name.isdigit():
+                    stat = Path(f"/proc/{name}/stat").read_bytes()
+                    parent = int(stat.rpartition(b")")[2].split()[1])
+                    self._parents.setdefault(_control_groups(int(name)), {})[int(name)] = parent
 
 
 def _is_below(one: int, pid: int, parents: Mapping[int, int]) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keyd.inspection.origins import is_of_root
+from keyd.inspection.origins import of_root
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.watched import At, Hung, each
 from keyd.printable import printable
@@ -55,7 +55,8 @@ def _askers(found: Sequence[Running]) -> dict[int, list[dict[str, str]]]:
     are looked at last.
     """
     sockets = {one.pid: one.report.sockets for one in found if one.report is not None}
-    pids = sorted(sockets, key=lambda pid: not is_of_root(pid))
+    roots = of_root(sockets)
+    pids = sorted(sockets, key=lambda pid: pid not in roots)
 
     def look(pid: int, _: frozenset[str], at: At) -> list[dict[str, str]]:
         seen = []
