@@ -72,7 +72,7 @@ def serve(arguments: argparse.Namespace) -> NoReturn:
 
     teller = Teller(supervisor)
     tell, tell_news = teller.tell, teller.tell_news
-    leave_standard_error(lambda line: tell("keyd_said", text=line))
+    leave_standard_error(teller.say)
 
     hear_first(tokens)
     states = States(tokens)

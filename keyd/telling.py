@@ -1,11 +1,13 @@
 """What keyd tells the supervisor that has started it: events in JSON, without ever waiting.
 
 Run by keyd's threads. A supervisor that does not keep up misses an event. News is told as soon as
-there is room: whoever has it tells it once, and not again before it changes.
+there is room: whoever has it tells it once, and not again before it changes. Lines that it misses
+are counted, and it is told how many they are.
 """
 
 import json
 import socket
+import threading
 
 from keyd.linux.descriptors import passes
 
@@ -17,10 +19,18 @@ class Teller:
         self._supervisor = supervisor
         #: By the event's name, the last news that there was no room for.
         self._kept: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._lost_lines = 0
 
     def tell(self, event: str, **fields: object) -> None:
         """Tell it now or never."""
         self._send(_encoded(event, fields))
+
+    def say(self, line: str) -> None:
+        """A line for the log."""
+        if not self._send(_line(line)):
+            with self._lock:
+                self._lost_lines += 1
 
     def tell_news(self, event: str, **fields: object) -> None:
         """Tell it now, or with the next ``tell_kept`` unless there is other news by then."""
@@ -35,6 +45,10 @@ class Teller:
         for event, message in list(self._kept.items()):
             if self._send(message):
                 del self._kept[event]
+        with self._lock:
+            lost = self._lost_lines
+            if lost and self._send(_line(f"{lost} lines are lost: no room for them")):
+                self._lost_lines = 0
 
     def _send(self, message: bytes) -> bool:
         """Whether nothing is left to be done: it was sent, or never can be."""
@@ -47,3 +61,7 @@ class Teller:
 
 def _encoded(event: str, fields: dict[str, object]) -> bytes:
     return json.dumps({"event": event, **fields}).encode()
+
+
+def _line(text: str) -> bytes:
+    return _encoded("keyd_said", {"text": text})

@@ -73,10 +73,24 @@ def test_what_was_kept_does_not_follow_what_is_newer(supervisor: Supervisor) -> 
 
 def test_what_is_no_news_is_told_now_or_never(supervisor: Supervisor) -> None:
     supervisor.stops()
-    supervisor.teller.tell("keyd_said", text="a line")
+    supervisor.teller.tell("lending_refused", count=1)
     supervisor.hears()
     supervisor.teller.tell_kept()
     assert supervisor.hears() == []
+
+
+def test_lines_that_there_was_no_room_for_are_counted(supervisor: Supervisor) -> None:
+    supervisor.teller.say("first")
+    assert supervisor.hears() == [{"event": "keyd_said", "text": "first"}]
+    supervisor.stops()
+    for number in range(7):
+        supervisor.teller.say(f"line {number}")
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == []
+    for _ in range(2):
+        supervisor.teller.tell_kept()
+    told = {"event": "keyd_said", "text": "7 lines are lost: no room for them"}
+    assert supervisor.hears() == [told]
 
 
 def test_one_that_has_ended_is_told_nothing(supervisor: Supervisor) -> None:
