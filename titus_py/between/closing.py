@@ -22,11 +22,12 @@ def without_waiting() -> Iterator[None]:
     """Meanwhile, a signal comes every now and then. Used in the main thread alone."""
     signal.signal(signal.SIGALRM, _wake_up)
     # Again and again: the first one may come too early.
-    signal.setitimer(signal.ITIMER_REAL, _MOST, _MOST)
+    before = signal.setitimer(signal.ITIMER_REAL, _MOST, _MOST)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        # The supervisor may be within a wait that such a timer bounds already.
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def _wake_up(*_: object) -> None:

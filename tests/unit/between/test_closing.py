@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from integration.peers import lingering
+from integration.peers import lingering, nobody_waits_for
 
 from titus_py.between.closing import without_waiting
+from titus_py.supervisor.lingering import not_lingering
 
 
 def a_connection(_: Path) -> tuple[socket.socket, socket.socket]:
@@ -47,6 +48,19 @@ def test_closing_waits_for_nobody(make: Make, tmp_path: Path) -> None:
     with without_waiting():
         ours.close()
     for one in (hostile, *peers):
+        one.close()
+
+
+def test_what_is_closed_afterwards_waits_for_nobody_either() -> None:
+    """The supervisor closes a listening socket as a child says, and goes on hearing that child."""
+    ours, hostile = a_connection(Path())
+    (peer,) = leave_descriptors(hostile, 1)
+    with not_lingering():
+        with without_waiting():
+            pass
+        with nobody_waits_for(peer):
+            ours.close()
+    for one in (hostile, peer):
         one.close()
 
 
