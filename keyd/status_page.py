@@ -134,12 +134,13 @@ class StatusPage:
                 (name[:TEXT_CHARACTERS], state[:TEXT_CHARACTERS], counts[name])
                 for name, state in self._states.all()[:_TOKENS]
             ]
-            if news is None and not self._keys_changed and self._tokens == before:
+            # First: what another thread changes from here on is told of the next time.
+            changed, self._keys_changed = self._keys_changed, False
+            if news is None and not changed and self._tokens == before:
                 return
             # A copy: another thread may take a key in, or let go of one.
             keys = dict(self._keys)
-            if self._keys_changed:
-                self._keys_changed = False
+            if changed:
                 paths = self._paths()
                 self._lines = [
                     [_name(paths.get(identity, ""), key), _kind(key), identity.hex()]

@@ -6,7 +6,8 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyd.inspection.reports import Unreadable, read
+from keyd.powers import Key
 from keyd.protocol import Operation, Refusal, Status
 from keyd.reference import key_id
 from keyd.status_page import NAME, OCTETS, VERSION, Report, StatusPage
@@ -113,6 +115,26 @@ def test_keys_come_and_go() -> None:
     page.write()
     ((_, _, identity),) = read(own_page()).keys
     assert identity == key_id(other.public_key()).hex()
+
+
+def test_a_key_that_comes_while_the_page_is_written_is_told_of_the_next_time() -> None:
+    one, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    page = StatusPage("listen")
+
+    class Growing(UserDict[bytes, Key]):
+        """Another thread takes a key in once these have been looked at."""
+
+        def keys(self) -> KeysView[bytes]:
+            seen = dict(self.data)
+            if len(seen) == 1:
+                self.data[key_id(other.public_key())] = other
+                page.keys_changed()
+            return seen.keys()
+
+    page.tell_of(Growing({key_id(one.public_key()): one}), dict, [], Tally(), States(()))
+    assert len(read(own_page()).keys) == 1
+    page.write()
+    assert len(read(own_page()).keys) == 2
 
 
 @contextmanager
