@@ -11,7 +11,7 @@ from cryptography.x509 import load_pem_x509_certificates
 
 from .client_authority import ClientAuthority, spki_of
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Instance, eventually, free_port, toml
+from .instance import TITUS_PY, UIDS, Instance, eventually, free_port, toml
 from .peers import Listener, connect, receive_all, receive_exactly, resets
 
 
@@ -213,8 +213,14 @@ def test_a_pin_of_ones_own_is_doubtful(tmp_path: Path, authority: ClientAuthorit
         }
         for port, pinned in ((5432, [servers]), (5434, [servers, own]))
     ]
+    uids = UIDS.take()
+    tables = {
+        "worker": {"uids": f"{uids[0]}-{uids[-2]}"},
+        "keyd": {"user": str(uids[-1])},
+        "tunnel": tunnels,
+    }
     path = tmp_path / "titus.toml"
-    path.write_text(toml({"tunnel": tunnels}))
+    path.write_text(toml(tables))
     done = subprocess.run(
         [TITUS_PY, "check", "--config", path], capture_output=True, text=True, check=False
     )

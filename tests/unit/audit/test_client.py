@@ -34,7 +34,7 @@ def test_a_server_that_is_never_done_does_not_keep_the_audit() -> None:
     server = threading.Thread(target=trickle)
     server.start()
     context = ssl.create_default_context()
-    client = Client(context, ours, "localhost", None, seconds=0.3)
+    client = Client(context, ours, "localhost", None, seconds=2.0)
     watchdog = threading.Timer(20, lambda: theirs.shutdown(socket.SHUT_RDWR))
     watchdog.start()
     try:

@@ -128,11 +128,11 @@ def test_a_closed_peer_is_an_event(
 
 def test_timers_come_in_the_order_of_their_time(loop: EventLoop) -> None:
     called: list[str] = []
+    started = time.monotonic()
     loop.after(0.02, lambda: called.append("late"))
     loop.after(0.0, lambda: called.append("first"))
     loop.after(0.01, lambda: called.append("then"))
     loop.after(0.0, lambda: called.append("second"))
-    started = time.monotonic()
     while len(called) < 4:
         loop.run_once()
     assert called == ["first", "second", "then", "late"]

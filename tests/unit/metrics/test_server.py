@@ -50,7 +50,7 @@ class Instance:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def curl(self, *options: str) -> subprocess.CompletedProcess[bytes]:
-        command = ["curl", "-sS", "--max-time", "10", *options]
+        command = ["curl", "-sS", "--max-time", "60", *options]
         return subprocess.run(
             [*command, f"http://127.0.0.1:{self.port}/metrics"], capture_output=True, check=False
         )

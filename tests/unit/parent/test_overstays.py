@@ -57,7 +57,9 @@ def test_nobody_is_ended_without_the_kernels_word_and_it_is_said_once() -> None:
     )
     Overstays(loop, cast(Any, plan), cast(Any, SimpleNamespace(busy={7: worker})), cast(Any, tell))
     with no_descriptor_left():
-        run(time.monotonic() + 1.2)
+        # At the second look at the latest, if the machine has time for it.
+        while not told:
+            run(time.monotonic() + 1.2)
     assert not killed
     assert told == ["not_available sock_diag (Too many open files)"]
     started = time.monotonic()

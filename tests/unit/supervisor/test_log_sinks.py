@@ -139,7 +139,7 @@ def test_a_reader_that_is_stuck_for_a_while(blocking: bool) -> None:
     """The program goes on, and says what was lost once it is read again."""
     ours, theirs = os.pipe()
     os.set_blocking(theirs, blocking)
-    program = Program(FLOOD + "step()\nlog('again'); log.close(5); step()", theirs)
+    program = Program(FLOOD + "step()\nlog('again'); log.close(60); step()", theirs)
     os.close(theirs)
     assert program.said(b"True\n")
     program.reached()
@@ -149,7 +149,7 @@ def test_a_reader_that_is_stuck_for_a_while(blocking: bool) -> None:
     program.go_on()
     poll = select.poll()
     poll.register(ours, select.POLLIN)
-    while b" again\n" not in octets and poll.poll(10_000):
+    while b" again\n" not in octets and poll.poll(60_000):
         octets += os.read(ours, 1 << 20)
     program.go_on()
     program.ended()

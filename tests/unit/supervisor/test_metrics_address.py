@@ -46,7 +46,7 @@ class Served:
         self.made += 1
         return b"text %d\n" % self.made
 
-    def run(self, until: Callable[[], object], seconds: float = 20.0) -> None:
+    def run(self, until: Callable[[], object], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline
