@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sized
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from keyd.linux.descriptors import packet_pair
 from keyd.linux.process import how_ended
@@ -226,23 +226,21 @@ class Pool:
     def _fork(self) -> None:
         """Order a worker; ``forked`` is called with the result. Raises OSError."""
         ours, workers = packet_pair()
-        try:
-            report = make_report()
-            uid = self._uids.popleft()
-            try:
-                self._forks.order(uid, report, workers.fileno())
-            except OSError:
-                self._uids.appendleft(uid)
-                ours.close()
-                os.close(report)
-                raise
-        finally:
-            workers.close()
         ours.setblocking(False)
-        worker = Worker(uid, report, ours)
+        with ExitStack() as done, ExitStack() as undo:
+            done.callback(workers.close)
+            undo.callback(ours.close)
+            report = make_report()
+            undo.callback(os.close, report)
+            uid = self._uids[0]
+            worker = Worker(uid, report, ours)
+            self._loop.watch(ours.fileno(), lambda: self._heard(worker))
+            undo.callback(self._loop.unwatch, ours.fileno())
+            self._forks.order(uid, report, workers.fileno())
+            undo.pop_all()
+        self._uids.popleft()
         self._workers[uid] = worker
         self._forming.add(uid)
-        self._loop.watch(ours.fileno(), lambda: self._heard(worker))
 
     def forked(self, forked: Forked, pidfd: int) -> None:
         """Take the result of an order; ``pidfd`` is -1 if there is none."""
@@ -258,24 +256,35 @@ class Pool:
             os.close(worker.report)
             self._fork_failed(os.strerror(forked.error))
             return
-        if pidfd < 0:
-            # No descriptor was left for the pidfd. A spare that cannot be watched is of no use. Nor
-            # can it be killed: kill(2) is not for a process that hears workers (``system_calls``).
+        if problem := self._watch(worker, pidfd):
+            # A spare that cannot be watched is of no use. Nor can it be killed: kill(2) is not for
+            # a process that hears workers (``system_calls``).
             worker.hang_up()
             worker.kill(_NOT_WATCHED)
             self._forming.discard(worker.uid)
-            self._fork_failed(os.strerror(errno.EMFILE))
+            self._fork_failed(problem)
             self._unwatched[forked.pid] = worker
             return
         if self._fork_pause:
             self._fork_pause = 0.0
             self._tell("fork_works_again", level="warning")
-        worker.pidfd = pidfd
-        self._loop.watch(pidfd, lambda: self._bury(worker))
         if worker.killed_for:
             worker.kill(worker.killed_for)
             return
         self.may_serve(worker)
+
+    def _watch(self, worker: Worker, pidfd: int) -> str:
+        """Hear of its end from now on. Returns why that cannot be, or an empty text."""
+        if pidfd < 0:
+            # No descriptor was left to receive it.
+            return os.strerror(errno.EMFILE)
+        try:
+            self._loop.watch(pidfd, lambda: self._bury(worker))
+        except OSError as error:
+            os.close(pidfd)
+            return os.strerror(error.errno or errno.ENOMEM)
+        worker.pidfd = pidfd
+        return ""
 
     # --- their end ----------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
-"""The pool's workers: those that it cannot watch, for want of a descriptor."""
+"""The pool's workers: those that it cannot watch, for want of a descriptor or a watch."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from integration.watches import without_watches
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.messages import Forked
@@ -35,8 +37,9 @@ class Pooled:
             Plan,
             SimpleNamespace(first_uid=100, last_uid=109, max_workers=5, spare_workers=1),
         )
+        self.loop = EventLoop()
         self.pool = Pool(
-            EventLoop(),
+            self.loop,
             plan,
             cast(Forks, self.forks),
             [],
@@ -44,6 +47,8 @@ class Pooled:
             lambda worker: None,
             lambda worker, how: None,
         )
+
+    def fork(self) -> None:
         self.pool.look_at_spares()
         ((self.uid, self.end),) = self.forks.orders
 
@@ -51,6 +56,7 @@ class Pooled:
 @pytest.fixture
 def pooled() -> Iterator[Pooled]:
     pooled = Pooled()
+    pooled.fork()
     with pooled.end:
         yield pooled
 
@@ -85,4 +91,40 @@ def test_one_that_fails(pooled: Pooled) -> None:
             },
         )
     ]
+    assert not len(pooled.pool)
+
+
+def test_no_worker_is_ordered_whose_socket_cannot_be_watched() -> None:
+    pooled = Pooled()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    without_watches(pooled.pool.look_at_spares, pooled.loop._epoll)
+    reason = "No space left on device"
+    assert pooled.told == [("fork_failed", {"level": "error", "reason": reason})]
+    assert not pooled.forks.orders
+    assert not len(pooled.pool)
+    assert len(os.listdir("/proc/self/fd")) == before
+    # It is tried again, and no uid is missing.
+    while not pooled.forks.orders:
+        pooled.loop.run_once()
+        pooled.pool.look_at_spares()
+    pooled.forks.orders[0][1].close()
+    assert len(pooled.pool._uids) == 9
+
+
+def test_one_whose_end_cannot_be_watched_is_told_to_leave(pooled: Pooled) -> None:
+    with subprocess.Popen(["sh", "-c", "read line; exit 0"], stdin=pooled.end) as worker:
+        pidfd = os.pidfd_open(worker.pid)
+        forked = Forked(pooled.uid, worker.pid)
+        try:
+            without_watches(lambda: pooled.pool.forked(forked, pidfd), pooled.loop._epoll)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        except OSError:
+            worker.kill()
+            raise
+        pooled.pool.look_after()
+        # It was reaped by its number, of which Popen does not know.
+        worker.returncode = 0
+    reason = "No space left on device"
+    assert pooled.told == [("fork_failed", {"level": "error", "reason": reason})]
     assert not len(pooled.pool)
