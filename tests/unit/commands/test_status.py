@@ -397,7 +397,7 @@ def test_watching(start: Start, tmp_path: Path, as_json: bool) -> None:
     watching = subprocess.Popen(
         [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(instance.asked) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
