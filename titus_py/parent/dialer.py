@@ -34,9 +34,17 @@ MAX_ATTEMPTS = 5
 #: doubles up to the latter: hundreds of clients may wait for a backend that hangs, and are not to
 #: take all of this process's time.
 _RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.02, 0.5
-#: Failures that say nothing of the backend: no descriptor, memory or port was left here.
+#: Failures that say nothing of the backend: no descriptor, memory, watch (epoll_ctl(2)) or port was
+#: left here.
 _RESOURCES = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
+    {
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.EADDRNOTAVAIL,
+    }
 )
 #: How many failures the reason names: the latest ones.
 _NAMED_FAILURES = 4
@@ -140,7 +148,7 @@ class Dialer:
         if not outcome:
             self._succeeded(attempt)
         elif outcome == errno.EALREADY:
-            self._watch(attempt, address)
+            outcome = self._watch(attempt, address)
         else:
             attempt.close()
             if outcome != errno.EAGAIN:
@@ -156,13 +164,21 @@ class Dialer:
         """
         return attempt.connect_ex(address)
 
-    def _watch(self, attempt: socket.SocketType, address: SocketAddress) -> None:
+    def _watch(self, attempt: socket.SocketType, address: SocketAddress) -> int:
+        """Wait for an attempt; returns EALREADY, or the errno with which that cannot be."""
         if len(self._attempts) == MAX_ATTEMPTS:
             longest = next(iter(self._attempts))
             self._failed(self._release(longest), errno.ETIMEDOUT)
             longest.close()
+        try:
+            self._loop.watch(attempt.fileno(), partial(self._settled, attempt), READABLE | WRITABLE)
+        except OSError as error:
+            attempt.close()
+            problem = error.errno or errno.ENOMEM
+            self._failed(address, problem)
+            return problem
         self._attempts[attempt] = address
-        self._loop.watch(attempt.fileno(), partial(self._settled, attempt), READABLE | WRITABLE)
+        return errno.EALREADY
 
     def _settled(self, attempt: socket.SocketType) -> None:
         outcome = self._outcome(attempt, self._attempts[attempt])

@@ -107,8 +107,12 @@ class Silent:
     def _watch(self, descriptor: int, silent: _Silent) -> None:
         # On a unix socket, the loop calls for each piece that comes.
         events = READABLE | select.EPOLLET if silent.unix else READABLE
-        self._loop.watch(descriptor, lambda: self._hear(descriptor), events)
-        silent.watched = True
+        try:
+            self._loop.watch(descriptor, lambda: self._hear(descriptor), events)
+            silent.watched = True
+        except OSError:
+            # No watch is left for it, or no memory.
+            self._look_later(descriptor, silent)
 
     def _unwatch(self, descriptor: int, silent: _Silent) -> None:
         if silent.watched:
@@ -129,8 +133,11 @@ class Silent:
         silent.woken += 1
         if self._look(descriptor) and silent.woken >= _WOKEN_AT_MOST:
             self._unwatch(descriptor, silent)
-            silent.timer = self._loop.after(silent.pause, lambda: self._go_on(descriptor))
-            silent.pause *= 2
+            self._look_later(descriptor, silent)
+
+    def _look_later(self, descriptor: int, silent: _Silent) -> None:
+        silent.timer = self._loop.after(silent.pause, lambda: self._go_on(descriptor))
+        silent.pause *= 2
 
     def _go_on(self, descriptor: int) -> None:
         silent = self._silent[descriptor]

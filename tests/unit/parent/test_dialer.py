@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from integration.watches import without_watches
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import ResolvedAddress
@@ -87,8 +88,13 @@ def sockets() -> int:
 class Dial:
     """A dialer at work."""
 
-    def __init__(self, addresses: Sequence[ResolvedAddress], timeout: float = PATIENCE) -> None:
-        self._loop = EventLoop()
+    def __init__(
+        self,
+        addresses: Sequence[ResolvedAddress],
+        timeout: float = PATIENCE,
+        loop: EventLoop | None = None,
+    ) -> None:
+        self._loop = loop or EventLoop()
         self.outcomes: list[Outcome] = []
         self.most_sockets = 0
         # What other tests have left to the collector is closed now, and not while it is counted.
@@ -159,6 +165,16 @@ def test_every_failure_is_named_where_none_answers(backends: ExitStack) -> None:
     dial = Dial([refuses, silent(backends).address, silent(backends).address], timeout=0.6)
     reason = f"127.0.0.1:{refuses[1][1]}: Connection refused; no answer in 0.6 s"
     assert dial.outcome() == (None, reason)
+
+
+def test_an_attempt_that_cannot_be_watched_has_failed_here(backends: ExitStack) -> None:
+    """For want of a watch: the next address may answer at once."""
+    loop = EventLoop()
+    addresses = [silent(backends).address, silent(backends).address]
+    dial = without_watches(lambda: Dial(addresses, loop=loop), loop._epoll)
+    reason = ("{}:{}: No space left on device".format(*address) for _, address in addresses)
+    assert dial.outcome() == (None, "; ".join(reason))
+    assert dial.dialer.failed_here
 
 
 def test_no_address_is_no_connection() -> None:

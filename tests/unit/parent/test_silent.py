@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from integration.hellos import client_hello, records
 from integration.namespaces import ip, new_namespace, within
+from integration.watches import without_watches
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.postgresql import SSL_REQUEST
@@ -31,11 +32,15 @@ class Heard:
     """What ``Silent`` finds out about one client."""
 
     def __init__(
-        self, accepted: socket.socket, proxy_timeout: int = 0, starttls: bool = False
+        self,
+        accepted: socket.socket,
+        proxy_timeout: int = 0,
+        starttls: bool = False,
+        loop: EventLoop | None = None,
     ) -> None:
         self.found: list[str] = []
         self.client_hello = b""
-        self._loop = EventLoop()
+        self._loop = loop or EventLoop()
         self._silent = Silent(
             self._loop,
             60,
@@ -184,6 +189,16 @@ def test_one_in_hundreds_of_records_wakes_nobody_hundreds_of_times(
         assert heard.wait() == ["spoke"]
         assert heard.client_hello == message
     assert len(looks) < 30
+
+
+def test_one_that_cannot_be_watched_is_looked_at_again() -> None:
+    """For want of a watch: that is no reason for the parent to end."""
+    with connection() as (client, accepted):
+        loop = EventLoop()
+        heard = without_watches(lambda: Heard(accepted, loop=loop), loop._epoll)
+        assert heard.waits
+        client.sendall(records(HELLO))
+        assert heard.wait() == ["spoke"]
 
 
 def test_who_has_really_left_has_left() -> None:
