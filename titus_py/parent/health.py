@@ -114,7 +114,12 @@ class _Checking:
         else:
             left = self._health.timeout - (time.monotonic() - self._began)
             self._timer = self._loop.after(max(0.0, left), self._is_late)
-            self._loop.watch(connected.fileno(), self._hear)
+            try:
+                self._loop.watch(connected.fileno(), self._hear)
+            except OSError:
+                # No watch is left, or no memory. That says nothing of the backend, either.
+                self._hang_up()
+                self._next()
 
     def _is_late(self) -> None:
         self._settle(f"no answer in {self._health.timeout:g} s{self._beginning(', but')}")

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import pytest
 from integration.peers import end_the_wait, lingering, nobody_waits_for
+from integration.watches import without_watches
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.plan import Check, Health, SocketAddress, State
@@ -267,6 +268,17 @@ def test_having_no_descriptor_left_says_nothing_of_the_backend(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert checked.told == []
     checked.run(lambda: there.checks > 0)
+
+
+def test_having_no_watch_left_says_nothing_of_the_backend(stack: ExitStack) -> None:
+    there = peer(stack, lambda connection: connection.sendall(b"ok"))
+    health = QUICK._replace(fall=1, expect="ok")
+    checked = stack.enter_context(Checked(there.address, health))
+    without_watches(lambda: checked.run(lambda: there.checks > 2), checked.loop._epoll)
+    assert checked.told == []
+    there.talk = lambda connection: connection.sendall(b"no")
+    checked.run(lambda: checked.told)
+    assert checked.told[0][1] == "backend_down"
 
 
 def test_stopped_they_check_no_more(stack: ExitStack) -> None:
