@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sized
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from keyd.linux.descriptors import packet_pair
 from keyd.linux.process import how_ended
@@ -227,17 +227,23 @@ class Pool:
         """Order a worker; ``forked`` is called with the result. Raises OSError."""
         ours, workers = packet_pair()
         ours.setblocking(False)
-        with ExitStack() as done, ExitStack() as undo:
-            done.callback(workers.close)
-            undo.callback(ours.close)
+        report, watched = -1, False
+        try:
             report = make_report()
-            undo.callback(os.close, report)
             uid = self._uids[0]
             worker = Worker(uid, report, ours)
             self._loop.watch(ours.fileno(), lambda: self._heard(worker))
-            undo.callback(self._loop.unwatch, ours.fileno())
+            watched = True
             self._forks.order(uid, report, workers.fileno())
-            undo.pop_all()
+        except OSError:
+            if watched:
+                self._loop.unwatch(ours.fileno())
+            if report >= 0:
+                os.close(report)
+            ours.close()
+            raise
+        finally:
+            workers.close()
         self._uids.popleft()
         self._workers[uid] = worker
         self._forming.add(uid)
