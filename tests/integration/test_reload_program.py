@@ -110,13 +110,18 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
     eventually(lambda: not without_end(instance), "an end of each connection")
     ends = [event["end"] for event in instance.events() if "end" in event]
     assert set(ends) <= {"client_truncated", "client_left"}, "as the clients ended them"
-    counted = status(instance)["counts"]
-    # All of the log, also those that have used spare workers up: they may have ended at any time.
-    logged = [json.loads(line) for line in instance.log().splitlines()]
-    assert sum(counted["ended"].values()) == sum("end" in event for event in logged)
-    begun = [event for event in logged if event["event"] == "connection_begun"]
-    assert counted["accepted"] == len(begun)
+
+    def logged_as_counted() -> bool:
+        counted = status(instance)["counts"]
+        # All of the log, also those that have used spare workers up: they may end at any time.
+        logged = [json.loads(line) for line in instance.log().splitlines()]
+        begun = [event for event in logged if event["event"] == "connection_begun"]
+        ended = [event for event in logged if "end" in event]
+        return (sum(counted["ended"].values()), counted["accepted"]) == (len(ended), len(begun))
+
+    eventually(logged_as_counted, "the log has what is counted")
     assert b"titus_connections_accepted_total" in text
+    instance.wait_for_events(3, "program_changed")
     assert len(instance.events_named("program_changed", pid=instance.pid)) == 3
     assert instance.settled_counts() == before
 
@@ -205,7 +210,7 @@ def test_a_program_that_comes_no_further_serves_what_was_served(
         processes = generation_processes(instance)
         (reason,) = why_not(instance)
         assert "not valid TOML" in reason
-        assert instance.events_named("program_changed")
+        assert instance.wait_for_event("program_changed")
         assert generation_processes(instance) == processes
         assert talk(client)
         assert serves(instance)

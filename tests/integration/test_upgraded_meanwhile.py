@@ -148,7 +148,7 @@ def test_a_parent_that_would_understand_another_keyd_gets_one(
     instance.keyd().kill()
     instance.wait_for_event("keyd_lost")
     assert serves(instance)
-    assert instance.events_named("program_changed")
+    assert instance.wait_for_event("program_changed")
     assert len(instance.events_named("parent_started")) == 1
 
 

@@ -112,7 +112,7 @@ def test_another_program_reaps_it(
             instance.wait_for_event("keyd_died", pid=keyd.pid)
             instance.wait_for_events(2, "keyd_started")
             assert ask(instance.pid, {"do": "reload program"}, PATIENCE)["reloaded"]
-            assert instance.events_named("program_changed")
+            assert instance.wait_for_event("program_changed")
             assert _is_zombie(keyd)
         instance.keyd().kill()
         eventually(lambda: not zombies(instance.pid), "no zombies")
