@@ -1,5 +1,6 @@
 """A distribution that is installed beside titus-py, with a plugin for pydantic: root loads none."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,11 @@ def plugin(tmp_path: Path) -> Path:
 
 def run(program: str, plugin: Path, *words: object) -> int:
     command = [sys.executable, "-I", "-c", _RUN.format(program=program), plugin, "titus-py"]
-    return subprocess.run([*command, *map(str, words)], check=False, capture_output=True).returncode
+    # Without what another test's import of the command has left there.
+    environment = {name: value for name, value in os.environ.items() if "PYDANTIC" not in name}
+    return subprocess.run(
+        [*command, *map(str, words)], check=False, capture_output=True, env=environment
+    ).returncode
 
 
 def test_others_load_it(plugin: Path) -> None:
