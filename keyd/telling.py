@@ -19,7 +19,8 @@ class Teller:
         self._supervisor = supervisor
         #: By the event's name, the last news that there was no room for.
         self._kept: dict[str, bytes] = {}
-        self._lock = threading.Lock()
+        #: Python may have something to say within it (``words``).
+        self._lock = threading.RLock()
         self._lost_lines = 0
 
     def tell(self, event: str, **fields: object) -> None:
@@ -35,17 +36,18 @@ class Teller:
     def tell_news(self, event: str, **fields: object) -> None:
         """Tell it now, or with the next ``tell_kept`` unless there is other news by then."""
         message = _encoded(event, fields)
-        if self._send(message):
-            self._kept.pop(event, None)
-        else:
-            self._kept[event] = message
+        with self._lock:
+            if self._send(message):
+                self._kept.pop(event, None)
+            else:
+                self._kept[event] = message
 
     def tell_kept(self) -> None:
         """What there was no room for. To be called about once a second."""
-        for event, message in list(self._kept.items()):
-            if self._send(message):
-                del self._kept[event]
         with self._lock:
+            for event, message in list(self._kept.items()):
+                if self._send(message):
+                    del self._kept[event]
             lost = self._lost_lines
             if lost and self._send(_line(f"{lost} lines are lost: no room for them")):
                 self._lost_lines = 0

@@ -59,7 +59,8 @@ def running() -> list[Running]:
     left = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     for _ in range(_ATTEMPTS):
         for pid in left:
-            # Processes end meanwhile.
+            # Processes end meanwhile, and execute others.
+            found.pop(pid, None)
             with suppress(FileNotFoundError, ProcessLookupError):
                 one = _looked_at(pid, mount)
                 if one is not None:

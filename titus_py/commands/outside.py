@@ -5,6 +5,7 @@ A backend may be started later; a unit may have been given another sandbox.
 """
 
 import itertools
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,13 @@ __all__ = ["warnings"]
 _RESOLVE_SECONDS = 5.0
 #: Where ``make install``, the package and administrators put unit files.
 _UNITS = ("/usr/lib/systemd/system", "/usr/local/lib/systemd/system", "/etc/systemd/system")
+#: Where systemd makes what these settings name, for the unit to write to.
+_MADE_BY_SYSTEMD = {
+    "RuntimeDirectory": "/run",
+    "StateDirectory": "/var/lib",
+    "CacheDirectory": "/var/cache",
+    "LogsDirectory": "/var/log",
+}
 #: What the units hide, and by which setting (systemd.exec(5)).
 _HIDDEN = {
     "/home": "ProtectHome=",
@@ -44,7 +52,7 @@ def warnings(loaded: Loaded) -> list[Mistake]:
         *_hidden_from_the_unit(configuration, source),
         *_kept_from_the_unit(configuration, source),
         *_not_writable_for_the_unit(configuration, source),
-        *taken_addresses(configuration, source),
+        *taken_addresses(configuration, source, _binds_freely(source)),
     ]
 
 
@@ -172,17 +180,25 @@ def _not_writable_for_the_unit(configuration: Configuration, source: Source) -> 
     if unit is None:
         return
     settings = [line.partition("=")[::2] for line in _unit_lines(unit)]
-    if ("ProtectSystem", "strict") not in settings:
+    # A drop-in may take it back.
+    if {value for name, value in settings if name == "ProtectSystem"} != {"strict"}:
         return
-    made = {path for name, path in settings if name == "RuntimeDirectory"}
-    writable = [Path("/run", one) for line in made for one in line.split()]
+    writable = [Path("/dev")]
     for name, paths in settings:
-        if name in ("ReadWritePaths", "BindPaths"):
+        if (root := _MADE_BY_SYSTEMD.get(name)) is not None:
+            writable += [Path(root, one.partition(":")[0]) for one in paths.split()]
+        elif name == "ReadWritePaths":
             writable += [Path(one.lstrip("-+")) for one in paths.split()]
-    by_systemd = set(_unit_lines(unit.replace(".service", ".socket")))
+        elif name == "BindPaths":
+            for one in paths.split():
+                # From where, to where, and how.
+                here, _, there = one.lstrip("-").partition(":")
+                writable.append(Path(there.partition(":")[0] or here))
+    by_systemd = set(_unit_lines(_socket_of(unit)))
     for setting, path in _sockets_for_clients(configuration):
         known = f"ListenStream={path}" in by_systemd or any("%" in str(one) for one in writable)
-        if not known and not any(path.is_relative_to(one) for one in writable):
+        places = path, path.parent.resolve() / path.name
+        if not known and not any(one.is_relative_to(of) for one in places for of in writable):
             edit = f"'systemctl edit {unit}', with ReadWritePaths={path.parent} in [Service]"
             reason = f"{path.parent} cannot be written to by {unit} (ProtectSystem=): {edit}"
             yield source.mistake(
@@ -190,10 +206,22 @@ def _not_writable_for_the_unit(configuration: Configuration, source: Source) -> 
             )
 
 
+def _binds_freely(source: Source) -> bool:
+    """Whether the socket unit listens on addresses that are not here yet (systemd.socket(5))."""
+    unit = _unit_of(source)
+    lines = _unit_lines(_socket_of(unit)) if unit else ()
+    return any(re.fullmatch("FreeBind=(1|yes|true|on)", line, re.IGNORECASE) for line in lines)
+
+
+def _socket_of(unit: str) -> str:
+    return unit.removesuffix(".service") + ".socket"
+
+
 def _unit_lines(unit: str) -> Iterator[str]:
     """What a unit's file and its drop-ins say, wherever they are: in no particular order."""
-    name, _, instance = unit.removesuffix(".service").partition("@")
-    template = f"{name}@.service" if instance else unit
+    stem, _, kind = unit.rpartition(".")
+    name, _, instance = stem.partition("@")
+    template = f"{name}@.{kind}" if instance else unit
     for directory in map(Path, _UNITS):
         drop_ins = (directory.glob(f"{one}.d/*.conf") for one in {template, unit})
         for file in (directory / template, *itertools.chain.from_iterable(drop_ins)):

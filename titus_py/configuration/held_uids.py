@@ -70,7 +70,12 @@ class HeldUids:
         self.descriptor = descriptor
 
     def hold(self, workers: range, keyd: int | None, file: str) -> None:
-        """Hold these uids too. Instances may share the uid ``keyd``. Raises Held, OSError."""
+        """Hold these uids too. Instances may share the uid ``keyd``. Raises Held, OSError.
+
+        Without a ``file``, that of this process's previous program remains, if that held them.
+        """
+        if not file and self.descriptor >= 0 and (noted := _noted(self.descriptor, workers[0])):
+            file = noted.file if noted.pid == os.getpid() else ""
         if self.descriptor >= 0 and not self._is_found():
             # Somebody has removed the file, and others would lock another one.
             os.close(self.descriptor)
@@ -136,10 +141,15 @@ def _holder(descriptor: int, uids: range, kind: int) -> Holder | None:
         return None
     if their_kind == fcntl.F_RDLCK:
         return Holder(0, "", shared=True)
+    return _noted(descriptor, start) or Holder(0, "", shared=False)
+
+
+def _noted(descriptor: int, start: int) -> Holder | None:
+    """Who has written that these uids are theirs."""
     with suppress(ValueError, KeyError, TypeError):
         note = json.loads(os.pread(descriptor, _NOTE_OCTETS, start).partition(b"\n")[0])
         return Holder(int(note["pid"]), str(note["file"]), shared=False)
-    return Holder(0, "", shared=False)
+    return None
 
 
 def any_process_has(uids: range) -> bool:

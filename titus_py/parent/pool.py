@@ -81,7 +81,7 @@ class Pool:
         #: Those that have ended, and cannot be reaped yet.
         self._traced: set[Worker] = set()
         #: Those without a pidfd, by their pids.
-        self._unwatched: dict[int, Worker] = {}
+        self._unwatched: dict[int, Worker | None] = {}
         self._draining = False
         self._failed_workers = 0
         self._fork_pause = 0.0
@@ -254,7 +254,7 @@ class Pool:
         if worker is None:
             # The worker was forgotten meanwhile. It sees end-of-file on its socket, and leaves.
             if pidfd >= 0:
-                self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
+                self._reap_later(forked.pid, pidfd)
             return
         worker.pid = forked.pid
         if forked.error:
@@ -348,18 +348,29 @@ class Pool:
             self._forget(worker)
             os.close(worker.report)
 
+    def _reap_later(self, pid: int, pidfd: int) -> None:
+        """Reap one that was forgotten."""
+        try:
+            self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
+        except OSError:
+            os.close(pidfd)
+            self._unwatched[pid] = None
+
     def _reap_forgotten(self, pidfd: int) -> None:
         self._loop.unwatch(pidfd)
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         os.close(pidfd)
 
-    def _reap_unwatched(self, worker: Worker, pid: int) -> None:
-        """Reap a spare that was told to leave. Until then, no other process gets its pid."""
+    def _reap_unwatched(self, worker: Worker | None, pid: int) -> None:
+        """Reap a spare that was told to leave. Until then, no other process gets its pid.
+
+        ``worker`` is None if it was forgotten.
+        """
         status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
         if status is None:
             return
         del self._unwatched[pid]
-        if self._workers.get(worker.uid) is not worker:
+        if worker is None or self._workers.get(worker.uid) is not worker:
             return
         self._forget(worker)
         why = read_report(worker.report).detail or worker.killed_for

@@ -90,7 +90,11 @@ class Control:
     def _listen(self) -> None:
         self._again = None
         if self.listener.fileno() >= 0:
-            self._loop.watch(self.listener.fileno(), self._accept)
+            try:
+                self._loop.watch(self.listener.fileno(), self._accept)
+            except OSError:
+                # No watch is left, or no memory.
+                self._again = self._loop.after(_PAUSE_SECONDS, self._listen)
 
     def adopt(self, client: socket.socket) -> Answer:
         """Take over a client whose request the previous program has not answered."""

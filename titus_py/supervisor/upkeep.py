@@ -95,7 +95,7 @@ class Upkeep:
             return
         if name == "alive":
             generation.spares = event.get("spares", generation.spares)
-            generation.stay = event.get("stay") or 0
+            generation.stay = event.get("stay", generation.stay) or 0
         elif name == "retired":
             generation.retiring = False
             self._takeover.check_handed_over()

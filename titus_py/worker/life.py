@@ -135,11 +135,11 @@ def live(terms: Terms, failed: str) -> NoReturn:
         reseed()
         parent = SocketType(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, PARENT_FD)
         report.set(state=State.WAITING)
-        parent.send(Ready().encode())
-        # Made before a client waits for it, and kept: to unmap its memory would take longer than
-        # to end with it.
-        pump = Pump(terms.idle_timeout, terms.half_closed_timeout)
-        serve_next(terms, parent, pump)
+        if _wanted(parent):
+            # Made before a client waits for it, and kept: to unmap its memory would take longer
+            # than to end with it.
+            pump = Pump(terms.idle_timeout, terms.half_closed_timeout)
+            serve_next(terms, parent, pump)
         code = 0
     finally:
         try:
@@ -150,6 +150,18 @@ def live(terms: Terms, failed: str) -> NoReturn:
             # Also without memory to say why: an interpreter that shuts down makes calls for which
             # the filter would kill this process.
             os._exit(code)
+
+
+def _wanted(parent: SocketType) -> bool:
+    """Tell the parent that this worker can take a client; returns whether it heard that.
+
+    It may have ended, or have hung up on a worker that it cannot watch.
+    """
+    try:
+        parent.send(Ready().encode())
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
 
 
 def serve_next(terms: Terms, parent: SocketType, pump: Pump) -> tuple[End, str] | None:

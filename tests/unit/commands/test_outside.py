@@ -158,10 +158,12 @@ def test_a_directory_that_the_unit_cannot_write_to_is_named(
 
     for unit, line, left in (
         ("service", f"ReadWritePaths=-{place.parent}", []),
+        ("service", f"BindPaths=/srv:{place.parent}:rbind", []),
+        ("service", "ProtectSystem=full", []),
         ("socket", f"ListenStream={place}", ["metrics.address"]),
     ):
         drop_in = units[1] / f"titus-py.{unit}.d/override.conf"
-        drop_in.parent.mkdir()
+        drop_in.parent.mkdir(exist_ok=True)
         drop_in.write_text(f"{line}\n")
         assert [one.key for one in outside.warnings(load(configuration))] == left
         drop_in.unlink()

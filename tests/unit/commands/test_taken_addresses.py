@@ -57,6 +57,39 @@ def test_another_address_of_the_same_port_is_free(
     assert warnings(tmp_path, f"127.0.0.2:{other_server[1]}") == []
 
 
+def test_a_parent_of_titus_py_is_not_another_program(
+    tmp_path: Path, other_server: tuple["subprocess.Popen[str]", int]
+) -> None:
+    """It has its supervisor's sockets, and perhaps a lower pid. Others have other addresses."""
+    _, port = other_server
+    program = (
+        "import socket, pathlib; pathlib.Path('/proc/self/comm').write_text('titus-parent');"
+        f"s = socket.create_server(('127.0.0.2', {port})); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        ["python3", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline()
+        found = warnings(tmp_path, f"127.0.0.2:{port}")
+        parent.kill()
+    assert found == []
+
+
+def test_systemd_may_listen_where_nothing_is_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units, place = tmp_path / "units", tmp_path / "titus-py"
+    monkeypatch.setattr(outside, "_UNITS", (units,))
+    monkeypatch.setattr(outside, "_HIDDEN", {})
+    for directory in (place, units, units / "titus-py.socket.d"):
+        directory.mkdir()
+    (units / "titus-py.service").touch()
+    assert warnings(place, "203.0.113.7:443")
+    (units / "titus-py.socket.d/override.conf").write_text("[Socket]\nFreeBind=yes\n")
+    assert warnings(place, "203.0.113.7:443") == []
+
+
 @pytest.mark.parametrize(
     ("address", "reason"),
     [

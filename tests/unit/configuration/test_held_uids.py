@@ -200,8 +200,11 @@ def test_a_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "run" / "uids"
     ours, others = HeldUids(path=path), HeldUids(path=path)
     ours.hold(range(1000, 2000), None, "/etc/ours.toml")
-    shutil.rmtree(path.parent)
-    ours.hold(range(1000, 2000), None, "/etc/ours.toml")
+    for file in ("/etc/ours.toml", ""):
+        # The next program of this process does not know of the file, which remains.
+        shutil.rmtree(path.parent)
+        ours.hold(range(1000, 2000), None, file)
+    assert is_running("/etc/ours.toml", path)
     with pytest.raises(Held, match=r"/etc/ours\.toml"):
         others.hold(range(1500, 1600), None, "/etc/others.toml")
     for held in (ours, others):

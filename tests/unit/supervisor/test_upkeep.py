@@ -107,6 +107,15 @@ def test_keyd_does_not_fill_the_log(
     assert recorded == [("keyd_said", {"text": "again", "level": "error"})] * 20
 
 
+def test_keyd_says_nothing_of_workers_that_stay(upkeep: Upkeep) -> None:
+    """Both children say that they are alive; the parent, less often."""
+    of = generation(1)
+    of.spares = of.stay = 0
+    upkeep.heard(of, NOBODY, "alive", {"spares": 4, "stay": 2})
+    upkeep.heard(of, NOBODY, "alive", {})
+    assert (of.spares, of.stay) == (4, 2)
+
+
 def test_a_check_that_there_is_not_is_unintelligible(upkeep: Upkeep) -> None:
     with pytest.raises(Unintelligible):
         upkeep.heard(generation(1), NOBODY, "backend_up", {"check": 1, "since": 1.0})

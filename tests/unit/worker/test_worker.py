@@ -20,6 +20,16 @@ TERMS = Terms(1.0, None, 1.0, [], b"", ReportWriter(), b"")
 PUMP = Pump(TERMS.idle_timeout, TERMS.half_closed_timeout)
 
 
+def test_one_that_its_parent_has_hung_up_on_is_not_wanted() -> None:
+    """The parent could not watch it. It leaves as one that nobody needs: it could be confined."""
+    parent, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with parent, end:
+        assert worker._wanted(end)
+        assert parent.recv(100) == messages.Ready().encode()
+        parent.shutdown(socket.SHUT_RDWR)
+        assert not worker._wanted(end)
+
+
 @pytest.mark.parametrize("seconds", [0, 1.0])
 def test_only_a_spare_that_nobody_needs_yet_touches_its_pages(seconds: float) -> None:
     """One that is needed at once has better to do."""

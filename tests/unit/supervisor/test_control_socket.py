@@ -1,0 +1,48 @@
+"""The control socket is heard in the end, whatever there was no room for."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from integration.watches import without_watches
+
+from titus_py.between.event_loop import EventLoop
+from titus_py.supervisor import control
+from titus_py.supervisor.control import Answer, Control, control_path
+
+
+def say(answer: Answer) -> None:
+    answer({"said": True})
+
+
+def test_a_socket_that_could_not_be_watched_is_watched_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "CONTROL_DIRECTORY", tmp_path)
+    loop = EventLoop()
+    ours = without_watches(lambda: Control(loop, {"say": say}), loop._epoll)
+    path = control_path(os.getpid())
+
+    def ask() -> dict[str, object]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(path))
+            client.send(json.dumps({"do": "say"}).encode())
+            client.setblocking(False)
+            while True:
+                loop.run_once()
+                try:
+                    return dict(json.loads(client.recv(1000)))
+                except BlockingIOError:
+                    continue
+
+    assert ask() == {"said": True}
+    path.unlink()
+    assert without_watches(ours.look_after, loop._epoll)
+    path.unlink()
+    # Not watched yet, and removed again.
+    assert ours.look_after()
+    assert ask() == {"said": True}
+    ours.close()
+    assert not path.exists()
