@@ -1,6 +1,6 @@
-"""Users and groups by name, as the command line of a keyd of its own has them.
+"""Users and groups by name, as the command line of a keyd of its own and a configuration have them.
 
-Run by keyd before it reads its keys, and as root if it was started so.
+Run before any key is read, and as root if it was started so.
 """
 
 import grp
@@ -15,7 +15,7 @@ def user_of(name: str) -> pwd.struct_passwd:
         return pwd.getpwnam(name)
     except KeyError:
         make = f"useradd --system --no-create-home --shell /usr/sbin/nologin {name}"
-        raise LookupError(f"no user is named {name!r}: create it with '{make}'") from None
+        raise LookupError(f"no user is named \"{name}\": create it with '{make}'") from None
 
 
 def gid_of(name: str) -> int:
@@ -24,4 +24,4 @@ def gid_of(name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         make = f"groupadd --system {name}"
-        raise LookupError(f"no group is named {name!r}: create it with '{make}'") from None
+        raise LookupError(f"no group is named \"{name}\": create it with '{make}'") from None

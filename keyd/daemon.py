@@ -475,7 +475,7 @@ class Keyd:
         now, or one that the shutdown wakes.
         """
         now = time.monotonic()
-        # With Python's lock held from here to there: one thread does this, and not its like.
+        # Python's lock is not given up between this look and the note of it: one thread goes on.
         if now - self._swept < _SWEEP_INTERVAL:
             return
         self._swept = now

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, ValidationInfo
 
+from keyd.accounts import user_of
 from titus_py.between.messages import MAX_PROTOCOLS
 from titus_py.configuration.address import (
     Address,
@@ -190,12 +191,9 @@ def _user_of_name(name: str) -> User:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", name):
         raise ValueError(f"{described(name)} is no user name")
     try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        raise ValueError(
-            f'no user is named "{name}": create it with '
-            f"'useradd --system --no-create-home --shell /usr/sbin/nologin {name}'"
-        ) from None
+        entry = user_of(name)
+    except LookupError as error:
+        raise ValueError(str(error)) from None
     return User(name, entry.pw_uid, entry.pw_gid)
 
 

@@ -16,8 +16,8 @@ def test_those_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--user", "nosuch"], "no user is named 'nosuch': create it with 'useradd --system "),
-        (["--user", "nobody", "--group", "nosuch"], "no group is named 'nosuch': create it with "),
+        (["--user", "nosuch"], 'no user is named "nosuch": create it with \'useradd --system '),
+        (["--user", "nobody", "--group", "nosuch"], 'no group is named "nosuch": create it with '),
     ],
 )
 def test_keyd_does_not_start(tmp_path: Path, options: list[str], said: str) -> None:
