@@ -97,20 +97,24 @@ class TokenKey(KeyElsewhere):
         told = self._token.counting(told)
         if self.unusable:
             told(f"{self.full_name} {self.unusable}")
-        elif why := self._ask(scheme, octets, told, _DEADLINE_SECONDS):
+        elif why := self._ask(scheme, octets, told, _DEADLINE_SECONDS, _MOST_WAITING):
             told(f"{self._token.name} {why}")
 
     def prove(self, told: Told) -> bool:
         """Have a signature made that no client asked for; returns whether that can be asked now."""
         scheme = _scheme_for(self.public_key())
-        return not self._ask(scheme, _PROOF, told, _PROOF_SECONDS)
+        # Beside all that clients can ask: else they could keep keys from being proved.
+        most = _MOST_WAITING + _MOST_PROVED
+        return not self._ask(scheme, _PROOF, told, _PROOF_SECONDS, most)
 
-    def _ask(self, scheme: SignatureScheme, octets: bytes, told: Told, seconds: float) -> str:
+    def _ask(
+        self, scheme: SignatureScheme, octets: bytes, told: Told, seconds: float, most: int
+    ) -> str:
         """Returns why that cannot be asked."""
         digest = hashes.Hash(_digest(scheme))
         digest.update(octets)
         checked = partial(self._verify, scheme, octets, told)
-        return self._token.ask(self._number, scheme, digest.finalize(), checked, seconds)
+        return self._token.ask(self._number, scheme, digest.finalize(), checked, seconds, most)
 
     def _verify(
         self, scheme: SignatureScheme, octets: bytes, told: Told, said: bytes | str
@@ -174,16 +178,19 @@ class Token:
 
         return count
 
-    def ask(self, key: int, scheme: int, digest: bytes, told: Told, seconds: float) -> str:
+    def ask(
+        self, key: int, scheme: int, digest: bytes, told: Told, seconds: float, most: int
+    ) -> str:
         """Have a digest signed; ``told`` is called once, by this thread or by another.
 
-        Returns why that cannot be asked now; then it is not called.
+        Returns why that cannot be asked now, ``most`` questions waiting, perhaps; then it is not
+        called.
         """
         deadline = time.monotonic() + seconds
         with self._lock:
             why = self.down
-            if not why and len(self._waiting) >= _MOST_WAITING:
-                why = f"has {_MOST_WAITING} questions to answer already"
+            if not why and len(self._waiting) >= most:
+                why = f"has {most} questions to answer already"
             if not why:
                 number = next(self._numbers)
                 question = Question(number, key, scheme, int(deadline * 1000), digest)

@@ -334,6 +334,23 @@ def test_more_keys_are_proved_than_there_may_be_questions() -> None:
     assert process.said == [f"token web: {number} is ready" for number in range(200)]
 
 
+def test_clients_keep_no_key_from_being_proved() -> None:
+    """They ask for the keys that are proved already, whenever there is room."""
+    process = of_many_keys(40)
+
+    def flood(key: TokenKey) -> None:
+        process.found.append(key)
+        process.key = process.token.keys[0]
+        while not process.ask():
+            pass
+
+    process.token._found = flood
+    process.say(Ready((SPKI,) * 40).encode())
+    while len(process.found) < 40:
+        process.sign()
+    assert process.token.state == "ready"
+
+
 def test_a_key_is_proved_once_there_is_room_to_ask_for_it() -> None:
     process = of_many_keys(10)
     process.token.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
