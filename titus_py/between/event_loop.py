@@ -52,6 +52,13 @@ class EventLoop:
         self._epoll.register(descriptor, events)
         self._callbacks[descriptor] = callback
 
+    def rewatch(
+        self, descriptor: int, callback: Callable[[], object], events: int = READABLE
+    ) -> None:
+        """Call back otherwise from now on. This does not fail for lack of memory or of watches."""
+        self._epoll.modify(descriptor, events)
+        self._callbacks[descriptor] = callback
+
     def unwatch(self, descriptor: int) -> None:
         """Call back no more. Must be called before the descriptor is closed."""
         del self._callbacks[descriptor]

@@ -66,18 +66,24 @@ class MetricsServer:
             return
         except OSError:
             # EMFILE or the like: the client stays in the queue and would wake us for ever.
-            self._loop.unwatch(self._listener.fileno())
+            self._loop.rewatch(self._listener.fileno(), self._accept, 0)
             self._loop.after(
-                _PAUSE_SECONDS, lambda: self._loop.watch(self._listener.fileno(), self._accept)
+                _PAUSE_SECONDS, lambda: self._loop.rewatch(self._listener.fileno(), self._accept)
             )
             return
         if len(self._clients) >= _CLIENTS:
             # Close the oldest: idle clients must not shut out one that asks.
             next(iter(self._clients.values())).close()
         descriptor = peer.fileno()
-        self._clients[descriptor] = _Client(
-            self._loop, peer, self._has_asked, lambda: self._clients.pop(descriptor)
-        )
+        try:
+            client = _Client(
+                self._loop, peer, self._has_asked, lambda: self._clients.pop(descriptor)
+            )
+        except OSError:
+            # No watch is left for it (epoll_ctl(2)).
+            peer.close()
+        else:
+            self._clients[descriptor] = client
 
     def _has_asked(self, client: "_Client") -> None:
         if self._answer is not None:
@@ -169,5 +175,4 @@ class _Client:
             self.close()
 
     def _then(self, callback: Callable[[], None], events: int = READABLE) -> None:
-        self._loop.unwatch(self._socket.fileno())
-        self._loop.watch(self._socket.fileno(), callback, events)
+        self._loop.rewatch(self._socket.fileno(), callback, events)

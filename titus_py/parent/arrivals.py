@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from titus_py.between.event_loop import EventLoop, Timer
+from titus_py.between.event_loop import READABLE, EventLoop, Timer
 from titus_py.between.messages import Ends
 from titus_py.between.plan import Plan
 from titus_py.parent.admission import Admission, LimitsHit
@@ -99,8 +99,10 @@ class Arrivals:
             from titus_py.parent.unix_clients import close_at_once, unix_ends
 
             self._unix_ends, self._close = unix_ends, close_at_once
-        for listener in self._listeners.values():
+        for descriptor, listener in self._listeners.items():
             listener.setblocking(False)
+            # Nothing wakes it yet. Later there may be no watch left.
+            loop.watch(descriptor, self._make_way, 0)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
         self._accepting: bool | None = None
         #: Whose end is awaited, for a newcomer's sake, and until when.
@@ -133,19 +135,15 @@ class Arrivals:
         wanted = self._wanted() if may_accept and self._pause is None else None
         if wanted is self._accepting:
             return
-        if self._accepting is not None:
-            for descriptor in self._listeners:
-                self._loop.unwatch(descriptor)
         self._accepting = wanted
         for descriptor, listener in self._listeners.items():
             if wanted:
                 balancers, timeout = self._balancers.get(descriptor, (None, 0))
                 tunnel = self._tunnel_of.get(descriptor)
-                self._loop.watch(
-                    descriptor, partial(self._accept, listener, balancers, timeout, tunnel)
-                )
-            elif wanted is not None:
-                self._loop.watch(descriptor, self._make_way)
+                accept = partial(self._accept, listener, balancers, timeout, tunnel)
+                self._loop.rewatch(descriptor, accept)
+            else:
+                self._loop.rewatch(descriptor, self._make_way, 0 if wanted is None else READABLE)
 
     def _wanted(self) -> bool | None:
         """Accept if there is room, or a client has been silent for too long.
@@ -184,8 +182,9 @@ class Arrivals:
 
     def close(self) -> None:
         """Stop accepting for good: another generation takes the new clients."""
-        self.adjust(False)
-        for listener in self._listeners.values():
+        self._accepting = None
+        for descriptor, listener in self._listeners.items():
+            self._loop.unwatch(descriptor)
             self._close(listener)
         self._listeners.clear()
 

@@ -28,7 +28,7 @@ __all__ = ["Channels"]
 
 #: How soon to try again when keyd is gone, or no descriptor was left.
 _PAUSE_SECONDS = 0.05
-#: How soon to report keyd as lost, and so get another one, when there was no descriptor for it.
+#: How soon to report keyd as lost, and so get another one, when there was no room for it.
 _LOST_SECONDS = 1.0
 #: How many messages to hear in a row: more than a socket's buffer has room for.
 _HEAR_AT_ONCE = 1000
@@ -83,7 +83,8 @@ class Channels:
         """From now on, use the keyd at this descriptor.
 
         ``descriptors`` is empty if this process had no descriptor free to receive it. The kernel
-        has then closed the connection to keyd, and another one will come.
+        has then closed the connection to keyd, and another one will come. So it will if there is no
+        watch left for it.
         """
         # The one before may have ended just now.
         self.catch_up()
@@ -92,12 +93,17 @@ class Channels:
             self._loop.after(_LOST_SECONDS, self._tell_lost)
             return
         keyd = socket.socket(fileno=descriptors[0])
+        try:
+            self._loop.watch(keyd.fileno(), self.catch_up)
+        except OSError:
+            keyd.close()
+            self._loop.after(_LOST_SECONDS, self._tell_lost)
+            return
         keyd.setblocking(False)
         # Ours is as large as keyd's: net.core.wmem_default, which may be less than usual.
         room = keyd.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self._may_be_full = min(_MAY_BE_FULL, room // _REPORT_OCTETS)
         self._keyd = keyd
-        self._loop.watch(keyd.fileno(), self.catch_up)
 
     def open(
         self, connection: int, offer: Offer, lifetime: float, client_hello: bytes
@@ -142,14 +148,12 @@ class Channels:
         if self.leaves:
             self._loop.after(_PAUSE_SECONDS, lambda: None)
             return
-        self._loop.unwatch(keyd.fileno())
-        self._loop.watch(keyd.fileno(), self._hear_or_go_on, READABLE | WRITABLE)
+        self._loop.rewatch(keyd.fileno(), self._hear_or_go_on, READABLE | WRITABLE)
 
     def _hear_or_go_on(self) -> None:
         """keyd has said something, or there is room again for whoever waits for a channel."""
         if self._keyd is not None:
-            self._loop.unwatch(self._keyd.fileno())
-            self._loop.watch(self._keyd.fileno(), self.catch_up)
+            self._loop.rewatch(self._keyd.fileno(), self.catch_up)
             self.catch_up()
 
     def catch_up(self) -> None:
@@ -199,8 +203,7 @@ class Channels:
             # the hang-up (EPOLLHUP), even to a caller that waits for no event.
             self.leaves = True
             self._killed = not self._parts and _hung_up(self._keyd)
-            self._loop.unwatch(self._keyd.fileno())
-            self._loop.watch(self._keyd.fileno(), self._gone, 0)
+            self._loop.rewatch(self._keyd.fileno(), self._gone, 0)
             return False
         try:
             report = decode_report(message)

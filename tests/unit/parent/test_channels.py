@@ -4,6 +4,9 @@ import socket
 import time
 from contextlib import suppress
 
+import pytest
+from integration.watches import without_watches
+
 from keyd.protocol import (
     MAX_CLIENT_HELLO_OCTETS,
     MAX_CONTROL_OCTETS,
@@ -178,3 +181,47 @@ def test_a_keyd_that_goes_on_talking_keeps_the_parent_from_nothing() -> None:
         keyds.send(said.encode())
         channels.catch_up()
     assert 500 < len(heard) < 5000
+
+
+def test_keyd_is_heard_where_no_watch_is_left() -> None:
+    """The parent would end, and each connection with it, for want of what it had a moment ago."""
+    told: list[str] = []
+    loop = EventLoop()
+    channels = Channels(loop, lambda event, *_, **__: told.append(event), *[lambda _: None] * 3)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with keyds:
+        channels.take([ours.detach()])
+
+        def serve() -> None:
+            hello = bytes(MAX_CLIENT_HELLO_OCTETS)
+            while channel := channels.open(1, Offer((0,), GrantSet(0, ())), 1.0, hello):
+                channel.close()
+            keyds.setblocking(False)
+            with suppress(BlockingIOError):
+                while keyds.recv(MAX_CONTROL_OCTETS):
+                    pass
+            loop.run_once()
+            keyds.shutdown(socket.SHUT_WR)
+            while channels.there:
+                loop.run_once()
+
+        without_watches(serve, loop._epoll)
+    while not told:
+        loop.run_once()
+    assert told == ["keyd_lost"]
+
+
+def test_a_keyd_for_which_no_watch_is_left_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("titus_py.parent.channels._LOST_SECONDS", 0.0)
+    told: list[str] = []
+    loop = EventLoop()
+    channels = Channels(loop, lambda event, *_, **__: told.append(event), *[lambda _: None] * 3)
+    ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with keyds:
+        without_watches(lambda: channels.take([ours.detach()]), loop._epoll)
+        assert not keyds.recv(1)
+    assert not channels.there
+    loop.run_once()
+    assert told == ["keyd_lost"]
