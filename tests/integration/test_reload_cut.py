@@ -130,6 +130,24 @@ def test_whom_it_ends(
     assert [event["count"] for event in cuts] == [1, 2, 1]
 
 
+def test_among_more_virtual_hosts_than_an_order_names(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+) -> None:
+    asking = settings(authority)
+    others = [{**asking, "sni": [f"{number}.example.org"]} for number in range(200)]
+    instance = serve(echoing.address, vhost=[*others, asking])
+    alice, bob = (Connected(instance, clients[name]) for name in ("alice", "bob"))
+    connections += [alice, bob]
+    authority.crl(clients["alice"])
+    assert cut(instance) == 1
+    assert alice.was_reset()
+    assert bob.echoes()
+
+
 def test_after_another_program(
     serve: Serve,
     echoing: Listener,

@@ -242,7 +242,7 @@ class Parent:
                 self._backends.move(order["backend"], resolved(order["addresses"]))
             case "claims":
                 self._arrivals.keep(0)
-                tell_claims(self._connections, order["vhosts"], self._tell, self._outbox.room)
+                tell_claims(self._connections, order, self._tell, self._outbox.room)
             case "cut tunnels":
                 self._arrivals.keep(0)
                 if self._arrivals.tunnels is not None:

@@ -284,8 +284,9 @@ EVENTS: Mapping[str, Mapping[str, Mapping[str, _Field]]] = {
         },
         "backend_up": _CHECKED,
         "backend_down": _CHECKED | {"reason": _TEXT},
-        "claims": {"claims": _CLAIMS},
-        "claims_told": {"count": _COUNT},
+        # An earlier program's parent does not say to which cut that is an answer.
+        "claims": {"claims": _CLAIMS, "asked": _optional(_COUNT)},
+        "claims_told": {"count": _COUNT, "asked": _optional(_COUNT)},
         "full": {"level": _LEVEL, "max": _COUNT},
         "not_full": {"level": _LEVEL, "max": _COUNT},
         "limited": {

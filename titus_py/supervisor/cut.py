@@ -7,6 +7,8 @@ a certificate that has expired since, ends no connection.
 """
 
 import json
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -32,9 +34,9 @@ CLAIMS = frozenset({"claims", "claims_told"})
 _CLAIMS_SECONDS = 15.0
 #: How long looking into the lists of revoked certificates may take.
 _LISTS_SECONDS = 60.0
-#: How many connections an order names: so there is room for it in a socket's buffer, however small
-#: that is (net.core.wmem_default).
-_ORDER_CONNECTIONS = 200
+#: How many connections, virtual hosts or tunnels an order names: so there is room for it in a
+#: socket's buffer, however small that is (net.core.wmem_default).
+_ORDER_NUMBERS = 200
 
 
 class _Rules(NamedTuple):
@@ -89,6 +91,12 @@ class Cut:
         self._rules: dict[int, dict[int, _Rules | None]] = {}
         #: The generations whose parents have not said all yet.
         self._awaited: dict[int, Generation] = {}
+        #: When it began: an answer to what was asked before is none to what is asked now.
+        self._begun = 0
+        #: How many orders each of them has not answered yet.
+        self._unanswered: Counter[int] = Counter()
+        #: How many connections each says that it has told.
+        self._told: Counter[int] = Counter()
         self._asked: dict[int, Generation] = {}
         self._claims: list[_Claim] = []
         #: How many connections of tunnels are ended.
@@ -110,7 +118,8 @@ class Cut:
         """
         *earlier, serving = generations
         self._aside, self._done = aside, done
-        self._claims = []
+        self._begun = time.monotonic_ns()
+        self._claims, self._unanswered, self._told = [], Counter(), Counter()
         self._rules = {one.number: _rules(one, serving) for one in earlier}
         self._asked = {
             one.number: one for one in earlier if one.parent is not None and self._rules[one.number]
@@ -119,9 +128,10 @@ class Cut:
         self._awaited = self._asked.copy()
         self._patience = self._loop.after(_CLAIMS_SECONDS, self._give_up)
         for one in self._asked.values():
-            if one.parent is not None:
-                vhosts = list(self._rules[one.number])
-                self._children.order(one.parent, {"do": "claims", "vhosts": vhosts})
+            vhosts = list(self._rules[one.number])
+            self._unanswered[one.number] = self._order(
+                one, {"do": "claims", "asked": self._begun}, "vhosts", vhosts
+            )
         self._judge_if_all_is_told()
 
     def _cut_tunnels(self, generation: Generation, serving: Generation) -> int:
@@ -129,13 +139,26 @@ class Cut:
         numbers = stricter_tunnels(generation, serving)
         if not numbers or generation.parent is None:
             return 0
-        self._children.order(generation.parent, {"do": "cut tunnels", "tunnels": numbers})
+        self._order(generation, {"do": "cut tunnels"}, "tunnels", numbers)
         names = {str(generation.configuration.tunnel[number].listen) for number in numbers}
         return sum(begun.get("tunnel") in names for begun in generation.connections.values())
 
+    def _order(
+        self, generation: Generation, order: dict[str, object], what: str, numbers: list[int]
+    ) -> int:
+        """Give its parent this order for what has these numbers, in pieces; returns how many."""
+        if generation.parent is None:
+            return 0
+        pieces = range(0, len(numbers), _ORDER_NUMBERS)
+        for start in pieces:
+            some = numbers[start : start + _ORDER_NUMBERS]
+            self._children.order(generation.parent, {**order, what: some})
+        return len(pieces)
+
     def heard(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
         """Take what a parent says of its clients; raises Unintelligible."""
-        if generation.number not in self._awaited:
+        late = event.get("asked", self._begun) != self._begun
+        if late or generation.number not in self._awaited:
             return
         if any(
             vhost not in self._rules[generation.number] for _, vhost, _ in event.get("claims", ())
@@ -152,11 +175,14 @@ class Cut:
                 for connection, vhost, claim in event["claims"]
             ]
             return
-        told = sum(claim.generation == generation.number for claim in self._claims)
-        if told != event["count"]:
-            self._finish(problem=f"{event['count'] - told} connections are not known")
+        self._told[generation.number] += event["count"]
+        known = sum(claim.generation == generation.number for claim in self._claims)
+        if lost := self._told[generation.number] - known:
+            self._finish(problem=f"{lost} connections are not known")
             return
-        self.gone(generation)
+        self._unanswered[generation.number] -= 1
+        if not self._unanswered[generation.number]:
+            self.gone(generation)
 
     def gone(self, generation: Generation) -> None:
         """No more is to be expected of this generation's parent."""
@@ -180,9 +206,7 @@ class Cut:
     def _end(self, unwanted: list[_Claim], problem: str) -> None:
         for number, generation in self._asked.items():
             numbers = [claim.connection for claim in unwanted if claim.generation == number]
-            while numbers and generation.parent is not None:
-                some, numbers = numbers[:_ORDER_CONNECTIONS], numbers[_ORDER_CONNECTIONS:]
-                self._children.order(generation.parent, {"do": "cut", "connections": some})
+            self._order(generation, {"do": "cut"}, "connections", numbers)
         self._finish(len(unwanted) + self._of_tunnels, problem)
 
     def _finish(self, count: int = 0, problem: str = "") -> None:

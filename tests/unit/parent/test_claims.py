@@ -1,6 +1,7 @@
 """What a parent says of its clients, with a socket to the supervisor that has more or less room."""
 
 import socket
+import time
 from types import SimpleNamespace
 from typing import cast
 
@@ -39,7 +40,9 @@ def told(identities: list[Identity | None], buffer: int | None = None) -> list[I
             worker.connection, worker.vhost, worker.identity = number, 0, identity
             busy[number] = worker
         connections = cast(Connections, SimpleNamespace(handshaking={}, busy=busy))
-        tell_claims(connections, [0], outbox.put, outbox.room)
+        asked = time.monotonic_ns()
+        order = {"do": "claims", "asked": asked, "vhosts": [0]}
+        tell_claims(connections, order, outbox.put, outbox.room)
         heard = []
         while True:
             try:
@@ -48,6 +51,7 @@ def told(identities: list[Identity | None], buffer: int | None = None) -> list[I
                 loop.run_once()
                 continue
             for name, fields, _ in decode("parent", message, []):
+                assert fields["asked"] == asked
                 if name == "claims_told":
                     assert fields["count"] == len(heard) == len(identities)
                     return heard
@@ -72,3 +76,11 @@ def test_names_for_which_there_is_no_room_let_nobody_in(buffer: int) -> None:
     for one in heard[2::3]:
         assert one is not None
         assert (one.complete, one.facts.spki) == (False, SPKI.hex())
+
+
+def test_an_earlier_programs_supervisor_hears_what_it_knows() -> None:
+    heard = []
+    connections = cast(Connections, SimpleNamespace(handshaking={}, busy={}))
+    order = {"do": "claims", "vhosts": [0]}
+    tell_claims(connections, order, lambda event, **fields: heard.append((event, fields)), 1000)
+    assert heard == [("claims", {"claims": []}), ("claims_told", {"count": 0})]
