@@ -22,6 +22,7 @@ from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, has_memory, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.origins import may_read, of_root
+from keyd.inspection.outdated import in_words, outdated
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.status import who_may_ask
 from keyd.inspection.watched import At, Hung, each
@@ -53,10 +54,12 @@ class _Finding(NamedTuple):
 class _Known(NamedTuple):
     """What there is at the paths that keyds tell of, by pid; 0 is for those of the command.
 
-    Of each socket, who may ask there; of each key's file, the octets as characters, or why not.
+    Of each socket, who may ask there; which files of the program an update has replaced; of each
+    key's file, the octets as characters, or why not.
     """
 
     askers: dict[int, list[dict[str, str]]]
+    outdated: dict[int, list[str] | None]
     contents: dict[str, tuple[str, str]]
     hung: dict[int, Hung]
 
@@ -83,7 +86,8 @@ def audit(arguments: argparse.Namespace) -> int:
         return 2
     auditors.join()
     known = _known(keyds, arguments.key)
-    findings = [*_askers(keyds, known), *_refusals(keyds), *_tokens(keyds), *passed_over]
+    findings = [*_askers(keyds, known), *_programs(keyds, known), *_refusals(keyds)]
+    findings += [*_tokens(keyds), *passed_over]
     keys: dict[str, PrivateKey] = {}
     findings += _load(keyds, arguments, keys, known)
     sought = [
@@ -130,13 +134,16 @@ def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
             keyd.report.sockets,
             [path for path, *_ in keyd.report.keys if not _is_in_a_token(path)],
         )
-        for keyd in keyds
         if keyd.report is not None
+        else ([], [])
+        for keyd in keyds
     }
 
     def look(pid: int, _: frozenset[str], at: At) -> Any:
         sockets, keys = of_keyd.get(pid, ((), named))
         askers, contents = [], {}
+        at(f"/proc/{pid}", "")
+        program = outdated(pid) if pid else None
         for path in sockets:
             at(path, "")
             askers.append(who_may_ask(path))
@@ -146,14 +153,14 @@ def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
                 contents[path] = _read_key(path, "key").decode("latin-1"), ""
             except UnusableKey as error:
                 contents[path] = "", error.reason
-        return askers, contents
+        return askers, program, contents
 
-    known = _Known({}, {}, {})
+    known = _Known({}, {}, {}, {})
     for pid, answer in each((*of_keyd, 0), look, os.cpu_count() or 1):
         if isinstance(answer, Hung):
             known.hung[pid] = answer
         else:
-            known.askers[pid], contents = answer
+            known.askers[pid], known.outdated[pid], contents = answer
             known.contents.update(contents)
     return known
 
@@ -176,6 +183,20 @@ def _askers(keyds: Sequence[Running], known: _Known) -> Iterator[_Finding]:
             who = "everybody" if everybody else f"{seen['user']}, and group {seen['group']}"
             text = f"{who}, at {path} ({seen['mode']})"
             yield _Finding("asks", keyd.title, text, _BROKEN if everybody else _HOLDS)
+
+
+def _programs(keyds: Sequence[Running], known: _Known) -> Iterator[_Finding]:
+    """Whether each has the OpenSSL, the Python and the code of its own that are installed."""
+    for keyd in keyds:
+        # What hangs is named where it is said who may ask.
+        old = known.outdated.get(keyd.pid)
+        if old is None:
+            yield _Finding("program", keyd.title, "cannot be looked at", _NOT_AVAILABLE)
+        elif old:
+            yield _Finding("program", keyd.title, in_words(old, keyd.unit), _NOT_AVAILABLE)
+        else:
+            text = "it and its libraries are those that are installed"
+            yield _Finding("program", keyd.title, text, _HOLDS)
 
 
 def _refusals(keyds: Sequence[Running]) -> Iterator[_Finding]:

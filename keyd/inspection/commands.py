@@ -15,7 +15,8 @@ DIRECTORIES = ("/etc", "/root", "/run", "/srv", "/usr/local/etc", "/var/backups"
 def add_commands(commands: Any) -> None:
     status = commands.add_parser(
         "status",
-        help="show each keyd of its own: keys, who may ask, what was done and refused",
+        help="show each keyd of its own: keys, who may ask, what was done and refused, "
+        "whether it is to be restarted after an update",
     )
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as an array with an object for each")

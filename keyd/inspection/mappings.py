@@ -34,6 +34,7 @@ class Mapping(NamedTuple):
 
     span: Span
     shared: bool
+    executable: bool
     offset: int
     file: tuple[str, str]
 
@@ -57,7 +58,8 @@ def mappings(pid: int) -> list[Mapping]:
         addresses, permissions, offset, device, inode, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         span = Span(start, end, name[0].rstrip() if name else "[anonymous]")
-        found.append(Mapping(span, permissions[3] == "s", int(offset, 16), (device, inode)))
+        shared, executable = permissions[3] == "s", permissions[2] == "x"
+        found.append(Mapping(span, shared, executable, int(offset, 16), (device, inode)))
     return found
 
 

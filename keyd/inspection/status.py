@@ -1,6 +1,7 @@
 """``keyd status``: what keys a keyd has, who may ask it, what it did and refused.
 
-Run by root. It reads what each keyd says of itself (``reports``), and looks at the sockets' files.
+Run by root. It reads what each keyd says of itself (``reports``), and looks at the sockets' files,
+and whether an update has replaced those of its program.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keyd.inspection.origins import of_root
+from keyd.inspection.outdated import in_words, outdated
 from keyd.inspection.reports import NONE_RUNS, Running, running
 from keyd.inspection.watched import At, Hung, each
 from keyd.printable import printable
@@ -26,6 +28,16 @@ __all__ = ["status", "who_may_ask"]
 
 #: How long all sockets' files may take together. There may be any number of them, on what hangs.
 _IN_ALL_SECONDS = 60.0
+_SOCKETS, _PROGRAM = "sockets", "program"
+
+
+class _Seen(NamedTuple):
+    """Of each keyd, by pid: whom the files of its sockets let connect; which files of its program
+    an update has replaced, or in words why that was not looked at.
+    """
+
+    askers: dict[int, list[dict[str, str]]]
+    outdated: dict[int, list[str] | str]
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -35,12 +47,12 @@ def status(arguments: argparse.Namespace) -> int:
         # They say it themselves. What is written before another command is to be valid.
         sys.stdout.writelines(f"{line}\n" for line in _metrics(found))
         return 0
-    askers = _askers(found)
+    seen = _look(found)
     if arguments.json:
-        json.dump([_as_object(one, askers) for one in found], sys.stdout, indent=2)
+        json.dump([_as_object(one, seen) for one in found], sys.stdout, indent=2)
         print()
     else:
-        lines = (line for one in found for line in _lines(one, askers))
+        lines = (line for one in found for line in _lines(one, seen))
         sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
     if not found:
         print(f"keyd: {NONE_RUNS}", file=sys.stderr)
@@ -48,30 +60,41 @@ def status(arguments: argparse.Namespace) -> int:
     return 1 if any(one.report is None for one in found) else 0
 
 
-def _askers(found: Sequence[Running]) -> dict[int, list[dict[str, str]]]:
-    """Of each keyd, by pid, whom the files of its sockets let connect.
-
-    Any user can have processes that look like a keyd, and tell of sockets on what hangs: so theirs
-    are looked at last.
+def _look(found: Sequence[Running], *kinds: str) -> _Seen:
+    """Any user can have processes that look like a keyd, tell of sockets on what hangs, and hang
+    themselves: so theirs are looked at last.
     """
-    sockets = {one.pid: one.report.sockets for one in found if one.report is not None}
+    sockets = {one.pid: one.report.sockets if one.report is not None else [] for one in found}
     roots = of_root(sockets)
     pids = sorted(sockets, key=lambda pid: pid not in roots)
 
-    def look(pid: int, _: frozenset[str], at: At) -> list[dict[str, str]]:
+    def look(what: list[Any], _: frozenset[str], at: At) -> Any:
+        kind, pid = what
+        if kind == _PROGRAM:
+            at(f"/proc/{pid}", "")
+            answer = outdated(pid)
+            return "cannot be looked at" if answer is None else answer
         seen = []
         for path in sockets[pid]:
             at(path, "")
             seen.append(who_may_ask(path))
         return seen
 
-    askers = {}
-    for pid, answer in each(pids, look, os.cpu_count() or 1, in_all_seconds=_IN_ALL_SECONDS):
+    seen = _Seen({}, {})
+    items = [(kind, pid) for pid in pids for kind in kinds or (_SOCKETS, _PROGRAM)]
+    for (kind, pid), answer in each(
+        items, look, os.cpu_count() or 1, in_all_seconds=_IN_ALL_SECONDS
+    ):
+        problem = ""
         if isinstance(answer, Hung):
             problem = f"not looked at, because of {answer.where} ({answer.why})"
-            answer = [{"path": path, "problem": problem} for path in sockets[pid]]
-        askers[pid] = answer
-    return askers
+        if kind == _PROGRAM:
+            seen.outdated[pid] = problem or answer
+        elif problem:
+            seen.askers[pid] = [{"path": path, "problem": problem} for path in sockets[pid]]
+        else:
+            seen.askers[pid] = answer
+    return seen
 
 
 def who_may_ask(path: str) -> dict[str, str]:
@@ -95,8 +118,14 @@ def _name(look_up: Any, number: int) -> str:
         return str(number)
 
 
-def _as_object(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> dict[str, Any]:
-    common = {"pid": one.pid, "user": one.user, "unit": one.unit}
+def _as_object(one: Running, seen: _Seen) -> dict[str, Any]:
+    old = seen.outdated[one.pid]
+    common = {
+        "pid": one.pid,
+        "user": one.user,
+        "unit": one.unit,
+        "outdated": old if isinstance(old, list) else None,
+    }
     if one.report is None:
         return {**common, "problem": one.problem}
     report = one.report
@@ -104,7 +133,7 @@ def _as_object(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> dict
         **common,
         "command": report.command,
         "started": report.started,
-        "sockets": askers[one.pid],
+        "sockets": seen.askers[one.pid],
         "keys": [
             {"name": name, "kind": kind, "fingerprint": fingerprint}
             for name, kind, fingerprint in report.keys
@@ -121,23 +150,27 @@ def _as_object(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> dict
     }
 
 
-def _lines(one: Running, askers: Mapping[int, list[dict[str, str]]]) -> Iterator[str]:
+def _lines(one: Running, seen: _Seen) -> Iterator[str]:
+    old = seen.outdated[one.pid]
+    program = [old] if isinstance(old, str) else [in_words(old, one.unit)] if old else []
     if one.report is None:
         yield f"{one.title}: process {one.pid} of {one.user}: {one.problem}"
+        yield from (f"  program  {words}" for words in program)
         return
     report = one.report
     yield f"{one.title}: process {one.pid} of {one.user}, since {_time(report.started)}"
+    yield from (f"  program  {words}" for words in program)
     for name, kind, fingerprint in report.keys:
         yield f"  key      {name}  {kind}  {fingerprint}"
     if report.keys_in_all > len(report.keys):
         yield f"  keys     {report.keys_in_all} in all"
     for token, state, (signed, failed, logins) in report.tokens:
         yield f"  token    {token}  {state}  (signed {signed}, failed {failed}, logins {logins})"
-    for seen in askers[one.pid]:
-        if "problem" in seen:
-            yield f"  may ask  {seen['path']}: {seen['problem']}"
+    for asker in seen.askers[one.pid]:
+        if "problem" in asker:
+            yield f"  may ask  {asker['path']}: {asker['problem']}"
         else:
-            yield f"  may ask  {seen['path']}  {seen['mode']}  {seen['user']}:{seen['group']}"
+            yield f"  may ask  {asker['path']}  {asker['mode']}  {asker['user']}:{asker['group']}"
     yield f"  signed   {report.signed}"
     yield f"  decrypted {report.decrypted}"
     yield f"  refused  {_refusals(report)}"
@@ -164,11 +197,12 @@ def _metrics(found: Sequence[Running]) -> Iterator[str]:
     A user can have pages that say the same: the one that was started last counts.
     """
     of_each: dict[str, Report] = {}
+    pids: dict[str, int] = {}
     for one in found:
         if (report := one.report) is not None:
             label = _label(report.sockets[0] if report.sockets else one.unit, one.user)
             if label not in of_each or of_each[label].started < report.started:
-                of_each[label] = report
+                of_each[label], pids[label] = report, one.pid
     reports = of_each.items()
     yield from _head("keyd_without_report", "gauge", "Processes like keyd that say nothing.")
     yield f"keyd_without_report {sum(one.report is None for one in found)}"
@@ -178,6 +212,12 @@ def _metrics(found: Sequence[Running]) -> Iterator[str]:
     yield from _head("keyd_keys", "gauge", "Private keys that keyd has.")
     for keyd, report in reports:
         yield f"keyd_keys{{{keyd}}} {report.keys_in_all}"
+    yield from _head("keyd_outdated_files", "gauge", "Of its program, replaced by an update since.")
+    roots = of_root(pids.values())
+    seen = _look([one for one in found if one.pid in roots], _PROGRAM)
+    for keyd, pid in pids.items():
+        if isinstance(old := seen.outdated.get(pid), list):
+            yield f"keyd_outdated_files{{{keyd}}} {len(old)}"
     yield from _of_tokens(of_each)
     yield from _head("keyd_operations_total", "counter", "What was done with keys.")
     for keyd, report in reports:

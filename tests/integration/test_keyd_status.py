@@ -100,7 +100,9 @@ def make_key(path: Path) -> None:
 class Listening:
     """``keyd listen`` with one key, for the group www-data. Its log is a file, or ``log``."""
 
-    def __init__(self, directory: Path, log: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, log: int | None = None, environment: dict[str, str] | None = None
+    ) -> None:
         self.socket = directory / "www.sock"
         self.key = directory / "www.key"
         make_key(self.key)
@@ -115,6 +117,7 @@ class Listening:
                 *("--user=daemon", "--group=www-data", f"--chroot={directory / 'root'}"),
             ],
             stderr=self._log if log is None else log,
+            env=environment,
         )
         # It tells of itself a moment after there is a socket, and then puts its filter on.
         status = Path(f"/proc/{self.process.pid}/status")

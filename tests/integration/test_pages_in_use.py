@@ -418,7 +418,7 @@ def test_however_many_sockets_are_there_the_status_ends(
             Running(pid, "nobody", "", Report(**fields | {"sockets": [where]})) for pid in forged
         ]
         roots = Running(os.getpid(), "root", "", Report(**fields | {"sockets": ["/"]}))
-        seen = status._askers([*keyds, roots])
+        seen = status._look([*keyds, roots]).askers
     assert seen[os.getpid()][0]["user"] == "root"
     problems = [seen[pid][0]["problem"] for pid in forged]
     why = "(not done in 1 seconds, with others)"
