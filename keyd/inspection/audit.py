@@ -21,11 +21,11 @@ from keyd.inspection import auditors, small_files
 from keyd.inspection.commands import DIRECTORIES
 from keyd.inspection.key_search import Needle, Search, has_memory, needles, predictable, search
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.origins import may_read, of_root
+from keyd.inspection.origins import is_of_the_system, may_read, of_root, sees_the_whole_machine
 from keyd.inspection.outdated import in_words, outdated
-from keyd.inspection.reports import NONE_RUNS, Running, running
+from keyd.inspection.reports import NONE_RUNS, REFUSED, Running, running
 from keyd.inspection.status import who_may_ask
-from keyd.inspection.watched import At, Hung, each
+from keyd.inspection.watched import At, Hung, Patience, each
 from keyd.inspection.worth_reading import Known
 from keyd.keys import UnusableKey, load_private_key, read
 from keyd.linux.credentials import lock_memory_meanwhile
@@ -40,8 +40,16 @@ _HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
 _CREDENTIALS = "/run/credentials"
 #: Processes come while others are searched, and are searched as well: so many times.
 _ROUNDS = 3
+#: How long processes that cannot be searched, because something hangs, may take in all. Any user
+#: can have very many of them.
+_HANGING_SECONDS = 120.0
+#: And those that come one after the other, if nothing hangs: so much memory is not read in an hour.
+_ROUND_SECONDS = 3600.0
+#: Of many processes of which the same is said, so many are named.
+_NAMED = 3
 #: It has the keys that it looks for.
 _AN_AUDIT = "is another audit's"
+_REFUSED = "is refused"
 
 
 class _Finding(NamedTuple):
@@ -49,6 +57,17 @@ class _Finding(NamedTuple):
     subject: str
     seen: str
     verdict: str
+
+
+class _Searched:
+    """What has come of looking at processes: in whose memory each key is, by the key's path."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.holders: dict[str, set[int]] = {path: set() for path in keys}
+        #: Audits' own, which have what they look for; and those of which not all was searched.
+        self.audits: set[int] = set()
+        self.not_all: set[int] = set()
+        self.patience = Patience(_HANGING_SECONDS)
 
 
 class _Known(NamedTuple):
@@ -76,7 +95,7 @@ class _Known(NamedTuple):
 def audit(arguments: argparse.Namespace) -> int:
     found = running()
     roots = _roots(found)
-    keyds = [keyd for keyd in found if keyd.pid in roots]
+    keyds = [keyd for keyd in found if keyd.pid in roots or keyd.problem == REFUSED]
     others = [keyd for keyd in found if keyd not in keyds]
     passed_over = list(_passed_over(others))
     if not keyds and not arguments.key:
@@ -273,11 +292,11 @@ def _memory(
     # Of one that has ended, the kernel tells no more.
     roots = _roots(keyds)
     having = {path: _having(keyds, roots, path, key) for path, key in keys.items()}
-    holders: dict[str, set[int]] = {path: set() for path in keys}
+    searched = _Searched(keys)
     pids: set[int] = set()
     for _ in range(_ROUNDS):
         come = _others() - pids
-        yield from _look_at(come, sought, holders)
+        yield from _look_at(come, sought, searched)
         pids |= come
     # There is no end of those that come: the rest is counted.
     too_late = sum(map(_is_to_be_searched, _others() - pids))
@@ -285,26 +304,40 @@ def _memory(
     since = running()
     roots = _roots(since)
     for path, key in keys.items():
-        own = having[path]
-        found = sorted(own & holders[path])
+        own, holders = having[path], searched.holders[path]
+        found = sorted(own & holders)
         # The control: not to find it elsewhere means nothing unless it is found in keyd.
-        for pid in sorted(own - holders[path]):
+        for pid in sorted(own - holders):
             if not found or Path(f"/proc/{pid}").exists():
                 yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
         for pid in found:
             yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
-        others = sorted(holders[path] - own - _having(since, roots, path, key))
+        others = sorted(holders - own - _having(since, roots, path, key))
         for pid in others:
             yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
         if not others:
-            text = f"in none of {len(pids - own)} others"
-            if too_late:
-                text += f"; {too_late} that came since were not searched"
-            yield _Finding("memory", path, text, _HOLDS)
+            yield _in_none(path, pids - own - searched.audits, searched.not_all, too_late)
+
+
+def _in_none(path: str, others: set[int], not_all: set[int], too_late: int) -> _Finding:
+    """Of those that were searched. Whoever reads this line alone is not to take it for all."""
+    text = f"in none of {len(others - not_all)} others"
+    if not sees_the_whole_machine():
+        text += " of this container"
+    if left_out := others & not_all:
+        text += f"; {len(left_out)} could not be searched, or not all of them"
+    if too_late:
+        text += f"; {too_late} that came since were not searched"
+    return _Finding("memory", path, text, _NOT_AVAILABLE if left_out else _HOLDS)
 
 
 def _others() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {_own_pid()}
+
+
+def _own_pid() -> int:
+    """As /proc numbers it, which may be mounted in another namespace."""
+    return int(os.readlink("/proc/self"))
 
 
 def _is_to_be_searched(pid: int) -> bool:
@@ -332,29 +365,51 @@ def _having(keyds: Sequence[Running], roots: set[int], path: str, key: PrivateKe
 
 
 def _look_at(
-    pids: Iterable[int], sought: Sequence[Needle], holders: Mapping[str, set[int]]
+    pids: Iterable[int], sought: Sequence[Needle], searched: _Searched
 ) -> Iterator[_Finding]:
-    """Note in whose memory each key is; a finding for each that could not be searched."""
+    """Note in whose memory each key is; a finding for each that could not be searched.
+
+    Root's and the system's services are searched first: what hangs is mostly a user's.
+    """
     # Each process that looks has its own.
     known: Known = {}
+    refused: list[int] = []
+    not_begun: dict[str, list[int]] = {}
 
     def look(pid: int, avoid: frozenset[str], at: At) -> Search | str:
         return _search(pid, sought, avoid, at, known)
 
-    for pid, answer in each(sorted(pids), look, os.cpu_count() or 1):
-        if isinstance(answer, Hung):
-            yield _Finding("memory", _process(pid), _not_all(answer), _NOT_AVAILABLE)
-            continue
-        if isinstance(answer, str):
-            if answer != _AN_AUDIT:
-                yield _Finding("memory", _process(pid), answer, _NOT_AVAILABLE)
-            continue
-        found = Search.of(answer)
-        for hit in found.hits:
-            holders[_key_of(hit.needle)].add(pid)
-        if found.unread:
-            text = f"not all could be read: {found.why_unread}"
-            yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
+    first = sorted(pids, key=lambda pid: (not is_of_the_system(pid), pid))
+    for pid, answer in each(
+        first,
+        look,
+        os.cpu_count() or 1,
+        in_all_seconds=_ROUND_SECONDS,
+        patience=searched.patience,
+    ):
+        if answer == _AN_AUDIT:
+            searched.audits.add(pid)
+        elif answer == _REFUSED:
+            refused.append(pid)
+        elif isinstance(answer, Hung):
+            if answer.was_not_begun:
+                not_begun.setdefault(answer.why, []).append(pid)
+            else:
+                yield _Finding("memory", _process(pid), _not_all(answer), _NOT_AVAILABLE)
+            searched.not_all.add(pid)
+        else:
+            found = Search.of(answer)
+            for hit in found.hits:
+                searched.holders[_key_of(hit.needle)].add(pid)
+            if found.unread:
+                text = f"not all could be read: {found.why_unread}"
+                yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
+                searched.not_all.add(pid)
+    searched.not_all.update(refused)
+    if refused:
+        yield _Finding("memory", _processes(refused), REFUSED, _NOT_AVAILABLE)
+    for why, left in not_begun.items():
+        yield _Finding("memory", _processes(left), f"not looked at: {why}", _NOT_AVAILABLE)
 
 
 def _is_in_a_token(name: str) -> bool:
@@ -373,7 +428,7 @@ def _search(
         found = search(pid, sought, at=at, avoid=avoid, known=known)
         return _AN_AUDIT if was_one or auditors.is_one(pid) else found
     except PermissionError:
-        return "cannot be looked into: the kernel does not let this process"
+        return _REFUSED
 
 
 def _key_of(needle: str) -> str:
@@ -386,6 +441,11 @@ def _process(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         name = "which has ended"
     return f"process {pid} ({name})"
+
+
+def _processes(pids: Sequence[int]) -> str:
+    named = ", ".join(_process(pid) for pid in pids[:_NAMED])
+    return f"{named} and {len(pids) - _NAMED} more" if len(pids) > _NAMED else named
 
 
 def _files(sought: Sequence[Needle], directories: Iterable[str]) -> Iterator[_Finding]:

@@ -11,18 +11,22 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["may_read", "of_root", "unit_in"]
+__all__ = ["is_of_the_system", "may_read", "of_root", "sees_the_whole_machine", "unit_in"]
+
+#: The inodes of the first namespaces, which the kernel's interface has (linux/nsfs.h).
+_FIRST = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 
 
 def of_root(pids: Iterable[int]) -> set[int]:
     """Those that root runs, or has put into an empty root, or that are a service of the system.
 
     One has to be the whole of that service: an attacker who is in a server has a part of one.
+    What cannot be looked into is none of them.
     """
     services = _Services()
     found = set()
     for pid in pids:
-        with suppress(FileNotFoundError, ProcessLookupError):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if (
                 pid == 1
                 or os.stat(f"/proc/{pid}").st_uid == 0
@@ -31,6 +35,18 @@ def of_root(pids: Iterable[int]) -> set[int]:
             ):
                 found.add(pid)
     return found
+
+
+def is_of_the_system(pid: int) -> bool:
+    """Root runs it, or it is in a service of the system: as what an attacker may be, too."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return os.stat(f"/proc/{pid}").st_uid == 0 or bool(unit_in(_control_groups(pid)))
+    return False
+
+
+def sees_the_whole_machine() -> bool:
+    """Whether this process is in no container whose processes alone it can see, or look into."""
+    return all(os.stat(f"/proc/self/ns/{kind}").st_ino == inode for kind, inode in _FIRST.items())
 
 
 def may_read(pid: int, file: str) -> bool:

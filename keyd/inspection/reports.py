@@ -18,13 +18,24 @@ from keyd.inspection.origins import unit_in
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
-__all__ = ["NONE_RUNS", "Running", "Unreadable", "read", "running"]
+__all__ = ["NONE_RUNS", "REFUSED", "Running", "Unreadable", "read", "running"]
 
 #: What is said where an administrator looks for one, and how to learn why there is none.
 NONE_RUNS = (
     "no keyd of its own runs: one begins when it is first asked, or with "
     "'systemctl start keyd@NAME', which says whether it can"
 )
+
+#: What is said of a process that may be a keyd, or have a key, where the kernel refuses to tell.
+REFUSED = (
+    "cannot be looked into: the kernel does not let this process. In a container, run this on the "
+    "host; on the host, a security profile (AppArmor, SELinux) is in the way"
+)
+_NEEDS = (
+    "needs root with CAP_SYS_PTRACE, to look into other processes: use sudo; in a container, "
+    "'docker exec --privileged' or 'podman exec --privileged'; or run it on the host"
+)
+_CAP_SYS_PTRACE = 19
 
 #: How often a page is read that is just being written, and what it is otherwise.
 _ATTEMPTS, _PAUSE_SECONDS = 20, 0.01
@@ -50,9 +61,9 @@ class Running(NamedTuple):
 
 
 def running() -> list[Running]:
-    """By pid. Raises PermissionError where this process is not root."""
-    if os.geteuid() != 0:
-        raise PermissionError("only root can look into keyd")
+    """By pid. Raises PermissionError where this process is not root, or has not root's rights."""
+    if os.geteuid() != 0 or not _may_look_into_others():
+        raise PermissionError(_NEEDS)
     with open(os.memfd_create("mount"), "rb") as own:
         mount, _ = _opened("self", own.fileno())
     found: dict[int, Running] = {}
@@ -73,11 +84,21 @@ def running() -> list[Running]:
     return [one for _, one in sorted(found.items())]
 
 
+def _may_look_into_others() -> bool:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_SYS_PTRACE & 1)
+
+
 def _looked_at(pid: int, mount: int) -> Running | None:
     """None if it is no keyd."""
     if Path(f"/proc/{pid}/comm").read_bytes().strip() != b"keyd":
         return None
-    page = _page_of(pid, mount)
+    try:
+        page = _page_of(pid, mount)
+    except PermissionError:
+        # In another user namespace, say. It may be one.
+        return Running(*_known_of(pid), None, REFUSED)
     if page is None:
         return None
     try:
@@ -116,17 +137,22 @@ def _opened(pid: int | str, descriptor: int | str) -> tuple[int, int]:
 
 
 def _running(pid: int, page: int) -> Running:
+    known = _known_of(pid)
+    try:
+        return Running(*known, read(page))
+    except Unreadable as error:
+        return Running(*known, None, str(error))
+
+
+def _known_of(pid: int) -> tuple[int, str, str]:
+    """By the kernel's account."""
     uid = os.stat(f"/proc/{pid}").st_uid
     try:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
     cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
-    known = pid, user, unit_in(cgroup)
-    try:
-        return Running(*known, read(page))
-    except Unreadable as error:
-        return Running(*known, None, str(error))
+    return pid, user, unit_in(cgroup)
 
 
 def read(descriptor: int) -> Report:

@@ -28,7 +28,7 @@ import prctl
 from keyd.inspection import auditors
 from keyd.linux.credentials import lock_memory_meanwhile
 
-__all__ = ["At", "Hung", "each"]
+__all__ = ["At", "Hung", "Patience", "each"]
 
 #: In so many seconds, a call that hangs has no more than this share of a processor. One that takes
 #: longer than that in all is given up as well.
@@ -50,6 +50,26 @@ class Hung(NamedTuple):
 
     where: str
     why: str
+    #: There was no more time, or patience, for it.
+    was_not_begun: bool = False
+
+
+class Patience:
+    """For so many seconds, and a moment more, calls may be waited for that are then given up.
+
+    However many they are, and of however many ``each``. So nobody who can make any number of file
+    systems that hang takes more than that.
+    """
+
+    def __init__(self, seconds: float = inf) -> None:
+        self.seconds = self._left = seconds
+
+    def take(self, seconds: float) -> None:
+        self._left -= seconds
+
+    @property
+    def is_over(self) -> bool:
+        return self._left <= 0
 
 
 def each(
@@ -58,12 +78,15 @@ def each(
     processes: int,
     most_seconds: float = _MOST_SECONDS,
     in_all_seconds: float = inf,
+    patience: Patience | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Call it for each, so many at once; yields each with what came of it, or Hung.
 
     One that hangs on a device that can be avoided is called once more, and avoids it. After so many
-    seconds ``in_all``, those that are left are given up. The first are called first.
+    seconds ``in_all``, those that are left are given up; once there is no more ``patience``, those
+    that have not begun. The first are called first.
     """
+    patience = Patience() if patience is None else patience
     waiting, avoided = deque(items), set[str]()
     until = time.monotonic() + in_all_seconds
     busy: dict[int, _Process] = {}
@@ -75,8 +98,12 @@ def each(
                 for process in busy.values():
                     yield process.item, Hung(process.place()[0], why)
                 for item in waiting:
-                    yield item, Hung("what is looked at before", why)
+                    yield item, Hung("what is looked at before", why, was_not_begun=True)
                 return
+            if patience.is_over:
+                why = f"{patience.seconds:g} seconds have gone by with what hangs"
+                while waiting:
+                    yield waiting.popleft(), Hung("", why, was_not_begun=True)
             while waiting and len(busy) < processes:
                 process = idle.pop() if idle else _Process(call)
                 process.begin(waiting.popleft(), frozenset(avoided))
@@ -94,6 +121,7 @@ def each(
                     del busy[descriptor]
                     where, device = process.place()
                     process.end()
+                    patience.take(process.seconds() / processes)
                     if device and device not in process.avoids:
                         avoided.add(device)
                         waiting.append(process.item)
@@ -148,6 +176,10 @@ class _Process:
         (octets,) = _PLACE_HEAD.unpack_from(self._place)
         where, device = json.loads(self._place[_PLACE_HEAD.size : _PLACE_HEAD.size + octets])
         return where, device
+
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._began
 
     def why_hung(self, most_seconds: float) -> str:
         """Empty if it does not, or not yet."""

@@ -260,6 +260,7 @@ file = os.open(sys.argv[1], os.O_RDWR)
 memory = mmap.mmap(file, 8 * mmap.PAGESIZE)
 sought = bytes.fromhex(sys.argv[2])
 memory[5 * mmap.PAGESIZE : 5 * mmap.PAGESIZE + len(sought)] = sought
+os.setuid(int(sys.argv[3]))
 print(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 5 * mmap.PAGESIZE, flush=True)
 sys.stdin.read()
 """
@@ -287,12 +288,15 @@ def file_system(directory: Path, *hangs: int) -> Iterator[None]:
 
 
 @contextmanager
-def mapped_hole(directory: Path, *hangs: int) -> Iterator[Kinds]:
+def mapped_hole(directory: Path, *hangs: int, uid: int = 0) -> Iterator[Kinds]:
     """A process, and where it has what is sought: in a hole, as its file system says."""
     with (
         file_system(directory, *hangs),
         subprocess.Popen(
-            [sys.executable, "-I", "-c", WRITES_TO_ITS_MAPPING, directory / "f", SOUGHT.hex()],
+            [
+                *(sys.executable, "-I", "-c", WRITES_TO_ITS_MAPPING, directory / "f"),
+                *(SOUGHT.hex(), str(uid)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -332,6 +336,32 @@ def test_a_file_system_that_hangs_is_named_and_holds_nothing_up(
         whys = [(part.mapping, part.reason) for part in one.unread]
         hangs = (str(tmp_path / "f"), "its file system does not answer")
         assert whys == ([hangs] if pid == held.pid else [])
+
+
+def test_however_many_file_systems_hang_an_audit_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can mount as many as they like (fusermount3(1)). All that is root's is searched."""
+    monkeypatch.setattr(watched, "_HANGS_SECONDS", 3.0)
+    monkeypatch.setattr(audit, "_HANGING_SECONDS", 3.0)
+    monkeypatch.setattr(audit.os, "cpu_count", lambda: 1)
+    nobody = 65534
+    searched = audit._Searched(["key"])
+    with ExitStack() as stack:
+        users = []
+        for each in range(3):
+            (directory := tmp_path / str(each)).mkdir()
+            hole = stack.enter_context(mapped_hole(directory, LSEEK, uid=nobody))
+            users.append(hole.pid)
+        roots = stack.enter_context(maps_again(0))
+        found = list(audit._look_at([*users, roots], [Needle("key: it", SOUGHT)], searched))
+    assert searched.holders == {"key": {roots}}
+    assert searched.not_all == set(users)
+    # The first hangs, and is to be looked at again; nobody waits for the others.
+    (said,) = found
+    assert said.verdict == "not available"
+    assert said.seen == "not looked at: 3 seconds have gone by with what hangs"
+    assert all(f"process {pid} (" in said.subject for pid in users)
 
 
 def test_files_on_a_file_system_that_hangs_hold_nothing_up(
