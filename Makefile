@@ -31,7 +31,9 @@ REVISION ?= 1
 PACKAGED = LICENSE CHANGELOG.md $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
     docs/*.md examples/* examples/*/* systemd/* systemd/prometheus/* packaging/locked/*) \
     packaging/titus.toml packaging/install packaging/units docs/reference.py
-DEB = build/titus-py_$(VERSION)-$(REVISION)_$(shell dpkg --print-architecture).deb
+# The release's name and number are in the package's version: the next release's is the higher one.
+RELEASE := $(shell . /etc/os-release; echo "+$$ID$$VERSION_ID")
+DEB = build/titus-py_$(VERSION)-$(REVISION)$(RELEASE)_$(shell dpkg --print-architecture).deb
 
 # Whose OpenSSL the package has: the one in cryptography's wheels, or Debian's, with which Debian's
 # python3-cryptography goes. Debian 12's is too old.
@@ -74,7 +76,7 @@ install: $(VENV)/built
 deb: $(DEB)
 
 $(DEB): build/stage packaging/deb $(wildcard packaging/debian/*)
-	packaging/deb $< $(VERSION)-$(REVISION) $(OPENSSL) $@
+	packaging/deb $< $(VERSION)-$(REVISION)$(RELEASE) $(OPENSSL) $@
 
 # Whoever chooses the other one gets the other package.
 build/openssl-is-$(OPENSSL):
@@ -98,6 +100,18 @@ lock: $(VENV)/built
 
 clean:
 	rm -rf $(VENV) build *.egg-info keyd/*/*.so titus_py/*.so titus_py/*/*.so
+
+# A virtual environment belongs to the Python that it was made with: it is made anew for another one, as after
+# an upgrade of Debian.
+MADE_WITH := $(notdir $(wildcard $(VENV)/lib/python3.*))
+ifneq ($(MADE_WITH),)
+ifneq ($(MADE_WITH),$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])'))
+.PHONY: another-python
+another-python:
+	rm -rf $(VENV)
+$(VENV)/build-packages: another-python
+endif
+endif
 
 $(VENV)/build-packages: Makefile
 	.ci/apt-install $(BUILD_PACKAGES)

@@ -33,7 +33,7 @@ def package(revision: int) -> Path:
         )
         _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
         _is_hardened(_REPOSITORY / "build/stage")
-    (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}_*.deb")
+    (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}+*.deb")
     return built
 
 

@@ -117,6 +117,9 @@ def _is_restarted(admin: Administrator) -> None:
     for unit in (_UNIT, "nginx", f"{_UNIT}.socket"):
         admin.types(f"systemctl restart {unit}")
         _requests(admin)
+    # As its package's upgrade has it done: the one that runs starts the next one.
+    assert "failed" not in admin.types("/etc/init.d/nginx upgrade")
+    _requests(admin, retries=0)
     # Killed, and started again by the next one who asks, whose handshake waits for it: also where
     # it came before keyd had ended.
     admin.types(f"systemctl kill --signal=KILL {_UNIT}")
@@ -259,7 +262,10 @@ def _is_exposed_as_documented(admin: Administrator) -> None:
 
 
 def _is_removed(admin: Administrator) -> None:
-    admin.types("apt-get purge --quiet --quiet --yes titus-py")
+    seen = admin.types("apt-get purge --quiet --quiet --yes titus-py")
+    assert (
+        f"titus-py: stopped: {_UNIT}. The servers whose keys are there serve no new client" in seen
+    )
     assert not admin.processes()
     admin.types("systemctl daemon-reload")
     assert not admin.types("systemctl list-units --plain --no-legend 'keyd@*'").strip()

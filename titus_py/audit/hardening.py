@@ -51,22 +51,40 @@ def _interpreter(seen: Observation, _: Scene) -> Seen:
 
 
 def interpreter(pid: int) -> Seen:
-    """What a process's Python is like: loaded anywhere, and still the one that is installed?"""
+    """What a process's Python is like: loaded anywhere, and one that is still seen to?"""
     program = Path(f"/proc/{pid}/exe")
     try:
         name = os.readlink(program)
         with program.open("rb") as opened:
             header = opened.read(64)
+            one = os.fstat(opened.fileno())
     except (FileNotFoundError, ProcessLookupError):
         return not_available("it ended while it was looked at")
     if name.endswith(_DELETED):
         return _replaced(name)
+    if next_one := _release_after(Path(name), one):
+        return not_available(
+            f"{name} is an earlier release's, and has no updates any more: that of this one is "
+            f"{next_one}. Build titus-py anew on this release, and install that (installation.md)"
+        )
     if is_position_independent(header):
         return holds(f"{name}: its addresses are drawn by lot at each start")
     return not_available(
         f"{name} is always at the same addresses: an attacker need not find them out. Run titus-py "
         "with a Python that was built with -fPIE -pie"
     )
+
+
+def _release_after(program: Path, one: os.stat_result) -> str | None:
+    """What python3 is by now, beside a program that is no longer what it was."""
+    usual = program.with_name("python3")
+    try:
+        # In a container, another file may have that name.
+        if os.path.samestat(program.stat(), one) and not os.path.samestat(usual.stat(), one):
+            return usual.resolve().name
+    except OSError:
+        pass
+    return None
 
 
 def _library(seen: Observation, _: Scene) -> Seen:
@@ -114,7 +132,7 @@ CHECKS = (
     Check(
         "interpreter",
         frozenset({Role.FORK_SERVER}),
-        "the interpreter is position-independent, and is the one that is installed",
+        "the interpreter is position-independent, and is the one that the system sees to",
         "the ELF header of /proc/PID/exe",
         _interpreter,
     ),

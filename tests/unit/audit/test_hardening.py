@@ -85,3 +85,21 @@ def test_an_interpreter_that_an_update_has_replaced_is_noticed(tmp_path: Path) -
         assert seen.text.startswith(f"{program} is another file by now")
         assert process.stdin is not None
         process.stdin.close()
+
+
+def test_an_interpreter_of_the_release_before_is_noticed(tmp_path: Path) -> None:
+    """As after an upgrade of Debian, which keeps it for whoever needs it, without its updates."""
+    before, after, usual = (tmp_path / name for name in ("python3.11", "python3.13", "python3"))
+    for program in (before, after):
+        shutil.copy("/bin/cat", program)
+    usual.symlink_to(before.name)
+    with subprocess.Popen([before], stdin=subprocess.PIPE) as process:
+        assert "earlier release" not in interpreter(process.pid).text
+        usual.unlink()
+        usual.symlink_to(after.name)
+        seen = interpreter(process.pid)
+        assert seen.verdict is Verdict.NOT_AVAILABLE
+        assert seen.text.startswith(f"{before} is an earlier release's")
+        assert "that of this one is python3.13" in seen.text
+        assert process.stdin is not None
+        process.stdin.close()
