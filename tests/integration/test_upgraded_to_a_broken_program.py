@@ -4,6 +4,7 @@ As while dpkg puts its files in place, or after it has put too few of them there
 """
 
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,18 +67,19 @@ def test_what_serves_goes_on_for_as_long_as_it_takes(
     assert not instance.events_named("giving_up")
 
 
-@pytest.mark.parametrize("package", ["titus_py", "keyd"])
+@pytest.mark.parametrize("away", ["titus_py", "keyd", "../../../bin/python"])
 @pytest.mark.parametrize("lost", ["keyd", "parent"])
 def test_a_package_that_is_away_for_some_seconds_is_waited_for(
-    serve: Serve, patient: str, installed: Installed, lost: str, package: str
+    serve: Serve, patient: str, installed: Installed, lost: str, away: str
 ) -> None:
+    """Or its Python, as after an upgrade of Debian and an `apt autoremove`."""
     # On a busy machine, each trial takes some seconds.
     is_patient(installed, PATIENCE, 2 * PATIENCE)
     instance = serve(patient, program=installed.titus_py)
     instance.expected_alarms.add(f"{lost}_died")
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
-        with installed.without(package):
+        with installed.without(away):
             process = instance.keyd() if lost == "keyd" else instance.parent()
             process.kill()
             # After half a second, and then after a whole one.
@@ -149,3 +151,18 @@ def test_where_only_a_restart_helps_it_comes_however_slow_the_program_is(
         assert instance.wait() == 1
     assert len(instance.events_named("keyd_died")) == 3
     assert instance.events_named("giving_up")
+
+
+def test_a_start_that_could_not_look_at_the_keys_is_not_the_configurations_fault(
+    serve: Serve, patient: str, installed: Installed
+) -> None:
+    """Else systemd, which tries no mistaken configuration again, would not start it any more."""
+    instance = serve(patient, program=installed.titus_py)
+    instance.terminate()
+    command = [installed.titus_py, "serve", "--config", instance.directory / "titus.toml"]
+    with installed.without("keyd/checking.py"):
+        ended = subprocess.run(
+            command, timeout=PATIENCE, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert "No module named 'keyd.checking'" in ended.stderr
+    assert ended.returncode == 1

@@ -193,7 +193,7 @@ def check(
                 certificates[credential] = facts
     except Unanswered as error:
         reason = f"keys and certificates could not be checked by 'keyd check': {error}"
-        mistakes.append(source.mistake("", reason))
+        mistakes.append(source.mistake("", reason)._replace(unknown=True))
     lent, wrong, doubtful = ask_about_lent_keys(loaded.lent, of_tokens, source, timeout)
     mistakes += wrong
     warnings += doubtful
@@ -223,7 +223,7 @@ def check(
         warnings += tried[1]
     except Unanswered as error:
         reason = f"it could not be tried whether a handshake is possible: {error}"
-        mistakes.append(source.mistake("", reason))
+        mistakes.append(source.mistake("", reason)._replace(unknown=True))
     in_use = uids_in_use(loaded, running, only_asked)
     for found, more in zip((mistakes, warnings), in_use, strict=True):
         found += more

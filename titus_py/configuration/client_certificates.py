@@ -146,7 +146,7 @@ def read_authorities(
     except (Unanswered, ValidationError) as error:
         settings = dict.fromkeys(one.setting("client_ca") for one in files)
         reason = f"the files of {' and '.join(settings)} could not be read: {error}"
-        return {}, [source.mistake("", reason)], []
+        return {}, [source.mistake("", reason)._replace(unknown=True)], []
     found: dict[ClientFiles, ClientAuthorities] = {}
     mistakes: list[Mistake] = []
     warnings: list[Mistake] = []

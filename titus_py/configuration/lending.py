@@ -336,7 +336,8 @@ def ask_about_lent_keys(
             raise Unanswered(f"{len(answers)} answers to {len(lent)} questions")
     except (ValidationError, Unanswered) as error:
         reason = f"keys could not be checked by 'keyd check': {error}"
-        return facts, [source.mistake("keyd.client", reason)], warnings
+        mistakes.append(source.mistake("keyd.client", reason)._replace(unknown=True))
+        return facts, mistakes, warnings
     for (key, places), answer in zip(lent.items(), answers, strict=True):
         for found, problems in ((mistakes, answer.mistakes), (warnings, answer.warnings)):
             for problem in problems:

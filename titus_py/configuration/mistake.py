@@ -30,7 +30,8 @@ class Mistake(NamedTuple):
 
     ``file`` is empty if the configuration came from command-line options. ``key`` is empty if
     the mistake is about the file as a whole. ``line`` counts from 1. ``name`` is the key as
-    people read it, with a virtual host's first server name.
+    people read it, with a virtual host's first server name. ``unknown``: nothing may be wrong, but
+    what was to look into it failed.
     """
 
     file: str
@@ -38,6 +39,7 @@ class Mistake(NamedTuple):
     reason: str
     line: int | None = None
     name: str = ""
+    unknown: bool = False
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file and self.line else self.file

@@ -35,6 +35,9 @@ def installed() -> Installed:
     except (PackageNotFoundError, FileNotFoundError):
         # It is being replaced.
         named = ""
+    if not os.access(sys.executable, os.X_OK):
+        # Without its Python, it can be started no more than without its files.
+        named = ""
     return named, frozenset((*_files(keyd.__file__), *_files(titus_py.__file__)))
 
 
