@@ -13,14 +13,21 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keyd.inspection import auditors, small_files
-from keyd.inspection.commands import DIRECTORIES
+from keyd.inspection.files_with_keys import files_with_keys
+from keyd.inspection.findings import (
+    BROKEN,
+    HOLDS,
+    NOT_AVAILABLE,
+    Finding,
+    first_of,
+    key_of,
+    not_all,
+)
 from keyd.inspection.key_search import Needle, Search, has_memory, needles, predictable, search
-from keyd.inspection.occurrences import occurrences
 from keyd.inspection.origins import is_of_the_system, may_read, of_root, sees_the_whole_machine
 from keyd.inspection.outdated import in_words, outdated
 from keyd.inspection.reports import NONE_RUNS, REFUSED, Running, running
@@ -35,9 +42,6 @@ from keyd.reference import key_id
 
 __all__ = ["audit"]
 
-_HOLDS, _BROKEN, _NOT_AVAILABLE = "holds", "broken", "not available"
-#: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
-_CREDENTIALS = "/run/credentials"
 #: Processes come while others are searched, and are searched as well: so many times.
 _ROUNDS = 3
 #: How long processes that cannot be searched, because something hangs, may take in all. Any user
@@ -45,18 +49,9 @@ _ROUNDS = 3
 _HANGING_SECONDS = 120.0
 #: And those that come one after the other, if nothing hangs: so much memory is not read in an hour.
 _ROUND_SECONDS = 3600.0
-#: Of many processes of which the same is said, so many are named.
-_NAMED = 3
 #: It has the keys that it looks for.
 _AN_AUDIT = "is another audit's"
 _REFUSED = "is refused"
-
-
-class _Finding(NamedTuple):
-    check: str
-    subject: str
-    seen: str
-    verdict: str
 
 
 class _Searched:
@@ -116,14 +111,14 @@ def audit(arguments: argparse.Namespace) -> int:
     ]
     if sought:
         findings += _memory(found, keys, sought)
-        findings += _files(sought, arguments.directory or DIRECTORIES)
+        findings += files_with_keys(sought, arguments.directory, Patience(_HANGING_SECONDS))
     if arguments.json:
         json.dump([finding._asdict() for finding in findings], sys.stdout, indent=2)
         print()
     else:
         for check, subject, seen, verdict in findings:
             print(printable(f"{verdict:13} {check:7} {subject}: {seen}"))
-    return 0 if all(finding.verdict == _HOLDS for finding in findings) else 1
+    return 0 if all(finding.verdict == HOLDS for finding in findings) else 1
 
 
 def _read_key(path: str, field: str) -> bytes:
@@ -139,11 +134,11 @@ def _read_key(path: str, field: str) -> bytes:
     return read(path, field, small_files.LARGEST)
 
 
-def _passed_over(keyds: Sequence[Running]) -> Iterator[_Finding]:
+def _passed_over(keyds: Sequence[Running]) -> Iterator[Finding]:
     """Any user can have a process that looks like a keyd: none of its own is to spoil an audit."""
     for keyd in keyds:
         text = f"passed over: {keyd.user} runs it, and neither root nor a service of the system"
-        yield _Finding("keyd", keyd.title, f"{text}. Name its keys with --key", _HOLDS)
+        yield Finding("keyd", keyd.title, f"{text}. Name its keys with --key", HOLDS)
 
 
 def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
@@ -184,41 +179,41 @@ def _known(keyds: Sequence[Running], named: Sequence[str]) -> _Known:
     return known
 
 
-def _askers(keyds: Sequence[Running], known: _Known) -> Iterator[_Finding]:
+def _askers(keyds: Sequence[Running], known: _Known) -> Iterator[Finding]:
     for keyd in keyds:
         if keyd.report is None:
-            yield _Finding("asks", keyd.title, keyd.problem, _NOT_AVAILABLE)
+            yield Finding("asks", keyd.title, keyd.problem, NOT_AVAILABLE)
             continue
         if keyd.pid in known.hung:
-            yield _Finding("asks", keyd.title, _not_all(known.hung[keyd.pid]), _NOT_AVAILABLE)
+            yield Finding("asks", keyd.title, not_all(known.hung[keyd.pid]), NOT_AVAILABLE)
             continue
         for seen in known.askers[keyd.pid]:
             path = seen["path"]
             if "problem" in seen:
-                yield _Finding("asks", keyd.title, f"{path}: {seen['problem']}", _NOT_AVAILABLE)
+                yield Finding("asks", keyd.title, f"{path}: {seen['problem']}", NOT_AVAILABLE)
                 continue
             # To connect takes the right to write (unix(7)).
             everybody = seen["mode"][7] == "w"
             who = "everybody" if everybody else f"{seen['user']}, and group {seen['group']}"
             text = f"{who}, at {path} ({seen['mode']})"
-            yield _Finding("asks", keyd.title, text, _BROKEN if everybody else _HOLDS)
+            yield Finding("asks", keyd.title, text, BROKEN if everybody else HOLDS)
 
 
-def _programs(keyds: Sequence[Running], known: _Known) -> Iterator[_Finding]:
+def _programs(keyds: Sequence[Running], known: _Known) -> Iterator[Finding]:
     """Whether each has the OpenSSL, the Python and the code of its own that are installed."""
     for keyd in keyds:
         # What hangs is named where it is said who may ask.
         old = known.outdated.get(keyd.pid)
         if old is None:
-            yield _Finding("program", keyd.title, "cannot be looked at", _NOT_AVAILABLE)
+            yield Finding("program", keyd.title, "cannot be looked at", NOT_AVAILABLE)
         elif old:
-            yield _Finding("program", keyd.title, in_words(old, keyd.unit), _NOT_AVAILABLE)
+            yield Finding("program", keyd.title, in_words(old, keyd.unit), NOT_AVAILABLE)
         else:
             text = "it and its libraries are those that are installed"
-            yield _Finding("program", keyd.title, text, _HOLDS)
+            yield Finding("program", keyd.title, text, HOLDS)
 
 
-def _refusals(keyds: Sequence[Running]) -> Iterator[_Finding]:
+def _refusals(keyds: Sequence[Running]) -> Iterator[Finding]:
     """They are shown, and not judged: what they mean is in the log of whoever asked."""
     for keyd in keyds:
         if keyd.report is not None:
@@ -227,14 +222,14 @@ def _refusals(keyds: Sequence[Running]) -> Iterator[_Finding]:
             if keyd.report.last_refused:
                 last = keyd.report.last_refused[-1]
                 text += f"; the last one, {last.detail} (process {last.process})"
-            yield _Finding("refused", keyd.title, text, _HOLDS)
+            yield Finding("refused", keyd.title, text, HOLDS)
 
 
-def _tokens(keyds: Sequence[Running]) -> Iterator[_Finding]:
+def _tokens(keyds: Sequence[Running]) -> Iterator[Finding]:
     """Shown as well: the keys of one that cannot be used are not known, and in it all the same."""
     for keyd in keyds:
         for name, state, _ in keyd.report.tokens if keyd.report is not None else ():
-            yield _Finding("token", keyd.title, f"{name}: {state}", _HOLDS)
+            yield Finding("token", keyd.title, f"{name}: {state}", HOLDS)
 
 
 # --- where the keys are -----------------------------------------------------------
@@ -245,7 +240,7 @@ def _load(
     arguments: argparse.Namespace,
     keys: dict[str, PrivateKey],
     known: _Known,
-) -> Iterator[_Finding]:
+) -> Iterator[Finding]:
     """Load each key once, by the path of its file; a finding for each that cannot be."""
     wanted: dict[str, set[str]] = {path: set() for path in arguments.key}
     for keyd in keyds:
@@ -255,39 +250,39 @@ def _load(
             told, there = len(keyd.report.keys), keyd.report.keys_in_all
             if there > told + len(arguments.key):
                 text = f"{there - told} of {there} keys it does not tell of: name them with --key"
-                yield _Finding("key", keyd.title, text, _NOT_AVAILABLE)
+                yield Finding("key", keyd.title, text, NOT_AVAILABLE)
     loaded: set[bytes] = set()
     for path, identities in wanted.items():
         if identities and _is_in_a_token(path):
-            yield _Finding("key", path, "is in a token, and not looked for", _HOLDS)
+            yield Finding("key", path, "is in a token, and not looked for", HOLDS)
             continue
         if path not in known.contents:
-            yield _Finding("key", path, "its file system does not answer", _NOT_AVAILABLE)
+            yield Finding("key", path, "its file system does not answer", NOT_AVAILABLE)
             continue
         try:
             encrypted = b"ENCRYPTED" in known.read(path, "key")
             passphrase_file = arguments.passphrase_file if encrypted else None
             key = load_private_key(path, passphrase_file, known.read)
         except UnusableKey as error:
-            yield _Finding("key", path, f"{error}: give it with --key", _NOT_AVAILABLE)
+            yield Finding("key", path, f"{error}: give it with --key", NOT_AVAILABLE)
             continue
         found = key_id(key.public_key())
         # Several keyds may tell of one file, each of the key that it has read there.
         if identities - {found.hex()}:
-            yield _Finding("key", path, "is not the key that keyd has any more", _NOT_AVAILABLE)
+            yield Finding("key", path, "is not the key that keyd has any more", NOT_AVAILABLE)
         if (not identities or found.hex() in identities) and found not in loaded:
             loaded.add(found)
             keys[path] = key
             if left_out := predictable(key):
                 text = f"what could be anywhere is not looked for: {', '.join(left_out)}"
-                yield _Finding("key", path, text, _NOT_AVAILABLE)
+                yield Finding("key", path, text, NOT_AVAILABLE)
     with suppress(OSError):
         lock_memory_meanwhile()
 
 
 def _memory(
     keyds: Sequence[Running], keys: Mapping[str, PrivateKey], sought: Sequence[Needle]
-) -> Iterator[_Finding]:
+) -> Iterator[Finding]:
     """Look at the memory of every process, but for this one's."""
     # Of one that has ended, the kernel tells no more.
     roots = _roots(keyds)
@@ -309,17 +304,17 @@ def _memory(
         # The control: not to find it elsewhere means nothing unless it is found in keyd.
         for pid in sorted(own - holders):
             if not found or Path(f"/proc/{pid}").exists():
-                yield _Finding("memory", path, f"not found in {_process(pid)}", _NOT_AVAILABLE)
+                yield Finding("memory", path, f"not found in {_process(pid)}", NOT_AVAILABLE)
         for pid in found:
-            yield _Finding("memory", path, f"in {_process(pid)}, which is to have it", _HOLDS)
+            yield Finding("memory", path, f"in {_process(pid)}, which is to have it", HOLDS)
         others = sorted(holders - own - _having(since, roots, path, key))
         for pid in others:
-            yield _Finding("memory", path, f"in {_process(pid)}", _BROKEN)
+            yield Finding("memory", path, f"in {_process(pid)}", BROKEN)
         if not others:
             yield _in_none(path, pids - own - searched.audits, searched.not_all, too_late)
 
 
-def _in_none(path: str, others: set[int], not_all: set[int], too_late: int) -> _Finding:
+def _in_none(path: str, others: set[int], not_all: set[int], too_late: int) -> Finding:
     """Of those that were searched. Whoever reads this line alone is not to take it for all."""
     text = f"in none of {len(others - not_all)} others"
     if not sees_the_whole_machine():
@@ -328,7 +323,7 @@ def _in_none(path: str, others: set[int], not_all: set[int], too_late: int) -> _
         text += f"; {len(left_out)} could not be searched, or not all of them"
     if too_late:
         text += f"; {too_late} that came since were not searched"
-    return _Finding("memory", path, text, _NOT_AVAILABLE if left_out else _HOLDS)
+    return Finding("memory", path, text, NOT_AVAILABLE if left_out else HOLDS)
 
 
 def _others() -> set[int]:
@@ -366,7 +361,7 @@ def _having(keyds: Sequence[Running], roots: set[int], path: str, key: PrivateKe
 
 def _look_at(
     pids: Iterable[int], sought: Sequence[Needle], searched: _Searched
-) -> Iterator[_Finding]:
+) -> Iterator[Finding]:
     """Note in whose memory each key is; a finding for each that could not be searched.
 
     Root's and the system's services are searched first: what hangs is mostly a user's.
@@ -395,21 +390,21 @@ def _look_at(
             if answer.was_not_begun:
                 not_begun.setdefault(answer.why, []).append(pid)
             else:
-                yield _Finding("memory", _process(pid), _not_all(answer), _NOT_AVAILABLE)
+                yield Finding("memory", _process(pid), not_all(answer), NOT_AVAILABLE)
             searched.not_all.add(pid)
         else:
             found = Search.of(answer)
             for hit in found.hits:
-                searched.holders[_key_of(hit.needle)].add(pid)
+                searched.holders[key_of(hit.needle)].add(pid)
             if found.unread:
                 text = f"not all could be read: {found.why_unread}"
-                yield _Finding("memory", _process(pid), text, _NOT_AVAILABLE)
+                yield Finding("memory", _process(pid), text, NOT_AVAILABLE)
                 searched.not_all.add(pid)
     searched.not_all.update(refused)
     if refused:
-        yield _Finding("memory", _processes(refused), REFUSED, _NOT_AVAILABLE)
+        yield Finding("memory", _processes(refused), REFUSED, NOT_AVAILABLE)
     for why, left in not_begun.items():
-        yield _Finding("memory", _processes(left), f"not looked at: {why}", _NOT_AVAILABLE)
+        yield Finding("memory", _processes(left), f"not looked at: {why}", NOT_AVAILABLE)
 
 
 def _is_in_a_token(name: str) -> bool:
@@ -431,10 +426,6 @@ def _search(
         return _REFUSED
 
 
-def _key_of(needle: str) -> str:
-    return needle.rpartition(": ")[0]
-
-
 def _process(pid: int) -> str:
     try:
         name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
@@ -444,41 +435,4 @@ def _process(pid: int) -> str:
 
 
 def _processes(pids: Sequence[int]) -> str:
-    named = ", ".join(_process(pid) for pid in pids[:_NAMED])
-    return f"{named} and {len(pids) - _NAMED} more" if len(pids) > _NAMED else named
-
-
-def _files(sought: Sequence[Needle], directories: Iterable[str]) -> Iterator[_Finding]:
-    octets = tuple(needle.octets for needle in sought)
-
-    def look(start: str, _: frozenset[str], at: At) -> list[_Finding]:
-        return list(_holding(sought, octets, start, at))
-
-    # systemd's credentials are on file systems of their own.
-    starts = (*directories, *map(str, Path(_CREDENTIALS).glob("*")))
-    for start, answer in each(starts, look, os.cpu_count() or 1, most_seconds=inf):
-        if isinstance(answer, Hung):
-            yield _Finding("file", start, _not_all(answer), _NOT_AVAILABLE)
-        else:
-            yield from (_Finding(*fields) for fields in answer)
-
-
-def _holding(
-    sought: Sequence[Needle], octets: tuple[bytes, ...], start: str, at: At
-) -> Iterator[_Finding]:
-    for file in small_files.below(start, lambda place: at(place, "")):
-        opened = small_files.read(file)
-        if opened is None:
-            continue
-        seen, content = opened
-        places = occurrences(content, octets, 1)
-        for path in sorted({_key_of(sought[which].name) for _, which in places}):
-            mode = stat.filemode(seen.st_mode)[1:]
-            alone = seen.st_uid == 0 and not seen.st_mode & 0o077
-            good = alone or file.startswith(f"{_CREDENTIALS}/")
-            text = f"in {file} ({mode}, uid {seen.st_uid}, gid {seen.st_gid})"
-            yield _Finding("file", path, text, _HOLDS if good else _BROKEN)
-
-
-def _not_all(hung: Hung) -> str:
-    return f"not all could be read: {hung.where} ({hung.why})"
+    return first_of([_process(pid) for pid in pids])

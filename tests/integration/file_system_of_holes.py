@@ -1,8 +1,9 @@
 """A file system that is a program (FUSE), with one file, of which it says that all is a hole.
 
 Run as root, with a directory to mount it at. It serves until it is unmounted. What is written to
-the file stays in the page cache, and is thrown away here. More arguments are
-numbers of operations: whoever asks for these waits for good. The messages: linux/fuse.h.
+the file stays in the page cache, and is thrown away here. The next argument is the uid of the user
+who has mounted it, as the kernel is to have it. More are numbers of operations: whoever asks for
+these waits for good. The messages: linux/fuse.h.
 """
 
 import ctypes
@@ -49,9 +50,9 @@ def _answer(operation: int, node: int, body: bytes) -> bytes | int | None:
     return None if operation == _FORGET else errno.ENOSYS
 
 
-def main(directory: str, hangs: frozenset[int]) -> None:
+def main(directory: str, uid: str, hangs: frozenset[int]) -> None:
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+    options = f"fd={device},rootmode=40000,user_id={uid},group_id=0"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"holes", directory.encode(), b"fuse", 0, options.encode()) < 0:
         raise OSError(ctypes.get_errno(), "mount")
@@ -74,4 +75,4 @@ def main(directory: str, hangs: frozenset[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], frozenset(map(int, sys.argv[2:])))
+    main(*sys.argv[1:3], frozenset(map(int, sys.argv[3:])))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from keyd.inspection import audit, reports
+from keyd.inspection.findings import Finding
 from keyd.inspection.key_search import Needle, needles
 from keyd.inspection.reports import running
 from keyd.keys import load_private_key
@@ -726,7 +727,7 @@ def test_processes_that_come_too_late_are_counted(
 
     with ExitStack() as stack:
 
-        def another_comes(pids: set[int], *_: object) -> Iterator[audit._Finding]:
+        def another_comes(pids: set[int], *_: object) -> Iterator[Finding]:
             searched.extend(pids)
             stack.enter_context(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
             yield from ()

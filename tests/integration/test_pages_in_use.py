@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from keyd.inspection import audit, pages_in_use, status, watched, worth_reading
+from keyd.inspection.files_with_keys import files_with_keys
 from keyd.inspection.key_search import Needle, Search, search
 from keyd.inspection.pages_in_use import PAGE, in_use
 from keyd.inspection.reports import Running
@@ -267,11 +268,11 @@ sys.stdin.read()
 
 
 @contextmanager
-def file_system(directory: Path, *hangs: int) -> Iterator[None]:
+def file_system(directory: Path, *hangs: int, uid: int = 0) -> Iterator[None]:
     """One that is a program; it does not answer what it is asked by these operations of FUSE."""
     program = Path(__file__).with_name("file_system_of_holes.py")
     with subprocess.Popen(
-        [sys.executable, "-I", program, directory, *map(str, hangs)],
+        [sys.executable, "-I", program, directory, str(uid), *map(str, hangs)],
         stdout=subprocess.PIPE,
         text=True,
     ) as served:
@@ -385,7 +386,11 @@ def test_files_on_a_file_system_that_hangs_hold_nothing_up(
     with file_system(hanging, LOOKUP, GETATTR, OPENDIR):
         known = audit._known(keyds, [])
         # What is mounted in a directory is not asked.
-        files = list(audit._files([Needle("key: it", SOUGHT)], [str(hanging), str(tmp_path)]))
+        files = list(
+            files_with_keys(
+                [Needle("key: it", SOUGHT)], [str(hanging), str(tmp_path)], watched.Patience()
+            )
+        )
     assert {pid: hung.where for pid, hung in known.hung.items()} == {1: where, 2: where}
     assert known.askers[3][0]["user"] == "root"
     assert known.read(str(beside), "key") == SOUGHT

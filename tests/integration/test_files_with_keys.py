@@ -1,0 +1,163 @@
+"""In which files keyd audit looks for a key; and that it says in which it has not looked."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from keyd.inspection import files_with_keys as module
+from keyd.inspection.files_with_keys import files_with_keys
+from keyd.inspection.key_search import Needle
+from keyd.inspection.watched import Patience
+
+from .test_pages_in_use import file_system
+
+SOUGHT = os.urandom(32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_systemds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "_CREDENTIALS", str(tmp_path / "none"))
+
+
+def found(*directories: object) -> dict[str, tuple[str, str]]:
+    """By what is looked at, or by the key: what was seen, and the verdict."""
+    sought = [Needle("key: it", SOUGHT)]
+    seen = list(files_with_keys(sought, list(map(str, directories)), Patience()))
+    assert len({one.subject for one in seen}) == len(seen)
+    return {one.subject: (one.seen, one.verdict) for one in seen}
+
+
+@contextmanager
+def mounted(kind: str, directory: Path, *options: str) -> Iterator[None]:
+    subprocess.run(["mount", "-t", kind, *options, "it", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+#: As root has it on another host's file system.
+WITHOUT_RIGHTS = """
+import json, sys
+from keyd.inspection.files_with_keys import files_with_keys
+from keyd.inspection.key_search import Needle
+from keyd.inspection.watched import Patience
+from keyd.linux.credentials import keep_capabilities
+keep_capabilities(())
+sought = [Needle("key: it", bytes.fromhex(sys.argv[2]))]
+json.dump(list(files_with_keys(sought, [sys.argv[1]], Patience())), sys.stdout)
+"""
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (closed := tmp_path / "closed").mkdir(mode=0o700)
+    (secret := tmp_path / "secret").write_bytes(SOUGHT)
+    secret.chmod(0o600)
+    for one in (closed, secret):
+        shutil.chown(one, "nobody")
+    (tmp_path / "open").write_bytes(SOUGHT)
+    command = [sys.executable, "-c", WITHOUT_RIGHTS, tmp_path, SOUGHT.hex()]
+    done = subprocess.run(command, check=True, capture_output=True)
+    seen = {one[1]: one[2:] for one in json.loads(done.stdout)}
+    assert seen["key"][0].startswith(f"in {tmp_path / 'open'} ")
+    text, verdict = seen[str(tmp_path)]
+    assert verdict == "not available"
+    assert text.startswith("not all could be read: ")
+    assert f"{closed} (Permission denied)" in text
+    assert f"{secret} (Permission denied)" in text
+
+
+def test_an_error_of_a_file_system_is_said(tmp_path: Path) -> None:
+    with file_system(tmp_path):
+        seen = found(tmp_path)
+    assert seen == {
+        str(tmp_path): (
+            f"not all could be read: {tmp_path} (Function not implemented)",
+            "not available",
+        )
+    }
+
+
+def test_a_directory_that_is_none_is_said(tmp_path: Path) -> None:
+    """Whoever mistypes one has not had it looked at."""
+    missing, file = tmp_path / "missing", tmp_path / "file"
+    file.write_bytes(SOUGHT)
+    assert found(missing, file) == {
+        str(missing): (
+            f"not all could be read: {missing} (No such file or directory)",
+            "not available",
+        ),
+        str(file): (f"not all could be read: {file} (Not a directory)", "not available"),
+    }
+
+
+def test_of_the_usual_directories_not_all_need_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DIRECTORIES", (str(tmp_path / "missing"), str(tmp_path)))
+    (tmp_path / "file").write_bytes(SOUGHT)
+    (one,) = files_with_keys([Needle("key: it", SOUGHT)], None, Patience())
+    assert one.seen.startswith(f"in {tmp_path / 'file'} ")
+
+
+def test_a_directory_that_is_a_link_is_followed_to_another_file_system(tmp_path: Path) -> None:
+    """As /srv may be one to a larger disk."""
+    (disk := tmp_path / "disk").mkdir()
+    (link := tmp_path / "srv").symlink_to(disk)
+    with mounted("tmpfs", disk):
+        (disk / "below").mkdir()
+        (disk / "below" / "it").write_bytes(SOUGHT)
+        seen = found(link)
+    assert list(seen) == ["key"]
+    assert seen["key"][0].startswith(f"in {disk}/below/it ")
+
+
+def test_what_is_mounted_below_is_searched_or_named(tmp_path: Path) -> None:
+    """Memory is searched, and what may be larger than anybody waits for is named."""
+    memory, program, user, layers = (tmp_path / name for name in ("m", "p", "u", "l"))
+    for directory in (memory, program, user, layers):
+        directory.mkdir()
+    where = f"lowerdir={memory}:{program}"
+    with (
+        mounted("overlay", layers, "-o", where),
+        mounted("tmpfs", memory),
+        file_system(program),
+        file_system(user, uid=65534),
+    ):
+        (memory / "it").write_bytes(SOUGHT)
+        (tmp_path / "beside").write_bytes(b"")
+        sought = [Needle("key: it", SOUGHT)]
+        seen = list(files_with_keys(sought, [str(tmp_path)], Patience()))
+        # And not where they are searched themselves.
+        named = list(files_with_keys(sought, [str(tmp_path), str(program)], Patience()))
+    key, *others = sorted(seen, key=lambda one: one.subject != "key")
+    assert key.seen.startswith(f"in {memory / 'it'} ")
+    said = "not looked at, as something else is mounted there: "
+    told = {one.verdict: one.seen for one in others if one.subject == str(tmp_path)}
+    assert len(told) == len(others) == 2
+    assert told["not available"] == f"{said}{program} (fuse). Give it with --directory"
+    assert {f"{user} (fuse)", f"{layers} (overlay)"} == set(
+        told["holds"].removeprefix(said).removesuffix(". Give it with --directory").split(", ")
+    )
+    assert not [one for one in named if f"{program} (fuse)" in one.seen]
+
+
+def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(SOUGHT)
+            file.truncate((256 << 10) + 1)
+    with (tmp_path / "three").open("wb") as file:
+        file.truncate((256 << 10) - len(SOUGHT))
+        file.seek(0, os.SEEK_END)
+        file.write(SOUGHT)
+    seen = found(tmp_path)
+    assert seen.pop("key")[0].startswith(f"in {tmp_path / 'three'} ")
+    assert seen == {str(tmp_path): ("2 larger than 262144 octets were not read", "holds")}
