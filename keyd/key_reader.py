@@ -16,7 +16,6 @@ failed  'F' why: the reading has ended before that
 """
 
 import os
-import select
 import signal
 import socket
 import struct
@@ -33,6 +32,7 @@ from keyd.confinement import CannotLock, lock_before_keys
 from keyd.key_files import KeySources
 from keyd.keys import UnusableKey
 from keyd.linux import landlock
+from keyd.linux.child_end import ChildEnd
 from keyd.linux.credentials import hide_memory, keep_capabilities
 from keyd.linux.namespaces import leave_namespaces
 from keyd.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, how_ended
@@ -44,6 +44,8 @@ __all__ = ["MAX_MESSAGE_OCTETS", "ORDER", "start"]
 ORDER = b"r"
 #: A path, and RSA with 8192 bits in PKCS #8.
 MAX_MESSAGE_OCTETS = 16 * 1024
+#: How often to look whether a reading has ended, where nothing tells, in seconds.
+_LOOK = 1.0
 _LENGTH = struct.Struct("!H")
 
 
@@ -95,22 +97,14 @@ def _serve(sources: KeySources, keyd: socket.socket, must_lock: bool) -> NoRetur
             except CannotLock as error:
                 _fail(keyd, str(error))
             os._exit(0)
-        _await_end(child, keyd)
-        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        end = ChildEnd(child, keyd)
+        while (code := end.code(_LOOK)) is None:
+            if end.other_has_ended:
+                # A file may take for ever.
+                os._exit(0)
+        if code:
             _fail(keyd, f"the process for that {how_ended(code)}")
     os._exit(0)
-
-
-def _await_end(child: int, keyd: socket.socket) -> None:
-    """Wait until the reading has ended. End with keyd, also if a file takes for ever."""
-    pidfd = os.pidfd_open(child)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    # For its end alone (POLLHUP): it may say that it wants another reading.
-    poll.register(keyd, 0)
-    if keyd.fileno() in dict(poll.poll()):
-        os._exit(0)
-    os.close(pidfd)
 
 
 def _read(sources: KeySources, keyd: socket.socket) -> None:

@@ -21,6 +21,7 @@ import prctl
 
 from keyd.keys import passphrase_in, read
 from keyd.linux import landlock, seccomp
+from keyd.linux.child_end import ChildEnd
 from keyd.linux.credentials import (
     become,
     forbid_regaining,
@@ -141,27 +142,17 @@ def _confine(settings: dict[str, Any]) -> None:
 
 def _watch(child: int, keyd: socket.socket, progress: Progress) -> int:
     """Wait until the child has ended: its exit code, minus a signal's number, or _HUNG."""
-    poll = select.poll()
-    ended = os.pidfd_open(child)
-    poll.register(ended, select.POLLIN)
-    poll.register(keyd, 0)
+    end = ChildEnd(child, keyd)
     hung = False
-    try:
-        while True:
-            events = dict(poll.poll(_LOOK * 1000))
-            if ended in events:
-                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                return _HUNG if hung else code
-            if events:  # keyd has ended, as the child sees, too
-                poll.unregister(keyd)
-                poll.poll(_FAREWELL * 1000)
+    while (code := end.code(_LOOK)) is None:
+        if end.other_has_ended:  # as the child sees, too
+            if end.code(_FAREWELL) is None:
                 os.kill(child, signal.SIGKILL)
-                os._exit(0)
-            if progress.hangs:
-                hung = True
-                os.kill(child, signal.SIGKILL)
-    finally:
-        os.close(ended)
+            os._exit(0)
+        if progress.hangs:
+            hung = True
+            os.kill(child, signal.SIGKILL)
+    return _HUNG if hung else code
 
 
 def _wait_for_end(keyd: socket.socket, seconds: float | None) -> None:
