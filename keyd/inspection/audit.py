@@ -246,11 +246,6 @@ def _load(
     for keyd in keyds:
         for path, _, identity in keyd.report.keys if keyd.report is not None else ():
             wanted.setdefault(path, set()).add(identity)
-        if keyd.report is not None:
-            told, there = len(keyd.report.keys), keyd.report.keys_in_all
-            if there > told + len(arguments.key):
-                text = f"{there - told} of {there} keys it does not tell of: name them with --key"
-                yield Finding("key", keyd.title, text, NOT_AVAILABLE)
     loaded: set[bytes] = set()
     for path, identities in wanted.items():
         if identities and _is_in_a_token(path):
@@ -276,8 +271,24 @@ def _load(
             if left_out := predictable(key):
                 text = f"what could be anywhere is not looked for: {', '.join(left_out)}"
                 yield Finding("key", path, text, NOT_AVAILABLE)
+    yield from _not_told(
+        keyds, {key_id(keys[one].public_key()) for one in arguments.key if one in keys}
+    )
     with suppress(OSError):
         lock_memory_meanwhile()
+
+
+def _not_told(keyds: Sequence[Running], named: set[bytes]) -> Iterator[Finding]:
+    """Of many keys, keyd tells of some. Those that are named may be the others, and no more."""
+    for keyd in keyds:
+        if keyd.report is not None:
+            told = {identity for *_, identity in keyd.report.keys}
+            others = sum(one.hex() not in told for one in named)
+            there = keyd.report.keys_in_all
+            left = there - len(keyd.report.keys) - others
+            if left > 0:
+                text = f"{left} of {there} keys it does not tell of: name them with --key"
+                yield Finding("key", keyd.title, text, NOT_AVAILABLE)
 
 
 def _memory(
@@ -288,13 +299,14 @@ def _memory(
     roots = _roots(keyds)
     having = {path: _having(keyds, roots, path, key) for path, key in keys.items()}
     searched = _Searched(keys)
-    pids: set[int] = set()
+    known: dict[int, str] = {}
     for _ in range(_ROUNDS):
-        come = _others() - pids
-        yield from _look_at(come, sought, searched)
-        pids |= come
+        come = _come(known)
+        yield from _look_at(set(come), sought, searched)
+        known |= come
+    pids = set(known)
     # There is no end of those that come: the rest is counted.
-    too_late = sum(map(_is_to_be_searched, _others() - pids))
+    too_late = sum(map(_is_to_be_searched, _come(known)))
     # One that is started again begins meanwhile.
     since = running()
     roots = _roots(since)
@@ -326,8 +338,16 @@ def _in_none(path: str, others: set[int], not_all: set[int], too_late: int) -> F
     return Finding("memory", path, text, NOT_AVAILABLE if left_out else HOLDS)
 
 
-def _others() -> set[int]:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - {_own_pid()}
+def _come(known: Mapping[int, str]) -> dict[int, str]:
+    """Other processes than these: by pid, when each began. Another one may have had the pid."""
+    others = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {_own_pid()}
+    found = {}
+    for pid in others:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            began = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+            if known.get(pid) != began:
+                found[pid] = began
+    return found
 
 
 def _own_pid() -> int:

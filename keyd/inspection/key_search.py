@@ -340,7 +340,7 @@ def _search_program(
                 left = [mapping.span for mapping in mappings(pid)]
                 skipped = still_mapped(reader.skipped, left)
                 reader.skipped.clear()
-            for file in memory_files(pid, mapped):
+            for file in memory_files(pid, mapped, reader.skipped):
                 at(file.name, "")
                 reader.read_file(file)
             skipped += reader.skipped

@@ -449,6 +449,31 @@ def test_a_file_in_memory_need_not_be_mapped(rsa_key: rsa.RSAPrivateKey) -> None
     assert not found.unread
 
 
+#: Maps such a file privately, touches nothing of it, and does not have it open any more.
+MAPPED_PRIVATELY = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+octets = bytes.fromhex(sys.stdin.readline())
+file = os.memfd_create("file")
+os.pwrite(file, octets, mmap.PAGESIZE)
+address = libc.mmap(None, 2 * mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_PRIVATE, file, 0)
+os.close(file)
+del octets
+print(address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_what_is_mapped_privately_the_file_is_memory_too(rsa_key: rsa.RSAPrivateKey) -> None:
+    """Nothing of it is among the pages that the process has in use."""
+    octets = octets_of(rsa_key.private_numbers().d)
+    with holder(octets, program=MAPPED_PRIVATELY) as held:
+        found = search(held.pid, needles(rsa_key))
+    assert "/memfd:file (deleted), open" in {hit.mapping for hit in found.hits}
+    assert not found.unread
+
+
 #: Holds the octets three times: in a page that nothing may touch, in a shared file whose other
 #: pages are beyond its end, and in one that no other process can read (memfd_secret(2)).
 UNREADABLE = """

@@ -744,6 +744,56 @@ def test_processes_that_come_too_late_are_counted(
     assert found.verdict == "holds"
 
 
+def cat_with(pid: int) -> "subprocess.Popen[bytes]":
+    """One that has the pid of one that has ended, whatever else begins on this machine."""
+    for _ in range(100):
+        try:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        except OSError:
+            pytest.skip("the kernel lets nobody choose a pid")
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        if process.pid == pid:
+            return process
+        process.communicate()
+    pytest.skip("another process has the pid")
+
+
+def test_a_process_that_has_the_pid_of_another_one_is_searched(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are few pids, or many processes, they come round within an audit."""
+    key, path = load_private_key(str(listening.key), None), str(listening.key)
+    sought = [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+    rounds: list[bool] = []
+    processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE)]
+    pid = processes[0].pid
+
+    def begins_anew(pids: set[int], *_: object) -> Iterator[Finding]:
+        rounds.append(pid in pids)
+        if len(rounds) == 1:
+            processes[0].communicate()
+            processes.append(cat_with(pid))
+        yield from ()
+
+    monkeypatch.setattr(audit, "_look_at", begins_anew)
+    list(audit._memory([], {path: key}, sought))
+    processes[-1].communicate()
+    assert rounds == [True, True, False]
+
+
+def test_a_key_that_is_named_and_told_of_is_none_that_is_not_told_of(tmp_path: Path) -> None:
+    key = tmp_path / "www.key"
+    make_key(key)
+    command = ["openssl", "pkey", "-in", key, "-pubout", "-outform", "DER"]
+    public = subprocess.run(command, check=True, capture_output=True).stdout
+    keys = [[str(key), "P-256", hashlib.sha256(public).hexdigest()]]
+    report = REPORT | {"keys": keys, "keys_in_all": 2}
+    with forged(json.dumps(report).encode(), user="root") as pid:
+        seen = keyd("audit", "--json", f"--key={key}", f"--directory={tmp_path}")
+    told = [one["seen"] for one in json.loads(seen.stdout) if one["subject"] == f"process {pid}"]
+    assert "1 of 2 keys it does not tell of: name them with --key" in told
+
+
 def test_a_user_may_have_a_keyd_with_a_key_that_the_user_can_read(tmp_path: Path) -> None:
     key = tmp_path / "own.key"
     make_key(key)

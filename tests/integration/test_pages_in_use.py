@@ -521,6 +521,37 @@ def test_of_a_file_in_huge_pages_what_is_empty_is_not_filled() -> None:
         process.stdin.close()
 
 
+#: Has it in such a file that is open, and not mapped any more.
+IN_AN_OPEN_FILE_OF_HUGE_PAGES = """
+import mmap, os, sys
+file = os.memfd_create("huge", os.MFD_HUGETLB)
+os.ftruncate(file, 2 << 20)
+with mmap.mmap(file, 2 << 20) as memory:
+    sought = bytes.fromhex(sys.argv[1])
+    memory[5 : 5 + len(sought)] = sought
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.usefixtures("room_for_huge_pages")
+def test_a_file_in_huge_pages_need_not_be_mapped() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", IN_AN_OPEN_FILE_OF_HUGE_PAGES, SOUGHT.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            pytest.skip("no huge pages here")
+        found = search(process.pid, [Needle("it", SOUGHT)])
+        process.stdin.close()
+    places = {(hit.mapping, hit.address) for hit in found.hits}
+    assert ("/memfd:huge (deleted), open", 5) in places
+    assert not found.unread
+
+
 def test_what_of_a_large_mapping_is_filled_has_to_be_known(kinds: Kinds) -> None:
     """Else what the process has in use is read, and the rest is said not to have been."""
     filled = database_octets(kinds.pid)
