@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from . import changed_example, remote_keys, unix_listener, unix_tunnel
+from . import changed_example, remote_keys, unix_listener, unix_tunnel, without_python
 from .administrator import REQUEST, Administrator, package
 from .clock import SteppedClock
 from .machine import Machine
@@ -56,6 +56,7 @@ def test_an_administrators_day(administrator: Administrator) -> None:
     _installs(admin)
     _starts(admin)
     _reloads(admin)
+    without_python.is_told(admin)
     _finds_its_address_in_use(admin)
     _is_killed(admin)
     _loses_a_process_and_the_journal(admin)
