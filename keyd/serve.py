@@ -90,7 +90,8 @@ def serve(arguments: argparse.Namespace) -> NoReturn:
             tell_news("operations", **operations)
         if lender is not None:
             for refusals in lender.tick():
-                tell("lending_refused", **refusals)
+                if not tell("lending_refused", **refusals):
+                    lender.keep(refusals)
             if (lent := lender.news()) is not None:
                 tell_news("lent", clients=lent)
 

@@ -1,8 +1,8 @@
 """What keyd tells the supervisor that has started it: events in JSON, without ever waiting.
 
-Run by keyd's threads. A supervisor that does not keep up misses an event. News is told as soon as
-there is room: whoever has it tells it once, and not again before it changes. Lines that it misses
-are counted, and it is told how many they are.
+Run by keyd's threads. A supervisor that does not keep up misses an event, as whoever tells it is
+told. News is told as soon as there is room: whoever has it tells it once, and not again before it
+changes. Lines that it misses are counted, and it is told how many they are.
 """
 
 import json
@@ -23,9 +23,9 @@ class Teller:
         self._lock = threading.RLock()
         self._lost_lines = 0
 
-    def tell(self, event: str, **fields: object) -> None:
-        """Tell it now or never."""
-        self._send(_encoded(event, fields))
+    def tell(self, event: str, **fields: object) -> bool:
+        """Tell it now or never; returns whether there was room for it."""
+        return self._send(_encoded(event, fields))
 
     def say(self, line: str) -> None:
         """A line for the log."""
@@ -50,7 +50,8 @@ class Teller:
                     del self._kept[event]
             lost = self._lost_lines
             if lost and self._send(_line(f"{lost} lines are lost: no room for them")):
-                self._lost_lines = 0
+                # One may have been lost within the call (``say``).
+                self._lost_lines -= lost
 
     def _send(self, message: bytes) -> bool:
         """Whether nothing is left to be done: it was sent, or never can be."""

@@ -53,6 +53,8 @@ class Lender(Streams):
         self._lock = threading.Lock()
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._last_refused: dict[tuple[str, str], str] = {}
+        #: Of ``tick``, what there was no room for.
+        self._untold: list[dict[str, Any]] = []
         #: By name, how often a client was refused that no [[keyd.client]] is for; "" is all others.
         self._strangers: Counter[str] = Counter()
         self._told: list[Counts] = []
@@ -161,10 +163,10 @@ class Lender(Streams):
         if stream.borrower is not None:
             stream.borrower.ended()
 
-    def tick(self) -> Iterator[dict[str, object]]:
+    def tick(self) -> Iterator[dict[str, Any]]:
         """What was refused since the last call, to each client and for each reason: an event.
 
-        To be called about once a second.
+        To be called about once a second. Events that cannot be told are to be kept (``keep``).
         """
         self._awake.look(time.monotonic())
         for stream in self._now():
@@ -172,11 +174,20 @@ class Lender(Streams):
         with self._lock:
             refusals, self._refusals = self._refusals, Counter()
             last, self._last_refused = self._last_refused, {}
+        untold, self._untold = self._untold, []
+        for event in untold:
+            kind = event["client_name"], event["status"]
+            refusals[kind] += event["count"]
+            last.setdefault(kind, event["attempted"])
         # Not most_common(): it imports heapq, and nothing can be imported here any more.
         most = sorted(refusals.items(), key=lambda refused: refused[1], reverse=True)
         for (name, why), count in most[:_TOLD]:
             told = {"client_name": name, "status": why, "count": count}
             yield told | {"attempted": last[name, why]}
+
+    def keep(self, event: dict[str, Any]) -> None:
+        """Have an event of this ``tick`` told with the next one."""
+        self._untold.append(event)
 
     def news(self) -> list[Counts] | None:
         """Each client's counts, if they have changed since the last call."""

@@ -73,7 +73,7 @@ def test_what_was_kept_does_not_follow_what_is_newer(supervisor: Supervisor) -> 
 
 def test_what_is_no_news_is_told_now_or_never(supervisor: Supervisor) -> None:
     supervisor.stops()
-    supervisor.teller.tell("lending_refused", count=1)
+    assert not supervisor.teller.tell("lending_refused", count=1)
     supervisor.hears()
     supervisor.teller.tell_kept()
     assert supervisor.hears() == []
@@ -91,6 +91,35 @@ def test_lines_that_there_was_no_room_for_are_counted(supervisor: Supervisor) ->
         supervisor.teller.tell_kept()
     told = {"event": "keyd_said", "text": "7 lines are lost: no room for them"}
     assert supervisor.hears() == [told]
+
+
+class Ignoring(socket.socket):
+    """Python says something while it sends, as of an exception that it ignores."""
+
+    teller: Teller
+
+    def send(self, *message: Any) -> int:
+        sent = super().send(*message)
+        if b" lost:" in message[0]:
+            with suppress(BlockingIOError):
+                while True:
+                    super().send(b'{"event": "alive"}', socket.MSG_DONTWAIT)
+            self.teller.say("ignored: something")
+        return sent
+
+
+def test_a_line_that_is_lost_while_others_are_told_of_is_counted(supervisor: Supervisor) -> None:
+    with Ignoring(fileno=supervisor.keyds.detach()) as ignoring:
+        ignoring.teller = supervisor.teller = Teller(ignoring)
+        supervisor.keyds = ignoring
+        supervisor.stops()
+        for number in range(7):
+            supervisor.teller.say(f"line {number}")
+        supervisor.hears()
+        for lost in (7, 1):
+            supervisor.teller.tell_kept()
+            told = {"event": "keyd_said", "text": f"{lost} lines are lost: no room for them"}
+            assert supervisor.hears() == [told]
 
 
 def test_one_that_has_ended_is_told_nothing(supervisor: Supervisor) -> None:

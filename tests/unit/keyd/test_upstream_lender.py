@@ -407,6 +407,31 @@ def test_a_flood_waits_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.M
         assert flooding.ask(ask()).status is Status.EXHAUSTED
 
 
+def test_refusals_that_cannot_be_told_are_told_with_the_next(lending: Lending) -> None:
+    """Of as many kinds as can be told in a second. The counts of all are ``news``."""
+
+    def refused(name: str, why: str, detail: str) -> None:
+        lending.lender.refused(name, why, Status.NOT_GRANTED, detail)
+
+    def told() -> list[dict[str, Any]]:
+        return list(lending.lender.tick())
+
+    for number in range(100):
+        refused(f"stranger-{number}", "stranger", f"{number}")
+    refused("proxy-a", "not_lent", "first")
+    refused("proxy-a", "not_lent", "second")
+    for event in told():
+        lending.lender.keep(event)
+    refused("proxy-a", "not_lent", "third")
+    now = told()
+    of_a = {"client_name": "proxy-a", "status": "not_lent"}
+    assert now[0] == of_a | {"count": 3, "attempted": "third"}
+    assert len(now) == 8
+    assert told() == []
+    lending.lender.keep(now[0])
+    assert told() == now[:1]
+
+
 def test_one_that_rests_leaves_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("keyd.upstream.lender._MOST_REFUSED", 1)
     with contextlib.closing(Lending(tmp_path, most=1)) as lending:
