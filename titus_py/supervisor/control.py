@@ -99,8 +99,12 @@ class Control:
     def adopt(self, client: socket.socket) -> Answer:
         """Take over a client whose request the previous program has not answered."""
         client.setblocking(False)
+        try:
+            self._loop.watch(client.fileno(), lambda: self._hear(client))
+        except OSError:
+            # No watch is left, or no memory. It is answered, and not missed if it goes before.
+            return Answer(client, socket.socket.close)
         self._clients.add(client)
-        self._loop.watch(client.fileno(), lambda: self._hear(client))
         return Answer(client, self._drop)
 
     def close(self) -> None:
@@ -126,9 +130,14 @@ class Control:
                 client.close()
                 return
             self._drop(next(iter(self._silent)))
+        try:
+            self._loop.watch(client.fileno(), lambda: self._hear(client))
+        except OSError:
+            # No watch is left, or no memory. It is told by the end of its connection.
+            client.close()
+            return
         self._clients.add(client)
         self._silent[client] = None
-        self._loop.watch(client.fileno(), lambda: self._hear(client))
 
     def _hear(self, client: socket.socket) -> None:
         try:

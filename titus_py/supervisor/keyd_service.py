@@ -114,12 +114,12 @@ class KeydService:
 
         try:
             control.connect(str(path))
+            self._loop.watch(control.fileno(), hear)
         except OSError as error:
             control.close()
             self._again(generation, path, error.strerror or str(error), pause)
         else:
             patience = self._loop.after(_PATIENCE_SECONDS, stop_waiting)
-            self._loop.watch(control.fileno(), hear)
 
     def lost(self, generation: Generation) -> None:
         """The parent has lost its keyd: connect again, later if it had not been there for long.

@@ -181,7 +181,7 @@ class Reload:
         try:
             ours, theirs = os.pipe2(os.O_CLOEXEC)
         except OSError as error:
-            self.failed([f"it could not be read: {error.strerror}"])
+            self._not_read(error)
             return
         found: list[_Found] = []
 
@@ -205,13 +205,22 @@ class Reload:
             os.close(ours)
             self.failed([f"it could not be read within {READ_SECONDS:g} s"])
 
+        try:
+            self._loop.watch(ours, done)
+        except OSError as error:
+            os.close(ours)
+            os.close(theirs)
+            self._not_read(error)
+            return
         too_late = self._loop.after(READ_SECONDS, give_up)
-        self._loop.watch(ours, done)
         try:
             threading.Thread(target=run, daemon=True).start()
         except RuntimeError as error:  # the limit on processes is reached
             self._event("start_failed", level="error", reason=str(error))
             os.close(theirs)
+
+    def _not_read(self, error: OSError) -> None:
+        self.failed([f"it could not be read: {error.strerror}"])
 
     def _take(self, checked: Checked) -> None:
         """Have a good configuration take over. A bad one changes nothing."""

@@ -46,3 +46,33 @@ def test_a_socket_that_could_not_be_watched_is_watched_later(
     assert ask() == {"said": True}
     ours.close()
     assert not path.exists()
+
+
+def test_one_client_that_cannot_be_watched_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there may be: none of them takes a place."""
+    monkeypatch.setattr(control, "CONTROL_DIRECTORY", tmp_path)
+    loop = EventLoop()
+    ours = Control(loop, {"say": say})
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(control_path(os.getpid())))
+            without_watches(loop.run_once, loop._epoll)
+            assert client.recv(1) == b""
+    assert not ours._clients
+    ours.close()
+
+
+def test_one_that_waits_for_another_program_is_answered_unwatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "CONTROL_DIRECTORY", tmp_path)
+    loop = EventLoop()
+    ours = Control(loop, {})
+    client, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with client:
+        say(without_watches(lambda: ours.adopt(theirs), loop._epoll))
+        assert json.loads(client.recv(1000)) == {"said": True}
+        assert client.recv(1) == b""
+    ours.close()

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from integration.peers import lingering, nobody_waits_for
+from integration.watches import without_watches
 
 from keyd.protocol import Keys
 from titus_py.between.event_loop import EventLoop, Timer
@@ -66,6 +67,27 @@ def test_it_is_asked_ever_more_seldom_and_that_is_said_once(tmp_path: Path) -> N
         lose_patience()
     assert generation.keyd_missed == "it has not said within 15 s which keys it has"
     assert [one["event"] for one in said] == ["keyd_unreachable"]
+
+
+def test_one_that_cannot_be_watched_is_connected_to_again(tmp_path: Path) -> None:
+    path = tmp_path / "keyd.sock"
+    short_lived = ShortLived(path)
+    (generation, _) = short_lived.generations
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        loop = short_lived.loop
+        without_watches(lambda: short_lived.service.connect(generation), loop._epoll)
+        assert listener.accept()[0].recv(1) == b""
+        assert generation.keyd_missed == "No space left on device"
+        ((seconds, again),) = loop.later
+        assert seconds == 0.2
+        again()
+        peer, _ = listener.accept()
+        with peer:
+            peer.send(Keys(()).encode())
+            loop.run_once()
+    assert not generation.without_keyd
 
 
 class ShortLived:
