@@ -11,7 +11,10 @@ if __name__ == "__main__":
 if sys.argv[1:2] in (["serve"], ["check"]):
     # titus-py waits for these. The imports make no garbage: looking for it takes a tenth of them.
     gc.disable()
-if sys.argv[1:2] in (["control"], ["listen"]):
+elif sys.argv[1:2] in (["status"], ["audit"]):
+    # Over before there is anything to look for, as a rule.
+    gc.set_threshold(50_000)
+elif sys.argv[1:2] in (["control"], ["listen"]):
     # Before anything else: by default these signals end the process. SIGHUP has a use later.
     for _of_no_meaning in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
@@ -33,14 +36,18 @@ from keyd.linux.sealed import read_all
 from keyd.linux.systemd import Notifier, close_inherited
 from keyd.linux.title import set_title
 from keyd.protocol import Malformed
+from keyd.without_mail import load_certificates_without_mail
 
 __all__ = ["main"]
+
+#: The commands with which titus-py and keyd start processes.
+_NOT_TYPED = ("check", "make", "token", "connect", "serve")
 
 _CANNOT_SERVE = (CannotLock, UnusableKey, Malformed, OSError, LookupError)
 
 
-def main() -> int:
-    """Run the command that ``sys.argv`` asks for; returns its exit code."""
+def main() -> NoReturn:
+    """Run the command that ``sys.argv`` asks for, and end with its exit code."""
     open_standard_streams()
     # Before any key is read, whatever the command.
     forbid_core_dumps()
@@ -48,7 +55,7 @@ def main() -> int:
     # Those that serve insist on it (``lock_before_keys``).
     with suppress(OSError):
         lock_memory_meanwhile()
-    return run_for_reader(_run)
+    leave(run_for_reader(_run))
 
 
 def _run() -> int:
@@ -68,9 +75,18 @@ def _run() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Of titus-py's own commands and keyd's, which are started often, or of all others."""
     parser = Parser(
         prog="keyd", description="Hold private keys; sign and decrypt what a TLS server may."
     )
+    if sys.argv[1:2] and sys.argv[1] in _NOT_TYPED:
+        _add_those_not_typed(parser.add_subparsers())
+    else:
+        _add_those_typed(parser)
+    return parser
+
+
+def _add_those_typed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="show the versions of keyd and of OpenSSL"
     )
@@ -116,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspection.add_commands(commands)
 
+
+def _add_those_not_typed(commands: Any) -> None:
     check = commands.add_parser("check")  # titus-py's: JSON in, JSON out
     check.set_defaults(run=_check)
 
@@ -133,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--supervisor-fd", type=int, required=True)
     own.add_argument("--predecessor-fd", type=int)
     own.set_defaults(run=_serve)
-    return parser
 
 
 class _Version(argparse.Action):
@@ -281,6 +298,7 @@ def _connect(told: dict[str, Any], keyd: socket.socket) -> NoReturn:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    load_certificates_without_mail()
     from keyd.checking import answer
 
     gc.enable()
@@ -290,4 +308,4 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    main()

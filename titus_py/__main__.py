@@ -8,9 +8,14 @@ import gc
 import os
 import signal
 import sys
+from types import ModuleType
 
 # Else pydantic would load what any other distribution on this machine has for it, and this is root.
 os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
+# Nor is there anything to look for: what looks loads what parses mail and archives.
+_LOOKS = ModuleType("pydantic.plugin._loader")
+vars(_LOOKS)["get_plugins"] = tuple
+sys.modules.setdefault(_LOOKS.__name__, _LOOKS)
 if sys.argv[1:2] == ["serve"]:
     # The imports make no garbage, and there are many.
     gc.disable()
@@ -22,9 +27,13 @@ if sys.argv[1:2] == ["serve"]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for _of_no_meaning in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_of_no_meaning, signal.SIG_IGN)
+else:
+    # Nor do those of the other commands. Most are over before there is anything to look for.
+    gc.set_threshold(50_000)
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from keyd.command_line import Parser
 from keyd.linux.process import leave, open_standard_streams, run_for_reader
@@ -39,10 +48,10 @@ _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
 _KEYS = Path("/etc/titus-py/keys")
 
 
-def main() -> int:
-    """Run the command that ``sys.argv`` asks for; returns its exit code (2: usage)."""
+def main() -> NoReturn:
+    """Run the command that ``sys.argv`` asks for, and end with its exit code (2: usage)."""
     open_standard_streams()
-    return run_for_reader(_run)
+    leave(run_for_reader(_run))
 
 
 def _run() -> int:
@@ -338,4 +347,4 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

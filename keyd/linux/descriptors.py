@@ -23,6 +23,7 @@ from typing import TypeVar
 
 __all__ = [
     "if_any",
+    "inherited_descriptors",
     "packet_pair",
     "passes",
     "receive_descriptors",
@@ -37,6 +38,15 @@ _Received = TypeVar("_Received")
 _INT = struct.Struct("=i")
 #: As a plain number: Python's own is an enum, and each ``|`` of enums takes a dozen calls.
 _CLOSE_ON_EXEC = int(MSG_CMSG_CLOEXEC)
+
+
+def inherited_descriptors(arguments: Sequence[str]) -> dict[str, int]:
+    """What one of our processes has started another with: ``--plan-fd 3``, or ``--plan-fd=3``.
+
+    Not by argparse: what that loads is a tenth of all that such a process loads.
+    """
+    words = [word for argument in arguments for word in argument.split("=")]
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
 def packet_pair() -> tuple[SocketType, SocketType]:

@@ -5,7 +5,6 @@ and some take a boot option: each is put in force where it can be.
 """
 
 import ctypes
-from pathlib import Path
 
 import prctl
 
@@ -23,7 +22,7 @@ _PR_GET_SPECULATION_CTRL, _PR_SET_SPECULATION_CTRL = 52, 53
 _PR_SPEC_L1D_FLUSH = 2
 _PR_SPEC_PRCTL, _PR_SPEC_ENABLE = 1 << 0, 1 << 1
 _PR_SCHED_CORE, _PR_SCHED_CORE_CREATE, _THREAD_GROUP = 62, 1, 1
-_SMT = Path("/sys/devices/system/cpu/smt/active")
+_SMT = "/sys/devices/system/cpu/smt/active"
 
 
 def guard() -> list[str]:
@@ -55,7 +54,8 @@ def _flush_l1d() -> bool:
 
 def _smt_is_on() -> bool:
     try:
-        return _SMT.read_text().strip() != "0"
+        with open(_SMT, encoding="ascii") as file:
+            return file.read().strip() != "0"
     except OSError:
         # Nobody knows: as if it were on.
         return True

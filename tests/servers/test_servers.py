@@ -189,7 +189,7 @@ def test_a_server_whose_key_is_in_keyd(
     # Where each server's user can read it, as where it is installed.
     provider = shutil.copy(provider_path(), directory / "provider.so")
     loading = openssl_configuration(f"socket = {path}")
-    configuration.write_text(loading.replace(str(provider_path()), str(provider)))
+    configuration.write_text(loading.replace(provider_path(), str(provider)))
     # The control of the search: without keyd, the key is found.
     install(program, site, old.certificate, old.key.read_bytes())
     with running(program, site, old.authority) as server:

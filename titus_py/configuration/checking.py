@@ -98,12 +98,12 @@ class Served(NamedTuple):
 _NOTHING_SERVED = Served({}, keyd_has_keys=False)
 
 
-class _Problem(BaseModel):
+class _Problem(BaseModel, defer_build=True):
     field: Literal["certificate", "key", "passphrase_file"]
     reason: str
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, defer_build=True):
     """What ``keyd check`` found about one certificate and its key."""
 
     mistakes: list[_Problem]

@@ -9,7 +9,14 @@ from datetime import datetime
 from itertools import chain
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from titus_py.between.client_allow import Allow
 from titus_py.between.client_identity import ClientTerms
@@ -40,12 +47,12 @@ class ClientAuthorities(NamedTuple):
     next_update: datetime | None = None
 
 
-class _Problem(BaseModel):
+class _Problem(BaseModel, defer_build=True):
     field: Literal["client_ca", "client_crl"]
     reason: str
 
 
-class _Answer(BaseModel):
+class _Answer(BaseModel, defer_build=True):
     mistakes: list[_Problem]
     warnings: list[_Problem]
     authorities: str
@@ -67,7 +74,8 @@ class _Answer(BaseModel):
         return ClientAuthorities(self.authorities, self.revocations, self.keys, *ends)
 
 
-_ANSWERS = TypeAdapter(list[_Answer])
+#: Built when it is first used: most configurations have nothing to ask.
+_ANSWERS = TypeAdapter(list[_Answer], config=ConfigDict(defer_build=True))
 
 
 def client_mistakes(tables: dict[str, Any], source: Source) -> Iterator[Mistake]:

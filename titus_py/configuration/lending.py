@@ -6,7 +6,7 @@ Run by the supervisor and by the commands. None of them reads a key: ``keyd chec
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from keyd.protocol import mask_of
 from keyd.upstream.messages import MAX_BORROWERS, MAX_LENT_KEYS
@@ -292,19 +292,20 @@ def told(
 # --- asking keyd check -------------------------------------------------------------
 
 
-class _Problem(BaseModel):
+class _Problem(BaseModel, defer_build=True):
     field: str
     reason: str
 
 
-class _Answer(BaseModel):
+class _Answer(BaseModel, defer_build=True):
     mistakes: list[_Problem]
     warnings: list[_Problem]
     own_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     reference: str | None
 
 
-_ANSWERS = TypeAdapter(list[_Answer])
+#: Built when it is first used: most configurations have nothing to ask.
+_ANSWERS = TypeAdapter(list[_Answer], config=ConfigDict(defer_build=True))
 _EACH_SECONDS = 1.0
 
 

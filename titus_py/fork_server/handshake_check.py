@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from keyd.linux.sealed import sealed_file
 from keyd.provider import openssl_configuration
+from keyd.without_mail import load_certificates_without_mail
 from keyd.without_ssh import load_nothing_of_ssh
 
 if __name__ == "__main__":
@@ -39,6 +40,7 @@ if __name__ == "__main__":
 _CONFIGURATION = sealed_file("openssl.cnf", openssl_configuration("").encode())
 os.environ["OPENSSL_CONF"] = f"/proc/self/fd/{_CONFIGURATION}"
 
+load_certificates_without_mail()
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding

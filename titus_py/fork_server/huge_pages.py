@@ -8,7 +8,6 @@ to where huge pages begin. What workers allocate comes from behind the last of t
 
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from keyd.linux.calls import call
@@ -33,7 +32,8 @@ _LEAST = 64 * 1024
 
 def heap() -> range:
     """The addresses of the C library's heap (proc_pid_maps(5)); empty if it has none."""
-    maps = Path("/proc/self/maps").read_text(encoding="ascii", errors="replace")
+    with open("/proc/self/maps", encoding="ascii", errors="replace") as file:
+        maps = file.read()
     found = _HEAP.search(maps)
     return range(int(found[1], 16), int(found[2], 16)) if found else range(0)
 

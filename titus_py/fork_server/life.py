@@ -53,6 +53,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from keyd.without_mail import load_certificates_without_mail
+
+load_certificates_without_mail()
 from OpenSSL import SSL
 
 if sys.modules.get("typing_extensions") is _WHERE:
@@ -61,6 +64,7 @@ if sys.modules.get("typing_extensions") is _WHERE:
 
 from keyd.linux import prctl
 from keyd.linux.credentials import hide_memory
+from keyd.linux.descriptors import inherited_descriptors
 from keyd.linux.process import CLONE_PARENT, encode, leave, why_failed
 from keyd.linux.sealed import read_all
 from keyd.linux.seccomp import Program
@@ -106,8 +110,7 @@ def main() -> int:
     the last one by now (OPENSSL_CONF names it).
     """
     gc.enable()
-    # Not argparse: every worker would inherit it, and the modules that it loads.
-    given = dict(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))
+    given = inherited_descriptors(sys.argv[1:])
     command_line = CommandLine()
     command_line.write([_TITLE])
     prctl.set_name("titus-forks")

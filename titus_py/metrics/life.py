@@ -5,7 +5,6 @@ its own. It is the process that hears whoever can connect there, so what it may 
 first. It trusts the supervisor, which gives it the listening socket and each text.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from keyd.linux import seccomp
+from keyd.linux.descriptors import inherited_descriptors
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.event_loop import EventLoop
@@ -26,16 +26,13 @@ __all__ = ["main"]
 
 def main() -> int:
     """``python -m titus_py.metrics.life``: started by the supervisor, on inherited descriptors."""
-    parser = argparse.ArgumentParser(prog="titus_py.metrics.life")
-    for name in ("settings", "supervisor", "listener"):
-        parser.add_argument(f"--{name}-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    given = inherited_descriptors(sys.argv[1:])
     set_title("titus-metrics", "titus-py: metrics")
-    settings = json.loads(read_all(arguments.settings_fd))
-    supervisor = socket.socket(fileno=arguments.supervisor_fd)
-    listener = socket.socket(fileno=arguments.listener_fd)
-    for inherited in (supervisor, listener):
-        inherited.set_inheritable(False)
+    settings = json.loads(read_all(given["--settings-fd"]))
+    supervisor = socket.socket(fileno=given["--supervisor-fd"])
+    listener = socket.socket(fileno=given["--listener-fd"])
+    for one in (supervisor, listener):
+        one.set_inheritable(False)
     loop = EventLoop()
     server = MetricsServer(loop, listener, lambda: _say(supervisor, WANTED))
     confine(settings["uid"], settings["chroot"], seccomp.Program(bytes.fromhex(settings["filter"])))

@@ -15,7 +15,6 @@ if __name__ == "__main__":
     # The imports make no garbage, and there are many.
     gc.disable()
 
-import argparse
 import json
 import os
 import signal
@@ -32,7 +31,7 @@ from keyd.linux.credentials import (
     forbid_core_dumps,
     hide_memory,
 )
-from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.descriptors import inherited_descriptors, receive_descriptors
 from keyd.linux.process import leave
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
@@ -287,30 +286,26 @@ class Parent:
 def main() -> int:
     """``python -m titus_py.parent.life``: started by the supervisor, on inherited descriptors."""
     gc.enable()
-    parser = argparse.ArgumentParser(prog="titus_py.parent.life")
-    parser.add_argument("--plan-fd", type=int, required=True)
-    parser.add_argument("--supervisor-fd", type=int, required=True)
-    parser.add_argument("--keyd-fd", type=int)
-    # For the fork server, which has OpenSSL.
-    parser.add_argument("--openssl-conf-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    given = inherited_descriptors(sys.argv[1:])
+    supervisor_fd, keyd_fd = given["--supervisor-fd"], given.get("--keyd-fd")
     set_title("titus-parent", "titus-py: parent")
     prctl.set_pdeathsig(signal.SIGKILL)
     forbid_core_dumps()
     hide_memory()
     descriptors = allow_many_descriptors()
-    for descriptor in (arguments.supervisor_fd, arguments.keyd_fd):
+    for descriptor in (supervisor_fd, keyd_fd):
         if descriptor is not None:
             os.set_inheritable(descriptor, False)
-    plan = Plan.decode(read_all(os.dup(arguments.plan_fd)))
+    plan = Plan.decode(read_all(os.dup(given["--plan-fd"])))
     # Accept only as many clients as there are descriptors for. The others wait in the listen queue.
     # Each health check may have as many attempts at a time as a connection.
     descriptors -= MAX_ATTEMPTS * len(plan.checks)
     most = connections_within(descriptors, plan.spare_workers)
     plan = plan._replace(max_workers=min(plan.max_workers, most))
-    forks = Forks(arguments.plan_fd, arguments.openssl_conf_fd, plan.indexes)
-    supervisor = socket.socket(fileno=arguments.supervisor_fd)
-    parent = Parent(plan, forks, supervisor, arguments.keyd_fd)
+    # OpenSSL's configuration is for the fork server, which has OpenSSL.
+    forks = Forks(given["--plan-fd"], given["--openssl-conf-fd"], plan.indexes)
+    supervisor = socket.socket(fileno=supervisor_fd)
+    parent = Parent(plan, forks, supervisor, keyd_fd)
     for index in plan.indexes:
         os.close(index)
     parent.withdraw()

@@ -5,18 +5,17 @@ the process that reads what name servers send, by way of glibc and of the module
 nsswitch.conf(5) names. So what it may do is taken away first. It trusts the supervisor.
 """
 
-import argparse
 import json
 import os
 import signal
 import socket
 import sys
 import threading
-from pathlib import Path
 
 import prctl
 
 from keyd.linux import seccomp
+from keyd.linux.descriptors import inherited_descriptors
 from keyd.linux.sealed import read_all
 from keyd.linux.title import set_title
 from titus_py.between.lookups import MAX_OCTETS, Answer, Question
@@ -25,19 +24,16 @@ from titus_py.resolver.confinement import confine
 
 __all__ = ["main"]
 
-_HOSTS = Path("/etc/hosts")
+_HOSTS = "/etc/hosts"
 _STACK_OCTETS = 1024 * 1024
 
 
 def main() -> int:
     """``python -m titus_py.resolver.life``: started by the supervisor, on inherited descriptors."""
-    parser = argparse.ArgumentParser(prog="titus_py.resolver.life")
-    parser.add_argument("--settings-fd", type=int, required=True)
-    parser.add_argument("--supervisor-fd", type=int, required=True)
-    arguments = parser.parse_args()
+    given = inherited_descriptors(sys.argv[1:])
     set_title("titus-resolver", "titus-py: resolver")
-    settings = json.loads(read_all(arguments.settings_fd))
-    supervisor = socket.socket(fileno=arguments.supervisor_fd)
+    settings = json.loads(read_all(given["--settings-fd"]))
+    supervisor = socket.socket(fileno=given["--supervisor-fd"])
     supervisor.set_inheritable(False)
     confine(settings["uid"], seccomp.Program(bytes.fromhex(settings["filter"])))
     # A change of uid clears the parent-death signal.
@@ -94,7 +90,8 @@ def _look_up(question: Question) -> tuple[tuple[str, int], ...]:
 def _is_in_hosts_file(name: str) -> bool:
     """Whether hosts(5) has the name. A line is an address and its names; # begins a comment."""
     try:
-        lines = _HOSTS.read_text("utf-8", errors="replace").lower().splitlines()
+        with open(_HOSTS, encoding="utf-8", errors="replace") as file:
+            lines = file.read().lower().splitlines()
     except OSError:
         return False
     return any(name.lower() in line.partition("#")[0].split()[1:] for line in lines)

@@ -72,7 +72,10 @@ class CannotStart(Exception):
 
 
 class _Left(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_bytes="hex", val_json_bytes="hex")
+    # Built when it is first used: most programs are never replaced.
+    model_config = ConfigDict(
+        extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", defer_build=True
+    )
 
 
 class LeftChild(_Left):

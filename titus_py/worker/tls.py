@@ -157,7 +157,7 @@ def hand_over_messages(context: SSL.Context) -> None:
 @cache
 def _provider() -> Any:
     """The library that OpenSSL has loaded as well."""
-    return load_library(str(provider_path()), os.RTLD_NOW)
+    return load_library(provider_path(), os.RTLD_NOW)
 
 
 def negotiate_protocol(context: SSL.Context, protocols: Sequence[bytes]) -> None:

@@ -43,6 +43,7 @@ FOR_WORKERS = {
     "keyd.linux.seccomp",
     "keyd.linux.title",
     "keyd.provider",
+    "keyd.without_mail",
     "titus_py",
     "titus_py.between",
     "titus_py.between.hand_over",
