@@ -330,19 +330,18 @@ def test_the_service_manager_is_told_as_of_any_reload(
         hear("STATUS=")
 
 
-_VERSION = """
-import importlib.metadata
-importlib.metadata.version = lambda _: open({!r}).read()
-"""
+#: What is installed here comes first.
+_VERSION = "sys.path.insert(0, {!r})"
 
 
 def test_after_an_upgrade_any_reload_takes_the_new_program(
     serve: Serve, patient: str, program: Program, tmp_path: Path
 ) -> None:
     """As if the package had been replaced, and nobody had said --program."""
-    installed = tmp_path / "version"
-    installed.write_text("1.0")
-    statements = _VERSION.format(str(installed))
+    installed = tmp_path / "titus_py.dist-info/METADATA"
+    installed.parent.mkdir()
+    installed.write_text("Version: 1.0\n")
+    statements = _VERSION.format(str(tmp_path))
     program.install(statements)
     instance = serve(patient, program=program.path)
     marker = tmp_path / "new-one"
@@ -351,7 +350,7 @@ def test_after_an_upgrade_any_reload_takes_the_new_program(
     assert not marker.exists(), "a reload of the same version"
     with TlsClient(instance.port) as client:
         assert talk(client.handshake())
-        installed.write_text("2.0")
+        installed.write_text("Version: 2.0\n")
         program.install(f"{statements}\nsys.exit('it is broken')")
         failed = reload(instance)
         assert failed == {"reloaded": False, "problems": ["the new program failed: it is broken"]}
