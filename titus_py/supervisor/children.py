@@ -31,6 +31,8 @@ START_SECONDS = 60.0
 _QUIET_SECONDS = 15.0
 #: How soon to send an order again that a child could not take.
 _RETRY_SECONDS = 0.05
+#: How soon to try again to watch a child that the previous program has left.
+_WATCH_SECONDS = 1.0
 #: The most that a message can have (SCM_MAX_FD, unix(7)): so ``decode`` sees those that are too
 #: many.
 _MOST_DESCRIPTORS = 253
@@ -73,6 +75,18 @@ class Children:
             # keyd reads and checks every key. Decrypting one may be made slow on purpose.
             patience = START_SECONDS + load_seconds(generation.certificates)
             child.patience = self._loop.after(patience, child.kill)
+
+    def adopt(self, generation: Generation, child: Child) -> None:
+        """Watch a child of the previous program's: now, or once there is a watch for it."""
+        if child not in generation.children:
+            return
+        try:
+            self.watch(generation, child)
+        except OSError as error:
+            # Until then it is silent, and may be killed for that (``look_after``).
+            reason = f"{child.name} cannot be watched: {error.strerror}"
+            self._event("start_failed", level="error", reason=reason, pid=child.pid)
+            self._loop.after(_WATCH_SECONDS, lambda: self.adopt(generation, child))
 
     def order(
         self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()

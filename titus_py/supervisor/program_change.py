@@ -169,7 +169,7 @@ class ProgramChange:
             generation = succession.inherit(left, self._starting.filters)
             self._generations.append(generation)
             for child in generation.children:
-                self._children.watch(generation, child)
+                self._children.adopt(generation, child)
         for first, beyond in legacy.used_uids:
             self._uids.used.append(range(first, beyond))
             self._uids.release(self._uids.used[-1])

@@ -110,3 +110,24 @@ def test_a_keyd_that_cannot_be_watched_is_replaced() -> None:
     assert restarted.generation.keyd is child
     child.kill()
     assert restarted.children.let_go(child) == "killed by SIGKILL"
+
+
+def test_a_child_of_the_previous_program_is_watched_in_the_end() -> None:
+    """All connections are its parents'."""
+    restarted = Restarted()
+    restarted.generation.start_keyd().close()
+    (child,) = restarted.started
+    generation = cast(Generation, SimpleNamespace(children=[child], starting=set()))
+    ended = []
+    restarted.children._ended = lambda _, child: ended.append(restarted.children.let_go(child))
+    without_watches(lambda: restarted.children.adopt(generation, child), restarted.loop._epoll)
+    assert restarted.events == ["start_failed keyd cannot be watched: No space left on device"]
+    child.kill()
+    (again,) = restarted.loop.later
+    again()
+    while not ended:
+        restarted.loop.run_once()
+    assert ended == ["killed by SIGKILL"]
+    generation.children.clear()
+    again()
+    assert len(restarted.events) == 1
