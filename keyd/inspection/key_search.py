@@ -276,9 +276,9 @@ def search(
     """Look for needles in all memory of a process, ``piece`` octets at a time.
 
     The search reads the pages that the process has in use (present or swapped, whatever
-    their protection), of shared mappings all that their files have as well, and files in memory
-    that the process has open. It skips pages that nobody ever touched: they hold zeros or their
-    file's content, and reading would bring them in.
+    their protection), of shared mappings and of files in memory all that the files have as well,
+    and such files that the process has open. It skips pages that nobody ever touched: they hold
+    zeros or their file's content, and reading would bring them in.
     ``at`` is told before a mapping is looked at, as of a file that may hang, and its device; files
     on those to ``avoid`` are skipped. What earlier searches with the same ``known``, for the same
     needles, have read of files that several processes map is not read again.
@@ -340,7 +340,7 @@ def _search_program(
                 left = [mapping.span for mapping in mappings(pid)]
                 skipped = still_mapped(reader.skipped, left)
                 reader.skipped.clear()
-            for file in memory_files(pid, mapped, reader.skipped):
+            for file in memory_files(pid, mapped):
                 at(file.name, "")
                 reader.read_file(file)
             skipped += reader.skipped

@@ -1,12 +1,10 @@
 """Files in memory that a process has open, and need not have mapped (memfd_create(2)).
 
-Run by what looks for keys in memory, as root. What is in them is in no process's memory. The same
-goes for those that it has mapped privately: what it has not touched of them is in the file alone.
-It trusts the kernel: such a file is known by the mount that it is on, the kernel's own, where
-nobody can make others. What is elsewhere is not touched: it may hang, or do something.
+Run by what looks for keys in memory, as root. What is in them is in no process's memory. It trusts
+the kernel: such a file is known by the mount that it is on, the kernel's own, where nobody can make
+others. What is elsewhere is not touched: it may hang, or do something.
 """
 
-import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,9 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from keyd.inspection.mappings import Mapping, Skipped
+from keyd.inspection.mappings import Mapping
 from keyd.inspection.ranges import Ranges
-from keyd.inspection.shared_memory import mapped_file
 
 __all__ = ["MemoryFile", "memory_files"]
 
@@ -30,17 +27,12 @@ class MemoryFile(NamedTuple):
     named: int
     #: As the kernel calls it.
     name: str
-    #: What of it is not mapped for everybody, as (begin, end).
+    #: What of it is not mapped to be shared, as (begin, end).
     parts: Sequence[tuple[int, int]]
 
 
-def memory_files(
-    pid: int, mapped: Sequence[Mapping], skipped: list[Skipped]
-) -> Iterator[MemoryFile]:
-    """Each once; ``skipped`` gets what could not be opened.
-
-    Raises FileNotFoundError, ProcessLookupError if the process has ended.
-    """
+def memory_files(pid: int, mapped: Iterable[Mapping]) -> Iterator[MemoryFile]:
+    """Each once. Raises FileNotFoundError, ProcessLookupError if the process has ended."""
     known: dict[tuple[str, str], Ranges] = {}
     for mapping in mapped:
         if mapping.shared:
@@ -57,46 +49,13 @@ def memory_files(
             named = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
             try:
                 if _mount("self", named) in _kernels_mounts():
-                    yield _file(named, known)
+                    seen = os.fstat(named)
+                    device = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}"
+                    ranges = known.setdefault((device, str(seen.st_ino)), Ranges())
+                    parts = ranges.add(0, seen.st_size)
+                    yield MemoryFile(named, os.readlink(f"/proc/self/fd/{named}"), parts)
             finally:
                 os.close(named)
-    yield from _mapped_privately(pid, mapped, known, skipped)
-
-
-def _mapped_privately(
-    pid: int,
-    mapped: Iterable[Mapping],
-    known: dict[tuple[str, str], Ranges],
-    skipped: list[Skipped],
-) -> Iterator[MemoryFile]:
-    done = set()
-    for mapping in mapped:
-        if mapping.shared or mapping.device not in _kernels_devices() or mapping.file in done:
-            continue
-        done.add(mapping.file)
-        start, end, _ = mapping.span
-        try:
-            with mapped_file(pid, start, end) as (named, _):
-                if _mount("self", named) in _kernels_mounts():
-                    yield _file(named, known)
-        except FileNotFoundError:
-            # It was unmapped, or the process has ended.
-            continue
-        except OSError as error:
-            reason = f"what is not in use cannot be read: {os.strerror(error.errno or errno.EIO)}"
-            skipped.append(mapping.skipped(reason))
-
-
-def _file(named: int, known: dict[tuple[str, str], Ranges]) -> MemoryFile:
-    seen = os.fstat(named)
-    ranges = known.setdefault((_device(seen), str(seen.st_ino)), Ranges())
-    parts = ranges.add(0, seen.st_size)
-    return MemoryFile(named, os.readlink(f"/proc/self/fd/{named}"), parts)
-
-
-def _device(seen: os.stat_result) -> str:
-    """As /proc/PID/maps has it."""
-    return f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}"
 
 
 def _mount(pid: int | str, descriptor: int | str) -> bytes:
@@ -108,16 +67,6 @@ def _mount(pid: int | str, descriptor: int | str) -> bytes:
 @cache
 def _kernels_mounts() -> frozenset[bytes]:
     """One is of files in plain pages, and one of those in each size of huge pages."""
-    return frozenset(mount for mount, _ in _kernels_own())
-
-
-@cache
-def _kernels_devices() -> frozenset[str]:
-    return frozenset(device for _, device in _kernels_own())
-
-
-@cache
-def _kernels_own() -> frozenset[tuple[bytes, str]]:
     sizes = (0, os.MFD_HUGETLB, *(os.MFD_HUGETLB | bits << _SIZE_SHIFT for bits in _huge_sizes()))
     found = set()
     for flags in sizes:
@@ -125,7 +74,7 @@ def _kernels_own() -> frozenset[tuple[bytes, str]]:
         with suppress(OSError):
             own = os.memfd_create("own", os.MFD_CLOEXEC | flags)
             try:
-                found.add((_mount("self", own), _device(os.fstat(own))))
+                found.add(_mount("self", own))
             finally:
                 os.close(own)
     return frozenset(found)

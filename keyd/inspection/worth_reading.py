@@ -20,8 +20,7 @@ __all__ = ["Known", "WorthReading"]
 
 #: So much of a process's shared mappings is read where nothing tells what of it is filled.
 _MOST_UNTOLD = 4 << 30
-
-
+_TOO_LARGE = "too large for all of it to be read, and what is filled cannot be told"
 #: Files of which less was read are read again, in each process: there may be very many.
 _WORTH_KNOWING = 1 << 20
 
@@ -67,9 +66,8 @@ class WorthReading:
                     self._untold -= end - start
                     yield mapping.span
                     return
-                reason = "too large for all of it to be read, and what is filled cannot be told"
-                self._skipped.append(mapping.skipped(reason))
-        for first, after in in_use(self._pagemap, start, end):
+                self._skipped.append(mapping.skipped(_TOO_LARGE))
+        for first, after in self._private(mapping, self._pagemap):
             # More than that is the same again.
             self._left -= after - first
             if self._left < 0:
@@ -77,6 +75,27 @@ class WorthReading:
                 self._skipped.append(Skipped(name, first, end - first, reason))
                 return
             yield Span(first, after, name)
+
+    def _private(self, mapping: Mapping, pagemap: int) -> Iterable[tuple[int, int]]:
+        """What is in use; of a file in memory, what it has as well: that is nowhere else.
+
+        Nothing of the file is left out in other mappings for it: what was written here hides it.
+        """
+        start, end, _ = mapping.span
+        if not mapping.shared and mapping.device == _device(kernels_own()):
+            back = start - mapping.offset
+            try:
+                with mapped_file(self._pid, start, end) as (named, _):
+                    told = list(filled(named, [(start - back, end - back)]))
+                return _united(
+                    ((one + back, other + back) for one, other in told), in_use(pagemap, start, end)
+                )
+            except OSError:
+                if end - start <= self._untold:
+                    self._untold -= end - start
+                    return [(start, end)]
+                self._skipped.append(mapping.skipped(_TOO_LARGE))
+        return in_use(pagemap, start, end)
 
     def had_nothing(self) -> None:
         """What was worth reading was read, and nothing was found: it need not be read again.
@@ -117,6 +136,12 @@ def _united(*kinds: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         if end > done:
             yield max(start, done), end
             done = end
+
+
+@cache
+def _device(number: int) -> str:
+    """As /proc/PID/maps has it."""
+    return f"{os.major(number):02x}:{os.minor(number):02x}"
 
 
 @cache
