@@ -383,9 +383,20 @@ class _Supervisor:
                 else:
                     self._stop(signal.Signals(number).name)
 
+        def watch() -> None:
+            try:
+                self._loop.watch(ours.fileno(), hear)
+            except OSError:
+                # No watch is left, or no memory. Until there is, it looks for signals now and then.
+                self._loop.after(_RETRY_SECONDS, look)
+
+        def look() -> None:
+            hear()
+            watch()
+
         for number in _SIGNALS:
             signal.signal(number, lambda number, _: noted.append(number))
-        self._loop.watch(ours.fileno(), hear)
+        watch()
         # Signals that came while the program was replaced were blocked; they arrive now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
