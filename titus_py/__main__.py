@@ -8,14 +8,9 @@ import gc
 import os
 import signal
 import sys
-from types import ModuleType
 
 # Else pydantic would load what any other distribution on this machine has for it, and this is root.
 os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
-# Nor is there anything to look for: what looks loads what parses mail and archives.
-_LOOKS = ModuleType("pydantic.plugin._loader")
-vars(_LOOKS)["get_plugins"] = tuple
-sys.modules.setdefault(_LOOKS.__name__, _LOOKS)
 if sys.argv[1:2] == ["serve"]:
     # The imports make no garbage, and there are many.
     gc.disable()

@@ -320,7 +320,7 @@ def test_a_slow_backend_gets_what_a_half_closed_client_has_sent(
 
     That takes longer than a worker may stay whose client has left, and nothing goes on.
     """
-    instance = serve(listener.address, limits={"half_closed_timeout": "500ms"})
+    instance = serve(listener.address, limits={"half_closed_timeout": "2s"})
     with TlsClient(instance.port) as client:
         client.handshake()
         with listener.accept() as backend:
