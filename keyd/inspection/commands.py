@@ -31,7 +31,8 @@ def add_commands(commands: Any) -> None:
         "audit",
         help="where each key is: in which processes' memory, in which files; and who may ask",
         description="Exit code 0: each key is in its keyd's memory and in no other, its files are "
-        "root's alone, and not everybody may ask. 1: it is not so. 2: there is nothing to look at.",
+        "root's alone, and not everybody may ask. 1: it is not so, or could not be looked at. 2: "
+        "there is nothing to look at.",
     )
     audit.add_argument("--json", action="store_true", help="as an array of findings")
     audit.add_argument(

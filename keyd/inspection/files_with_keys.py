@@ -36,9 +36,9 @@ __all__ = ["files_with_keys"]
 _CREDENTIALS = "/run/credentials"
 _IN_MEMORY = "tmpfs", "ramfs"
 _MISSING = os.strerror(errno.ENOENT)
-#: What the kernel makes up, and nobody can put a key into; and automounts, which are nothing yet.
+#: What the kernel makes up, and nobody can put a key into.
 _OF_THE_KERNEL = (
-    *("autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts"),
+    *("binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts"),
     *("devtmpfs", "efivarfs", "fusectl", "mqueue", "nsfs", "proc", "pstore", "rpc_pipefs"),
     *("securityfs", "selinuxfs", "sysfs", "tracefs"),
 )

@@ -1,5 +1,6 @@
 """In which files keyd audit looks for a key; and that it says in which it has not looked."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -147,6 +148,29 @@ def test_what_is_mounted_below_is_searched_or_named(tmp_path: Path) -> None:
         told["holds"].removeprefix(said).removesuffix(". Give it with --directory").split(", ")
     )
     assert not [one for one in named if f"{program} (fuse)" in one.seen]
+
+
+def test_an_automount_is_named_and_not_set_off(tmp_path: Path) -> None:
+    """What it would mount may be another host's, that does not answer."""
+    (place := tmp_path / "srv").mkdir()
+    reader, writer = os.pipe()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0) as daemon:
+        # Whoever is not of this group, and goes there, waits for it.
+        options = f"fd={writer},pgrp={daemon.pid},minproto=5,maxproto=5,direct".encode()
+        if libc.mount(b"it", os.fsencode(place), b"autofs", 0, options) < 0:
+            pytest.skip("no automounts here")
+        try:
+            seen = found(tmp_path)
+        finally:
+            subprocess.run(["umount", "--lazy", place], check=True)
+            os.close(writer)
+            asked = os.read(reader, 1)
+            os.close(reader)
+            daemon.communicate()
+    assert not asked
+    text = f"not looked at, as something else is mounted there: {place} (autofs)"
+    assert seen == {str(tmp_path): (f"{text}. Give it with --directory", "not available")}
 
 
 def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:

@@ -794,6 +794,21 @@ def test_a_key_that_is_named_and_told_of_is_none_that_is_not_told_of(tmp_path: P
     assert "1 of 2 keys it does not tell of: name them with --key" in told
 
 
+def test_it_knows_itself_by_the_pid_that_is_in_proc() -> None:
+    """In another namespace it has pid 1, and so has another process, which is to be searched."""
+    program = (
+        "import os; from keyd.inspection.audit import _come; others = _come({});"
+        "print(os.getpid(), 1 in others, int(os.readlink('/proc/self')) in others)"
+    )
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "1 True False\n"
+
+
 def test_a_user_may_have_a_keyd_with_a_key_that_the_user_can_read(tmp_path: Path) -> None:
     key = tmp_path / "own.key"
     make_key(key)
