@@ -5,6 +5,7 @@ told. News is told as soon as there is room: whoever has it tells it once, and n
 changes. Lines that it misses are counted, and it is told how many they are.
 """
 
+import errno
 import json
 import socket
 import threading
@@ -22,6 +23,8 @@ class Teller:
         #: Python may have something to say within it (``words``).
         self._lock = threading.RLock()
         self._lost_lines = 0
+        #: Events that were too long, which was said.
+        self._too_long: set[str] = set()
 
     def tell(self, event: str, **fields: object) -> bool:
         """Tell it now or never; returns whether there was room for it."""
@@ -58,8 +61,15 @@ class Teller:
         try:
             self._supervisor.send(message, socket.MSG_DONTWAIT)
         except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                self._say_too_long(json.loads(message)["event"])
             return not passes(error)
         return True
+
+    def _say_too_long(self, event: str) -> None:
+        if event not in self._too_long:
+            self._too_long.add(event)
+            self.say(f"{event}: too long to be told: raise net.core.wmem_default (sysctl)")
 
 
 def _encoded(event: str, fields: dict[str, object]) -> bytes:

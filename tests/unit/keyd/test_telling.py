@@ -122,6 +122,18 @@ def test_a_line_that_is_lost_while_others_are_told_of_is_counted(supervisor: Sup
             assert supervisor.hears() == [told]
 
 
+def test_what_is_too_long_is_said_once(supervisor: Supervisor) -> None:
+    """net.core.wmem_default may be as low as this."""
+    for _ in range(2):
+        supervisor.teller.tell_news("lent", clients=["x" * 5000])
+        supervisor.teller.tell_news("tokens", tokens=["short"])
+        supervisor.teller.tell_kept()
+    said = "lent: too long to be told: raise net.core.wmem_default (sysctl)"
+    first, *others = supervisor.hears()
+    assert first == {"event": "keyd_said", "text": said}
+    assert others == [{"event": "tokens", "tokens": ["short"]}] * 2
+
+
 def test_one_that_has_ended_is_told_nothing(supervisor: Supervisor) -> None:
     supervisor.close()
     supervisor.teller.tell_news("lent", clients=[1])
