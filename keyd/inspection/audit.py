@@ -207,7 +207,7 @@ def _programs(keyds: Sequence[Running], known: _Known) -> Iterator[Finding]:
         if old is None:
             yield Finding("program", keyd.title, "cannot be looked at", NOT_AVAILABLE)
         elif old:
-            yield Finding("program", keyd.title, in_words(old, keyd.unit), NOT_AVAILABLE)
+            yield Finding("program", keyd.title, in_words(old, keyd.pid, keyd.unit), NOT_AVAILABLE)
         else:
             text = "it and its libraries are those that are installed"
             yield Finding("program", keyd.title, text, HOLDS)

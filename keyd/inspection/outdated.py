@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from keyd.inspection.findings import first_of
 from keyd.inspection.mappings import mappings
 
 __all__ = ["in_words", "outdated"]
@@ -21,7 +22,6 @@ _DELETED = " (deleted)"
 _IN_MEMORY = "/memfd:"
 #: What is named first: most updates that are urgent are OpenSSL's.
 _OPENSSL = "libssl.", "libcrypto.", "_rust."
-_NAMED = 3
 
 
 def outdated(pid: int) -> list[str] | None:
@@ -65,14 +65,20 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def in_words(paths: list[str], unit: str) -> str:
+def in_words(paths: list[str], pid: int, unit: str) -> str:
     """In the words of ``titus-py audit``, with what to do."""
-    named = ", ".join(paths[:_NAMED])
-    if len(paths) > _NAMED:
-        named += f" and {len(paths) - _NAMED} more"
     one = len(paths) == 1
+    are, what = ("is another file", "the old one") if one else ("are other files", "the old ones")
     return (
-        f"{named} {'is another file' if one else 'are other files'} by now, by an update, and this "
-        f"process has the old {'one' if one else 'ones'}: "
-        f"{f'systemctl restart {unit}' if unit else 'start it again'}"
+        f"{first_of(paths)} {are} by now, by an update, and this process has {what}: "
+        f"{_how_to_renew(pid, unit)}"
     )
+
+
+def _how_to_renew(pid: int, unit: str) -> str:
+    """A container has services of the same name as this machine's."""
+    what = f"systemctl restart {unit}" if unit else "start it again"
+    with suppress(OSError):
+        if os.stat(f"/proc/{pid}/ns/pid").st_ino != os.stat("/proc/self/ns/pid").st_ino:
+            return f"{what}, in its container"
+    return what

@@ -152,7 +152,7 @@ def _as_object(one: Running, seen: _Seen) -> dict[str, Any]:
 
 def _lines(one: Running, seen: _Seen) -> Iterator[str]:
     old = seen.outdated[one.pid]
-    program = [old] if isinstance(old, str) else [in_words(old, one.unit)] if old else []
+    program = [old] if isinstance(old, str) else [in_words(old, one.pid, one.unit)] if old else []
     if one.report is None:
         yield f"{one.title}: process {one.pid} of {one.user}: {one.problem}"
         yield from (f"  program  {words}" for words in program)

@@ -1,6 +1,7 @@
 """keyd status and keyd audit: a keyd that has files of its program that an update has replaced."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -122,8 +123,23 @@ def test_files_that_were_removed_and_are_no_programs_are_not_named(tmp_path: Pat
 
 def test_the_unit_that_is_to_be_restarted_is_named() -> None:
     paths = ["/usr/lib/libcrypto.so.3", "/usr/lib/libssl.so.3", "/usr/bin/python3", "/a", "/b"]
-    assert in_words(paths, "keyd@nginx.service") == (
+    assert in_words(paths, os.getpid(), "keyd@nginx.service") == (
         "/usr/lib/libcrypto.so.3, /usr/lib/libssl.so.3, /usr/bin/python3 and 2 more are other "
         "files by now, by an update, and this process has the old ones: systemctl restart "
         "keyd@nginx.service"
     )
+
+
+def test_a_unit_of_a_container_is_not_taken_for_this_machines() -> None:
+    with subprocess.Popen(
+        ["unshare", "--pid", "--fork", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"runs\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"runs\n"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        words = in_words(["/lib.so"], int(children), "keyd@nginx.service")
+        process.stdin.close()
+    assert words.endswith(": systemctl restart keyd@nginx.service, in its container")
