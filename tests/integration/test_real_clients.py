@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import Rounds
@@ -16,7 +17,6 @@ from .instance import Instance
 
 CommandLine = Callable[..., Instance]
 
-SERVED = ["RSA-2048", "RSA-4096", "P-256", "P-384", "Ed25519"]
 REQUEST = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
 RSA_SUITES = "AES128-GCM-SHA256:AES256-GCM-SHA384"
 
@@ -30,13 +30,39 @@ def curl(instance: Instance, certificate: Certificate, path: str, *options: str)
     ]  # fmt: skip
 
 
-def s_client(
-    instance: Instance, certificate: Certificate, *options: str
-) -> "subprocess.CompletedProcess[bytes]":
+class Every(NamedTuple):
+    """An instance that serves each kind of key to who asks for its name, and who certified it."""
+
+    instance: Instance
+    authority: Path
+
+
+#: Of these kinds, there is one with the RSA key exchange, too.
+DECRYPTING = ["RSA-2048", "RSA-4096"]
+
+
+def name_of(kind: str, decrypts: bool = False) -> str:
+    return f"{kind.lower()}.{'decrypting' if decrypts else 'signing'}.test"
+
+
+@pytest.fixture(scope="module")
+def every(serve_all: Serve, nginx: Nginx, certificates: Certificates) -> Every:
+    hosts = []
+    for kind, decrypts in [(kind, False) for kind in KEY_TYPES] + [
+        (kind, True) for kind in DECRYPTING
+    ]:
+        name = name_of(kind, decrypts)
+        certificate = certificates(kind, name)
+        vhost = {"certificate": certificate.certificate, "key": certificate.key, "sni": [name]}
+        hosts.append(vhost | ({"rsa_key_exchange": True} if decrypts else {}))
+    return Every(serve_all(nginx.address, vhost=hosts), certificate.authority)
+
+
+def s_client(every: Every, name: str, *options: str) -> "subprocess.CompletedProcess[bytes]":
     command = [
-        "openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}",
-        "-servername", "localhost", "-verify_hostname", "localhost",
-        "-CAfile", str(certificate.authority), "-verify_return_error", "-ign_eof", *options,
+        "openssl", "s_client", "-connect", f"127.0.0.1:{every.instance.port}",
+        "-servername", name, "-verify_hostname", name,
+        "-CAfile", str(every.authority), "-verify_return_error", "-ign_eof", *options,
     ]  # fmt: skip
     return subprocess.run(command, input=REQUEST, capture_output=True, timeout=60, check=False)
 
@@ -97,14 +123,10 @@ def test_a_large_file_comes_down_and_goes_up_unchanged(
     uploaded.unlink()
 
 
-@pytest.mark.parametrize("kind", SERVED)
-def test_s_client_talks_tls_1_3_and_1_2_with_each_kind_of_key(
-    kind: str, command_line: CommandLine, nginx: Nginx, certificates: Certificates
-) -> None:
-    certificate = certificates(kind)
-    instance = command_line(nginx.address, certificate)
+@pytest.mark.parametrize("kind", KEY_TYPES)
+def test_s_client_talks_tls_1_3_and_1_2_with_each_kind_of_key(kind: str, every: Every) -> None:
     for version, option in (("TLSv1.3", "-tls1_3"), ("TLSv1.2", "-tls1_2")):
-        answer = s_client(instance, certificate, option)
+        answer = s_client(every, name_of(kind), option)
         output = answer.stdout.decode()
         assert answer.returncode == 0, answer.stderr.decode()
         assert "It works." in output
@@ -114,49 +136,23 @@ def test_s_client_talks_tls_1_3_and_1_2_with_each_kind_of_key(
             assert "Cipher is ECDHE-" in output
 
 
-def test_s_client_talks_tls_with_a_p_521_key(
-    serve: Serve, nginx: Nginx, certificates: Certificates
-) -> None:
-    certificate = certificates("P-521")
-    vhost = {"certificate": certificate.certificate, "key": certificate.key}
-    instance = serve(nginx.address, vhost=[vhost])
-    for option in ("-tls1_3", "-tls1_2"):
-        assert b"It works." in s_client(instance, certificate, option).stdout
-
-
-@pytest.mark.parametrize("kind", ["RSA-2048", "RSA-4096"])
-def test_the_rsa_key_exchange_works_where_it_is_turned_on(
-    kind: str, serve: Serve, nginx: Nginx, certificates: Certificates
-) -> None:
-    certificate = certificates(kind)
-    vhost = {
-        "certificate": certificate.certificate,
-        "key": certificate.key,
-        "rsa_key_exchange": True,
-    }
-    instance = serve(nginx.address, vhost=[vhost])
+@pytest.mark.parametrize("kind", DECRYPTING)
+def test_the_rsa_key_exchange_works_where_it_is_turned_on(kind: str, every: Every) -> None:
+    name = name_of(kind, decrypts=True)
     for suite in RSA_SUITES.split(":"):
-        answer = s_client(instance, certificate, "-tls1_2", "-cipher", suite)
+        answer = s_client(every, name, "-tls1_2", "-cipher", suite)
         assert answer.returncode == 0, answer.stderr.decode()
         assert b"It works." in answer.stdout
         assert f"New, TLSv1.2, Cipher is {suite}" in answer.stdout.decode()
     # It is for clients that know nothing better.
-    assert b"Cipher is ECDHE-" in s_client(instance, certificate, "-tls1_2").stdout
-    assert b"TLSv1.3" in s_client(instance, certificate).stdout
+    assert b"Cipher is ECDHE-" in s_client(every, name, "-tls1_2").stdout
+    assert b"TLSv1.3" in s_client(every, name).stdout
 
 
-def test_the_rsa_key_exchange_is_refused_where_it_is_not_turned_on(
-    serve: Serve, nginx: Nginx, certificates: Certificates
-) -> None:
-    certificate = certificates("RSA-2048")
-    vhost = {"certificate": certificate.certificate, "key": certificate.key}
-    instance = serve(nginx.address, vhost=[vhost])
-    answer = s_client(instance, certificate, "-tls1_2", "-cipher", RSA_SUITES)
+def test_the_rsa_key_exchange_is_refused_where_it_is_not_turned_on(every: Every) -> None:
+    name = name_of("RSA-2048")
+    answer = s_client(every, name, "-tls1_2", "-cipher", RSA_SUITES)
     assert answer.returncode == 1
     assert b"alert handshake failure" in answer.stderr
-    event = instance.wait_for_event("handshake_failed")
+    event = every.instance.wait_for_event("handshake_failed", server_name=name)
     assert (event["end"], event["detail"]) == ("handshake_failed", "no shared cipher")
-
-
-def test_every_kind_of_key_is_tried() -> None:
-    assert {*SERVED, "P-521"} == set(KEY_TYPES)

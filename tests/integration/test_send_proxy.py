@@ -72,17 +72,15 @@ def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
 
 @pytest.fixture(scope="module")
 def own(serve_all: Serve) -> Iterator[tuple[Instance, Listener]]:
-    """It tells a backend in the test's hands what TLS says, but for one server name."""
+    """It tells a backend in the test's hands what TLS says, but for two server names."""
     with Listener.tcp() as listening:
         protocols = {"backend": listening.address, "alpn": ["h2", "http/1.1"]}
-        hosts = [{"sni": ["v2.test"], "send_proxy": "v2"}, {"send_proxy": "v2-tls"}]
+        hosts = [
+            {"sni": ["v2.test"], "send_proxy": "v2"},
+            {"sni": ["nothing.test"]},
+            {"send_proxy": "v2-tls"},
+        ]
         yield serve_all(vhost=[protocols | host for host in hosts]), listening
-
-
-@pytest.fixture
-def listener() -> Iterator[Listener]:
-    with Listener.tcp() as listening:
-        yield listening
 
 
 def first_words(backend: Listener, client: TlsClient) -> tuple[ProxyResult, bytes]:
@@ -128,6 +126,23 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> ClientAuthority:
     return ClientAuthority(tmp_path_factory.mktemp("clients"))
 
 
+@pytest.fixture(scope="module")
+def certified(serve_all: Serve, authority: ClientAuthority) -> Iterator[tuple[Instance, Listener]]:
+    """It tells a backend in the test's hands of certificates, which one server name demands."""
+    with Listener.tcp() as listening:
+        told = {
+            "backend": listening.address,
+            "send_proxy": "v2-tls-cert",
+            "client_ca": authority.file,
+            "client_allow": "all",
+        }
+        hosts = [
+            {"sni": ["required.test"], "client_certificates": "required"},
+            {"client_certificates": "optional"},
+        ]
+        yield serve_all(vhost=[told | host for host in hosts]), listening
+
+
 def show(client: TlsClient, certificate: ClientCertificate) -> None:
     client.tls.use_certificate(certificate.certificate)
     key = load_pem_private_key(certificate.key.read_bytes(), None)
@@ -136,15 +151,9 @@ def show(client: TlsClient, certificate: ClientCertificate) -> None:
 
 
 def test_a_certificate_and_its_name(
-    serve: Serve, listener: Listener, authority: ClientAuthority
+    certified: tuple[Instance, Listener], authority: ClientAuthority
 ) -> None:
-    vhost = {
-        "send_proxy": "v2-tls-cert",
-        "client_certificates": "optional",
-        "client_ca": authority.file,
-        "client_allow": "all",
-    }
-    instance = serve(listener.address, vhost=[vhost])
+    instance, listener = certified
     alice = authority.issue("alice")
     for certificate in (alice, None):
         with TlsClient(instance.port) as client:
@@ -190,22 +199,17 @@ def test_servers_see_the_certificates_name(
     "long", [{"padding": 17_000}, {"dns": [f"{number:0200}.example.org" for number in range(50)]}]
 )
 def test_who_has_a_certificate_that_is_too_long_to_be_told_is_refused(
-    serve: Serve, listener: Listener, authority: ClientAuthority, long: dict[str, Any]
+    certified: tuple[Instance, Listener], authority: ClientAuthority, long: dict[str, Any]
 ) -> None:
     """As a client with a certificate that is not accepted; the backend is not to blame."""
-    vhost = {
-        "send_proxy": "v2-tls-cert",
-        "client_certificates": "required",
-        "client_ca": authority.file,
-        "client_allow": "all",
-    }
-    instance = serve(listener.address, vhost=[vhost])
-    with TlsClient(instance.port) as client:
+    instance, _ = certified
+    with TlsClient(instance.port, "required.test") as client:
+        address = "{}:{}".format(*client.socket.getsockname())
         show(client, authority.issue("alice", **long))
         client.handshake()
         with pytest.raises(SSL.Error, match="bad certificate"):
             client.receive_all()
-    event = instance.wait_for_event("handshake_failed")
+    event = instance.wait_for_event("handshake_failed", client=address)
     assert event["end"] == "client_certificate"
     assert event["detail"].startswith("too_long: ")
     assert not instance.events_named("backend_unavailable")
@@ -213,18 +217,12 @@ def test_who_has_a_certificate_that_is_too_long_to_be_told_is_refused(
 
 @pytest.mark.parametrize("octets", [20, 21, 200])
 def test_a_long_serial_number_is_no_reason_to_refuse_anybody(
-    serve: Serve, listener: Listener, authority: ClientAuthority, octets: int
+    certified: tuple[Instance, Listener], authority: ClientAuthority, octets: int
 ) -> None:
     """No authority is to use more than 20 octets (RFC 5280 §4.1.2.2). The header has none of it."""
-    vhost = {
-        "send_proxy": "v2-tls-cert",
-        "client_certificates": "required",
-        "client_ca": authority.file,
-        "client_allow": "all",
-    }
-    instance = serve(listener.address, vhost=[vhost])
+    instance, listener = certified
     certificate = authority.issue_numbered((1 << 8 * octets - 1) - 1)
-    with TlsClient(instance.port) as client:
+    with TlsClient(instance.port, "required.test") as client:
         show(client, certificate)
         client.handshake()
         result, _ = first_words(listener, client)
@@ -234,22 +232,23 @@ def test_a_long_serial_number_is_no_reason_to_refuse_anybody(
 
 
 def test_a_backend_that_is_gone_at_once_gets_no_octets_and_the_log_says_why(
-    serve: Serve, listener: Listener
+    own: tuple[Instance, Listener],
 ) -> None:
     """Whether the parent or the worker meets the reset: the client's connection ends with it."""
-    instance = serve(listener.address, vhost=[{"send_proxy": "v2"}])
-    with TlsClient(instance.port) as client:
+    instance, listener = own
+    with TlsClient(instance.port, "v2.test") as client:
+        address = "{}:{}".format(*client.socket.getsockname())
         client.handshake()
         reset(listener.accept())
         with pytest.raises((ConnectionResetError, Truncated)):
             client.receive_all()
-    ended = instance.wait_for_event("connection_ended")
+    ended = instance.wait_for_event("connection_ended", client=address)
     assert ended["end"] in ("backend_reset", "backend_unavailable")
 
 
-def test_without_it_nothing_comes_first(serve: Serve, listener: Listener) -> None:
-    instance = serve(listener.address)
-    with TlsClient(instance.port) as client:
+def test_without_it_nothing_comes_first(own: tuple[Instance, Listener]) -> None:
+    instance, listener = own
+    with TlsClient(instance.port, "nothing.test") as client:
         client.handshake()
         client.send(b"at once")
         with listener.accept() as connection:

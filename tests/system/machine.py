@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Self
 
 _BOOT_SECONDS = 180.0
+#: What systemd would run each time that its units are read again, for nothing: they make units of
+#: disks, of the kernel's command line, of terminals. The one for old init scripts is not here.
+_GENERATORS = (
+    *("cryptsetup", "debug", "fstab", "getty", "gpt-auto", "hibernate-resume", "integritysetup"),
+    *("rc-local", "run", "system-update", "veritysetup"),
+)
 
 
 class Machine:
@@ -60,6 +66,13 @@ class Machine:
         (self.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
         for directory in ("etc/systemd/system", "var/log/journal"):
             shutil.rmtree(self.root / directory, ignore_errors=True)
+        generators = self.root / "etc/systemd/system-generators"
+        generators.mkdir(exist_ok=True)
+        for name in _GENERATORS:
+            # Masked (systemd.generator(7)).
+            generators.joinpath(f"systemd-{name}-generator").symlink_to("/dev/null")
+        # After each installation, all manuals would be read for an index that nobody looks into.
+        (self.root / "var/lib/man-db/auto-update").unlink(missing_ok=True)
         # Small images have dpkg leave manuals out.
         for file in (self.root / "etc/dpkg/dpkg.cfg.d").glob("*"):
             if "path-exclude" in file.read_text():
