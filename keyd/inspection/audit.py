@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ class _Searched:
         #: Audits' own, which have what they look for; and those of which not all was searched.
         self.audits: set[int] = set()
         self.not_all: set[int] = set()
-        self.patience = Patience(_HANGING_SECONDS)
+        #: With root's and the system's services, and with users'.
+        self.patience = Patience(_HANGING_SECONDS), Patience(_HANGING_SECONDS)
 
 
 class _Known(NamedTuple):
@@ -380,11 +382,12 @@ def _having(keyds: Sequence[Running], roots: set[int], path: str, key: PrivateKe
 
 
 def _look_at(
-    pids: Iterable[int], sought: Sequence[Needle], searched: _Searched
+    pids: AbstractSet[int], sought: Sequence[Needle], searched: _Searched
 ) -> Iterator[Finding]:
     """Note in whose memory each key is; a finding for each that could not be searched.
 
-    Root's and the system's services are searched first: what hangs is mostly a user's.
+    Root's and the system's services are searched first, and what hangs of users takes nothing of
+    the time for what hangs of theirs.
     """
     # Each process that looks has its own.
     known: Known = {}
@@ -394,23 +397,29 @@ def _look_at(
     def look(pid: int, avoid: frozenset[str], at: At) -> Search | str:
         return _search(pid, sought, avoid, at, known)
 
-    first = sorted(pids, key=lambda pid: (not is_of_the_system(pid), pid))
-    for pid, answer in each(
-        first,
-        look,
-        os.cpu_count() or 1,
-        in_all_seconds=_ROUND_SECONDS,
-        patience=searched.patience,
-    ):
+    def answers() -> Iterator[tuple[int, Any]]:
+        systems = {pid for pid in pids if is_of_the_system(pid)}
+        for kind, patience in zip((systems, pids - systems), searched.patience, strict=True):
+            yield from each(
+                sorted(kind),
+                look,
+                os.cpu_count() or 1,
+                in_all_seconds=_ROUND_SECONDS,
+                patience=patience,
+            )
+
+    for pid, answer in answers():
         if answer == _AN_AUDIT:
             searched.audits.add(pid)
         elif answer == _REFUSED:
             refused.append(pid)
         elif isinstance(answer, Hung):
-            if answer.was_not_begun:
+            if not answer.was_not_begun:
+                yield Finding("memory", _process(pid), not_all(answer), NOT_AVAILABLE)
+            elif Path(f"/proc/{pid}").exists():
                 not_begun.setdefault(answer.why, []).append(pid)
             else:
-                yield Finding("memory", _process(pid), not_all(answer), NOT_AVAILABLE)
+                continue
             searched.not_all.add(pid)
         else:
             found = Search.of(answer)

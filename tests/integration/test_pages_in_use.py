@@ -355,8 +355,12 @@ def test_however_many_file_systems_hang_an_audit_ends(
             hole = stack.enter_context(mapped_hole(directory, LSEEK, uid=nobody))
             users.append(hole.pid)
         roots = stack.enter_context(maps_again(0))
-        found = list(audit._look_at([*users, roots], [Needle("key: it", SOUGHT)], searched))
-    assert searched.holders == {"key": {roots}}
+        sought = [Needle("key: it", SOUGHT)]
+        found = list(audit._look_at({*users, roots}, sought, searched))
+        # Which come meanwhile, as well.
+        services = stack.enter_context(maps_again(0))
+        assert not list(audit._look_at({services}, sought, searched))
+    assert searched.holders == {"key": {roots, services}}
     assert searched.not_all == set(users)
     # The first hangs, and is to be looked at again; nobody waits for the others.
     (said,) = found
