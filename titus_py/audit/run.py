@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import NamedTuple
 
 from titus_py.audit import credentials, descriptors, hardening, limits, memory, surroundings
@@ -23,7 +24,6 @@ from titus_py.audit.observation import Scene, Stage, has_backend
 from titus_py.audit.probe import NO_CERTIFICATE, Hindered, Probe, Unanswered
 from titus_py.audit.refusals import ask_keyd
 from titus_py.audit.target import Target
-from titus_py.supervisor.version import version
 
 __all__ = ["CHECKS", "UNSEEN", "Audit", "Host", "audit"]
 
@@ -108,7 +108,7 @@ def audit(target: Target) -> Audit:
             f"{uname.system} {uname.release} {uname.version}",
             uname.machine,
             platform.python_version(),
-            version(),
+            version("titus-py"),
         ),
         at,
         round(time.monotonic() - start, 3),

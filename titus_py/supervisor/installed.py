@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import keyd
 import titus_py
-from titus_py.supervisor.version import version
 
 __all__ = ["Installed", "cannot_be_loaded", "installed"]
 
@@ -30,8 +30,14 @@ _PROGRAMS = (
 
 def installed() -> Installed:
     """Raises OSError."""
-    # Without its Python, it can be started no more than without its files.
-    named = version() if os.access(sys.executable, os.X_OK) else ""
+    try:
+        named = version("titus-py")
+    except (PackageNotFoundError, FileNotFoundError):
+        # It is being replaced.
+        named = ""
+    if not os.access(sys.executable, os.X_OK):
+        # Without its Python, it can be started no more than without its files.
+        named = ""
     return named, frozenset((*_files(keyd.__file__), *_files(titus_py.__file__)))
 
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 
 from titus_py.between.plan import Check, address_text
 from titus_py.configuration import Credential, VirtualHost
@@ -25,7 +26,6 @@ from titus_py.supervisor.lost import Lost
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.service import Service
 from titus_py.supervisor.unprivileged import UnprivilegedProcess
-from titus_py.supervisor.version import version
 
 __all__ = ["Status"]
 
@@ -141,7 +141,7 @@ class Status:
         self._keyd_service = keyd_service
         self._unprivileged = unprivileged
         self._lost = lost
-        self.version = version()
+        self.version = version("titus-py")
         self.started, self.begun = datetime.now(UTC), time.monotonic()
 
     def line(self) -> str:
