@@ -136,6 +136,8 @@ $(VENV)/built: $(VENV)/build-packages pyproject.toml setup.py $(wildcard packagi
 	$(PIP_INSTALL) --require-hashes --requirement packaging/locked/build.txt
 	$(LOCKED_INSTALL) packaging/locked/test.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+	# Each Python would load a module of setuptools' as it starts, for programs that import distutils.
+	rm -f $(VENV)/lib/python*/site-packages/distutils-precedence.pth
 	touch $@
 
 # One that cannot be installed is missing from the results, which then say so.
