@@ -7,7 +7,7 @@ import pytest
 from .client_authority import ClientAuthority
 from .conftest import Certificates, Nginx, Serve
 from .instance import Instance
-from .test_real_clients import s_client
+from .test_real_clients import Every, s_client
 
 SHA256, SHA384 = "TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384"
 #: The client's guess is not the virtual host's only group.
@@ -41,7 +41,7 @@ def test_the_openssl_command_is_served(
 ) -> None:
     more = authority.issue("alice").options if known else []
     options = ["-tls1_3", "-msg", "-ciphersuites", suite, *GROUPS, *map(str, more)]
-    answer = s_client(instance, certificates(), *options)
+    answer = s_client(Every(instance, certificates().authority), "localhost", *options)
     assert answer.stdout.count(b"], ClientHello") == 2, answer.stdout
     assert b"It works." in answer.stdout
     assert suite.encode() in answer.stdout
