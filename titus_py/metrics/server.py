@@ -66,9 +66,10 @@ class MetricsServer:
             return
         except OSError:
             # EMFILE or the like: the client stays in the queue and would wake us for ever.
-            self._loop.rewatch(self._listener.fileno(), self._accept, 0)
+            # ``rewatch`` would hear it whatever the events, where the supervisor has shut it down.
+            self._loop.unwatch(self._listener.fileno())
             self._loop.after(
-                _PAUSE_SECONDS, lambda: self._loop.rewatch(self._listener.fileno(), self._accept)
+                _PAUSE_SECONDS, lambda: self._loop.watch(self._listener.fileno(), self._accept)
             )
             return
         if len(self._clients) >= _CLIENTS:

@@ -76,17 +76,17 @@ class Children:
             patience = START_SECONDS + load_seconds(generation.certificates)
             child.patience = self._loop.after(patience, child.kill)
 
-    def adopt(self, generation: Generation, child: Child) -> None:
+    def adopt(self, generation: Generation, child: Child, told: bool = False) -> None:
         """Watch a child of the previous program's: now, or once there is a watch for it."""
         if child not in generation.children:
             return
         try:
             self.watch(generation, child)
         except OSError as error:
-            # Until then it is silent, and may be killed for that (``look_after``).
-            reason = f"{child.name} cannot be watched: {error.strerror}"
-            self._event("start_failed", level="error", reason=reason, pid=child.pid)
-            self._loop.after(_WATCH_SECONDS, lambda: self.adopt(generation, child))
+            if not told:
+                reason = f"{child.name} cannot be watched: {error.strerror}"
+                self._event("start_failed", level="error", reason=reason, pid=child.pid)
+            self._loop.after(_WATCH_SECONDS, lambda: self.adopt(generation, child, told=True))
 
     def order(
         self, child: Child, order: Mapping[str, object], descriptors: Sequence[int] = ()
@@ -114,7 +114,8 @@ class Children:
         self._looked = now
         for generation in generations:
             for child in generation.children:
-                if was_away:
+                if was_away or not child.watched:
+                    # Nor if nobody has listened yet (``adopt``).
                     child.last_heard = now
                 if child not in generation.starting and now - child.last_heard > _QUIET_SECONDS:
                     self._event(f"{child.name}_hangs", level="alarm", pid=child.pid)

@@ -72,10 +72,8 @@ class CannotStart(Exception):
 
 
 class _Left(BaseModel):
-    # Built when it is first used: most programs are never replaced.
-    model_config = ConfigDict(
-        extra="forbid", ser_json_bytes="hex", val_json_bytes="hex", defer_build=True
-    )
+    # Not built when it is first used (``defer_build``): the program may be gone from the disk then.
+    model_config = ConfigDict(extra="forbid", ser_json_bytes="hex", val_json_bytes="hex")
 
 
 class LeftChild(_Left):
