@@ -25,6 +25,8 @@ def first_of(names: list[str]) -> str:
 
 
 def not_all(hung: Hung) -> str:
+    if hung.was_not_begun:
+        return f"not looked at: {hung.why}"
     return f"not all could be read: {hung.where} ({hung.why})"
 
 

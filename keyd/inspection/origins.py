@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["is_of_the_system", "may_read", "of_root", "sees_the_whole_machine", "unit_in"]
+__all__ = [
+    "is_of_the_system",
+    "may_read",
+    "of_root",
+    "sees_the_whole_machine",
+    "unit_in",
+    "unit_of",
+]
 
 #: The inodes of the first namespaces, which the kernel's interface has (linux/nsfs.h).
 _FIRST = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
@@ -40,7 +47,7 @@ def of_root(pids: Iterable[int]) -> set[int]:
 def is_of_the_system(pid: int) -> bool:
     """Root runs it, or it is in a service of the system: as what an attacker may be, too."""
     with suppress(FileNotFoundError, ProcessLookupError):
-        return os.stat(f"/proc/{pid}").st_uid == 0 or bool(unit_in(_control_groups(pid)))
+        return os.stat(f"/proc/{pid}").st_uid == 0 or bool(unit_of(pid))
     return False
 
 
@@ -74,14 +81,19 @@ def _is_in_an_empty_root(pid: int) -> bool:
         os.close(root)
 
 
+def unit_of(pid: int) -> str:
+    """The system's service that a process is in; empty if there is none."""
+    return unit_in(_control_groups(pid))
+
+
 def unit_in(groups: str) -> str:
     """The system's service that /proc/PID/cgroup names; empty if there is none.
 
-    A user's own service manager is one itself, and those that it starts are below it: they may
-    have the name of any other.
+    A user's own service manager is one itself, and the user may put any process into its control
+    group, or into one below it: that may have the name of any other.
     """
-    found = re.search(r"^[^/]*(/.*)?/([^/\n]+\.service)$", groups, re.MULTILINE)
-    return found[2] if found and "/user@" not in (found[1] or "") else ""
+    found = re.search(r"^[^/\n]*(/[^\n]*)?/([^/\n]+\.service)$", groups, re.MULTILINE)
+    return found[2] if found and "/user@" not in found[0] else ""
 
 
 class _Services:
@@ -119,4 +131,5 @@ def _is_below(one: int, pid: int, parents: Mapping[int, int]) -> bool:
 
 
 def _control_groups(pid: int) -> str:
-    return Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
+    """A user may give one any name but with a line feed. As text, a carriage return were one."""
+    return os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())

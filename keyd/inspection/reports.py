@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keyd.inspection.origins import unit_in
+from keyd.inspection.origins import unit_of
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
@@ -85,8 +85,8 @@ def running() -> list[Running]:
 
 
 def _may_look_into_others() -> bool:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
+    lines = Path("/proc/self/status").read_bytes().split(b"\n")
+    effective = next(line.split()[1] for line in lines if line.startswith(b"CapEff:"))
     return bool(int(effective, 16) >> _CAP_SYS_PTRACE & 1)
 
 
@@ -131,9 +131,10 @@ def _page_of(pid: int, mount: int) -> int | None:
 
 def _opened(pid: int | str, descriptor: int | str) -> tuple[int, int]:
     """The number of the mount that a descriptor's file is on, and its access mode (proc(5))."""
-    lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["mnt_id"]), int(fields["flags"], 8) & os.O_ACCMODE
+    # Further lines are of the kind of file, and may have a name that a user has given it.
+    lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_bytes().split(b"\n")[:3]
+    fields = dict(line.split(b":", 1) for line in lines)
+    return int(fields[b"mnt_id"]), int(fields[b"flags"], 8) & os.O_ACCMODE
 
 
 def _running(pid: int, page: int) -> Running:
@@ -151,8 +152,7 @@ def _known_of(pid: int) -> tuple[int, str, str]:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:
         user = str(uid)
-    cgroup = Path(f"/proc/{pid}/cgroup").read_text(errors="replace")
-    return pid, user, unit_in(cgroup)
+    return pid, user, unit_of(pid)
 
 
 def read(descriptor: int) -> Report:

@@ -101,14 +101,18 @@ def read(file: str) -> tuple[os.stat_result, bytes] | None:
 
 
 def mounts() -> dict[int, Mount]:
-    """By their numbers (/proc/PID/mountinfo; proc(5)). In one place, the last is seen."""
+    """By their numbers (/proc/PID/mountinfo; proc(5)). In one place, the last is seen.
+
+    Any user names a place, a source and a kind (fusermount3(1)): the kernel escapes what parts
+    fields and lines, and no other octet.
+    """
     found = {}
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields = line.split(b" ")
         # After some that are optional.
         kind, _, options = fields[fields.index(b"-") + 1 :][:3]
-        path = os.fsdecode(_unescaped(fields[4]))
-        found[int(fields[0])] = Mount(path, fields[2].decode(), kind.decode(), options.decode())
+        words = (_unescaped(fields[4]), fields[2], kind, options)
+        found[int(fields[0])] = Mount(*map(os.fsdecode, words))
     return found
 
 

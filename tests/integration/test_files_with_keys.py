@@ -173,6 +173,14 @@ def test_an_automount_is_named_and_not_set_off(tmp_path: Path) -> None:
     assert seen == {str(tmp_path): (f"{text}. Give it with --directory", "not available")}
 
 
+def test_a_directory_that_there_was_no_patience_for_is_named(tmp_path: Path) -> None:
+    (one,) = files_with_keys([Needle("key: it", SOUGHT)], [str(tmp_path)], Patience(0))
+    assert one == (
+        *("file", str(tmp_path), "not looked at: 0 seconds have gone by with what hangs"),
+        "not available",
+    )
+
+
 def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:
     for name in ("one", "two"):
         with (tmp_path / name).open("wb") as file:

@@ -233,7 +233,9 @@ def _locked(pid: int, found: Search, started: bool) -> Seen:
 def _flagged_mappings(pid: int) -> Iterator[tuple[int, int, str, list[str]]]:
     start = end = 0
     permissions = ""
-    for line in Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines():
+    # A file's name may have what Python takes for the end of a line.
+    text = Path(f"/proc/{pid}/smaps").read_bytes().decode(errors="replace")
+    for line in text.split("\n"):
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             addresses, permissions = line.split(maxsplit=2)[:2]
             start, end = (int(address, 16) for address in addresses.split("-"))

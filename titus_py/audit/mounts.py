@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from keyd.printable import printable
+
 __all__ = ["Mount", "in_sight", "mounts"]
 
 #: Programs, libraries, the cache for finding libraries, and what the kernel says of the machine.
@@ -39,7 +41,8 @@ class Mount(NamedTuple):
 
 def mounts(pid: int | str) -> list[Mount]:
     """The visible mounts of a process. Raises OSError if it has ended."""
-    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    # Users name some of them: the kernel escapes what parts fields and lines, and no other octet.
+    lines = os.fsdecode(Path(f"/proc/{pid}/mountinfo").read_bytes()).split("\n")[:-1]
     found = {mount.number: mount for mount in map(_mount, lines)}
     covered = {
         mount.on
@@ -51,8 +54,8 @@ def mounts(pid: int | str) -> list[Mount]:
 
 def _mount(line: str) -> Mount:
     before, _, after = line.partition(" - ")
-    number, on, device, root, place, options = before.split()[:6]
-    kind, _, of_the_whole = after.split(maxsplit=2)
+    number, on, device, root, place, options = before.split(" ")[:6]
+    kind, _, of_the_whole = after.split(" ", 2)
     writable = "rw" in options.split(",") and "rw" in of_the_whole.split(",")
     return Mount(int(number), int(on), device, _unescaped(root), _unescaped(place), writable, kind)
 
@@ -65,7 +68,8 @@ def in_sight(pid: int, visible: Sequence[Mount]) -> list[str]:
     """What a process sees of the machine and should not see, in words."""
     machines = {mount.device for mount in mounts("self")}
     # A file system that the machine does not have was made for this process.
-    return [text for mount in visible if mount.device in machines and (text := _wrong(pid, mount))]
+    wrong = (_wrong(pid, mount) for mount in visible if mount.device in machines)
+    return [printable(text) for text in wrong if text]
 
 
 def _wrong(pid: int, mount: Mount) -> str:

@@ -250,7 +250,7 @@ def _observe(process: Process) -> Observation:
         root_mode=root_stat.st_mode & 0o7777,
         limits=dict(_limits((proc / "limits").read_text())),
         descriptors=descriptors(process.pid),
-        mappings=tuple(mappings_of((proc / "maps").read_text(errors="replace"))),
+        mappings=tuple(mappings_of((proc / "maps").read_bytes())),
         arguments=_words((proc / "cmdline").read_bytes()),
         environment=_words((proc / "environ").read_bytes()),
         owner_of_proc=(proc / "environ").stat().st_uid,
@@ -284,9 +284,9 @@ def _limits(text: str) -> Iterable[tuple[str, tuple[str, str]]]:
             yield match[1].removeprefix("Max "), (match[2], match[3])
 
 
-def mappings_of(text: str) -> Iterable[Mapping]:
-    """The lines of /proc/PID/maps."""
-    for line in text.splitlines():
+def mappings_of(maps: bytes) -> Iterable[Mapping]:
+    """The lines of /proc/PID/maps. A file's name may have what Python takes for the end of one."""
+    for line in maps.decode(errors="replace").split("\n")[:-1]:
         addresses, permissions, _, _, _, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         yield Mapping(start, end, permissions, name[0].rstrip() if name else "[anonymous]")

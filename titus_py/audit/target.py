@@ -21,6 +21,7 @@ from titus_py.audit.instance import (
     instance_processes,
     is_parent,
     namespaces,
+    status,
 )
 from titus_py.audit.sockets import unix_sockets
 from titus_py.configuration import Configuration, Loaded, from_options, load
@@ -197,10 +198,7 @@ def find_target(supervisor: int) -> Target:
 
 
 def _require_privilege() -> None:
-    fields = dict(
-        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
-    if os.geteuid() != 0 or not int(fields["CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
+    if os.geteuid() != 0 or not int(status("self")["CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
         raise CannotAudit("needs root with CAP_SYS_PTRACE, to look into other processes")
 
 

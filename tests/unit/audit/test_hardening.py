@@ -62,11 +62,11 @@ def test_a_library_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> Non
         assert process.stdout is not None
         process.stdout.readline()
         maps = Path(f"/proc/{process.pid}/maps")
-        seen = tls_library(process.pid, tuple(mappings_of(maps.read_text())))
+        seen = tls_library(process.pid, tuple(mappings_of(maps.read_bytes())))
         assert seen == (Verdict.HOLDS, f"{library} checks canaries")
         # As dpkg does it.
         built(tmp_path, "-shared", "-fPIC", "-fstack-protector-all").rename(library)
-        seen = tls_library(process.pid, tuple(mappings_of(maps.read_text())))
+        seen = tls_library(process.pid, tuple(mappings_of(maps.read_bytes())))
         assert seen.verdict is Verdict.NOT_AVAILABLE
         assert seen.text.startswith(f"{library} is another file by now")
         process.stdin.close()

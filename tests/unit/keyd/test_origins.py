@@ -2,12 +2,16 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from integration.instance import eventually
 
 from keyd.inspection import origins
-from keyd.inspection.origins import of_root, unit_in
+from keyd.inspection.origins import of_root, unit_in, unit_of
 
 OF_A_USER = "/user.slice/user-1000.slice/user@1000.service/app.slice/keyd@nginx.service"
 
@@ -24,10 +28,48 @@ OF_A_USER = "/user.slice/user-1000.slice/user@1000.service/app.slice/keyd@nginx.
         # Any user's may have any name.
         (f"0::{OF_A_USER}\n", ""),
         (f"1:name=systemd:{OF_A_USER}\n0::{OF_A_USER}\n", ""),
+        ("0::/user.slice/user-1000.slice/user@1000.service\n", ""),
+        ("0::/user.slice/user-1000.slice/user@1000.service/x\r0::/system.slice/a.service\n", ""),
     ],
 )
 def test_a_unit_is_the_systems(groups: str, unit: str) -> None:
     assert unit_in(groups) == unit
+
+
+@pytest.fixture
+def group_of_a_user() -> Iterator[Path]:
+    """A control group (version 2) that is called as what a user's service manager has."""
+    found = [Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")]
+    (parent, *_) = [one for one in found if (one / "cgroup.controllers").exists()] or [None]
+    if parent is None or not os.access(parent, os.W_OK):
+        pytest.skip("no control groups can be made here")
+    group = parent / f"titus-py-{uuid4().hex}" / "user@1000.service"
+    group.mkdir(parents=True)
+    yield group
+    events = group / "cgroup.events"
+    eventually(lambda: "populated 0" in events.read_text(), "nothing is in it")
+    for directory, _, _ in os.walk(group.parent, topdown=False):
+        Path(directory).rmdir()
+
+
+@pytest.mark.parametrize(
+    "end_of_line", [b"\r", b"\x0b", b"\x1c", b"\xc2\x85", b"\xe2\x80\xa8", b"\xff"]
+)
+def test_no_user_gives_a_control_group_a_name_that_is_two_lines(
+    group_of_a_user: Path, end_of_line: bytes
+) -> None:
+    """The kernel refuses a line feed in it, and nothing else."""
+    name = os.fsdecode(b"x" + end_of_line + b"0::")
+    group = group_of_a_user / name / "system.slice" / "nginx.service"
+    group.mkdir(parents=True)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, user="nobody", cwd="/") as process:
+        try:
+            (group / "cgroup.procs").write_text(str(process.pid))
+        except OSError:
+            pytest.skip("no process can be moved here")
+        seen = unit_of(process.pid), of_root([process.pid])
+        process.communicate()
+    assert seen == ("", set())
 
 
 def test_all_processes_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
