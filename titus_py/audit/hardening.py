@@ -7,6 +7,7 @@ path by now.
 
 import mmap
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -28,6 +29,8 @@ _ELF, _TYPE_PLACE, _ET_DYN = b"\x7fELF", 16, 3
 _CANARY = b"\0__stack_chk_fail\0"
 #: Where OpenSSL is: a library of the system's, or within cryptography's wheel.
 _SYSTEMS, _WHEELS = "libssl.so", "_rust.abi3.so"
+#: A program of Debian's, with its minor version.
+_PYTHON = re.compile(r"python3\.(\d+)")
 #: What the kernel adds to the name of a file that is no longer there (proc_pid_maps(5)).
 _DELETED = " (deleted)"
 
@@ -76,15 +79,17 @@ def interpreter(pid: int) -> Seen:
 
 
 def _release_after(program: Path, one: os.stat_result) -> str | None:
-    """What python3 is by now, beside a program that is no longer what it was."""
+    """What python3 is by now, beside a program of a lower version, which it once was."""
     usual = program.with_name("python3")
     try:
         # In a container, another file may have that name.
-        if os.path.samestat(program.stat(), one) and not os.path.samestat(usual.stat(), one):
-            return usual.resolve().name
+        if not os.path.samestat(program.stat(), one):
+            return None
+        next_one = usual.resolve(strict=True).name
     except OSError:
-        pass
-    return None
+        return None
+    ours, theirs = (_PYTHON.fullmatch(name) for name in (program.name, next_one))
+    return next_one if ours and theirs and int(ours[1]) < int(theirs[1]) else None
 
 
 def _library(seen: Observation, _: Scene) -> Seen:

@@ -89,11 +89,17 @@ def test_an_interpreter_that_an_update_has_replaced_is_noticed(tmp_path: Path) -
 
 def test_an_interpreter_of_the_release_before_is_noticed(tmp_path: Path) -> None:
     """As after an upgrade of Debian, which keeps it for whoever needs it, without its updates."""
-    before, after, usual = (tmp_path / name for name in ("python3.11", "python3.13", "python3"))
-    for program in (before, after):
+    earlier, before, after, usual = (
+        tmp_path / name for name in ("python3.9", "python3.11", "python3.13", "python3")
+    )
+    for program in (earlier, before, after):
         shutil.copy("/bin/cat", program)
     usual.symlink_to(before.name)
     with subprocess.Popen([before], stdin=subprocess.PIPE) as process:
+        assert "earlier release" not in interpreter(process.pid).text
+        # One of the administrator's own choice may be newer than what Debian has.
+        usual.unlink()
+        usual.symlink_to(earlier.name)
         assert "earlier release" not in interpreter(process.pid).text
         usual.unlink()
         usual.symlink_to(after.name)
