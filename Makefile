@@ -31,9 +31,11 @@ REVISION ?= 1
 PACKAGED = LICENSE CHANGELOG.md $(wildcard titus_py/*.py titus_py/*/*.py keyd/*.py keyd/*/*.py keyd/*/*.[ch] completion/* docs/man/* \
     docs/*.md examples/* examples/*/* systemd/* systemd/prometheus/* packaging/locked/*) \
     packaging/titus.toml packaging/install packaging/units docs/reference.py
-# The release's name and number are in the package's version: the next release's is the higher one.
-RELEASE := $(shell . /etc/os-release; echo "+$$ID$$VERSION_ID")
-DEB = build/titus-py_$(VERSION)-$(REVISION)$(RELEASE)_$(shell dpkg --print-architecture).deb
+# The release's name and number are in the package's version, and decide before the revision does: an upgrade of
+# Debian takes a higher one, whatever the revision was. Debian's testing has no number.
+RELEASE := $(shell . /etc/os-release; echo "+$$ID$${VERSION_ID:-testing}")
+PACKAGE_VERSION = $(VERSION)$(RELEASE)-$(REVISION)
+DEB = build/titus-py_$(PACKAGE_VERSION)_$(shell dpkg --print-architecture).deb
 
 # Whose OpenSSL the package has: the one in cryptography's wheels, or Debian's, with which Debian's
 # python3-cryptography goes. Debian 12's is too old.
@@ -72,11 +74,13 @@ lint: $(VENV)/built $(VENV)/lint-packages
 install: $(VENV)/built
 	packaging/install $(BIN)/python wheels
 
-# The package is made from what this lays out. REVISION=2 makes a later one from the same.
+# The package is made from what this lays out. REVISION=2 makes a later one from the same. It is the only one that is
+# left: of several, `apt install ./build/titus-py_*.deb` would install whichever comes last by its name.
 deb: $(DEB)
+	find build -maxdepth 1 -name 'titus-py_*.deb' ! -path $(DEB) -delete
 
 $(DEB): build/stage packaging/deb $(wildcard packaging/debian/*)
-	packaging/deb $< $(VERSION)-$(REVISION)$(RELEASE) $(OPENSSL) $@
+	packaging/deb $< $(PACKAGE_VERSION) $(OPENSSL) $@
 
 # Whoever chooses the other one gets the other package.
 build/openssl-is-$(OPENSSL):
@@ -102,10 +106,11 @@ clean:
 	rm -rf $(VENV) build *.egg-info keyd/*/*.so titus_py/*.so titus_py/*/*.so
 
 # A virtual environment belongs to the Python that it was made with: it is made anew for another one, as after
-# an upgrade of Debian.
+# an upgrade of Debian. One that is not there, or does not start, is no other one.
 MADE_WITH := $(notdir $(wildcard $(VENV)/lib/python3.*))
 ifneq ($(MADE_WITH),)
-ifneq ($(MADE_WITH),$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])'))
+THERE_IS := $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+ifneq ($(and $(THERE_IS),$(filter-out $(THERE_IS),$(MADE_WITH))),)
 .PHONY: another-python
 another-python:
 	rm -rf $(VENV)

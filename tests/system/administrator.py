@@ -5,6 +5,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ REQUEST = (
 )
 
 
-def package(revision: int) -> Path:
-    """The Debian package; each revision has the same content."""
+def package(revision: int, file: Path) -> None:
+    """Make the Debian package, in this file; each revision has the same content."""
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     with alone_with("build"):
         subprocess.run(
@@ -33,8 +34,10 @@ def package(revision: int) -> Path:
         )
         _tells_nothing_of_its_build(_REPOSITORY / "build/stage")
         _is_hardened(_REPOSITORY / "build/stage")
-    (built,) = (_REPOSITORY / "build").glob(f"titus-py_*-{revision}+*.deb")
-    return built
+        # The next one's build removes it.
+        (built,) = (_REPOSITORY / "build").glob("titus-py_*.deb")
+        assert f"-{revision}_" in built.name
+        shutil.copyfile(built, file)
 
 
 def _tells_nothing_of_its_build(stage: Path) -> None:

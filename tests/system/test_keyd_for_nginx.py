@@ -23,7 +23,7 @@ _LOCAL_URL = "https://127.0.0.1/"
 @pytest.fixture
 def administrator() -> Iterator[Administrator]:
     with Machine() as machine:
-        (machine.root / "root/titus-py.deb").write_bytes(package(1).read_bytes())
+        package(1, machine.root / "root/titus-py.deb")
         yield Administrator(machine)
 
 

@@ -45,8 +45,7 @@ uids = "{_UIDS}"
 def administrator() -> Iterator[Administrator]:
     with Machine() as machine:
         for revision in (1, 2):
-            built = package(revision)
-            (machine.root / "root" / f"titus-py-{revision}.deb").write_bytes(built.read_bytes())
+            package(revision, machine.root / f"root/titus-py-{revision}.deb")
         yield Administrator(machine)
 
 
