@@ -92,6 +92,11 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     for file in ("/etc/nginx/www.key", "/etc/titus-keyd/nginx/www.key"):
         assert f"in {file} (rw-------, uid 0, gid 0)" in seen
     admin.types("rm /etc/nginx/www.key")
+    _goes_back(admin)
+    for typed in (gives_key, says_who, writes_reference):
+        admin.types(typed)
+    admin.writes("/etc/nginx/sites-enabled/www", _file("nginx"))
+    admin.types("rm /etc/nginx/www.key; systemctl restart nginx")
     _is_measured(admin)
     _is_restarted(admin)
     _cannot_start(admin)
@@ -102,6 +107,18 @@ def test_the_guide_is_right(administrator: Administrator) -> None:
     _has_its_key_in_a_token(admin)
     _is_exposed_as_documented(admin)
     _is_removed(admin)
+
+
+def _goes_back(admin: Administrator) -> None:
+    """nginx is as it was before: nothing asks for keyd."""
+    takes_key, leaves = _blocks("Back to a key in a file", 4)
+    admin.types(takes_key)
+    with_key = _file("nginx").replace("www.reference", "www.key")
+    admin.writes("/etc/nginx/sites-enabled/www", with_key)
+    admin.types(leaves)
+    _requests(admin)
+    assert not admin.types("ls -R /etc/nginx/modules-enabled | grep keyd || true").strip()
+    assert not admin.property("nginx", "Environment")
 
 
 def _is_measured(admin: Administrator) -> None:
