@@ -533,14 +533,34 @@ def test_a_report_cannot_steer_a_terminal(listening: Listening) -> None:
 # --- audit -----------------------------------------------------------------------------
 
 
+def audited(directory: Path) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(
+        keyd("audit", "--json", f"--directory={directory}").stdout
+    )
+    return found
+
+
 def verdicts(listening: Listening, directory: Path) -> dict[str, list[tuple[str, str]]]:
     """Of this keyd, by check: what was seen, and the verdict. Other tests' keyds run as well."""
-    seen = keyd("audit", "--json", f"--directory={directory}")
+    return of_keyd(listening, audited(directory))
+
+
+def of_keyd(
+    listening: Listening, findings: list[dict[str, str]]
+) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
-    for one in json.loads(seen.stdout):
+    for one in findings:
         if one["subject"] in (str(listening.key), f"process {listening.process.pid}"):
             found.setdefault(one["check"], []).append((one["seen"], one["verdict"]))
     return found
+
+
+#: How many processes were searched, and how many could not be.
+IN_NONE = re.compile(
+    r"in none of (\d+) others(?: of this container)?"
+    r"(?:; (\d+) could not be searched, or not all of them)?"
+    r"(?:; \d+ that came since were not searched)?"
+)
 
 
 def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
@@ -548,11 +568,13 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     pid = listening.process.pid
     assert (f"in process {pid} (keyd), which is to have it", "holds") in found["memory"]
     # Another test may have memory that nobody can read; and this machine, a process.
-    assert any(
-        re.match(r"in none of \d+ others(; \d+ could not be searched, or not all of them)?", seen)
-        and verdict == ("not available" if "could not be" in seen else "holds")
+    ((counts, verdict),) = [
+        (counts, verdict)
         for seen, verdict in found["memory"]
-    ), found["memory"]
+        if (counts := IN_NONE.fullmatch(seen))
+    ]
+    assert int(counts[1]) > int(counts[2] or 0), found["memory"]
+    assert verdict == ("not available" if counts[2] else "holds")
     assert any(
         f"group www-data, at {listening.socket}" in seen and verdict == "holds"
         for seen, verdict in found["asks"]
@@ -560,6 +582,15 @@ def test_a_key_is_where_it_is_to_be(listening: Listening) -> None:
     ((seen, verdict),) = found["file"]
     assert str(listening.key) in seen
     assert verdict == "holds"
+
+
+def said_of(pid: int, findings: list[dict[str, str]]) -> list[str]:
+    """What could not be searched, and in whom a key was found that is not to be there."""
+    return [
+        one["seen"]
+        for one in findings
+        if one["verdict"] != "holds" and f"process {pid} (" in one["subject"] + one["seen"]
+    ]
 
 
 def test_the_search_of_an_instances_audit_is_not_taken_for_a_leak(listening: Listening) -> None:
@@ -577,10 +608,13 @@ def test_the_search_of_an_instances_audit_is_not_taken_for_a_leak(listening: Lis
             holder.stdin.write(json.dumps(question).encode())
             holder.stdin.close()
             assert holder.stdout.read(1)
-            found = verdicts(listening, listening.key.parent)["memory"]
+            findings = audited(listening.key.parent)
         finally:
             holder.kill()
             searched.kill()
+    # Not because it could not be searched.
+    assert not said_of(holder.pid, findings)
+    found = of_keyd(listening, findings)["memory"]
     assert not [seen for seen, verdict in found if verdict == "broken"], found
     assert any("which is to have it" in seen for seen, _ in found), found
 
@@ -592,9 +626,11 @@ def test_two_audits_do_not_find_each_others_keys(listening: Listening) -> None:
         audits = [
             stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)) for _ in range(2)
         ]
-        for audit in audits:
+        for audit, other in zip(audits, reversed(audits), strict=True):
             assert audit.stdout is not None
             found = [one for one in json.load(audit.stdout) if one["check"] == "memory"]
+            # Not because it could not be searched.
+            assert not said_of(other.pid, found)
             own = [one for one in found if one["subject"] == str(listening.key)]
             assert any("which is to have it" in one["seen"] for one in own), found
             assert "broken" not in {one["verdict"] for one in own}, found
