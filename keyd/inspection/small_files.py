@@ -1,20 +1,28 @@
 """Files that are small enough to hold a key: found, and read.
 
-Run by ``keyd audit``, as root. Others may be able to write where they are: no link is followed, and
-nothing waited for but a file system. One that is mounted below is not asked anything: the kernel
-tells what is mounted where. What cannot be read is told, but for what is gone.
+Run by ``keyd audit``, as root. Others may be able to write where they are: no link is followed, not
+even one that takes a directory's place meanwhile, and nothing waited for but a file system. One
+that is mounted below is not asked anything: the kernel tells what is mounted where. What cannot be
+read is told, but for what is gone.
 """
 
+import ctypes
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["LARGEST", "Mount", "TooLarge", "below", "mounts", "read"]
 
 LARGEST = 256 * 1024
+
+#: openat2(2): no part of a path may be a link. The kernel's number for it is the same everywhere.
+_OPENAT2, _HERE, _NO_LINKS, _HOW = 437, -100, 0x04, struct.Struct("=3Q")
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 #: To be called with what cannot be read, and why.
 Problem = Callable[[str, str], None]
@@ -58,26 +66,25 @@ def below(
         directory = left.pop()
         at(directory)
         try:
-            opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with _opened(directory, os.O_DIRECTORY) as opened:
                 device = _device(opened, mounted)
-            finally:
-                os.close(opened)
-            if directory == start:
-                own = device
-            elif device != own:
-                problem(directory, "it was mounted meanwhile")
-                continue
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    is_directory = entry.is_dir(follow_symlinks=False)
-                    other = places.get(entry.path)
-                    if other and other.device != own and (is_directory or other.is_of_a_program):
-                        elsewhere(other)
-                    elif is_directory:
-                        left.append(entry.path)
-                    else:
-                        yield entry.path
+                if directory == start:
+                    own = device
+                elif device != own:
+                    problem(directory, "it was mounted meanwhile")
+                    continue
+                # Not by its path twice: it may be another one by then.
+                with os.scandir(f"/proc/self/fd/{opened}") as entries:
+                    for entry in entries:
+                        path = os.path.join(directory, entry.name)
+                        is_directory = entry.is_dir(follow_symlinks=False)
+                        here = places.get(path)
+                        if here and here.device != own and (is_directory or here.is_of_a_program):
+                            elsewhere(here)
+                        elif is_directory:
+                            left.append(path)
+                        else:
+                            yield path
         except OSError as error:
             if directory == start or not isinstance(error, FileNotFoundError):
                 problem(directory, error.strerror or "cannot be read")
@@ -88,15 +95,11 @@ def read(file: str) -> tuple[os.stat_result, bytes] | None:
 
     Raises TooLarge, OSError.
     """
-    with suppress(FileNotFoundError):
-        # Not by its path twice: a directory may be a link by then, and the file a device.
-        named = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            seen = os.fstat(named)
-            if stat.S_ISREG(seen.st_mode):
-                return seen, _content(f"/proc/self/fd/{named}", seen.st_size)
-        finally:
-            os.close(named)
+    with suppress(FileNotFoundError), _opened(file) as named:
+        # Nor here: the file may be a device by then.
+        seen = os.fstat(named)
+        if stat.S_ISREG(seen.st_mode):
+            return seen, _content(f"/proc/self/fd/{named}", seen.st_size)
     return None
 
 
@@ -114,6 +117,22 @@ def mounts() -> dict[int, Mount]:
         words = (_unescaped(fields[4]), fields[2], kind, options)
         found[int(fields[0])] = Mount(*map(os.fsdecode, words))
     return found
+
+
+@contextmanager
+def _opened(path: str, flags: int = 0) -> Iterator[int]:
+    """For nothing but to name it (O_PATH). What is a link itself is opened, and not followed."""
+    flags |= os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    how, name = _HOW.pack(flags, 0, _NO_LINKS), os.fsencode(path)
+    numbers = (ctypes.c_long(_OPENAT2), ctypes.c_long(_HERE))
+    descriptor = _libc.syscall(*numbers, name, how, ctypes.c_long(len(how)))
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _content(file: str, octets: int) -> bytes:
