@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import prctl
+
 from keyd.inspection.origins import unit_of
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
@@ -35,7 +37,6 @@ _NEEDS = (
     "needs root with CAP_SYS_PTRACE, to look into other processes: use sudo; in a container, "
     "'docker exec --privileged' or 'podman exec --privileged'; or run it on the host"
 )
-_CAP_SYS_PTRACE = 19
 
 #: How often a page is read that is just being written, and what it is otherwise.
 _ATTEMPTS, _PAUSE_SECONDS = 20, 0.01
@@ -62,7 +63,7 @@ class Running(NamedTuple):
 
 def running() -> list[Running]:
     """By pid. Raises PermissionError where this process is not root, or has not root's rights."""
-    if os.geteuid() != 0 or not _may_look_into_others():
+    if os.geteuid() != 0 or not prctl.cap_effective.sys_ptrace:
         raise PermissionError(_NEEDS)
     with open(os.memfd_create("mount"), "rb") as own:
         mount, _ = _opened("self", own.fileno())
@@ -82,12 +83,6 @@ def running() -> list[Running]:
             break
         time.sleep(_PAUSE_SECONDS)
     return [one for _, one in sorted(found.items())]
-
-
-def _may_look_into_others() -> bool:
-    lines = Path("/proc/self/status").read_bytes().split(b"\n")
-    effective = next(line.split()[1] for line in lines if line.startswith(b"CapEff:"))
-    return bool(int(effective, 16) >> _CAP_SYS_PTRACE & 1)
 
 
 def _looked_at(pid: int, mount: int) -> Running | None:

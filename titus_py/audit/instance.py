@@ -199,7 +199,7 @@ def title(role: Role) -> bytes:
     return (role if role is Role.KEYD else f"titus-py: {role}").encode()
 
 
-def status(pid: int | str) -> dict[str, str]:
+def status(pid: int) -> dict[str, str]:
     """/proc/PID/status, by field. Raises OSError if the process is gone."""
     # The name may have what str.splitlines takes for the end of a line.
     lines = Path(f"/proc/{pid}/status").read_bytes().decode(errors="replace").split("\n")[:-1]

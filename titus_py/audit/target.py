@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import prctl
+
 from titus_py.audit.instance import (
     Process,
     Role,
@@ -21,7 +23,6 @@ from titus_py.audit.instance import (
     instance_processes,
     is_parent,
     namespaces,
-    status,
 )
 from titus_py.audit.sockets import unix_sockets
 from titus_py.configuration import Configuration, Loaded, from_options, load
@@ -31,7 +32,6 @@ from titus_py.configuration.certificate_dir import pairs
 __all__ = ["CannotAudit", "LivesElsewhere", "Target", "find_supervisors", "find_target"]
 
 _DEFAULT_CONFIGURATION = Path("/etc/titus-py/titus.toml")
-_CAP_SYS_PTRACE = 19
 #: An instance without one of these cannot be audited.
 _NEEDED = (Role.PARENT, Role.FORK_SERVER, Role.KEYD)
 
@@ -198,7 +198,7 @@ def find_target(supervisor: int) -> Target:
 
 
 def _require_privilege() -> None:
-    if os.geteuid() != 0 or not int(status("self")["CapEff"], 16) >> _CAP_SYS_PTRACE & 1:
+    if os.geteuid() != 0 or not prctl.cap_effective.sys_ptrace:
         raise CannotAudit("needs root with CAP_SYS_PTRACE, to look into other processes")
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keyd.inspection import reports
-from titus_py.audit import memory, target
+from titus_py.audit import memory
 from titus_py.audit.mounts import Mount, in_sight, mounts
 from titus_py.audit.observation import mappings_of
 
@@ -81,17 +80,3 @@ def test_mapped_files(mapped: int) -> None:
     assert named.end - named.start == mapped
     assert len(list(mappings_of(maps))) == maps.count(b"\n")
     assert named.start in [start for start, *_ in memory._flagged_mappings(os.getpid())]
-
-
-@pytest.fixture
-def own_name() -> Iterator[None]:
-    comm = Path("/proc/self/comm")
-    before = comm.read_bytes()
-    comm.write_bytes(b"\rCapEff:\t0\r\xff\n:")
-    yield
-    comm.write_bytes(before)
-
-
-def test_the_own_process(own_name: None) -> None:
-    assert reports._may_look_into_others()
-    target._require_privilege()
