@@ -3,6 +3,7 @@
 Nothing is read from a client here. Its address decides, and whether its ClientHello has come.
 """
 
+import select
 import socket
 import time
 from collections import deque
@@ -41,6 +42,9 @@ _NOBODY_SECONDS, _LEAVING_SECONDS = 1.0, 5.0
 #: For how long a silent client is waited for, where others need its place or keyd is to leave: an
 #: honest one speaks as soon as it knows that it is connected.
 _SILENCE_SECONDS = 0.25
+#: A listening socket is watched for nothing. If another process has shut it down, epoll(7) tells so
+#: whatever it is watched for, but by its edge only once.
+_DEAF = select.EPOLLET
 #: How long after there is room again to look once more: if there still is, that is logged.
 _NOT_FULL_SECONDS = 1.0
 
@@ -101,8 +105,8 @@ class Arrivals:
             self._unix_ends, self._close = unix_ends, close_at_once
         for descriptor, listener in self._listeners.items():
             listener.setblocking(False)
-            # Nothing wakes it yet. Later there may be no watch left.
-            loop.watch(descriptor, self._make_way, 0)
+            # Nobody is heard yet. Later there may be no watch left.
+            loop.watch(descriptor, self._make_way, _DEAF)
         #: Whether newcomers are accepted, or only noticed because there is no room; else None.
         self._accepting: bool | None = None
         #: Whose end is awaited, for a newcomer's sake, and until when.
@@ -143,7 +147,9 @@ class Arrivals:
                 accept = partial(self._accept, listener, balancers, timeout, tunnel)
                 self._loop.rewatch(descriptor, accept)
             else:
-                self._loop.rewatch(descriptor, self._make_way, 0 if wanted is None else READABLE)
+                self._loop.rewatch(
+                    descriptor, self._make_way, _DEAF if wanted is None else READABLE
+                )
 
     def _wanted(self) -> bool | None:
         """Accept if there is room, or a client has been silent for too long.

@@ -22,6 +22,8 @@ class Full:
         self.loop = EventLoop()
         self._stack = stack
         listener = socket.create_server(("127.0.0.1", 0))
+        #: As another parent has it.
+        self.same = stack.enter_context(listener.dup())
         self._address = listener.getsockname()
         listening = SimpleNamespace(
             descriptor=listener.detach(),
@@ -92,3 +94,18 @@ def test_newcomers_are_heard_where_no_watch_is_left(monkeypatch: pytest.MonkeyPa
                 full.run()
 
         without_watches(serve, full.loop._epoll)
+
+
+@pytest.mark.parametrize("may_accept", [True, False])
+def test_a_listener_that_another_parent_has_shut_down_keeps_nobody_busy(may_accept: bool) -> None:
+    """It has that parent's end in it, for good: accept(2) fails, and is tried now and then."""
+    with ExitStack() as stack:
+        full = Full(stack)
+        full.same.shutdown(socket.SHUT_RDWR)
+        rounds = count()
+        waits = [True]
+        full.loop.after(0.5, waits.clear)
+        while waits:
+            full.arrivals.adjust(may_accept)
+            full.loop.run_once()
+            assert next(rounds) < 100
