@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from titus_py.configuration.toml import key_text
+
+from .peers import connected_at
 
 TITUS_PY = Path(sys.executable).parent / "titus-py"
 Event = dict[str, Any]
@@ -379,7 +382,7 @@ class Instance:
         return self._events
 
     def events_named(self, name: str, **fields: object) -> list[Event]:
-        return [event for event in self.events() if _fits(event, name, fields)]
+        return [event for event in self.events() if fits(event, {"event": name, **fields})]
 
     def wait_for_event(
         self, name: str, seconds: float = PATIENCE, since: int = 0, **fields: object
@@ -402,7 +405,7 @@ class Instance:
                 of_client = [event for event in events if event.get("client") == fields["client"]]
                 last = max((event.get("connection", 0) for event in of_client), default=0)
                 events = [event for event in of_client if event.get("connection", 0) in (0, last)]
-            return [event for event in events if _fits(event, name, fields)]
+            return [event for event in events if fits(event, {"event": name, **fields})]
 
         try:
             events: list[Event] = eventually(found, f"event {name} {fields}", seconds)
@@ -616,7 +619,12 @@ def _is_confined(worker: Process) -> bool:
         return False
 
 
-def _fits(event: Event, name: str, fields: Mapping[str, object]) -> bool:
-    return event["event"] == name and all(
-        event.get(field) == value for field, value in fields.items()
+def fits(event: Event, fields: Mapping[str, object]) -> bool:
+    """Whether it has these fields; with ``client``, whether it is of its last connection."""
+    if any(event.get(field) != value for field, value in fields.items()):
+        return False
+    connected = connected_at.get(str(fields.get("client")))
+    # The log has milliseconds, without what is left over.
+    return connected is None or (
+        connected < datetime.fromisoformat(event["time"]).timestamp() + 0.001
     )

@@ -6,6 +6,7 @@ import errno
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -156,14 +157,27 @@ class TlsClient:
         return octets
 
 
-def connect(port: int, host: str = "127.0.0.1", receive_buffer: int | None = None) -> socket.socket:
+#: When the last client with this name in the log connected, as ``time.time()`` has it: ports come
+#: round again, and what the log has of the one before is not about this one.
+connected_at: dict[str, float] = {}
+
+
+def connect(
+    port: int, host: str = "127.0.0.1", receive_buffer: int | None = None, source: str = ""
+) -> socket.socket:
+    """``source``: from this address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     client = socket.socket(family, socket.SOCK_STREAM)
     client.settimeout(TIMEOUT)
     if receive_buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    if source:
+        client.bind((source, 0))
+    now = time.time()
     client.connect((host, port))
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    here, number = client.getsockname()[:2]
+    connected_at[f"[{here}]:{number}" if ":" in here else f"{here}:{number}"] = now
     return client
 
 

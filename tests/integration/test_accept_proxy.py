@@ -17,9 +17,8 @@ from titus_py.audit.target import find_target
 
 from .conftest import Certificates, Nginx, Serve
 from .hellos import client_hello, records
-from .instance import Event, Instance, eventually, free_port
+from .instance import Event, Instance, eventually, fits, free_port
 from .peers import (
-    TIMEOUT,
     Listener,
     TlsClient,
     connect,
@@ -79,7 +78,7 @@ def said_of(instance: Instance, count: int, **fields: object) -> list[Event]:
     """Everything that was said of the last connection with these, once that is so much."""
 
     def found() -> list[Event]:
-        fitting = [event for event in instance.events() if fields.items() <= event.items()]
+        fitting = [event for event in instance.events() if fits(event, fields)]
         number = fitting[-1]["connection"] if fitting else None
         events = [event for event in instance.events() if event.get("connection", -1) == number]
         return events if len(events) >= count else []
@@ -207,7 +206,7 @@ def test_who_hangs_up_before_the_header_is_a_health_check(
 def is_taken(port: int, source: str) -> bool:
     """Whether a load balancer at this address is served; a reset may come while it connects."""
     try:
-        side = socket.create_connection(("127.0.0.1", port), TIMEOUT, (source, 0))
+        side = connect(port, source=source)
         with TlsClient(port, source=side) as tls:
             tls.socket.sendall(LINE)
             return talk(tls.handshake())
@@ -353,7 +352,7 @@ def test_behind_haproxy(proxied: Instance, tmp_path: Path, how: str, source: str
     since = len(proxied.events())
     with haproxy_in_front(tmp_path, proxied.port, how) as port:
         host = "::1" if ":" in source else "127.0.0.1"
-        side = socket.create_connection((host, port), TIMEOUT, (source, 0))
+        side = connect(port, host, source=source)
         with TlsClient(port, source=side) as tls:
             assert talk(tls.handshake())
             number = side.getsockname()[1]

@@ -14,7 +14,7 @@ from OpenSSL import SSL
 
 from .conftest import Serve
 from .instance import Event, Instance, eventually, free_port
-from .peers import TIMEOUT, Listener, TlsClient, Truncated, was_reset
+from .peers import TIMEOUT, Listener, TlsClient, Truncated, connect, was_reset
 from .service import launcher, serves, status, talk, without_end
 
 REFUSED = (ConnectionResetError, BrokenPipeError, SSL.Error, Truncated)
@@ -24,7 +24,7 @@ HALF_OPEN = 2000
 def connect_from(source: str, port: int) -> socket.socket:
     """From an address of one's own: all of 127.0.0.0/8 are ours."""
     host = "::1" if ":" in source else "127.0.0.1"
-    return socket.create_connection((host, port), TIMEOUT, (source, 0))
+    return connect(port, host, source=source)
 
 
 def client_from(source: str, port: int) -> TlsClient:

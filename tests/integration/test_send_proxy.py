@@ -1,6 +1,5 @@
 """The client's address, told to the backend before anything else: ``send_proxy``."""
 
-import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
@@ -15,7 +14,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
 from .instance import Instance, free_port
-from .peers import TIMEOUT, Listener, TlsClient, Truncated, receive_exactly, reset
+from .peers import Listener, TlsClient, Truncated, connect, receive_exactly, reset
 from .proxy_peers import Server, haproxy_server, nginx_server
 
 
@@ -62,7 +61,7 @@ def test_servers_see_the_client_over_ipv4_ipv6_and_both_on_one_socket(
     name = f"{how}.test"
     for to, source in ((port, "127.8.8.8"), (both, "127.8.8.9"), (both, "::1")):
         host = "::1" if ":" in source else "127.0.0.1"
-        client = socket.create_connection((host, to), TIMEOUT, (source, 0))
+        client = connect(to, host, source=source)
         with TlsClient(to, name, source=client) as tls:
             addresses, facts = server.told(ask(tls))
             assert addresses == [source, str(client.getsockname()[1]), host, str(to)]

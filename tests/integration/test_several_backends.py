@@ -19,7 +19,7 @@ from OpenSSL import SSL
 
 from .conftest import Serve
 from .instance import TITUS_PY, Event, Instance, free_port
-from .peers import TIMEOUT, Listener, TlsClient, Truncated
+from .peers import Listener, TlsClient, Truncated, connect
 from .test_backend_failures import full_backlog, is_reset_with_event
 
 #: <asm-generic/socket.h>
@@ -93,7 +93,7 @@ def vhost(backends: list[Named], **settings: Any) -> list[dict[str, Any]]:
 @contextmanager
 def client(instance: Instance, source: str = "127.0.0.1") -> Iterator[tuple[TlsClient, int]]:
     """A client, and the number of the backend that it has got."""
-    connection = socket.create_connection(("127.0.0.1", instance.port), TIMEOUT, (source, 0))
+    connection = connect(instance.port, source=source)
     with TlsClient(instance.port, source=connection) as connected:
         yield connected, int(connected.handshake().receive_exactly(1))
 
