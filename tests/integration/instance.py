@@ -474,7 +474,10 @@ class Instance:
 
         def confined() -> list[Process]:
             workers = self.workers()
-            done = len(workers) >= at_least and all(map(_is_confined, workers))
+            # Who was root's when it was listed may be confined by now, with another uid.
+            done = len(workers) >= at_least and all(
+                worker.uid and _is_confined(worker) for worker in workers
+            )
             return workers if done else []
 
         found: list[Process] = eventually(confined, f"{at_least} confined workers")
