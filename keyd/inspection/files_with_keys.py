@@ -27,8 +27,8 @@ from keyd.inspection.findings import (
 )
 from keyd.inspection.key_search import Needle
 from keyd.inspection.occurrences import occurrences
-from keyd.inspection.small_files import Mount
 from keyd.inspection.watched import At, Hung, Patience, each
+from keyd.linux.mounts import Mount, mounts, uncovered
 
 __all__ = ["files_with_keys"]
 
@@ -51,7 +51,6 @@ def files_with_keys(
 ) -> Iterator[Finding]:
     """In these directories, or the usual ones, some of which need not be there."""
     octets = tuple(needle.octets for needle in sought)
-    mounts = {one.path: one for one in small_files.mounts().values()}
     real: dict[str, str] = {}
     for start, answer in each(directories or DIRECTORIES, _real, os.cpu_count() or 1):
         if isinstance(answer, Hung):
@@ -61,9 +60,9 @@ def files_with_keys(
     # systemd's credentials are on file systems of their own.
     starts = {*real.values(), *map(str, Path(_CREDENTIALS).glob("*"))}
     starts |= {
-        path
-        for path, one in mounts.items()
-        if one.kind in _IN_MEMORY and any(_is_below(path, start) for start in real.values())
+        one.path
+        for one in uncovered(mounts())
+        if one.kind in _IN_MEMORY and any(_is_below(one.path, start) for start in real.values())
     }
 
     def look(start: str, _: frozenset[str], at: At) -> Any:

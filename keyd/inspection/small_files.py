@@ -13,9 +13,10 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["LARGEST", "Mount", "TooLarge", "below", "mounts", "read"]
+from keyd.linux.mounts import Mount, mounts, uncovered
+
+__all__ = ["LARGEST", "TooLarge", "below", "read"]
 
 LARGEST = 256 * 1024
 
@@ -26,24 +27,6 @@ _libc.syscall.restype = ctypes.c_long
 
 #: To be called with what cannot be read, and why.
 Problem = Callable[[str, str], None]
-
-
-class Mount(NamedTuple):
-    """What is mounted, as the kernel has it: ``device`` may be mounted at several places."""
-
-    path: str
-    device: str
-    kind: str
-    options: str
-
-    @property
-    def is_of_a_program(self) -> bool:
-        """Whether a program answers for it (FUSE): it may be any user's."""
-        return self.kind.split(".")[0] in ("fuse", "fuseblk")
-
-    @property
-    def is_of_a_user(self) -> bool:
-        return self.is_of_a_program and "user_id=0" not in self.options.split(",")
 
 
 class TooLarge(ValueError):
@@ -58,8 +41,9 @@ def below(
     ``start`` is no link, and none leads to it. ``elsewhere`` is told what else is mounted there, if
     that is a directory, or somebody's program: to ask what is in it might hang.
     """
-    mounted = mounts()
-    places = {one.path: one for one in mounted.values()}
+    found = mounts()
+    mounted = {one.number: one for one in found}
+    places = {one.path: one for one in uncovered(found)}
     left = [start]
     own = ""
     while left:
@@ -103,22 +87,6 @@ def read(file: str) -> tuple[os.stat_result, bytes] | None:
     return None
 
 
-def mounts() -> dict[int, Mount]:
-    """By their numbers (/proc/PID/mountinfo; proc(5)). In one place, the last is seen.
-
-    Any user names a place, a source and a kind (fusermount3(1)): the kernel escapes what parts
-    fields and lines, and no other octet.
-    """
-    found = {}
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
-        fields = line.split(b" ")
-        # After some that are optional.
-        kind, _, options = fields[fields.index(b"-") + 1 :][:3]
-        words = (_unescaped(fields[4]), fields[2], kind, options)
-        found[int(fields[0])] = Mount(*map(os.fsdecode, words))
-    return found
-
-
 @contextmanager
 def _opened(path: str, flags: int = 0) -> Iterator[int]:
     """For nothing but to name it (O_PATH). What is a link itself is opened, and not followed."""
@@ -149,12 +117,6 @@ def _content(file: str, octets: int) -> bytes:
         return content
     finally:
         os.close(descriptor)
-
-
-def _unescaped(name: bytes) -> bytes:
-    for octet in b" \t\n\\":
-        name = name.replace(b"\\%03o" % octet, bytes([octet]))
-    return name
 
 
 def _device(opened: int, mounted: Mapping[int, Mount]) -> str:

@@ -9,9 +9,10 @@ import os
 import socket
 import struct
 
+from keyd.linux.mounts import mounts, uncovered
 from titus_py.audit.finding import Check, Seen, broken, holds, not_available
 from titus_py.audit.instance import Role
-from titus_py.audit.mounts import in_sight, mounts
+from titus_py.audit.mounts import in_sight
 from titus_py.audit.network import in_network_of
 from titus_py.audit.observation import Observation, Scene
 
@@ -125,7 +126,7 @@ def _root_of_a_unit(seen: Observation, scene: Scene) -> Seen:
     if others := scene.inhabitants.get(namespace, set()) - {seen.pid}:
         return broken(f"{namespace} is also that of process {min(others)}")
     try:
-        visible = mounts(seen.pid)
+        visible = uncovered(mounts(seen.pid))
         wrong = in_sight(seen.pid, visible)
     except (FileNotFoundError, ProcessLookupError):
         return not_available("it ended while it was looked at")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from keyd.linux.mounts import Mount, mounts, uncovered
 from titus_py.audit import memory
-from titus_py.audit.mounts import Mount, in_sight, mounts
+from titus_py.audit.mounts import in_sight
 from titus_py.audit.observation import mappings_of
 
 #: What Python takes for the end of a line or a blank, and what is no character.
@@ -21,8 +22,7 @@ NAME = b"a\r0-1 rw-p \x0b\x1c\xc2\x85 b\n\\\xff"
 #: (fusermount3(1)), and gives it a place, a name and a kind.
 MOUNTS = """
 import ctypes, json, os, sys
-from keyd.inspection import small_files
-from titus_py.audit.mounts import mounts
+from keyd.linux.mounts import mounts
 libc = ctypes.CDLL(None, use_errno=True)
 def mount(source, place, kind, flags, options):
     os.mkdir(place)
@@ -32,9 +32,8 @@ program, unnamed = sys.argv[1:]
 options = f"fd={os.open('/dev/fuse', os.O_RDWR)},rootmode=40000,user_id=65534,group_id=0"
 mount(b"a \\r", program, b"fuse.\\r\\xff", 0, options.encode())
 mount(b"", unnamed, b"tmpfs", 1, None)  # MS_RDONLY
-of_keyd = {one.path: one for one in small_files.mounts().values()}
-here = {one.place: one for one in mounts("self")}
-found = [[of_keyd[one], of_keyd[one].is_of_a_user, here[one]] for one in (program, unnamed)]
+here = {one.path: one for one in mounts()}
+found = [[one.kind, one.is_of_a_user, one.is_writable] for one in map(here.get, sys.argv[1:])]
 json.dump(found, sys.stdout)
 """
 
@@ -49,16 +48,28 @@ def test_mounts(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (program, of_a_user, seen), (_, unnamed_is, unnamed) = json.loads(done.stdout)
-    assert program[2] == "fuse.\r\udcff"
-    assert (of_a_user, unnamed_is) == (True, False)
-    assert seen[-2:] == [True, "fuse.\r\udcff"]
-    assert unnamed[-2:] == [False, "tmpfs"]
+    assert json.loads(done.stdout) == [["fuse.\r\udcff", True, True], ["tmpfs", False, False]]
+
+
+def test_of_what_has_ended_there_are_none() -> None:
+    """It may not be reaped yet."""
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ProcessLookupError):
+            mounts(process.pid)
+
+
+def test_a_mount_may_be_covered_by_an_older_one() -> None:
+    """Of which mountinfo(5) tells first, as of Linux 6.8."""
+    tmpfs = "0:1", "/", "/srv", "rw", "tmpfs", "rw"
+    root = Mount(1, 0, "8:1", "/", "/", "rw", "ext4", "rw")
+    older, newer = Mount(2, 3, *tmpfs), Mount(3, 1, *tmpfs)
+    assert uncovered([root, older, newer]) == [root, older]
 
 
 def test_what_is_said_of_a_mount_can_be_written() -> None:
-    (device,) = {one.device for one in mounts("self") if one.place == "/proc"}
-    mount = Mount(1, 1, device, "/", "/srv/\udcff\r", True, "fuse")
+    (device,) = {one.device for one in mounts() if one.path == "/proc"}
+    mount = Mount(1, 1, device, "/", "/srv/\udcff\r", "rw", "fuse", "rw")
     assert in_sight(1, [mount]) == [
         "/srv/\\udcff\\r, which it shares with the machine, can be written to"
     ]
