@@ -1,7 +1,11 @@
 """``titus-py reload --cut``: whose connections end, and whose do not."""
 
+import json
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,9 @@ import pytest
 
 from .client_authority import ClientAuthority, ClientCertificate
 from .conftest import Serve
-from .instance import TITUS_PY, Instance, toml
+from .instance import TITUS_PY, Instance, Process, toml
 from .peers import Listener, TlsClient, was_reset
+from .test_forged_events import mouth
 
 
 @pytest.fixture
@@ -39,8 +44,12 @@ class Connected:
 
 
 def reload(instance: Instance, *options: str) -> "subprocess.CompletedProcess[str]":
-    command = [str(TITUS_PY), "reload", "--pid", str(instance.pid), *options]
+    command = reload_command(instance, *options)
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def reload_command(instance: Instance, *options: str) -> list[str]:
+    return [str(TITUS_PY), "reload", "--pid", str(instance.pid), *options]
 
 
 def cut(instance: Instance) -> int:
@@ -183,6 +192,60 @@ def test_who_shakes_hands_connects_again(
         assert cut(instance) == 0
         assert was_reset(client.socket)
     connections.append(Connected(instance, clients["alice"]))
+
+
+def cut_while_it_says(instance: Instance, parent: Process, said: object) -> tuple[int, str, str]:
+    """Cut while code in this parent says this, and its own code nothing; how that went."""
+    octets = json.dumps(said).encode()
+    parent.kill(signal.SIGSTOP)
+    with (
+        mouth(parent, instance.supervisor()) as ours,
+        subprocess.Popen(
+            reload_command(instance, "--cut"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command,
+    ):
+        # It is heard once the cut has begun.
+        while command.poll() is None:
+            with suppress(OSError):
+                ours.send(octets)
+            time.sleep(0.05)
+        return (command.returncode, *command.communicate())
+
+
+def test_a_parent_that_lies_keeps_no_other_ones_clients(
+    serve: Serve,
+    echoing: Listener,
+    authority: ClientAuthority,
+    clients: dict[str, ClientCertificate],
+    connections: list[Connected],
+) -> None:
+    instance = serve(echoing.address, vhost=[settings(authority)])
+    instance.expected_alarms |= {"unintelligible", "parent_died"}
+    liar, its_own = instance.parent(), Connected(instance, clients["alice"])
+    assert reload(instance).returncode == 0
+    alice, bob = (Connected(instance, clients[name]) for name in ("alice", "bob"))
+    connections += [its_own, alice, bob]
+    # It has lost what it said of its client, or says so.
+    authority.crl(clients["bob"])
+    code, ended, problem = cut_while_it_says(instance, liar, {"event": "claims_told", "count": 1})
+    liar.kill(signal.SIGCONT)
+    assert (code, ended.splitlines()[-1]) == (1, "titus-py: 1 connection ended")
+    assert "generation 1 has counted 1 connections, and said who 0 of them are" in problem
+    assert bob.was_reset()
+    assert alice.echoes()
+    assert its_own.echoes()
+    # It claims more than it may have: without end, if nobody stopped it.
+    authority.crl(*clients.values())
+    code, ended, problem = cut_while_it_says(
+        instance, liar, {"event": "claims", "claims": [[1, 0, None]] * 400}
+    )
+    assert (code, ended.splitlines()[-1], problem) == (0, "titus-py: 1 connection ended", "")
+    assert instance.wait_for_event("unintelligible")["pid"] == liar.pid
+    assert alice.was_reset()
+    assert its_own.was_reset()
 
 
 def test_hosts_that_ask_for_nothing_are_left_alone(

@@ -26,6 +26,8 @@ __all__ = [
     "MAX_CERTIFICATE_OCTETS",
     "MAX_IDENTITY_OCTETS",
     "MAX_KNOWN",
+    "MAX_LINKS",
+    "MAX_NAMES_OCTETS",
     "ClientTerms",
     "Identity",
     "Link",
@@ -35,15 +37,16 @@ __all__ = [
 MAX_CERTIFICATE_OCTETS = 16 * 1024
 #: How many known clients a virtual host may have.
 MAX_KNOWN = 4096
-_MAX_LINKS = 8
-_MAX_NAMES_OCTETS = 8 * 1024
+#: How many certificates of the chain there are at most, and how much room for all names.
+MAX_LINKS = 8
+MAX_NAMES_OCTETS = 8 * 1024
 _HEAD = struct.Struct("!c32s?BHHH")
 _NOBODY = 65535
 _LINK = struct.Struct("!32s20s32s")
 _NAME = struct.Struct("!cH")
 _KINDS = {"dns": b"d", "uri": b"u", "cn": b"c"}
 MAX_IDENTITY_OCTETS = (
-    _HEAD.size + _MAX_LINKS * _LINK.size + MAX_CERTIFICATE_OCTETS + _MAX_NAMES_OCTETS
+    _HEAD.size + MAX_LINKS * _LINK.size + MAX_CERTIFICATE_OCTETS + MAX_NAMES_OCTETS
 )
 
 
@@ -113,7 +116,7 @@ class Identity(NamedTuple):
         facts, complete = self.facts, self.complete
         links = b""
         for link in self.links:
-            if not 0 <= link.serial < 1 << 160 or len(links) == _MAX_LINKS * _LINK.size:
+            if not 0 <= link.serial < 1 << 160 or len(links) == MAX_LINKS * _LINK.size:
                 complete = False
                 break
             links += _LINK.pack(link.issuer, link.serial.to_bytes(20), link.spki)
@@ -121,7 +124,7 @@ class Identity(NamedTuple):
         for kind, letter in _KINDS.items():
             for name in getattr(facts, kind):
                 text = name.encode()
-                if len(names) + _NAME.size + len(text) > _MAX_NAMES_OCTETS:
+                if len(names) + _NAME.size + len(text) > MAX_NAMES_OCTETS:
                     complete = False
                     break
                 names += _NAME.pack(letter, len(text)) + text
@@ -147,9 +150,9 @@ class Identity(NamedTuple):
         if (
             kind != b"I"
             or message[33] > 1
-            or count > _MAX_LINKS
+            or count > MAX_LINKS
             or certificate_octets > MAX_CERTIFICATE_OCTETS
-            or names_octets > _MAX_NAMES_OCTETS
+            or names_octets > MAX_NAMES_OCTETS
             or sum(places) != len(message)
         ):
             raise Malformed(f"an identity of {len(message)} octets, not {sum(places)}")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from keyd.tally import LATENCY_BOUNDS
 from keyd.upstream.messages import MAX_BORROWERS, MAX_STRANGERS
 from keyd.upstream.state import UpstreamState
+from titus_py.between.client_identity import MAX_LINKS, MAX_NAMES_OCTETS
 from titus_py.configuration.upstream_table import MOST_UPSTREAMS
 from titus_py.parent.outbox import MAX_EVENTS, TEXT_CHARACTERS
 from titus_py.supervisor.events import LEVELS
@@ -97,7 +98,10 @@ def _is_identity(value: object) -> bool:
                 and len(names) == _KINDS_OF_NAMES
                 and all(isinstance(some, list) for some in names)
                 and all(isinstance(name, str) for some in names for name in some)
+                # Each has more octets before it there than one, and has no fewer than characters.
+                and sum(len(name) + 1 for some in names for name in some) <= MAX_NAMES_OCTETS
                 and _is_fingerprint(spki)
+                and len(links) <= MAX_LINKS
                 and all(map(_is_link, links))
             )
     return False

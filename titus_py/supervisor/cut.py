@@ -95,10 +95,12 @@ class Cut:
         self._begun = 0
         #: How many orders each of them has not answered yet.
         self._unanswered: Counter[int] = Counter()
-        #: How many connections each says that it has told.
+        #: What each has said of its connections, and how many it says that these are.
+        self._claims: dict[int, list[_Claim]] = {}
         self._told: Counter[int] = Counter()
         self._asked: dict[int, Generation] = {}
-        self._claims: list[_Claim] = []
+        #: Why not all connections are judged.
+        self._problems: list[str] = []
         #: How many connections of tunnels are ended.
         self._of_tunnels = 0
         self._patience: Timer | None = None
@@ -119,13 +121,14 @@ class Cut:
         *earlier, serving = generations
         self._aside, self._done = aside, done
         self._begun = time.monotonic_ns()
-        self._claims, self._unanswered, self._told = [], Counter(), Counter()
+        self._unanswered, self._told, self._problems = Counter(), Counter(), []
         self._rules = {one.number: _rules(one, serving) for one in earlier}
         self._asked = {
             one.number: one for one in earlier if one.parent is not None and self._rules[one.number]
         }
         self._of_tunnels = sum(self._cut_tunnels(one, serving) for one in earlier)
         self._awaited = self._asked.copy()
+        self._claims = {number: [] for number in self._asked}
         self._patience = self._loop.after(_CLAIMS_SECONDS, self._give_up)
         for one in self._asked.values():
             vhosts = list(self._rules[one.number])
@@ -157,32 +160,32 @@ class Cut:
 
     def heard(self, generation: Generation, name: str, event: dict[str, Any]) -> None:
         """Take what a parent says of its clients; raises Unintelligible."""
+        number = generation.number
         late = event.get("asked", self._begun) != self._begun
-        if late or generation.number not in self._awaited:
+        if late or number not in self._awaited:
             return
-        if any(
-            vhost not in self._rules[generation.number] for _, vhost, _ in event.get("claims", ())
-        ):
-            raise Unintelligible("claims of a virtual host that was not asked about")
+        rules, known = self._rules[number], self._claims[number]
         if name == "claims":
-            self._claims += [
-                _Claim(
-                    generation.number,
-                    connection,
-                    self._rules[generation.number][vhost],
-                    claim and Identity.from_claim(claim),
-                )
-                for connection, vhost, claim in event["claims"]
+            claims = event["claims"]
+            if any(vhost not in rules for _, vhost, _ in claims):
+                raise Unintelligible("claims of a virtual host that was not asked about")
+            if len(known) + len(claims) > generation.configuration.worker.max:
+                # Also where it says so again and again: each is kept until all is told.
+                raise Unintelligible("claims of more connections than it can have")
+            known += [
+                _Claim(number, connection, rules[vhost], claim and Identity.from_claim(claim))
+                for connection, vhost, claim in claims
             ]
             return
-        self._told[generation.number] += event["count"]
-        known = sum(claim.generation == generation.number for claim in self._claims)
-        if lost := self._told[generation.number] - known:
-            self._finish(problem=f"{lost} connections are not known")
+        self._told[number] += event["count"]
+        self._unanswered[number] -= 1
+        if self._unanswered[number]:
             return
-        self._unanswered[generation.number] -= 1
-        if not self._unanswered[generation.number]:
-            self.gone(generation)
+        if self._told[number] != len(known):
+            # Events were lost. What it did say is judged.
+            told = f"{self._told[number]} connections, and said who {len(known)} of them are"
+            self._problems.append(f"the parent of generation {number} has counted {told}")
+        self.gone(generation)
 
     def gone(self, generation: Generation) -> None:
         """No more is to be expected of this generation's parent."""
@@ -190,35 +193,35 @@ class Cut:
             self._judge_if_all_is_told()
 
     def _give_up(self) -> None:
+        """Judge those that are known: one parent that hangs is not to save the others' clients."""
         numbers = ", ".join(map(str, self._awaited))
-        self._finish(
-            problem=f"the parents of generations {numbers} did not say which clients they serve"
+        self._problems.append(
+            f"the parents of generations {numbers} did not say which clients they serve"
         )
+        self._awaited = {}
+        self._judge_if_all_is_told()
 
     def _judge_if_all_is_told(self) -> None:
         if self._awaited or self._aside is None:
             return
         if self._patience is not None:
             self._patience.cancel()
-        claims = self._claims
+        claims = list(chain.from_iterable(self._claims.values()))
         self._aside(lambda: _unwanted(claims), lambda found: self._end(*found))
 
     def _end(self, unwanted: list[_Claim], problem: str) -> None:
         for number, generation in self._asked.items():
             numbers = [claim.connection for claim in unwanted if claim.generation == number]
             self._order(generation, {"do": "cut"}, "connections", numbers)
-        self._finish(len(unwanted) + self._of_tunnels, problem)
-
-    def _finish(self, count: int = 0, problem: str = "") -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-        self._awaited, self._asked, self._claims = {}, {}, []
+        count = len(unwanted) + self._of_tunnels
+        reason = "; ".join([*self._problems, *([problem] if problem else [])])
+        self._asked, self._claims = {}, {}
         done, self._done, self._aside = self._done, None, None
         if done is None:
             return
-        if problem:
-            self._event("connections_not_cut", level="error", reason=problem)
-            done({"not_cut": problem, "cut": count})
+        if reason:
+            self._event("connections_not_cut", level="error", reason=reason, count=count)
+            done({"not_cut": reason, "cut": count})
         else:
             self._event("connections_cut", count=count)
             done({"cut": count})

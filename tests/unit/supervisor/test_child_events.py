@@ -145,6 +145,18 @@ def test_what_they_say_is_understood(child: str, said: dict[str, object]) -> Non
         ("parent", UP | {"since": "now"}),
         ("parent", {"event": "claims", "claims": [CLAIM[:2]]}),
         ("parent", {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"more": 1}]]}),
+        # More than a worker can have told the parent.
+        (
+            "parent",
+            {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"links": CLAIM[2]["links"] * 9}]]},
+        ),
+        (
+            "parent",
+            {
+                "event": "claims",
+                "claims": [[7, 0, CLAIM[2] | {"facts": [[""] * 8193, [], [], "0f" * 32]}]],
+            },
+        ),
         (
             "parent",
             {"event": "claims", "claims": [[7, 0, CLAIM[2] | {"links": [["0a", "1", ""]]}]]},

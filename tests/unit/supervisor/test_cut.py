@@ -16,6 +16,7 @@ from titus_py.between.client_identity import ClientTerms, Identity, Link
 from titus_py.between.event_loop import EventLoop
 from titus_py.between.known_client import KnownClient
 from titus_py.supervisor import cut as module
+from titus_py.supervisor.child_events import Unintelligible
 from titus_py.supervisor.children import Children
 from titus_py.supervisor.cut import Cut
 from titus_py.supervisor.cut import _Claim as Claim
@@ -104,23 +105,30 @@ class Orders:
         self.given.append(order)
 
 
-def generation(number: int) -> Generation:
-    configuration = SimpleNamespace(tunnel=())
+def generation(number: int, most: int = 10_000) -> Generation:
+    configuration = SimpleNamespace(tunnel=(), worker=SimpleNamespace(max=most))
     double = SimpleNamespace(number=number, parent=object(), configuration=configuration)
     return cast(Generation, double)
 
 
 class Asked:
-    """A cut of one earlier generation's connections, whose parent this test plays."""
+    """A cut of earlier generations' connections, whose parents this test plays."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, vhosts: int = 1) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        vhosts: int = 1,
+        most: int = 10_000,
+        others: int = 0,
+    ) -> None:
         terms = ClientTerms(True, "", "", ((), (), (), (OWN.hex(),)))
         rules = Rules(terms, frozenset())
         monkeypatch.setattr(module, "_rules", lambda *_: dict.fromkeys(range(vhosts), rules))
         self.loop, self.orders = EventLoop(), Orders()
         self.events: list[tuple[str, object]] = []
         self.outcomes: list[dict[str, object]] = []
-        self.generation = generation(1)
+        self.generation = generation(1, most)
+        self.others = [generation(number) for number in range(2, 2 + others)]
         self.cut = Cut(
             self.loop,
             lambda name, of_generation=0, **fields: self.events.append((name, fields)),
@@ -133,7 +141,7 @@ class Asked:
     def begin(self) -> None:
         self.orders.given = []
         self.cut.begin(
-            [self.generation, generation(2)],
+            [self.generation, *self.others, generation(99)],
             lambda work, take: take(work()),
             self.outcomes.append,
         )
@@ -144,12 +152,14 @@ class Asked:
         self,
         *claims: tuple[int, Identity | None],
         count: int | None = None,
+        by: Generation | None = None,
         **answer: object,
     ) -> None:
+        parent = by or self.generation
         said = [[number, 0, identity and identity.claim()] for number, identity in claims]
-        self.cut.heard(self.generation, "claims", {"claims": said, **answer})
+        self.cut.heard(parent, "claims", {"claims": said, **answer})
         told = len(claims) if count is None else count
-        self.cut.heard(self.generation, "claims_told", {"count": told, **answer})
+        self.cut.heard(parent, "claims_told", {"count": told, **answer})
 
 
 def test_whom_the_parent_is_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +198,45 @@ def test_many_virtual_hosts_are_asked_about_in_several_orders(
     assert asked.outcomes == [{"cut": 100}]
 
 
+def miscounted(told: int, known: int) -> str:
+    said = f"counted {told} connections, and said who {known} of them are"
+    return f"the parent of generation 1 has {said}"
+
+
 def test_claims_are_missed_of_whichever_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Asked(monkeypatch, 600)
     asked.say((7, None), (8, None))
     asked.say((9, None), count=2)
-    assert asked.outcomes == [{"not_cut": "1 connections are not known", "cut": 0}]
+    asked.say()
+    assert asked.outcomes == [{"not_cut": miscounted(4, 3), "cut": 3}]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parent_that_miscounts_saves_no_others_clients(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    asked = Asked(monkeypatch, others=1)
+    (other,) = asked.others
+    if not first:
+        asked.say((7, None), (8, ALICE), by=other)
+    asked.say((7, None), count=3)
+    if first:
+        asked.say((7, None), (8, ALICE), by=other)
+    assert asked.orders.given == [{"do": "cut", "connections": [7]}] * 2
+    assert asked.outcomes == [{"not_cut": miscounted(3, 1), "cut": 2}]
+    events = [("connections_not_cut", {"level": "error", "reason": miscounted(3, 1), "count": 2})]
+    assert asked.events == events
+
+
+def test_a_parent_claims_no_more_connections_than_it_can_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Asked(monkeypatch, most=4)
+    for numbers in ((1, 2), (3, 4)):
+        said = [[number, 0, None] for number in numbers]
+        asked.cut.heard(asked.generation, "claims", {"claims": said})
+    with pytest.raises(Unintelligible, match="more connections than it can have"):
+        asked.cut.heard(asked.generation, "claims", {"claims": [[4, 0, None]]})
 
 
 def test_a_late_answer_is_none_to_the_next_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,19 +265,26 @@ def test_what_a_parent_could_not_say_is_no_success(monkeypatch: pytest.MonkeyPat
     """Its events may be lost: a cut that is not whole must not look like one that is."""
     asked = Asked(monkeypatch)
     asked.say((7, None), count=2)
-    assert asked.outcomes == [{"not_cut": "1 connections are not known", "cut": 0}]
+    assert asked.outcomes == [{"not_cut": miscounted(2, 1), "cut": 1}]
     asked.say((7, None))
     assert len(asked.outcomes) == 1
 
 
 def test_a_parent_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients of the others are judged, and so is what it did say before that."""
     monkeypatch.setattr(module, "_CLAIMS_SECONDS", 0.01)
-    asked = Asked(monkeypatch)
+    asked = Asked(monkeypatch, others=1)
+    (other,) = asked.others
+    asked.say((7, None), (8, ALICE), by=other)
+    asked.cut.heard(asked.generation, "claims", {"claims": [[9, 0, None]]})
+    assert not asked.outcomes
     while not asked.outcomes:
         asked.loop.run_once()
-    assert "of generations 1 did not say which clients they serve" in str(
-        asked.outcomes[0]["not_cut"]
-    )
+    cuts = [order["connections"] for order in asked.orders.given]
+    assert cuts == [[9], [7]]
+    (outcome,) = asked.outcomes
+    assert "of generations 1 did not say which clients they serve" in str(outcome["not_cut"])
+    assert outcome["cut"] == 2
 
 
 def test_a_parent_that_ends_has_no_connections(monkeypatch: pytest.MonkeyPatch) -> None:
