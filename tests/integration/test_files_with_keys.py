@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from keyd.inspection.watched import Patience
 from .test_pages_in_use import file_system
 
 SOUGHT = os.urandom(32)
+TOO_LARGE = "{} larger than 262144 octets were not read"
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,8 @@ def found(*directories: object) -> dict[str, tuple[str, str]]:
 
 
 @contextmanager
-def mounted(kind: str, directory: Path, *options: str) -> Iterator[None]:
-    subprocess.run(["mount", "-t", kind, *options, "it", directory], check=True)
+def mounted(kind: str, directory: Path, *options: str, source: str | Path = "it") -> Iterator[None]:
+    subprocess.run(["mount", "-t", kind, *options, source, directory], check=True)
     try:
         yield
     finally:
@@ -120,8 +121,36 @@ def test_a_directory_that_is_a_link_is_followed_to_another_file_system(tmp_path:
     assert seen["key"][0].startswith(f"in {disk}/below/it ")
 
 
+def test_a_disk_that_is_mounted_below_is_searched(tmp_path: Path) -> None:
+    """As /srv/data is a disk of its own. And a file, as a container's /etc/hosts, is one file."""
+    image, disk, file = tmp_path / "image", tmp_path / "disk", tmp_path / "file"
+    disk.mkdir()
+    file.touch()
+    with image.open("wb") as opened:
+        opened.truncate(1 << 20)
+    if not (program := shutil.which("mke2fs", path="/usr/sbin:/sbin")):
+        pytest.skip("nothing makes a file system here (e2fsprogs)")
+    subprocess.run([program, "-q", "-F", image], check=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(mounted("ext4", disk, "-o", "loop", source=image))
+        except subprocess.CalledProcessError:
+            pytest.skip("no loop devices here")
+        (disk / "below").mkdir()
+        for name in ("another", "below/it"):
+            (disk / name).write_bytes(SOUGHT)
+        with mounted("none", file, "-o", "bind", source=disk / "another"):
+            sought = [Needle("key: it", SOUGHT)]
+            seen = [one.seen for one in files_with_keys(sought, [str(tmp_path)], Patience())]
+    # That is the image.
+    seen.remove(TOO_LARGE.format(1))
+    assert sorted(text.split()[1] for text in seen) == [
+        str(one) for one in (disk / "another", disk / "below" / "it", file)
+    ]
+
+
 def test_what_is_mounted_below_is_searched_or_named(tmp_path: Path) -> None:
-    """Memory is searched, and what may be larger than anybody waits for is named."""
+    """Memory is searched, and what may never answer is named."""
     memory, program, user, layers = (tmp_path / name for name in ("m", "p", "u", "l"))
     for directory in (memory, program, user, layers):
         directory.mkdir()
@@ -192,4 +221,4 @@ def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:
         file.write(SOUGHT)
     seen = found(tmp_path)
     assert seen.pop("key")[0].startswith(f"in {tmp_path / 'three'} ")
-    assert seen == {str(tmp_path): ("2 larger than 262144 octets were not read", "holds")}
+    assert seen == {str(tmp_path): (TOO_LARGE.format(2), "holds")}

@@ -152,11 +152,14 @@ class Children:
                 if not message:
                     self._hang_up(child)
                     return False
-                child.last_heard = time.monotonic()
                 try:
                     for said in decode(child.name, message, reports):
                         name = _understood(generation, child, said)
                         self._heard(generation, child, name, said.fields)
+                    if child is not generation.parent or not generation.retiring:
+                        # Of a parent that is to retire, nothing counts before it says that it has:
+                        # no reload would end, and none begin.
+                        child.last_heard = time.monotonic()
                 except (Unintelligible, NoReport) as error:
                     self._event(
                         "unintelligible",
