@@ -1,43 +1,17 @@
 """A process that is traced, and whose tracer is stopped, holds nobody else up."""
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
 from integration.instance import PATIENCE, Instance, Process, eventually, zombies
 from integration.peers import TIMEOUT, Listener, TlsClient
 from integration.service import talk
+from integration.tracing import traced
 
 from titus_py.supervisor.control_client import ask
 
 from .harness import infected, one_more_connection
-
-#: PTRACE_SEIZE (ptrace(2)): it does not stop the process. Its end is for the tracer to know first.
-_TRACER = """
-import ctypes, sys
-libc = ctypes.CDLL(None, use_errno=True)
-traced = libc.ptrace(0x4206, int(sys.argv[1]), None, None)
-print(traced, flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def traced(process: Process) -> Iterator[int]:
-    """By somebody who does not ask how it is; yields who."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _TRACER, str(process.pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as tracer:
-        assert tracer.stdout is not None
-        assert tracer.stdout.readline() == "0\n"
-        yield tracer.pid
 
 
 def test_a_workers_end_is_waited_for_by_nobody_else(
@@ -55,7 +29,7 @@ def test_a_workers_end_is_waited_for_by_nobody_else(
         name = "{}:{}".format(*client.socket.getsockname())
         begun = instance.wait_for_event("connection_begun", client=name)
         worker = instance.worker_of(begun["uid"])
-        with traced(worker) as tracer:
+        with traced(worker.pid) as tracer:
             worker.kill()
             # The parent has heard of its end, and nobody has reaped it.
             eventually(lambda: _is_zombie(worker), "a zombie")
@@ -87,7 +61,7 @@ def test_another_keyd_is_started(
         other.socket.settimeout(TIMEOUT)
         assert talk(other.handshake())
         keyd = instance.keyd()
-        with traced(keyd):
+        with traced(keyd.pid):
             keyd.kill()
             died = instance.wait_for_event("keyd_died", pid=keyd.pid)
             assert died["how"] == "ended for its tracer only"
@@ -107,7 +81,7 @@ def test_another_program_reaps_it(
     with infected(tmp_path, certificate, backend.address) as instance:
         instance.expected_alarms.add("keyd_died")
         keyd = instance.keyd()
-        with traced(keyd):
+        with traced(keyd.pid):
             keyd.kill()
             instance.wait_for_event("keyd_died", pid=keyd.pid)
             instance.wait_for_events(2, "keyd_started")
@@ -130,7 +104,7 @@ def test_another_fork_server_is_started(
         other.socket.settimeout(TIMEOUT)
         assert talk(other.handshake())
         fork_server = instance.fork_server()
-        with traced(fork_server):
+        with traced(fork_server.pid):
             fork_server.kill()
             died = instance.wait_for_event("fork_server_died")
             assert died["how"] == "ended for its tracer only"

@@ -351,15 +351,17 @@ class Pool:
     def _reap_later(self, pid: int, pidfd: int) -> None:
         """Reap one that was forgotten."""
         try:
-            self._loop.watch(pidfd, lambda: self._reap_forgotten(pidfd))
+            self._loop.watch(pidfd, lambda: self._reap_forgotten(pid, pidfd))
         except OSError:
             os.close(pidfd)
             self._unwatched[pid] = None
 
-    def _reap_forgotten(self, pidfd: int) -> None:
+    def _reap_forgotten(self, pid: int, pidfd: int) -> None:
         self._loop.unwatch(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
         os.close(pidfd)
+        # If it is traced, it can be reaped later.
+        self._unwatched[pid] = None
+        self._reap_unwatched(None, pid)
 
     def _reap_unwatched(self, worker: Worker | None, pid: int) -> None:
         """Reap a spare that was told to leave. Until then, no other process gets its pid.

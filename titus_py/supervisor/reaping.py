@@ -61,4 +61,5 @@ def _code(process: "subprocess.Popen[bytes] | int") -> int | None:
     if not isinstance(process, int):
         return process.poll()
     pid, status = os.waitpid(process, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
+    # One that this process traces is heard of also when it stops (ptrace(2)).
+    return os.waitstatus_to_exitcode(status) if pid and not os.WIFSTOPPED(status) else None

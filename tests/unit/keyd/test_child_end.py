@@ -1,9 +1,10 @@
-"""The end of a child, also while the machine has no descriptor to tell it (pidfd_open(2))."""
+"""The end of a child: also where no descriptor tells it (pidfd_open(2)), or somebody traces it."""
 
 import errno
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 
 import pyseccomp
 import pytest
+from integration.instance import eventually
+from integration.tracing import stop_as_traced, traced
 
 from keyd.key_files import KeySources
 from keyd.key_reader import ORDER
@@ -104,6 +107,39 @@ def test_the_other_one_ends_where_nothing_tells(
     assert without_pidfds(lambda: end.code(PATIENCE)) is None
     assert end.other_has_ended
     # There is room again.
+    os.kill(child, signal.SIGKILL)
+    assert end.code(PATIENCE) == -signal.SIGKILL
+
+
+def test_one_that_has_ended_for_its_tracer_only_is_waited_for(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    """Whoever waits looks now and then, and not all the time."""
+    child = child_that(signal.pause)
+    end = ChildEnd(child, pair[0])
+    with traced(child):
+        os.kill(child, signal.SIGKILL)
+        assert end.code(PATIENCE) is None
+        assert not end.other_has_ended
+        began = time.monotonic()
+        assert end.code(0.2) is None
+        assert time.monotonic() - began > 0.19
+        pair[1].shutdown(socket.SHUT_RDWR)
+        assert end.code(PATIENCE) is None
+        assert end.other_has_ended
+    code = None
+    while code is None:
+        code = end.code(0.01)
+    assert code == -signal.SIGKILL
+
+
+def test_one_that_stops_as_it_is_traced_has_not_ended(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    child = child_that(stop_as_traced)
+    end = ChildEnd(child, pair[0])
+    eventually(lambda: ") t " in Path(f"/proc/{child}/stat").read_text(), "a stop")
+    assert end.code(0) is None
     os.kill(child, signal.SIGKILL)
     assert end.code(PATIENCE) == -signal.SIGKILL
 

@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from integration.tracing import traced
 from integration.watches import without_watches
 
 from titus_py.between.event_loop import EventLoop
@@ -128,3 +130,21 @@ def test_one_whose_end_cannot_be_watched_is_told_to_leave(pooled: Pooled) -> Non
     reason = "No space left on device"
     assert pooled.told == [("fork_failed", {"level": "error", "reason": reason})]
     assert not len(pooled.pool)
+
+
+def test_one_that_was_forgotten_is_reaped_once_nobody_traces_it(pooled: Pooled) -> None:
+    pooled.pool.forget_unforked()
+    with subprocess.Popen(["sh", "-c", "read line; exit 0"], stdin=subprocess.PIPE) as worker:
+        with traced(worker.pid):
+            pooled.pool.forked(Forked(pooled.uid, worker.pid), os.pidfd_open(worker.pid))
+            worker.kill()
+            while not pooled.pool._unwatched:
+                pooled.loop.run_once()
+            pooled.pool.look_after()
+            assert list(pooled.pool._unwatched) == [worker.pid]
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        pooled.pool.look_after()
+        assert not Path(f"/proc/{worker.pid}").exists()
+        # It was reaped by its number, of which Popen does not know.
+        worker.returncode = 0
+    assert not pooled.pool._unwatched

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from integration.tracing import stop_as_traced
 
 from titus_py.supervisor import reaping
 
@@ -32,3 +33,19 @@ def test_one_that_ends_late_leaves_no_zombie(
         os.close(pidfd)
         # Where it was reaped by its number, Popen does not know.
         process.returncode = process.returncode or -signal.SIGKILL
+
+
+def test_one_that_stops_as_it_is_traced_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reaping, "_late", [])
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        stop_as_traced()
+        os._exit(7)
+    reaping.inherit([child])
+    # Stopped, and not reaped (PTRACE_TRACEME).
+    os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOWAIT)
+    assert reaping.leave() == [child]
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert reaping.leave() == []
