@@ -18,7 +18,8 @@ __all__ = ["Teller"]
 class Teller:
     def __init__(self, supervisor: socket.socket) -> None:
         self._supervisor = supervisor
-        #: By the event's name, the last news that there was no room for.
+        #: By the event's name, the last news that there was no room for; that an event is too
+        #: long is news, too.
         self._kept: dict[str, bytes] = {}
         #: Python may have something to say within it (``words``).
         self._lock = threading.RLock()
@@ -67,9 +68,14 @@ class Teller:
         return True
 
     def _say_too_long(self, event: str) -> None:
-        if event not in self._too_long:
+        with self._lock:
+            if event in self._too_long:
+                return
             self._too_long.add(event)
-            self.say(f"{event}: too long to be told: raise net.core.wmem_default (sysctl)")
+            said = f"{event}: too long to be told: raise net.core.wmem_default (sysctl)"
+            if not self._send(_line(said)):
+                # It is said once, and so it must not be lost.
+                self._kept[said] = _line(said)
 
 
 def _encoded(event: str, fields: dict[str, object]) -> bytes:

@@ -134,6 +134,17 @@ def test_what_is_too_long_is_said_once(supervisor: Supervisor) -> None:
     assert others == [{"event": "tokens", "tokens": ["short"]}] * 2
 
 
+def test_what_is_too_long_is_said_once_there_is_room(supervisor: Supervisor) -> None:
+    supervisor.stops()
+    supervisor.teller.tell_news("lent", clients=["x" * 5000])
+    supervisor.teller.tell_kept()
+    assert supervisor.hears() == []
+    for _ in range(2):
+        supervisor.teller.tell_kept()
+    said = "lent: too long to be told: raise net.core.wmem_default (sysctl)"
+    assert supervisor.hears() == [{"event": "keyd_said", "text": said}]
+
+
 def test_one_that_has_ended_is_told_nothing(supervisor: Supervisor) -> None:
     supervisor.close()
     supervisor.teller.tell_news("lent", clients=[1])
