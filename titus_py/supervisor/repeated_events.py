@@ -2,7 +2,8 @@
 
 Run by the supervisor. A program whose tunnel fails may try again at once, and with a keyd that is
 short of descriptors every client's handshake fails: that, and what begins only to fail, must not
-fill the log. Alarms are not held back.
+fill the log. Alarms are not held back. What keyd says of itself is told line by line, up to so many
+a second: what is beyond that is counted as lost.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from titus_py.supervisor.record import Record
 __all__ = ["RepeatedEvents"]
 
 _SECONDS = 1.0
+#: How many lines of keyd's are logged in a second.
+_SAID_A_SECOND = 10
 #: So many kinds of refusals are told apart within a second.
 _KINDS = 8
 #: The server accepted the handshake, and then said why it wants none of this client after all: in
@@ -30,6 +33,8 @@ class RepeatedEvents:
         #: What was logged within this second, by kind: how often it has happened again, and the
         #: last of those events.
         self._repeated: dict[_Kind, tuple[int, str, Mapping[str, Any]]] = {}
+        #: How many lines keyd has said within this second.
+        self._said = 0
 
     def of_tunnel(self, name: str, generation: int, event: dict[str, Any]) -> None:
         """Record an event that has a ``tunnel``, which is its listening address."""
@@ -56,6 +61,13 @@ class RepeatedEvents:
             kind = (name, event["level"])
         self._tell(kind, name, event)
 
+    def keyd_may_say_more(self) -> bool:
+        """Whether one more line of keyd's is logged. If not, it is lost, and counted."""
+        if not self._said:
+            self._loop.after(_SECONDS, self._keyds_second_is_over)
+        self._said += 1
+        return self._said <= _SAID_A_SECOND
+
     def say_last(self) -> None:
         """Log what is held back now: the log is about to be closed."""
         for kind, (count, name, event) in self._repeated.items():
@@ -63,6 +75,17 @@ class RepeatedEvents:
                 self._record.log(name, **event, count=count)
                 # The second goes on: the log may be opened again.
                 self._repeated[kind] = 0, "", {}
+        self._say_keyds_lost()
+
+    def _keyds_second_is_over(self) -> None:
+        self._say_keyds_lost()
+        self._said = 0
+
+    def _say_keyds_lost(self) -> None:
+        lost = self._said - _SAID_A_SECOND
+        if lost > 0:
+            self._record.log("keyd_lines_lost", level="error", count=lost)
+            self._said = _SAID_A_SECOND
 
     def _tell(self, kind: _Kind, name: str, event: Mapping[str, Any]) -> None:
         if kind in self._repeated:

@@ -29,8 +29,6 @@ __all__ = ["Upkeep"]
 #: How soon to start keyd again. Its end may mean that its parent has ended.
 _RETRY_SECONDS = 0.05
 _STATES = frozenset({"backend_down", "backend_up"})
-#: How many lines of keyd's are logged in a second.
-_SAID_A_SECOND = 10
 _ENDS = frozenset({"connection_ended", "handshake_failed", "tunnel_failed"})
 
 
@@ -77,8 +75,6 @@ class Upkeep:
         self._renew = renew
         self._worker_ended = worker_ended
         self._keyd_crippled = keyd_crippled
-        #: How many lines keyd has said, and in which second.
-        self._said = self._second = 0
 
     def heard(self, generation: Generation, child: Child, name: str, event: dict[str, Any]) -> None:
         """Record a child's event, act on it, and keep track of the live connections.
@@ -121,7 +117,7 @@ class Upkeep:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._keyd_service.lost(generation)
         elif name == "keyd_said":
-            if not self._may_say_more():
+            if not self._repeated.keyd_may_say_more():
                 return
             event["level"] = "error"
         elif name == "tokens":
@@ -134,7 +130,7 @@ class Upkeep:
             before, generation.lent = generation.lent, event["clients"]
             event = since(before, generation.lent, generation.configuration)
         elif name == "lending_refused":
-            if not self._may_say_more():
+            if not self._repeated.keyd_may_say_more():
                 return
             complete_refusal(event)
         elif name in _STATES:
@@ -162,7 +158,7 @@ class Upkeep:
         if any(state == messages.ORPHANED for _, state in generation.tokens):
             self._crippled(generation)
         for token, state in generation.tokens:
-            if (token, state) in before or not self._may_say_more():
+            if (token, state) in before or not self._repeated.keyd_may_say_more():
                 continue
             if state == "ready":
                 self._event("token_ready", generation.number, token=token)
@@ -178,7 +174,7 @@ class Upkeep:
         if any(one.state == ORPHANED for one in generation.upstreams):
             self._crippled(generation)
         for upstream, state, *_ in generation.upstreams:
-            if state == before.get(upstream) or not self._may_say_more():
+            if state == before.get(upstream) or not self._repeated.keyd_may_say_more():
                 continue
             if state == READY:
                 self._event("upstream_ready", generation.number, upstream=upstream)
@@ -195,14 +191,6 @@ class Upkeep:
         """Its keyd has lost a process that it cannot start again."""
         if generation is self._generations.serving:
             self._keyd_crippled(generation.number)
-
-    def _may_say_more(self) -> bool:
-        """Whether what keyd says is logged: it must not fill the log."""
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._said = second, 0
-        self._said += 1
-        return self._said <= _SAID_A_SECOND
 
     def _started(self, generation: Generation, child: Child, event: dict[str, Any]) -> None:
         if child.patience is not None:

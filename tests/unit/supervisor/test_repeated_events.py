@@ -163,3 +163,27 @@ def test_what_is_held_back_is_told_before_the_log_is_closed(
     a_second_passes(loop)
     rest = [(fields["connection"], fields["count"]) for _, fields in recorded.lines[2:]]
     assert rest == [(30, 1)]
+
+
+def test_keyds_lines_are_counted_that_are_too_many(
+    loop: EventLoop, recorded: Recorded, events: RepeatedEvents
+) -> None:
+    lost = "keyd_lines_lost"
+    for _ in range(2):
+        assert [events.keyd_may_say_more() for _ in range(12)] == [True] * 10 + [False] * 2
+        assert recorded.lines == []
+        a_second_passes(loop)
+        assert recorded.lines == [(lost, {"level": "error", "count": 2})]
+        recorded.lines.clear()
+    for _ in range(10):
+        assert events.keyd_may_say_more()
+    a_second_passes(loop)
+    assert recorded.lines == []
+    # The log is closed within a second, and opened again.
+    for _ in range(13):
+        events.keyd_may_say_more()
+    events.say_last()
+    events.say_last()
+    assert not events.keyd_may_say_more()
+    a_second_passes(loop)
+    assert [fields["count"] for _, fields in recorded.lines] == [3, 1]
