@@ -1,6 +1,7 @@
 """Whatever ends or hangs: the service is back, nothing is left behind, all of it is on record."""
 
 import fcntl
+import json
 import mmap
 import os
 import random
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ from .instance import (
 )
 from .peers import Listener, TlsClient, Truncated, connect
 from .service import edit, launcher, reload, serves, talk, without_end
+from .test_forged_events import mouth
 from .test_pump import until_it_stands
 from .test_stopping import write_configuration
 
@@ -311,14 +313,39 @@ def test_who_hangs_is_ended_and_replaced(impatient: None, serve: Serve, echoing:
     assert len(with_keyd.events_named("parent_started")) == 1
 
 
+@contextmanager
+def says_that_it_is_alive(parent: Process, supervisor: Process) -> Iterator[None]:
+    """As code in it would that takes no orders."""
+    alive = json.dumps({"event": "alive", "spares": 1}).encode()
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(0.5):
+            with suppress(OSError):
+                ours.send(alive)
+
+    with mouth(parent, supervisor) as ours:
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            speaker.join()
+
+
+@pytest.mark.parametrize("speaks", [False, True])
 def test_a_retired_parent_that_hangs_is_ended_too(
-    impatient: None, serve: Serve, echoing: Listener
+    impatient: None, serve: Serve, echoing: Listener, speaks: bool
 ) -> None:
-    """A reload does not wait for it for ever."""
+    """A reload does not wait for it for ever, whatever else it says."""
     instance = serve(echoing.address)
     instance.expected_alarms |= {"parent_hangs", "parent_died"}
-    instance.parent().kill(signal.SIGSTOP)
-    assert reload(instance)["reloaded"]
+    parent = instance.parent()
+    parent.kill(signal.SIGSTOP)
+    said = says_that_it_is_alive(parent, instance.supervisor()) if speaks else nullcontext()
+    with said:
+        assert reload(instance)["reloaded"]
     assert instance.wait_for_event("parent_hangs")
     assert serves(instance)
     eventually(lambda: len([p for p in instance.processes() if p.parent == instance.pid]) == 2, "")

@@ -51,7 +51,16 @@ class Ear:
         self.when_heard: Callable[[], object] = lambda: None
         self.loop = EventLoop()
         self._children = Children(self.loop, self._event, self._hear, self._ended)
-        self.generation = cast(Generation, SimpleNamespace(starting=set(), certificates={}))
+        self.generation = cast(
+            Generation,
+            SimpleNamespace(
+                starting=set(),
+                certificates={},
+                children=[self.child],
+                parent=self.child,
+                retiring=False,
+            ),
+        )
         self._children.watch(self.generation, self.child)
 
     def _event(self, name: str, of_generation: int = 0, **fields: Any) -> None:
