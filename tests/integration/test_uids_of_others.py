@@ -117,11 +117,12 @@ def test_a_uid_of_a_process_is_not_given_away(certificates: Certificates, tmp_pa
             known = f"{uids[1000]} is the uid of a running process ({sleeping.pid}, {name})"
             assert f"worker.uids: {known}" in ended.stderr
         sleeping.kill()
-    with subprocess.Popen(["sleep", "60"], user=uids[-1], cwd="/") as sleeping:
-        ended = run("check", file)
-        assert ended.returncode == 0
-        assert "keyd.user: another process runs as this user" in ended.stderr
-        sleeping.kill()
+        # It is a zombie now, as those of an instance that was killed where nobody reaps them.
+        with subprocess.Popen(["sleep", "60"], user=uids[-1], cwd="/") as another:
+            ended = run("check", file)
+            assert ended.returncode == 0
+            assert "keyd.user: another process runs as this user" in ended.stderr
+            another.kill()
 
 
 def test_a_reload_into_the_uids_of_a_process_is_refused(serve: Serve, echoing: Listener) -> None:

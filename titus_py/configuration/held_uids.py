@@ -13,6 +13,7 @@ them.
 import fcntl
 import json
 import os
+import re
 import struct
 import time
 import zlib
@@ -36,6 +37,8 @@ UIDS_FILE = Path("/run/titus-py/uids")
 _FLOCK = struct.Struct("@hhqqi0q")
 _NOTE_OCTETS = 4096
 _LOOK_SECONDS = 0.05
+#: Of /proc/PID/status: the state, the real uid, and how many threads there are.
+_STATUS = re.compile(rb"^State:\t(.).*^Uid:\t(\d+).*^Threads:\t(\d+)$", re.MULTILINE | re.DOTALL)
 
 
 class Holder(NamedTuple):
@@ -160,14 +163,28 @@ def any_process_has(uids: range) -> bool:
 def process_with(uids: range, patience: float = 0.0) -> int | None:
     """The first of these uids that a process still has after ``patience`` seconds; None if none.
 
-    Asks getpriority(2), which knows each process of a user. /proc is not asked: a service manager
-    may have hidden other users' processes there (ProtectProc=).
+    Asks getpriority(2), which knows each process of a user. /proc alone is not asked: a service
+    manager may have hidden other users' processes there (ProtectProc=).
+
+    A zombie does not count, where /proc shows that it is one. It has no memory, no descriptor and
+    no thread left, and no signal does anything to it. Whoever has its uid next gains nothing by it.
+    An instance that is killed in a container leaves many, if process 1 there reaps nobody.
     """
     until = time.monotonic() + patience
-    while (uid := next(filter(_has_processes, uids), None)) is not None:
+    while (uid := _first_with_processes(uids)) is not None:
         if time.monotonic() >= until:
             return uid
         time.sleep(_LOOK_SECONDS)
+    return None
+
+
+def _first_with_processes(uids: range) -> int | None:
+    zombies: frozenset[int] | None = None
+    for uid in filter(_has_processes, uids):
+        if zombies is None:
+            zombies = _uids_of_zombies()
+        if uid not in zombies:
+            return uid
     return None
 
 
@@ -178,3 +195,16 @@ def _has_processes(uid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _uids_of_zombies() -> frozenset[int]:
+    """The uids that zombies have, and no other process that /proc shows."""
+    zombies: set[int] = set()
+    others: set[int] = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (found := _STATUS.search((directory / "status").read_bytes())) is not None:
+                state, uid, threads = found.groups()
+                # The first thread is a zombie also if it has ended before the others.
+                (zombies if (state, threads) == (b"Z", b"1") else others).add(int(uid))
+    return frozenset(zombies - others)

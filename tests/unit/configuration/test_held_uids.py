@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from integration.instance import eventually
 
 from titus_py.configuration.held_uids import (
     Held,
@@ -194,6 +195,32 @@ def test_a_uid_that_a_process_has(tmp_path: Path) -> None:
             other.kill()
             other.wait()
         assert process_with(range(uid, uid + 1), patience=10) is None
+
+
+#: As another user; the first thread ends before the second, or after it.
+ENDS = """\
+import ctypes, os, sys, threading, time
+uid, first = map(int, sys.argv[1:])
+os.setresuid(uid, uid, uid)
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+if first:
+    ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's process is started")
+@pytest.mark.parametrize("uid", [1_999_999_124, 4_099_999_124])
+def test_a_zombie_has_no_uid(uid: int) -> None:
+    command = [sys.executable, "-c", ENDS, str(uid)]
+    with subprocess.Popen([*command, "0"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert "\nState:\tZ" in Path(f"/proc/{ended.pid}/status").read_text()
+        assert process_with(range(uid - 5, uid + 5)) is None
+        with subprocess.Popen([*command, "1"]) as half_ended:
+            status = Path(f"/proc/{half_ended.pid}/status")
+            eventually(lambda: "\nState:\tZ" in status.read_text(), "the first thread's end")
+            assert process_with(range(uid - 5, uid + 5)) == uid
+            half_ended.kill()
 
 
 def test_a_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
