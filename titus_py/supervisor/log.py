@@ -25,9 +25,11 @@ from titus_py.supervisor.events import is_as_loud
 
 __all__ = ["Log", "as_text"]
 
-_QUEUE_LINES = 20_000
+#: So many lines wait at most, and so many octets. A line may have a hundred times as many as most
+#: have, where whoever is heard wants that.
+_QUEUE_LINES, _QUEUE_OCTETS = 20_000, 32 * 1024 * 1024
 #: Room for so many more alarms, which a flood of other events cannot take.
-_QUEUE_ALARMS = 1_000
+_QUEUE_ALARMS, _ALARMS_OCTETS = 1_000, 4 * 1024 * 1024
 _STANDARD_ERROR = 2
 #: How soon to try again when the journal is too slow, or being restarted.
 _PAUSE_SECONDS = 0.1
@@ -66,6 +68,7 @@ class Log:
         self._no_rest = threading.Event()
         self._closed = False
         # Each of these is changed by one thread only.
+        self._octets_queued = self._octets_taken = 0
         self._not_queued = lost
         self._not_written = 0
         self._reported = lost
@@ -81,10 +84,16 @@ class Log:
         """Record an event, if it is loud enough; never waits."""
         if not is_as_loud(level, self.least):
             return
-        if len(self._lines) >= _QUEUE_LINES + (_QUEUE_ALARMS if level == "alarm" else 0):
+        is_alarm = level == "alarm"
+        octets = self._octets_queued - self._octets_taken
+        if len(self._lines) >= _QUEUE_LINES + is_alarm * _QUEUE_ALARMS or (
+            octets >= _QUEUE_OCTETS + is_alarm * _ALARMS_OCTETS
+        ):
             self._not_queued += 1
             return
-        self._lines.append(self._line(event, level, fields))
+        line = self._line(event, level, fields)
+        self._octets_queued += len(line[1])
+        self._lines.append(line)
         if event not in _ORDINARY or level != "info":
             self._no_rest.set()
         if not self._awake.is_set():
@@ -139,7 +148,7 @@ class Log:
             count += 1
         self._not_written += self._unwritten(for_journal, octets)
         for _ in range(count):
-            self._lines.popleft()
+            self._octets_taken += len(self._lines.popleft()[1])
 
     def _unwritten(self, for_journal: bool, octets: bytes) -> int:
         """Write an entry or lines; returns how many of them could not be written."""

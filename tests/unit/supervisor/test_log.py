@@ -153,6 +153,35 @@ def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
     assert events[-1]["event"] == "after"
 
 
+def test_long_lines_that_nobody_reads_do_not_fill_the_memory() -> None:
+    """Whoever controls a child makes them as long as they may be. There is room for alarms."""
+    reader, writer = os.pipe()
+    program = (
+        "import os\n"
+        "from titus_py.supervisor.log import Log\n"
+        "log = Log('json')\n"
+        "before = int(open('/proc/self/statm').read().split()[1])\n"
+        "for _ in range(1000): log('event', text='\U000e0001' * 10_000)\n"
+        "for _ in range(20): log('alarming', level='alarm', text='x' * 10_000)\n"
+        "log('event')\n"
+        "after = int(open('/proc/self/statm').read().split()[1])\n"
+        "print((after - before) * os.sysconf('SC_PAGE_SIZE'), log.lost, flush=True)\n"
+        "log.close(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
+    ) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        octets, lost = map(int, process.stdout.readline().split())
+        with os.fdopen(reader, "rb") as lines:
+            names = [json.loads(line)["event"] for line in lines]
+        assert process.wait(60) == 0
+    assert octets < 64 * 1024 * 1024
+    assert names.count("alarming") == 20
+    assert names.count("event") + lost == 1001
+
+
 def test_a_log_that_cannot_be_written_ends_nothing() -> None:
     program = (
         "import os, time\n"
