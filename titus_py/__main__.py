@@ -276,8 +276,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     if checked.mistakes:
         report(checked)
         Notifier()(status=f"not started: {checked.mistakes[0]}")
-        # If nothing is known to be wrong, it may be right the next time.
-        return 1 if all(mistake.unknown for mistake in checked.mistakes) else 2
+        # If nothing is known to be wrong, it may be right the next time: a service manager starts
+        # it again. Who has it tried out is told all that it says.
+        again = tried_out is None and all(mistake.unknown for mistake in checked.mistakes)
+        return 1 if again else 2
     if tried_out is not None:
         return 0
     return serve(checked, lambda before: check(read(), running=True, before=before))

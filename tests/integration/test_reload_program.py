@@ -126,6 +126,13 @@ def test_a_new_program_takes_over_and_nobody_is_refused(
     assert instance.settled_counts() == before
 
 
+_WITHOUT_CHECKS = """
+from titus_py.configuration import helper
+helper.KEYD_CHECK = sys.executable, "-c", "raise SystemExit(3)"
+helper.HANDSHAKE_CHECK = sys.executable, "-c", "raise SystemExit(4)"
+"""
+
+
 def test_the_command_waits_for_the_new_program(
     serve: Serve, patient: str, program: Program
 ) -> None:
@@ -138,6 +145,12 @@ def test_the_command_waits_for_the_new_program(
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr == "titus-py: not reloaded: the new program failed: it is broken\n"
+    # One that starts, and can look at no key, has all its reasons told.
+    program.install(_WITHOUT_CHECKS)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1
+    assert "could not be checked by 'keyd check': exit code 3: no message\n" in done.stderr
+    assert "whether a handshake is possible: exit code 4: no message\n" in done.stderr
     assert serves(instance)
 
 
