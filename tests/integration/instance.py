@@ -473,12 +473,12 @@ class Instance:
         """The same, once there are so many, and each is confined."""
 
         def confined() -> list[Process]:
-            workers = self.workers()
-            # Who was root's when it was listed may be confined by now, with another uid.
-            done = len(workers) >= at_least and all(
-                worker.uid and _is_confined(worker) for worker in workers
-            )
-            return workers if done else []
+            listed = self.workers()
+            if len(listed) < at_least or not all(map(_is_confined, listed)):
+                return []
+            # One that was root's when it was listed has another uid by now.
+            now = [_process(worker.pid) for worker in listed]
+            return [worker for worker in now if worker is not None] if all(now) else []
 
         found: list[Process] = eventually(confined, f"{at_least} confined workers")
         return found
