@@ -3,13 +3,17 @@
 Used by the worker on names that its client chose, after OpenSSL has verified the certificate
 (unprivileged); by the supervisor, to end connections that a reload no longer allows; and by the
 configuration. Imported only where a virtual host asks for client certificates.
+
+A worker that was taken over claims thousands of names, and there may be thousands of patterns. So
+no name is held against each of them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Allow", "Facts", "allows", "dns_matches", "uri_matches"]
+__all__ = ["Allow", "Facts", "allows", "uri_matches"]
 
 #: A host name as certificates have it. A name with a star in it stands for no client.
 _HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
@@ -47,22 +51,30 @@ def allows(allow: Allow | None, facts: Facts) -> bool:
         return True
     return (
         facts.spki in allow.spki
-        or any(name in allow.cn for name in facts.cn)
-        or any(dns_matches(pattern, name) for pattern in allow.dns for name in facts.dns)
-        or any(uri_matches(pattern, uri) for pattern in allow.uri for uri in facts.uri)
+        or not frozenset(facts.cn).isdisjoint(allow.cn)
+        or not _fitting(facts.dns).isdisjoint(map(str.lower, allow.dns))
+        or any(_fits_one(pattern, facts.uri) for pattern in allow.uri)
     )
 
 
-def dns_matches(pattern: str, name: str) -> bool:
-    """Whether a DNS name fits a pattern: a name, or ``*.`` and a name (one label for the star)."""
-    if not name.isascii():
-        return False
-    name, pattern = name.lower(), pattern.lower()
-    if not _HOST_NAME.fullmatch(name):
-        return False
-    if pattern.startswith("*."):
-        return name.partition(".")[2] == pattern[2:]
-    return name == pattern
+# Of several clients, each is asked about the same names in turn (``known_client.which``).
+@lru_cache(maxsize=1)
+def _fitting(names: tuple[str, ...]) -> frozenset[str]:
+    """The patterns that one of these DNS names fits, in lower case.
+
+    Each is a name, or ``*.`` and a name: one label for the star.
+    """
+    ascii_names = [name.lower() for name in names if name.isascii()]
+    hosts = [name for name in ascii_names if _HOST_NAME.fullmatch(name)]
+    return frozenset(hosts).union(f"*.{name.partition('.')[2]}" for name in hosts)
+
+
+def _fits_one(pattern: str, uris: Collection[str]) -> bool:
+    """Whether one of these fits a pattern (``uri_matches``)."""
+    head, star, _ = pattern.partition("*")
+    if not star:
+        return pattern in uris
+    return any(uri_matches(pattern, uri) for uri in uris if uri.startswith(head))
 
 
 def uri_matches(pattern: str, uri: str) -> bool:

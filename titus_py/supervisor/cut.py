@@ -46,7 +46,7 @@ class _Rules(NamedTuple):
     #: The public keys of the authorities, in hexadecimal.
     keys: frozenset[str]
     #: Where its clients' connections go, by the configuration before and by the new one; None where
-    #: the new one knows no clients one by one.
+    #: that is the same, or the new one knows no clients one by one.
     reach: "tuple[_Reach, _Reach] | None" = None
 
 
@@ -241,8 +241,9 @@ def _rules(earlier: Generation, serving: Generation) -> dict[int, _Rules | None]
         if now is not None and terms is not None:
             files = now.client_files
             keys = authorities[files].keys if files is not None else ()
-            reach = (_Reach.at(before), _Reach.at(now)) if now.client else None
-            rules[number] = _Rules(terms, frozenset(keys), reach)
+            reach = _Reach.at(before), _Reach.at(now)
+            changed = bool(now.client) and reach[0] != reach[1]
+            rules[number] = _Rules(terms, frozenset(keys), reach if changed else None)
         elif now is None and before.client_certificates is not None:
             rules[number] = None
     return rules
@@ -254,10 +255,12 @@ def _match(vhost: VirtualHost) -> tuple[object, ...]:
 
 def _unwanted(claims: Sequence[_Claim]) -> tuple[list[_Claim], str]:
     """The claims of those who are not let in any more, and why that is not all; in a thread."""
-    unwanted = [claim for claim in claims if not _lets_in(claim)]
+    unwanted: list[_Claim] = []
     by_lists: dict[str, list[_Claim]] = {}
     for claim in claims:
-        if claim.rules is not None and claim.rules.terms.revocations and _lets_in(claim):
+        if claim.rules is None or not _lets_in(claim, claim.rules):
+            unwanted.append(claim)
+        elif claim.rules.terms.revocations:
             by_lists.setdefault(claim.rules.terms.revocations, []).append(claim)
     try:
         for lists, of_them in by_lists.items():
@@ -267,11 +270,9 @@ def _unwanted(claims: Sequence[_Claim]) -> tuple[list[_Claim], str]:
     return unwanted, ""
 
 
-def _lets_in(claim: _Claim) -> bool:
+def _lets_in(claim: _Claim, rules: _Rules) -> bool:
     """Whether the new configuration lets this client in, revoked certificates aside."""
-    rules, identity = claim.rules, claim.identity
-    if rules is None:
-        return False
+    identity = claim.identity
     if identity is None:
         return not rules.terms.required
     known = not rules.terms.authorities or any(

@@ -1,10 +1,15 @@
 """Which certificates are let in by what is in them."""
 
+import cProfile
+import pstats
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titus_py.between.client_allow import Allow, Facts, allows, dns_matches, uri_matches
+from titus_py.between.client_allow import Allow, Facts, allows, uri_matches
+from titus_py.between.client_identity import MAX_NAMES_OCTETS
+from titus_py.between.known_client import KnownClient, which
 
 SPKI = "ab" * 32
 NOBODY = Facts((), (), (), SPKI)
@@ -12,6 +17,10 @@ LABELS = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_", min_size=1, max_size=
 SEGMENTS = st.text(st.characters(exclude_characters="/*"), min_size=1, max_size=8).filter(
     lambda segment: segment not in (".", "..")
 )
+
+
+def dns_matches(pattern: str, name: str) -> bool:
+    return allows(Allow(dns=(pattern,)), NOBODY._replace(dns=(name,)))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +69,26 @@ def test_a_dns_name(pattern: str, name: str, fits: bool) -> None:
 )
 def test_a_uri(pattern: str, uri: str, fits: bool) -> None:
     assert uri_matches(pattern, uri) is fits
+    others = "spiffe://elsewhere/a", uri, "urn:b"
+    assert allows(Allow(uri=("urn:a", pattern)), NOBODY._replace(uri=others)) is fits
+
+
+#: As many as a worker can claim.
+NAMES = tuple(f"x{number:03}" for number in range(MAX_NAMES_OCTETS // 8))
+
+
+@pytest.mark.parametrize("kind", ["dns", "uri", "cn"])
+def test_thousands_of_names_and_patterns_are_not_held_against_each_other(kind: str) -> None:
+    """Who is taken over is not to have others' connections judged too late (``reload --cut``)."""
+    facts = NOBODY._replace(**{kind: NAMES})
+    head = "spiffe://" if kind == "uri" else ""
+    patterns = tuple(f"{head}a{number}.example.org" for number in range(200))
+    patterns += (f"*.{patterns[0]}",) if kind == "dns" else (f"{head}b/*",)
+    clients = [KnownClient("", Allow(**{kind: (one,)}), (), None, None) for one in patterns]
+    with cProfile.Profile() as profile:
+        assert not allows(Allow(**{kind: patterns}), facts)
+        assert which(clients, facts) is None
+    assert pstats.Stats(profile).total_calls < 10 * (len(NAMES) + len(patterns))  # type: ignore[attr-defined]
 
 
 def test_any_one_match_suffices() -> None:

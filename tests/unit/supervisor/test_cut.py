@@ -41,7 +41,7 @@ def judged(
 ) -> bool:
     settings = {"required": True, "authorities": "CA", "revocations": "", "allow": allow} | terms
     rules = Rules(ClientTerms(**settings), frozenset(key.hex() for key in keys))
-    return lets_in(Claim(1, 1, rules, identity))
+    return lets_in(Claim(1, 1, rules, identity), rules)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_no_certificate() -> None:
 
 def test_what_cannot_be_judged_is_not_let_in() -> None:
     assert not judged(ALICE._replace(complete=False))
-    assert not lets_in(Claim(1, 1, None, ALICE))
-    assert not lets_in(Claim(1, 1, None, None))
+    claims = [Claim(1, 1, None, ALICE), Claim(1, 2, None, None)]
+    assert module._unwanted(claims) == (claims, "")
 
 
 @contextmanager
@@ -309,7 +309,8 @@ def test_a_client_that_may_reach_less_than_before() -> None:
 
     def judge(before: Reach, now: Reach) -> bool:
         terms = ClientTerms(True, "", "", ((), (), (), (OWN.hex(),)), now.known)
-        return lets_in(Claim(1, 1, Rules(terms, frozenset(), (before, now)), ALICE))
+        rules = Rules(terms, frozenset(), (before, now))
+        return lets_in(Claim(1, 1, rules, ALICE), rules)
 
     everywhere = frozenset({"a:1", "b:1"})
     for before, now, let_in in (
