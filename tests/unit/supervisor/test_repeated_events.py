@@ -140,11 +140,21 @@ def test_what_is_worse_does_not_go_under_in_what_is_not(
     assert 20 in [fields["connection"] for _, fields in recorded.lines]
 
 
-def test_no_alarm_of_keyds_is_held_back(recorded: Recorded, events: RepeatedEvents) -> None:
-    for number in range(100):
-        events.refused("keyd_refused", 1, refusal(number, level="alarm"))
-    assert [fields["connection"] for _, fields in recorded.lines] == list(range(100))
-    assert recorded.metrics.alarms.counts["keyd_refused"] == 100
+def test_alarms_of_keyds_are_told_one_by_one_unless_there_is_a_flood(
+    loop: EventLoop, recorded: Recorded, events: RepeatedEvents
+) -> None:
+    """Whoever controls keyd can have thousands in a second, each with another reason."""
+    for number in range(350):
+        events.refused("keyd_refused", 1, refusal(number, f"reason {number}", level="alarm"))
+    # The first of the others is told at once, too.
+    assert [fields["connection"] for _, fields in recorded.lines] == list(range(101))
+    a_second_passes(loop)
+    ((_, last),) = recorded.lines[101:]
+    assert (last["connection"], last["level"], last["count"]) == (349, "alarm", 249)
+    assert recorded.metrics.alarms.counts["keyd_refused"] == 350
+    events.refused("keyd_refused", 1, refusal(350, level="alarm"))
+    events.refused("keyd_refused", 1, refusal(351, level="alarm"))
+    assert [fields["connection"] for _, fields in recorded.lines[102:]] == [350, 351]
 
 
 def test_what_is_held_back_is_told_before_the_log_is_closed(
