@@ -15,6 +15,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from keyd.inspection.open_files import name_of
+
 __all__ = ["is_one", "join"]
 
 _LOCK = "/run/keyd-audits.lock"
@@ -42,7 +44,7 @@ def is_one(pid: int) -> bool:
 def _locks(pid: int, descriptor: str, file: str) -> bool:
     # The process closes others meanwhile.
     with suppress(FileNotFoundError):
-        if os.readlink(f"/proc/{pid}/fd/{descriptor}").endswith(os.path.basename(_LOCK)):
+        if name_of(f"/proc/{pid}/fd/{descriptor}").endswith(os.path.basename(_LOCK)):
             lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines()
             # "lock:", a number, FLOCK, ADVISORY, READ, the process, the file, and a range.
             words = [line.split() for line in lines if line.startswith("lock:")]

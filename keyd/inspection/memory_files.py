@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from keyd.inspection.mappings import Mapping
+from keyd.inspection.open_files import name_of, opened
 from keyd.inspection.ranges import Ranges
 
 __all__ = ["MemoryFile", "memory_files"]
@@ -42,30 +42,24 @@ def memory_files(pid: int, mapped: Iterable[Mapping]) -> Iterator[MemoryFile]:
     for number in os.listdir(f"/proc/{pid}/fd"):
         # It may be closed by now, or be something else.
         with suppress(FileNotFoundError):
-            if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("/memfd:"):
+            if not name_of(f"/proc/{pid}/fd/{number}").startswith("/memfd:"):
                 continue
-            if _mount(pid, number) not in _kernels_mounts():
+            if opened(pid, number).mount not in _kernels_mounts():
                 continue
             named = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
             try:
-                if _mount("self", named) in _kernels_mounts():
+                if opened("self", named).mount in _kernels_mounts():
                     seen = os.fstat(named)
                     device = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}"
                     ranges = known.setdefault((device, str(seen.st_ino)), Ranges())
                     parts = ranges.add(0, seen.st_size)
-                    yield MemoryFile(named, os.readlink(f"/proc/self/fd/{named}"), parts)
+                    yield MemoryFile(named, name_of(f"/proc/self/fd/{named}"), parts)
             finally:
                 os.close(named)
 
 
-def _mount(pid: int | str, descriptor: int | str) -> bytes:
-    """Of a descriptor's file (proc(5)): its name may be any, and to look at the file may hang."""
-    lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_bytes().split(b"\n")
-    return next(line for line in lines if line.startswith(b"mnt_id:"))
-
-
 @cache
-def _kernels_mounts() -> frozenset[bytes]:
+def _kernels_mounts() -> frozenset[int]:
     """One is of files in plain pages, and one of those in each size of huge pages."""
     sizes = (0, os.MFD_HUGETLB, *(os.MFD_HUGETLB | bits << _SIZE_SHIFT for bits in _huge_sizes()))
     found = set()
@@ -74,7 +68,7 @@ def _kernels_mounts() -> frozenset[bytes]:
         with suppress(OSError):
             own = os.memfd_create("own", os.MFD_CLOEXEC | flags)
             try:
-                found.add(_mount("self", own))
+                found.add(opened("self", own).mount)
             finally:
                 os.close(own)
     return frozenset(found)

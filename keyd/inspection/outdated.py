@@ -13,6 +13,7 @@ from pathlib import Path
 
 from keyd.inspection.findings import first_of
 from keyd.inspection.mappings import mappings
+from keyd.inspection.open_files import name_of
 
 __all__ = ["in_words", "outdated"]
 
@@ -43,7 +44,7 @@ def _outdated(pid: int) -> Iterator[str]:
     """Memory that was made of a file, and the file removed, is no such file. What is executed, and
     is the program or called a library, is.
     """
-    program = os.readlink(f"/proc/{pid}/exe")
+    program = name_of(f"/proc/{pid}/exe")
     for one in mappings(pid):
         name = one.span.mapping
         if (

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import prctl
 
+from keyd.inspection.open_files import name_of, opened
 from keyd.inspection.origins import unit_of
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
@@ -66,7 +67,7 @@ def running() -> list[Running]:
     if os.geteuid() != 0 or not prctl.cap_effective.sys_ptrace:
         raise PermissionError(_NEEDS)
     with open(os.memfd_create("mount"), "rb") as own:
-        mount, _ = _opened("self", own.fileno())
+        mount = opened("self", own.fileno()).mount
     found: dict[int, Running] = {}
     left = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     for _ in range(_ATTEMPTS):
@@ -112,24 +113,16 @@ def _page_of(pid: int, mount: int) -> int | None:
     for name in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{name}"
         with suppress(FileNotFoundError):
-            if not os.readlink(path).startswith(f"/memfd:{NAME} "):
+            if not name_of(path).startswith(f"/memfd:{NAME} "):
                 continue
-            _, access = _opened(pid, name)
+            access = opened(pid, name).access
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:
-                if (_opened("self", file)[0], access) == (mount, os.O_RDWR):
+                if (opened("self", file).mount, access) == (mount, os.O_RDWR):
                     return os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
             finally:
                 os.close(file)
     return None
-
-
-def _opened(pid: int | str, descriptor: int | str) -> tuple[int, int]:
-    """The number of the mount that a descriptor's file is on, and its access mode (proc(5))."""
-    # Further lines are of the kind of file, and may have a name that a user has given it.
-    lines = Path(f"/proc/{pid}/fdinfo/{descriptor}").read_bytes().split(b"\n")[:3]
-    fields = dict(line.split(b":", 1) for line in lines)
-    return int(fields[b"mnt_id"]), int(fields[b"flags"], 8) & os.O_ACCMODE
 
 
 def _running(pid: int, page: int) -> Running:

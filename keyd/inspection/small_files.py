@@ -12,8 +12,8 @@ import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
+from keyd.inspection.open_files import opened
 from keyd.linux.mounts import Mount, mounts, uncovered
 
 __all__ = ["LARGEST", "TooLarge", "below", "read"]
@@ -50,15 +50,15 @@ def below(
         directory = left.pop()
         at(directory)
         try:
-            with _opened(directory, os.O_DIRECTORY) as opened:
-                device = _device(opened, mounted)
+            with _opened(directory, os.O_DIRECTORY) as descriptor:
+                device = _device(descriptor, mounted)
                 if directory == start:
                     own = device
                 elif device != own:
                     problem(directory, "it was mounted meanwhile")
                     continue
                 # Not by its path twice: it may be another one by then.
-                with os.scandir(f"/proc/self/fd/{opened}") as entries:
+                with os.scandir(f"/proc/self/fd/{descriptor}") as entries:
                     for entry in entries:
                         path = os.path.join(directory, entry.name)
                         is_directory = entry.is_dir(follow_symlinks=False)
@@ -119,8 +119,7 @@ def _content(file: str, octets: int) -> bytes:
         os.close(descriptor)
 
 
-def _device(opened: int, mounted: Mapping[int, Mount]) -> str:
+def _device(descriptor: int, mounted: Mapping[int, Mount]) -> str:
     """That of the mount: parts of one file system may have others by stat(2) (Btrfs)."""
-    lines = Path(f"/proc/self/fdinfo/{opened}").read_bytes().split(b"\n")
-    number = next(int(line.split()[1]) for line in lines if line.startswith(b"mnt_id:"))
+    number = opened("self", descriptor).mount
     return mounted[number].device if number in mounted else ""

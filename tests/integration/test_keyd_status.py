@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from keyd.inspection import audit, reports
+from keyd.inspection import audit, auditors, reports
 from keyd.inspection.findings import Finding
-from keyd.inspection.key_search import Needle, needles
+from keyd.inspection.key_search import Needle, needles, search
+from keyd.inspection.open_files import Opened
 from keyd.inspection.reports import running
 from keyd.keys import load_private_key
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
@@ -438,13 +439,13 @@ sys.stdin.read()
 
 def test_what_takes_the_place_of_a_page_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """That could take as long as another user likes, too."""
-    opened = reports._opened
+    opened = reports.opened
     command = ["/usr/bin/python3", "-I", "-c", FORGER_THAT_CHANGES]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def opened_before(pid: int | str, descriptor: int | str) -> tuple[int, int]:
+        def opened_before(pid: int | str, descriptor: int | str) -> Opened:
             seen = opened(pid, descriptor)
             if pid == process.pid and process.stdin and process.stdout:
                 process.stdin.write(b"\n")
@@ -454,11 +455,40 @@ def test_what_takes_the_place_of_a_page_is_not_read(monkeypatch: pytest.MonkeyPa
 
         try:
             assert process.stdout.readline()
-            monkeypatch.setattr(reports, "_opened", opened_before)
+            monkeypatch.setattr(reports, "opened", opened_before)
             found = running()
         finally:
             process.stdin.close()
     assert process.pid not in [one.pid for one in found]
+
+
+#: Is called keyd, and has a file open with a path that is longer than any that the kernel tells.
+DEEP = """
+import os, sys
+open("/proc/self/comm", "w").write("keyd")
+for _ in range(20):
+    os.mkdir(250 * "d")
+    os.chdir(250 * "d")
+file = open("file", "w")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_may_have_a_file_open_that_has_no_name(tmp_path: Path) -> None:
+    """It ended status, audit and metrics, whoever it was of."""
+    command = ["/usr/bin/python3", "-I", "-c", DEEP]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        try:
+            assert process.pid not in {one.pid for one in running()}
+            assert not auditors.is_one(process.pid)
+            assert search(process.pid, [Needle("it", os.urandom(32))]).octets
+        finally:
+            process.communicate()
 
 
 def test_pages_that_are_never_whole_are_waited_for_together(
