@@ -18,6 +18,7 @@ __all__ = [
     "sees_the_whole_machine",
     "unit_in",
     "unit_of",
+    "user_of",
 ]
 
 #: The inodes of the first namespaces, which the kernel's interface has (linux/nsfs.h).
@@ -36,7 +37,7 @@ def of_root(pids: Iterable[int]) -> set[int]:
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if (
                 pid == 1
-                or os.stat(f"/proc/{pid}").st_uid == 0
+                or user_of(pid) == 0
                 or _is_in_an_empty_root(pid)
                 or services.are_one_with(pid)
             ):
@@ -47,8 +48,21 @@ def of_root(pids: Iterable[int]) -> set[int]:
 def is_of_the_system(pid: int) -> bool:
     """Root runs it, or it is in a service of the system: as what an attacker may be, too."""
     with suppress(FileNotFoundError, ProcessLookupError):
-        return os.stat(f"/proc/{pid}").st_uid == 0 or bool(unit_of(pid))
+        return user_of(pid) == 0 or bool(unit_of(pid))
     return False
+
+
+def user_of(pid: int) -> int:
+    """Who runs a process: its real uid. What is root's for whoever runs it (setuid) is a user's.
+
+    Raises FileNotFoundError, ProcessLookupError if it has ended.
+    """
+    return int(_status(pid)[b"Uid"][0])
+
+
+def _status(pid: int) -> dict[bytes, list[bytes]]:
+    lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
+    return {name: words.split() for name, _, words in (one.partition(b":") for one in lines)}
 
 
 def sees_the_whole_machine() -> bool:
@@ -60,11 +74,10 @@ def may_read(pid: int, file: str) -> bool:
     """Whether a process's user and groups may read a file: then it needs nobody to have its key."""
     with suppress(OSError):
         seen = os.stat(file)
-        lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
-        fields = {name: words.split() for name, _, words in (one.partition(b":") for one in lines)}
-        if int(fields[b"Uid"][1]) == seen.st_uid:
+        fields = _status(pid)
+        if int(fields[b"Uid"][0]) == seen.st_uid:
             return bool(seen.st_mode & 0o400)
-        groups = {int(one) for one in (fields[b"Gid"][1], *fields[b"Groups"])}
+        groups = {int(one) for one in (fields[b"Gid"][0], *fields[b"Groups"])}
         return bool(seen.st_mode & (0o040 if seen.st_gid in groups else 0o004))
     return False
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import prctl
 
 from keyd.inspection.open_files import name_of, opened
-from keyd.inspection.origins import unit_of
+from keyd.inspection.origins import unit_of, user_of
 from keyd.protocol import Status
 from keyd.status_page import HEAD, NAME, OCTETS, TEXT_CHARACTERS, VERSION, Refused, Report
 
@@ -135,7 +135,7 @@ def _running(pid: int, page: int) -> Running:
 
 def _known_of(pid: int) -> tuple[int, str, str]:
     """By the kernel's account."""
-    uid = os.stat(f"/proc/{pid}").st_uid
+    uid = user_of(pid)
     try:
         user = pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -1,17 +1,19 @@
 """Whose a process is: by its control groups."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
 from integration.instance import eventually
 
 from keyd.inspection import origins
-from keyd.inspection.origins import of_root, unit_in, unit_of
+from keyd.inspection.origins import is_of_the_system, may_read, of_root, unit_in, unit_of
 
 OF_A_USER = "/user.slice/user-1000.slice/user@1000.service/app.slice/keyd@nginx.service"
 
@@ -70,6 +72,23 @@ def test_no_user_gives_a_control_group_a_name_that_is_two_lines(
         seen = unit_of(process.pid), of_root([process.pid])
         process.communicate()
     assert seen == ("", set())
+
+
+def test_what_is_roots_for_whoever_runs_it_is_a_users() -> None:
+    """Any user can run such a program by another name, with a file of its own open: as a keyd."""
+    with TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        program = Path(shutil.copy(shutil.which("cat") or "", directory))
+        program.chmod(0o4755)
+        secret = Path(directory, "secret")
+        secret.touch(mode=0o600)
+        with subprocess.Popen([program], stdin=subprocess.PIPE, user="nobody", cwd="/") as process:
+            if os.stat(f"/proc/{process.pid}").st_uid:
+                pytest.skip("no program is setuid here")
+            seen = of_root([process.pid]), is_of_the_system(process.pid)
+            may = may_read(process.pid, str(secret))
+            process.communicate()
+    assert (*seen, may) == (set(), False, False)
 
 
 def test_all_processes_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
