@@ -1,9 +1,9 @@
 """Which files have a key, of those that are small enough, and whose they are; what was not read.
 
 Run by ``keyd audit``, as root: the key is in this process. What is in a file is compared with the
-key, and not parsed. What is mounted below a directory has a search of its own if it is memory, as
-any user's directory in /run is. Else it is named: it may be another host's, or somebody's program,
-or larger than anybody waits for.
+key, and not parsed. What is mounted below a directory has a search of its own if it is a disk, or
+memory, as any user's directory in /run is. Else it is named: it may be another host's, or
+somebody's program, and answer never.
 """
 
 import errno
@@ -34,8 +34,7 @@ __all__ = ["files_with_keys"]
 
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
-_IN_MEMORY = "tmpfs", "ramfs"
-_MISSING = os.strerror(errno.ENOENT)
+_MISSING, _NO_DIRECTORY = map(os.strerror, (errno.ENOENT, errno.ENOTDIR))
 #: What the kernel makes up, and nobody can put a key into.
 _OF_THE_KERNEL = (
     *("binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts"),
@@ -62,7 +61,7 @@ def files_with_keys(
     starts |= {
         one.path
         for one in uncovered(mounts())
-        if one.kind in _IN_MEMORY and any(_is_below(one.path, start) for start in real.values())
+        if one.is_local and any(_is_below(one.path, start) for start in real.values())
     }
 
     def look(start: str, _: frozenset[str], at: At) -> Any:
@@ -70,7 +69,8 @@ def files_with_keys(
         search.look_below(start, at)
         return search.findings, search.unread, search.elsewhere, search.too_large
 
-    # Others may go while they are looked for, as a user's does in /run.
+    # Others may go while they are looked for, as a user's does in /run. And a file may be mounted,
+    # as a container's /etc/hosts: it is read with the directory that it is in.
     needed = set(real.values()) if directories else set()
     # Of those that hang, that is said already.
     known = starts | set(directories or DIRECTORIES)
@@ -84,7 +84,9 @@ def files_with_keys(
             continue
         findings, unread, elsewhere, too_large = answer
         yield from (Finding(*fields) for fields in findings)
-        unread = [one for one in unread if one != [start, _MISSING] or start in needed]
+        if start not in needed:
+            ours = [start, _MISSING], [start, _NO_DIRECTORY]
+            unread = [one for one in unread if one not in ours]
         if unread:
             named = first_of([f"{path} ({reason})" for path, reason in unread])
             yield Finding("file", start, f"not all could be read: {named}", NOT_AVAILABLE)

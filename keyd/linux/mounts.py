@@ -8,10 +8,15 @@ import errno
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["Mount", "mounts", "uncovered"]
+
+
+#: What is in memory; and what has disks that the kernel does not know of.
+_LOCAL = "tmpfs", "ramfs", "zfs"
 
 
 class Mount(NamedTuple):
@@ -39,6 +44,11 @@ class Mount(NamedTuple):
     def is_of_a_user(self) -> bool:
         return self.is_of_a_program and "user_id=0" not in self.of_the_whole.split(",")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is memory or a disk: neither a program nor another host answers for it."""
+        return self.kind in _LOCAL or (self.kind in _of_disks() and not self.is_of_a_program)
+
 
 def mounts(pid: int | str = "self") -> list[Mount]:
     """All of them. Raises FileNotFoundError, ProcessLookupError if the process has ended."""
@@ -57,6 +67,13 @@ def uncovered(found: Sequence[Mount]) -> list[Mount]:
     paths = {mount.number: mount.path for mount in found}
     covered = {mount.on for mount in found if paths.get(mount.on) == mount.path}
     return [mount for mount in found if mount.number not in covered]
+
+
+@cache
+def _of_disks() -> frozenset[str]:
+    """The kinds of file systems that are on a disk (/proc/filesystems; proc_filesystems(5))."""
+    lines = Path("/proc/filesystems").read_text().splitlines()
+    return frozenset(line.strip() for line in lines if not line.startswith("nodev"))
 
 
 def _mount(line: str) -> Mount:
