@@ -16,7 +16,7 @@ from keyd.powers import PrivateKey
 from titus_py.audit.throwaway_authority import ThrowawayAuthority
 
 from .conftest import Serve
-from .instance import TITUS_PY, UIDS, Instance, Table, eventually
+from .instance import TITUS_PY, UIDS, Instance, Table, eventually, zombies
 from .lender import Lender, lending
 from .peers import Listener, TlsClient
 from .service import reload, status
@@ -112,6 +112,12 @@ def test_it_starts_without_its_upstreams_and_serves_the_others(unlent: Served) -
     assert f"unix:{first}: cannot be connected to" in refused["attempted"]
     assert f"unix:{second}: cannot be connected to" in refused["attempted"]
     unlent.shake_hands("own.example")
+    # What keyd has started ends after it, and leads a session.
+    unlent.instance.expected_alarms.add("keyd_died")
+    unlent.instance.keyd().kill()
+    unlent.instance.wait_for_event("keyd_died")
+    eventually(lambda: zombies(unlent.instance.pid), "its end")
+    eventually(lambda: not zombies(unlent.instance.pid), "no zombies")
 
 
 def test_the_audit_says_once_that_a_site_is_not_served(unlent: Served) -> None:

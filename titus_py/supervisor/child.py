@@ -23,7 +23,7 @@ from keyd.provider import openssl_configuration
 from titus_py.between.event_loop import Timer
 from titus_py.between.hand_over import KEYD_FD, PARENT_FD
 from titus_py.between.plan import Plan
-from titus_py.supervisor.reaping import end_unwatched, reap
+from titus_py.supervisor.reaping import end_unwatched, note, reap
 
 __all__ = ["ALIVE_SECONDS", "Child", "start_keyd", "start_parent"]
 
@@ -49,6 +49,7 @@ class Child:
         self.name = name
         self.socket = end
         self.pid = process if isinstance(process, int) else process.pid
+        note(self.pid)
         #: While the child is starting: the timer that kills it if that takes too long.
         self.patience: Timer | None = None
         self.pidfd = os.pidfd_open(self.pid)

@@ -50,6 +50,7 @@ from titus_py.supervisor.log import Log
 from titus_py.supervisor.metrics_address import MetricsAddress
 from titus_py.supervisor.privileges import SUPERVISOR_CAPABILITIES
 from titus_py.supervisor.program_change import ProgramChange
+from titus_py.supervisor.reaping import reap_orphans
 from titus_py.supervisor.record import Record
 from titus_py.supervisor.reload import ReadAgain, Reload
 from titus_py.supervisor.renewals import Renewals
@@ -435,6 +436,7 @@ class _Supervisor:
 
     def _look_after_children(self) -> None:
         self._children.look_after(self._generations)
+        reap_orphans()
         self._look_after_control()
         self._service.tell_status()
         self._loop.after(ALIVE_SECONDS, self._look_after_children)

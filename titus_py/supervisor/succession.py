@@ -38,6 +38,7 @@ from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.installed import cannot_be_loaded, installed
 from titus_py.supervisor.lending_socket import Left as LendingSocketLeft
 from titus_py.supervisor.listeners import Listeners
+from titus_py.supervisor.reaping import reaped_elsewhere
 
 __all__ = [
     "CannotStart",
@@ -273,18 +274,19 @@ def _try_out(legacy: Legacy, environment: Mapping[str, str], seconds: float) -> 
     """Raises OSError."""
     descriptor = sealed_file("legacy", legacy.model_dump_json().encode())
     try:
-        done = subprocess.run(
-            _command(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**environment, _REHEARSAL: str(descriptor)},
-            pass_fds=(descriptor,),
-            # If it dies, the processes that it leaves are known by its session.
-            start_new_session=True,
-            timeout=seconds,
-            check=False,
-        )
+        with reaped_elsewhere():
+            done = subprocess.run(
+                _command(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={**environment, _REHEARSAL: str(descriptor)},
+                pass_fds=(descriptor,),
+                # If it dies, the processes that it leaves are known by its session.
+                start_new_session=True,
+                timeout=seconds,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         problem = f"the new program did not read its configuration within {seconds:g} s"
         return Trial([problem], starts=False)

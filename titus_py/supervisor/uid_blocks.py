@@ -5,16 +5,14 @@ process has any of its uids.
 """
 
 import errno
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 
 from titus_py.between.event_loop import EventLoop
 from titus_py.configuration import Configuration
 from titus_py.configuration.held_uids import Held, HeldUids, any_process_has, process_with
 from titus_py.supervisor.generation import Generation
 from titus_py.supervisor.generations import Generations
-from titus_py.supervisor.reaping import reap_late
+from titus_py.supervisor.reaping import reap_orphans
 from titus_py.supervisor.record import Event
 
 __all__ = ["NoUids", "UidBlocks", "free_block"]
@@ -22,8 +20,6 @@ __all__ = ["NoUids", "UidBlocks", "free_block"]
 #: How soon to look whether uids are free, and the longest pause between two looks.
 _PAUSE_SECONDS = 0.05
 _LONGEST_PAUSE_SECONDS = 1.0
-#: When to look once more for processes that a parent has left.
-_ORPHANS_SECONDS = 1.0
 
 
 class NoUids(Exception):
@@ -122,14 +118,12 @@ class UidBlocks:
         The first looks come soon, since a new parent may wait. Then they get rarer, since each
         goes through all processes.
         """
-        _reap_orphans()
+        reap_orphans()
         if any_process_has(uids):
             longer = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             self._loop.after(pause, lambda: self.release(uids, longer))
         else:
             self.used.remove(uids)
-            # The fork server has none of these uids, and may end a little later.
-            self._loop.after(_ORPHANS_SECONDS, _reap_orphans)
 
 
 def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
@@ -140,19 +134,3 @@ def free_block(uids: range, count: int, taken: Iterable[range]) -> range | None:
             break
         start = max(start, block.stop)
     return range(start, start + count) if start + count <= uids.stop else None
-
-
-def _reap_orphans() -> None:
-    """Reap workers and fork servers whose parent has ended before them.
-
-    They are in the session that the parent led. Our own children are in our session or lead one
-    themselves: those are reaped elsewhere.
-    """
-    reap_late()
-    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    # Another thread may reap a child of its own that was seen here.
-    with suppress(ChildProcessError, ProcessLookupError):
-        while (ended := os.waitid(os.P_ALL, 0, look)) is not None:
-            if os.getsid(ended.si_pid) in (os.getsid(0), ended.si_pid):
-                return
-            os.waitid(os.P_PID, ended.si_pid, os.WEXITED)

@@ -24,7 +24,7 @@ from keyd.linux.sealed import sealed_file
 from titus_py.between.event_loop import EventLoop, Timer
 from titus_py.between.unprivileged import ALIVE, READY, Malformed
 from titus_py.supervisor.lingering import hear_alarms, not_lingering
-from titus_py.supervisor.reaping import end_unwatched, reap
+from titus_py.supervisor.reaping import end_unwatched, note, reap
 from titus_py.supervisor.record import Event
 
 __all__ = ["UnprivilegedProcess"]
@@ -147,6 +147,7 @@ class UnprivilegedProcess:
             undo.callback(ours.close)
             with theirs:
                 process = self._execute(settings, theirs)
+            note(process.pid)
             undo.callback(end_unwatched, process)
             pidfd = os.pidfd_open(process.pid)
             undo.callback(os.close, pidfd)
