@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from keyd import mldsa
 from keyd.inspection.mappings import Skipped, Span, mappings, still_mapped
-from keyd.inspection.memory_files import MemoryFile, memory_files
+from keyd.inspection.nameless_files import NamelessFile, nameless_files
 from keyd.inspection.occurrences import occurrences
 from keyd.inspection.pages_in_use import PAGE
 from keyd.inspection.shared_memory import filled
@@ -277,8 +277,8 @@ def search(
 
     The search reads the pages that the process has in use (present or swapped, whatever
     their protection), of shared mappings and of files in memory all that the files have as well,
-    and such files that the process has open. It skips pages that nobody ever touched: they hold
-    zeros or their file's content, and reading would bring them in.
+    and files that the process has open and that are in no directory. It skips pages that nobody
+    ever touched: they hold zeros or their file's content, and reading would bring them in.
     ``at`` is told before a mapping is looked at, as of a file that may hang, and its device; files
     on those to ``avoid`` are skipped. What earlier searches with the same ``known``, for the same
     needles, have read of files that several processes map is not read again.
@@ -340,7 +340,7 @@ def _search_program(
                 left = [mapping.span for mapping in mappings(pid)]
                 skipped = still_mapped(reader.skipped, left)
                 reader.skipped.clear()
-            for file in memory_files(pid, mapped):
+            for file in nameless_files(pid, mapped):
                 at(file.name, "")
                 reader.read_file(file)
             skipped += reader.skipped
@@ -399,7 +399,7 @@ class _Reader:
         self._kept = 0
         self._next = 0
 
-    def read_file(self, file: MemoryFile) -> None:
+    def read_file(self, file: NamelessFile) -> None:
         """What of it is not mapped: as if it were mapped from address 0 on."""
         self._kept = 0
         try:

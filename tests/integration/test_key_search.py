@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from keyd.inspection import nameless_files
 from keyd.inspection.key_search import (
     Needle,
     Search,
@@ -32,8 +33,10 @@ from keyd.inspection.key_search import (
     search,
     search_all,
 )
+from keyd.inspection.open_files import opened
 from keyd.inspection.pages_in_use import in_use
 from keyd.inspection.worth_reading import Known
+from keyd.linux.mounts import mounts
 from keyd.powers import PrivateKey
 from titus_py.audit.instance import Role, all_processes, connections_to, instance_processes
 from titus_py.audit.throwaway_authority import KEY_TYPES
@@ -446,6 +449,79 @@ def test_a_file_in_memory_need_not_be_mapped(rsa_key: rsa.RSAPrivateKey) -> None
     half = (1 << 39) + (len(octets) + 1) // 2
     assert (where, place) == ("/memfd:file (deleted), open", half)
     assert mapped != place
+    assert not found.unread
+
+
+#: One of its threads has a file in memory open that no other has.
+IN_A_THREAD = """
+import ctypes, os, sys, threading
+octets = bytes.fromhex(sys.stdin.readline())
+def hold():
+    assert ctypes.CDLL(None).unshare(0x400) == 0  # CLONE_FILES
+    os.write(os.memfd_create("file"), octets)
+    print(0, flush=True)
+    sys.stdin.read()
+for _ in range(3):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+threading.Thread(target=hold).start()
+"""
+
+
+@pytest.mark.parametrize("compares", [True, False])
+def test_a_thread_may_have_descriptors_of_its_own(
+    compares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nameless_files, "_CAN_COMPARE", compares)
+    secret = os.urandom(32)
+    with holder(secret, program=IN_A_THREAD) as held:
+        found = search(held.pid, [Needle("secret", secret)])
+        tables = {table for table, _ in nameless_files._descriptors(held.pid)}
+    hits = [hit.address for hit in found.hits if hit.mapping == "/memfd:file (deleted), open"]
+    assert hits == [0]
+    assert not found.unread
+    assert len(tables) == (2 if compares else 5)
+
+
+#: Removes files that it has open, but for one; if it is told to, in memory that only it sees.
+REMOVED = """
+import ctypes, os, sys
+octets = bytes.fromhex(sys.stdin.readline())
+place, kind = b"PLACE", "KIND"
+if kind == "tmpfs":
+    libc = ctypes.CDLL(None)
+    assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+    assert libc.mount(b"it", b"/", None, 0x44000, None) == 0  # MS_PRIVATE, of all
+    assert libc.mount(b"it", place, b"tmpfs", 0, None) == 0
+os.chdir(place)
+files = []
+for name, size in ("small", 100_000), ("large", 10_000_000), ("left", 100_000):
+    files.append(open(name, "wb"))
+    files[-1].write(octets)
+    files[-1].truncate(size)
+    files[-1].flush()
+    if name != "left":
+        os.remove(name)
+print(0, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["disk", "tmpfs"])
+def test_a_file_that_was_removed_and_is_open_is_searched(kind: str, tmp_path: Path) -> None:
+    """Also one that is larger than a key's, if it is in memory."""
+    if kind == "disk":
+        with open(tmp_path / "it", "wb") as file:
+            number = opened("self", file.fileno()).mount
+        if not any(
+            one.number == number and one.kind in ("ext4", "xfs", "btrfs") for one in mounts()
+        ):
+            pytest.skip("no disk here")
+    secret = os.urandom(32)
+    program = REMOVED.replace("PLACE", str(tmp_path)).replace("KIND", kind)
+    with holder(secret, program=program) as held:
+        found = search(held.pid, [Needle("secret", secret)])
+    hits = {Path(hit.mapping).name for hit in found.hits if hit.mapping.endswith(", open")}
+    assert hits == {"small (deleted), open", *["large (deleted), open"] * (kind == "tmpfs")}
     assert not found.unread
 
 
