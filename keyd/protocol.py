@@ -429,9 +429,9 @@ class Parting(NamedTuple):
 
 def decode_report(message: bytes) -> Refusal | Done | Parting:
     """A message of keyd's to a parent. Raise Malformed, saying what is wrong with it."""
-    if message == Parting().encode():
-        return Parting()
-    return Done.decode(message) if message[1:2] == b"D" else Refusal.decode(message)
+    if message[1:2] == b"D":
+        return Done.decode(message)
+    return Parting() if message == Parting().encode() else Refusal.decode(message)
 
 
 class Keys(NamedTuple):

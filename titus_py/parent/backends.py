@@ -95,6 +95,8 @@ class Backends:
             bind = self._from_address(worker.ends.client)
 
         def done(connected: socket.SocketType | None, backend: Backend | None, reason: str) -> None:
+            # It has this function, which has the worker: they would be garbage for the collector.
+            worker.dialer = None
             if connected is not None and vhost.send_proxy is not None:
                 reason = self._introduce(
                     connected,

@@ -67,11 +67,13 @@ class Failover:
             self._dialer.cancel()
 
     def _settled(self, backend: Backend, connected: socket.SocketType | None, reason: str) -> None:
+        # Each has the other: together, they would be garbage that only the collector frees.
+        dialer, self._dialer = self._dialer, None
         if connected is not None:
             backend.worked()
             self._done(connected, backend, "")
             return
-        if self._dialer is not None and not self._dialer.failed_here:
+        if dialer is not None and not dialer.failed_here:
             backend.failed()
         if self._one_of_several and not reason.startswith(backend.name):
             reason = f"{backend.name}: {reason}"

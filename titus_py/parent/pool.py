@@ -298,10 +298,12 @@ class Pool:
         """Note how a worker ended, and take back what it had."""
         for _ in range(_LAST_WORDS):
             # What it said comes before its end, also if both are noticed at once.
-            if worker.socket.fileno() >= 0:
-                self._heard(worker)
-        with suppress(ValueError):
-            self.spares.remove(worker)
+            if worker.socket.fileno() < 0:
+                break
+            self._heard(worker)
+        if worker.offer is None:
+            with suppress(ValueError):
+                self.spares.remove(worker)
         if worker not in self._traced:
             self._loop.unwatch(worker.pidfd)
         status = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOHANG)
