@@ -7,6 +7,7 @@ controls keyd can have any number, which would leave no room for others. What ke
 told line by line, up to so many a second: what is beyond that is counted as lost.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ __all__ = ["RepeatedEvents"]
 _SECONDS = 1.0
 #: How many lines of keyd's are logged in a second.
 _SAID_A_SECOND = 10
-#: How many alarms of what keyd has refused have a line each within a second: for each, a worker was
-#: taken over, which cost a connection.
+#: How many alarms of what a generation's keyd has refused have a line each within a second: for
+#: each, a worker was taken over, which cost a connection.
 _ALARMS_A_SECOND = 100
 #: So many kinds of refusals are told apart within a second.
 _KINDS = 8
@@ -37,8 +38,10 @@ class RepeatedEvents:
         #: What was logged within this second, by kind: how often it has happened again, and the
         #: last of those events.
         self._repeated: dict[_Kind, tuple[int, str, Mapping[str, Any]]] = {}
-        #: How many lines keyd has said within this second; and how many alarms it has raised.
-        self._said = self._alarms = 0
+        #: How many lines keyd has said within this second.
+        self._said = 0
+        #: By generation, how many alarms its keyd has raised: a flood of one hides no other's.
+        self._alarms: Counter[int] = Counter()
 
     def of_tunnel(self, name: str, generation: int, event: dict[str, Any]) -> None:
         """Record an event that has a ``tunnel``, which is its listening address."""
@@ -56,26 +59,23 @@ class RepeatedEvents:
     def refused(self, name: str, generation: int, event: dict[str, Any]) -> None:
         """Record what keyd has refused. Nobody need be at fault, or it may be the client's way."""
         self._record.metrics.record(name, event, generation)
-        is_alarm = event["level"] == "alarm"
-        if is_alarm and self._is_among_the_first_alarms():
-            self._record.log(name, **event)
+        if event["level"] == "alarm":
+            if self._is_among_the_first_alarms(generation):
+                self._record.log(name, **event)
+            else:
+                self._tell(("alarm", name, str(generation)), name, event)
             return
         kind: _Kind = (name, event["status"], event["attempted"])
-        if is_alarm:
-            kind = (name, event["level"])
         if kind not in self._repeated and sum(one[0] == name for one in self._repeated) >= _KINDS:
             # What is worse is not to go under in what is not.
             kind = (name, event["level"])
         self._tell(kind, name, event)
 
-    def _is_among_the_first_alarms(self) -> bool:
+    def _is_among_the_first_alarms(self, generation: int) -> bool:
         if not self._alarms:
-            self._loop.after(_SECONDS, self._alarms_second_is_over)
-        self._alarms += 1
-        return self._alarms <= _ALARMS_A_SECOND
-
-    def _alarms_second_is_over(self) -> None:
-        self._alarms = 0
+            self._loop.after(_SECONDS, self._alarms.clear)
+        self._alarms[generation] += 1
+        return self._alarms[generation] <= _ALARMS_A_SECOND
 
     def keyd_may_say_more(self) -> bool:
         """Whether one more line of keyd's is logged. If not, it is lost, and counted."""

@@ -157,6 +157,17 @@ def test_alarms_of_keyds_are_told_one_by_one_unless_there_is_a_flood(
     assert [fields["connection"] for _, fields in recorded.lines[102:]] == [350, 351]
 
 
+def test_a_flood_of_one_keyds_alarms_hides_no_other_ones(
+    recorded: Recorded, events: RepeatedEvents
+) -> None:
+    for number in range(350):
+        events.refused("keyd_refused", 1, refusal(number, level="alarm"))
+    recorded.lines.clear()
+    for number in range(3):
+        events.refused("keyd_refused", 2, refusal(number, level="alarm"))
+    assert [fields["connection"] for _, fields in recorded.lines] == [0, 1, 2]
+
+
 def test_what_is_held_back_is_told_before_the_log_is_closed(
     loop: EventLoop, recorded: Recorded, events: RepeatedEvents
 ) -> None:
