@@ -523,12 +523,12 @@ class Instance:
 
         def use_one_up() -> None:
             here = self._USES_SPARES_UP, 0
-            with socket.create_connection(("127.0.0.1", self.port), 10, here) as client:
-                client.sendall(b"\x16")  # who says nothing gets none
-                client.shutdown(socket.SHUT_WR)
-                # One that is turned away has no end in the log.
+            with socket.create_connection(("127.0.0.1", self.port), PATIENCE, here) as client:
+                # One that is turned away has no end in the log, and may be reset at any moment.
                 self._using_up["{}:{}".format(*client.getsockname())] = time.monotonic() + 2
-                with suppress(ConnectionResetError):
+                with suppress(OSError):
+                    client.sendall(b"\x16")  # who says nothing gets none
+                    client.shutdown(socket.SHUT_WR)
                     client.recv(1)
 
         try:
@@ -623,11 +623,13 @@ def _is_confined(worker: Process) -> bool:
 
 
 def fits(event: Event, fields: Mapping[str, object]) -> bool:
-    """Whether it has these fields; with ``client``, whether it is of its last connection."""
+    """Whether it has these fields; of a client in them, whether it is of the last connection."""
     if any(event.get(field) != value for field, value in fields.items()):
         return False
-    connected = connected_at.get(str(fields.get("client")))
+    port = str(event.get("local")).rpartition(":")[2]
+    if not port.isdigit():
+        return True
+    names = (str(fields.get(side)) for side in ("client", "balancer"))
+    connected = max(connected_at.get((name, int(port)), 0.0) for name in names)
     # The log has milliseconds, without what is left over.
-    return connected is None or (
-        connected < datetime.fromisoformat(event["time"]).timestamp() + 0.001
-    )
+    return connected < datetime.fromisoformat(event["time"]).timestamp() + 0.001

@@ -157,9 +157,10 @@ class TlsClient:
         return octets
 
 
-#: When the last client with this name in the log connected, as ``time.time()`` has it: ports come
-#: round again, and what the log has of the one before is not about this one.
-connected_at: dict[str, float] = {}
+#: When the last client with this name in the log connected to this port, as ``time.time()`` has it:
+#: ports come round again, and what the log has of the one before is not about this one. To another
+#: port, a client may have the same name at the same time.
+connected_at: dict[tuple[str, int], float] = {}
 
 
 def connect(
@@ -177,7 +178,8 @@ def connect(
     client.connect((host, port))
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     here, number = client.getsockname()[:2]
-    connected_at[f"[{here}]:{number}" if ":" in here else f"{here}:{number}"] = now
+    name = f"[{here}]:{number}" if ":" in here else f"{here}:{number}"
+    connected_at[name, port] = now
     return client
 
 

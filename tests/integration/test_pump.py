@@ -18,7 +18,7 @@ import pytest
 from OpenSSL import SSL
 
 from .conftest import Serve
-from .instance import Event, Instance, Process, eventually
+from .instance import Event, Instance, Process, eventually, free_port
 from .peers import (
     TIMEOUT,
     Listener,
@@ -494,8 +494,9 @@ def in_front_of_echo(serve_all: Serve, echoing: Listener) -> Instance:
 
 def test_keys_are_updated_in_mid_stream(in_front_of_echo: Instance) -> None:
     instance = in_front_of_echo
-    since = len(instance.events())
+    here = f"127.0.0.1:{free_port()}"
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-tls1_3", "-msg"]
+    command += ["-bind", here]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as client:
@@ -529,7 +530,7 @@ def test_keys_are_updated_in_mid_stream(in_front_of_echo: Instance) -> None:
             client.kill()
     assert transcript.count(">>> TLS 1.3, Handshake [length 0005], KeyUpdate") == 2
     assert transcript.count("<<< TLS 1.3, Handshake [length 0005], KeyUpdate") == 1
-    end = instance.wait_for_event("connection_ended", since=since)["end"]
+    end = instance.wait_for_event("connection_ended", client=here)["end"]
     assert end in ("clean", "client_truncated")
 
 
