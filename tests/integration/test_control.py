@@ -316,7 +316,9 @@ def test_a_directory_that_was_removed_is_made_anew(directory: Path) -> None:
     assert place.is_socket()
 
 
-def test_a_socket_that_was_removed_is_made_anew(instance: Instance) -> None:
+def test_a_socket_that_was_removed_is_made_anew(serve: Serve, echoing: Listener) -> None:
+    """And goes with the instance. (The others' is to stay: tests may come in any order.)"""
+    instance = serve(echoing.address)
     path(instance).unlink()
     assert instance.wait_for_event("control_socket_removed")["level"] == "warning"
     assert answered(instance)

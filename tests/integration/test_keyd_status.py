@@ -22,6 +22,7 @@ from keyd.inspection.key_search import Needle, needles, search
 from keyd.inspection.open_files import Opened
 from keyd.inspection.reports import running
 from keyd.keys import load_private_key
+from keyd.powers import PrivateKey
 from keyd.protocol import Operation, Reply, Request, SignatureScheme, Status
 from keyd.status_page import VERSION
 
@@ -767,6 +768,17 @@ def test_what_a_user_says_to_be_a_keyd_changes_nothing(tmp_path: Path) -> None:
     assert all(text.startswith("passed over: nobody runs it") for _, text, _ in of_forgers)
 
 
+def loaded(directory: Path) -> tuple[PrivateKey, str, list[Needle]]:
+    """A key of this process's, its file, and what to look for.
+
+    None of a keyd that other tests look at: they would find it here, and tests come in any order.
+    """
+    path = directory / "own.key"
+    make_key(path)
+    key = load_private_key(str(path), None)
+    return key, str(path), [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+
+
 def test_a_keyd_that_begins_meanwhile_may_have_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -789,11 +801,10 @@ def test_a_keyd_that_begins_meanwhile_may_have_its_key(
 
 
 def test_processes_that_come_too_late_are_counted(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There may always be one more: each time that all others were searched, another one comes."""
-    key, path = load_private_key(str(listening.key), None), str(listening.key)
-    sought = [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+    key, path, sought = loaded(tmp_path)
     searched: list[int] = []
 
     with ExitStack() as stack:
@@ -832,11 +843,10 @@ def cat_with(pid: int) -> "subprocess.Popen[bytes]":
 
 
 def test_a_process_that_has_the_pid_of_another_one_is_searched(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there are few pids, or many processes, they come round within an audit."""
-    key, path = load_private_key(str(listening.key), None), str(listening.key)
-    sought = [Needle(f"{path}: {one.name}", one.octets) for one in needles(key)]
+    key, path, sought = loaded(tmp_path)
     rounds: list[bool] = []
     processes = [subprocess.Popen(["cat"], stdin=subprocess.PIPE)]
     pid = processes[0].pid
