@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -139,9 +140,11 @@ def test_a_64_has_so_many_connections_and_ipv4_on_the_same_socket_has_its_own(
 def test_so_many_new_connections_a_second_are_taken(serve: Serve, echoing: Listener) -> None:
     instance = serve(echoing.address, limits={"connections_per_second": 5})
     started = time.monotonic()
-    refused = [is_refused("127.0.0.1", instance.port) for _ in range(40)]
+    # All connect at once: on a busy machine, a handshake after the other is slower than the limit.
+    with ThreadPoolExecutor(40) as pool:
+        refused = [*pool.map(is_refused, ["127.0.0.1"] * 40, [instance.port] * 40)]
     seconds = time.monotonic() - started
-    assert refused[:5] == [False] * 5
+    assert refused.count(False) >= 5
     # The bucket is full at the start, and refilled as time goes by.
     assert 40 - refused.count(True) <= 5 + 5 * seconds + 1
     limited(instance, "connections_per_second", refused.count(True))
