@@ -17,7 +17,7 @@ from titus_py.supervisor.control_client import ask
 
 from .client_authority import DAY, ClientAuthority, ClientCertificate
 from .conftest import Certificates, Serve
-from .instance import TITUS_PY, Event, Instance, eventually
+from .instance import TITUS_PY, Event, Instance, eventually, of_each
 from .peers import Listener, TlsClient, served_by
 
 VERSIONS = ("1.2", "1.3")
@@ -125,7 +125,7 @@ def connect(instance: Instance, version: str, *options: str, name: str = "localh
         "openssl", "s_client", "-connect", f"127.0.0.1:{instance.port}", "-bind", f"{source}:0",
         "-servername", name, "-quiet", f"-tls{version.replace('.', '_')}", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=60, check=False)
+    done = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=240, check=False)
     alert = re.search(rb"SSL alert number (\d+)", done.stderr)
 
     def ended() -> Event | None:
@@ -351,9 +351,9 @@ def test_curl(
         *version.split("="), f"https://localhost:{instance.port}/",
     ]  # fmt: skip
     shown = ["--cert", str(client.chain), "--key", str(client.key)]
-    good = subprocess.run([*command, *shown], capture_output=True, timeout=60, check=False)
+    good = subprocess.run([*command, *shown], capture_output=True, timeout=240, check=False)
     assert (good.returncode, good.stdout) == (0, b"welcome\n"), good.stderr
-    none = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    none = subprocess.run(command, capture_output=True, timeout=240, check=False)
     assert none.returncode != 0
     assert b"alert" in none.stderr
 
@@ -361,15 +361,17 @@ def test_curl(
 def test_only_who_asks_pays(instance: Instance, serve: Serve, greeting: Listener) -> None:
     """The code is in the workers of who asks, none of it writable; and in nobody else's."""
     for one, asks in ((instance, True), (serve(greeting.address), False)):
-        for worker in one.confined_workers(2):
-            maps = Path(f"/proc/{worker.pid}/maps").read_text()
-            assert ("verification." in maps) is asks
-            assert not re.search(r"^\S+ \S?wx", maps, re.MULTILINE)
+        # One that has just served may end meanwhile: then it has no memory.
+        found = [maps for maps in of_each(one.confined_workers(2), "maps").values() if maps]
+        assert len(found) >= 2
+        for maps in found:
+            assert (b"verification." in maps) is asks
+            assert not re.search(rb"^\S+ \S?wx", maps, re.MULTILINE)
 
 
 def audit(instance: Instance) -> str:
     command = [str(TITUS_PY), "audit", "--pid", str(instance.pid)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -404,7 +406,7 @@ def strange(
             "-nodes", "-keyout", str(key), "-out", str(certificate), "-subj", "/CN=alice",
             "-set_serial", serial,
         ]  # fmt: skip
-        subprocess.run(command, capture_output=True, timeout=60, check=True)
+        subprocess.run(command, capture_output=True, timeout=240, check=True)
         shown[name] = ["-cert", str(certificate), "-key", str(key)]
     with pytest.warns(UserWarning, match="length must be"):
         shown["long"] = authority.issue("a" * 70).options

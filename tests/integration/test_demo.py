@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ class Demo:
             found += [process for process in all_processes() if process.parent == above.pid]
         return found
 
-    def assert_nothing_is_left(self, instance: list[Process]) -> None:
+    def assert_nothing_is_left(self, instance: Iterable[Process]) -> None:
         assert os.listdir(self.temporary) == []
         eventually(lambda: not set(instance) & set(all_processes()), "all processes gone")
 
@@ -67,9 +68,14 @@ def temporary(tmp_path: Path) -> Path:
 
 def test_shows_a_request_the_processes_and_where_the_key_is(temporary: Path) -> None:
     demo = Demo(temporary, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    instance: list[Process] = eventually(
-        lambda: len(found := demo.instance()) >= 7 and found, "an instance with live workers"
-    )
+    instance: set[Process] = set()
+
+    def is_over() -> bool:
+        # All the time: it has live workers for a moment, and some are root's at their start.
+        instance.update(demo.instance())
+        return demo.process.poll() is not None
+
+    eventually(is_over, "its end", SECONDS)
     output, errors = demo.process.communicate(timeout=SECONDS)
     assert (demo.process.returncode, errors) == (0, ""), output
     assert max(len(line) for line in output.splitlines()) <= 80
@@ -157,7 +163,7 @@ def test_says_that_it_has_to_be_root() -> None:
         ["setpriv", "--reuid=65534", "--clear-groups", *capability, TITUS_PY, "demo"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert result.returncode == 1
@@ -171,7 +177,7 @@ def test_says_that_curl_is_missing(tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert result.returncode == 1

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from .conftest import Serve
-from .instance import Event, Instance, Process, all_processes
+from .instance import Event, Instance, Process, all_processes, eventually
 from .peers import Listener, TlsClient, lingering
 
 _PIDFD_GETFD = 438
@@ -45,7 +45,12 @@ def peers_of(process: Process) -> dict[int, set[int]]:
 @contextmanager
 def mouth(process: Process, listener: Process) -> Iterator[socket.socket]:
     """A process's own socket to another one."""
-    (number,) = [fd for fd, pids in peers_of(process).items() if listener.pid in pids]
+
+    def between() -> list[int]:
+        return [fd for fd, pids in peers_of(process).items() if listener.pid in pids]
+
+    # While one is handed on, both may have another for a moment.
+    (number,) = eventually(lambda: len(found := between()) == 1 and found, "one socket")
     pidfd = os.pidfd_open(process.pid)
     try:
         taken = _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from integration.certificates import Certificate
-from integration.instance import Process, all_processes, eventually
+from integration.instance import PATIENCE, Process, all_processes, eventually
 from integration.peers import Listener, TlsClient
 from integration.service import talk
 
@@ -32,7 +32,7 @@ def kept_from_ending(worker: Process) -> Iterator[None]:
         yield
     finally:
         entering.send_signal(signal.SIGCONT)
-        entering.wait(10)
+        entering.wait(PATIENCE)
 
 
 def test_it_is_told_and_another_one_serves(
