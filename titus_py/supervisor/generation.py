@@ -53,6 +53,10 @@ class Generation:
                 for _, backend in vhost.all_backends
             )
         )
+        #: What its virtual hosts call the clients that they know one by one.
+        self.client_names = frozenset(
+            client.name for vhost in self.configuration.vhost for client in vhost.client
+        )
         self.certificates = checked.certificates
         self.files = checked.files
         self.keyd: Child | None = None

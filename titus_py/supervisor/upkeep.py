@@ -83,6 +83,11 @@ class Upkeep:
         """
         if event.get("tunnel") is not None:
             event["tunnel"] = _tunnel_name(generation, event["tunnel"])
+        named = event.get("client_name")
+        is_known = named is None or named in generation.client_names
+        if child is generation.parent and not is_known:
+            # Counts by name are kept for as long as this process runs, and shown.
+            raise Unintelligible("a client that the configuration does not name")
         if name == "ready":
             self._started(generation, child, event)
             return

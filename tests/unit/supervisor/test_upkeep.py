@@ -57,6 +57,7 @@ def generation(connections: int) -> Generation:
             ended=deque(),
             uids_needed=connections,
             checks=("one",),
+            client_names=frozenset({"alice"}),
             retired=False,
             crippled=False,
             parent=None,
@@ -70,6 +71,19 @@ def test_no_more_connections_are_remembered_than_there_can_be(upkeep: Upkeep) ->
     for number in range(1000):
         upkeep.heard(of, NOBODY, "connection_begun", {"connection": number, "uid": 1})
     assert list(of.connections) == list(range(980, 1000))
+
+
+@pytest.mark.parametrize("name", ["client_known", "connection_ended", "limited"])
+def test_a_client_that_nobody_has_named_is_not_counted(upkeep: Upkeep, name: str) -> None:
+    """Thousands of long names would be in each answer to ``titus-py status``, and be too much."""
+    of = generation(1)
+    event = {"connection": 7, "end": "clean", "level": "warning", "limit": "client_rate"}
+    upkeep.heard(of, NOBODY, name, event | {"client_name": "alice"})
+    with pytest.raises(Unintelligible, match="does not name"):
+        upkeep.heard(of, NOBODY, name, event | {"client_name": "mallory"})
+    # A host that keys were not lent to: keyd's to say.
+    refused = {"client_name": "mallory", "status": "stranger", "count": 1, "attempted": ""}
+    upkeep.heard(of, cast(Child, object()), "lending_refused", refused)
 
 
 def test_clients_without_a_worker_do_not_take_the_place_of_those_that_had_one(
