@@ -38,9 +38,9 @@ class RepeatedEvents:
         #: What was logged within this second, by kind: how often it has happened again, and the
         #: last of those events.
         self._repeated: dict[_Kind, tuple[int, str, Mapping[str, Any]]] = {}
-        #: How many lines keyd has said within this second.
-        self._said = 0
-        #: By generation, how many alarms its keyd has raised: a flood of one hides no other's.
+        #: By generation, how many lines its keyd has said within this second, and how many alarms
+        #: it has raised: a flood of one hides no other's.
+        self._said: Counter[int] = Counter()
         self._alarms: Counter[int] = Counter()
 
     def of_tunnel(self, name: str, generation: int, event: dict[str, Any]) -> None:
@@ -77,12 +77,12 @@ class RepeatedEvents:
         self._alarms[generation] += 1
         return self._alarms[generation] <= _ALARMS_A_SECOND
 
-    def keyd_may_say_more(self) -> bool:
-        """Whether one more line of keyd's is logged. If not, it is lost, and counted."""
+    def keyd_may_say_more(self, generation: int) -> bool:
+        """Whether one more line of its keyd's is logged. If not, it is lost, and counted."""
         if not self._said:
             self._loop.after(_SECONDS, self._keyds_second_is_over)
-        self._said += 1
-        return self._said <= _SAID_A_SECOND
+        self._said[generation] += 1
+        return self._said[generation] <= _SAID_A_SECOND
 
     def say_last(self) -> None:
         """Log what is held back now: the log is about to be closed."""
@@ -95,13 +95,16 @@ class RepeatedEvents:
 
     def _keyds_second_is_over(self) -> None:
         self._say_keyds_lost()
-        self._said = 0
+        self._said.clear()
 
     def _say_keyds_lost(self) -> None:
-        lost = self._said - _SAID_A_SECOND
-        if lost > 0:
-            self._record.log("keyd_lines_lost", level="error", count=lost)
-            self._said = _SAID_A_SECOND
+        for generation, said in self._said.items():
+            if said > _SAID_A_SECOND:
+                lost = said - _SAID_A_SECOND
+                self._record.log(
+                    "keyd_lines_lost", level="error", count=lost, generation=generation
+                )
+                self._said[generation] = _SAID_A_SECOND
 
     def _tell(self, kind: _Kind, name: str, event: Mapping[str, Any]) -> None:
         if kind in self._repeated:

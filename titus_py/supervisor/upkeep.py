@@ -122,7 +122,7 @@ class Upkeep:
         elif name == "keyd_lost" and generation.configuration.keyd.socket is not None:
             self._keyd_service.lost(generation)
         elif name == "keyd_said":
-            if not self._repeated.keyd_may_say_more():
+            if not self._repeated.keyd_may_say_more(generation.number):
                 return
             event["level"] = "error"
         elif name == "tokens":
@@ -135,7 +135,7 @@ class Upkeep:
             before, generation.lent = generation.lent, event["clients"]
             event = since(before, generation.lent, generation.configuration)
         elif name == "lending_refused":
-            if not self._repeated.keyd_may_say_more():
+            if not self._repeated.keyd_may_say_more(generation.number):
                 return
             complete_refusal(event)
         elif name in _STATES:
@@ -163,7 +163,7 @@ class Upkeep:
         if any(state == messages.ORPHANED for _, state in generation.tokens):
             self._crippled(generation)
         for token, state in generation.tokens:
-            if (token, state) in before or not self._repeated.keyd_may_say_more():
+            if (token, state) in before or not self._repeated.keyd_may_say_more(generation.number):
                 continue
             if state == "ready":
                 self._event("token_ready", generation.number, token=token)
@@ -179,7 +179,9 @@ class Upkeep:
         if any(one.state == ORPHANED for one in generation.upstreams):
             self._crippled(generation)
         for upstream, state, *_ in generation.upstreams:
-            if state == before.get(upstream) or not self._repeated.keyd_may_say_more():
+            if state == before.get(upstream) or not self._repeated.keyd_may_say_more(
+                generation.number
+            ):
                 continue
             if state == READY:
                 self._event("upstream_ready", generation.number, upstream=upstream)

@@ -157,14 +157,16 @@ def test_alarms_of_keyds_are_told_one_by_one_unless_there_is_a_flood(
     assert [fields["connection"] for _, fields in recorded.lines[102:]] == [350, 351]
 
 
-def test_a_flood_of_one_keyds_alarms_hides_no_other_ones(
+def test_a_flood_of_one_keyd_hides_nothing_of_another_one(
     recorded: Recorded, events: RepeatedEvents
 ) -> None:
     for number in range(350):
         events.refused("keyd_refused", 1, refusal(number, level="alarm"))
+        events.keyd_may_say_more(1)
     recorded.lines.clear()
     for number in range(3):
         events.refused("keyd_refused", 2, refusal(number, level="alarm"))
+        assert events.keyd_may_say_more(2)
     assert [fields["connection"] for _, fields in recorded.lines] == [0, 1, 2]
 
 
@@ -191,20 +193,20 @@ def test_keyds_lines_are_counted_that_are_too_many(
 ) -> None:
     lost = "keyd_lines_lost"
     for _ in range(2):
-        assert [events.keyd_may_say_more() for _ in range(12)] == [True] * 10 + [False] * 2
+        assert [events.keyd_may_say_more(1) for _ in range(12)] == [True] * 10 + [False] * 2
         assert recorded.lines == []
         a_second_passes(loop)
-        assert recorded.lines == [(lost, {"level": "error", "count": 2})]
+        assert recorded.lines == [(lost, {"level": "error", "count": 2, "generation": 1})]
         recorded.lines.clear()
     for _ in range(10):
-        assert events.keyd_may_say_more()
+        assert events.keyd_may_say_more(1)
     a_second_passes(loop)
     assert recorded.lines == []
     # The log is closed within a second, and opened again.
     for _ in range(13):
-        events.keyd_may_say_more()
+        events.keyd_may_say_more(1)
     events.say_last()
     events.say_last()
-    assert not events.keyd_may_say_more()
+    assert not events.keyd_may_say_more(1)
     a_second_passes(loop)
     assert [fields["count"] for _, fields in recorded.lines] == [3, 1]
