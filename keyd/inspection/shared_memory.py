@@ -4,25 +4,31 @@ Run by what looks for keys in memory, as root. What is in a shared mapping need 
 pages that one process has in use. To read all of it would make memory of each page that is not
 there yet: of a database's that has room for a terabyte, a terabyte. Of files, the kernel says where
 they have data, also if it is swapped out (SEEK_DATA, lseek(2)). Those in huge pages are looked at.
-It trusts the kernel.
+Of those on ramfs it says which pages there are (mincore(2)). It trusts the kernel.
 """
 
 import ctypes
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from mmap import MAP_SHARED
 
 from keyd.inspection.pages_in_use import PAGE
 
 __all__ = ["filled", "kernels_own", "mapped_file"]
 
-#: The type of a file system, as statfs(2) has it in its first field.
-_HUGETLBFS = 0x958458F6
+#: The types of file systems, as statfs(2) has them in its first field.
+_HUGETLBFS, _RAMFS = 0x958458F6, 0x858458F6
 _ZEROS = bytes(2 * 1024 * 1024)
-_libc = ctypes.CDLL(None)
+#: So much of a file on ramfs is asked about at once, and what the answer has of each page.
+_BLOCK_OCTETS, _THERE = 1 << 28, re.compile(b"\x01+")
+_PROT_NONE, _MAP_FAILED = 0, ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def filled(named: int, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[int,
         return
     file = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        parts = _not_empty if _is_of_huge_pages(file) else _with_data
+        parts = {_HUGETLBFS: _not_empty, _RAMFS: _there}.get(_type(file), _with_data)
         for first, after in wanted:
             yield from parts(file, first, after)
     finally:
@@ -101,7 +107,29 @@ def _not_empty(file: int, at: int, end: int) -> Iterator[tuple[int, int]]:
         at += len(octets)
 
 
-def _is_of_huge_pages(file: int) -> bool:
-    """Whether it is on hugetlbfs, as those of memfd_create(2), mmap(2) and shmget(2) are, too."""
+def _there(file: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """Of a file on ramfs, which has data everywhere, as the kernel says: to read it makes pages.
+
+    Any user can mount one. It is mapped to be asked about, and not to be read.
+    """
+    while at < end:
+        octets = min(_BLOCK_OCTETS, end - at)
+        found = ctypes.create_string_buffer(-(-octets // PAGE))
+        length, offset = ctypes.c_size_t(octets), ctypes.c_long(at)
+        place = ctypes.c_void_p(_libc.mmap(None, length, _PROT_NONE, MAP_SHARED, file, offset))
+        if place.value == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), "cannot be mapped")
+        try:
+            if _libc.mincore(place, length, found):
+                raise OSError(ctypes.get_errno(), "does not tell which pages there are")
+        finally:
+            _libc.munmap(place, length)
+        for run in _THERE.finditer(found.raw):
+            yield at + run.start() * PAGE, at + run.end() * PAGE
+        at += octets
+
+
+def _type(file: int) -> int:
+    """Of its file system: hugetlbfs also of what memfd_create(2), mmap(2) and shmget(2) make."""
     found = (ctypes.c_long * 32)()
-    return _libc.fstatfs(file, found) == 0 and found[0] == _HUGETLBFS
+    return 0 if _libc.fstatfs(file, found) else found[0]

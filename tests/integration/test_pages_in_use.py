@@ -243,6 +243,39 @@ def test_a_process_that_maps_more_than_there_is_holds_nothing_up(
     }
 
 
+#: Maps a file on a ramfs that it alone sees, of which one page is there; it has not touched that.
+ON_RAMFS = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None)
+assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+assert libc.mount(b"it", b"/", None, 0x44000, None) == 0  # MS_PRIVATE, of all
+assert libc.mount(b"it", os.fsencode(sys.argv[1]), b"ramfs", 0, None) == 0
+file = os.open(sys.argv[1] + "/it", os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 512 << 20)
+os.pwrite(file, bytes.fromhex(sys.argv[2]), 300 << 20)
+there = mmap.mmap(file, 512 << 20)
+os.close(file)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_a_file_on_ramfs_no_pages_are_made(tmp_path: Path) -> None:
+    """Any user can mount one, and map a file there that is larger than all memory."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", ON_RAMFS, tmp_path, SOUGHT.hex()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        found = search(process.pid, [Needle("it", SOUGHT)])
+        process.communicate()
+    assert "/it" in {hit.mapping[-3:] for hit in found.hits}
+    assert found.octets < 256 << 20
+    assert not found.unread
+
+
 #: Searches as a process without the capability that opens what others have mapped.
 WITHOUT_CAPABILITY = """
 import json, sys
