@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = ["files_with_keys"]
 
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
+_IN_MEMORY = "tmpfs", "ramfs"
 _MISSING, _NO_DIRECTORY = map(os.strerror, (errno.ENOENT, errno.ENOTDIR))
 #: What the kernel makes up, and nobody can put a key into.
 _OF_THE_KERNEL = (
@@ -58,11 +60,13 @@ def files_with_keys(
             real[start] = answer
     # systemd's credentials are on file systems of their own.
     starts = {*real.values(), *map(str, Path(_CREDENTIALS).glob("*"))}
-    starts |= {
-        one.path
+    mounted = {
+        one.path: one.kind
         for one in uncovered(mounts())
         if one.is_local and any(_is_below(one.path, start) for start in real.values())
     }
+    starts |= mounted.keys()
+    in_memory = {path for path, kind in mounted.items() if kind in _IN_MEMORY} - {*real.values()}
 
     def look(start: str, _: frozenset[str], at: At) -> Any:
         search = _Search(sought, octets)
@@ -75,9 +79,12 @@ def files_with_keys(
     # Of those that hang, that is said already.
     known = starts | set(directories or DIRECTORIES)
     # The directories that were asked for are the first.
-    ordered = sorted(starts, key=lambda start: (start not in real.values(), start))
-    for start, answer in each(
-        ordered, look, os.cpu_count() or 1, most_seconds=inf, patience=patience
+    ordered = sorted(starts - in_memory, key=lambda start: (start not in real.values(), start))
+    processes = os.cpu_count() or 1
+    for start, answer in chain(
+        each(ordered, look, processes, most_seconds=inf, patience=patience),
+        # Users may make directories there for as long as they are searched.
+        each(sorted(in_memory), look, processes, patience=patience),
     ):
         if isinstance(answer, Hung):
             yield Finding("file", start, not_all(answer), NOT_AVAILABLE)

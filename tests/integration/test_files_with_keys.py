@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from keyd.inspection import files_with_keys as module
+from keyd.inspection import watched
 from keyd.inspection.files_with_keys import files_with_keys
 from keyd.inspection.key_search import Needle
 from keyd.inspection.watched import Patience
@@ -42,7 +43,8 @@ def mounted(kind: str, directory: Path, *options: str, source: str | Path = "it"
     try:
         yield
     finally:
-        subprocess.run(["umount", directory], check=True)
+        # A process that was given up may still be at it.
+        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 #: As root has it on another host's file system.
@@ -208,6 +210,28 @@ def test_a_directory_that_there_was_no_patience_for_is_named(tmp_path: Path) -> 
         *("file", str(tmp_path), "not looked at: 0 seconds have gone by with what hangs"),
         "not available",
     )
+
+
+def test_what_is_in_memory_is_not_searched_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user can make directories in /run/user faster than they are searched."""
+    each = watched.each
+    monkeypatch.setattr(
+        module, "each", lambda *words, **named: each(*words, **{"most_seconds": 0.1, **named})
+    )
+    (memory := tmp_path / "memory").mkdir()
+    with mounted("tmpfs", memory):
+        (memory / "it").write_bytes(bytes(256 << 10))
+        for number in range(20_000):
+            (memory / str(number)).hardlink_to(memory / "it")
+        seen = found(tmp_path)
+    assert seen == {
+        str(memory): (
+            f"not all could be read: {memory} (not done in 0.1 seconds)",
+            "not available",
+        )
+    }
 
 
 def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:
