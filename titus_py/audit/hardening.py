@@ -109,6 +109,9 @@ def tls_library(pid: int, mappings: tuple[Mapping, ...]) -> Seen:
         )
     except (FileNotFoundError, ProcessLookupError):
         return not_available("it ended while it was looked at")
+    except PermissionError:
+        # The kernel asks for a capability of the first user namespace's (proc_pid_map_files(5)).
+        return not_available(f"in a user namespace, nobody may open what is mapped: {mapping.name}")
     if protected:
         return holds(f"{mapping.name} checks canaries")
     return not_available(

@@ -72,6 +72,19 @@ def test_a_library_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> Non
         process.stdin.close()
 
 
+def test_an_audit_goes_on_where_root_may_not_open_what_is_mapped() -> None:
+    """As in a rootless container, whose root has no capability of the machine's."""
+    code = (
+        "import os, ssl; from titus_py.audit.hardening import tls_library;"
+        "from titus_py.audit.observation import mappings_of;"
+        "maps = open('/proc/self/maps', 'rb').read();"
+        "print(*tls_library(os.getpid(), tuple(mappings_of(maps))))"
+    )
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{Verdict.NOT_AVAILABLE} in a user namespace, nobody may open")
+
+
 def test_an_interpreter_that_an_update_has_replaced_is_noticed(tmp_path: Path) -> None:
     program = tmp_path / "python3"
     shutil.copy("/bin/cat", program)
