@@ -1,8 +1,8 @@
 """The control socket: how ``titus-py status`` and ``titus-py reload`` reach the supervisor.
 
 Run by the supervisor. Only root may connect to the socket. Each client sends one request and
-gets one answer, both JSON, each in one SOCK_SEQPACKET packet. A client that does not read
-loses its answer.
+gets one answer, both JSON, each in one SOCK_SEQPACKET packet. An answer that is too long for one
+comes as a sealed file, with an empty packet. A client that does not read loses its answer.
 """
 
 import json
@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from keyd.linux.descriptors import send_descriptors
+from keyd.linux.sealed import sealed_file
 from keyd.linux.unix_socket import File, bind, file_of
 from titus_py.between.event_loop import EventLoop, Timer
 
@@ -19,8 +21,11 @@ __all__ = ["CONTROL_DIRECTORY", "Answer", "Control", "control_path", "listens"]
 
 CONTROL_DIRECTORY = Path("/run/titus-py")
 _REQUEST_OCTETS = 4096
-#: A status with many virtual hosts is long.
-_ANSWER_OCTETS = 4 * 1024 * 1024
+#: The longest answer in a packet, where there is room for it (net.core.wmem_max). A status with
+#: many virtual hosts is longer.
+_ANSWER_OCTETS = 64 * 1024
+#: Of a socket's room, the kernel keeps so much for itself.
+_BESIDE_A_PACKET = 32
 _MAX_CLIENTS = 16
 _BACKLOG = 128
 #: How soon to look again for clients when there was no descriptor for one.
@@ -42,8 +47,7 @@ class Answer:
     def __call__(self, result: dict[str, object]) -> None:
         octets = json.dumps(result).encode()
         with suppress(OSError):
-            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_OCTETS)
-            self.client.send(octets)
+            _send(self.client, octets)
         self._drop(self.client)
 
 
@@ -159,6 +163,20 @@ class Control:
             self._silent.pop(client, None)
             self._loop.unwatch(client.fileno())
             client.close()
+
+
+def _send(client: socket.socket, octets: bytes) -> None:
+    """Raises OSError."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ANSWER_OCTETS)
+    room = client.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _BESIDE_A_PACKET
+    if len(octets) <= min(room, _ANSWER_OCTETS):
+        client.send(octets)
+        return
+    file = sealed_file("answer", octets)
+    try:
+        send_descriptors(client, b"", [file])
+    finally:
+        os.close(file)
 
 
 def _listen_at(path: Path) -> socket.socket:

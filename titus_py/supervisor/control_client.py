@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keyd.linux.descriptors import receive_descriptors
+from keyd.linux.sealed import read_all
 from titus_py.supervisor.control import CONTROL_DIRECTORY, listens
 
 __all__ = ["DIRECTORY", "NoAnswer", "ask", "find_instances", "instances_to_ask"]
@@ -70,7 +72,10 @@ def ask(
             _connect(connection, _path(pid, directory), time.monotonic() + seconds)
             connection.settimeout(seconds)
             connection.send(json.dumps(question).encode())
-            octets = connection.recv(_MAX_ANSWER_OCTETS)
+            octets, files = receive_descriptors(connection, _MAX_ANSWER_OCTETS, 1)
+            if files:
+                # It was too long for a packet.
+                octets = read_all(files[0])
         except TimeoutError:
             raise NoAnswer(f"process {pid} has not answered for {seconds:g} s") from None
         except OSError as error:

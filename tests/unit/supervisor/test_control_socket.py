@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from integration.watches import without_watches
 from titus_py.between.event_loop import EventLoop
 from titus_py.supervisor import control
 from titus_py.supervisor.control import Answer, Control, control_path
+from titus_py.supervisor.control_client import ask
 
 
 def say(answer: Answer) -> None:
@@ -75,4 +77,22 @@ def test_one_that_waits_for_another_program_is_answered_unwatched(
         say(without_watches(lambda: ours.adopt(theirs), loop._epoll))
         assert json.loads(client.recv(1000)) == {"said": True}
         assert client.recv(1) == b""
+    ours.close()
+
+
+@pytest.mark.parametrize("most", [1, 1 << 30])
+def test_an_answer_that_is_too_long_for_a_packet_comes_as_a_file(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the status of many virtual hosts; also where net.core.wmem_max is small."""
+    monkeypatch.setattr(control, "CONTROL_DIRECTORY", tmp_path)
+    monkeypatch.setattr(control, "_ANSWER_OCTETS", most)
+    long: dict[str, object] = {"said": "x" * 9_000_000}
+    loop = EventLoop()
+    ours = Control(loop, {"say": lambda answer: answer(long)})
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, os.getpid(), {"do": "say"}, 60, tmp_path)
+        while not asked.done():
+            loop.run_once(wait=False)
+    assert asked.result() == long
     ours.close()
