@@ -9,6 +9,7 @@ somebody's program, and answer never.
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from math import inf
@@ -36,6 +37,8 @@ __all__ = ["files_with_keys"]
 #: systemd hands a file here to the unit's user alone (systemd.exec(5), "Credentials").
 _CREDENTIALS = "/run/credentials"
 _IN_MEMORY = "tmpfs", "ramfs"
+#: So long those may take in all who have leases on files, as a file server has for its clients.
+_LEASE_SECONDS, _PAUSE_SECONDS = 10.0, 0.1
 _MISSING, _NO_DIRECTORY = map(os.strerror, (errno.ENOENT, errno.ENOTDIR))
 #: What the kernel makes up, and nobody can put a key into.
 _OF_THE_KERNEL = (
@@ -144,16 +147,28 @@ class _Search:
             lambda path, why: self.unread.append((path, why)),
             self.elsewhere.append,
         )
-        for file in files:
-            try:
-                opened = small_files.read(file)
-            except small_files.TooLarge:
-                self.too_large += 1
-            except OSError as error:
-                self.unread.append((file, error.strerror or "cannot be read"))
-            else:
-                if opened is not None:
-                    self._compare(file, *opened)
+        leased = [file for file in files if not self._look_at(file)]
+        until = time.monotonic() + _LEASE_SECONDS
+        while leased and time.monotonic() < until:
+            time.sleep(_PAUSE_SECONDS)
+            leased = [file for file in leased if not self._look_at(file)]
+        why = os.strerror(errno.EAGAIN)
+        self.unread += ((file, why) for file in leased)
+
+    def _look_at(self, file: str) -> bool:
+        """False if somebody has a lease on it, and is asked to give that back (fcntl(2))."""
+        try:
+            opened = small_files.read(file)
+        except BlockingIOError:
+            return False
+        except small_files.TooLarge:
+            self.too_large += 1
+        except OSError as error:
+            self.unread.append((file, error.strerror or "cannot be read"))
+        else:
+            if opened is not None:
+                self._compare(file, *opened)
+        return True
 
     def _compare(self, file: str, seen: os.stat_result, content: bytes) -> None:
         places = occurrences(content, self._octets, 1)

@@ -234,6 +234,39 @@ def test_what_is_in_memory_is_not_searched_for_ever(
     }
 
 
+#: Has a lease on each of these files, and gives the first one back when it is asked to.
+LEASES = """
+import fcntl, os, signal, sys
+files = [os.open(name, os.O_RDWR) for name in sys.argv[1:]]
+for file in files:
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+given = files[:1]
+def asked(*_):
+    while given:
+        fcntl.fcntl(given.pop(), fcntl.F_SETLEASE, fcntl.F_UNLCK)
+signal.signal(signal.SIGIO, asked)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_file_with_a_lease_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment: a file server gives it back, and a user need not."""
+    given, kept = tmp_path / "given", tmp_path / "kept"
+    for file in (given, kept):
+        file.write_bytes(SOUGHT)
+    command = [sys.executable, "-I", "-c", LEASES, given, kept]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        monkeypatch.setattr(module, "_LEASE_SECONDS", 3)
+        seen = found(tmp_path)
+        process.communicate()
+    assert seen.pop("key")[0].startswith(f"in {given} ")
+    text = f"not all could be read: {kept} (Resource temporarily unavailable)"
+    assert seen == {str(tmp_path): (text, "not available")}
+
+
 def test_files_that_are_too_large_are_counted(tmp_path: Path) -> None:
     for name in ("one", "two"):
         with (tmp_path / name).open("wb") as file:
