@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -35,8 +36,10 @@ __all__ = ["At", "Hung", "Patience", "each"]
 _HANGS_SECONDS, _HANGS_SHARE = 30.0, 0.001
 _MOST_SECONDS = 600.0
 _LOOK_SECONDS = 0.5
-#: Where a call is, for the process that watches it: a length, and so much text at most.
-_PLACE_HEAD, _PLACE_CHARACTERS, _PLACE_OCTETS = struct.Struct("I"), 500, 1 << 16
+#: Where a call is, for the process that watches it: a checksum, a length, and so much text at most.
+_PLACE_HEAD, _PLACE_CHARACTERS, _PLACE_OCTETS = struct.Struct("II"), 500, 1 << 16
+#: It may just be written: so often it is read then.
+_PLACE_ATTEMPTS, _NOWHERE = 100, ("a file that is not known", "")
 _libc = ctypes.CDLL(None)
 
 #: To be called with the file that is looked at, and with its device if that can be avoided.
@@ -173,9 +176,14 @@ class _Process:
         return Hung(self.place()[0], problem) if problem else answer
 
     def place(self) -> tuple[str, str]:
-        (octets,) = _PLACE_HEAD.unpack_from(self._place)
-        where, device = json.loads(self._place[_PLACE_HEAD.size : _PLACE_HEAD.size + octets])
-        return where, device
+        """The file and its device, as the call has said."""
+        for _ in range(_PLACE_ATTEMPTS):
+            checksum, octets = _PLACE_HEAD.unpack_from(self._place)
+            text = self._place[_PLACE_HEAD.size : _PLACE_HEAD.size + octets]
+            if zlib.crc32(text) == checksum:
+                where, device = json.loads(text)
+                return where, device
+        return _NOWHERE
 
     def seconds(self) -> float:
         """Since it began."""
@@ -241,4 +249,4 @@ def _keep_only(descriptor: int) -> None:
 
 def _put(place: mmap.mmap, where: str, device: str) -> None:
     text = json.dumps([where[:_PLACE_CHARACTERS], device]).encode()
-    place[: _PLACE_HEAD.size + len(text)] = _PLACE_HEAD.pack(len(text)) + text
+    place[: _PLACE_HEAD.size + len(text)] = _PLACE_HEAD.pack(zlib.crc32(text), len(text)) + text

@@ -372,6 +372,25 @@ def test_a_file_system_that_hangs_is_named_and_holds_nothing_up(
         assert whys == ([hangs] if pid == held.pid else [])
 
 
+def test_where_a_call_is_is_read_while_it_is_written() -> None:
+    """One that is given up need not hang: it has had its time."""
+    places = {("f", "1:2"), (400 * "d", "")}
+
+    def look(_: object, __: frozenset[str], at: watched.At) -> None:
+        while True:
+            for place in places:
+                at(*place)
+
+    process = watched._Process(look)
+    try:
+        process.begin(None, frozenset())
+        seen = {process.place() for _ in range(30_000)}
+    finally:
+        process.end()
+    assert seen & places
+    assert seen <= {*places, ("", ""), watched._NOWHERE}
+
+
 def test_however_many_file_systems_hang_an_audit_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
