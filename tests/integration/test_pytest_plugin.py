@@ -26,7 +26,7 @@ def project(tmp_path: Path) -> Path:
 def run_pytest(project: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     return subprocess.run(
-        command, cwd=project, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=project, capture_output=True, text=True, timeout=280, check=False
     )
 
 

@@ -45,6 +45,8 @@ TITUS_PY = Path(sys.executable).parent / "titus-py"
 SIOCSIFFLAGS = 0x8914
 #: A bound for what hangs: a loaded machine may need long for an audit.
 PATIENCE = 300
+#: As a throwaway instance's configuration has it.
+HANDSHAKE_TIMEOUT = 'handshake_timeout = "60s"\n'
 
 
 @contextlib.contextmanager
@@ -88,9 +90,9 @@ class Patient(TitusInstance):
 
     def _configuration(self, directory: Path, backend: str) -> str:
         text = super()._configuration(directory, backend)
-        assert text.count("[worker]\n") == 1
+        assert text.count(HANDSHAKE_TIMEOUT) == 1
         times = 'handshake_timeout = "300s"\nconnect_timeout = "60s"\n'
-        return text.replace("[worker]\n", f"[worker]\n{times}")
+        return text.replace(HANDSHAKE_TIMEOUT, times)
 
 
 class WithMetrics(Patient):
@@ -570,7 +572,8 @@ def test_of_a_handshake_that_took_too_long_nothing_is_said(
 class Hasty(TitusInstance):
     def _configuration(self, directory: Path, backend: str) -> str:
         text = super()._configuration(directory, backend)
-        return text.replace("[worker]\n", '[worker]\nhandshake_timeout = "1s"\n')
+        assert text.count(HANDSHAKE_TIMEOUT) == 1
+        return text.replace(HANDSHAKE_TIMEOUT, 'handshake_timeout = "1s"\n')
 
 
 def test_what_is_broken_is_told_although_the_handshake_took_too_long(
@@ -647,7 +650,7 @@ def spare(instance: TitusInstance) -> Process:
 
 def test_a_uid_that_somebody_else_has_is_noticed(instance: TitusInstance) -> None:
     uid = spare(instance).uid
-    with subprocess.Popen(["sleep", "60"], user=uid, group=uid) as stranger:
+    with subprocess.Popen(["sleep", str(PATIENCE)], user=uid, group=uid) as stranger:
         try:
             assert broken(audit(find_target(instance.pid))) == ({"uid"}, {"worker"})
         finally:

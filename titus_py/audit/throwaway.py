@@ -29,9 +29,12 @@ PROGRAM: tuple[str, ...] = (sys.executable, "-I", "-m", "titus_py")
 
 Event = dict[str, Any]
 
-_START_SECONDS = 30.0
+_START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _MAX, SPARE = 100, 2
+#: Where tests run, much else does: an audit may be in a handshake for longer than the usual ten
+#: seconds (worker.handshake_timeout).
+_HANDSHAKE_TIMEOUT = "60s"
 #: The range to take uids from: beyond those that any system gives out (``configuration.uids``).
 _FIRST_UID, _LAST_UID = 2_101_000_000, 2_147_000_000
 #: Outside what the kernel gives to clients.
@@ -115,6 +118,7 @@ class TitusInstance:
                 "uids": f"{uids[0]}-{uids[-2]}",
                 "max": _MAX,
                 "spare": SPARE,
+                "handshake_timeout": _HANDSHAKE_TIMEOUT,
                 "chroot": str(directory / "empty"),
             },
             "[keyd]": {"user": str(uids[-1])},
