@@ -44,18 +44,21 @@ def test_the_parent_neither_spins_nor_floods_the_log_and_serves_again(
     serve: Serve, echoing: Listener
 ) -> None:
     instance = serve(echoing.address)
+    # Its spares are there: it could not take one that comes later.
+    instance.settled_counts()
     parent = instance.parent()
     with TlsClient(instance.port) as established, ExitStack() as others:
         assert talk(established.handshake())
         with allowed(parent, parent.descriptors + 8):
+            begun = time.monotonic()
             for _ in range(40):
                 others.enter_context(connect(instance.port))
             event = instance.wait_for_event("accept_failed")
             assert (event["level"], event["reason"]) == ("error", "Too many open files")
-            begun, used = time.monotonic(), processor_seconds(parent)
+            used = processor_seconds(parent)
             time.sleep(SECONDS)
-            said = len(instance.events_named("accept_failed"))
-            assert 2 <= said <= time.monotonic() - begun + 2
+            said = len(instance.wait_for_events(2, "accept_failed"))
+            assert said <= time.monotonic() - begun + 2
             assert processor_seconds(parent) - used < SECONDS / 2
             assert talk(established)
         others.close()
@@ -69,6 +72,7 @@ def test_a_parent_that_cannot_take_keyds_socket_is_given_another(
 ) -> None:
     instance = serve(echoing.address)
     instance.expected_alarms.add("keyd_died")
+    instance.settled_counts()
     parent = instance.parent()
     with TlsClient(instance.port) as established:
         assert talk(established.handshake())
@@ -166,8 +170,12 @@ def test_a_keyd_on_its_own_goes_on(certificates: Certificates, tmp_path: Path) -
                     client.connect(str(path))
                 eventually(lambda: "no room" in log.read_text(), "it says so")
                 time.sleep(SECONDS)
-                lines = log.read_text().count("no room for another connection")
-                assert 2 <= lines <= time.monotonic() - begun + 2
+
+                def lines() -> int:
+                    return log.read_text().count("no room for another connection")
+
+                eventually(lambda: lines() >= 2, "and again")
+                assert lines() <= time.monotonic() - begun + 2
             eventually(lambda: answers(path), "keyd answers again")
         finally:
             keyd.terminate()
@@ -196,7 +204,7 @@ def test_what_ends_keyd_is_said_in_a_line(tmp_path: Path) -> None:
         "keyd.serve(2, seccomp.build(SERVING), lambda: None)\n"
     )
     ended = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=240
     )
     assert ended.returncode == 1
     assert ended.stderr.startswith("keyd: ZeroDivisionError: ")
