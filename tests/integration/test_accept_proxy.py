@@ -66,8 +66,16 @@ def counting() -> Iterator[CountingListener]:
 
 
 @pytest.fixture(scope="module")
-def proxied(serve_all: Serve, counting: CountingListener) -> Instance:
-    return serve_all(counting.address, listen=behind(proxy_timeout="3s"))
+def hasty() -> int:
+    """The port of the same instance's listener that has little patience with load balancers."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def proxied(serve_all: Serve, counting: CountingListener, hasty: int) -> Instance:
+    listen = behind(proxy_timeout="60s") + behind(proxy_timeout="3s")
+    listen[1]["address"] = f"127.0.0.1:{hasty}"
+    return serve_all(counting.address, listen=listen)
 
 
 def name_of(side: socket.socket) -> str:
@@ -150,10 +158,15 @@ def test_the_client_is_who_the_header_says(
     ids=["http", "too-long", "malformed", "checksum", "half"],
 )  # fmt: skip
 def test_what_is_no_header_ends_that_connection_and_reaches_no_backend(
-    proxied: Instance, counting: CountingListener, octets: bytes, end: str, detail: str | None
+    proxied: Instance,
+    hasty: int,
+    counting: CountingListener,
+    octets: bytes,
+    end: str,
+    detail: str | None,
 ) -> None:
     before = counting.connections
-    with connect(proxied.port) as side:
+    with connect(hasty if end == "proxy_timeout" else proxied.port) as side:
         side.sendall(octets)
         assert was_reset(side)
         # Who has not said all of it has no worker, and so no event at its beginning.
@@ -167,10 +180,12 @@ def test_what_is_no_header_ends_that_connection_and_reaches_no_backend(
         assert talk(tls.handshake())
 
 
-def test_a_header_octet_by_octet_has_so_much_time_and_no_more(proxied: Instance) -> None:
+def test_a_header_octet_by_octet_has_so_much_time_and_no_more(
+    proxied: Instance, hasty: int
+) -> None:
     """However many octets come within it."""
     header = SIGNATURE + b"\x21\x11\xff\xff" + bytes(65535)
-    with connect(proxied.port) as side:
+    with connect(hasty) as side:
         with suppress(ConnectionResetError, BrokenPipeError):
             for octet in header:
                 side.sendall(bytes((octet,)))

@@ -26,10 +26,9 @@ from .test_pump import until_it_stands
 
 def is_reset_with_event(instance: Instance, end: str) -> tuple[str, float]:
     """Connect, expect a reset; returns the backend's failure, and how long it took."""
-    earlier = len(instance.events())
+    earlier, started = len(instance.events()), time.monotonic()
     with TlsClient(instance.port) as client:
         client.handshake()
-        started = time.monotonic()
         with pytest.raises(ConnectionResetError):
             client.receive()
         taken = time.monotonic() - started

@@ -1,6 +1,7 @@
 """Clients that are broken, slow, gone or hostile: their own connection alone ends."""
 
 import random
+import select
 import signal
 import socket
 import threading
@@ -224,21 +225,20 @@ def impatient(serve_all: Serve, echoing: Listener) -> Instance:
     return serve_all(echoing.address, worker={"handshake_timeout": "1500ms"})
 
 
-def wait_for_the_end_of(client: socket.socket) -> float:
-    """How long it takes until the proxy ends this connection."""
-    started = time.monotonic()
+def wait_for_the_end_of(client: socket.socket) -> None:
+    """Until the proxy ends this connection."""
     try:
         while client.recv(65536):
             pass
     except ConnectionResetError:
         pass
-    return time.monotonic() - started
 
 
 def test_silence_ends_with_the_handshake_timeout(impatient: Instance) -> None:
-    earlier = len(impatient.events())
+    earlier, started = len(impatient.events()), time.monotonic()
     with connect(impatient.port) as client:
-        assert 1.0 < wait_for_the_end_of(client) < 30.0
+        wait_for_the_end_of(client)
+        assert 1.0 < time.monotonic() - started < 30.0
         host, port = client.getsockname()
     event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
@@ -248,11 +248,12 @@ def test_silence_ends_with_the_handshake_timeout(impatient: Instance) -> None:
 def test_silence_after_a_beginning_ends_with_the_handshake_timeout(
     impatient: Instance, point: str
 ) -> None:
-    earlier = len(impatient.events())
     hello = client_hello()
+    earlier, started = len(impatient.events()), time.monotonic()
     with connect(impatient.port) as client:
         client.sendall(hello if point == "the ClientHello" else hello[:100])
-        assert 1.0 < wait_for_the_end_of(client) < 30.0
+        wait_for_the_end_of(client)
+        assert 1.0 < time.monotonic() - started < 30.0
         host, port = client.getsockname()
     event = impatient.wait_for_event("handshake_failed", since=earlier, client=f"{host}:{port}")
     assert event["end"] == "handshake_timeout"
@@ -438,12 +439,12 @@ def test_after_thousands_of_these_everything_is_as_before(
 
 def test_others_are_served_meanwhile(serve: Serve) -> None:
     with Listener.tcp() as listener, served_by(listener, echo):
-        instance = serve(listener.address, worker={"handshake_timeout": "20s"})
+        instance = serve(listener.address)
         silent = [connect(instance.port) for _ in range(50)]
         try:
-            started = time.monotonic()
             assert still_serves(instance)
-            assert time.monotonic() - started < 15
+            # None of them had to end for it.
+            assert not select.select(silent, [], [], 0)[0]
         finally:
             for client in silent:
                 client.close()

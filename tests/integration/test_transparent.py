@@ -18,7 +18,7 @@ import pytest
 from .conftest import Certificates, Serve
 from .instance import TITUS_PY, Instance, eventually
 from .namespaces import ip, new_namespace, within
-from .peers import TlsClient
+from .peers import TIMEOUT, TlsClient
 from .service import reload
 
 CLIENT = "198.18.1.2", "2001:db8:1::2"
@@ -39,7 +39,7 @@ class Machines(NamedTuple):
         """What the backend answers the client; empty if the connection is reset."""
 
         def connect() -> socket.socket:
-            return socket.create_connection((host, PORT), 10, (source or "", 0))
+            return socket.create_connection((host, PORT), TIMEOUT, (source or "", 0))
 
         try:
             with TlsClient(PORT, name, source=within(self.client, connect)) as client:
@@ -201,7 +201,9 @@ def test_a_load_balancer_names_the_client(serve: Serve, machines: Machines, web:
     )
     machines.route(instance.directory / "titus.toml")
     for named, seen in (("192.0.2.7", b"192.0.2.7 "), ("0.0.0.0", b""), ("127.0.0.1", b"")):
-        balancer = within(machines.client, lambda: socket.create_connection((MIDDLE[0], PORT), 10))
+        balancer = within(
+            machines.client, lambda: socket.create_connection((MIDDLE[0], PORT), TIMEOUT)
+        )
         balancer.sendall(f"PROXY TCP4 {named} {MIDDLE[0]} 1234 443\r\n".encode())
         answer = b""
         try:

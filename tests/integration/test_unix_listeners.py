@@ -39,12 +39,21 @@ def balanced(shared_directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(serve_all: Serve, echoing: Listener, direct: Path, balanced: Path) -> Instance:
+def hasty(shared_directory: Path) -> Path:
+    """As ``balanced``, with little patience."""
+    return shared_directory / "hasty"
+
+
+@pytest.fixture(scope="module")
+def shared(
+    serve_all: Serve, echoing: Listener, direct: Path, balanced: Path, hasty: Path
+) -> Instance:
     return serve_all(
         echoing.address,
         listen=[
             {"address": f"unix:{direct}", "socket_mode": "0666"},
-            {"address": f"unix:{balanced}", **PROXIED, "proxy_timeout": "3s"},
+            {"address": f"unix:{balanced}", **PROXIED, "proxy_timeout": "60s"},
+            {"address": f"unix:{hasty}", **PROXIED, "proxy_timeout": "3s"},
         ],
     )
 
@@ -150,27 +159,30 @@ def test_a_load_balancers_own_connection(shared: Instance, balanced: Path) -> No
     ("octets", "end"),
     [(b"GET / HTTP/1.1\r\n\r\n", "bad_proxy_header"), (LINE[:20], "proxy_timeout")],
 )
-def test_what_is_no_header(shared: Instance, balanced: Path, octets: bytes, end: str) -> None:
+def test_what_is_no_header(
+    shared: Instance, balanced: Path, hasty: Path, octets: bytes, end: str
+) -> None:
     since = len(shared.events())
-    with connect(balanced) as side:
+    with connect(hasty if end == "proxy_timeout" else balanced) as side:
         side.sendall(octets)
         with suppress(ConnectionResetError):
             assert side.recv(1) == b""
     shared.wait_for_event("handshake_failed", since=since, client=ME, end=end)
 
 
-def test_descriptors_of_a_client_are_nobodys(shared: Instance, balanced: Path) -> None:
+def test_descriptors_of_a_client_are_nobodys(shared: Instance, balanced: Path, hasty: Path) -> None:
     """Before Linux 6.16, which refuses them. With the ClientHello they are thrown away. Within the
     header, they hide what is behind.
     """
-    take_descriptors(shared, balanced)
+    for path in (balanced, hasty):
+        take_descriptors(shared, path)
     since = len(shared.events())
     with open("/dev/null") as null:
         with client_of(balanced, LINE) as tls:
             socket.send_fds(tls.socket, [tls.first_flight()], [null.fileno()])
             assert talk(tls.handshake())
         shared.wait_for_event("connection_ended", since=since, balancer=ME)
-        with client_of(balanced) as tls:
+        with client_of(hasty) as tls:
             socket.send_fds(tls.socket, [LINE[:10]], [null.fileno()])
             tls.socket.sendall(LINE[10:])
             with pytest.raises(FAILS):
