@@ -35,7 +35,7 @@ def said_by(program: Path, *arguments: str | Path, preload: bool, code: int = 0)
         text=True,
         cwd=_REPOSITORY,
         env={**os.environ, "PYTHONPATH": ".", **(preload_sanitizer() if preload else {})},
-        timeout=60,
+        timeout=240,
     )
     check_sanitizer(done.stderr)
     assert (done.returncode, done.stderr) == (code, "")

@@ -102,7 +102,7 @@ def test_curl(
         "--resolve", f"localhost:{web.port}:127.0.0.1",
         "--write-out", "%{http_version} %{local_port}", f"https://localhost:{web.port}/",
     ]  # fmt: skip
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert answer.stderr == ""
     page, port = answer.stdout.rsplit(maxsplit=1)
     assert page == f"It works.\n{version}"
@@ -115,7 +115,7 @@ def test_h2load(web: Instance) -> None:
         "h2load", "--requests=400", "--clients=4", "--max-concurrent-streams=20",
         f"--connect-to=127.0.0.1:{web.port}", f"https://localhost:{web.port}/index.html",
     ]  # fmt: skip
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
     assert "Application protocol: h2\n" in output
     assert "400 succeeded, 0 failed, 0 errored, 0 timeout" in output
     assert "status codes: 400 2xx" in output
@@ -125,7 +125,7 @@ def test_grpc(web: Instance, nginx: Nginx, certificate: Certificate) -> None:
     """A call to a server behind nginx, which speaks HTTP/2 on both sides."""
     arguments = [nginx.grpc_address, f"127.0.0.1:{web.port}", str(certificate.authority)]
     answer = subprocess.run(
-        [sys.executable, GRPC, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, GRPC, *arguments], capture_output=True, text=True, timeout=240, check=False
     )
     assert answer.stdout == "echoed: hello\n", answer.stderr
 
@@ -136,7 +136,7 @@ def test_s_client_without_a_common_protocol(web: Instance, version: str) -> None
         "openssl", "s_client", "-connect", f"127.0.0.1:{web.port}", "-servername", "localhost",
         "-alpn", f"h3,spdy/1{version}", version,
     ]  # fmt: skip
-    answer = subprocess.run(command, input=b"", capture_output=True, timeout=60, check=False)
+    answer = subprocess.run(command, input=b"", capture_output=True, timeout=240, check=False)
     assert answer.returncode == 1
     assert b"SSL alert number 120" in answer.stderr
     event = web.wait_for_event("handshake_failed", detail=f"the client offers h3, spdy/1{version}")
@@ -154,7 +154,7 @@ def test_what_status_and_metrics_say(web: Instance, nginx: Nginx) -> None:
         subprocess.run(
             [TITUS_PY, "status", "--json", "--pid", str(web.pid)],
             capture_output=True,
-            timeout=60,
+            timeout=240,
             check=True,
         ).stdout
     )[0]
@@ -249,7 +249,7 @@ def test_an_audit_negotiates_what_is_required(serve: Serve, by_default: Listener
         [TITUS_PY, "audit", "--quiet", "--pid", str(instance.pid)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")

@@ -60,7 +60,7 @@ def agreed(instance: Instance, name: str, *options: str) -> str | None:
         input="",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     if client.returncode:

@@ -179,7 +179,7 @@ def test_strangers_are_refused(
         done: subprocess.CompletedProcess[bytes] = hosts.on(
             4,
             lambda: subprocess.run(
-                command, input=b"hello", capture_output=True, timeout=60, check=False
+                command, input=b"hello", capture_output=True, timeout=240, check=False
             ),
         )
         return done.stdout

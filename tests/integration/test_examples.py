@@ -42,7 +42,7 @@ def pins(keys: Path) -> dict[str, str]:
     made = {}
     for name in names:
         command = [TITUS_PY, "keys", "new", name, "--directory", keys]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
         made[name] = done.stdout.strip()
     return made
 
@@ -99,7 +99,7 @@ def run_on_web(
             env={"PATH": os.environ["PATH"], **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
 
@@ -158,7 +158,7 @@ def test_redis(serve: Serve, hosts: Network, keys: Path, pins: dict[str, str]) -
             done: subprocess.CompletedProcess[str] = hosts.on(
                 2,
                 lambda: subprocess.run(
-                    words, capture_output=True, text=True, timeout=60, check=False
+                    words, capture_output=True, text=True, timeout=240, check=False
                 ),
             )
             return done.stdout

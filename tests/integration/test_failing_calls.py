@@ -16,7 +16,7 @@ def test_a_worker_serves_only_if_none_of_its_calls_fails() -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(_PROGRAM.parents[2])},
-        timeout=60,
+        timeout=240,
     )
     said = json.loads(done.stdout)
     # The control: it is ready, and leaves when no client comes.

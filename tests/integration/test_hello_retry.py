@@ -52,6 +52,6 @@ def test_curl_is_served(instance: Instance, certificates: Certificates) -> None:
         ["curl", "--silent", "--tlsv1.3", "--curves", "P-256:P-384", "--cacert",
          certificates().authority, "--resolve", f"localhost:{instance.port}:127.0.0.1",
          f"https://localhost:{instance.port}/"],
-        check=True, capture_output=True, timeout=60,
+        check=True, capture_output=True, timeout=240,
     ).stdout  # fmt: skip
     assert page == b"It works.\n"

@@ -201,7 +201,7 @@ def test_without_a_usable_key_it_is_said_why_there_is_none(tmp_path: Path) -> No
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert ended.returncode == 1

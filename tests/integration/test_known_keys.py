@@ -35,7 +35,7 @@ def keys(*arguments: str | Path, user: int | None = None) -> Done:
     if user is not None:
         command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *command]
         command = in_reach(command)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -334,7 +334,7 @@ class Host:
     def reload(self, *options: str) -> str:
         assert self.instance is not None
         command = [TITUS_PY, "reload", f"--pid={self.instance.pid}", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

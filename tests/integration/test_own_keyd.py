@@ -635,7 +635,7 @@ def test_it_has_no_key_of_another_host(command: str, key: str) -> None:
         [str(KEYD), command, "--key", key, "--lock-memory=try"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     expected = f"keyd: --key {key}: other hosts' keys are for a keyd that titus-py starts "
@@ -666,7 +666,7 @@ def test_keyd_says_why_it_does_not_start(
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert ended.returncode == 1

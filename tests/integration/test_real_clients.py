@@ -64,7 +64,7 @@ def s_client(every: Every, name: str, *options: str) -> "subprocess.CompletedPro
         "-servername", name, "-verify_hostname", name,
         "-CAfile", str(every.authority), "-verify_return_error", "-ign_eof", *options,
     ]  # fmt: skip
-    return subprocess.run(command, input=REQUEST, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, input=REQUEST, capture_output=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def large_file(tmp_path_factory: pytest.TempPathFactory, rounds: Rounds) -> Iter
     size = rounds(enough=1 << 26, full=1 << 30)
     path = tmp_path_factory.mktemp("large") / "octets"
     command = f"head -c {size} /dev/zero | openssl enc -aes-128-ctr -K 01 -iv 02 -out {path}"
-    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=60)
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=240)
     yield path
     path.unlink()
 
@@ -92,7 +92,7 @@ def test_curl_gets_a_page_over_http_1_1(
     certificate = certificates("RSA-2048")
     instance = command_line(nginx.address, certificate)
     command = curl(instance, certificate, "/", "--write-out", "%{http_version}")
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (answer.stdout, answer.stderr) == ("It works.\n1.1", "")
 
 

@@ -45,7 +45,7 @@ class Connected:
 
 def reload(instance: Instance, *options: str) -> "subprocess.CompletedProcess[str]":
     command = reload_command(instance, *options)
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def reload_command(instance: Instance, *options: str) -> list[str]:

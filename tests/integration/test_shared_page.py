@@ -13,7 +13,7 @@ def test_each_way_answers(tmp_path: Path) -> None:
     command = ["gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]
     subprocess.run([*command, str(program), str(BENCH / "shared_page.c")], check=True)
     ended = subprocess.run(
-        [program, "3", "200"], check=True, capture_output=True, text=True, timeout=60
+        [program, "3", "200"], check=True, capture_output=True, text=True, timeout=240
     )
     found = [LINE.fullmatch(line) for line in ended.stdout.splitlines()]
     assert [line and line.groups() for line in found] == [

@@ -155,7 +155,7 @@ def psql(port: int, query: str, **settings: object) -> "subprocess.CompletedProc
         env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -197,7 +197,7 @@ def test_by_a_unix_socket(ways: Ways) -> None:
     """Where libpq looks for one, in a directory."""
     query = "select generate_series(1, 50000)"
     command = ["psql", "-Atc", query, f"host={ways.directory} user=app dbname=postgres"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.stdout == "".join(f"{number}\n" for number in range(1, 50_001)), done.stderr
     tunnel = f"unix:{ways.directory}/.s.PGSQL.5432"
     ended = ways.instance.wait_for_event("connection_ended", tunnel=tunnel)

@@ -176,7 +176,7 @@ def test_an_address_in_use_is_named(
         [TITUS_PY, "serve", "--config", configuration],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert ended.returncode == 1
@@ -192,7 +192,7 @@ def test_whoever_is_not_root_is_told_so(certificates: Certificates, tmp_path: Pa
         [TITUS_PY, "serve", "--config", configuration],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
         preexec_fn=be_nobody_who_may_read_everything,
     )

@@ -54,7 +54,7 @@ def s_client(
         input=typed,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -129,7 +129,7 @@ def test_the_hybrid_is_asked_for_where_a_client_guessed_another_group(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert answer.stdout == "X25519MLKEM768 True\n", answer.stderr

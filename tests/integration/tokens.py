@@ -188,7 +188,7 @@ def s_client(port: int, authority: Path, kind: str, version: str) -> None:
         ],
         input=b"",
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     expected = rb"rsa.pss" if kind == "rsa" else rb"ecdsa"

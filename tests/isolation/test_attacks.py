@@ -204,7 +204,7 @@ def test_unconfined_they_succeed(
         input=json.dumps([_given(attempt, victims, elsewhere) for attempt in ATTEMPTS]),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert not result.stderr, result.stderr
     outcomes = dict(

@@ -38,7 +38,7 @@ def checked(
         input=question.encode(),
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
 
 

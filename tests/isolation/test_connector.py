@@ -56,7 +56,7 @@ def test_it_connects_to_unix_sockets_and_can_do_nothing_else() -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=240,
         )
     found: dict[str, tuple[str, str]] = json.loads(made.stdout)
     assert len(found) > 10

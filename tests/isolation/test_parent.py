@@ -137,7 +137,7 @@ def run(code: str, calls: seccomp.Rules, first: str = "") -> "subprocess.Complet
         [sys.executable, "-I", "-c", first + confined + code],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -154,7 +154,7 @@ def attempted(
         socket.socket(socket.AF_UNIX) as everybodys,
         socket.socket(socket.AF_UNIX) as groups_own,
         socket.socket(socket.AF_UNIX) as roots,
-        subprocess.Popen(["sleep", "60"], user=UID + 1) as victim,
+        subprocess.Popen(["sleep", "600"], user=UID + 1) as victim,
     ):
         Path(directory).chmod(0o777)
         file = Path(directory, "file")
@@ -190,7 +190,7 @@ def attempted(
             [sys.executable, "-I", "-c", ATTEMPTS, json.dumps(settings)],
             capture_output=True,
             check=False,
-            timeout=60,
+            timeout=240,
             pass_fds=(pidfd, opened),
         )
         os.close(pidfd)

@@ -152,7 +152,7 @@ def test_a_key_that_others_sign_with_is_refused_by_the_check_and_at_the_start(
     file.write_text(toml(tables))
     for command in ("check", "serve"):
         ran = subprocess.run(
-            [TITUS_PY, command, "--config", file], capture_output=True, text=True, timeout=60
+            [TITUS_PY, command, "--config", file], capture_output=True, text=True, timeout=240
         )
         assert ran.returncode == 2
         assert "rsa_key_exchange: its key also signs for" in ran.stdout + ran.stderr

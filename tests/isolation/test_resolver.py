@@ -61,7 +61,7 @@ def found(things: dict[str, str]) -> Found:
         [sys.executable, "-I", PROGRAM, json.dumps(settings), "alone"],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=240,
     )
     assert ran.returncode == 0, ran.stderr.decode()
     return tuple(json.loads(ran.stdout))

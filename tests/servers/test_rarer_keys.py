@@ -102,7 +102,7 @@ def test_nginx_serves_with_a_key_of_a_rarer_kind(nginx: Nginx, kind: Kind) -> No
         input="",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr + (nginx.directory / "nginx.log").read_text()
