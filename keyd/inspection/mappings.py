@@ -5,7 +5,7 @@ Run by what looks for keys in memory, as root. It trusts the kernel; a file's na
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from sys import intern
 from typing import NamedTuple
 
 __all__ = ["Mapping", "Skipped", "Span", "mappings", "still_mapped"]
@@ -52,14 +52,17 @@ class Mapping(NamedTuple):
 def mappings(pid: int) -> list[Mapping]:
     """In ascending order."""
     found = []
-    # A file's name may have what str.splitlines takes for the end of a line.
-    text = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
-    for line in text.split("\n")[:-1]:
-        addresses, permissions, offset, device, inode, *name = line.split(maxsplit=5)
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        span = Span(start, end, name[0].rstrip() if name else "[anonymous]")
-        shared, executable = permissions[3] == "s", permissions[2] == "x"
-        found.append(Mapping(span, shared, executable, int(offset, 16), (device, inode)))
+    # All of it as one text might be hundreds of megabytes: any user can have 65,530, with long
+    # names. These may have what str.splitlines takes for the end of a line.
+    with open(f"/proc/{pid}/maps", "rb") as lines:
+        for line in lines:
+            addresses, permissions, offset, device, inode, *name = (
+                line.removesuffix(b"\n").decode(errors="replace").split(maxsplit=5)
+            )
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            span = Span(start, end, intern(name[0].rstrip()) if name else "[anonymous]")
+            shared, executable = permissions[3] == "s", permissions[2] == "x"
+            found.append(Mapping(span, shared, executable, int(offset, 16), (device, inode)))
     return found
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from keyd.inspection.key_search import (
     search,
     search_all,
 )
+from keyd.inspection.mappings import mappings
 from keyd.inspection.open_files import opened
 from keyd.inspection.pages_in_use import in_use
 from keyd.inspection.worth_reading import Known
@@ -636,6 +638,43 @@ def test_a_file_that_is_mapped_may_have_any_name(
         found = search(process.pid, sought[:1])
         process.communicate(b"\n")
     assert any(str(tmp_path) in hit.mapping for hit in found.hits)
+
+
+#: Maps a file that has a name of more than three thousand octets, very often.
+MAPS_A_LONG_NAME = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None)
+for _ in range(13):
+    os.mkdir(250 * "d")
+    os.chdir(250 * "d")
+file = os.open("it", os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, mmap.PAGESIZE)
+for _ in range(5000):
+    libc.mmap(None, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_long_names_of_what_is_mapped_take_no_memory(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", MAPS_A_LONG_NAME],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        tracemalloc.start()
+        try:
+            found = mappings(process.pid)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            process.communicate()
+    names = [len(one.span.mapping) for one in found]
+    assert len([length for length in names if length > 3000]) == 5000
+    assert peak < sum(names) / 2
 
 
 @pytest.mark.parametrize("name", [b"\rUid:\t7\t7\t7", b"\rUid: a b", b"\xff"], ids=ascii)
