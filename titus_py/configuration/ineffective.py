@@ -6,6 +6,7 @@ found elsewhere (``fork_server.handshake_check``).
 
 from collections.abc import Iterator
 
+from titus_py.configuration.address import Address
 from titus_py.configuration.limits_table import default_per_prefix
 from titus_py.configuration.mistake import Mistake, Source
 from titus_py.configuration.tables import Configuration, VirtualHost
@@ -18,6 +19,7 @@ def ineffective_settings(configuration: Configuration, source: Source) -> Iterat
     for i, vhost in enumerate(configuration.vhost):
         for setting, reason in (*_of_other_versions(vhost), *_of_several_backends(vhost)):
             yield source.mistake(f"vhost[{i}].{setting}", f"has no effect: {reason}")
+    yield from _reached_by_others(configuration, source)
     yield from _never_reached(configuration, source)
     yield from _of_another_keyd(configuration, source)
     yield from unasked_upstreams(configuration, source)
@@ -41,6 +43,34 @@ def _of_several_backends(vhost: VirtualHost) -> Iterator[tuple[str, str]]:
         len(backends) == 1 for backends in (vhost.backend, *vhost.backends.values())
     ):
         yield "balance", "there is one backend. Several are a list"
+
+
+def _reached_by_others(configuration: Configuration, source: Source) -> Iterator[Mistake]:
+    """Backends to which anybody comes by another virtual host, and can name the same site there.
+
+    What a client tells the backend (HTTP's Host) need not be what it has told TLS, and browsers
+    send requests for one name on a connection for another (RFC 9113 section 9.1.1). Where a port or
+    an address of this machine tells virtual hosts apart, the network may keep clients from one.
+    """
+    anybodys: dict[Address, int] = {}
+    for i, vhost in enumerate(configuration.vhost):
+        told = (vhost.send_proxy or "").startswith("v2-tls")
+        if vhost.client_certificates != "required" and not told and vhost.by_name_alone:
+            for _, backend in vhost.all_backends:
+                anybodys.setdefault(backend, i)
+    for i, vhost in enumerate(configuration.vhost):
+        if vhost.client_certificates != "required" or not vhost.by_name_alone:
+            continue
+        for key, backend in vhost.all_backends:
+            if (other := anybodys.get(backend)) is not None:
+                yield source.mistake(
+                    f"vhost[{i}].{key}",
+                    f"{backend} is also for {source.reference(f'vhost[{other}]')}, which lets in "
+                    "clients without a certificate: if it serves several sites, they can ask it "
+                    "for this one's. Give each a backend of its own, or set send_proxy = "
+                    '"v2-tls" and have the backend look',
+                )
+                break
 
 
 def _never_reached(configuration: Configuration, source: Source) -> Iterator[Mistake]:

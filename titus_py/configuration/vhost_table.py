@@ -55,8 +55,13 @@ class Match(Table):
         A unix socket has neither.
         """
         if isinstance(endpoint, UnixAddress):
-            return self.local_address is None and self.local_port is None
+            return self.by_name_alone
         return applies_to(self.local_address, self.local_port, endpoint.host, endpoint.port)
+
+    @property
+    def by_name_alone(self) -> bool:
+        """Whether the name that a client asks for is all that tells it from others."""
+        return self.local_address is None and self.local_port is None
 
 
 class Backend(KnownClients):

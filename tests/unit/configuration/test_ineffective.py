@@ -90,3 +90,37 @@ def test_settings_of_a_keyd_that_titus_py_does_not_start(tmp_path: Path) -> None
         ("keyd.user", reason.format(tmp_path, "--user")),
         ("keyd.lock_memory", reason.format(tmp_path, "--lock-memory")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_others", "warned"),
+    [
+        ("", "", "backend"),
+        ('alpn = ["h2"]\nbackends.h2 = "127.0.0.1:80"\n', "", "backends.h2"),
+        ("", 'client_certificates = "optional"\nclient_allow.spki = ["{pin}"]', "backend"),
+        ("", 'client_certificates = "required"\nclient_allow.spki = ["{pin}"]', None),
+        ("", 'send_proxy = "v2-tls"', None),
+        ("", "local_port = 8443", None),
+        ("local_address = '::1'\n", "", None),
+    ],
+)
+def test_a_backend_that_others_reach_without_a_certificate(
+    tmp_path: Path, settings: str, of_others: str, warned: str | None
+) -> None:
+    (tmp_path / "site.crt").touch()
+    (tmp_path / "site.key").touch(mode=0o600)
+    pin = f"sha256:{'0a' * 32}"
+    backend = "127.0.0.1:81" if "backends" in settings else "127.0.0.1:80"
+    required = (
+        '[[listen]]\naddress = ":443"\n[[listen]]\naddress = ":8443"\n'
+        '[[vhost]]\nsni = ["admin.test"]\n'
+        f'certificate = "site.crt"\nkey = "site.key"\nbackend = "{backend}"\n'
+        f'client_certificates = "required"\nclient_allow = {{ spki = ["{pin}"] }}\n{settings}'
+    )
+    others = FILE.partition(':443"\n')[2] + of_others.format(pin=pin)
+    (tmp_path / "titus.toml").write_text(f"{required}{others}\n")
+    loaded = load(tmp_path / "titus.toml")
+    assert loaded.mistakes == []
+    assert [one.key for one in loaded.warnings] == ([f"vhost[0].{warned}"] if warned else [])
+    for warning in loaded.warnings:
+        assert "127.0.0.1:80 is also for vhost for any name" in warning.reason
