@@ -416,8 +416,16 @@ def _without_oom() -> None:
 
 
 def _without_parting() -> None:
-    """The channel's descriptor is closed, and its number the next one's."""
+    """The channel's descriptor is closed, and its number the backend's."""
     fork_server.parting_calls = lambda: [Call("close_range", (KEYD_FD, KEYD_FD))]
+    take = worker._take_backend
+
+    def instead(parent: socket.socket) -> socket.socket:
+        backend = take(parent)
+        os.dup2(backend.fileno(), KEYD_FD)
+        return backend
+
+    worker._take_backend = instead  # type: ignore[assignment]
 
 
 def _without_header() -> None:

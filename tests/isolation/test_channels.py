@@ -123,7 +123,7 @@ def test_fuzzing_the_decoders(some: int) -> None:
 def test_what_the_private_key_is_needed_for_later_reaches_nobody(
     certificate: Certificate, tmp_path: Path, without: list[str]
 ) -> None:
-    """The provider asks at the number that the channel had. Closed, it would be the backend's."""
+    """The provider asks at the number that the channel had. Closed, it might be another one's."""
     received = []
 
     def keep(connection: socket.socket) -> None:

@@ -21,6 +21,7 @@ from keyd.protocol import (
     decode_report,
 )
 from titus_py.between.event_loop import READABLE, WRITABLE, EventLoop
+from titus_py.between.hand_over import enclose
 from titus_py.parent.outbox import Tell
 from titus_py.parent.worker import Offer
 
@@ -106,12 +107,18 @@ class Channels:
         self._keyd = keyd
 
     def open(
-        self, connection: int, offer: Offer, lifetime: float, client_hello: bytes
+        self,
+        connection: int,
+        offer: Offer,
+        lifetime: float,
+        client_hello: bytes,
+        sockets: Sequence[SocketType] = (),
     ) -> SocketType | None:
         """Open a worker's channel, for one operation within ``lifetime`` seconds.
 
-        It is for a client that has sent this message, and for none if that is empty. Returns None
-        if that is not possible now. The loop wakes up when it is time to try again.
+        It is for a client that has sent this message, and for none if that is empty. Returns the
+        worker's end, with these ``sockets`` within (``hand_over``), or None if that is not possible
+        now. The loop wakes up when it is time to try again.
         """
         if self._keyd is None:
             return None
@@ -130,6 +137,8 @@ class Channels:
             while self._announcing:
                 self._keyd.send(self._announcing[0])
                 self._announcing.popleft()
+            if sockets:
+                enclose(keyds, sockets)
             _send(self._keyd, terms, keyds)
         except BlockingIOError:
             # Its queue is full: a ClientHello may be long. The loop wakes up when it is not.

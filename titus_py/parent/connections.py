@@ -98,12 +98,17 @@ class Connections:
         return any(key == one for keys in self._keys for _, one in keys)
 
     def begin(
-        self, worker: Worker, arrival: Arrival, offer: Offer, sockets: Sequence[SocketType]
+        self,
+        worker: Worker,
+        arrival: Arrival,
+        offer: Offer,
+        sockets: Sequence[SocketType],
+        channel: SocketType | None,
     ) -> None:
         """Give a client to a spare worker.
 
-        ``sockets`` are the channel to keyd, if there is one, the client's socket, and that of a
-        tunnel's server.
+        ``sockets`` are the client's, and that of a tunnel's server. If there is a channel to keyd,
+        they are within it.
         """
         connection = self.next_number
         self.next_number += 1
@@ -140,7 +145,7 @@ class Connections:
             if arrival.tunnel is not None:
                 given = Tunnel(arrival.tunnel, keyed=bool(offer.grants.grants))
             with self._without_waiting():
-                give(worker.socket, given.encode(), sockets)
+                give(worker.socket, given.encode(), sockets, channel)
         except OSError as error:
             worker.kill(f"does not take a client: {error.strerror}")
         # Reported only now, so that the worker does not wait for this. A tunnel's connection begins

@@ -180,16 +180,16 @@ class Parent:
         else:
             offer = self._connections.offer(arrival.local_address, arrival.local_port)
             sockets = [arrival.client]
+        channel = None
         if offer.grants.grants:
             number, lifetime = self._connections.next_number, self._plan.handshake_timeout
-            channel = self._channels.open(number, offer, lifetime, arrival.client_hello)
+            hello = arrival.client_hello
+            channel = self._channels.open(number, offer, lifetime, hello, sockets)
             if channel is None:
                 # keyd is gone or busy, or no descriptor is left: this client waits.
                 return False
-            # The channel goes first: the first socket gets the descriptor number that the
-            # provider uses.
-            sockets.insert(0, channel)
-        self._connections.begin(self._pool.spares.popleft(), arrival, offer, sockets)
+        worker = self._pool.spares.popleft()
+        self._connections.begin(worker, arrival, offer, sockets, channel)
         return True
 
     def _adjust_accepting(self) -> None:

@@ -53,9 +53,8 @@ _IDLE_MS = 250
 _HEADER_OCTETS = 536
 #: How many octets of a ClientHello are read at once.
 _PIECE_OCTETS = 64 * 1024
-#: A tunnel's client and server; and a channel to keyd besides.
+#: A tunnel's client and server.
 _SOCKETS_OF_A_TUNNEL = 2
-_MOST_SOCKETS = _SOCKETS_OF_A_TUNNEL + 1
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This port speaks HTTPS, not HTTP.\r\n"
@@ -229,7 +228,7 @@ def _wait_for_client(
     # A spare that is needed at once has no time for this, and others need the processor more.
     if not poll.poll(_IDLE_MS):
         touch(terms, parent, pump)
-    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, _MOST_SOCKETS)
+    message, descriptors = take(parent, messages.MAX_CLIENT_OCTETS, _SOCKETS_OF_A_TUNNEL)
     if not message:
         return None
     count = _SOCKETS_OF_A_TUNNEL if message[:1] == messages.TUNNEL else 1

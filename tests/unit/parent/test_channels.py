@@ -88,9 +88,10 @@ def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> No
     ours, keyds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channels.take([ours.detach()])
     offer = Offer((0,), GrantSet(0, ()))
+    client, peer = socket.socketpair()
 
     def open_one(hello: bytes) -> bool:
-        channel = channels.open(1, offer, 1.0, hello)
+        channel = channels.open(1, offer, 1.0, hello, [client])
         if channel is not None:
             channel.close()
         return channel is not None
@@ -99,6 +100,8 @@ def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> No
         while open_one(bytes(MAX_CLIENT_HELLO_OCTETS)):
             pass
         assert not open_one(b"short")
+        client.send(b"waits")
+        assert peer.recv(9) == b"waits"
         keyds.setblocking(False)
         heard = 0
         with suppress(BlockingIOError):
@@ -114,6 +117,8 @@ def test_a_queue_that_is_full_of_long_hellos_is_waited_for_and_no_longer() -> No
         loop.after(0.05, lambda: waits.append(None))
         loop.run_once()
         assert waits
+    client.close()
+    peer.close()
 
 
 def test_a_hello_that_no_message_has_room_for_keeps_nobody_waiting() -> None:
