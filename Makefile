@@ -12,7 +12,7 @@ BUILD_PACKAGES := gcc libc6-dev libcap-dev libssl-dev python3-dev python3-venv
 PEER_PACKAGES := nginx-light libnginx-mod-stream haproxy stunnel4 hitch openssl erlang-base erlang-ssl
 DEMO_PACKAGES := curl
 TEST_PACKAGES := $(DEMO_PACKAGES) clang haproxy iproute2 libnginx-mod-stream libseccomp2 nftables nghttp2-client nginx-light openssl procps prometheus softhsm2 man-db systemd-container \
-    python3-cryptography python3-openssl libtpm2-pkcs11-1 libtpm2-pkcs11-tools libtss2-dev swtpm tpm2-tools apache2-bin postgresql stunnel4 \
+    python3-cryptography python3-openssl libtpm2-pkcs11-1 libtpm2-pkcs11-tools libtss2-dev swtpm tpm2-tools e2fsprogs apache2-bin postgresql stunnel4 \
     erlang-base erlang-ssl redis-server
 LINT_PACKAGES := shellcheck
 SCRIPTS := .ci/run .ci/apt-install packaging/deb packaging/install packaging/lock packaging/units \
