@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,6 +31,21 @@ def run(program: str, *, input: bytes | None = None) -> "subprocess.CompletedPro
         input=input,
         check=False,
     )
+
+
+def read_late(program: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """The line that it prints while nobody reads its log, and the events that are read then."""
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
+    ) as process:
+        os.close(writer)
+        assert process.stdout is not None
+        printed = process.stdout.readline()
+        with os.fdopen(reader, "rb") as lines:
+            events = [json.loads(line) for line in lines]
+        assert process.wait(60) == 0
+    return printed, events
 
 
 # --- one line --------------------------------------------------------------------------
@@ -155,7 +171,6 @@ def test_nobody_waits_for_a_reader_that_does_not_read() -> None:
 
 def test_long_lines_that_nobody_reads_do_not_fill_the_memory() -> None:
     """Whoever controls a child makes them as long as they may be. There is room for alarms."""
-    reader, writer = os.pipe()
     program = (
         "import os\n"
         "from titus_py.supervisor.log import Log\n"
@@ -168,15 +183,9 @@ def test_long_lines_that_nobody_reads_do_not_fill_the_memory() -> None:
         "print((after - before) * os.sysconf('SC_PAGE_SIZE'), log.lost, flush=True)\n"
         "log.close(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
-    ) as process:
-        os.close(writer)
-        assert process.stdout is not None
-        octets, lost = map(int, process.stdout.readline().split())
-        with os.fdopen(reader, "rb") as lines:
-            names = [json.loads(line)["event"] for line in lines]
-        assert process.wait(60) == 0
+    printed, events = read_late(program)
+    octets, lost = map(int, printed.split())
+    names = [event["event"] for event in events]
     assert octets < 64 * 1024 * 1024
     assert names.count("alarming") == 20
     assert names.count("event") + lost == 1001
@@ -227,7 +236,6 @@ def test_only_what_is_loud_enough_is_written(least: str, expected: list[str]) ->
 
 def test_a_flood_leaves_room_for_alarms() -> None:
     """With a reader that does not read, and then does."""
-    reader, writer = os.pipe()
     program = (
         "import sys\n"
         "from titus_py.supervisor.log import Log\n"
@@ -238,15 +246,7 @@ def test_a_flood_leaves_room_for_alarms() -> None:
         "print(flush=True)\n"
         "log.close(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=writer, cwd=ROOT
-    ) as process:
-        os.close(writer)
-        assert process.stdout is not None
-        process.stdout.readline()
-        with os.fdopen(reader, "rb") as lines:
-            events = [json.loads(line) for line in lines]
-        assert process.wait(60) == 0
+    _, events = read_late(program)
     assert any(event["event"] == "log_lines_lost" for event in events)
     alarms = [event["number"] for event in events if event["event"] == "alarming"]
     assert alarms == list(range(500))
