@@ -35,6 +35,8 @@ _SEVERAL_OCTETS = 32 * 1024
 #: How much less than a socket's buffer a message is at most (unix_dgram_sendmsg in net/unix).
 _BESIDE_A_MESSAGE = 32
 _EVENTS, _ALARMS = 10_000, 1_000
+#: This one is said once, and the supervisor ends this process if it is not: it always has room.
+_RETIRED = "retired"
 #: How soon to send again what was not taken.
 _PAUSE_SECONDS = 0.01
 #: What is ordinary comes at most so often, unless there is more of it than a message has room for.
@@ -82,7 +84,8 @@ class Outbox:
             if len(octets) > self.room:
                 octets = _encoded(event, fields, fewer)
         most = _EVENTS + (_ALARMS if fields.get("level") == "alarm" else 0)
-        if len(self._waiting) >= most or len(octets) > self.room:
+        is_full = len(self._waiting) >= most and event != _RETIRED
+        if is_full or len(octets) > self.room:
             self._lost += 1
             if report is not None:
                 os.close(report)

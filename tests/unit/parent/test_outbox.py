@@ -60,6 +60,20 @@ def test_a_flood_leaves_room_for_alarms(pair: tuple[socket.socket, socket.socket
     assert ordinary == list(range(len(ordinary)))
 
 
+def test_that_it_has_retired_always_has_room(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whoever controls keyd has it raise as many alarms as there is room for."""
+    loop = EventLoop()
+    outbox = Outbox(loop, pair[0])
+    for _ in range(15_000):
+        outbox.put("alarming", level="alarm")
+    outbox.put("retired")
+    heard = hear_until(loop, pair[1], {"event": "retired"})
+    alarms = [event for event in heard if event["event"] == "alarming"]
+    lost = sum(event["count"] for event in heard if event["event"] == "events_lost")
+    assert len(alarms) + lost == 15_000
+    assert lost > 0
+
+
 def test_alarms_are_bounded_as_well(pair: tuple[socket.socket, socket.socket]) -> None:
     outbox = Outbox(EventLoop(), pair[0])
     before = len(os.listdir("/proc/self/fd"))
